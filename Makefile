@@ -1,0 +1,56 @@
+# Everything runs in .venv, which is made on first use. May be given: PYTHON, PIP_ARGS, and TESTS for `make test`.
+PYTHON ?= python3
+PIP_ARGS ?=
+TESTS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+VENV := .venv
+BIN := $(VENV)/bin
+# One line that counts the packages, instead of pip's hundreds; pip's errors go to stderr and are shown as they are.
+COUNT := awk '/^ *Collecting /{printf "\r  %3d packages; now %-40.40s", ++n, $$2} /^Installing coll/{printf "\r  %d packages; unpacking %-40s", n, "…"} {fflush()} END{print ""}'
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test lint types bench ui demo-base clean
+
+demo: $(VENV)/.installed  # compares learning rates on the embedded model
+	$(BIN)/equipoise demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(TESTS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  # the type checker sees the folders under their import names through links
+	rm -rf .types && mkdir -p .types/equipoise
+	ln -s $(addprefix ../../,$(wildcard plugin/*) pipelines ui configs) .types/equipoise/
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/optimizer_step.py
+
+ui: $(VENV)/.installed-ui
+	$(BIN)/python -m equipoise.ui
+
+demo-base: $(VENV)/.installed  # trains the embedded model again: tens of minutes
+	$(BIN)/python -m equipoise.pipelines.demo.train_base
+
+clean:
+	rm -rf $(VENV) .types build dist *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Equipoise needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# The stamps: pip runs again only when what is to be installed has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Equipoise (some minutes the first time)"
+	@$(INSTALL) -e . | $(COUNT)
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Equipoise with its extra: $* (some minutes the first time)"
+	@$(INSTALL) -e ".[$*]" | $(COUNT)
+	@touch $@

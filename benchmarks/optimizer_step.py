@@ -1,0 +1,99 @@
+"""Time of one optimizer step on the LoRA shapes of the Stable Diffusion 1.5 U-Net's attention.
+
+    python benchmarks/optimizer_step.py --ranks 4 16 64 --threads 1
+
+Prints a Markdown table: the median step time of each optimizer, and its ratio to torch's AdamW as it comes. The
+optimizers take turns, one step each, so that whatever else the machine does falls on all of them alike.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from peft.optimizers import create_riemannian_optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from equipoise import ScaledAdamW
+
+# Transformer blocks per channel count: two in each of three down blocks, one in the middle, three in each of three up
+# blocks. Each has attn1 (self) and attn2 (text, 768 wide) with to_q, to_k, to_v and to_out.0: 16 × 8 = 128 pairs.
+BLOCKS = {320: 5, 640: 5, 1280: 6}
+TEXT = 768
+
+
+def shapes() -> list[tuple[int, int]]:
+    """(in, out) of every adapted linear layer."""
+    layers = []
+    for width, count in BLOCKS.items():
+        self_attention = [(width, width)] * 4
+        cross_attention = [(width, width), (TEXT, width), (TEXT, width), (width, width)]
+        layers += (self_attention + cross_attention) * count
+    return layers
+
+
+def model(rank: int) -> nn.Module:
+    """The factors alone, under peft's names, with random values: the frozen weights play no part in a step."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Module()
+    for index, (n, m) in enumerate(shapes()):
+        layer = nn.Module()
+        for name, size in (("lora_A", (rank, n)), ("lora_B", (m, rank))):
+            factor = nn.Linear(1, 1, bias=False)
+            factor.weight = nn.Parameter(torch.randn(size, generator=generator) * 0.02)
+            layer.add_module(name, nn.ModuleDict({"default": factor}))
+        net.add_module(str(index), layer)
+    for param in net.parameters():
+        param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+    return net
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "torch AdamW (default)": lambda net: AdamW(net.parameters(), lr=1e-6),
+    "torch AdamW (fused)": lambda net: AdamW(net.parameters(), lr=1e-6, fused=True),
+    "ScaledAdamW": lambda net: ScaledAdamW(net, lr=1e-6),
+    "ScaledAdamW (sequential)": lambda net: ScaledAdamW(net, lr=1e-6, order="sequential"),
+    "peft Riemannian AdamW": lambda net: create_riemannian_optimizer(net, AdamW, lr=1e-6, reg=1e-6),  # type: ignore
+}
+
+
+def measure(rank: int, steps: int) -> dict[str, float]:
+    """Median seconds per step of each optimizer, after two steps that nobody counts."""
+    optimizers: dict[str, Optimizer] = {name: make(model(rank)) for name, make in OPTIMIZERS.items()}
+    grads = {
+        name: [(p.grad, p.grad.clone()) for group in opt.param_groups for p in group["params"]]
+        for name, opt in optimizers.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for round_ in range(steps + 2):
+        for name, optimizer in optimizers.items():
+            for grad, fresh in grads[name]:  # scaling works in place: each step must see a raw gradient
+                grad.copy_(fresh)
+            start = time.perf_counter()
+            optimizer.step()
+            if round_ >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    print(f"{len(shapes())} pairs, {arguments.threads} thread(s), {arguments.steps} steps, torch {torch.__version__}\n")
+    print("| rank | optimizer | median ms | × torch default | × ScaledAdamW |\n| ---: | --- | ---: | ---: | ---: |")
+    for rank in arguments.ranks:
+        medians = measure(rank, arguments.steps)
+        default, ours = medians["torch AdamW (default)"], medians["ScaledAdamW"]
+        for name, seconds in medians.items():
+            print(f"| {rank} | {name} | {seconds * 1e3:.2f} | {seconds / default:.2f} | {seconds / ours:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

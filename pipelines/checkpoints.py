@@ -1,0 +1,122 @@
+"""Training state on disk: tensors as safetensors, the rest as JSON. No pickle, and never half a checkpoint.
+
+A checkpoint is a folder `step-00000100` holding weights.safetensors, state.safetensors and state.json. It is
+written under another name, flushed to disk, and renamed when it is whole, so whatever has the name can be loaded.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from equipoise.errors import EquipoiseError
+from equipoise.pipelines.files import explained, write_atomic
+
+_PREFIX = "step-"
+
+
+def save(
+    folder: Path,  # the run's checkpoints/
+    step: int,  # steps taken
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],  # whatever else resuming needs: nested dicts, lists, tensors, numbers, strings
+    keep: int = 2,
+) -> Path:
+    """Writes a complete checkpoint, then deletes all but the `keep` newest.
+
+    Raises:
+        InputError: it cannot be written (a full disk, say); earlier checkpoints are untouched.
+        EquipoiseError: the state holds something that only pickle could save.
+    """
+    final = folder / f"{_PREFIX}{step:08d}"
+    partial = folder / f".{final.name}.{os.getpid()}"
+    tensors, rest = flatten(state)
+    with explained(final):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            save_tensors(partial / "weights.safetensors", weights)
+            save_tensors(partial / "state.safetensors", tensors)
+            write_atomic(partial / "state.json", json.dumps({"step": step, "state": rest}))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            _sync(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    stale = folder.glob(f".{_PREFIX}*")  # left by a killed process
+    for old in [*complete(folder)[:-keep], *stale]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "state.json").is_file())
+
+
+def load(checkpoint: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """Steps taken, weights and state, as they were given to `save`, to the bit."""
+    saved = json.loads((checkpoint / "state.json").read_text())
+    state = unflatten(load_file(checkpoint / "state.safetensors"), saved["state"])
+    return saved["step"], load_file(checkpoint / "weights.safetensors"), state
+
+
+def flatten(value: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Takes the tensors out of nested dicts, lists and tuples of numbers and strings.
+
+    Returns the tensors by path, and the rest as JSON with a marker where each tensor was.
+    """
+    if isinstance(value, Tensor):
+        return {path: value}, {"tensor": path}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {}, value
+    if isinstance(value, Mapping):
+        items = [(key, *flatten(inner, f"{path}/{key}")) for key, inner in value.items()]
+        return _joined(items), {"dict": [[key, rest] for key, _, rest in items]}  # pairs: JSON's own keys are text only
+    if isinstance(value, list | tuple):
+        items = [(index, *flatten(inner, f"{path}/{index}")) for index, inner in enumerate(value)]
+        return _joined(items), {type(value).__name__: [rest for _, _, rest in items]}
+    raise EquipoiseError(
+        f"The state {path} is a {type(value).__name__}, which cannot be saved without pickle. "
+        "Optimizers, objectives and coordinators must keep tensors, numbers and strings."
+    )
+
+
+def unflatten(tensors: Mapping[str, Tensor], value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {key: unflatten(tensors, rest) for key, rest in inner}
+    items = [unflatten(tensors, rest) for rest in inner]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _joined(items) -> dict[str, Tensor]:
+    return {path: tensor for _, tensors, _ in items for path, tensor in tensors.items()}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes safetensors and waits until they are on disk."""
+    # clone: safetensors refuses tensors that share memory, and views into a fused buffer do
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, path, metadata)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,80 @@
+"""The `equipoise` command: a table of commands, each a module that is imported only when its command is chosen.
+
+Exit codes: 0 done, 1 failed while running, 2 bad input, 130 or 143 stopped on request with the state saved.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from equipoise import __version__
+from equipoise.errors import EquipoiseError, InputError
+
+# command → (module in equipoise.pipelines.commands, one line of help); `args.command` tells a shared module which it is
+COMMANDS = {
+    "list": ("listing", "what is installed: optimizers, coordinators, objectives, pipelines"),
+    "show": ("listing", "one of them: what it is, its options, its paper"),
+    "train": ("train", "train a configuration: equipoise train CONFIG [key=value …]"),
+    "resume": ("train", "continue a run from its last checkpoint"),
+    "runs": ("runs", "the runs so far and how they stand"),
+    "logs": ("runs", "what a run has printed"),
+    "stop": ("runs", "ask a run to save its state and stop"),
+    "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
+    "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
+    "demo": ("demo", "compare learning rates on the embedded model, with no network"),
+}
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
+    """The chosen command's arguments and its module's name; argparse exits by itself for --help and wrong usage."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    top = argparse.ArgumentParser(
+        prog="equipoise",
+        usage="equipoise COMMAND …",
+        description="Fine-tuning that forgives the learning rate.",
+        epilog="\n".join(["commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"equipoise {__version__}")
+    top.add_argument("command", help=argparse.SUPPRESS)
+    if not argv:
+        top.print_help(sys.stderr)
+        raise SystemExit(2)
+    command = top.parse_args(argv[:1]).command  # what follows the command is the command's own
+    if command not in COMMANDS:
+        close = get_close_matches(command, COMMANDS, n=1)
+        top.error(f"no command {command!r}. " + (f"Did you mean {close[0]!r}? " if close else "") + "See --help.")
+    module = f"equipoise.pipelines.commands.{COMMANDS[command][0]}"
+    parser = argparse.ArgumentParser(prog=f"equipoise {command}", description=COMMANDS[command][1])
+    parser.set_defaults(command=command)
+    import_module(module).add_arguments(parser)
+    return parser.parse_intermixed_args(argv[1:]), module  # intermixed: options may stand between key=value words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Raises:
+        SystemExit: From argparse, for --help, --version (0) and wrong usage (2).
+    """
+    try:
+        args, module = _parse(sys.argv[1:] if argv is None else argv)
+        code = import_module(module).run(args)
+        sys.stdout.flush()  # a reader that has gone away shows here rather than while Python shuts down
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell reports for a program that SIGPIPE ended
+    except KeyboardInterrupt:
+        return 130
+    except EquipoiseError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,32 @@
+"""`equipoise demo`: AdamW and scaled AdamW at five learning rates on the embedded model, in minutes, with no network."""
+
+import argparse
+import os
+import time
+
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.commands.compare import compare_and_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that train (default: %(default)s)")
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
+    config = configs.load("text_to_image/demo", overrides)
+    sweep = sweeps.create(config)
+    print("Teaching the embedded model an object it has never seen, from six pictures, at five learning rates.")
+    print(f"{sweep.id}: {len(sweeps.cells(sweep))} cells in {sweep.folder}", flush=True)
+    outcome = sweeps.train(sweep, max(1, args.workers))
+    print(f"{sweep.id}: {outcome.state}. {outcome.message}", flush=True)
+    if outcome.state == "stopped":
+        print(f"`equipoise sweep {sweep.id}` continues it.")
+        return sweep.status().exit_code or 0
+    compare_and_report([sweep])
+    print(f"\nDone in {time.perf_counter() - started:.0f} seconds. Open the report in a browser; the grid is a picture.")
+    return 0

@@ -1,0 +1,159 @@
+"""`equipoise runs`, `logs` and `stop`: readers of the runs folder, and one who writes requests into it."""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime, timedelta
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import status
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.status import Status
+from equipoise.pipelines.store import TOP, Store, find
+from equipoise.pipelines.tables import table
+
+_SHOWN = 20
+_POLL = 0.2  # seconds between two looks
+_GRACE = 10.0  # seconds that a process has after being interrupted, before it is killed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command = parser.get_default("command")
+    if command == "runs":
+        parser.add_argument(
+            "--all", action="store_true", help=f"all, not only the youngest {_SHOWN}, and sweeps' cells"
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    else:
+        parser.add_argument("run", metavar="RUN", help="an id (or how it starts), a folder, or latest")
+    if command == "logs":
+        parser.add_argument("--follow", "-f", action="store_true", help="go on until the run is over")
+    if command == "stop":
+        parser.add_argument("--now", action="store_true", help="at once, without saving; the last checkpoint stays")
+        parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for it")
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"runs": _runs, "logs": _logs, "stop": _stop}[args.command](args)
+
+
+def _runs(args: argparse.Namespace) -> int:
+    store = Store(args.runs)
+    found = store.list(kinds=(*TOP, "cell") if args.all else TOP)
+    shown = found if args.all else found[:_SHOWN]
+    if args.json:
+        print(json.dumps([status.plain(asdict(item) | {"duration": item.duration}) for item in shown], indent=2))
+        return 0
+    if not shown:
+        print(f"No runs in {store.root}. `equipoise train CONFIG` makes one; --runs FOLDER looks elsewhere.")
+        return 0
+    print(table(["RUN", "STATE", "STEP", "%", "LOSS", "RATE", "STARTED", "TIME", "NOTE"], list(map(_row, shown))))
+    if len(found) > len(shown):
+        print(f"{len(found) - len(shown)} older ones: --all shows them.")
+    return 0
+
+
+def _row(item: Status) -> list[str]:
+    return [
+        item.id,
+        item.state,
+        f"{item.step}/{item.total}" if item.total else str(item.step),
+        f"{100 * item.step // item.total}" if item.total else "",
+        "" if item.loss is None else f"{item.loss:.4g}",
+        "" if item.rate is None else f"{item.rate:.3g}",
+        f"{datetime.fromtimestamp(item.started):%m-%d %H:%M:%S}" if item.started else "",
+        str(timedelta(seconds=round(item.duration))),
+        item.message,
+    ]
+
+
+def _logs(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    raw = args.follow and sys.stdout.isatty()  # a terminal shows a progress bar move; elsewhere its last state will do
+    rest = ""
+    for chunk in _chunks(found, args.follow):
+        *lines, rest = (rest + chunk).split("\n")
+        sys.stdout.write(chunk if raw else "".join(map(_settled, lines)))
+        sys.stdout.flush()
+    if rest and not raw:
+        sys.stdout.write(_settled(rest))
+    return 0
+
+
+def _chunks(found: Run, follow: bool) -> Iterator[str]:
+    """The log as it is, and, to be followed, as it grows until the run is over."""
+    with open(found.log_file, encoding="utf-8", errors="replace", newline="") as file:
+        while True:
+            last = not follow or found.status().over  # looked up before reading, so that the end is not missed
+            yield file.read()
+            if last:
+                return
+            time.sleep(_POLL)
+
+
+def _settled(line: str) -> str:
+    """A line as a terminal shows it in the end, when all carriage returns have done their work."""
+    return line.rstrip("\r").rpartition("\r")[2] + "\n"
+
+
+def _stop(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    now = found.status()
+    if now.over:
+        print(f"{found.id}: is not running; {_ending(now)}")
+        return 0
+    if args.now and now.pid:
+        return _interrupt(found, now)
+    found.request("stop")
+    if now.state == "queued" and not now.pid:  # a worker that has just claimed it will find the request
+        found.update(state="stopped", message="cancelled before it began.", ended=time.time(), exit_code=143)
+    elif not _over_within(found, args.timeout):
+        raise EquipoiseError(
+            f"{found.id}: is still at work after {args.timeout:g} s. The request stands and is met after the current "
+            f"step; `equipoise stop {args.run} --now` does not wait for that."
+        )
+    print(f"{found.id}: {_ending(found.status())}")
+    return 0
+
+
+def _interrupt(found: Run, now: Status) -> int:
+    if now.host != platform.node():
+        raise InputError(
+            f"{found.id}: runs on {now.host}; --now works there only. Without it the request goes by file."
+        )
+    for _ in range(2):  # the first asks to stop after the step, the second interrupts
+        _signal(now, signal.SIGTERM)
+        if _over_within(found, 0.5):
+            break
+    if not _over_within(found, _GRACE):
+        _signal(now, signal.SIGKILL)
+        _over_within(found, _GRACE)
+    print(f"{found.id}: {_ending(found.status())}")
+    return 0
+
+
+def _signal(now: Status, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(now.pid or 0, number)
+
+
+def _over_within(found: Run, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not found.status().over:
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
+def _ending(now: Status) -> str:
+    step = f" at step {now.step}" + (f" of {now.total}" if now.total else "")
+    return f"{now.state}{step}. {now.message}".rstrip()

@@ -1,0 +1,157 @@
+"""`equipoise train` and `equipoise resume`: one run, in this process or in one of its own."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+from equipoise import registry
+from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import environment
+from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.keys import show
+from equipoise.pipelines.pipeline import Pipeline, execute
+from equipoise.pipelines.run import Run, sentence
+from equipoise.pipelines.store import Store, find
+from equipoise.pipelines.tables import table
+
+_AFTERWARDS = (
+    "  watch it:     equipoise logs {ref} --follow\n"
+    "  how it goes:  equipoise runs{where}\n"
+    "  stop it:      equipoise stop {ref}"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    if parser.get_default("command") == "resume":
+        parser.add_argument("run", metavar="RUN", help="an id (or how it starts), a folder, or latest")
+        parser.add_argument("--queued", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
+    else:
+        parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a shipped configuration by name")
+        parser.add_argument("--id", help="the run's id (by default made from time and name)")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the complete configuration, check it, and end"
+        )
+        parser.add_argument("--keys", action="store_true", help="show every key that can be set, and end")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument(
+        "--detach", action="store_true", help="go on in the background, whatever becomes of this terminal"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    return _resume(args) if args.command == "resume" else _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.keys:
+        print(_keys(configs.config_class(args.config)))
+        return 0
+    overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
+    config = configs.load(args.config, overrides)
+    pipeline = _pipeline(config)
+    if args.dry_run:
+        print(configs.dump(config), end="", flush=True)
+    if problems := pipeline.check(config):
+        raise ConfigError(problems)
+    if args.dry_run:
+        return 0
+    made = Store(config.runs).create(config, id=args.id)
+    return _start(made, _ref(made), args.detach, pipeline, config)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    now = found.status()
+    if args.queued and now.state != "queued":
+        print(f"{found.id}: was cancelled before it began.")
+        return now.exit_code or 0
+    if now.kind == "sweep":
+        raise InputError(f"{found.id}: is a sweep; `equipoise sweep --resume {found.id}` continues it.")
+    if now.state == "running" or (now.state == "queued" and now.pid and not args.queued):
+        raise InputError(f"{found.id}: is being trained by process {now.pid}; `equipoise stop {found.id}` stops it.")
+    if now.state == "done":
+        raise InputError(
+            f"{found.id}: is done ({now.step} steps); there is nothing to resume. Start a new run instead."
+        )
+    ref = _ref(found)
+    where = environment.working_folder(found.folder / "environment.json")
+    if where and where.is_dir():
+        os.chdir(where)  # relative paths in the configuration start there
+    try:
+        config = _with_overrides(found, args.overrides)
+        pipeline = _pipeline(config)
+        if problems := pipeline.check(config):
+            raise ConfigError(problems)
+    except EquipoiseError as error:
+        if args.queued:  # nobody is watching; the folder has to tell
+            found.update(state="failed", message=sentence(error), exit_code=2, ended=time.time())
+        raise
+    if not args.queued:
+        found.update(state="queued", pid=None, message="", exit_code=None)
+        found.forget_requests()
+        if args.overrides:
+            write_atomic(found.folder / "config.yaml", configs.dump(config))
+    return _start(found, ref, args.detach, pipeline, config)
+
+
+def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: configs.RunConfig) -> int:
+    if detach:
+        pid = made.hand_over(lambda: _spawn(made))
+        print(f"{made.id}: training in the background as process {pid}, in {made.folder}")
+        print(_AFTERWARDS.format(ref=ref, where="" if ref == made.id else f" --runs {made.root}"))
+        return 0
+    print(f"{made.id}: training in {made.folder}", flush=True)
+    try:
+        outcome = execute(pipeline, config, made)
+    except KeyboardInterrupt:
+        print(
+            f"{made.id}: interrupted. `equipoise resume {ref}` continues it from its last checkpoint.", file=sys.stderr
+        )
+        return made.status().exit_code or 130
+    print(f"{made.id}: {outcome.state}. {outcome.message}".rstrip())
+    if outcome.state == "stopped":
+        print(f"`equipoise resume {ref}` continues it.")
+    return made.status().exit_code or 0
+
+
+def _spawn(made: Run) -> int:
+    """Start the process that trains in this one's stead and outlives it and its terminal."""
+    command = [sys.executable, "-m", "equipoise.pipelines.cli", "resume", str(made.folder), "--queued"]
+    with open(made.log_file, "ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ).pid
+
+
+def _pipeline(config: configs.RunConfig) -> type[Pipeline]:
+    return registry.load("pipelines", config.pipeline)
+
+
+def _ref(made: Run) -> str:
+    """What a user types to mean this run: its id where that is enough."""
+    return made.id if Store().root == made.root else str(made.folder)
+
+
+def _with_overrides(found: Run, overrides: list[str]) -> configs.RunConfig:
+    file = found.folder / "config.yaml"
+    config = configs.load(file, overrides)
+    before, allowed = configs.flat(configs.load(file)), type(config).RESUMABLE
+    changed = [key for key, value in configs.flat(config).items() if before.get(key) != value]
+    if refused := [key for key in changed if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
+        raise ConfigError(
+            [f"command line: {key}: cannot change when a run is resumed, only {', '.join(allowed)}." for key in refused]
+        )
+    return config
+
+
+def _keys(cls: type[configs.RunConfig]) -> str:
+    rows = []
+    for key in configs.describe(cls):
+        kind = " or ".join(map(str, key.choices)) or key.type
+        default = "required" if key.required else show(key.default)
+        rows.append([key.key, key.short or "", f"{kind} {key.bounds}".strip(), default, key.help])
+    return table(["KEY", "SHORT", "TYPE", "DEFAULT", "WHAT IT IS"], rows)

@@ -1,0 +1,166 @@
+"""What a comparison is: runs laid out as rows (everything but the rate) × columns (learning rate), with their scores."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import InputError
+from equipoise.pipelines.records import RunConfig
+from equipoise.pipelines.robustness import Point, UsableRange, threshold, usable_range
+
+RATE = "optimizer.learning_rate"
+_NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
+_DETAILS = ("checkpoint", "samples", "optimizer.options")  # options are shown with their optimizer
+
+
+@dataclass
+class Picture:
+    """One generated picture, on disk in the comparison's folder."""
+
+    prompt: int  # index into Comparison.prompts
+    seed: int
+    file: str  # relative to the comparison's folder
+    thumbnail: str
+    right: bool | None = None  # the judge's verdict, where the domain is drawn
+    note: str = ""  # what the judge saw
+
+
+@dataclass
+class Cell:
+    """One run, or the untouched base, in the comparison."""
+
+    run: str  # the run's id; "" for the base
+    row: str
+    rate: float  # learning rate; nan for the base
+    seed: int
+    state: str  # done, diverged, stopped, failed …
+    message: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)  # dotted key → value, where the cells differ
+
+    @property
+    def score(self) -> float:
+        return self.metrics.get("score", math.nan)
+
+
+@dataclass
+class Comparison:
+    name: str
+    folder: Path
+    prompts: list[str]
+    score: str  # what the score is, in words
+    base: Cell
+    cells: list[Cell]
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(cell.row for cell in self.cells))
+
+    @property
+    def rates(self) -> list[float]:
+        return sorted({cell.rate for cell in self.cells})
+
+    def at(self, row: str, rate: float) -> list[Cell]:
+        """The cells of one place, one per seed."""
+        return sorted((c for c in self.cells if c.row == row and c.rate == rate), key=lambda cell: cell.seed)
+
+    def points(self, row: str) -> list[Point]:
+        """A row's mean score at each rate; a seed without a score counts as no better than the base."""
+        points = []
+        for rate in self.rates:
+            if cells := self.at(row, rate):
+                scores = [cell.score if math.isfinite(cell.score) else self.base.score for cell in cells]
+                points.append(Point(rate, sum(scores) / len(scores)))
+        return points
+
+    @property
+    def line(self) -> float | None:
+        """The score that counts as usable, or None where no cell beats the base."""
+        best = max((point.score for row in self.rows for point in self.points(row)), default=-math.inf)
+        return threshold(self.base.score, best) if best > self.base.score else None
+
+    def ranges(self) -> dict[str, UsableRange | None]:
+        line = self.line
+        return {row: usable_range(self.points(row), line) if line is not None else None for row in self.rows}
+
+    def write_tables(self) -> list[Path]:
+        """Writes table.csv and table.json; returns their paths."""
+        from equipoise.pipelines.files import write_atomic
+
+        names = list(dict.fromkeys(name for cell in [self.base, *self.cells] for name in cell.metrics))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "learning_rate", "seed", "run", "state", *names])
+        for cell in [self.base, *self.cells]:
+            numbers = [_shown(cell.metrics.get(name)) for name in names]
+            writer.writerow([cell.row, "" if math.isnan(cell.rate) else f"{cell.rate:g}", cell.seed, cell.run, cell.state, *numbers])
+        write_atomic(self.folder / "table.csv", text.getvalue())
+        document = {
+            "name": self.name,
+            "score": self.score,
+            "usable_from": self.line,
+            "usable_ranges": {
+                row: None if found is None else {"low": found.low, "high": found.high, "decades": found.decades,
+                                                 "open_low": found.open_low, "open_high": found.open_high}
+                for row, found in self.ranges().items()
+            },
+            "cells": [
+                {"row": c.row, "learning_rate": None if math.isnan(c.rate) else c.rate, "seed": c.seed, "run": c.run,
+                 "state": c.state, "message": c.message, "metrics": {k: _finite(v) for k, v in c.metrics.items()}}
+                for c in [self.base, *self.cells]
+            ],
+        }
+        write_atomic(self.folder / "table.json", json.dumps(document, indent=1) + "\n")
+        return [self.folder / "table.csv", self.folder / "table.json"]
+
+
+def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, Any]]]:
+    """Each run's row label, learning rate, and what of its configuration differs between the runs.
+
+    Raises:
+        InputError: a run has no learning rate to lay it out by.
+    """
+    flat = [flatten(config.model_dump(mode="json")) for config in configs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
+    axes = [
+        key for key in differing
+        if key not in _NOT_AXES and key != "optimizer.name" and not key.startswith(_DETAILS)
+        and key != "optimizer.text_encoder_learning_rate"
+    ]
+    placed = []
+    for one in flat:
+        if RATE not in one:
+            raise InputError("comparison: a run has no optimizer.learning_rate, so it has no column.")
+        options = {key.removeprefix("optimizer.options."): value for key, value in one.items()
+                   if key.startswith("optimizer.options.") and key in differing}
+        words = [f"{key.split('.')[-1]}={value:g}" if isinstance(value, float) else f"{key.split('.')[-1]}={value}"
+                 for key, value in [*options.items(), *((key, one.get(key)) for key in axes)]]
+        label = " ".join([str(one["optimizer.name"]), *words])
+        placed.append((label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")}))
+    return placed
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"

@@ -1,0 +1,73 @@
+"""Writing files so that a reader, or a crash, never meets half of one."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from equipoise.errors import InputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether that was the disk; libraries written in Rust or C++ say so in words only."""
+    return getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating system error met while writing `path` into one sentence.
+
+    Raises:
+        InputError: the disk is full, the folder is read-only, a parent is missing, …
+    """
+    try:
+        yield
+    except OSError as error:
+        if disk_full(error):
+            raise InputError(
+                f"{path}: the disk is full (or a quota or file size limit is reached); nothing half-written was left. "
+                f"Free some space, or choose another place with runs=FOLDER, and start again."
+            ) from error
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def write_atomic(path: Path | str, data: str | bytes) -> None:
+    """Replace `path` by `data`: readers see the old file or the new one, also after a crash or on a full disk.
+
+    Raises:
+        InputError: the file cannot be written; the old one, if any, is untouched.
+    """
+    path = Path(path)
+    with explained(path):
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append(path: Path, line: str) -> None:
+    """Add a whole line to `path`, or nothing of it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    data = line.encode()
+    with explained(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(handle).st_size
+            if os.write(handle, data) != len(data):  # the disk filled up in the middle of the line
+                os.ftruncate(handle, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)

@@ -1,0 +1,165 @@
+"""The SQLite table that indexes the runs of a folder and is their queue.
+
+The folders are the truth. A table that is missing, damaged or of another version is made anew from them.
+"""
+
+import fcntl
+import json
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TypeVar
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import status as statuses
+from equipoise.pipelines.files import explained
+from equipoise.pipelines.status import Status
+
+_VERSION = 1
+_COLUMNS = ("id", "kind", "sweep", "name", "pipeline", "state", "created", "queued")
+_SCHEMA = f"""
+    PRAGMA journal_mode = WAL;
+    CREATE TABLE runs (
+        id TEXT PRIMARY KEY, kind TEXT, sweep TEXT, name TEXT, pipeline TEXT, state TEXT,
+        created REAL, queued REAL, worker TEXT
+    );
+    CREATE INDEX by_age ON runs (created);
+    PRAGMA user_version = {_VERSION};
+"""
+_PUT = (
+    f"INSERT INTO runs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)}) "
+    f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = :{name}' for name in _COLUMNS[1:])}"
+)
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Index:
+    """The index of one runs folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.file = root / "index.sqlite"
+
+    def put(self, *items: Status) -> None:
+        """Write down how runs stand."""
+        self._with(lambda db: db.executemany(_PUT, [asdict(item) for item in items]))
+
+    def ids(self, kinds: tuple[str, ...], sweep: str | None = None) -> list[str]:
+        """Ids, youngest first; what has come or gone by other hands since the last look is taken into account."""
+        here = {folder.name for folder in run_folders(self.root)}
+
+        def look(db: sqlite3.Connection) -> list[tuple[str, str]]:
+            return db.execute("SELECT id, kind FROM runs ORDER BY created DESC, id DESC").fetchall()
+
+        known = {id for id, _ in self._with(look)}
+        gone = [id for id in known if id.split("/")[0] not in here or not (self.root / id).is_dir()]
+        if gone:
+            self._with(lambda db: db.executemany("DELETE FROM runs WHERE id = ?", [(id,) for id in gone]))
+        if new := here - known:
+            self.put(*(item for name in new for item in scan(self.root / name)))
+        wanted = "" if sweep is None else f"{sweep}/"
+        return [id for id, kind in self._with(look) if kind in kinds and id.startswith(wanted)]
+
+    def offer(self, id: str) -> None:
+        """Let workers claim a run again that was claimed before."""
+        self._with(lambda db: db.execute("UPDATE runs SET worker = NULL WHERE id = ?", (id,)))
+
+    def claim(self, sweep: str | None) -> str | None:
+        """Take the queued run that waits longest; no two living processes ever get the same one."""
+        me = json.dumps(statuses.process())
+
+        def take(db: sqlite3.Connection) -> str | None:
+            db.execute("BEGIN IMMEDIATE")
+            with db:
+                waiting = db.execute(
+                    "SELECT id, worker FROM runs WHERE state = 'queued' AND queued IS NOT NULL "
+                    "AND (:sweep IS NULL OR sweep = :sweep) ORDER BY queued, id",
+                    {"sweep": sweep},
+                )
+                free = next((id for id, worker in waiting if not worker or statuses.gone(**json.loads(worker))), None)
+                db.execute("UPDATE runs SET worker = ? WHERE id = ?", (me, free))
+                return free
+
+        return self._with(take)
+
+    def rebuild(self) -> None:
+        """Make the table anew from the folders."""
+        with self._building():
+            self._build()
+
+    def _with(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `work` in a connection of its own, on a new table where there is none that can be used."""
+        try:
+            with self._connection() as db:
+                return work(db)
+        except sqlite3.DatabaseError as error:
+            problem = error
+        try:
+            with self._building():
+                if not self._usable():  # else another process has just made it
+                    self._build()
+            with self._connection() as db:
+                return work(db)
+        except sqlite3.DatabaseError as error:  # locked for too long, on a full disk, in a read-only folder
+            raise EquipoiseError(f"{self.file}: cannot be used: {error}.") from problem
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        # mode=rw: a table is only ever created whole, by _build
+        with closing(
+            sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=rw", uri=True, timeout=10, isolation_level=None)
+        ) as db:
+            if db.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+                raise sqlite3.DatabaseError("made by another version")
+            yield db
+
+    def _usable(self) -> bool:
+        try:
+            with self._connection() as db:
+                db.execute(f"SELECT {', '.join(_COLUMNS)}, worker FROM runs LIMIT 1")
+                return db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
+        except sqlite3.DatabaseError:
+            return False
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        with explained(self.file), open(self.root / ".index.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _build(self) -> None:
+        _log.info("%s: made anew from the folders", self.file)
+        new = self.file.with_name(f".{self.file.name}.new")
+        new.unlink(missing_ok=True)
+        with closing(sqlite3.connect(new, isolation_level=None)) as db:
+            db.executescript(_SCHEMA)
+            db.executemany(_PUT, [asdict(item) for folder in run_folders(self.root) for item in scan(folder)])
+        for tail in ("-wal", "-shm"):  # those of the old table
+            self.file.with_name(self.file.name + tail).unlink(missing_ok=True)
+        new.replace(self.file)
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The folders of runs and sweeps right below `root`."""
+    try:
+        return [item for item in root.iterdir() if item.name[0] != "." and (item / "status.json").is_file()]
+    except FileNotFoundError:
+        return []
+
+
+def scan(folder: Path) -> list[Status]:
+    """How the run in `folder` stands, and, where it is a sweep, its cells."""
+    return [look(folder, folder.name), *(look(cell, f"{folder.name}/{cell.name}") for cell in run_folders(folder))]
+
+
+def look(folder: Path, id: str) -> Status:
+    """How a run stands, also where its status cannot be read; its place gives it its id."""
+    try:
+        return replace(statuses.read(folder), id=id)
+    except InputError as error:
+        kind, sweep = ("cell", id.split("/")[0]) if "/" in id else ("run", None)
+        return Status(id=id, kind=kind, sweep=sweep, state="failed", message=str(error))

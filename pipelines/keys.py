@@ -1,0 +1,213 @@
+"""The keys of a configuration record: what there is, for help and forms, and what is wrong with them, in sentences."""
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+class Problems(ValueError):
+    """For validators: several problems of the validated key, one sentence each; every one gets its own line.
+
+    A sentence for a key below the validated one starts with that key and a colon ("damping: must be …").
+    """
+
+    def __init__(self, sentences: Iterable[str]):
+        self.sentences = list(sentences)
+        super().__init__(" ".join(self.sentences))
+
+
+@dataclass(frozen=True)
+class Key:
+    """One thing that can be set."""
+
+    key: str  # dotted path, "optimizer.learning_rate"
+    short: str | None  # its short name, if it has one
+    type: str  # "int", "float or none", "list[str]"
+    default: Any  # None too where a value is required
+    required: bool
+    help: str
+    choices: tuple = ()  # the values it may have, where they are few
+    limits: dict[str, float] = field(default_factory=dict)  # gt, ge, lt, le
+
+    @property
+    def bounds(self) -> str:
+        """The limits for people: "> 0, <= 1"."""
+        return ", ".join(f"{_SIGNS[name]} {_number(limit)}" for name, limit in self.limits.items())
+
+
+def describe(cls: type[BaseModel]) -> list[Key]:
+    """Every key of a configuration record, in the order of its definition."""
+    shorts = {dotted: short for short, dotted in getattr(cls, "SHORT", {}).items()}
+
+    def walk(model: type[BaseModel], prefix: str) -> Iterable[Key]:
+        for name, info in model.model_fields.items():
+            key = f"{prefix}{name}"
+            if section := _section(info.annotation):
+                yield from walk(section, f"{key}.")
+                continue
+            yield Key(
+                key=key,
+                short=shorts.get(key),
+                type=_type(info.annotation),
+                default=None if info.is_required() else info.get_default(call_default_factory=True),
+                required=info.is_required(),
+                help=info.description or "",
+                choices=_choices(info.annotation),
+                limits=_limits(info),
+            )
+
+    return list(walk(cls, ""))
+
+
+def section_at(cls: type[BaseModel], dotted: str) -> type[BaseModel] | None:
+    """The section that stands at a dotted key, or None where there is no section."""
+    model: type[BaseModel] | None = cls
+    for part in dotted.split("."):
+        info = model.model_fields.get(part) if model else None
+        model = _section(info.annotation) if info else None
+    return model
+
+
+def explain(
+    cls: type[BaseModel],
+    error: ValidationError,
+    tree: Mapping[str, Any],  # what was validated
+    sources: Mapping[str, str],  # dotted key → where it was given
+    label: str,  # where keys that were not given should have been
+) -> list[str]:
+    """One line per problem: `source: key: sentence.`"""
+    keys = describe(cls)
+    lines: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        key = _key(item, tree)
+        for sentence in _sentences(item, key, keys):
+            below = re.match(r"(\w+): ", sentence) if isinstance(item.get("ctx", {}).get("error"), Problems) else None
+            lines.setdefault(f"{key}.{below[1]}" if below else key, []).append(sentence[below.end() if below else 0 :])
+    return [
+        f"{_source(key, sources, label)}: {key}: {sentence}"
+        for key, sentences in lines.items()
+        for sentence in _merged(sentences)
+    ]
+
+
+def show(value: Any) -> str:
+    """A value as people wrote it, shortened."""
+    words = {None: "nothing", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *_members(annotation)):
+        if isinstance(candidate, type) and not get_origin(candidate) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _members(annotation: Any) -> tuple:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+
+
+def _type(annotation: Any) -> str:
+    if members := _members(annotation):
+        return " or ".join(_type(member) for member in members)
+    if get_origin(annotation) is Literal:
+        return " or ".join(dict.fromkeys(type(choice).__name__ for choice in get_args(annotation)))
+    if annotation is types.NoneType:
+        return "none"
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
+    if get_origin(annotation) is dict:
+        return "mapping"
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+
+
+def _choices(annotation: Any) -> tuple:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for member in _members(annotation) for choice in _choices(member))
+
+
+def _limits(info: FieldInfo) -> dict[str, float]:
+    inner = [
+        item for member in _members(info.annotation) for item in get_args(member)[1:]
+    ]  # Annotated[float, Field(…)]
+    found = [*info.metadata, *(item for field in inner for item in getattr(field, "metadata", [field]))]
+    return {name: getattr(item, name) for item in found for name in _SIGNS if hasattr(item, name)}
+
+
+def _key(item: Any, tree: Any) -> str:
+    """The dotted key that an error is about; pydantic adds the members of unions to its location."""
+    parts: list[str] = []
+    for part in item["loc"]:
+        if isinstance(tree, Mapping) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        elif item["type"] == "missing":
+            tree = None
+        else:
+            break
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _sentences(item: Any, key: str, keys: list[Key]) -> list[str]:
+    kind, limits = item["type"], item.get("ctx", {})
+    if kind == "missing":
+        known = next((k for k in keys if k.key == key), None)
+        text = f": {known.help.rstrip('.')}" if known and known.help else ""
+        return [f"is required{text}. Give {(known and known.short) or key}=…"]
+    if kind == "extra_forbidden":
+        close = _close(key, keys)
+        return [f"unknown key. {close or '`equipoise train CONFIG --keys` shows all.'}"]
+    if kind == "value_error":
+        cause = limits["error"]
+        return cause.sentences if isinstance(cause, Problems) else [str(cause)]
+    for name, sign in _SIGNS.items():
+        if name in limits:
+            return [f"must be {sign} {_number(limits[name])}, got {show(item['input'])}."]
+    if kind == "model_type":
+        below = ", ".join(k.key for k in keys if k.key.startswith(f"{key}."))
+        return [f"is a section, got {show(item['input'])}. Its keys are {below}."]
+    text = item["msg"].split(", unable to parse")[0].replace("Input should be ", "must be ")
+    return [f"{text[0].lower()}{text[1:]}, got {show(item['input'])}."]
+
+
+def _merged(sentences: list[str]) -> list[str]:
+    """The complaints of a union's members ("must be an int, got x.", "must be a string, got x.") as one."""
+    if len(sentences) < 2 or not all(text.startswith("must be ") and ", got " in text for text in sentences):
+        return sentences
+    wants = [text.removeprefix("must be ").rpartition(", got ")[0] for text in sentences]
+    return [f"must be {' or '.join(dict.fromkeys(wants))}, got {sentences[0].rpartition(', got ')[2]}"]
+
+
+def _close(key: str, keys: list[Key]) -> str:
+    names = [k.key for k in keys] + [k.short for k in keys if k.short]
+    last = key.rpartition(".")[2]
+    found = difflib.get_close_matches(key, names, 2, 0.7)
+    found += [name for name in names if difflib.SequenceMatcher(None, name.rpartition(".")[2], last).ratio() >= 0.8]
+    found = [name for name in dict.fromkeys(found) if name != key]
+    return f"Did you mean {' or '.join(repr(name) for name in found[:3])}?" if found else ""
+
+
+def _source(key: str, sources: Mapping[str, str], label: str) -> str:
+    """Where a key was given, itself, within a bigger value, or as parts."""
+    parent = key
+    while parent:
+        if parent in sources:
+            return sources[parent]
+        parent = parent.rpartition(".")[0]
+    return next((source for other, source in sources.items() if other.startswith(f"{key}.")), label)

@@ -1,0 +1,88 @@
+"""The training loop that all pipelines share: steps, requests, checkpoints, samples, and an end that loses nothing.
+
+A step is: evaluate the batch → the objective turns its losses into gradients → the optimizer steps at the rates that
+schedule and coordinator set. Each is replaceable and none knows the others; the pipeline's `Work` puts them together.
+"""
+
+import time
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from equipoise.pipelines import checkpoints
+from equipoise.pipelines.pipeline import Outcome
+from equipoise.pipelines.run import Run
+
+SAID_EVERY = 30.0  # seconds between lines of progress in a run's log
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient of a step is NaN or infinite; raised before the step changes any weight."""
+
+
+class Work(Protocol):
+    """What a pipeline does when the loop asks."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Takes one optimizer step and returns what to log, `loss` among it. Raises NonFiniteError."""
+        ...
+
+    def weights(self) -> dict[str, Any]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, weights: dict[str, Any], state: dict[str, Any]) -> None: ...
+
+    def rewind(self) -> None:
+        """Goes back to the newest weights that gave a finite loss."""
+        ...
+
+    def sample(self, step: int) -> None: ...
+
+
+def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: int, sample_every: int) -> Outcome:
+    """Trains from the last complete checkpoint, if there is one, to `steps`; a stop request saves first."""
+    folder = run.folder / "checkpoints"
+    taken = 0
+    if saved := checkpoints.complete(folder):
+        taken, weights, state = checkpoints.load(saved[-1])
+        work.restore(weights, state)
+        run.log(f"resumed from {saved[-1].name}")
+    run.rewind_metrics(taken)
+    run.update(step=taken, total=steps)
+
+    def save(step: int) -> None:
+        checkpoints.save(folder, step, work.weights(), work.state(), keep)
+        run.log(f"saved step {step}")
+
+    said = time.monotonic()
+    # disable=None: no bar where nobody watches (a log file); the lines below tell there instead
+    with tqdm(total=steps, initial=taken, desc=run.id, unit="step", dynamic_ncols=True, disable=None) as bar:
+        for step in range(taken, steps):
+            asked = run.requested()
+            if "stop" in asked:
+                save(step)
+                return Outcome("stopped", f"stopped on request at step {step} of {steps}; the state is saved.", step)
+            if "save" in asked:
+                save(step)
+            if "sample" in asked:
+                work.sample(step)
+            started = time.perf_counter()
+            try:
+                values = work.step(step)
+            except NonFiniteError as error:
+                work.rewind()
+                message = f"{error} at step {step + 1} of {steps}; the last weights with a finite loss are kept."
+                run.log(message)
+                return Outcome("diverged", message, step)
+            run.metric(step + 1, **values, seconds=time.perf_counter() - started)
+            bar.update()
+            bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
+            if time.monotonic() - said > SAID_EVERY:
+                said = time.monotonic()
+                run.log(f"step {step + 1} of {steps}, loss {values['loss']:.4g}")
+            if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
+                save(step + 1)
+            if sample_every and (step + 1) % sample_every == 0 and step + 1 < steps:
+                work.sample(step + 1)
+    return Outcome("done", f"{steps} steps.", steps)

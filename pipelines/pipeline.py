@@ -1,0 +1,100 @@
+"""What a pipeline is: a configuration record, a check of the outside world, and a run.
+
+A third party's pipeline is a subclass of `Pipeline`, named by an entry point in the group `equipoise.pipelines`.
+Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.config import RunConfig
+from equipoise.pipelines.files import disk_full
+from equipoise.pipelines.run import Run, sentence
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended when nothing went wrong with the program."""
+
+    state: Literal["done", "stopped", "diverged"]
+    message: str = ""  # one sentence for people
+    step: int | None = None  # the last step taken
+
+
+class Pipeline:
+    """Base of all pipelines.
+
+    `name` is the entry point's name, `title` a phrase for people, `Config` the record of everything that can be set.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    Config: ClassVar[type[RunConfig]] = RunConfig
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Problems of the outside world (a missing folder, a checkpoint of another kind), one sentence each.
+
+        Called before anything is written; an empty list means go.
+        """
+        return []
+
+    @classmethod
+    def run(cls, config: Any, run: Run) -> Outcome:
+        """Train, from the last complete checkpoint in `run.folder` if there is one.
+
+        Args:
+            config: an instance of `Config`.
+            run: where to write, what to report to, whom to ask for requests.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say how to run")
+
+    @classmethod
+    def compare(
+        cls,
+        name: str,
+        folder: Path,
+        runs: Sequence[Run],
+        configs: Sequence[Any],
+        samples: Any,
+        clip: str | None = None,
+    ) -> Comparison:
+        """Generate and measure the same things from every run, into `folder`.
+
+        Args:
+            name: what the comparison is called.
+            folder: where pictures and tables go.
+            runs: finished ones; one without a result becomes a cell without pictures.
+            configs: theirs, in the same order.
+            samples: what to generate.
+            clip: a CLIP model (folder or hub id) to score pictures against their prompts with, where there are any.
+
+        Raises:
+            InputError: the runs cannot be compared.
+        """
+        raise InputError(f"the pipeline {cls.name} has no comparison.")
+
+
+def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
+    """Run `pipeline` inside `run`'s session, so that the folder tells at any time what happened.
+
+    Raises:
+        InputError: the run is being trained by another process, or the input turned out to be unusable.
+        EquipoiseError: it failed; the message is one sentence, and the traceback is in the run's log.
+        KeyboardInterrupt: interrupted twice.
+    """
+    try:
+        with run.session():
+            outcome = pipeline.run(config, run)
+            run.finish(outcome.state, message=outcome.message, step=outcome.step)
+            return outcome
+    except EquipoiseError:
+        raise
+    except Exception as error:
+        if disk_full(error):
+            raise InputError(f"{run.folder}: {sentence(error)}") from error
+        raise EquipoiseError(f"{run.id}: {sentence(error)} The traceback is in {run.log_file}.") from error

@@ -1,0 +1,95 @@
+"""The records that configurations are made of."""
+
+import os
+import re
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from equipoise import registry
+from equipoise.errors import InputError
+from equipoise.options import check_options
+from equipoise.pipelines.keys import Problems, show
+
+WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+class Section(BaseModel):
+    """A group of keys. Give every field a `Field(description=…)` and its bounds: help, forms and errors come from them.
+
+    Defaults belong to the section's own fields: a section given in part takes the rest from there.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # `name: 2024` means the text
+        protected_namespaces=(),  # a key may be called model_something
+    )
+
+
+class PluginSection(Section):
+    """The choice of a plugin by name, with its options, both checked against what is installed.
+
+    Subclasses say which kind (`optimizers`, `objectives`, `coordinators`), and which options have a key of their own.
+    """
+
+    KIND: ClassVar[str]
+    OWN: ClassVar[dict[str, str]] = {}  # option → the key that sets it, {"lr": "learning_rate"}
+
+    name: str = Field(description="The plugin's name; `equipoise list` shows all.")
+    options: dict[str, Any] = Field({}, description="Its options; `equipoise show NAME` explains them.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            registry.find(cls.KIND, name)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _fit(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "name" not in info.data:  # its own error is enough
+            return given
+        try:
+            plugin = registry.load(cls.KIND, info.data["name"])
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        problems = [f"{option}: is set by the key {key!r}." for option, key in cls.OWN.items() if option in given]
+        problems += [line for line in check_options(plugin, given) if line.partition(":")[0] not in cls.OWN]
+        if problems:
+            raise Problems(problems)
+        return given
+
+
+class RunConfig(Section):
+    """What every pipeline's configuration has."""
+
+    SHORT: ClassVar[dict[str, str]] = {}  # short name → dotted key, for the keys that people change all the time
+    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "checkpoint", "samples")  # may change when a run is resumed
+
+    pipeline: str = Field(description="Which pipeline reads this; `equipoise list pipelines` shows all.")
+    name: str = Field(max_length=80, description="A word for this run; part of its id.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Where all randomness starts.")
+    runs: str = Field(
+        default_factory=lambda: os.environ.get("EQUIPOISE_RUNS") or "runs",
+        min_length=1,
+        description="The folder that runs are kept in. Environment variable: EQUIPOISE_RUNS.",
+    )
+
+    sweep: dict[str, list[Any]] = Field(
+        {},
+        description="Axes for `equipoise sweep`: a key, or its short name, and its values. `train` leaves them alone.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, name: str) -> str:
+        if not re.fullmatch(WORD, name):
+            raise ValueError(f"must be one word of letters, digits, _ . and -, got {show(name)}.")
+        return name

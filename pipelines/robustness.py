@@ -1,0 +1,72 @@
+"""How forgiving an optimizer is of the learning rate: its usable range, in decades. The one definition of it.
+
+Every cell has a score, higher is better, and the untouched base has one. The line is drawn at
+
+    base + USABLE · (best − base)
+
+where *best* is the best score of any cell in the comparison, so every optimizer has to clear the same bar. Scores are
+joined by straight lines over log₁₀(learning rate); an optimizer's usable range is the unbroken stretch above the line
+that holds its own best rate. A stretch that reaches the end of what was tried is open there: "at least".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+USABLE = 0.75  # share of the best gain over the base that a rate must reach to count as usable
+
+
+@dataclass(frozen=True)
+class Point:
+    rate: float  # learning rate
+    score: float  # higher is better
+
+
+@dataclass(frozen=True)
+class UsableRange:
+    low: float  # learning rate
+    high: float
+    open_low: bool  # nothing lower was tried
+    open_high: bool  # nothing higher was tried
+
+    @property
+    def decades(self) -> float:
+        return math.log10(self.high / self.low)
+
+    def __str__(self) -> str:
+        at_least = "at least " if self.open_low or self.open_high else ""
+        return f"{self.low:.1e} to {self.high:.1e} ({at_least}{self.decades:.1f} decades)"
+
+
+def threshold(base: float, best: float) -> float:
+    return base + USABLE * (best - base)
+
+
+def usable_range(points: Sequence[Point], line: float) -> UsableRange | None:
+    """The learning rates that work, or None where none does.
+
+    Args:
+        points: One optimizer's cells, one per learning rate, in any order. Scores that are not finite count as failures.
+        line: The score to reach, from `threshold`.
+    """
+    ordered = sorted(points, key=lambda point: point.rate)
+    scores = [point.score if math.isfinite(point.score) else -math.inf for point in ordered]
+    if not ordered or max(scores) < line:
+        return None
+    top = scores.index(max(scores))
+    first, last = top, top
+    while first > 0 and scores[first - 1] >= line:
+        first -= 1
+    while last + 1 < len(ordered) and scores[last + 1] >= line:
+        last += 1
+    low = ordered[first].rate if first == 0 else _crossing(ordered[first - 1], ordered[first], line)
+    high = ordered[last].rate if last + 1 == len(ordered) else _crossing(ordered[last + 1], ordered[last], line)
+    return UsableRange(low, high, first == 0, last + 1 == len(ordered))
+
+
+def _crossing(outside: Point, inside: Point, line: float) -> float:
+    """The rate between two cells at which the straight line between their scores meets the bar."""
+    if not math.isfinite(outside.score) or inside.score == line:
+        return inside.rate
+    share = (inside.score - line) / (inside.score - outside.score)
+    return 10 ** (math.log10(inside.rate) + share * (math.log10(outside.rate) - math.log10(inside.rate)))

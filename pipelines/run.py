@@ -1,0 +1,227 @@
+"""One run: its folder, what is written there, and the session of the process that trains it."""
+
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import environment, status
+from equipoise.pipelines.files import append, disk_full, write_atomic
+from equipoise.pipelines.index import Index
+from equipoise.pipelines.lock import exclusive, stop_signals
+from equipoise.pipelines.status import HEARTBEAT, Status
+
+REQUESTS = ("stop", "save", "sample")
+FOLDERS = ("samples", "checkpoints", "result", "requests")
+_PROGRESS = {"step", "loss", "rate"}  # written with the next heartbeat; everything else at once
+
+
+class Run:
+    """A run's folder. Anyone may read and send requests; one process at a time trains, in a `session`."""
+
+    def __init__(self, folder: Path | str):
+        """Open an existing run.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        self.folder = Path(folder).resolve()
+        cell = status.read(self.folder).kind == "cell"
+        self.sweep = self.folder.parent.name if cell else None  # the id of the sweep that this is a cell of
+        self.root = self.folder.parent.parent if cell else self.folder.parent
+        self.id = self.folder.relative_to(self.root).as_posix()
+        self.log_file = self.folder / "log.txt"
+        self.samples, self.checkpoints, self.result, _ = (self.folder / name for name in FOLDERS)
+        self.signal: int | None = None  # the signal that asked this session to stop
+        self._requests = {kind: str(self.folder / "requests" / kind) for kind in REQUESTS}
+        self._stop = False
+        self._live: Status | None = None  # this session's record, ahead of the file by a heartbeat
+        self._lock = threading.Lock()
+
+    # What anyone may do
+
+    def config(self) -> Any:
+        """The run's configuration."""
+        return configs.load(self.folder / "config.yaml")
+
+    def status(self) -> Status:
+        """How the run stands."""
+        return self._live or replace(status.read(self.folder), id=self.id)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, oldest first; a last line that a crash cut off is left out."""
+        records = []
+        for line in self._metric_lines():
+            record = json.loads(line)
+            records.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in record.items()})
+        return records
+
+    def request(self, kind: str) -> None:
+        """Ask the process that trains this run to "stop", "save" or "sample" after its current step."""
+        if kind not in REQUESTS:
+            raise InputError(f"{self.id}: no request {kind!r}; there are {', '.join(REQUESTS)}.")
+        write_atomic(self._requests[kind], "")
+
+    def log(self, text: str) -> None:
+        """Add a line to `log.txt`."""
+        append(self.log_file, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def update(self, **changes: Any) -> None:
+        """Change the status.
+
+        In a session, `step`, `loss` and `rate` cost nothing: they are written with the next heartbeat. Outside one the
+        change is made under the run's lock.
+
+        Raises:
+            InputError: another process trains the run, or the status cannot be written.
+        """
+        changes = status.plain(changes)
+        if self._live is None:
+            with exclusive(self.folder, self.id):
+                self._write(replace(status.read(self.folder, as_written=True), **changes), changes)
+            return
+        with self._lock:
+            self._live = replace(self._live, **changes)
+            if not changes.keys() <= _PROGRESS:
+                self._write(self._live, changes)
+
+    def hand_over(self, spawn: Callable[[], int]) -> int:
+        """Start the process that will train this run, and note which it is, so that its early death shows.
+
+        Args:
+            spawn: starts it and returns its number, which is returned.
+        """
+        with exclusive(self.folder, self.id):  # the new process waits for this before it writes
+            pid = spawn()
+            self._write(replace(status.read(self.folder, as_written=True), **status.process(pid)), {})
+        return pid
+
+    # What the process that trains does
+
+    @contextmanager
+    def session(self, signals: bool = True) -> Iterator["Run"]:
+        """Be the one process that trains this run, from the first step to the final state.
+
+        Keeps the heartbeat; takes SIGINT and SIGTERM as requests to stop (a second one interrupts at once), if this is
+        the main thread and `signals` are wanted; records how it ended: `finish`, else done, else the exception.
+
+        Raises:
+            InputError: another process trains this run.
+        """
+        with exclusive(self.folder, self.id):
+            before = self.status()
+            self.signal, self._stop = None, False
+            self._live = replace(before, **status.process(), started=time.time(), seconds=before.duration)
+            over = threading.Event()
+            beat = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
+            try:
+                self.update(state="running", message="", ended=None, exit_code=None, queued=None, heartbeat=time.time())
+                environment.renew(self.folder / "environment.json")
+                beat.start()
+                with stop_signals(self._on_signal) if signals else nullcontext():
+                    yield self
+                if self._live.state == "running":
+                    self.finish("done")
+            except BaseException as error:
+                self._failed(error)
+                raise
+            finally:
+                over.set()
+                if beat.ident:
+                    beat.join()
+                self._live = None
+
+    def finish(self, state: str, message: str = "", step: int | None = None, exit_code: int | None = None) -> None:
+        """Record the session's end: done, stopped, failed or diverged, with the exit code that goes with it."""
+        if exit_code is None:
+            exit_code = {"done": 0, "stopped": 128 + (self.signal or signal.SIGTERM)}.get(state, 1)
+        taken = {} if step is None else {"step": step}
+        now = time.time()
+        self.update(state=state, message=message, exit_code=exit_code, ended=now, heartbeat=now, **taken)
+
+    def requested(self) -> set[str]:
+        """The requests that have come since the last call; "stop" stays once it came. Takes microseconds."""
+        found = set()
+        for kind, file in self._requests.items():
+            try:
+                os.unlink(file)
+                found.add(kind)
+            except OSError:
+                continue
+        self._stop = self._stop or "stop" in found
+        return found | {"stop"} if self._stop else found
+
+    def metric(self, step: int, **values: Any) -> None:
+        """Add a record to `metrics.jsonl`; `loss` and `rate` (the learning rate), if given, enter the status."""
+        record = status.plain({"step": step, "time": time.time()} | values)
+        append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
+        self.update(step=step, **{key: values[key] for key in ("loss", "rate") if key in values})
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget the metrics after `step`, from which training goes on."""
+        lines = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
+        write_atomic(self.folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def forget_requests(self) -> None:
+        """Drop requests that nobody has answered, such as those to a process that died."""
+        self.requested()
+        self._stop = False
+
+    def _write(self, record: Status, changes: dict[str, Any]) -> None:
+        write_atomic(self.folder / "status.json", json.dumps(status.plain(asdict(record)), indent=2))
+        if "state" in changes and (index := Index(self.root)).file.exists():
+            try:
+                index.put(replace(record, id=self.id))
+            except EquipoiseError as error:  # the folder is the truth; the index can be made anew
+                self.log(f"the index was not updated: {error}")
+
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(HEARTBEAT):
+            try:
+                with self._lock:
+                    self._live = replace(self._live or self.status(), heartbeat=time.time())
+                    self._write(self._live, {})
+            except InputError:
+                continue  # a full disk may have room again later; the training itself meets the error where it writes
+
+    def _on_signal(self, number: int) -> None:
+        self.signal, self._stop = number, True
+        os.write(2, b"\nStopping after this step; the state will be saved. Once more stops at once.\n")
+
+    def _failed(self, error: BaseException) -> None:
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                message = "interrupted before its state was saved; the last checkpoint stays"
+                self.finish("stopped", message, exit_code=128 + (self.signal or signal.SIGINT))
+                return
+            text = str(error) if isinstance(error, EquipoiseError) else "".join(traceback.format_exception(error))
+            self.log(text)
+            bad_input = isinstance(error, InputError) or disk_full(error)
+            self.finish("failed", sentence(error), exit_code=2 if bad_input else 1)
+        except InputError:  # nothing can be written; `error` itself is on its way to the user
+            pass
+
+    def _metric_lines(self) -> list[str]:
+        try:
+            text = (self.folder / "metrics.jsonl").read_text()
+        except FileNotFoundError:
+            return []
+        return text[: text.rfind("\n") + 1].splitlines()
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    if disk_full(error):
+        return "the disk is full. Free some space, or choose another place with runs=FOLDER, and resume."
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EquipoiseError) else f"{type(error).__name__}: {text}".removesuffix(": ")

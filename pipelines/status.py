@@ -1,0 +1,124 @@
+"""How a run stands: the record in its `status.json`, and whether the process behind it still lives."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from equipoise.errors import InputError
+
+STATES = ("queued", "running", "done", "stopped", "failed", "diverged", "dead")  # dead is derived, never written
+HEARTBEAT = 2.0  # seconds between two signs of life
+_STALE = 30 * HEARTBEAT  # of a process on another host, which cannot be looked at
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run's state. Times are seconds since 1970; durations are seconds."""
+
+    id: str
+    kind: str = "run"  # run, sweep, or cell (of a sweep)
+    sweep: str | None = None  # a cell's sweep
+    name: str = ""
+    pipeline: str = ""
+    state: str = "queued"
+    message: str = ""  # one sentence on how it ended
+    step: int = 0  # steps taken
+    total: int | None = None  # steps to take
+    loss: float | None = None  # the last one reported
+    rate: float | None = None  # the learning rate of the last step
+    created: float = 0.0
+    queued: float | None = None  # since when it waits in the queue
+    started: float | None = None  # the latest session's start
+    ended: float | None = None
+    seconds: float = 0.0  # of the sessions before the latest
+    heartbeat: float | None = None
+    host: str | None = None
+    pid: int | None = None
+    pid_started: float | None = None  # tells a process from a later one with the same number
+    exit_code: int | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds spent training, over all sessions."""
+        if self.started is None:
+            return 0.0
+        last = {"running": time.time(), "dead": self.heartbeat}.get(self.state, self.ended)
+        return self.seconds + max(0.0, (last or self.started) - self.started)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more, unless it is resumed."""
+        return self.state not in ("queued", "running")
+
+
+def read(folder: Path, as_written: bool = False) -> Status:
+    """The status in a run's folder; unless wanted as written, `dead` where the process it speaks of is no more.
+
+    Raises:
+        InputError: there is no status, or it is not readable.
+    """
+    try:
+        data = json.loads((folder / "status.json").read_bytes())
+        known = {field.name for field in fields(Status)}
+        status = Status(**{key: value for key, value in data.items() if key in known})
+        for name in ("loss", "rate"):  # NaN is a word in the file
+            if (value := getattr(status, name)) is not None:
+                status = replace(status, **{name: float(value)})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: is not a run: its status.json cannot be read ({error}).") from error
+    if not as_written and status.pid is not None and not status.over and _dead(status):
+        return replace(status, state="dead", message=f"process {status.pid} is gone; it may be resumed")
+    return status
+
+
+def process(pid: int | None = None) -> dict[str, Any]:
+    """The fields that identify a process, this one by default."""
+    it = psutil.Process(pid)
+    return {"host": platform.node(), "pid": it.pid, "pid_started": it.create_time()}
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as strict JSON has them: scalars of arrays and tensors as numbers, NaN and infinities as words."""
+
+    def one(value: Any) -> Any:
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, float) and not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return value
+
+    return {key: one(value) for key, value in values.items()}
+
+
+def gone(host: str, pid: int, pid_started: float) -> bool:
+    """Whether a process is no more. Of other hosts' processes nothing is known, so they never are."""
+    if host != platform.node():
+        return False
+    started = _living(pid)
+    return started is None or abs(started - pid_started) >= 2.0
+
+
+def _dead(status: Status) -> bool:
+    age = time.time() - (status.heartbeat or status.created)
+    if status.host != platform.node():
+        return age > _STALE
+    started = _living(status.pid or 0)
+    # A clock that was set meanwhile shifts the start times of processes, too: then the heartbeat decides.
+    return started is None or (abs(started - (status.pid_started or 0.0)) >= 2.0 and age > 5 * HEARTBEAT)
+
+
+def _living(pid: int) -> float | None:
+    """When a process started; None if it is no more, or only waits for its parent to notice; NaN if that is secret."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+    except psutil.AccessDenied:
+        return math.nan

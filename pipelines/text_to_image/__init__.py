@@ -1,0 +1,37 @@
+"""LoRA tuning of Stable Diffusion 1.x/2.x: config → check → train → a LoRA file that diffusers loads."""
+
+import os
+
+from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.pipeline import Outcome, Pipeline
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+
+# Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class TextToImage(Pipeline):
+    """LoRA tuning of Stable Diffusion 1.x and 2.x on captioned pictures."""
+
+    name = "text_to_image"
+    title = "Text to image (LoRA)"
+    Config = TextToImageConfig
+
+    @classmethod
+    def check(cls, config: TextToImageConfig) -> list[str]:
+        from equipoise.pipelines.text_to_image.check import problems
+
+        return problems(config)
+
+    @classmethod
+    def run(cls, config: TextToImageConfig, run: Run) -> Outcome:
+        from equipoise.pipelines.text_to_image.train import train
+
+        return train(config, run)
+
+    @classmethod
+    def compare(cls, name, folder, runs, configs, samples, clip=None) -> Comparison:
+        from equipoise.pipelines.text_to_image.compare import compare
+
+        return compare(name, folder, runs, configs, samples, clip)

@@ -1,0 +1,131 @@
+"""The frozen base: loaded once per process, given LoRA factors for a run, and left as it was afterwards."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from equipoise.errors import InputError
+from equipoise.pipelines.text_to_image.check import is_local, model_problems, model_source
+from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ADAPTER = "default"
+
+
+@dataclass
+class Base:
+    """A Stable Diffusion checkpoint with every parameter frozen."""
+
+    identity: str  # what the latents and embeddings computed with it depend on
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin  # the checkpoint's noise schedule, read by training as DDPM and by sampling as DDIM
+    latents: dict[str, Tensor] = field(default_factory=dict)  # by cache key, shared by the runs of this process
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The same parts as a diffusers pipeline, for sampling and for loading LoRA files."""
+        pipeline = StableDiffusionPipeline(
+            self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler, None, None, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @contextmanager
+    def adapted(self, lora: LoraSection, seed: int) -> Iterator[dict[str, torch.nn.Module]]:
+        """Adds fresh LoRA factors, float32 and trainable, for the time of the block; yields the tuned parts by name.
+
+        Equal seeds give equal factors, whatever the optimizer. Raises InputError when a target names no layer.
+        """
+        parts: dict[str, torch.nn.Module] = {"unet": self.unet}
+        if lora.text_encoder:
+            parts["text_encoder"] = self.text_encoder
+        try:
+            torch.manual_seed(seed)
+            for name, part in parts.items():
+                targets = lora.targets if name == "unet" else lora.text_encoder_targets
+                adapter = LoraConfig(
+                    r=lora.rank, lora_alpha=lora.alpha or lora.rank, lora_dropout=lora.dropout, target_modules=list(targets)
+                )
+                try:
+                    part.add_adapter(adapter, ADAPTER)
+                except ValueError as error:
+                    key = "lora.targets" if name == "unet" else "lora.text_encoder_targets"
+                    raise InputError(f"{key}: {', '.join(targets)}: {str(error).splitlines()[0]}") from None
+                cast_training_params(part, torch.float32)
+            yield parts
+        finally:
+            for part in parts.values():
+                self.restore(part)
+
+    def restore(self, part: torch.nn.Module) -> None:
+        """Takes every LoRA layer off again: the base's own weights were never touched."""
+        recurse_remove_peft_layers(part)
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            if hasattr(part, attribute):
+                delattr(part, attribute)
+        part.eval().requires_grad_(False)
+        part.zero_grad(set_to_none=True)
+
+
+_loaded: dict[str, Base] = {}
+
+
+def load_base(model: ModelSection, precision: str) -> Base:
+    """Loads a checkpoint from safetensors, or returns the one this process already has.
+
+    Raises:
+        InputError: the path or hub id holds no loadable Stable Diffusion checkpoint.
+    """
+    device = PartialState().device
+    key = json.dumps([model.model_dump(), precision, str(device)])
+    if key in _loaded:
+        return _loaded[key]
+    _loaded.clear()  # one base in memory at a time
+    gc.collect()
+    wrong = model_problems(model.path, model.variant) if is_local(model.path) else []
+    if wrong:
+        raise InputError("\n".join(wrong))
+    transformers_logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
+    source, dtype = model_source(model.path), DTYPES[precision]
+    common = {"revision": model.revision}
+    weights = {**common, "variant": model.variant, "use_safetensors": True}
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **common)
+        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", **common)
+        text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **weights)
+        # The autoencoder stays in float32: in fp16 the one of Stable Diffusion 1.x overflows into black pictures.
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32, **weights)
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype, **weights)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model.path: {model.path} cannot be loaded as Stable Diffusion: {reason}") from None
+    for part in (text_encoder, vae, unet):
+        part.requires_grad_(False).eval().to(device)
+    base = Base(_identity(source, vae), tokenizer, text_encoder, vae, unet, scheduler)
+    _loaded[key] = base
+    return base
+
+
+def _identity(source: str, vae: AutoencoderKL) -> str:
+    """Changes when the autoencoder does, wherever the checkpoint lies."""
+    digest = hashlib.sha256(json.dumps(vae.config, default=str, sort_keys=True).encode())
+    for name, tensor in vae.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.flatten()[:64].cpu().numpy().tobytes())
+    return f"{Path(source).name}-{digest.hexdigest()[:16]}"

@@ -1,0 +1,132 @@
+"""Generates the same pictures from every run of a comparison, and from the untouched base, and measures them.
+
+The base is loaded once; each run's LoRA file goes through diffusers' own loader and off again. Prompts, seeds and
+starting noise are the same everywhere, so what differs between two pictures of a column is what training did.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from equipoise.errors import InputError
+from equipoise.pipelines import demo
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.text_to_image.base import Base, load_base
+from equipoise.pipelines.text_to_image.config import SamplesSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.generate import Sample, generate
+from equipoise.pipelines.text_to_image.metrics import DRAWN_SCORE, LOSS_SCORE, ClipScore, drawn_subject, measure, score
+from equipoise.pipelines.text_to_image.train import LORA_FILE
+
+THUMBNAIL = 160  # pixels, the longer side
+
+
+def compare(
+    name: str,
+    folder: Path,
+    runs: Sequence[Run],
+    configs: Sequence[TextToImageConfig],
+    samples: SamplesSection | None = None,
+    clip: str | None = None,
+) -> Comparison:
+    """Generates, measures and writes every picture of a comparison into `folder`.
+
+    Args:
+        name: What the comparison is called.
+        folder: Where pictures, thumbnails and tables go.
+        runs: Finished, diverged or failed runs; a run without a result becomes a cell without pictures.
+        configs: Theirs, in the same order.
+        samples: What to generate; the first run's own samples unless told.
+        clip: A CLIP model (folder or hub id) to score pictures against their prompts with.
+
+    Raises:
+        InputError: the runs tuned different bases, there is no prompt, or the CLIP model cannot be loaded.
+    """
+    first = configs[0]
+    samples = samples or first.samples
+    if not samples.prompts:
+        raise InputError("comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt.")
+    for config in configs[1:]:
+        for key in ("model", "data.resolution"):
+            mine, theirs = _get(first, key), _get(config, key)
+            if mine != theirs:
+                raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base.")
+    scorer = ClipScore(clip) if clip else None
+    base = load_base(first.model, first.train.precision)
+    pipeline = base.pipeline()
+    drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
+    placed = lay_out(configs)
+    results = [_result(run) for run in runs]
+    total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
+    with tqdm(total=total, desc="pictures", unit="picture", dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def fill(cell: Cell) -> None:
+            made = generate(pipeline, samples, first.data.resolution, bar.update)
+            metrics, verdicts = measure(made, drawn)
+            if scorer:
+                metrics["clip"] = scorer(made)
+            cell.metrics |= metrics
+            cell.metrics["score"] = score(cell.metrics)
+            cell.pictures = _write(folder, cell, samples, made, verdicts)
+
+        untouched = Cell("", "base", math.nan, first.seed, "untouched")
+        losses = [result["loss_before"] for result in results if result]
+        untouched.metrics = {"loss_before": losses[0], "loss_after": losses[0]} if losses else {}
+        fill(untouched)
+        cells = []
+        for run, config, result, (row, rate, differs) in zip(runs, configs, results, placed, strict=True):
+            status = run.status()
+            cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+            cells.append(cell)
+            if result is None:
+                continue
+            cell.metrics = {key: result[key] for key in ("loss_before", "loss_after", "seconds", "step") if result.get(key) is not None}
+            with _worn(base, pipeline, run.folder / "result", samples.scale):
+                fill(cell)
+    return Comparison(name, folder, list(samples.prompts), DRAWN_SCORE if drawn else LOSS_SCORE, untouched, cells)
+
+
+def _result(run: Run) -> dict | None:
+    file = run.folder / "result" / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+class _worn:
+    """A LoRA file on the pipeline for the time of the block."""
+
+    def __init__(self, base: Base, pipeline, folder: Path, scale: float):
+        self.base, self.pipeline, self.folder, self.scale = base, pipeline, folder, scale
+
+    def __enter__(self) -> None:
+        self.pipeline.load_lora_weights(self.folder, weight_name=LORA_FILE, adapter_name="run")
+        self.pipeline.set_adapters("run", self.scale)
+
+    def __exit__(self, *error: object) -> None:
+        for part in (self.base.unet, self.base.text_encoder):
+            self.base.restore(part)
+
+
+def _write(folder: Path, cell: Cell, samples: SamplesSection, made: list[Sample], verdicts) -> list[Picture]:
+    place = "base" if not cell.run else cell.run.rsplit("/", 1)[-1]
+    pictures = []
+    for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):
+        prompt = index // samples.count
+        file = f"cells/{place}/{prompt:02d}-{sample.seed}.png"
+        thumbnail = f"cells/{place}/{prompt:02d}-{sample.seed}.thumb.png"
+        sample.save(folder / file, run=cell.run or "base", row=cell.row, learning_rate=cell.rate, scale=samples.scale)
+        small = sample.image.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.save(folder / thumbnail)
+        pictures.append(Picture(prompt, sample.seed, file, thumbnail, right, note))
+    return pictures
+
+
+def _get(config: TextToImageConfig, dotted: str):
+    value = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,149 @@
+"""Captioned pictures in a folder, and their latents, computed once and kept.
+
+Captions come from, in this order: `data.instance_prompt` for all; `metadata.jsonl` or `metadata.csv` (columns
+`file_name` and `text`, as the datasets library's image folders have them); a `.txt` file beside each picture.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps
+
+from equipoise.errors import InputError
+from equipoise.pipelines.text_to_image.config import DataSection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+RANDOM_CUTS = 4  # per picture, where data.crop is random
+
+
+@dataclass(frozen=True)
+class Example:
+    path: Path
+    caption: str
+
+
+def read_examples(data: DataSection) -> tuple[list[Example], list[str]]:
+    """The folder's examples in a fixed order, and all that is wrong with it. Decodes no picture."""
+    folder = Path(data.folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        return [], [f"data.folder: {folder} {what}. Give a folder of pictures."]
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not pictures:
+        return [], [f"data.folder: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})."]
+    if data.instance_prompt is not None:
+        return [Example(path, data.instance_prompt) for path in pictures], []
+    for name, reader in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
+        if (folder / name).is_file():
+            return _from_metadata(folder / name, reader, pictures)
+    return _from_text_files(folder, pictures)
+
+
+def _from_metadata(table: Path, reader, pictures: list[Path]) -> tuple[list[Example], list[str]]:
+    examples, problems = [], []
+    known = set(pictures)
+    try:
+        for line, row in reader(table):
+            name, text = row.get("file_name"), row.get("text")
+            if not isinstance(name, str) or not isinstance(text, str):
+                problems.append(f"{table}:{line}: needs file_name and text, got {', '.join(map(str, row)) or 'nothing'}.")
+            elif (table.parent / name) not in known:
+                problems.append(f"{table}:{line}: a caption for {name}, which is not in {table.parent}.")
+            else:
+                examples.append(Example(table.parent / name, text))
+    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+        problems.append(f"{table}: cannot be read ({error}).")
+    if not examples and not problems:
+        problems.append(f"{table}: holds no captions.")
+    return examples, problems
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            yield number, row if isinstance(row, dict) else {}
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _from_text_files(folder: Path, pictures: list[Path]) -> tuple[list[Example], list[str]]:
+    examples, missing, problems = [], [], []
+    for path in pictures:
+        text = path.with_suffix(".txt")
+        if not text.is_file():
+            missing.append(path.name)
+            continue
+        try:
+            examples.append(Example(path, text.read_text(encoding="utf-8").strip()))
+        except UnicodeDecodeError:
+            problems.append(f"{text}: is not UTF-8 text.")
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        problems.append(
+            f"data.folder: {folder} has no captions for {shown}. Set data.instance_prompt, add metadata.jsonl "
+            f'(lines such as {{"file_name": "{missing[0]}", "text": "…"}}), or put a .txt file beside each picture.'
+        )
+    return examples, problems
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture as RGB, upright, transparency over white. Raises InputError if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as a picture ({error}). Remove or replace it.") from None
+
+
+def cut(image: Image.Image, resolution: int, position: tuple[float, float]) -> Image.Image:
+    """The shorter side scaled to `resolution`, then a square at `position` (0 … 1 across and down; .5, .5 is the centre)."""
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=position)
+
+
+def variants(image: Image.Image, data: DataSection, generator) -> list[Image.Image]:
+    """Every cut and mirror image of one picture that training may draw."""
+    import torch
+
+    positions = [(0.5, 0.5)]
+    if data.crop == "random":
+        positions = [tuple(torch.rand(2, generator=generator).tolist()) for _ in range(RANDOM_CUTS)]
+    cuts = [cut(image, data.resolution, position) for position in positions]
+    return cuts + [ImageOps.mirror(picture) for picture in cuts] if data.flip else cuts
+
+
+def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 … 1
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def cache_key(examples: list[Example], data: DataSection, base: str) -> str:
+    """Names the latents of these files, cut this way, under this autoencoder."""
+    facts = [base, data.resolution, data.crop, data.flip]
+    for example in examples:
+        stat = example.path.stat()
+        facts.append((str(example.path.resolve()), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

@@ -1,0 +1,71 @@
+"""Pictures from fixed noise: the same prompt, seed and starting noise for every run, so that only the weights differ."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, PngImagePlugin
+
+from equipoise.pipelines.text_to_image.config import SamplesSection
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    seed: int
+    image: Image.Image
+    finite: bool  # False where the picture holds NaN or infinity, drawn as black
+
+    @property
+    def broken(self) -> bool:
+        """Black, blank or one flat tone, or not finite."""
+        return not self.finite or float(np.asarray(self.image, dtype=np.float64).std(axis=(0, 1)).max()) < 4.0
+
+    def save(self, path: Path, **facts: object) -> None:
+        """Writes a PNG whose metadata says how it was made."""
+        info = PngImagePlugin.PngInfo()
+        for key, value in {"prompt": self.prompt, "seed": self.seed, **facts}.items():
+            info.add_itxt(key, str(value))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.image.save(path, pnginfo=info)
+
+
+@torch.no_grad()
+def generate(pipeline: StableDiffusionPipeline, samples: SamplesSection, size: int, progress=None) -> list[Sample]:
+    """Every prompt from every seed, prompts outermost.
+
+    Args:
+        pipeline: with the LoRA to show, at the strength to show, already active.
+        size: pixels, both ways.
+        progress: called with the number of pictures after each batch.
+    """
+    wanted = [(prompt, samples.seed + index) for prompt in samples.prompts for index in range(samples.count)]
+    side = size // pipeline.vae_scale_factor
+    channels = pipeline.unet.config.in_channels
+    made: list[Sample] = []
+    for start in range(0, len(wanted), samples.batch):
+        chunk = wanted[start : start + samples.batch]
+        noise = [torch.randn((channels, side, side), generator=torch.Generator().manual_seed(seed)) for _, seed in chunk]
+        latents = pipeline(
+            [prompt for prompt, _ in chunk],
+            negative_prompt=[samples.negative] * len(chunk),
+            latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),  # drawn on the CPU: equal on any device
+            height=size,
+            width=size,
+            num_inference_steps=samples.steps,
+            guidance_scale=samples.guidance,
+            output_type="latent",
+        ).images
+        decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor).sample
+        for (prompt, seed), pixels in zip(chunk, decoded.float().cpu(), strict=True):
+            made.append(Sample(prompt, seed, _to_image(pixels), bool(torch.isfinite(pixels).all())))
+        if progress:
+            progress(len(chunk))
+    return made
+
+
+def _to_image(pixels: torch.Tensor) -> Image.Image:  # (3, height, width), −1 … 1
+    levels = (torch.nan_to_num(pixels, -1.0, -1.0, -1.0).clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,0 +1,353 @@
+"""Tunes LoRA factors of a Stable Diffusion base: load → compute latents once → train → save a file diffusers loads."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from equipoise import registry
+from equipoise.balancing.objective import Losses
+from equipoise.pipelines import demo
+from equipoise.pipelines.checkpoints import save_tensors
+from equipoise.pipelines.files import explained, write_atomic
+from equipoise.pipelines.loop import NonFiniteError, train_loop
+from equipoise.pipelines.pipeline import Outcome
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.text_to_image.base import Base, load_base
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.data import Example, cache_key, open_picture, read_examples, to_tensor, variants
+from equipoise.pipelines.text_to_image.generate import generate
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_EVALUATED = 64  # fixed draws behind "loss before" and "loss after"
+
+
+def train(config: TextToImageConfig, run: Run) -> Outcome:
+    if AcceleratorState._shared_state:  # a sweep's earlier cell may have used another precision
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    base = load_base(config.model, config.train.precision)
+    runs = Path(config.runs)
+    data = config.data
+    if data.folder == demo.NAME:
+        data = data.model_copy(update={"folder": str(demo.pictures_folder(runs))})
+    examples, _ = read_examples(data)
+    latents = prepare_latents(base, examples, data, runs / ".cache")
+    with base.adapted(config.lora, config.seed) as parts:
+        work = TextToImageWork(config, run, accelerator, base, parts, [example.caption for example in examples], latents)
+        before = work.evaluation_loss()
+        started = time.perf_counter()
+        outcome = train_loop(
+            run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
+        )
+        if outcome.state != "stopped":
+            facts = {
+                "state": outcome.state,
+                "step": outcome.step,
+                "loss_before": before,
+                "loss_after": work.evaluation_loss(),
+                "seconds": time.perf_counter() - started,
+            }
+            work.save_result(facts)
+            if not run.sweep:  # the comparison of a sweep draws its cells' samples
+                work.sample(outcome.step or 0)
+    return outcome
+
+
+def prepare_latents(base: Base, examples: list[Example], data, cache: Path) -> Tensor:
+    """Means and standard deviations of every picture's variants: (pictures, variants, 2, 4, height, width).
+
+    Kept in memory for the process and on disk for the next one, by the files' names, sizes and times, the cut, and
+    the autoencoder.
+    """
+    key = cache_key(examples, data, base.identity)
+    if key not in base.latents:
+        base.latents.clear()
+        file = cache / f"latents-{key}.safetensors"
+        if file.is_file():
+            base.latents[key] = load_file(file)["latents"]
+        else:
+            base.latents[key] = _encode(base, examples, data)
+            partial = cache / f".{file.name}.{os.getpid()}"
+            with explained(file):
+                cache.mkdir(parents=True, exist_ok=True)
+                save_tensors(partial, {"latents": base.latents[key]})
+                os.replace(partial, file)
+    return base.latents[key]
+
+
+@torch.no_grad()
+def _encode(base: Base, examples: list[Example], data) -> Tensor:
+    rows = []
+    cuts = torch.Generator().manual_seed(0)
+    for example in tqdm(examples, desc="latents", unit="picture", dynamic_ncols=True, leave=False, disable=None):
+        pictures = [to_tensor(picture) for picture in variants(open_picture(example.path), data, cuts)]
+        posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
+        rows.append(torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors]))
+    return torch.stack(rows) * base.vae.config.scaling_factor
+
+
+class TextToImageWork:
+    """One run's tuning: see `equipoise.pipelines.loop.Work` for when each method is called."""
+
+    def __init__(
+        self,
+        config: TextToImageConfig,
+        run: Run,
+        accelerator: Accelerator,
+        base: Base,
+        parts: dict[str, torch.nn.Module],  # the tuned parts by name: "unet", and "text_encoder" if asked
+        captions: list[str],
+        latents: Tensor,  # (pictures, variants, 2, 4, height, width)
+    ):
+        self.config, self.run, self.accelerator, self.base, self.parts = config, run, accelerator, base, parts
+        self.captions, self.latents = captions, latents
+        self.named = {
+            f"{part}.{name}": parameter
+            for part, module in parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.modules = dict(parts)
+        if accelerator.num_processes > 1:
+            self.modules = {name: accelerator.prepare_model(module) for name, module in parts.items()}
+        if config.train.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        else:
+            base.unet.disable_gradient_checkpointing()
+        optimizer_class = registry.load("optimizers", config.optimizer.name)
+        self.optimizer = accelerator.prepare_optimizer(optimizer_class(self._groups(), **config.optimizer.options))
+        # The schedule is stepped once per optimizer step, whatever the number of processes: not accelerate's wrapper.
+        self.schedule = get_scheduler(
+            config.schedule.name,
+            self.optimizer.optimizer,
+            step_rules=config.schedule.rules,
+            num_warmup_steps=config.schedule.warmup,
+            num_training_steps=config.train.steps,
+            num_cycles=config.schedule.cycles if config.schedule.name == "cosine" else int(config.schedule.cycles),
+            power=config.schedule.power,
+        )
+        self.objective = registry.load("objectives", config.objective.name)(**config.objective.options)
+        self.coordinator = registry.load("coordinators", config.coordinator.name)(**config.coordinator.options)
+        self.good = [parameter.detach().clone() for parameter in self.named.values()]
+        self.embeddings: dict[str, Tensor] = {}
+        self.pipeline = base.pipeline()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        rates = {"unet": self.config.optimizer.learning_rate}
+        rates["text_encoder"] = self.config.optimizer.text_encoder_learning_rate or rates["unet"]
+        return [
+            {
+                "params": [(name, p) for name, p in self.named.items() if name.startswith(f"{part}.")],
+                "lr": rates[part],
+                "component": part,
+            }
+            for part in self.parts
+        ]
+
+    def step(self, step: int) -> dict[str, float]:
+        train = self.config.train
+        for part in self.parts.values():
+            part.train()
+        components = [group["component"] for group in self.optimizer.param_groups]
+        factors = self.coordinator.factors(components)
+        rates = dict(zip(components, self.schedule.get_last_lr(), strict=True))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["component"]] * factors[group["component"]]
+        losses, logged = [], {}
+        for micro in range(train.accumulate):
+            last = micro == train.accumulate - 1
+            with contextlib.ExitStack() as stack:
+                for module in self.modules.values() if not last else ():
+                    stack.enter_context(self.accelerator.no_sync(module))
+                loss = self.evaluate(step, micro)
+                losses.append(loss.joint.detach())
+                logged = self.objective.backward(loss, lambda total: self.accelerator.backward(total / train.accumulate))
+        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if not _finite(mean):
+            self.optimizer.zero_grad()
+            raise NonFiniteError("the loss was not finite")
+        norm = float(self.accelerator.clip_grad_norm_(self.named.values(), train.clip or torch.inf))
+        if not _finite(norm) and self.accelerator.scaler is None:  # with a scaler, it skips the step by itself
+            self.optimizer.zero_grad()
+            raise NonFiniteError("the gradient was not finite")
+        torch._foreach_copy_(self.good, [parameter.detach() for parameter in self.named.values()])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        values = {"loss": mean, "gradient_norm": norm}
+        values |= {name: float(value) for name, value in logged.items() if name not in values}
+        values["rate"] = self.optimizer.param_groups[0]["lr"]
+        if len(components) > 1:
+            values |= {f"rate_{group['component']}": group["lr"] for group in self.optimizer.param_groups}
+        self.schedule.step()
+        return values
+
+    def evaluate(self, step: int, micro: int) -> Losses:
+        """The losses of one forward pass. All it draws comes from (seed, step, micro): asked again, it is the same
+        batch, noise and timesteps, and so it is after a resume and in every cell of a sweep."""
+        size, world = self.config.train.batch, self.accelerator.num_processes
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, step, micro, self.accelerator.process_index))
+        torch.manual_seed(generator.initial_seed())  # for dropout
+        first = (step * self.config.train.accumulate + micro) * size * world + self.accelerator.process_index * size
+        chosen = [self._picture(index) for index in range(first, first + size)]
+        variant = torch.randint(self.latents.shape[1], (size,), generator=generator)
+        moments = self.latents[chosen, variant]
+        clean = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 1].shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        times = torch.randint(self.base.scheduler.config.num_train_timesteps, (size,), generator=generator)
+        return Losses(self._loss(clean, noise, times, [self.captions[index] for index in chosen]), {})
+
+    def _picture(self, position: int) -> int:
+        """Each epoch is a permutation of the pictures, known from its number."""
+        epoch, index = divmod(position, len(self.captions))
+        order = torch.randperm(len(self.captions), generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch)))
+        return int(order[index])
+
+    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str]) -> Tensor:
+        device = self.accelerator.device
+        clean, noise, times = clean.to(device), noise.to(device), times.to(device)
+        noisy = self.base.scheduler.add_noise(clean, noise, times)
+        kind = self.base.scheduler.config.prediction_type
+        target = self.base.scheduler.get_velocity(clean, noise, times) if kind == "v_prediction" else noise
+        with self.accelerator.autocast():
+            predicted = self.modules["unet"](noisy.to(self.base.unet.dtype), times, self._embed(captions)).sample
+        return F.mse_loss(predicted.float(), target)
+
+    def _embed(self, captions: list[str]) -> Tensor:  # (batch, tokens, width)
+        encoder = self.modules.get("text_encoder", self.base.text_encoder)
+        if "text_encoder" in self.parts:
+            return encoder(self._tokens(captions))[0]
+        for caption in set(captions) - self.embeddings.keys():
+            with torch.no_grad():
+                self.embeddings[caption] = encoder(self._tokens([caption]))[0][0]
+        return torch.stack([self.embeddings[caption] for caption in captions])
+
+    def _tokens(self, captions: list[str]) -> Tensor:
+        tokens = self.base.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return tokens.input_ids.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def evaluation_loss(self) -> float:
+        """The loss over fixed pictures, noise and evenly spread timesteps: comparable between runs and steps."""
+        for part in self.parts.values():
+            part.eval()
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, "evaluation"))
+        total, batch = 0.0, 16
+        for start in range(0, _EVALUATED, batch):
+            chosen = [index % len(self.captions) for index in range(start, start + batch)]
+            clean = self.latents[chosen, 0, 0]
+            noise = torch.randn(clean.shape, generator=generator)
+            spread = (torch.arange(start, start + batch) * 37 % _EVALUATED + 0.5) / _EVALUATED  # 37: every picture, all times
+            times = (spread * self.base.scheduler.config.num_train_timesteps).long()
+            total += self._loss(clean, noise, times, [self.captions[index] for index in chosen]).item()
+        return total * batch / _EVALUATED
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.named)
+
+    def state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "coordinator": self.coordinator.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        for name, parameter in self.named.items():
+            parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.coordinator.load_state_dict(state["coordinator"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        torch._foreach_copy_(list(self.named.values()), self.good)
+
+    def sample(self, step: int) -> None:
+        if not self.config.samples.prompts or not self.accelerator.is_main_process:
+            return
+        for part in self.parts.values():
+            part.eval()
+        with lora_scale(self.parts, self.config.samples.scale):
+            made = generate(self.pipeline, self.config.samples, self.config.data.resolution)
+        folder = self.run.folder / "samples" / f"step-{step:08d}"
+        for index, picture in enumerate(made):
+            prompt = index // self.config.samples.count
+            picture.save(folder / f"{prompt:02d}-{picture.seed}.png", step=step, run=self.run.id)
+        self.run.log(f"drew {len(made)} samples at step {step}")
+
+    def save_result(self, facts: dict[str, Any]) -> None:
+        """Writes result/pytorch_lora_weights.safetensors, with the adapters' configuration in its metadata, and facts."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors: dict[str, Tensor] = {}
+        adapters: dict[str, Any] = {}
+        for name, part in self.parts.items():
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(part, save_embedding_layers=False))
+            tensors |= {f"{name}.{key}": value.float() for key, value in layers.items()}
+            settings = part.peft_config["default"].to_dict()
+            adapters |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+        described = {
+            "base": self.config.model.path,
+            "optimizer": self.config.optimizer.name,
+            "learning_rate": self.config.optimizer.learning_rate,
+            "rank": self.config.lora.rank,
+            "alpha": self.config.lora.alpha or self.config.lora.rank,
+            **facts,
+        }
+        metadata = {
+            "format": "pt",
+            "lora_adapter_metadata": json.dumps(adapters, default=str, sort_keys=True),  # read by diffusers
+            "equipoise": json.dumps(described),
+        }
+        folder = self.run.folder / "result"
+        partial = folder / f".{LORA_FILE}"
+        with explained(folder / LORA_FILE):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(partial, tensors, metadata)
+            os.replace(partial, folder / LORA_FILE)
+        fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
+        described |= {} if fallbacks is None else {"fallbacks": int(fallbacks)}
+        write_atomic(folder / "result.json", json.dumps(described, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def lora_scale(parts: dict[str, torch.nn.Module], scale: float):
+    """The adapters' strength for the time of the block; 1 changes nothing."""
+    layers = [m for part in parts.values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.scale_layer(scale)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer(scale)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _mix(*parts: object) -> int:
+    """A seed from several numbers and words, well spread."""
+    return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,36 @@
+"""Equipoise: fine-tuning that forgives the learning rate.
+
+Importing this module costs next to nothing; every name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, attach, scaled
+    from equipoise.pairs import Pair, PairReport, find_pairs
+
+__version__ = "0.1.0"
+__all__ = ["Pair", "PairReport", "ScaledAdamW", "ScaledGD", "attach", "find_pairs", "scaled"]
+
+_HOME = {
+    "Pair": "equipoise.pairs",
+    "PairReport": "equipoise.pairs",
+    "ScaledAdamW": "equipoise.optimizers.scaled",
+    "ScaledGD": "equipoise.optimizers.scaled",
+    "attach": "equipoise.optimizers.scaled",
+    "find_pairs": "equipoise.pairs",
+    "scaled": "equipoise.optimizers.scaled",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Objectives over joint and unimodal losses, one file each."""

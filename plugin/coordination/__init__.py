@@ -1,0 +1,1 @@
+"""Coordinators of per-component learning rates, one file each."""

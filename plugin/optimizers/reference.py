@@ -1,0 +1,64 @@
+"""Slow twins of the optimizers, written as the papers write them; the tests hold the fast ones against these.
+
+Paper: Zhang & Pilanci, Riemannian Preconditioned LoRA, arXiv 2402.02347, 2024, eq. 1 (scaled GD) and Algorithm 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ReferenceScaled:
+    """Scaled GD (`betas=None`) or scaled AdamW, one pair and one tensor at a time.
+
+    Args:
+        pairs: (A, B) of shapes (r, n) and (m, r), with gradients.
+        damping: δ; with `relative`, in units of tr(G)/r.
+        sequential: A first, then B with the new A (Algorithm 1), instead of both from the old factors (eq. 1).
+        betas: Adam's decay rates, or None for plain gradient descent.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        lr: float,
+        *,
+        damping: float = 1e-6,
+        relative: bool = False,
+        sequential: bool = False,
+        betas: tuple[float, float] | None = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self.pairs, self.lr, self.damping, self.relative, self.sequential = pairs, lr, damping, relative, sequential
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.moments = {factor: (torch.zeros_like(factor), torch.zeros_like(factor)) for p in pairs for factor in p}
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        for A, B in self.pairs:
+            assert A.grad is not None and B.grad is not None
+            old_A = A.clone()
+            self._update(A, self._inverse(B.T @ B) @ A.grad)
+            self._update(B, B.grad @ self._inverse(A @ A.T if self.sequential else old_A @ old_A.T))
+
+    def _inverse(self, gram: Tensor) -> Tensor:  # (r, r)
+        rank = gram.shape[0]
+        if self.relative and not gram.any():
+            return torch.eye(rank, dtype=gram.dtype)
+        damping = self.damping * gram.trace() / rank if self.relative else self.damping
+        return torch.linalg.inv(gram + damping * torch.eye(rank, dtype=gram.dtype))
+
+    def _update(self, factor: Tensor, grad: Tensor) -> None:
+        factor.mul_(1 - self.lr * self.weight_decay)
+        if self.betas is None:
+            factor.sub_(self.lr * grad)
+            return
+        (beta1, beta2), (m, v) = self.betas, self.moments[factor]
+        m.copy_(beta1 * m + (1 - beta1) * grad)
+        v.copy_(beta2 * v + (1 - beta2) * grad**2)
+        m_hat, v_hat = m / (1 - beta1**self.t), v / (1 - beta2**self.t)
+        factor.sub_(self.lr * m_hat / (v_hat.sqrt() + self.eps))

@@ -1,0 +1,196 @@
+"""Runs the preconditioner around an optimizer's step: what is scaled when, and in which order."""
+
+import logging
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from equipoise.errors import InputError
+from equipoise.optimizers.preconditioner import Preconditioner, Side
+from equipoise.pairs import PairReport, find_pairs
+
+DEFAULTS: dict[str, Any] = {"damping": 1e-6, "damping_mode": "absolute", "order": "simultaneous"}
+_CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
+# Entries of param_groups in which a base counts its own steps (Prodigy, schedule-free, apex): two passes count double.
+_STEP_COUNTERS = ("k", "step")
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda self: None).__code__  # type: ignore[attr-defined]
+
+_log = logging.getLogger("equipoise")
+
+
+class StepHook:
+    """The step hooks of one optimizer, and the pairs it scales.
+
+    Nothing of it lives in the optimizer's groups or state: other programs copy, move and reload those.
+    """
+
+    def __init__(self, model: nn.Module | None, found: PairReport | None = None):
+        self.found = found
+        self._model = weakref.ref(model) if model is not None else None
+        self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
+        self._sides: list[Side] = []
+        self._options: list[tuple[float, str, str]] = []
+        self._early = Preconditioner([])  # what is scaled from the old factors
+        self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._failures = 0  # of preconditioners that were replaced
+
+    def register(self, optimizer: Any) -> None:
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+
+    @property
+    def failures(self) -> int:
+        return self._failures + self._early.failures + self._late.failures
+
+    def before(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Scale now or, if the step brings a closure, each time the closure has made fresh gradients."""
+        if _is_nested(optimizer):
+            return None
+        _restore(self._hidden)  # left over if the last step raised
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if any(group["order"] == "sequential" for group in optimizer.param_groups):
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._two_passes(optimizer)
+            # All is done: the step proper finds no gradients and only returns the loss.
+            self._hidden = _hide(_params(optimizer))
+            return None if closure is None else _with_closure(args, kwargs, lambda: loss)
+        if closure is None:
+            self._scale_early(optimizer)
+            return None
+
+        def scaled_closure() -> Any:
+            loss = closure()
+            self._scale_early(optimizer)
+            return loss
+
+        return _with_closure(args, kwargs, scaled_closure)
+
+    def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not _is_nested(optimizer):
+            _restore(self._hidden)
+
+    def look_up(self, optimizer: Any) -> PairReport:
+        """Find the pairs, unless they are known for exactly these parameters."""
+        params = _params(optimizer)
+        if self.found is None or (self._params and list(map(id, params)) != list(map(id, self._params))):
+            self.found = find_pairs(optimizer, self._model() if self._model is not None else None)
+            doubtful = not self.found.pairs or "adjacency" in self.found.found_by
+            _log.log(logging.WARNING if doubtful else logging.INFO, self.found.summary)
+            self._params = []
+        if not self._params:
+            self._params, self._options = params, []
+            group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            self._sides = [Side(p.A, p.B, True, group[id(p.A)]) for p in self.found if id(p.A) in group]
+            self._sides += [Side(p.B, p.A, False, group[id(p.B)]) for p in self.found if id(p.B) in group]
+        return self.found
+
+    def _prepare(self, optimizer: Any) -> list[tuple[float, str]]:
+        """Bring pairs and options up to date; (damping, damping mode) of each group."""
+        self.look_up(optimizer)
+        options = [(group["damping"], group["damping_mode"], group["order"]) for group in optimizer.param_groups]
+        if options != self._options:
+            check_options(optimizer)
+            if [order for *_, order in options] != [order for *_, order in self._options]:
+                self._failures = self.failures
+                late = [not side.left and options[side.group][2] == "sequential" for side in self._sides]
+                self._early = Preconditioner([s for s, wait in zip(self._sides, late, strict=True) if not wait])
+                self._late = Preconditioner([s for s, wait in zip(self._sides, late, strict=True) if wait])
+            self._options = options
+        return [(damping, mode) for damping, mode, _ in options]
+
+    def _scale_early(self, optimizer: Any) -> None:
+        options = self._prepare(optimizer)
+        _match_layout(optimizer)
+        self._early.scale(options)
+
+    def _two_passes(self, optimizer: Any) -> None:
+        """The base's own step for everything but the late Bs, then for these alone."""
+        step = type(optimizer).step
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
+        self._scale_early(optimizer)
+        late = {id(side.param) for side in self._late.sides}
+        for second in (False, True):
+            if second:
+                self._late.scale([(damping, mode) for damping, mode, _ in self._options])
+            hidden = _hide(p for p in self._params if (id(p) in late) is not second)
+            try:
+                step(optimizer)
+            finally:
+                _restore(hidden)
+
+
+def check_options(optimizer: Optimizer, given: Mapping[str, Any] | None = None) -> None:
+    """Check the options of scaling in every parameter group, or `given` where a group says nothing.
+
+    Raises:
+        InputError: The first that is out of bounds: where, what was got, what to do.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        options = {**(given or {}), **group}
+        where = f"{type(optimizer).__name__}: parameter group {index}"
+        damping = options["damping"]
+        number = isinstance(damping, int | float) and not isinstance(damping, bool)
+        if not (number and damping >= 0 and math.isfinite(damping)):
+            raise InputError(f"{where}: damping must be a finite number, 0 or more; got {damping!r}. Try 1e-6.")
+        for name, choices in _CHOICES.items():
+            if options[name] not in choices:
+                raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {options[name]!r}.")
+        counter = next((name for name in _STEP_COUNTERS if name in options), None)
+        if options["order"] == "sequential" and counter:
+            raise InputError(
+                f"{where}: order 'sequential' steps the base optimizer twice, but this one counts its steps in "
+                f"{counter!r} for the whole group. Use order='simultaneous'."
+            )
+
+
+def _params(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _match_layout(optimizer: Any) -> None:
+    """Give gradients their parameter's strides: torch's fused CPU kernels assume them without looking.
+
+    Autograd keeps to them by itself; gradients that were assigned by hand may not.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for param in group["params"]:
+                grad = param.grad
+                if grad is not None and not grad.is_cuda and grad.stride() != param.stride():
+                    param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def _is_nested(optimizer: Any) -> bool:
+    """Whether this hook runs for a step inside the optimizer's step: a subclass that calls super().step()."""
+    depth, frame = 0, sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return depth > 1
+
+
+def _with_closure(args: tuple, kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
+
+
+def _hide(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    hidden = [(param, param.grad) for param in params if param.grad is not None]
+    for param, _ in hidden:
+        param.grad = None
+    return hidden
+
+
+def _restore(hidden: list[tuple[Tensor, Tensor]]) -> None:
+    while hidden:
+        param, grad = hidden.pop()
+        param.grad = grad

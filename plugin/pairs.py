@@ -1,0 +1,287 @@
+"""Finds the LoRA factor pairs (A, B) in a model, a parameter list or a live optimizer.
+
+A is (r, n) and B is (m, r), as in PEFT: the weight moves by s·BA. A convolution's A (r, in, kh, kw) counts as
+(r, in·kh·kw) and its B (m, r, 1, 1) as (m, r).
+"""
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from equipoise.errors import PairingError
+
+_SIDES = {
+    "lora_A": "lora_B",  # peft, loralib
+    "lora_a": "lora_b",  # torchtune
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_down": "lora_up",  # kohya
+}
+_A_TOKEN = {b: a for a, b in _SIDES.items()}
+_MAX_BARE_RANK = 256  # a wider "factor" without a name is more likely a layer of its own
+_ADVICE = "Pass the model, or named parameters, to find_pairs or to the optimizer."
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One LoRA pair. Either side may be frozen; a frozen side still supplies its Gram matrix."""
+
+    name: str  # where it sits: A's name without its factor token
+    A: Tensor  # (r, n) or (r, in, kh, kw)
+    B: Tensor  # (m, r) or (m, r, 1, 1)
+    found_by: str  # "modules", "names" or "adjacency"
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class PairReport:
+    """What `find_pairs` found. Iterating over it gives the pairs."""
+
+    pairs: tuple[Pair, ...]
+    unpaired: tuple[str, ...] = ()  # named like a LoRA factor, without a partner that fits: left to the base optimizer
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def found_by(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(pair.found_by for pair in self.pairs))
+
+    @property
+    def summary(self) -> str:
+        """One sentence for a log."""
+        if not self.pairs:
+            text = "No LoRA pairs found: every parameter is left to the base optimizer"
+        else:
+            ranks = ", ".join(str(rank) for rank in sorted({pair.rank for pair in self.pairs}))
+            text = f"{len(self.pairs)} LoRA pairs of rank {ranks}, found by {' and '.join(self.found_by)}"
+        if "adjacency" in self.found_by:
+            text += " (a guess from shapes and order; pass the model to be certain)"
+        if self.unpaired:
+            shown = ", ".join(self.unpaired[:3]) + (", …" if len(self.unpaired) > 3 else "")
+            text += f"; {len(self.unpaired)} LoRA factors without a partner ({shown}) are left to the base optimizer"
+        return text + "."
+
+
+def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
+    """Pair every LoRA A with its B.
+
+    Looks, in this order and until every tensor is accounted for, at the names in `model` or `source`; at the live
+    modules that own the tensors; at the names that came with the parameters; and, for tensors that nothing names, at
+    shapes and order. Only pairs with a side in `source` are reported.
+
+    Args:
+        source: A module (its trainable parameters), an optimizer, parameter groups, tensors, or (name, tensor) pairs.
+        model: Where the tensors live, when `source` is not itself a module.
+
+    Raises:
+        PairingError: The factors cannot be paired with certainty, or are no longer whole tensors (FSDP, ZeRO).
+    """
+    wanted, names = _tensors(source)
+    if isinstance(source, nn.Module):
+        model = source
+    for tensor in wanted.values():
+        _refuse_sharded(tensor, names.get(id(tensor)))
+
+    search = _Search(wanted)
+    if model is not None:
+        search.walk(model.named_parameters(remove_duplicate=False), "modules")
+        if search.found_elsewhere and not search.pairs:
+            raise PairingError(
+                f"The model has {search.found_elsewhere} trainable LoRA pairs, but the optimizer holds none of their "
+                "tensors: it was made for another model, or its parameters were replaced by flattened or partitioned "
+                "ones, which cannot be scaled. Use plain data parallelism (DDP), or another optimizer."
+            )
+    if search.nameless():
+        for root in _live_roots():
+            search.walk(root.named_parameters(remove_duplicate=False), "modules")
+    search.walk(((names[key], tensor) for key, tensor in wanted.items() if key in names), "names")
+    search.pair_by_adjacency()
+    return search.report()
+
+
+class _Search:
+    """The pairs among `wanted` (tensors by id) as far as they are known."""
+
+    def __init__(self, wanted: dict[int, Tensor]):
+        self.wanted = wanted
+        self.pairs: list[Pair] = []
+        self.named: set[int] = set()  # tensors that some source has a name for
+        self.lonely: dict[int, str] = {}  # LoRA-named tensors still without a partner
+        self.partner: dict[int, Pair] = {}
+        self.found_elsewhere = 0
+
+    def nameless(self) -> list[Tensor]:
+        return [tensor for key, tensor in self.wanted.items() if key not in self.named]
+
+    def walk(self, named: Iterable[tuple[str, Tensor]], found_by: str) -> None:
+        sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
+        for name, tensor in named:
+            self.named.add(id(tensor))
+            role = _role(name)
+            if role is None:
+                continue
+            if tensor.ndim >= 2:
+                sides.setdefault(role[1], {})[role[0]] = (name, tensor)
+            elif id(tensor) in self.wanted and not name.endswith("bias"):
+                raise PairingError(
+                    f"{name} is a LoRA factor but has shape {tuple(tensor.shape)}: it was flattened or sharded (FSDP1, "
+                    "ZeRO), and a shard has no Gram matrix. Use plain data parallelism (DDP), or another optimizer."
+                )
+        for key, both in sides.items():
+            if len(both) == 2:
+                self._add(key, both["A"], both["B"], found_by)
+            for name, tensor in both.values():
+                if id(tensor) in self.wanted and id(tensor) not in self.partner:
+                    self.lonely[id(tensor)] = name
+
+    def _add(self, key: str, a: tuple[str, Tensor], b: tuple[str, Tensor], found_by: str) -> None:
+        (name_a, A), (name_b, B) = a, b
+        if id(A) not in self.wanted and id(B) not in self.wanted:
+            self.found_elsewhere += A.requires_grad or B.requires_grad
+            return
+        if any(id(side) in self.partner for side in (A, B)):
+            known = self.partner.get(id(A)) or self.partner[id(B)]
+            if known.A is A and known.B is B:
+                return  # the same pair, seen under a second name
+            raise PairingError(
+                f"{name_a} and {name_b} share a factor with the pair {known.name}: one Gram matrix cannot serve two "
+                "products. Give each layer its own factors, or use another optimizer."
+            )
+        rank_a, rank_b = A.shape[0], B.flatten(1).shape[1]
+        if rank_a != rank_b:
+            if B.ndim > 2 and rank_a % rank_b == 0:
+                return  # a grouped convolution: B is block-diagonal, so the r×r metric does not describe it
+            raise PairingError(
+                f"{name_a} {tuple(A.shape)} and {name_b} {tuple(B.shape)} belong together by name but not by rank: "
+                f"A's first size is {rank_a}, B's second {rank_b}. Use A (r, n) and B (m, r)."
+            )
+        pair = Pair(_place(key), A, B, found_by)
+        self.pairs.append(pair)
+        for side in (A, B):
+            self.partner[id(side)] = pair
+            self.lonely.pop(id(side), None)
+
+    def pair_by_adjacency(self) -> None:
+        """Pair neighbours among tensors that nothing names, if shapes and order leave no other reading.
+
+        A two-layer network with a narrow middle has the shapes of a LoRA pair, so shapes alone are not evidence. It is
+        asked besides that one side of every pair is exactly zero (a fresh adapter), or that there is no vector among
+        the tensors (layers come with biases, and DoRA's magnitudes hide which order was meant).
+        """
+        bare = self.nameless()
+        tensors = [tensor for tensor in bare if tensor.ndim >= 2]
+        if not any(_fit(A, B) for A in tensors for B in tensors):
+            return
+        couples = list(zip(tensors[::2], tensors[1::2], strict=False))
+        fits = len(tensors) % 2 == 0 and all(_fit(A, B) for A, B in couples)
+        fresh = fits and all(not A.any() or not B.any() for A, B in couples)
+        if not fits or not (fresh or len(tensors) == len(bare)):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in bare[:6]) + (", …" if len(bare) > 6 else "")
+            raise PairingError(
+                f"The parameters have no names, no live module owns them, and their order does not settle which LoRA "
+                f"factors belong together: got {shapes}. {_ADVICE}"
+            )
+        for index, (A, B) in enumerate(couples):
+            pair = Pair(f"pair {index}", A, B, "adjacency")
+            self.pairs.append(pair)
+
+    def report(self) -> PairReport:
+        return PairReport(tuple(self.pairs), tuple(self.lonely.values()))
+
+
+def _role(name: str) -> tuple[str, str] | None:
+    """("A" or "B", the name that A has or would have), or None for a name that is no LoRA factor's."""
+    tokens = name.split(".")
+    for index in reversed(range(len(tokens))):
+        token, parent = tokens[index], tokens[index - 1] if index else ""
+        if token in _SIDES:
+            return "A", name
+        if token in _A_TOKEN:
+            tokens[index] = _A_TOKEN[token]
+            return "B", ".".join(tokens)
+        # LoRALinearLayer of older diffusers: ….to_q_lora.down.weight, ….lora.down.weight
+        if token in ("down", "up") and (parent in ("lora", "lora_linear_layer") or parent.endswith("_lora")):
+            tokens[index] = "down"
+            return ("A" if token == "down" else "B"), ".".join(tokens)
+    return None
+
+
+def _place(name: str) -> str:
+    tokens = [token for token in name.split(".") if token not in _SIDES]
+    if tokens and tokens[-1] == "weight":
+        tokens.pop()
+    return ".".join(tokens) or name
+
+
+def _fit(A: Tensor, B: Tensor) -> bool:
+    """Whether A (r, n…) and B (m, r…) could be a pair, going by a rank well below either width."""
+    if A is B:
+        return False
+    rank, columns = A.flatten(1).shape
+    rows, rank_b = B.flatten(1).shape
+    return rank == rank_b and rank <= _MAX_BARE_RANK and 2 * rank <= min(rows, columns)
+
+
+def _tensors(source: Any) -> tuple[dict[int, Tensor], dict[int, str]]:
+    """The trainable tensors of `source` by id, in order, and the names that came with them."""
+    if isinstance(source, nn.Module):
+        source = [(name, param) for name, param in source.named_parameters() if param.requires_grad]
+    elif isinstance(source, Optimizer):
+        source = source.param_groups
+    tensors: dict[int, Tensor] = {}
+    names: dict[int, str] = {}
+    for item in source:
+        if isinstance(item, Mapping):
+            params = list(item["params"]) if not isinstance(item["params"], Tensor) else [item["params"]]
+            entries = zip(item["param_names"], params, strict=True) if "param_names" in item else params
+        else:
+            entries = [item]
+        for entry in entries:
+            name, tensor = entry if isinstance(entry, tuple) else (None, entry)
+            tensors[id(tensor)] = tensor
+            if name is not None:
+                names[id(tensor)] = name
+    return tensors, names
+
+
+def _live_roots() -> list[nn.Module]:
+    """Every module alive in this process that is no other module's child."""
+    # type(o), not isinstance: isinstance asks the object for __class__, and lazy proxies answer by importing things.
+    modules: list[Any] = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    modules = [m for m in modules if "_modules" in vars(m) and not isinstance(m, torch.jit.ScriptModule)]
+    children = {id(child) for module in modules for child in vars(module)["_modules"].values()}
+    return [module for module in modules if id(module) not in children]
+
+
+def _refuse_sharded(tensor: Tensor, name: str | None) -> None:
+    what = ""
+    if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
+        what = "an FSDP1 flat parameter"
+    elif hasattr(tensor, "ds_id"):
+        what = "a DeepSpeed ZeRO partition"
+    elif _is_dtensor(tensor):
+        what = "a DTensor"
+    elif tensor.numel() == 0 and tensor.requires_grad:
+        what = "empty on this process (a ZeRO or FSDP shard)"
+    if what:
+        raise PairingError(
+            f"{name or 'A parameter'} of shape {tuple(tensor.shape)} is {what}: scaling needs whole LoRA factors. "
+            "Use plain data parallelism (DDP), or another optimizer."
+        )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there are none
+    return module is not None and isinstance(tensor, module.DTensor)

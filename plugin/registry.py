@@ -1,0 +1,193 @@
+"""What is installed: optimizers, coordinators, objectives and pipelines, found by their distributions' entry points.
+
+Listing imports nothing, neither plugins nor torch; loading a name imports that one. Built-ins are found in the same way
+as third parties, and every `torch.optim` optimizer is known by its class's name in lower case, so that a baseline is a
+name like any other.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from importlib import import_module
+from importlib.metadata import EntryPoint, distributions, version
+from typing import Any
+
+from equipoise.errors import BrokenPluginError, DuplicateNameError, EquipoiseError, InputError, UnknownNameError
+from equipoise.static_check import find_source, static_check
+
+# Kind, which is the entry-point group `equipoise.KIND`, and what its targets derive from.
+KINDS = {
+    "optimizers": "torch.optim:Optimizer",
+    "coordinators": "equipoise.coordination.coordinator:Coordinator",
+    "objectives": "equipoise.balancing.objective:Objective",
+    "pipelines": "",  # known by its `Config` and its `run`, for this package does not depend on equipoise.pipelines
+}
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """One name that a distribution offers."""
+
+    kind: str  # a key of KINDS
+    name: str
+    distribution: str
+    version: str
+    target: str  # `module:Class`
+    error: str = ""  # why it cannot be used, as far as the entry points alone tell
+
+    def __str__(self) -> str:
+        return f"{self.kind[:-1]} {self.name!r} of {self.distribution} {self.version}"
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """Everything that is offered, or everything of one kind, sorted. Imports nothing.
+
+    Raises:
+        InputError: There is no such kind.
+    """
+    kinds = list(KINDS) if kind is None else [_kind(kind)]
+    found = [entry for entry in _offered() if entry.kind in kinds]
+    if "optimizers" in kinds:
+        taken = {entry.name for entry in found if entry.kind == "optimizers"}
+        found += [entry for entry in _torch_optimizers() if entry.name not in taken]
+    found.sort(key=lambda entry: (list(KINDS).index(entry.kind), entry.distribution == "torch", entry))
+    return [_with_rivals(entry, found) for entry in found]
+
+
+def find(kind: str | None, name: str) -> Entry:
+    """The one entry of that kind and name; kind None: of whichever kind. Imports nothing.
+
+    Raises:
+        UnknownNameError: No distribution offers it; the message has the closest names.
+        DuplicateNameError: More than one does; the message names them.
+        InputError: The name is known in several kinds and none was given, or there is no such kind.
+    """
+    known = entries(kind)
+    found = [entry for entry in known if entry.name == name]
+    what, place = (_kind(kind)[:-1], f" {_kind(kind)}") if kind else ("plugin", "")
+    if not found:
+        raise UnknownNameError(f"no {what} {name!r}. {_closest(name, known)}`equipoise list{place}` shows all.")
+    if len({entry.kind for entry in found}) > 1:
+        kinds = " and ".join(dict.fromkeys(entry.kind for entry in found))
+        raise InputError(f"{name!r} is found among {kinds}. Say which, as in `{found[0].kind} {name}`.")
+    if len(found) > 1:
+        raise DuplicateNameError(found[0].error)
+    return found[0]
+
+
+def load(kind: str, name: str) -> Any:
+    """The class of that kind and name, imported.
+
+    Raises:
+        UnknownNameError: No distribution offers it.
+        DuplicateNameError: More than one does.
+        BrokenPluginError: It cannot be imported, has no such attribute, or is of another kind.
+    """
+    entry = find(kind, name)
+    if entry.error:
+        raise BrokenPluginError(entry.error)
+    try:
+        loaded = EntryPoint(entry.name, entry.target, f"equipoise.{entry.kind}").load()
+        problem = _wrong_kind(entry.kind, loaded)
+    except (Exception, SystemExit) as error:  # whatever third-party code raises while it is imported
+        raise BrokenPluginError(_broken(entry, f"{type(error).__name__}: {error}")) from error
+    if problem:
+        raise BrokenPluginError(_broken(entry, problem))
+    return loaded
+
+
+def check(entry: Entry) -> str:
+    """Why an entry cannot be used, found by loading it; empty when it can."""
+    try:
+        load(entry.kind, entry.name)
+    except EquipoiseError as error:
+        return str(error)
+    return ""
+
+
+def preview(entry: Entry) -> str:
+    """Why an entry cannot be used as far as its source tells, without importing it; empty when nothing is seen."""
+    if entry.error or entry.distribution == "torch":
+        return entry.error
+    problem = static_check(entry.target, KINDS[entry.kind])
+    return problem and _broken(entry, problem)
+
+
+def _kind(kind: str) -> str:
+    """The kind in the plural; `optimizer` will do for `optimizers`."""
+    for known in KINDS:
+        if kind in (known, known[:-1]):
+            return known
+    raise InputError(f"no kind {kind!r}. The kinds are {', '.join(KINDS)}.")
+
+
+def _offered() -> Iterator[Entry]:
+    """The entries of every distribution; of two copies of one distribution, the first on the path counts."""
+    seen = set()
+    for distribution in distributions():
+        try:
+            text = distribution.read_text("entry_points.txt") or ""
+        except (OSError, ValueError):  # not text: nothing that anybody could load
+            continue
+        if "[equipoise." not in text:  # before anything is parsed: most have nothing for us, and any may be malformed
+            continue
+        metadata = distribution.metadata  # read once: it is parsed anew each time
+        name = metadata["Name"] or "a distribution without a name"
+        key = re.sub(r"[-_.]+", "-", name).lower()
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            points = [(point.group, point.name, point.value) for point in distribution.entry_points]
+            error = ""
+        except Exception as cause:  # depends on the Python version; one bad file must not hide the other distributions
+            points = [(group, "?", "?") for group in re.findall(r"^\[(equipoise\.\w+)", text, re.M)]
+            error = f"its entry_points.txt cannot be read: {cause}"
+        for group, point, target in sorted(set(points)):
+            kind = group.removeprefix("equipoise.")
+            if group.startswith("equipoise.") and kind in KINDS:
+                entry = Entry(kind, point, name, metadata["Version"] or "", target)
+                malformed = "" if re.fullmatch(r"[\w.]+ *: *[\w.]+", target) else "this is not `module:Class`"
+                problem = error or malformed
+                yield replace(entry, error=_broken(entry, problem)) if problem else entry
+
+
+def _torch_optimizers() -> Iterator[Entry]:
+    """What `torch.optim` exports, read from its source: importing torch takes seconds."""
+    _, source = find_source("torch.optim")
+    release = version("torch")
+    for node in ast.walk(ast.parse(source or "")):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if alias.name[0].isupper() and alias.name != "Optimizer":
+                yield Entry("optimizers", alias.name.lower(), "torch", release, f"torch.optim:{alias.name}")
+
+
+def _with_rivals(entry: Entry, found: list[Entry]) -> Entry:
+    rivals = [other for other in found if (other.kind, other.name) == (entry.kind, entry.name) and other.name != "?"]
+    if len(rivals) < 2:
+        return entry
+    claims = " and ".join(f"{other.distribution} {other.version} ({other.target})" for other in rivals)
+    return replace(entry, error=f"{entry.kind[:-1]} {entry.name!r} is claimed by {claims}. Uninstall all but one.")
+
+
+def _closest(name: str, known: list[Entry]) -> str:
+    likeness = {e.name: SequenceMatcher(None, name.lower(), e.name).ratio() for e in known}
+    best = max(likeness.values(), default=0)
+    close = sorted((n for n, ratio in likeness.items() if ratio >= max(0.6, best - 0.1)), key=lambda n: -likeness[n])
+    return f"Did you mean {' or '.join(map(repr, close[:3]))}? " if close else ""
+
+
+def _wrong_kind(kind: str, loaded: Any) -> str:
+    if kind == "pipelines":
+        fits = hasattr(getattr(loaded, "Config", None), "model_fields") and callable(getattr(loaded, "run", None))
+        return "" if fits else f"{loaded!r} is not a pipeline: it needs a `Config` (a pydantic model) and a `run`"
+    module, _, base = KINDS[kind].partition(":")
+    if isinstance(loaded, type) and issubclass(loaded, getattr(import_module(module), base)):
+        return ""
+    return f"{loaded!r} is not a subclass of {module}.{base}"
+
+
+def _broken(entry: Entry, problem: str) -> str:
+    return f"{entry} cannot be used: {entry.target}: {problem.rstrip('.')}. Repair or uninstall {entry.distribution}."

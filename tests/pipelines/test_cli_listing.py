@@ -1,0 +1,179 @@
+"""The command line itself, and `equipoise list` and `equipoise show`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from equipoise import __version__, registry
+from equipoise.pipelines import cli
+
+OPTIMIZERS = "equipoise.optimizers"
+BUILT_IN = {
+    "optimizers": ["scaled_adamw", "scaled_gd"],
+    "coordinators": ["constant"],
+    "objectives": ["equal_weight", "joint"],
+    "pipelines": ["text_to_image"],
+}
+
+
+def equipoise(*words):
+    """(exit code, stdout, stderr) of the command in a process of its own."""
+    ended = subprocess.run([sys.executable, "-m", "equipoise.pipelines.cli", *words], capture_output=True, text=True)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["list"], ["list", "--json"], ["list", "--help"]])
+def test_quick_commands_import_nothing_heavy(words):
+    code = f"""
+import sys
+from equipoise.pipelines.cli import main
+try:
+    main({words!r})
+except SystemExit as end:
+    assert not end.code
+print(sorted({{"torch", "numpy", "pydantic", "yaml", "diffusers", "transformers"}} & set(sys.modules)))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("[]\n")
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import equipoise, sys; print({'torch', 'numpy', 'inspect', 'importlib.metadata'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_help_names_every_command_and_its_module_exists(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    for command, (_, text) in cli.COMMANDS.items():
+        assert f"  {command} " in shown and text in shown
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"equipoise {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: equipoise COMMAND"),
+        (["lst"], "no command 'lst'. Did you mean 'list'?"),
+        (["list", "--chekc"], "unrecognized arguments: --chekc"),
+    ],
+)
+def test_wrong_usage_exits_with_2(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["list", "planes"], "no kind 'planes'. The kinds are"),
+        (["show", "adamwx"], "no plugin 'adamwx'. Did you mean 'adamw' or 'adamax'? `equipoise list` shows all."),
+        (["show", "optimizer", "joint"], "no optimizer 'joint'. "),
+        (["show", "a", "b", "c"], "show takes NAME or KIND NAME, got 'a b c'."),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(words, message, capsys):
+    assert cli.main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message) and shown.err.count("\n") == 1 and shown.out == ""
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_list_one_kind(kind, capsys):
+    assert cli.main(["list", kind]) == 0
+    header, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert header.split() == ["NAME", "KIND", "DISTRIBUTION", "VERSION"]
+    ours = [row.split() for row in rows if row.split()[2] == "equipoise"]
+    assert ours == [[name, kind[:-1], "equipoise", __version__] for name in BUILT_IN[kind]]
+    assert len(rows) == len(ours) or kind == "optimizers"
+
+
+def test_list_as_json_has_every_entry(capsys):
+    assert cli.main(["list", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["name"] for record in records] == [entry.name for entry in registry.entries()]
+    assert all(record["error"] == "" for record in records)
+
+
+def test_list_and_check_show_what_is_broken(distribution, capsys):
+    distribution("absent", {OPTIMIZERS: {"absent": "no_such_module:X"}})
+    distribution("late", {OPTIMIZERS: {"late": "late_module:X"}}, late_module="1 / 0\nX = 1")
+    for number in (1, 2):
+        distribution(f"plugin-{number}", {OPTIMIZERS: {"same": "module:Same"}})
+    assert cli.main(["list", "optimizers"]) == 0
+    shown = capsys.readouterr().out
+    assert "optimizer 'absent' of absent 1.0 cannot be used: no_such_module:X: ModuleNotFoundError" in shown
+    assert shown.count("claimed by plugin-1 1.0 (module:Same) and plugin-2 1.0") == 2
+    assert "ZeroDivisionError" not in shown
+    assert cli.main(["list", "optimizers", "--check"]) == 1
+    shown = capsys.readouterr().out
+    assert "optimizer 'late' of late 1.0 cannot be used: late_module:X: ZeroDivisionError: division by zero." in shown
+    assert shown.count("    error: ") == 4
+    for name in ("absent", "late", "same"):
+        assert cli.main(["show", name]) == 2
+        assert capsys.readouterr().err.startswith(f"optimizer '{name}' ")
+    assert cli.main(["show", "adamw"]) == 0
+
+
+def test_show_has_options_and_paper(capsys):
+    assert cli.main(["show", "scaled_adamw"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"optimizer 'scaled_adamw' of equipoise {__version__} (equipoise.optimizers.scaled:")
+    assert "OPTION" in shown and "damping_mode  " in shown and "'absolute', 'relative'" in shown
+    assert "Riemannian Preconditioned LoRA" in shown
+    assert "weight_decay" in shown  # an option of its base
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_every_built_in_says_what_it_is_and_what_its_options_do(kind, capsys):
+    for name in BUILT_IN[kind]:
+        assert cli.main(["show", kind, name, "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["summary"] and record["target"] and record["error"] == ""
+        assert all(option["type"] and option["help"] for option in record["options"]), name
+        assert record["references"] or kind == "pipelines"
+
+
+def test_show_default_values_read_as_a_configuration_has_them(capsys):
+    assert cli.main(["show", "adamw", "--json"]) == 0
+    options = {option["name"]: option for option in json.loads(capsys.readouterr().out)["options"]}
+    assert options["betas"]["default"] == "[0.9, 0.999]"
+    assert options["amsgrad"]["default"] == "false"
+    assert options["fused"]["default"] == "none"
+
+
+def test_the_module_runs_and_returns_its_code():
+    assert equipoise("show", "nothing")[0] == 2
+    code, shown, errors = equipoise("list", "coordinators")
+    assert (code, errors) == (0, "") and "constant" in shown
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    with subprocess.Popen(
+        [sys.executable, "-m", "equipoise.pipelines.cli", "list"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(30)) == ("", 141)
+
+
+def test_interruption_is_130(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("equipoise.pipelines.commands.listing.run", interrupted)
+    assert cli.main(["list"]) == 130

@@ -1,0 +1,208 @@
+"""Runs of the text-to-image pipeline on a small checkpoint: what they learn, save, survive and leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from equipoise.pipelines import checkpoints, config
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.pipeline import execute
+from equipoise.pipelines.store import Store
+from equipoise.pipelines.text_to_image import TextToImage
+from equipoise.pipelines.text_to_image.base import load_base
+from equipoise.pipelines.text_to_image.config import ModelSection
+from equipoise.pipelines.text_to_image.train import LORA_FILE
+
+NAME = "text_to_image/dreambooth"
+
+
+def train(*overrides):
+    settings = config.load(NAME, overrides)
+    run = Store(settings.runs).create(settings)
+    return run, execute(TextToImage, settings, run)
+
+
+def lora(run) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "result" / LORA_FILE)
+
+
+def equal(left, right) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_run_leaves_everything_it_promises(short, checkpoint):
+    run, outcome = train(*short, "lora.text_encoder=true", "samples.every=3", "checkpoint_every=4", "lora.alpha=2")
+    assert outcome.state == "done" and run.status().step == 6
+    metrics = run.metrics()
+    assert [record["step"] for record in metrics] == list(range(1, 7))
+    assert {"loss", "gradient_norm", "rate", "rate_unet", "rate_text_encoder", "seconds"} <= metrics[0].keys()
+    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == ["step-00000003", "step-00000006"]
+    with Image.open(run.folder / "samples" / "step-00000006" / "00-0.png") as picture:
+        assert picture.size == (32, 32) and picture.info["prompt"] == "a photo of sks object"
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"]
+    with safe_open(run.folder / "result" / LORA_FILE, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["equipoise"])["optimizer"] == "scaled_adamw"
+    assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 2.0
+
+
+def test_the_result_loads_in_diffusers_and_draws_the_very_same_picture(short, checkpoint):
+    run, _ = train(*short, "lora.text_encoder=true", "learning_rate=0.05", "lora.alpha=2", "samples.scale=0.7")
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+
+    def draw():
+        return pipeline(
+            "a photo of sks object", latents=noise, height=32, width=32, num_inference_steps=2, guidance_scale=7.0
+        ).images[0]
+
+    before = draw()
+    pipeline.load_lora_weights(run.folder / "result", weight_name=LORA_FILE, adapter_name="run")
+    pipeline.set_adapters("run", 0.7)
+    with Image.open(run.folder / "samples" / "step-00000006" / "00-0.png") as sample:
+        difference = torch.tensor(list(sample.convert("RGB").tobytes())).int() - torch.tensor(list(draw().tobytes())).int()
+    assert difference.abs().max() <= 1  # two ways of rounding to 8 bits
+    assert before.tobytes() != draw().tobytes()
+
+
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(short):
+    first, second, third = (train(*short, f"seed={seed}")[0] for seed in (1, 1, 2))
+    assert equal(lora(first), lora(second))
+    assert not equal(lora(first), lora(third))
+
+
+def test_the_base_is_left_as_it_was(short, checkpoint):
+    def fingerprint():
+        base = load_base(ModelSection(path=str(checkpoint)), "no")
+        return {f"{part}.{k}": v.clone() for part in ("unet", "text_encoder") for k, v in getattr(base, part).state_dict().items()}
+
+    before = fingerprint()
+    train(*short, "lora.text_encoder=true", "learning_rate=0.1")
+    after = fingerprint()
+    assert equal(before, after)
+    base = load_base(ModelSection(path=str(checkpoint)), "no")
+    assert not any(p.requires_grad for p in base.unet.parameters())
+
+
+@pytest.mark.parametrize("extra", [[], ["lora.text_encoder=true", "lora.dropout=0.5", "schedule=cosine", "train.accumulate=2"]])
+def test_a_stopped_run_resumes_exactly(short, extra):
+    whole, _ = train(*short, *extra)
+    settings = config.load(NAME, [*short, *extra])
+    run = Store(settings.runs).create(settings)
+    work_metric = type(run).metric
+
+    def stop_after_three(self, step, **values):
+        work_metric(self, step, **values)
+        if step == 3:
+            self.request("stop")
+
+    run.metric = stop_after_three.__get__(run)
+    assert execute(TextToImage, settings, run).state == "stopped"
+    assert run.status().step == 3 and not (run.folder / "result" / LORA_FILE).exists()
+    del run.metric
+    assert execute(TextToImage, settings, run).state == "done"
+    assert equal(lora(whole), lora(run))
+    assert [record["step"] for record in run.metrics()] == list(range(1, 7))
+
+
+def test_a_killed_run_resumes_exactly(short, tmp_path):
+    """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
+    overrides = [*short, "steps=40", "checkpoint_every=4"]
+    whole, _ = train(*overrides)
+    command = [sys.executable, "-m", "equipoise.pipelines.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([*command, "train", NAME, *overrides, "--id", "killed"], env=environment)
+    run = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000008").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path / "runs")
+    assert store.get("killed").status().state == "dead"
+    killed_at = checkpoints.complete(run / "checkpoints")[-1]
+    assert killed_at.name < "step-00000040"
+    resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step-0000" in (run / "log.txt").read_text()
+    assert equal(lora(whole), lora(store.get("killed")))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(short, capfd):
+    run, outcome = train(*short, "optimizer=sgd", "learning_rate=1e30", "train.clip=0", "steps=30")
+    assert outcome.state == "diverged"
+    assert outcome.step is not None and f"at step {outcome.step + 1} of 30" in outcome.message
+    assert run.status().state == "diverged" and run.status().exit_code == 1
+    weights = lora(run)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert len(run.metrics()) == outcome.step
+
+
+def test_v_prediction_and_bf16(short, build_checkpoint, tmp_path):
+    other = build_checkpoint(tmp_path / "v", prediction_type="v_prediction")
+    run, outcome = train(*short, f"model={other}", "train.precision=bf16")
+    assert outcome.state == "done"
+    assert {tensor.dtype for tensor in lora(run).values()} == {torch.float32}
+
+
+def test_latents_are_kept_on_disk(short, tmp_path, monkeypatch):
+    train(*short)
+    (cached,) = (tmp_path / "runs" / ".cache").glob("latents-*.safetensors")
+    stamp = cached.stat().st_mtime_ns
+    base = load_base(config.load(NAME, short).model, "no")
+    base.latents.clear()
+    monkeypatch.setattr(type(base.vae), "encode", None)  # must not be needed again
+    train(*short)
+    assert cached.stat().st_mtime_ns == stamp
+
+
+def test_the_text_encoders_rate_is_its_own(short):
+    run, _ = train(*short, "lora.text_encoder=true", "learning_rate=1e-3", "optimizer.text_encoder_learning_rate=1e-5")
+    record = run.metrics()[-1]
+    assert record["rate_unet"] == 1e-3 and record["rate_text_encoder"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rank=0", "lora.rank"),
+        ("learning_rate=-1", "optimizer.learning_rate"),
+        ("optimizer=adamwx", "Did you mean 'adamw'"),
+        ("data=nowhere", "nowhere does not exist"),
+        ("model=nowhere.ckpt", "nowhere.ckpt does not exist"),
+        ("stepz=3", "stepz"),
+        ("optimizer.options={damping: -1}", "damping"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(short, override, message, tmp_path, capfd):
+    assert main(["train", NAME, *short, override]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_target_that_names_no_layer(short, capfd):
+    assert main(["train", NAME, *short, "lora.targets=[nothing]"]) == 2
+    assert "lora.targets: nothing:" in capfd.readouterr().err
+
+
+def test_the_photographs(short, tmp_path):
+    """Real pictures, where they are at hand."""
+    photographs = Path(__file__).parents[4] / "shared" / "data" / "dreambooth" / "vase"
+    if not photographs.is_dir():
+        pytest.skip("the photographs are not at ../shared/data")
+    run, outcome = train(*short, f"data={photographs}", "data.instance_prompt=a photo of sks vase", "data.flip=true")
+    assert outcome.state == "done" and lora(run)
