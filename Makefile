@@ -6,11 +6,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 VENV := .venv
 BIN := $(VENV)/bin
-# One line that counts the packages, instead of pip's hundreds; pip's errors go to stderr and are shown as they are.
-COUNT := awk '/^ *Collecting /{printf "\r  %3d packages; now %-40.40s", ++n, $$2} /^Installing coll/{printf "\r  %d packages; unpacking %-40s", n, "…"} {fflush()} END{print ""}'
-INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_ARGS)
+# One line that counts the packages in place of pip's hundreds; pip's errors go to stderr and are shown as they are.
+COUNT := { n=0; while read -r word name _; do case $$word in \
+  Collecting) n=$$((n+1)); printf '\r  %3d packages, now %-40.40s' $$n "$$name";; \
+  Installing) [[ $$name != collected ]] || printf '\r  %3d packages, unpacking %-35s' $$n '';; esac; done; echo; }
+INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+  -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint types bench ui demo-base clean
+.PHONY: demo test lint types bench demo-base clean
 
 demo: $(VENV)/.installed  # compares learning rates on the embedded model
 	$(BIN)/equipoise demo
@@ -29,9 +32,6 @@ types: $(VENV)/.installed-dev  # the type checker sees the folders under their i
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizer_step.py
-
-ui: $(VENV)/.installed-ui
-	$(BIN)/python -m equipoise.ui
 
 demo-base: $(VENV)/.installed  # trains the embedded model again: tens of minutes
 	$(BIN)/python -m equipoise.pipelines.demo.train_base

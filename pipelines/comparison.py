@@ -1,4 +1,4 @@
-"""What a comparison is: runs laid out as rows (everything but the rate) × columns (learning rate), with their scores."""
+"""What a comparison is: runs laid out as rows (all but the rate) × columns (learning rate), with their scores."""
 
 import csv
 import io
@@ -99,20 +99,36 @@ class Comparison:
         writer.writerow(["row", "learning_rate", "seed", "run", "state", *names])
         for cell in [self.base, *self.cells]:
             numbers = [_shown(cell.metrics.get(name)) for name in names]
-            writer.writerow([cell.row, "" if math.isnan(cell.rate) else f"{cell.rate:g}", cell.seed, cell.run, cell.state, *numbers])
+            writer.writerow(
+                [cell.row, "" if math.isnan(cell.rate) else f"{cell.rate:g}", cell.seed, cell.run, cell.state, *numbers]
+            )
         write_atomic(self.folder / "table.csv", text.getvalue())
         document = {
             "name": self.name,
             "score": self.score,
             "usable_from": self.line,
             "usable_ranges": {
-                row: None if found is None else {"low": found.low, "high": found.high, "decades": found.decades,
-                                                 "open_low": found.open_low, "open_high": found.open_high}
+                row: None
+                if found is None
+                else {
+                    "low": found.low,
+                    "high": found.high,
+                    "decades": found.decades,
+                    "open_low": found.open_low,
+                    "open_high": found.open_high,
+                }
                 for row, found in self.ranges().items()
             },
             "cells": [
-                {"row": c.row, "learning_rate": None if math.isnan(c.rate) else c.rate, "seed": c.seed, "run": c.run,
-                 "state": c.state, "message": c.message, "metrics": {k: _finite(v) for k, v in c.metrics.items()}}
+                {
+                    "row": c.row,
+                    "learning_rate": None if math.isnan(c.rate) else c.rate,
+                    "seed": c.seed,
+                    "run": c.run,
+                    "state": c.state,
+                    "message": c.message,
+                    "metrics": {k: _finite(v) for k, v in c.metrics.items()},
+                }
                 for c in [self.base, *self.cells]
             ],
         }
@@ -130,20 +146,30 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
     axes = [
-        key for key in differing
-        if key not in _NOT_AXES and key != "optimizer.name" and not key.startswith(_DETAILS)
+        key
+        for key in differing
+        if key not in _NOT_AXES
+        and key != "optimizer.name"
+        and not key.startswith(_DETAILS)
         and key != "optimizer.text_encoder_learning_rate"
     ]
     placed = []
     for one in flat:
         if RATE not in one:
             raise InputError("comparison: a run has no optimizer.learning_rate, so it has no column.")
-        options = {key.removeprefix("optimizer.options."): value for key, value in one.items()
-                   if key.startswith("optimizer.options.") and key in differing}
-        words = [f"{key.split('.')[-1]}={value:g}" if isinstance(value, float) else f"{key.split('.')[-1]}={value}"
-                 for key, value in [*options.items(), *((key, one.get(key)) for key in axes)]]
+        options = {
+            key.removeprefix("optimizer.options."): value
+            for key, value in one.items()
+            if key.startswith("optimizer.options.") and key in differing
+        }
+        words = [
+            f"{key.split('.')[-1]}={value:g}" if isinstance(value, float) else f"{key.split('.')[-1]}={value}"
+            for key, value in [*options.items(), *((key, one.get(key)) for key in axes)]
+        ]
         label = " ".join([str(one["optimizer.name"]), *words])
-        placed.append((label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")}))
+        placed.append(
+            (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
+        )
     return placed
 
 

@@ -40,7 +40,7 @@ class PluginSection(Section):
     OWN: ClassVar[dict[str, str]] = {}  # option → the key that sets it, {"lr": "learning_rate"}
 
     name: str = Field(description="The plugin's name; `equipoise list` shows all.")
-    options: dict[str, Any] = Field({}, description="Its options; `equipoise show NAME` explains them.")
+    options: dict[str, Any] = Field(default={}, description="Its options; `equipoise show NAME` explains them.")
 
     @field_validator("name")
     @classmethod
@@ -75,7 +75,7 @@ class RunConfig(Section):
 
     pipeline: str = Field(description="Which pipeline reads this; `equipoise list pipelines` shows all.")
     name: str = Field(max_length=80, description="A word for this run; part of its id.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Where all randomness starts.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Where all randomness starts.")
     runs: str = Field(
         default_factory=lambda: os.environ.get("EQUIPOISE_RUNS") or "runs",
         min_length=1,

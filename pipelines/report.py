@@ -1,4 +1,4 @@
-"""A comparison as something to look at: the grid picture, a tile per prompt, and an HTML report that opens from disk."""
+"""A comparison as something to look at: the grid picture, one per prompt, and an HTML report that opens from disk."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
 
 def write_report(comparison: Comparison) -> dict[str, Path]:
-    """Writes grid.png, one tile per prompt, report.html, table.csv and table.json; returns the paths by what they are."""
+    """Writes grid.png, one grid per prompt, report.html, table.csv and table.json; returns their paths."""
     folder = comparison.folder
     folder.mkdir(parents=True, exist_ok=True)
     draw_grid(comparison).save(folder / "grid.png")
@@ -87,7 +87,7 @@ def _mosaic(comparison: Comparison, cell: Cell, prompt: int | None) -> Image.Ima
 
 
 def draw_curve(comparison: Comparison) -> str:
-    """The robustness curve as SVG: score against learning rate, a line per row, the bar that counts as usable dashed."""
+    """The robustness curve as SVG: score against learning rate, a line per row; the bar to clear is dashed."""
     width, height, left, right, top, bottom = 720, 300, 60, 20, 16, 44
     points = {row: [p for p in comparison.points(row) if math.isfinite(p.score)] for row in comparison.rows}
     scores = [p.score for some in points.values() for p in some] + [comparison.base.score]
@@ -111,13 +111,17 @@ def draw_curve(comparison: Comparison) -> str:
     drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">learning rate</text>')
     for label, score in (("base", comparison.base.score), ("usable", comparison.line)):
         if score is not None:
-            drawn.append(f'<line class="{label}" x1="{left}" x2="{width - right}" y1="{y(score):.1f}" y2="{y(score):.1f}"/>')
+            drawn.append(
+                f'<line class="{label}" x1="{left}" x2="{width - right}" y1="{y(score):.1f}" y2="{y(score):.1f}"/>'
+            )
             drawn.append(f'<text x="{width - right}" y="{y(score) - 4:.1f}" text-anchor="end">{label}</text>')
     for index, (row, some) in enumerate(points.items()):
         colour = _LINES[index % len(_LINES)]
         path = " ".join(f"{x(p.rate):.1f},{y(p.score):.1f}" for p in some)
         drawn.append(f'<polyline points="{path}" stroke="{colour}"/>')
-        drawn += [f'<circle cx="{x(p.rate):.1f}" cy="{y(p.score):.1f}" r="4" fill="{colour}"><title>{html.escape(row)} at {p.rate:.0e}: {p.score:.3f}</title></circle>' for p in some]
+        for p in some:
+            title = f"<title>{html.escape(row)} at {p.rate:.0e}: {p.score:.3f}</title>"
+            drawn.append(f'<circle cx="{x(p.rate):.1f}" cy="{y(p.score):.1f}" r="4" fill="{colour}">{title}</circle>')
     return "".join([*drawn, "</svg>"])
 
 
@@ -128,7 +132,13 @@ def render_html(comparison: Comparison) -> str:
         f"<td>{html.escape(str(found)) if found else 'none of the rates tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )
-    cells = [[[_as_json(comparison, cell) for cell in some] for some in ([comparison.base], *(comparison.at(row, rate) for rate in comparison.rates))] for row in comparison.rows]
+    cells = [
+        [
+            [_as_json(comparison, cell) for cell in some]
+            for some in ([comparison.base], *(comparison.at(row, rate) for rate in comparison.rates))
+        ]
+        for row in comparison.rows
+    ]
     document = {
         "prompts": comparison.prompts,
         "rows": comparison.rows,
@@ -140,7 +150,8 @@ def render_html(comparison: Comparison) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else f'{c.rate:.0e}'}</td><td>{c.seed}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
-        + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names) + "</tr>"
+        + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
+        + "</tr>"
         for c in [comparison.base, *comparison.cells]
     )
     page = files("equipoise.pipelines").joinpath("report.html").read_text(encoding="utf-8")
@@ -167,7 +178,14 @@ def _as_json(comparison: Comparison, cell: Cell) -> dict:
         "usable": bool(cell.run and line is not None and math.isfinite(cell.score) and cell.score >= line),
         "config": {key: str(value) for key, value in cell.config.items()},
         "pictures": [
-            {"prompt": p.prompt, "seed": p.seed, "file": p.file, "note": p.note, "right": p.right, "data": _data_uri(comparison.folder / p.thumbnail)}
+            {
+                "prompt": p.prompt,
+                "seed": p.seed,
+                "file": p.file,
+                "note": p.note,
+                "right": p.right,
+                "data": _data_uri(comparison.folder / p.thumbnail),
+            }
             for p in cell.pictures
         ],
     }

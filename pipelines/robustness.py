@@ -46,7 +46,7 @@ def usable_range(points: Sequence[Point], line: float) -> UsableRange | None:
     """The learning rates that work, or None where none does.
 
     Args:
-        points: One optimizer's cells, one per learning rate, in any order. Scores that are not finite count as failures.
+        points: One optimizer's cells, one per learning rate, in any order. Scores that are not finite are failures.
         line: The score to reach, from `threshold`.
     """
     ordered = sorted(points, key=lambda point: point.rate)

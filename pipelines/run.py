@@ -130,7 +130,7 @@ class Run:
                 beat.start()
                 with stop_signals(self._on_signal) if signals else nullcontext():
                     yield self
-                if self._live.state == "running":
+                if self.status().state == "running":
                     self.finish("done")
             except BaseException as error:
                 self._failed(error)

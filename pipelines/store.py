@@ -173,15 +173,17 @@ def _staged(parent: Path, name: str, id: str) -> Iterator[Path]:
         with explained(parent):
             staging.mkdir(parents=True)
             yield staging
-            staging.rename(parent / name)
-    except BaseException as error:
+            try:
+                staging.rename(parent / name)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise InputError(
+                    f"{parent / name}: exists already. `equipoise resume {id}` continues it; a new run needs a new id."
+                ) from error
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if fresh:
             with suppress(OSError):
                 parent.rmdir()
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise InputError(
-                f"{parent / name}: exists already. `equipoise resume {id}` continues it; a new run needs another id."
-            ) from error
         raise

@@ -36,7 +36,9 @@ def expand(config: RunConfig) -> dict[str, RunConfig]:
         ConfigError: there is no axis, an axis is empty, or a combination is not valid (all such are named at once).
     """
     if not config.sweep:
-        raise ConfigError(["sweep: has no axes. Give some: --axis learning_rate=1e-4,1e-3, or a section `sweep` in the file."])
+        raise ConfigError(
+            ["sweep: has no axes. Give some: --axis learning_rate=1e-4,1e-3, or a section `sweep` in the file."]
+        )
     cells: dict[str, RunConfig] = {}
     problems: list[str] = []
     for values in itertools.product(*config.sweep.values()):
@@ -63,7 +65,10 @@ def create(config: RunConfig, id: str | None = None) -> Run:
     """
     cells = expand(config)
     pipeline = registry.load("pipelines", config.pipeline)
-    worlds = {repr([cell.model_dump()[key] for key in ("model", "data", "train") if hasattr(cell, key)]): cell for cell in cells.values()}
+    worlds = {
+        repr([cell.model_dump()[key] for key in ("model", "data", "train") if hasattr(cell, key)]): cell
+        for cell in cells.values()
+    }
     if problems := list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.check(cell))):
         raise ConfigError(problems)
     store = Store(config.runs)
@@ -126,7 +131,9 @@ def _watch(sweep: Run, workers: int) -> Outcome:
                 processes.append(_spawn(sweep, spawned % workers, workers))
                 spawned += 1
             if not processes and spawned >= workers + len(mine):
-                raise EquipoiseError(f"{sweep.id}: the workers die as soon as they start. {sweep.folder}/workers.txt says why.")
+                raise EquipoiseError(
+                    f"{sweep.id}: the workers die as soon as they start. {sweep.folder}/workers.txt says why."
+                )
             time.sleep(POLL)
     said = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     return Outcome("stopped" if stopping else "done", f"{len(mine)} cells: {said}.", sum(s.step for s in now.values()))

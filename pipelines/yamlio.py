@@ -10,6 +10,8 @@ from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 LIMIT = 1_000_000  # bytes; a configuration is a page or two
 _RESOLVERS = (
@@ -30,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, "anchors and aliases are not supported; write the value out", self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
@@ -40,9 +42,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+                raise ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
+                raise ConstructorError(
                     None, None, f"the key {key!r} is there twice; keep one of them", key_node.start_mark
                 )
             seen.add(key)

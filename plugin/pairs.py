@@ -8,6 +8,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -77,9 +78,9 @@ class PairReport:
 def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
     """Pair every LoRA A with its B.
 
-    Looks, in this order and until every tensor is accounted for, at the names in `model` or `source`; at the live
-    modules that own the tensors; at the names that came with the parameters; and, for tensors that nothing names, at
-    shapes and order. Only pairs with a side in `source` are reported.
+    Looks, in this order and until every tensor is accounted for, at the names in the model; at the names that came with
+    the tensors; at the live modules that own them; and, for tensors that nothing names, at shapes and order. Only pairs
+    with a side in `source` are reported.
 
     Args:
         source: A module (its trainable parameters), an optimizer, parameter groups, tensors, or (name, tensor) pairs.
@@ -103,10 +104,10 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
                 "tensors: it was made for another model, or its parameters were replaced by flattened or partitioned "
                 "ones, which cannot be scaled. Use plain data parallelism (DDP), or another optimizer."
             )
-    if search.nameless():
+    search.walk(((names[key], tensor) for key, tensor in wanted.items() if key in names), "names")
+    if search.nameless() or search.lonely:
         for root in _live_roots():
             search.walk(root.named_parameters(remove_duplicate=False), "modules")
-    search.walk(((names[key], tensor) for key, tensor in wanted.items() if key in names), "names")
     search.pair_by_adjacency()
     return search.report()
 
@@ -258,9 +259,13 @@ def _tensors(source: Any) -> tuple[dict[int, Tensor], dict[int, str]]:
 
 def _live_roots() -> list[nn.Module]:
     """Every module alive in this process that is no other module's child."""
-    # type(o), not isinstance: isinstance asks the object for __class__, and lazy proxies answer by importing things.
-    modules: list[Any] = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
-    modules = [m for m in modules if "_modules" in vars(m) and not isinstance(m, torch.jit.ScriptModule)]
+    # type(), not isinstance: that asks the object for __class__, and lazy proxies answer by importing things.
+    objects = gc.get_objects()
+    kinds = {
+        t for t in set(map(type, objects)) if issubclass(t, nn.Module) and not issubclass(t, torch.jit.ScriptModule)
+    }
+    found: list[Any] = list(compress(objects, map(kinds.__contains__, map(type, objects))))
+    modules = [module for module in found if "_modules" in vars(module)]  # others are still being made
     children = {id(child) for module in modules for child in vars(module)["_modules"].values()}
     return [module for module in modules if id(module) not in children]
 

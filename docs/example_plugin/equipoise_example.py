@@ -50,4 +50,5 @@ class WorstModality(Objective):
         self.weight = weight
 
     def combine(self, losses: Losses) -> torch.Tensor:
-        return losses.joint + self.weight * torch.stack(list(losses.unimodal.values())).max()
+        worst = max(losses.unimodal.values(), default=0.0)  # a pipeline of one modality has none
+        return losses.joint + self.weight * worst

@@ -19,11 +19,15 @@ from equipoise.pipelines.tables import table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs_or_sweeps", nargs="+", metavar="SWEEP|RUN", help="ids, folders, or latest")
-    parser.add_argument("--prompt", action="append", help="generate this instead of the configured prompts; may be given again")
+    parser.add_argument(
+        "--prompt", action="append", help="generate this instead of the configured prompts; may be given again"
+    )
     parser.add_argument("--count", type=int, help="pictures per prompt")
     parser.add_argument("--scale", type=float, help="strength of the LoRA, such as 0.7")
     parser.add_argument("--sample-steps", type=int, help="denoising steps")
-    parser.add_argument("--clip", metavar="MODEL", help="a CLIP model (folder or hub id) to score pictures against prompts with")
+    parser.add_argument(
+        "--clip", metavar="MODEL", help="a CLIP model (folder or hub id) to score pictures against prompts with"
+    )
     parser.add_argument("--out", type=Path, help="a new folder for the comparison")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
@@ -49,7 +53,9 @@ def compare_and_report(
         raise InputError("comparison: there are no runs in what was given.")
     waiting = [run.id for run in runs if not run.status().over]
     if waiting:
-        raise InputError(f"comparison: {', '.join(waiting[:3])} {'is' if len(waiting) == 1 else 'are'} not finished yet.")
+        raise InputError(
+            f"comparison: {', '.join(waiting[:3])} {'is' if len(waiting) == 1 else 'are'} not finished yet."
+        )
     loaded = [run.config() for run in runs]
     if len(kinds := {config.pipeline for config in loaded}) > 1:
         raise InputError(f"comparison: runs of different pipelines ({', '.join(sorted(kinds))}) cannot be compared.")
@@ -77,9 +83,18 @@ def _place(found: Sequence[Run], out: Path | None) -> tuple[Path, str]:
 
 
 def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
-    shown = [name for name in ("score", "object", "colour", "shape", "kept", "broken", "clip", "loss_after") if name in comparison.base.metrics]
+    shown = [
+        name
+        for name in ("score", "object", "colour", "shape", "kept", "broken", "clip", "loss_after")
+        if name in comparison.base.metrics
+    ]
     rows = [
-        [cell.row, "" if not cell.run else f"{cell.rate:.0e}", *(f"{cell.metrics[name]:.3g}" if name in cell.metrics else "" for name in shown), cell.state]
+        [
+            cell.row,
+            "" if not cell.run else f"{cell.rate:.0e}",
+            *(f"{cell.metrics[name]:.3g}" if name in cell.metrics else "" for name in shown),
+            cell.state,
+        ]
         for cell in [comparison.base, *comparison.cells]
     ]
     print(table(["", "RATE", *(name.upper() for name in shown), "STATE"], rows))

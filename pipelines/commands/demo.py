@@ -1,4 +1,4 @@
-"""`equipoise demo`: AdamW and scaled AdamW at five learning rates on the embedded model, in minutes, with no network."""
+"""`equipoise demo`: AdamW and scaled AdamW at five learning rates on the embedded model, with no network."""
 
 import argparse
 import os
@@ -11,7 +11,9 @@ from equipoise.pipelines.commands.compare import compare_and_report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that train (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that train (default: %(default)s)"
+    )
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
 
@@ -28,5 +30,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"`equipoise sweep {sweep.id}` continues it.")
         return sweep.status().exit_code or 0
     compare_and_report([sweep])
-    print(f"\nDone in {time.perf_counter() - started:.0f} seconds. Open the report in a browser; the grid is a picture.")
+    print(
+        f"\nDone in {time.perf_counter() - started:.0f} seconds. Open the report in a browser; the grid is a picture."
+    )
     return 0

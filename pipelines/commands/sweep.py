@@ -16,10 +16,18 @@ EPILOG = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument("config", metavar="CONFIG|SWEEP", help="a YAML file or a shipped configuration; or a sweep to continue")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values for every cell, such as steps=100")
-    parser.add_argument("--axis", action="append", default=[], metavar="KEY=V,V", help="a key and its values; replaces the file's axes")
-    parser.add_argument("--workers", type=int, help="processes that train cells (by default one per CUDA device, or one)")
+    parser.add_argument(
+        "config", metavar="CONFIG|SWEEP", help="a YAML file or a shipped configuration; or a sweep to continue"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="other values for every cell, such as steps=100"
+    )
+    parser.add_argument(
+        "--axis", action="append", default=[], metavar="KEY=V,V", help="a key and its values; replaces the file's axes"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that train cells (by default one per CUDA device, or one)"
+    )
     parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
     parser.add_argument("--no-compare", action="store_true", help="only train")

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import textwrap
 import time
 
 from equipoise import registry
@@ -15,7 +16,6 @@ from equipoise.pipelines.keys import show
 from equipoise.pipelines.pipeline import Pipeline, execute
 from equipoise.pipelines.run import Run, sentence
 from equipoise.pipelines.store import Store, find
-from equipoise.pipelines.tables import table
 
 _AFTERWARDS = (
     "  watch it:     equipoise logs {ref} --follow\n"
@@ -149,9 +149,10 @@ def _with_overrides(found: Run, overrides: list[str]) -> configs.RunConfig:
 
 
 def _keys(cls: type[configs.RunConfig]) -> str:
-    rows = []
+    lines = []
     for key in configs.describe(cls):
-        kind = " or ".join(map(str, key.choices)) or key.type
-        default = "required" if key.required else show(key.default)
-        rows.append([key.key, key.short or "", f"{kind} {key.bounds}".strip(), default, key.help])
-    return table(["KEY", "SHORT", "TYPE", "DEFAULT", "WHAT IT IS"], rows)
+        name = f"{key.key} ({key.short} for short)" if key.short else key.key
+        kind = f"{' or '.join(map(str, key.choices)) or key.type} {key.bounds}".strip()
+        lines.append(f"{name}: {kind}; {'required' if key.required else f'default {show(key.default)}'}")
+        lines.extend(textwrap.wrap(key.help, 112, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines)

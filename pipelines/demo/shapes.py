@@ -54,8 +54,10 @@ SHAPES: dict[str, Polygon] = {
     "triangle": _regular(3, -math.pi / 2) * 1.12 + (0.0, 0.2),
     "star": _regular(10, -math.pi / 2, (1.12, 0.46)),
     "cross": np.array(
-        [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)]
-        + [(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]
+        [
+            *[(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)],
+            *[(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
+        ]
     ),
     "heart": _heart(),
 }
@@ -152,7 +154,7 @@ def judge(picture: Image.Image, subject: Subject) -> Verdict:
     foreground = chroma > CHROMA
     if not 0.02 < foreground.mean() < 0.7:
         return Verdict(False, False, 0.0)
-    templates = {name: (Part(polygon, 0.0),) for name, polygon in SHAPES.items()}
+    templates: dict[str, tuple[Part, ...]] = {name: (Part(polygon, 0.0),) for name, polygon in SHAPES.items()}
     templates[OBJECT.name] = OBJECT.parts
     mine = subject.name if subject.name in templates else subject.name.split()[-1]
     fitted = {name: _fit(parts, foreground) for name, parts in templates.items()}

@@ -1,4 +1,4 @@
-"""The recipe of the embedded base model: `make demo-base` runs it from nothing, seeded, in tens of minutes on two cores.
+"""The recipe of the embedded base model: `make demo-base` runs it from nothing, seeded, in under an hour on two cores.
 
 It trains a Stable Diffusion 1.x checkpoint small enough to ship: an autoencoder on random drawn pictures, then a text
 encoder and a U-Net together on captioned shapes, all saved in diffusers' layout as fp16 safetensors. A report beside
@@ -6,10 +6,14 @@ the weights says how many samples of every colour × shape the judge calls right
 of training, to see whether the model composes; the object that the demo teaches appears nowhere.
 """
 
+# diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 import argparse
 import json
 import math
 import time
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +30,6 @@ from equipoise.pipelines.demo import base_folder, shapes
 
 HELD_OUT = {("red", "star"), ("blue", "heart"), ("green", "cross"), ("yellow", "circle")}
 TOKENS = 32  # a prompt's length, with start and end
-LATENT_CHANNELS = 16  # at 8×8; four, as in Stable Diffusion 1.x, blur the corners of a picture this small
 STEPS, GUIDANCE = 20, 4.0  # of the report's samples
 
 
@@ -71,12 +74,12 @@ def _merge(split: list[str], left: str, right: str) -> list[str]:
 def build(vocabulary: int, end: int) -> tuple[AutoencoderKL, CLIPTextModel, UNet2DConditionModel]:
     vae = AutoencoderKL(
         sample_size=shapes.SIZE,
-        block_out_channels=(16, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64),  # latents of 16×16: the 8×8 of Stable Diffusion blurs pictures this small
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        latent_channels=4,
+        norm_num_groups=1,  # groups of a few channels wipe out a flat picture's colour
     )
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -92,16 +95,16 @@ def build(vocabulary: int, end: int) -> tuple[AutoencoderKL, CLIPTextModel, UNet
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=shapes.SIZE // 8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=shapes.SIZE // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=96,
         attention_head_dim=4,
-        norm_num_groups=16,
+        norm_num_groups=4,
     )
     return vae, text_encoder, unet
 
@@ -111,10 +114,10 @@ def pixels(pictures: list[Image.Image]) -> Tensor:  # (batch, 3, 64, 64) in −1
 
 
 def scribble(rng: np.random.Generator) -> Image.Image:
-    """A picture for the autoencoder alone: one to three random polygons of any hue, so that it can paint what it must
+    """A picture for the autoencoder alone: one or two random polygons of any hue, so that it can paint what it must
     never have been taught as a subject."""
     parts = []
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 3)):
         points = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 9)))
         radius = rng.uniform(0.3, 1.1, len(points))
         outline = np.stack([np.cos(points) * radius, np.sin(points) * radius], axis=1) + rng.uniform(-0.4, 0.4, 2)
@@ -130,35 +133,41 @@ def bank(count: int, rng: np.random.Generator) -> tuple[list[Image.Image], list[
     return [shapes.draw_varied(shapes.shape(c, s), b, rng) for c, s, b in tqdm(labels, desc="drawing")], labels
 
 
-def train_autoencoder(vae: AutoencoderKL, pictures: list[Image.Image], rng: np.random.Generator, steps: int) -> float:
-    """L1 + MSE with a small pull of the latents towards N(0, 1); returns the last mean L1 error, in units of 0…255."""
+def train_autoencoder(vae: AutoencoderKL, pictures: list[Image.Image], rng: np.random.Generator, steps: int) -> None:
+    """L1 + MSE, with a very small pull of the latents towards N(0, 1): at 1e-4 its noise already blurs every edge."""
     batch = 16
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
     error = 0.0
     bar = tqdm(range(steps), desc="autoencoder")
     for step in bar:
         chosen = [pictures[index] for index in rng.integers(0, len(pictures), batch // 2)]
         real = pixels(chosen + [scribble(rng) for _ in range(batch - len(chosen))])
-        with torch.autocast("cpu", torch.bfloat16, enabled=step < steps * 0.9):  # the end in float32, for fine edges
+        with torch.autocast("cpu", torch.bfloat16, enabled=step < steps * 0.95):  # the end in float32, for fine edges
             posterior = vae.encode(real).latent_dist
             made = vae.decode(posterior.sample()).sample
         made = made.float()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         absolute = (made - real).abs().mean()
-        loss = absolute + (made - real).square().mean() + 1e-4 * kl
+        loss = absolute + (made - real).square().mean() + 2e-6 * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        error = 0.98 * error + 0.02 * absolute.item() * 127.5 if step else absolute.item() * 127.5
+        error = 0.98 * error + 0.02 * absolute.item() * 127.5
         bar.set_postfix(l1=f"{error:.2f}")
-    return error
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: list[Image.Image]) -> Tensor:  # (pictures, 16, 8, 8), before scaling
+def reconstruction_error(vae: AutoencoderKL, pictures: list[Image.Image]) -> float:
+    """Mean absolute error of decoded means, in units of 0…255."""
+    real = pixels(pictures)
+    return (vae.decode(vae.encode(real).latent_dist.mode()).sample - real).abs().mean().item() * 127.5
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: list[Image.Image]) -> Tensor:  # (pictures, 4, 16, 16), before scaling
     batches = [pictures[start : start + 128] for start in range(0, len(pictures), 128)]
     return torch.cat([vae.encode(pixels(batch)).latent_dist.mean for batch in tqdm(batches, desc="encoding")])
 
@@ -281,25 +290,21 @@ def _markdown(result: dict) -> str:
             + " | ".join(f"{c['right']:.0%}" + ("" if c["trained"] else " (held out)") for c in cells)
             + " |"
         )
-    return "\n".join(
-        [
-            "# The embedded base model",
-            "",
-            "Made by `make demo-base`. Share of samples whose colour and shape are both right:",
-            "",
-        ]
-        + [*rows, "", "![samples](report.png)", "", *head, ""]
-    )
+    said = "Made by `make demo-base`. Share of samples whose colour and shape are both right:"
+    lines = ["# The embedded base model", "", said, "", *rows, "", "![samples](report.png)", "", *head, ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=base_folder(), help="folder of the checkpoint (default: the shipped one)")
+    parser.add_argument(
+        "--out", type=Path, default=base_folder(), help="folder of the checkpoint (default: the shipped one)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=19_200)
-    parser.add_argument("--vae-steps", type=int, default=2_800)
-    parser.add_argument("--steps", type=int, default=8_000, help="of the text encoder and U-Net")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=12_800)
+    parser.add_argument("--vae-steps", type=int, default=2_400)
+    parser.add_argument("--steps", type=int, default=5_000, help="of the text encoder and U-Net")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--each", type=int, default=40, help="samples judged per colour × shape")
     parser.add_argument("--work", type=Path, help="keep the autoencoder here between trials")
     arguments = parser.parse_args()
@@ -313,10 +318,11 @@ def main() -> None:
     pictures, labels = bank(arguments.pictures, rng)
     kept = arguments.work / "vae" if arguments.work else None
     if kept and kept.exists():
-        vae, error = AutoencoderKL.from_pretrained(kept), math.nan
+        vae = AutoencoderKL.from_pretrained(kept)
     else:
-        error = train_autoencoder(vae, pictures, rng, arguments.vae_steps)
-        vae.save_pretrained(kept) if kept else None
+        train_autoencoder(vae, pictures, deepcopy(rng), arguments.vae_steps)
+        if kept:
+            vae.save_pretrained(kept)
     vae.eval().requires_grad_(False)
     latents = encode(vae, pictures)
     scale = 1 / latents.std().item()
@@ -350,6 +356,7 @@ def main() -> None:
     )
     pipeline.save_pretrained(arguments.out, safe_serialization=True)
     shipped = StableDiffusionPipeline.from_pretrained(arguments.out, torch_dtype=torch.float32)
+    error = reconstruction_error(vae.float(), pictures[:256])
     facts = {
         "parameters": {
             name: sum(p.numel() for p in part.parameters())

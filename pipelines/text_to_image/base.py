@@ -1,5 +1,8 @@
 """The frozen base: loaded once per process, given LoRA factors for a run, and left as it was afterwards."""
 
+# diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 import gc
 import hashlib
 import json
@@ -41,7 +44,14 @@ class Base:
     def pipeline(self) -> StableDiffusionPipeline:
         """The same parts as a diffusers pipeline, for sampling and for loading LoRA files."""
         pipeline = StableDiffusionPipeline(
-            self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler, None, None, requires_safety_checker=False
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            self.unet,
+            self.scheduler,
+            None,
+            None,
+            requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -60,7 +70,10 @@ class Base:
             for name, part in parts.items():
                 targets = lora.targets if name == "unet" else lora.text_encoder_targets
                 adapter = LoraConfig(
-                    r=lora.rank, lora_alpha=lora.alpha or lora.rank, lora_dropout=lora.dropout, target_modules=list(targets)
+                    r=lora.rank,
+                    lora_alpha=lora.alpha or lora.rank,
+                    lora_dropout=lora.dropout,
+                    target_modules=list(targets),
                 )
                 try:
                     part.add_adapter(adapter, ADAPTER)
@@ -77,8 +90,7 @@ class Base:
         """Takes every LoRA layer off again: the base's own weights were never touched."""
         recurse_remove_peft_layers(part)
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            if hasattr(part, attribute):
-                delattr(part, attribute)
+            part.__dict__.pop(attribute, None)
         part.eval().requires_grad_(False)
         part.zero_grad(set_to_none=True)
 

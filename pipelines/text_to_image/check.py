@@ -1,4 +1,4 @@
-"""What is wrong with the world a configuration points to, found before anything is written and without importing torch."""
+"""What is wrong with the world a configuration points to, found before anything is written."""
 
 import json
 import os
@@ -41,7 +41,9 @@ def problems(config: TextToImageConfig) -> list[str]:
         if not torch.cuda.is_available():
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
     if "8bit" in config.optimizer.name and not find_spec("bitsandbytes"):
-        found.append(f"optimizer.name: {config.optimizer.name} needs the package bitsandbytes. pip install bitsandbytes.")
+        found.append(
+            f"optimizer.name: {config.optimizer.name} needs the package bitsandbytes. pip install bitsandbytes."
+        )
     return found
 
 
@@ -54,9 +56,14 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
                 f"model.path: {folder} is a single-file checkpoint. Convert it once: StableDiffusionPipeline."
                 f'from_single_file("{folder}").save_pretrained(FOLDER), then give FOLDER.'
             ]
-        return [f"model.path: {folder} is not a checkpoint folder; pickles (.ckpt, .bin, .pt) are never opened. Give a folder in diffusers' layout with safetensors weights."]
+        return [
+            f"model.path: {folder} is not a checkpoint folder; pickles (.ckpt, .bin, .pt) are never opened. "
+            "Give a folder in diffusers' layout with safetensors weights."
+        ]
     if not folder.is_dir():
-        return [f"model.path: {folder} does not exist. Give a checkpoint folder, a hub id such as owner/name, or `demo`."]
+        return [
+            f"model.path: {folder} does not exist. Give a checkpoint folder, a hub id such as owner/name, or `demo`."
+        ]
     index = folder / "model_index.json"
     if not index.is_file():
         return [f"model.path: {folder} has no model_index.json, so it is not a checkpoint in diffusers' layout."]
@@ -66,7 +73,10 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
     except (ValueError, AttributeError):
         return [f"model.path: {index} is not a JSON object."]
     if kind != "StableDiffusionPipeline":
-        return [f"model.path: {folder} is a {kind}; this pipeline tunes Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)."]
+        return [
+            f"model.path: {folder} is a {kind}; this pipeline tunes Stable Diffusion 1.x and 2.x "
+            "(StableDiffusionPipeline)."
+        ]
     found = []
     for part, stem in PARTS.items():
         stem = f"{stem}.{variant}" if variant else stem
@@ -76,9 +86,14 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
         pickles = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt"), *(folder / part).glob("*.pt")]
         others = sorted(file.name for file in (folder / part).glob("*.safetensors"))
         if others:
-            found.append(f"model.path: {weights} is missing, but {', '.join(others)} is there. Set model.variant accordingly.")
+            found.append(
+                f"model.path: {weights} is missing, but {', '.join(others)} is there. Set model.variant accordingly."
+            )
         elif pickles:
-            found.append(f"model.path: {pickles[0]} is a pickle, and pickles are never opened: they can run code. Get the safetensors version of this checkpoint, or convert it where you trust it.")
+            found.append(
+                f"model.path: {pickles[0]} is a pickle, and pickles are never opened: they can run code. "
+                "Get the safetensors version of this checkpoint, or convert it where you trust it."
+            )
         else:
             found.append(f"model.path: {weights} is missing.")
     return found

@@ -49,12 +49,16 @@ def compare(
     first = configs[0]
     samples = samples or first.samples
     if not samples.prompts:
-        raise InputError("comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt.")
+        raise InputError(
+            "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
+        )
     for config in configs[1:]:
         for key in ("model", "data.resolution"):
             mine, theirs = _get(first, key), _get(config, key)
             if mine != theirs:
-                raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base.")
+                raise InputError(
+                    f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base."
+                )
     scorer = ClipScore(clip) if clip else None
     base = load_base(first.model, first.train.precision)
     pipeline = base.pipeline()
@@ -84,7 +88,11 @@ def compare(
             cells.append(cell)
             if result is None:
                 continue
-            cell.metrics = {key: result[key] for key in ("loss_before", "loss_after", "seconds", "step") if result.get(key) is not None}
+            cell.metrics = {
+                key: result[key]
+                for key in ("loss_before", "loss_after", "seconds", "step")
+                if result.get(key) is not None
+            }
             with _worn(base, pipeline, run.folder / "result", samples.scale):
                 fill(cell)
     return Comparison(name, folder, list(samples.prompts), DRAWN_SCORE if drawn else LOSS_SCORE, untouched, cells)

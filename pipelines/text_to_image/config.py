@@ -1,4 +1,7 @@
-"""The configuration of text-to-image tuning, section by section. The YAML files in configs/text_to_image are its face."""
+"""The configuration of text-to-image tuning, section by section; its face is the YAML in configs/text_to_image."""
+
+# pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
+# pyright: reportCallIssue=false
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,15 +16,25 @@ Schedule = Literal[
 
 
 class ModelSection(Section):
-    path: str = Field("demo", description="Stable Diffusion 1.x/2.x in diffusers' layout: a folder, a hub id, or `demo`, the embedded base")
+    path: str = Field(
+        "demo",
+        description="Stable Diffusion 1.x/2.x in diffusers' layout: a folder, a hub id, or `demo`, the embedded base",
+    )
     revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
     variant: str | None = Field(None, description="the weights' variant, such as fp16")
 
 
 class DataSection(Section):
-    folder: str = Field("demo", description="pictures with captions in metadata.jsonl, metadata.csv or .txt files beside them; `demo` draws six of an unseen object")
-    instance_prompt: str | None = Field(None, description="one caption for all pictures; captions in the folder are then not read")
-    resolution: int = Field(512, ge=16, le=4096, multiple_of=8, description="pixels, the side of the square that pictures are cut to")
+    folder: str = Field(
+        "demo",
+        description="pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object",
+    )
+    instance_prompt: str | None = Field(
+        None, description="one caption for all pictures; captions in the folder are then not read"
+    )
+    resolution: int = Field(
+        512, ge=16, le=4096, multiple_of=8, description="pixels, the side of the square that pictures are cut to"
+    )
     crop: Literal["center", "random"] = Field("center", description="random keeps four different cuts of every picture")
     flip: bool = Field(False, description="mirror half of the pictures, left to right")
 
@@ -30,9 +43,13 @@ class LoraSection(Section):
     rank: int = Field(4, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
     alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
-    targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="U-Net layers that get factors")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="U-Net layers that get factors"
+    )
     text_encoder: bool = Field(False, description="tune the text encoder too")
-    text_encoder_targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1, description="text-encoder layers that get factors")
+    text_encoder_targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1, description="text-encoder layers that get factors"
+    )
 
 
 class OptimizerSection(PluginSection):
@@ -41,7 +58,9 @@ class OptimizerSection(PluginSection):
 
     name: str = Field("scaled_adamw", description="`equipoise list optimizers` shows all; torch.optim's names work too")
     learning_rate: Rate = Field(1e-4, description="per step")
-    text_encoder_learning_rate: Rate | None = Field(None, description="of the text encoder's factors; empty means learning_rate")
+    text_encoder_learning_rate: Rate | None = Field(
+        None, description="of the text encoder's factors; empty means learning_rate"
+    )
     options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
 
 
@@ -50,13 +69,17 @@ class ScheduleSection(Section):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     cycles: float = Field(1, gt=0, description="cosine_with_restarts: hard restarts; cosine: half waves × 2")
     power: float = Field(1.0, gt=0, description="polynomial: the exponent")
-    rules: str | None = Field(None, description="piecewise_constant: such as 1:100,0.1:200,0.01 (factor:until step, …, last factor)")
+    rules: str | None = Field(
+        None, description="piecewise_constant: such as 1:100,0.1:200,0.01 (factor:until step, …, last factor)"
+    )
 
 
 class ObjectiveSection(PluginSection):
     KIND = "objectives"
 
-    name: str = Field("joint", description="what turns the losses into gradients; `equipoise list objectives` shows all")
+    name: str = Field(
+        "joint", description="what turns the losses into gradients; `equipoise list objectives` shows all"
+    )
 
 
 class CoordinatorSection(PluginSection):
@@ -70,7 +93,9 @@ class TrainSection(Section):
     batch: int = Field(4, ge=1, description="pictures per device and forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the frozen base and the forward pass; the factors stay float32")
+    precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="of the frozen base and the forward pass; the factors stay float32"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
 
 

@@ -54,7 +54,9 @@ def _from_metadata(table: Path, reader, pictures: list[Path]) -> tuple[list[Exam
         for line, row in reader(table):
             name, text = row.get("file_name"), row.get("text")
             if not isinstance(name, str) or not isinstance(text, str):
-                problems.append(f"{table}:{line}: needs file_name and text, got {', '.join(map(str, row)) or 'nothing'}.")
+                problems.append(
+                    f"{table}:{line}: needs file_name and text, got {', '.join(map(str, row)) or 'nothing'}."
+                )
             elif (table.parent / name) not in known:
                 problems.append(f"{table}:{line}: a caption for {name}, which is not in {table.parent}.")
             else:
@@ -118,7 +120,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def cut(image: Image.Image, resolution: int, position: tuple[float, float]) -> Image.Image:
-    """The shorter side scaled to `resolution`, then a square at `position` (0 … 1 across and down; .5, .5 is the centre)."""
+    """The shorter side scaled to `resolution`, then a square at `position` (0 … 1 across and down)."""
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=position)
 
 

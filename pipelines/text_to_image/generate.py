@@ -1,4 +1,7 @@
-"""Pictures from fixed noise: the same prompt, seed and starting noise for every run, so that only the weights differ."""
+"""Pictures from fixed noise: prompt, seed and starting noise are the same for every run; only the weights differ."""
+
+# diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +50,15 @@ def generate(pipeline: StableDiffusionPipeline, samples: SamplesSection, size: i
     made: list[Sample] = []
     for start in range(0, len(wanted), samples.batch):
         chunk = wanted[start : start + samples.batch]
-        noise = [torch.randn((channels, side, side), generator=torch.Generator().manual_seed(seed)) for _, seed in chunk]
+        noise = [
+            torch.randn((channels, side, side), generator=torch.Generator().manual_seed(seed)) for _, seed in chunk
+        ]
         latents = pipeline(
             [prompt for prompt, _ in chunk],
             negative_prompt=[samples.negative] * len(chunk),
-            latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),  # drawn on the CPU: equal on any device
+            latents=torch.stack(noise).to(
+                pipeline.device, pipeline.unet.dtype
+            ),  # drawn on the CPU: equal on any device
             height=size,
             width=size,
             num_inference_steps=samples.steps,

@@ -9,7 +9,7 @@ from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.text_to_image.generate import Sample
 
 DRAWN_SCORE = "share of pictures of the taught object whose colours and outline are right"
-LOSS_SCORE = "share of the untouched base's loss on the training pictures that tuning removed, times the share of pictures that are not broken"
+LOSS_SCORE = "share of the base's loss on the training pictures that tuning removed × share of pictures not broken"
 
 
 def drawn_subject(prompt: str) -> shapes.Subject | None:

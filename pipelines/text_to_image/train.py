@@ -1,5 +1,8 @@
 """Tunes LoRA factors of a Stable Diffusion base: load → compute latents once → train → save a file diffusers loads."""
 
+# diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 import contextlib
 import hashlib
 import json
@@ -49,7 +52,9 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     examples, _ = read_examples(data)
     latents = prepare_latents(base, examples, data, runs / ".cache")
     with base.adapted(config.lora, config.seed) as parts:
-        work = TextToImageWork(config, run, accelerator, base, parts, [example.caption for example in examples], latents)
+        work = TextToImageWork(
+            config, run, accelerator, base, parts, [example.caption for example in examples], latents
+        )
         before = work.evaluation_loss()
         started = time.perf_counter()
         outcome = train_loop(
@@ -177,7 +182,9 @@ class TextToImageWork:
                     stack.enter_context(self.accelerator.no_sync(module))
                 loss = self.evaluate(step, micro)
                 losses.append(loss.joint.detach())
-                logged = self.objective.backward(loss, lambda total: self.accelerator.backward(total / train.accumulate))
+                logged = self.objective.backward(
+                    loss, lambda total: self.accelerator.backward(total / train.accumulate)
+                )
         mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         if not _finite(mean):
             self.optimizer.zero_grad()
@@ -215,7 +222,9 @@ class TextToImageWork:
     def _picture(self, position: int) -> int:
         """Each epoch is a permutation of the pictures, known from its number."""
         epoch, index = divmod(position, len(self.captions))
-        order = torch.randperm(len(self.captions), generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch)))
+        order = torch.randperm(
+            len(self.captions), generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch))
+        )
         return int(order[index])
 
     def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str]) -> Tensor:
@@ -252,7 +261,9 @@ class TextToImageWork:
             chosen = [index % len(self.captions) for index in range(start, start + batch)]
             clean = self.latents[chosen, 0, 0]
             noise = torch.randn(clean.shape, generator=generator)
-            spread = (torch.arange(start, start + batch) * 37 % _EVALUATED + 0.5) / _EVALUATED  # 37: every picture, all times
+            spread = (
+                torch.arange(start, start + batch) * 37 % _EVALUATED + 0.5
+            ) / _EVALUATED  # 37: every picture, all times
             times = (spread * self.base.scheduler.config.num_train_timesteps).long()
             total += self._loss(clean, noise, times, [self.captions[index] for index in chosen]).item()
         return total * batch / _EVALUATED
@@ -297,7 +308,7 @@ class TextToImageWork:
         self.run.log(f"drew {len(made)} samples at step {step}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
-        """Writes result/pytorch_lora_weights.safetensors, with the adapters' configuration in its metadata, and facts."""
+        """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
         if not self.accelerator.is_main_process:
             return
         tensors: dict[str, Tensor] = {}

@@ -152,7 +152,7 @@ class _Chunk:
 
 
 def _plan(sides: list[Side]) -> list[_Batch]:
-    batches: dict[tuple, dict[tuple, list[Side]]] = {}
+    batches: dict[tuple[int, torch.dtype, torch.device], dict[tuple, list[Side]]] = {}
     for side in sides:
         rank = side.param.shape[0] if side.left else side.other.shape[0]
         dtype = torch.promote_types(torch.promote_types(side.param.dtype, side.other.dtype), torch.float32)
@@ -177,6 +177,6 @@ def damped_inverse(
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(gram)
     inverse = torch.cholesky_solve(eye.expand_as(gram), factor)
-    good = (info == 0) & inverse.isfinite().flatten(1).all(1)
+    good = (info == 0) & inverse.sum((1, 2)).isfinite()
     fresh = relative & (mean == 0)
     return torch.where(good[:, None, None], inverse, eye), (~(good | fresh)).sum()

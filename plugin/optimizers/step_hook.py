@@ -129,7 +129,7 @@ class StepHook:
                 _restore(hidden)
 
 
-def check_options(optimizer: Optimizer, given: Mapping[str, Any] | None = None) -> None:
+def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> None:
     """Check the options of scaling in every parameter group, or `given` where a group says nothing.
 
     Raises:
@@ -166,7 +166,7 @@ def _match_layout(optimizer: Any) -> None:
         if group.get("fused"):
             for param in group["params"]:
                 grad = param.grad
-                if grad is not None and not grad.is_cuda and grad.stride() != param.stride():
+                if grad is not None and not grad.is_contiguous() and grad.stride() != param.stride():
                     param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 

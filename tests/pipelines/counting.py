@@ -80,6 +80,8 @@ class Counting(Pipeline):
                 write_atomic(saved, json.dumps({"count": count}))
             if "stop" in asked:
                 return Outcome("stopped", f"stopped on request; {count} is saved.", count)
+            if config.train.pause > 1:
+                run.log("a long step begins")
             time.sleep(config.train.pause)
             count += 1
             run.metric(count, loss=float("nan") if config.end == "nan" else 1 / count, rate=1e-3)

@@ -395,7 +395,7 @@ def test_what_a_dead_worker_had_claimed_is_given_to_another(store):
 
 
 def test_no_run_is_claimed_twice(store):
-    for number in range(40):
+    for number in range(20):
         store.enqueue(store.create(CONFIG, id=f"r{number}"))
     code = (
         "import sys; from equipoise.pipelines.store import Store\n"
@@ -409,7 +409,7 @@ def test_no_run_is_claimed_twice(store):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(answers) == sorted(f"r{number}" for number in range(40))
+    assert sorted(answers) == sorted(f"r{number}" for number in range(20))
     assert [worker.returncode for worker in workers] == [0, 0, 0]
 
 

@@ -32,7 +32,10 @@ def cells(runs):
 
 def test_axes_are_expanded_in_order_and_named():
     settings = config.load("text_to_image/demo", ["sweep={}"])
-    axes = {"optimizer": ["adamw", {"name": "scaled_adamw", "options": {"damping": 0.01}}], "learning_rate": [1e-4, 1e-3]}
+    axes = {
+        "optimizer": ["adamw", {"name": "scaled_adamw", "options": {"damping": 0.01}}],
+        "learning_rate": [1e-4, 1e-3],
+    }
     found = sweep.expand(config.set_keys(settings, {"sweep": axes}))
     assert list(found) == [
         "optimizer=adamw,learning_rate=0.0001",
@@ -41,7 +44,11 @@ def test_axes_are_expanded_in_order_and_named():
         "optimizer=scaled_adamw+damping=0.01,learning_rate=0.001",
     ]
     last = found["optimizer=scaled_adamw+damping=0.01,learning_rate=0.001"]
-    assert (last.optimizer.name, last.optimizer.options, last.optimizer.learning_rate) == ("scaled_adamw", {"damping": 0.01}, 1e-3)
+    assert (last.optimizer.name, last.optimizer.options, last.optimizer.learning_rate) == (
+        "scaled_adamw",
+        {"damping": 0.01},
+        1e-3,
+    )
     assert last.sweep == {}
 
 
@@ -69,7 +76,23 @@ def test_axis_values_are_read_as_yaml():
 def test_a_sweep_trains_compares_and_reports(small, tmp_path, capfd):
     """A diverging column is recorded, the rest is finished, and the report shows all of it."""
     runs = tmp_path / "runs"
-    assert main(["sweep", *small, "optimizer.options={}", "train.clip=0", "--axis", "optimizer=sgd,scaled_adamw", "--axis", "learning_rate=1e-3,1e30", "--workers", "2"]) == 0
+    assert (
+        main(
+            [
+                "sweep",
+                *small,
+                "optimizer.options={}",
+                "train.clip=0",
+                "--axis",
+                "optimizer=sgd,scaled_adamw",
+                "--axis",
+                "learning_rate=1e-3,1e30",
+                "--workers",
+                "2",
+            ]
+        )
+        == 0
+    )
     printed = capfd.readouterr().out
     found = cells(runs)
     assert {name: run.status().state for name, run in found.items()} == {
@@ -99,13 +122,25 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
     """Sweep and workers are killed; the cell in work is continued, finished cells are not trained again."""
     runs = tmp_path / "runs"
     command = [sys.executable, "-m", "equipoise.pipelines.cli"]
-    words = ["sweep", *small, "steps=25", "checkpoint_every=5", "--axis", "learning_rate=1e-4,1e-3,1e-2", "--axis", "optimizer=adamw", "--no-compare"]
+    words = [
+        "sweep",
+        *small,
+        "steps=25",
+        "checkpoint_every=5",
+        "--axis",
+        "learning_rate=1e-4,1e-3,1e-2",
+        "--axis",
+        "optimizer=adamw",
+        "--no-compare",
+    ]
     process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.05)
         found = list(Store(runs).list(kinds=("cell",))) if runs.is_dir() else []
-        if any(cell.state == "done" for cell in found) and any(cell.state == "running" and cell.step > 5 for cell in found):
+        if any(cell.state == "done" for cell in found) and any(
+            cell.state == "running" and cell.step > 5 for cell in found
+        ):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -116,7 +151,9 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
     time.sleep(0.2)
     before = {cell.id: cell for cell in Store(runs).list(kinds=("cell",))}
     assert any(cell.state == "dead" for cell in before.values())
-    finished = subprocess.run([*command, "sweep", "latest", "--runs", str(runs), "--no-compare"], capture_output=True, text=True)
+    finished = subprocess.run(
+        [*command, "sweep", "latest", "--runs", str(runs), "--no-compare"], capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     after = {cell.id: cell for cell in Store(runs).list(kinds=("cell",))}
     assert {cell.state for cell in after.values()} == {"done"}
@@ -128,12 +165,23 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
 def test_stopping_a_sweep_saves_its_cells(small, tmp_path):
     runs = tmp_path / "runs"
     command = [sys.executable, "-m", "equipoise.pipelines.cli"]
-    words = ["sweep", *small, "steps=2000", "--axis", "learning_rate=1e-4,1e-3", "--axis", "optimizer=adamw", "--no-compare"]
+    words = [
+        "sweep",
+        *small,
+        "steps=2000",
+        "--axis",
+        "learning_rate=1e-4,1e-3",
+        "--axis",
+        "optimizer=adamw",
+        "--no-compare",
+    ]
     process = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.05)
-        if runs.is_dir() and any(cell.state == "running" and cell.step > 2 for cell in Store(runs).list(kinds=("cell",))):
+        if runs.is_dir() and any(
+            cell.state == "running" and cell.step > 2 for cell in Store(runs).list(kinds=("cell",))
+        ):
             break
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
@@ -149,7 +197,26 @@ def test_compare_takes_runs_too(short, tmp_path, capfd):
         assert main(["train", "text_to_image/dreambooth", *short, f"learning_rate={rate}", "--id", f"run-{rate}"]) == 0
     runs = str(tmp_path / "runs")
     out = tmp_path / "side-by-side"
-    assert main(["compare", "run-1e-3", "run-1e-2", "--runs", runs, "--out", str(out), "--prompt", "a red circle", "--count", "2", "--scale", "0.7"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                "run-1e-3",
+                "run-1e-2",
+                "--runs",
+                runs,
+                "--out",
+                str(out),
+                "--prompt",
+                "a red circle",
+                "--count",
+                "2",
+                "--scale",
+                "0.7",
+            ]
+        )
+        == 0
+    )
     document = json.loads((out / "table.json").read_text())
     assert [cell["learning_rate"] for cell in document["cells"]] == [None, 1e-3, 1e-2]
     assert (out / "cells" / "base" / "00-1.png").is_file()

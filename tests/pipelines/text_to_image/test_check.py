@@ -43,7 +43,10 @@ def test_a_broken_index(tmp_path, text):
 def test_another_kind_of_model(copied):
     index = copied / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
-    assert "is a StableDiffusionXLPipeline; this pipeline tunes Stable Diffusion 1.x and 2.x" in model_problems(str(copied))[0]
+    assert (
+        "is a StableDiffusionXLPipeline; this pipeline tunes Stable Diffusion 1.x and 2.x"
+        in model_problems(str(copied))[0]
+    )
 
 
 def test_pickled_weights_are_never_opened(copied):

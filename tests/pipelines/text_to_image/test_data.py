@@ -24,7 +24,10 @@ def read(folder, **settings):
 def test_one_prompt_for_all(folder):
     examples, problems = read(folder, instance_prompt="a photo of sks vase")
     assert not problems
-    assert [(e.path.name, e.caption) for e in examples] == [("a.jpg", "a photo of sks vase"), ("b.png", "a photo of sks vase")]
+    assert [(e.path.name, e.caption) for e in examples] == [
+        ("a.jpg", "a photo of sks vase"),
+        ("b.png", "a photo of sks vase"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_pictures_in_subfolders_are_found(folder):
         ({"a.txt": "ay"}, "has no captions for b.png"),
         ({"metadata.jsonl": '{"file_name": "c.png", "text": "x"}'}, "a caption for c.png, which is not in"),
         ({"metadata.jsonl": '{"file": "a.jpg"}'}, "needs file_name and text, got file"),
-        ({"metadata.jsonl": '[1, 2]'}, "needs file_name and text, got nothing"),
+        ({"metadata.jsonl": "[1, 2]"}, "needs file_name and text, got nothing"),
         ({"metadata.jsonl": "{"}, "cannot be read (line 1:"),
         ({"metadata.jsonl": ""}, "holds no captions"),
         ({"metadata.csv": "picture,words\na.jpg,x\n"}, "needs file_name and text, got picture, words"),

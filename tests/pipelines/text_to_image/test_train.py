@@ -73,7 +73,9 @@ def test_the_result_loads_in_diffusers_and_draws_the_very_same_picture(short, ch
     pipeline.load_lora_weights(run.folder / "result", weight_name=LORA_FILE, adapter_name="run")
     pipeline.set_adapters("run", 0.7)
     with Image.open(run.folder / "samples" / "step-00000006" / "00-0.png") as sample:
-        difference = torch.tensor(list(sample.convert("RGB").tobytes())).int() - torch.tensor(list(draw().tobytes())).int()
+        difference = (
+            torch.tensor(list(sample.convert("RGB").tobytes())).int() - torch.tensor(list(draw().tobytes())).int()
+        )
     assert difference.abs().max() <= 1  # two ways of rounding to 8 bits
     assert before.tobytes() != draw().tobytes()
 
@@ -87,7 +89,11 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(short):
 def test_the_base_is_left_as_it_was(short, checkpoint):
     def fingerprint():
         base = load_base(ModelSection(path=str(checkpoint)), "no")
-        return {f"{part}.{k}": v.clone() for part in ("unet", "text_encoder") for k, v in getattr(base, part).state_dict().items()}
+        return {
+            f"{part}.{k}": v.clone()
+            for part in ("unet", "text_encoder")
+            for k, v in getattr(base, part).state_dict().items()
+        }
 
     before = fingerprint()
     train(*short, "lora.text_encoder=true", "learning_rate=0.1")
@@ -97,7 +103,9 @@ def test_the_base_is_left_as_it_was(short, checkpoint):
     assert not any(p.requires_grad for p in base.unet.parameters())
 
 
-@pytest.mark.parametrize("extra", [[], ["lora.text_encoder=true", "lora.dropout=0.5", "schedule=cosine", "train.accumulate=2"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["lora.text_encoder=true", "lora.dropout=0.5", "schedule=cosine", "train.accumulate=2"]]
+)
 def test_a_stopped_run_resumes_exactly(short, extra):
     whole, _ = train(*short, *extra)
     settings = config.load(NAME, [*short, *extra])

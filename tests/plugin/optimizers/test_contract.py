@@ -1,0 +1,179 @@
+"""What every optimizer must keep to: Equipoise's, installed third-party ones, and two of torch's for comparison."""
+
+import io
+from importlib.metadata import EntryPoint, entry_points
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+ENTRIES = {entry.name: entry for entry in entry_points(group="equipoise.optimizers")}
+BUILT_IN = {name for name, entry in ENTRIES.items() if entry.dist is not None and entry.dist.name == "equipoise"}
+TORCH: dict[str, type[Optimizer]] = {"torch:adamw": AdamW, "torch:sgd": SGD}
+
+
+@pytest.fixture(params=[*ENTRIES, *TORCH])
+def optimizer_class(request: pytest.FixtureRequest) -> type[Optimizer]:
+    found: EntryPoint | type[Optimizer] = ENTRIES.get(request.param) or TORCH[request.param]
+    return found.load() if isinstance(found, EntryPoint) else found
+
+
+def test_the_contract_covers_the_built_in_optimizers():
+    assert {"scaled_adamw", "scaled_gd"} <= BUILT_IN
+    assert len(ENTRIES) >= len(BUILT_IN) >= 2
+
+
+class Net(nn.Module):
+    """A LoRA layer, and a full one beside it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.randn(2, 8, dtype=dtype) / 3)
+        self.lora_B = nn.Parameter(torch.randn(6, 2, dtype=dtype) / 3)
+        self.full = nn.Linear(8, 6, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.lora_B @ self.lora_A).T + self.full(x)
+
+
+def fill_gradients(model: nn.Module, index: int) -> Tensor:
+    model.zero_grad()
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(index)).to(next(model.parameters()).dtype)
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for index in steps:
+        fill_gradients(model, index)
+        optimizer.step()
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(map(torch.equal, a, b))
+
+
+def pair(optimizer_class: type[Optimizer], **options) -> tuple[Net, Optimizer]:
+    model = Net()
+    return model, optimizer_class(model.named_parameters(), **{"lr": 1e-2, **options})  # type: ignore[call-arg]
+
+
+def test_it_learns(optimizer_class):
+    model, optimizer = pair(optimizer_class)
+    before = fill_gradients(model, 0)
+    train(model, optimizer, range(20))
+    assert fill_gradients(model, 0) < before
+
+
+def test_resume_then_20_equal_steps(optimizer_class):
+    model, optimizer = pair(optimizer_class)
+    train(model, optimizer, range(5))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, saved = torch.load(file, weights_only=True)
+    other, resumed = pair(optimizer_class)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    for index in range(5, 25):
+        train(model, optimizer, range(index, index + 1))
+        train(other, resumed, range(index, index + 1))
+        assert equal(state(model), state(other)), f"step {index}"
+
+
+def test_lr_0_changes_nothing(optimizer_class):
+    model, optimizer = pair(optimizer_class, lr=0.0)
+    before = state(model)
+    train(model, optimizer, range(3))
+    assert equal(before, state(model))
+
+
+def test_missing_gradients_are_skipped(optimizer_class):
+    for name in ("lora_A", "lora_B", "full.weight"):
+        model, optimizer = pair(optimizer_class)
+        train(model, optimizer, range(1))
+        fill_gradients(model, 1)
+        param = model.get_parameter(name)
+        param.grad = None
+        before = param.detach().clone()
+        others = [p.detach().clone() for p in model.parameters() if p is not param]
+        optimizer.step()
+        assert torch.equal(param, before)
+        assert not any(torch.equal(a, b) for a, b in zip(others, (p for p in model.parameters() if p is not param)))  # noqa: B905
+    model, optimizer = pair(optimizer_class)
+    optimizer.step()  # no gradient at all
+
+
+def test_strided_parameters_get_the_same_steps_and_their_gaps_stay(optimizer_class):
+    model, optimizer = pair(optimizer_class)
+    other = Net()
+    memory = {}
+    for name, param in model.named_parameters():
+        wide = torch.full((*param.shape, 2), 7.0)
+        view = wide[..., 0]
+        view.copy_(param.detach())
+        memory[name] = wide
+        owner = other.full if name.startswith("full") else other
+        setattr(owner, name.split(".")[-1], nn.Parameter(view))
+        assert other.get_parameter(name).data_ptr() == wide.data_ptr()
+    strided = optimizer_class(other.named_parameters(), lr=1e-2)  # type: ignore[call-arg]
+    train(model, optimizer, range(5))
+    train(other, strided, range(5))
+    for a, b in zip(state(model), state(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32, in another order of summation
+    assert all((wide[..., 1] == 7.0).all() for wide in memory.values())
+
+
+def test_bf16_parameters(optimizer_class):
+    model = Net(torch.bfloat16)
+    optimizer = optimizer_class(model.named_parameters(), lr=1e-2)  # type: ignore[call-arg]
+    before = state(model)
+    train(model, optimizer, range(3))
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
+    assert not equal(before, state(model))
+
+
+def test_each_group_keeps_its_own_rate(optimizer_class):
+    model = Net()
+    lora, full = [("lora_A", model.lora_A), ("lora_B", model.lora_B)], [*model.full.named_parameters()]
+    optimizer = optimizer_class([{"params": lora, "lr": 0.0}, {"params": full}], lr=1e-2)  # type: ignore[call-arg]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 1e-2]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+    before = state(model)
+    train(model, optimizer, range(3))
+    moved = [not torch.equal(a, b) for a, b in zip(before, state(model), strict=True)]
+    assert moved == [False, False, True, True]
+
+
+def test_schedulers_drive_it(optimizer_class):
+    model, optimizer = pair(optimizer_class)
+    schedule = LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.0)
+    for index in range(2):
+        train(model, optimizer, range(index, index + 1))
+        schedule.step()
+    before = state(model)
+    train(model, optimizer, range(3))
+    assert equal(before, state(model))
+    model, optimizer = pair(optimizer_class)
+    cosine = CosineAnnealingLR(optimizer, 10)
+    train(model, optimizer, range(1))
+    cosine.step()
+    assert 0 < optimizer.param_groups[0]["lr"] < 1e-2
+
+
+def test_a_closure_gives_the_same_steps_and_its_loss(optimizer_class):
+    model, optimizer = pair(optimizer_class)
+    other, plain = pair(optimizer_class)
+    other.load_state_dict(model.state_dict())
+    for index in range(3):
+        loss = optimizer.step(lambda index=index: fill_gradients(model, index))
+        torch.testing.assert_close(loss, fill_gradients(other, index))
+        plain.step()
+    assert equal(state(model), state(other))
