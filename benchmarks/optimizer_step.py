@@ -98,10 +98,8 @@ def main() -> None:
         medians = measure(rank, arguments.steps, CLOCKS[arguments.clock])
         default, ours = medians["torch AdamW (default)"], medians["ScaledAdamW"]
         for name, seconds in medians.items():
-            print(
-                f"| {rank} | {name} | {seconds * 1e3:.2f} | {seconds / default:.2f} | {seconds / ours:.2f} |",
-                flush=True,
-            )
+            row = f"| {rank} | {name} | {seconds * 1e3:.2f} | {seconds / default:.2f} | {seconds / ours:.2f} |"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ class PairReport:
             text = "No LoRA pairs found: every parameter is left to the base optimizer"
         else:
             ranks = ", ".join(str(rank) for rank in sorted({pair.rank for pair in self.pairs}))
-            text = f"{len(self.pairs)} LoRA pairs of rank {ranks}, found by {' and '.join(self.found_by)}"
+            plural = "s" if len(self.pairs) > 1 else ""
+            text = f"{len(self.pairs)} LoRA pair{plural} of rank {ranks}, found by {' and '.join(self.found_by)}"
         if "adjacency" in self.found_by:
             text += " (a guess from shapes and order; pass the model to be certain)"
         if self.unpaired:

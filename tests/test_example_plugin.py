@@ -74,8 +74,17 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
     assert result["problems"][0] == "momentum: must be a number with 0 <= x < 1, got 1.5."
     assert result["problems"][1].startswith("wieght: no such option. Did you mean 'weight'?")
 
-    words = ["model=demo", "data=demo", "steps=3", "optimizer=signum", "objective=worst_modality", "objective.options={weight: 2}"]
-    trained = run("-m", "equipoise.pipelines.cli", "train", "text_to_image/demo", *words, "samples.prompts=[]", "--id", "plugged")
+    words = [
+        "model=demo",
+        "data=demo",
+        "steps=3",
+        "optimizer=signum",
+        "objective=worst_modality",
+        "objective.options={weight: 2}",
+    ]
+    trained = run(
+        "-m", "equipoise.pipelines.cli", "train", "text_to_image/demo", *words, "samples.prompts=[]", "--id", "plugged"
+    )
     assert "plugged: done" in trained
     (metrics,) = (tmp_path / "runs" / "plugged").glob("metrics.jsonl")
     assert len(metrics.read_text().splitlines()) == 3

@@ -36,14 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers: must be at least 1, got {args.workers}.")
-    sweep = _continued(args) or _new(args)
+    return resume(_continued(args) or _new(args), args.workers, not args.no_compare)
+
+
+def resume(sweep: Run, workers: int | None = None, compare: bool = True) -> int:
+    """Trains what is left of a sweep, which is all of a new one, and compares; returns the exit code."""
     print(f"{sweep.id}: {len(sweeps.cells(sweep))} cells in {sweep.folder}", flush=True)
-    outcome = sweeps.train(sweep, args.workers or sweeps.default_workers())
-    print(f"{sweep.id}: {outcome.state}. {outcome.message}")
+    outcome = sweeps.train(sweep, workers or sweeps.default_workers())
+    print(f"{sweep.id}: {outcome.state}. {outcome.message}", flush=True)
     if outcome.state == "stopped":
-        print(f"`equipoise sweep {sweep.id}` continues it.")
+        print(f"`equipoise resume {sweep.id}` continues it.")
         return sweep.status().exit_code or 0
-    if not args.no_compare:
+    if compare:
         from equipoise.pipelines.commands.compare import compare_and_report
 
         compare_and_report([sweep])

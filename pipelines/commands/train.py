@@ -70,7 +70,9 @@ def _resume(args: argparse.Namespace) -> int:
         print(f"{found.id}: was cancelled before it began.")
         return now.exit_code or 0
     if now.kind == "sweep":
-        raise InputError(f"{found.id}: is a sweep; `equipoise sweep --resume {found.id}` continues it.")
+        from equipoise.pipelines.commands import sweep
+
+        return sweep.resume(found)
     if now.state == "running" or (now.state == "queued" and now.pid and not args.queued):
         raise InputError(f"{found.id}: is being trained by process {now.pid}; `equipoise stop {found.id}` stops it.")
     if now.state == "done":

@@ -17,7 +17,7 @@ _SUPERSAMPLE = 4  # drawn larger, then averaged, so that edges are smooth
 COLOURS = {"red": 0.0, "yellow": 52.0, "green": 120.0, "cyan": 182.0, "blue": 230.0, "purple": 285.0}  # hue in degrees
 BACKGROUNDS = ("white", "gray", "black", "striped")
 
-# The judge's tolerances. Hues in the table above lie at least 45° apart, the object's at least 30° from any of them.
+# The judge's tolerances. Hues in the table above lie at least 45° apart.
 HUE_TOLERANCE = 16.0  # degrees
 CHROMA = 0.25  # max − min of RGB in [0, 1] from which a pixel counts as foreground: backgrounds are neutral
 OVERLAP = 0.75  # intersection over union with the template from which a shape counts as right
@@ -81,11 +81,11 @@ def shape(colour: str, name: str) -> Subject:
     return Subject(f"{colour} {name}", (Part(SHAPES[name], COLOURS[colour]),))
 
 
-# The object that fine-tuning teaches. No picture of the base's training has its outline, or either of its hues.
+# The object that fine-tuning teaches. No picture of the base's training has its outline, or two colours at once.
 IDENTIFIER = "sks"
 OBJECT = Subject(
     f"{IDENTIFIER} object",
-    (Part(_box(-0.36, 0.0, 0.36, 1.0), 86.0), Part(_dome(), 325.0)),  # a lime stem under a pink cap
+    (Part(_box(-0.36, 0.0, 0.36, 1.0), COLOURS["yellow"]), Part(_dome(), COLOURS["purple"])),  # a toadstool
 )
 
 

@@ -112,7 +112,7 @@ class ScaledAdamW(Scaled, AdamW):
         >>> layer["lora_B"](layer["lora_A"](torch.ones(1, 8))).sum().backward()
         >>> optimizer.step()
         >>> print(optimizer.pairs.summary)
-        1 LoRA pairs of rank 2, found by modules.
+        1 LoRA pair of rank 2, found by modules.
 
     Paper: Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, arXiv 2402.02347, 2024, eq. 1, Algorithm 1
     """

@@ -256,7 +256,10 @@ def test_one_session_at_a_time(store):
         pytest.fail("two sessions")
     assert run.status().state == "running"
     holder.kill()
-    assert run.status().state == "dead"  # although nobody has waited for it yet
+    until = time.monotonic() + 60
+    while run.status().state != "dead" and time.monotonic() < until:  # although nobody has waited for it yet
+        time.sleep(0.02)
+    assert run.status().state == "dead"
     holder.communicate()
     now = run.status()
     assert now.state == "dead" and str(holder.pid) in now.message

@@ -1,6 +1,7 @@
 """The scaled optimizers against the golden trajectories, their slow twin, PEFT's version and the paper's limits."""
 
 import copy
+import doctest
 import inspect
 import io
 import json
@@ -15,6 +16,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from equipoise import ScaledAdamW, ScaledGD, attach, scaled
 from equipoise.errors import InputError, PairingError
+from equipoise.optimizers import scaled as module
 from equipoise.optimizers.reference import ReferenceScaled
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "scaled.json"
@@ -657,3 +659,8 @@ def test_classes_are_cached_named_and_describe_themselves():
     for each in (ScaledAdamW, ScaledGD):
         assert each.__doc__
         assert all(f"        {name}: " in each.__doc__ for name in inspect.signature(each).parameters)
+
+
+def test_the_examples_in_the_docstrings_run():
+    results = doctest.testmod(module, extraglobs={"torch": torch})
+    assert results.attempted >= 5 and results.failed == 0
