@@ -6,7 +6,7 @@ import time
 
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.commands.compare import compare_and_report
+from equipoise.pipelines.commands.sweep import resume
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +22,12 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
     config = configs.load("text_to_image/demo", overrides)
     sweep = sweeps.create(config)
-    print("Teaching the embedded model an object it has never seen, from six pictures, at five learning rates.")
-    print(f"{sweep.id}: {len(sweeps.cells(sweep))} cells in {sweep.folder}", flush=True)
-    outcome = sweeps.train(sweep, max(1, args.workers))
-    print(f"{sweep.id}: {outcome.state}. {outcome.message}", flush=True)
-    if outcome.state == "stopped":
-        print(f"`equipoise sweep {sweep.id}` continues it.")
-        return sweep.status().exit_code or 0
-    compare_and_report([sweep])
+    print(
+        "Teaching the embedded model an object it has never seen, from six pictures, at five learning rates.",
+        flush=True,
+    )
+    if code := resume(sweep, max(1, args.workers)):
+        return code
     print(
         f"\nDone in {time.perf_counter() - started:.0f} seconds. Open the report in a browser; the grid is a picture."
     )

@@ -355,7 +355,7 @@ def main() -> None:
         vae.half(), text_encoder.half(), words, unet.half(), noise_schedule, None, None, requires_safety_checker=False
     )
     pipeline.save_pretrained(arguments.out, safe_serialization=True)
-    shipped = StableDiffusionPipeline.from_pretrained(arguments.out, torch_dtype=torch.float32)
+    shipped = StableDiffusionPipeline.from_pretrained(arguments.out, dtype=torch.float32)
     error = reconstruction_error(vae.float(), pictures[:256])
     facts = {
         "parameters": {

@@ -122,8 +122,8 @@ def load_base(model: ModelSection, precision: str) -> Base:
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", **common)
         text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **weights)
         # The autoencoder stays in float32: in fp16 the one of Stable Diffusion 1.x overflows into black pictures.
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32, **weights)
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype, **weights)
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", dtype=torch.float32, **weights)
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype, **weights)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {model.path} cannot be loaded as Stable Diffusion: {reason}") from None

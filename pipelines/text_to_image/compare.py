@@ -7,9 +7,12 @@ starting noise are the same everywhere, so what differs between two pictures of 
 import json
 import math
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from equipoise.errors import InputError
@@ -103,19 +106,18 @@ def _result(run: Run) -> dict | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-class _worn:
+@contextmanager
+def _worn(base: Base, pipeline: StableDiffusionPipeline, folder: Path, scale: float) -> Iterator[None]:
     """A LoRA file on the pipeline for the time of the block."""
-
-    def __init__(self, base: Base, pipeline, folder: Path, scale: float):
-        self.base, self.pipeline, self.folder, self.scale = base, pipeline, folder, scale
-
-    def __enter__(self) -> None:
-        self.pipeline.load_lora_weights(self.folder, weight_name=LORA_FILE, adapter_name="run")
-        self.pipeline.set_adapters("run", self.scale)
-
-    def __exit__(self, *error: object) -> None:
-        for part in (self.base.unet, self.base.text_encoder):
-            self.base.restore(part)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # peft's only word on factors that fit nowhere
+            pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="run")
+        pipeline.set_adapters("run", scale)
+        yield
+    finally:
+        for part in (base.unet, base.text_encoder):
+            base.restore(part)
 
 
 def _write(folder: Path, cell: Cell, samples: SamplesSection, made: list[Sample], verdicts) -> list[Picture]:

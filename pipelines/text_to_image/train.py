@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -314,7 +313,8 @@ class TextToImageWork:
         tensors: dict[str, Tensor] = {}
         adapters: dict[str, Any] = {}
         for name, part in self.parts.items():
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(part, save_embedding_layers=False))
+            # PEFT's own names: diffusers' converter renames attention alone, and its loader then drops half
+            layers = get_peft_model_state_dict(part, save_embedding_layers=False)
             tensors |= {f"{name}.{key}": value.float() for key, value in layers.items()}
             settings = part.peft_config["default"].to_dict()
             adapters |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -37,12 +38,15 @@ def sweep(store) -> Run:
     return store.create(CONFIG, kind="sweep")
 
 
-@pytest.fixture
-def no_room():
-    """While it is on, this process cannot write more than a few bytes into any file."""
+@contextmanager
+def room_for(size: int):
+    """While it lasts, this process cannot write more than `size` bytes into any file, pytest included."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size=20: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def python(code: str, *args: object) -> subprocess.Popen:
@@ -130,27 +134,29 @@ def test_a_second_run_of_one_id_changes_nothing(store):
     assert [name for name in os.listdir(store.root) if name.startswith(".new")] == []
 
 
-def test_a_full_disk_leaves_nothing_half_written(store, no_room, tmp_path):
-    no_room()
-    with pytest.raises(InputError, match=r"disk is full.*nothing half-written"):
-        store.create(CONFIG)
-    assert not store.root.exists()
+def test_a_full_disk_leaves_nothing_half_written(store, tmp_path):
     file = tmp_path / "file"
-    with pytest.raises(InputError, match="disk is full"):
-        write_atomic(file, "x" * 100)
-    append(file, "ten bytes\n")
-    with pytest.raises(InputError, match="disk is full"):
-        append(file, "more than there is room for\n")
+    with room_for(20):
+        with pytest.raises(InputError, match=r"disk is full.*nothing half-written"):
+            store.create(CONFIG)
+        assert not store.root.exists()
+        with pytest.raises(InputError, match="disk is full"):
+            write_atomic(file, "x" * 100)
+        append(file, "ten bytes\n")
+        with pytest.raises(InputError, match="disk is full"):
+            append(file, "more than there is room for\n")
     assert file.read_text() == "ten bytes\n"
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_disk_that_fills_up_in_a_session_is_said_in_a_sentence(store, no_room):
+def test_a_disk_that_fills_up_in_a_session_is_said_in_a_sentence(store):
     class Big(Pipeline):
         @classmethod
         def run(cls, config, run):
-            no_room(5000)
-            with open(run.result / "weights", "wb", buffering=0) as file:  # as a library would, without our help
+            with (
+                room_for(5000),
+                open(run.result / "weights", "wb", buffering=0) as file,
+            ):  # as a library would, without our help
                 while True:
                     file.write(b"0" * 4000)
 

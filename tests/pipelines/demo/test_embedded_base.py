@@ -14,7 +14,7 @@ from equipoise.pipelines.demo.train_base import HELD_OUT, sample
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return StableDiffusionPipeline.from_pretrained(base_folder(), torch_dtype=torch.float32)
+    return StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32)
 
 
 def test_it_is_small_and_half_precision():

@@ -58,8 +58,10 @@ def test_a_run_leaves_everything_it_promises(short, checkpoint):
     assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 2.0
 
 
-def test_the_result_loads_in_diffusers_and_draws_the_very_same_picture(short, checkpoint):
-    run, _ = train(*short, "lora.text_encoder=true", "learning_rate=0.05", "lora.alpha=2", "samples.scale=0.7")
+@pytest.mark.parametrize("targets", ["[to_q, to_k, to_v, to_out.0]", "[to_q, to_out.0, ff.net.0.proj, proj_in, conv1]"])
+def test_the_result_loads_in_diffusers_and_draws_the_very_same_picture(short, checkpoint, targets):
+    words = ["lora.text_encoder=true", f"lora.targets={targets}", "lora.alpha=2", "samples.scale=0.7"]
+    run, _ = train(*short, "learning_rate=0.05", *words)
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
