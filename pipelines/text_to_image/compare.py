@@ -112,7 +112,7 @@ def _worn(base: Base, pipeline: StableDiffusionPipeline, folder: Path, scale: fl
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # peft's only word on factors that fit nowhere
-            pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="run")
+            pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="run")
         pipeline.set_adapters("run", scale)
         yield
     finally:

@@ -1,7 +1,7 @@
 """The configuration of text-to-image tuning, section by section; its face is the YAML in configs/text_to_image."""
 
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import Annotated, Any, ClassVar, Literal
 
