@@ -104,7 +104,7 @@ def test_a_sweep_trains_compares_and_reports(small, tmp_path, capfd):
     (folder,) = runs.glob("*/comparison")
     document = json.loads((folder / "table.json").read_text())
     assert [cell["state"] for cell in document["cells"]] == ["untouched", "done", "diverged", "done", "diverged"]
-    rows = list(csv.DictReader((folder / "table.csv").open()))
+    rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert len(rows) == 5 and rows[1]["learning_rate"] == "0.001" and float(rows[1]["loss_after"]) > 0
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > 500
