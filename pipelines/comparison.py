@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.config import flat as flat_config
+from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.records import RunConfig
 from equipoise.pipelines.robustness import Point, UsableRange, threshold, usable_range
 
@@ -91,8 +93,6 @@ class Comparison:
 
     def write_tables(self) -> list[Path]:
         """Writes table.csv and table.json; returns their paths."""
-        from equipoise.pipelines.files import write_atomic
-
         names = list(dict.fromkeys(name for cell in [self.base, *self.cells] for name in cell.metrics))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -142,7 +142,7 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     Raises:
         InputError: a run has no learning rate to lay it out by.
     """
-    flat = [flatten(config.model_dump(mode="json")) for config in configs]
+    flat = [flat_config(config) for config in configs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
     axes = [
@@ -158,9 +158,9 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
         if RATE not in one:
             raise InputError("comparison: a run has no optimizer.learning_rate, so it has no column.")
         options = {
-            key.removeprefix("optimizer.options."): value
-            for key, value in one.items()
-            if key.startswith("optimizer.options.") and key in differing
+            option: value
+            for option, value in one.get("optimizer.options", {}).items()
+            if any(other.get("optimizer.options", {}).get(option) != value for other in flat)
         }
         words = [
             f"{key.split('.')[-1]}={value:g}" if isinstance(value, float) else f"{key.split('.')[-1]}={value}"
@@ -171,17 +171,6 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
             (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
         )
     return placed
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= flatten(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
 
 
 def _finite(value: float) -> float | None:

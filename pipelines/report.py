@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+import textwrap
 from importlib.resources import files
 from pathlib import Path
 
@@ -204,8 +205,6 @@ def _attribute(text: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, width) or [""]
 
 

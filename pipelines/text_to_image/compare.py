@@ -56,8 +56,8 @@ def compare(
             "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
         )
     for config in configs[1:]:
-        for key in ("model", "data.resolution"):
-            mine, theirs = _get(first, key), _get(config, key)
+        resolutions = (first.data.resolution, config.data.resolution)
+        for key, mine, theirs in (("model", first.model, config.model), ("data.resolution", *resolutions)):
             if mine != theirs:
                 raise InputError(
                     f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base."
@@ -133,10 +133,3 @@ def _write(folder: Path, cell: Cell, samples: SamplesSection, made: list[Sample]
         small.save(folder / thumbnail)
         pictures.append(Picture(prompt, sample.seed, file, thumbnail, right, note))
     return pictures
-
-
-def _get(config: TextToImageConfig, dotted: str):
-    value = config
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value

@@ -15,7 +15,7 @@ from equipoise.errors import PairingError
 
 def peft_model(**options) -> nn.Module:
     base = nn.ModuleDict({"q": nn.Linear(12, 20), "v": nn.Linear(12, 16)})
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"], **options))  # type: ignore[arg-type]
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"], **options))
 
 
 def couples(report) -> set[tuple[int, int]]:
@@ -84,7 +84,7 @@ def test_by_adjacency_with_a_warning(caplog):
     assert report.found_by == ("adjacency",)
     assert "guess" in report.summary
     with caplog.at_level(logging.WARNING, "equipoise"):
-        assert len(ScaledAdamW(tensors).pairs) == 2  # type: ignore[arg-type]
+        assert len(ScaledAdamW(tensors).pairs) == 2
     assert "guess" in caplog.text
 
 
@@ -156,7 +156,7 @@ def test_down_and_up_elsewhere_are_ordinary_layers():
 
 def test_peft_convolution_and_embedding():
     base = nn.ModuleDict({"conv": nn.Conv2d(6, 10, 3), "words": nn.Embedding(30, 12)})
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["conv", "words"]))  # type: ignore[arg-type]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["conv", "words"]))
     shapes = {(tuple(pair.A.shape), tuple(pair.B.shape)) for pair in find_pairs(model)}
     assert shapes == {((2, 6, 3, 3), (10, 2, 1, 1)), ((2, 30), (12, 2))}
 
@@ -164,7 +164,7 @@ def test_peft_convolution_and_embedding():
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_dora_magnitudes_biases_and_full_layers_are_left_alone(options):
     model = peft_model(**options)
-    model.base_model.model["extra"] = nn.Linear(40, 30)  # type: ignore
+    model.base_model.model["extra"] = nn.Linear(40, 30)
     for source in (model, trainable(model)):
         report = find_pairs(source)
         assert couples(report) == true_couples(model)
@@ -181,9 +181,9 @@ def test_a_grouped_convolution_is_left_to_the_base():
 
 def test_several_adapters_and_a_rank_pattern():
     model = peft_model(rank_pattern={"v": 4})
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["q"]))  # type: ignore[operator]
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q"]))
     assert {(pair.name.split(".")[-2:][0], pair.rank) for pair in find_pairs(model)} == {("q", 2), ("v", 4)}
-    model.base_model.set_adapter(["default", "other"])  # type: ignore[operator]
+    model.base_model.set_adapter(["default", "other"])
     report = find_pairs(model)
     assert {(pair.name.split(".")[-1], pair.rank) for pair in report} == {("default", 2), ("default", 4), ("other", 3)}
 
@@ -229,8 +229,8 @@ def test_refuses_ranks_that_differ():
 
 def test_refuses_flat_and_partitioned_parameters():
     flat, zero3, empty = bare((100,), (0,), (0, 4))
-    flat._is_flat_param = True  # type: ignore[attr-defined]
-    zero3.ds_id = 7  # type: ignore[attr-defined]
+    flat._is_flat_param = True
+    zero3.ds_id = 7
     for tensor, what in ((flat, "FSDP1 flat parameter"), (zero3, "DeepSpeed ZeRO"), (empty, "empty on this process")):
         with pytest.raises(PairingError, match=what):
             find_pairs([tensor])

@@ -94,7 +94,7 @@ def test_golden_trajectories(golden: dict, trajectory: str, kernel: dict):
         names = ("lr", "eps", "weight_decay")
         options = {name: golden[name] for name in names} | {"betas": tuple(golden["betas"])} | kernel
         order = trajectory.removeprefix("scaled_adamw_")
-        optimizer = ScaledAdamW(factors, damping=golden["delta"], order=order, **options)  # type: ignore[arg-type]
+        optimizer = ScaledAdamW(factors, damping=golden["delta"], order=order, **options)
     assert len(golden["grads"]) == len(golden[trajectory]) == 8
     for grads, wanted in zip(golden["grads"], golden[trajectory], strict=True):
         for factor, grad in zip(factors, grads, strict=True):
@@ -142,12 +142,12 @@ def test_matches_pefts_riemannian_adamw_over_50_steps():
     from peft.optimizers import create_riemannian_optimizer
 
     base = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 12))
-    ours = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"]))  # type: ignore[arg-type]
+    ours = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"]))
     theirs = copy.deepcopy(ours)
     start = weights(ours)
     for model, optimizer in (
         (ours, ScaledAdamW(ours, 1e-3, damping=1e-2)),
-        (theirs, create_riemannian_optimizer(theirs, AdamW, lr=1e-3, reg=1e-2)),  # type: ignore[arg-type]
+        (theirs, create_riemannian_optimizer(theirs, AdamW, lr=1e-3, reg=1e-2)),
     ):
         for index in range(50):
             optimizer.zero_grad()
@@ -419,7 +419,7 @@ def test_attach_equals_the_scaled_class_and_keeps_state():
 def test_attach_without_a_model_finds_the_live_one():
     model = net()
     optimizer = attach(SGD([p for p in model.parameters() if p.requires_grad], 1e-2))
-    assert len(optimizer.pairs) == 2 and optimizer.pairs.found_by == ("modules",)  # type: ignore[attr-defined]
+    assert len(optimizer.pairs) == 2 and optimizer.pairs.found_by == ("modules",)
 
 
 @pytest.mark.parametrize("stepped", [True, False])
@@ -481,7 +481,7 @@ def test_a_closure_gives_the_same_steps_and_its_loss(order, as_keyword: bool):
             calls.append(backward(model, index))
             return calls[-1]
 
-        loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)  # type: ignore[arg-type]
+        loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
         assert len(calls) == 1 and loss is calls[0]
         train(other, plain, 1, index)
     assert same(model, other)
@@ -496,7 +496,7 @@ def test_gradients_are_restored_when_a_sequential_pass_raises(failing_call: int)
             type(self).calls += 1
             if type(self).calls == failing_call:
                 raise RuntimeError("broken")
-            return SGD.step.__wrapped__(self, closure)  # type: ignore[attr-defined]
+            return SGD.step.__wrapped__(self, closure)
 
     SGD([nn.Parameter(torch.ones(1))])
     model = net()
@@ -573,7 +573,7 @@ def test_a_group_added_later_and_an_option_changed_later_count():
     optimizer.step()
     optimizer.add_param_group({"params": [(f"second.{n}", p) for n, p in second.named_parameters() if p.requires_grad]})
     backward(second)
-    raw = second.lora_A.grad.clone()  # type: ignore[union-attr]
+    raw = second.lora_A.grad.clone()
     optimizer.param_groups[1]["damping"] = 1e9
     optimizer.step()
     torch.testing.assert_close(second.lora_A.grad, raw / 1e9, rtol=1e-6, atol=0)
@@ -634,7 +634,7 @@ def test_refuses_what_cannot_be_a_base():
     with pytest.raises(InputError, match="true gradients"):
         scaled(LBFGS)
     with pytest.raises(InputError, match="Pass the class"):
-        scaled(nn.Linear)  # type: ignore[arg-type]
+        scaled(nn.Linear)
     with pytest.raises(InputError, match="no trainable parameter"):
         ScaledAdamW(Lora().requires_grad_(False))
 
