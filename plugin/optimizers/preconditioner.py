@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Entries per work buffer. On the CPU stacked matrices and their products should stay in the cache, and memory that is
-# allocated anew for every step costs more than the arithmetic; on a device few launches matter more.
+# Entries per work buffer. On the CPU stacked matrices and their products should stay in the cache, and stacking pays
+# only for small ones; on a device few launches matter more.
 _CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
+_SINGLE_CPU = 2**12  # entries from which on a matrix is worked on alone
 
 _CUDA_REPORT_EVERY = 100  # steps; reading a counter waits for the device
 
@@ -36,7 +37,9 @@ class Preconditioner:
 
     def __init__(self, sides: Sequence[Side]):
         self.sides = list(sides)
-        self._seen: list[tuple | None] = []
+        self._factors = list({id(factor): factor for side in sides for factor in (side.param, side.other)}.values())
+        self._params = [side.param for side in self.sides]
+        self._seen: tuple[list, ...] = ()
         self._options: list[tuple[float, str]] = []
         self._batches: list[_Batch] = []
         self._counted = 0  # failures of earlier plans
@@ -55,8 +58,12 @@ class Preconditioner:
         Args:
             options: (damping, damping mode) of each parameter group.
         """
-        params = [side.param for side in self.sides]
-        seen = [None if p.grad is None else (p.dtype, p.device) for p in params]
+        # Other programs move and replace what is behind a parameter; the plan holds views of it.
+        seen = (
+            list(map(Tensor.data_ptr, self._factors)),
+            [factor.dtype for factor in self._factors],
+            [param.grad is None for param in self._params],
+        )
         if seen != self._seen:
             self._counted = self.failures
             self._batches = _plan([side for side in self.sides if side.param.grad is not None])
@@ -88,43 +95,39 @@ class _Batch:
     """Sides of one rank, dtype and device: one Cholesky factorisation for all of them."""
 
     def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, buckets: list[list[Side]]):
-        limit = _CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE
-        chunks = []
-        for bucket in buckets:
-            size = max(1, limit // max(bucket[0].param.numel(), bucket[0].other.numel()))
-            chunks += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        self.sides = [side for chunk in chunks for side in chunk]
+        chunks = [chunk for bucket in buckets for chunk in _chunked(bucket, dtype)]
+        self.groups = [side.group for chunk in chunks for side in chunk]
         self.failures = torch.zeros((), dtype=torch.int64, device=device)
-        self.grams = torch.empty(len(self.sides), rank, rank, dtype=dtype, device=device)
+        # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
+        self.inverse = DampedInverse(len(self.groups), rank, dtype, device)
         room = max(len(chunk) * max(chunk[0].param.numel(), chunk[0].other.numel()) for chunk in chunks)
         buffers = [torch.empty(room, dtype=dtype, device=device) for _ in range(2)]
-        grams = self.grams.split([len(chunk) for chunk in chunks])
-        self.chunks = [_Chunk(chunk, gram, *buffers) for chunk, gram in zip(chunks, grams, strict=True)]
+        grams = self.inverse.matrices.split([len(chunk) for chunk in chunks])
+        self.parts = [
+            (_Single if _reads_in_place(chunk[0], dtype) else _Stack)(chunk, gram, *buffers)
+            for chunk, gram in zip(chunks, grams, strict=True)
+        ]
 
     def set_options(self, options: list[tuple[float, str]]) -> None:
-        chosen = [options[side.group] for side in self.sides]
-        like = self.grams
-        self.damping = torch.tensor([damping for damping, _ in chosen], dtype=like.dtype, device=like.device)
-        self.relative = torch.tensor([mode == "relative" for _, mode in chosen], device=like.device)
+        self.inverse.set_damping([options[group] for group in self.groups])
 
     def scale(self) -> None:
         # A step taken inside an autocast block must not drop to half precision.
-        with torch.autocast(self.grams.device.type, enabled=False):
-            for chunk in self.chunks:
-                chunk.fill_gram()
-            inverses, failures = damped_inverse(self.grams, self.damping, self.relative)
-            self.failures += failures
-            for chunk, inverse in zip(self.chunks, inverses.split([len(c.params) for c in self.chunks]), strict=True):
-                chunk.apply(inverse)
+        with torch.autocast(self.failures.device.type, enabled=False):
+            for part in self.parts:
+                part.fill_gram()
+            self.failures += self.inverse.invert_()
+            for part in self.parts:
+                part.apply()
 
 
-class _Chunk:
-    """Sides of one shape that are worked on together, in buffers shared with the other chunks."""
+class _Stack:
+    """Sides of one shape, copied together: for matrices so small that a call for each would cost more."""
 
     def __init__(self, sides: list[Side], gram: Tensor, stack: Tensor, product: Tensor):
         first, k = sides[0], len(sides)
         rows, columns = first.param.flatten(1).shape
-        self.left, self.gram = first.left, gram
+        self.left, self.gram = first.left, gram  # (k, r, r): the Gram matrices, then their inverses
         self.params = [side.param for side in sides]
         self.others = [side.other for side in sides]
         self.stack = stack
@@ -135,20 +138,61 @@ class _Chunk:
         others = self._stacked(self.others)
         torch.bmm(others.mT, others, out=self.gram) if self.left else torch.bmm(others, others.mT, out=self.gram)
 
-    def apply(self, inverse: Tensor) -> None:  # (k, r, r)
+    def apply(self) -> None:
         grads = [param.grad for param in self.params if param.grad is not None]
         stacked = self._stacked(grads)
-        torch.bmm(inverse, stacked, out=self.product) if self.left else torch.bmm(stacked, inverse, out=self.product)
+        factors = (self.gram, stacked) if self.left else (stacked, self.gram)
+        torch.bmm(*factors, out=self.product)
         torch._foreach_copy_(grads, self.results)
 
     def _stacked(self, matrices: list[Tensor]) -> Tensor:  # (k, rows, columns)
-        matrices = [m if m.ndim == 2 else m.flatten(1) for m in matrices]
+        matrices = [_matrix(m) for m in matrices]
         k, (rows, columns) = len(matrices), matrices[0].shape
-        if k == 1:
-            return matrices[0].to(self.stack.dtype).unsqueeze(0)
         stack = self.stack[: k * rows * columns]
         torch.cat(matrices, out=stack.view(k * rows, columns))
         return stack.view(k, rows, columns)
+
+
+class _Single:
+    """One side whose matrices are large enough to be read where they lie."""
+
+    def __init__(self, sides: list[Side], gram: Tensor, _: Tensor, product: Tensor):
+        (side,) = sides
+        self.left, self.param, self.gram = side.left, side.param, gram[0]
+        other = side.other.detach()
+        self.factors = (other.mT, other) if side.left else (other, other.mT)
+        self.product = product[: side.param.numel()].view_as(side.param)
+
+    def fill_gram(self) -> None:
+        torch.mm(*self.factors, out=self.gram)
+
+    def apply(self) -> None:
+        grad = self.param.grad
+        if grad is not None:
+            factors = (self.gram, grad) if self.left else (grad, self.gram)
+            torch.mm(*factors, out=self.product)
+            grad.copy_(self.product)
+
+
+def _matrix(factor: Tensor) -> Tensor:
+    """Convolution kernels as the matrices they are: A (r, n), B (m, r)."""
+    return factor if factor.ndim == 2 else factor.flatten(1)
+
+
+def _chunked(bucket: list[Side], dtype: torch.dtype) -> list[list[Side]]:
+    """Sides of one shape in portions to be worked on together."""
+    size = max(bucket[0].param.numel(), bucket[0].other.numel())
+    limit = _CHUNK_CPU if bucket[0].param.device.type == "cpu" else _CHUNK_DEVICE
+    k = 1 if _reads_in_place(bucket[0], dtype) else max(1, limit // size)
+    return [bucket[i : i + k] for i in range(0, len(bucket), k)]
+
+
+def _reads_in_place(side: Side, dtype: torch.dtype) -> bool:
+    """Whether products of the factors themselves are faster than products of stacked copies."""
+    factors = side.param, side.other
+    return all(f.ndim == 2 and f.dtype == dtype and f.device.type == "cpu" for f in factors) and (
+        max(f.numel() for f in factors) >= _SINGLE_CPU
+    )
 
 
 def _plan(sides: list[Side]) -> list[_Batch]:
@@ -161,22 +205,37 @@ def _plan(sides: list[Side]) -> list[_Batch]:
     return [_Batch(*key, list(buckets.values())) for key, buckets in batches.items()]
 
 
-def damped_inverse(
-    gram: Tensor,  # (k, r, r), fp32 or fp64; its diagonal is changed in place
-    damping: Tensor,  # (k,) added to the diagonal
-    relative: Tensor,  # (k,) bool: that damping is in units of tr(gram)/r
-) -> tuple[Tensor, Tensor]:  # (k, r, r) inverses, the identity where there is none; () how many of those are failures
-    """Invert symmetric matrices plus damping by Cholesky, without waiting for the device.
+class DampedInverse:
+    """Inverts many symmetric matrices plus damping by Cholesky, in place, without waiting for the device."""
 
-    An exactly zero Gram matrix under relative damping is the ordinary state of a fresh adapter (B = 0): it gets the
-    identity too, and is no failure.
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    diagonal.add_((damping * torch.where(relative, mean, 1.0)).unsqueeze(-1))
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    inverse = torch.cholesky_solve(eye.expand_as(gram), factor)
-    good = (info == 0) & inverse.sum((1, 2)).isfinite()
-    fresh = relative & (mean == 0)
-    return torch.where(good[:, None, None], inverse, eye), (~(good | fresh)).sum()
+    def __init__(self, count: int, rank: int, dtype: torch.dtype, device: torch.device):
+        self.matrices = torch.empty(count, rank, rank, dtype=dtype, device=device)
+        self._factor = torch.empty_like(self.matrices)
+        self._inverse_factor = torch.empty_like(self.matrices)
+        self._info = torch.empty(count, dtype=torch.int32, device=device)
+        self._eye = torch.eye(rank, dtype=dtype, device=device)
+
+    def set_damping(self, options: list[tuple[float, str]]) -> None:
+        """Set (damping, damping mode) of each matrix."""
+        like = self.matrices
+        self._damping = torch.tensor([damping for damping, _ in options], dtype=like.dtype, device=like.device)
+        self._relative = torch.tensor([mode == "relative" for _, mode in options], device=like.device)
+
+    def invert_(self) -> Tensor:
+        """Replace `matrices` by their damped inverses, or by the identity where there is none; () how many failed.
+
+        An exactly zero Gram matrix under relative damping is the ordinary state of a fresh adapter (B = 0): it gets the
+        identity too, and is no failure.
+        """
+        matrices, eye = self.matrices, self._eye.expand_as(self.matrices)
+        diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+        mean = diagonal.mean(-1)
+        diagonal.add_((self._damping * torch.where(self._relative, mean, 1.0)).unsqueeze(-1))
+        torch.linalg.cholesky_ex(matrices, out=(self._factor, self._info))
+        # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹: a triangular solve and a product are faster than the two solves of cholesky_solve.
+        torch.linalg.solve_triangular(self._factor, eye, upper=False, out=self._inverse_factor)
+        torch.bmm(self._inverse_factor.mT, self._inverse_factor, out=matrices)
+        good = (self._info == 0) & matrices.sum((1, 2)).isfinite()
+        if matrices.is_cuda or not good.all():
+            torch.where(good[:, None, None], matrices, self._eye, out=matrices)
+        return (~(good | (self._relative & (mean == 0)))).sum()

@@ -164,9 +164,11 @@ def _match_layout(optimizer: Any) -> None:
     """
     for group in optimizer.param_groups:
         if group.get("fused"):
-            for param in group["params"]:
-                grad = param.grad
-                if grad is not None and not grad.is_contiguous() and grad.stride() != param.stride():
+            grads = [param.grad for param in group["params"]]
+            if all(grad is None or grad.is_contiguous() for grad in grads):
+                continue
+            for param, grad in zip(group["params"], grads, strict=True):
+                if grad is not None and grad.stride() != param.stride():
                     param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 

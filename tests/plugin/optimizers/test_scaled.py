@@ -137,6 +137,23 @@ def test_matches_the_slow_twin_step_by_step(order, mode, betas):
     assert fast.fallbacks == 0
 
 
+def test_large_matrices_and_replaced_storage_take_the_same_steps():
+    """Large matrices are read where they lie, through views; `param.data = …` must not leave the views behind."""
+    model = nn.Sequential(Lora(700, 900, 12), Lora(40, 30, 4), Lora(40, 30, 4))
+    slow_model = copy.deepcopy(model)
+    fast = ScaledAdamW(model, lr=1e-2, damping=1e-3, weight_decay=0.0)
+    slow = twin(slow_model, 1e-2, damping=1e-3)
+    for _ in range(4):
+        for param, slow_param in zip(model.parameters(), slow_model.parameters(), strict=True):
+            param.grad = torch.randn_like(param) if param.requires_grad else None
+            slow_param.grad = None if param.grad is None else param.grad.clone()
+            param.data = param.data * 2
+            slow_param.data.mul_(2)
+        fast.step()
+        slow.step()
+        assert same(model, slow_model, EXACT)
+
+
 def test_matches_pefts_riemannian_adamw_over_50_steps():
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_riemannian_optimizer
