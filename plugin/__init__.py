@@ -7,18 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, attach, scaled
+    from equipoise.optimizers.bounded import BoundedAdamW, bounded
+    from equipoise.optimizers.pair_optimizer import attach
+    from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, scaled
     from equipoise.pairs import Pair, PairReport, find_pairs
 
 __version__ = "0.1.0"
-__all__ = ["Pair", "PairReport", "ScaledAdamW", "ScaledGD", "attach", "find_pairs", "scaled"]
+__all__ = ["BoundedAdamW", "Pair", "PairReport", "ScaledAdamW", "ScaledGD", "attach", "bounded", "find_pairs", "scaled"]
 
 _HOME = {
+    "BoundedAdamW": "equipoise.optimizers.bounded",
     "Pair": "equipoise.pairs",
     "PairReport": "equipoise.pairs",
     "ScaledAdamW": "equipoise.optimizers.scaled",
     "ScaledGD": "equipoise.optimizers.scaled",
-    "attach": "equipoise.optimizers.scaled",
+    "attach": "equipoise.optimizers.pair_optimizer",
+    "bounded": "equipoise.optimizers.bounded",
     "find_pairs": "equipoise.pairs",
     "scaled": "equipoise.optimizers.scaled",
 }

@@ -107,7 +107,7 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
             )
     search.walk(((names[key], tensor) for key, tensor in wanted.items() if key in names), "names")
     if search.nameless() or search.lonely:
-        for root in _live_roots():
+        for root in live_roots():
             search.walk(root.named_parameters(remove_duplicate=False), "modules")
     search.pair_by_adjacency()
     return search.report()
@@ -258,7 +258,7 @@ def _tensors(source: Any) -> tuple[dict[int, Tensor], dict[int, str]]:
     return tensors, names
 
 
-def _live_roots() -> list[nn.Module]:
+def live_roots() -> list[nn.Module]:
     """Every module alive in this process that is no other module's child."""
     # type(), not isinstance: that asks the object for __class__, and lazy proxies answer by importing things.
     objects = gc.get_objects()

@@ -62,3 +62,14 @@ class ReferenceScaled:
         v.copy_(beta2 * v + (1 - beta2) * grad**2)
         m_hat, v_hat = m / (1 - beta1**self.t), v / (1 - beta2**self.t)
         factor.sub_(self.lr * m_hat / (v_hat.sqrt() + self.eps))
+
+
+def reference_share(
+    A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, limit: float, intervals: int = 100_000
+) -> float:  # c, to 1/intervals
+    """The c of `product_bound.py` by walking up from 0 until ‖(B + c·dB)(A + c·dA) − BA‖_F leaves the limit."""
+    P, Q = B @ dA + dB @ A, dB @ dA
+    PP, PQ, QQ = (P * P).sum(), (P * Q).sum(), (Q * Q).sum()
+    c = torch.linspace(0, 1, intervals + 1, dtype=A.dtype)
+    outside = c * c * (PP + c * (2 * PQ + c * QQ)) > limit**2
+    return float(c[max(int(outside.to(torch.uint8).argmax()) - 1, 0)]) if outside.any() else 1.0

@@ -1,4 +1,4 @@
-"""Runs the preconditioner around an optimizer's step: what is scaled when, and in which order."""
+"""Scales gradients before an optimizer's step and bounds the step after it: what happens when, and in which order."""
 
 import logging
 import math
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
+from equipoise.frozen import weight_norms
 from equipoise.optimizers.preconditioner import Preconditioner, Side
+from equipoise.optimizers.product_bound import ProductBound
 from equipoise.pairs import PairReport, find_pairs
 
-DEFAULTS: dict[str, Any] = {"damping": 1e-6, "damping_mode": "absolute", "order": "simultaneous"}
 _CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
 # Entries of param_groups in which a base counts its own steps (Prodigy, schedule-free, apex): two passes count double.
 _STEP_COUNTERS = ("k", "step")
@@ -25,14 +26,28 @@ _log = logging.getLogger("equipoise")
 
 
 class StepHook:
-    """The step hooks of one optimizer, and the pairs it scales.
+    """The step hooks of one optimizer, and the pairs it treats.
 
     Nothing of it lives in the optimizer's groups or state: other programs copy, move and reload those.
+
+    Args:
+        model: Where the pairs live.
+        scales: Whether gradients are scaled; else only the option `trust` counts.
+        found: The pairs, if they are known already.
+        norms: `weight_norms` of them, likewise.
     """
 
-    def __init__(self, model: nn.Module | None, found: PairReport | None = None):
-        self.found = found
+    def __init__(
+        self,
+        model: nn.Module | None,
+        *,
+        scales: bool,
+        found: PairReport | None = None,
+        norms: list[float] | None = None,
+    ):
+        self.found, self.norms = found, norms
         self._model = weakref.ref(model) if model is not None else None
+        self._scales = scales
         self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
         self._sides: list[Side] = []
         self._options: list[tuple[float, str, str]] = []
@@ -40,6 +55,9 @@ class StepHook:
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._failures = 0  # of preconditioners that were replaced
+        self._trust: list[float | None] = []  # of each group, when the bound was made
+        self._bound: ProductBound | None = None
+        self._bounded: list[str] = []  # names of the pairs in it
 
     def register(self, optimizer: Any) -> None:
         optimizer.register_step_pre_hook(self.before)
@@ -54,6 +72,9 @@ class StepHook:
         if _is_nested(optimizer):
             return None
         _restore(self._hidden)  # left over if the last step raised
+        self._remember(optimizer)
+        if not self._scales:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if any(group["order"] == "sequential" for group in optimizer.param_groups):
             loss = None
@@ -77,6 +98,8 @@ class StepHook:
 
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not _is_nested(optimizer):
+            if self._bound is not None:
+                self._bound.shrink()
             _restore(self._hidden)
 
     def look_up(self, optimizer: Any) -> PairReport:
@@ -86,13 +109,45 @@ class StepHook:
             self.found = find_pairs(optimizer, self._model() if self._model is not None else None)
             doubtful = not self.found.pairs or "adjacency" in self.found.found_by
             _log.log(logging.WARNING if doubtful else logging.INFO, self.found.summary)
-            self._params = []
+            self._params, self.norms = [], None
         if not self._params:
-            self._params, self._options = params, []
+            self._params, self._options, self._bound = params, [], None
             group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
             self._sides = [Side(p.A, p.B, True, group[id(p.A)]) for p in self.found if id(p.A) in group]
             self._sides += [Side(p.B, p.A, False, group[id(p.B)]) for p in self.found if id(p.B) in group]
         return self.found
+
+    @property
+    def shares(self) -> dict[str, float]:
+        if self._bound is None or not self._bound.shares:
+            return {}
+        return dict(zip(self._bounded, torch.stack(self._bound.shares).tolist(), strict=True))
+
+    def _remember(self, optimizer: Any) -> None:
+        """Keep the factors as they are before the step, if any group asks for the bound."""
+        trust = [group["trust"] for group in optimizer.param_groups]
+        if all(share is None for share in trust):
+            self._bound = None
+            return
+        self.look_up(optimizer)
+        if self._bound is None or trust != self._trust or not self._bound.current:
+            check_options(optimizer)
+            self._bound, self._trust = self._make_bound(optimizer, trust), trust
+        self._bound.remember()
+
+    def _make_bound(self, optimizer: Any, trust: list[float | None]) -> ProductBound:
+        assert self.found is not None
+        share = {id(p): trust[i] for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        if self.norms is None:
+            self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
+        pairs, limits, self._bounded = [], [], []
+        for pair, norm in zip(self.found, self.norms, strict=True):
+            asked = [t for t in (share.get(id(pair.A)), share.get(id(pair.B))) if t is not None]
+            if asked:
+                pairs.append((pair.A, pair.B))
+                limits.append(min(asked) * norm)
+                self._bounded.append(pair.name)
+        return ProductBound(pairs, limits)
 
     def _prepare(self, optimizer: Any) -> list[tuple[float, str]]:
         """Bring pairs and options up to date; (damping, damping mode) of each group."""
@@ -130,7 +185,7 @@ class StepHook:
 
 
 def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> None:
-    """Check the options of scaling in every parameter group, or `given` where a group says nothing.
+    """Check the options for LoRA pairs in every parameter group, or `given` where a group says nothing.
 
     Raises:
         InputError: The first that is out of bounds: where, what was got, what to do.
@@ -138,9 +193,13 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
     for index, group in enumerate(optimizer.param_groups):
         options = {**(given or {}), **group}
         where = f"{type(optimizer).__name__}: parameter group {index}"
+        trust = options.get("trust")
+        if trust is not None and not (_is_number(trust) and trust > 0):
+            raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
+        if "damping" not in options:
+            continue
         damping = options["damping"]
-        number = isinstance(damping, int | float) and not isinstance(damping, bool)
-        if not (number and damping >= 0 and math.isfinite(damping)):
+        if not (_is_number(damping) and damping >= 0):
             raise InputError(f"{where}: damping must be a finite number, 0 or more; got {damping!r}. Try 1e-6.")
         for name, choices in _CHOICES.items():
             if options[name] not in choices:
@@ -151,6 +210,10 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
                 f"{where}: order 'sequential' steps the base optimizer twice, but this one counts its steps in "
                 f"{counter!r} for the whole group. Use order='simultaneous'."
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _params(optimizer: Any) -> list[Tensor]:

@@ -21,21 +21,22 @@ def optimizer_class(request: pytest.FixtureRequest) -> type[Optimizer]:
 
 
 def test_the_contract_covers_the_built_in_optimizers():
-    assert {"scaled_adamw", "scaled_gd"} <= BUILT_IN
-    assert len(ENTRIES) >= len(BUILT_IN) >= 2
+    assert {"bounded_adamw", "scaled_adamw", "scaled_gd"} <= BUILT_IN
+    assert len(ENTRIES) >= len(BUILT_IN) >= 3
 
 
 class Net(nn.Module):
-    """A LoRA layer, and a full one beside it."""
+    """A LoRA layer on a frozen one, and a full one beside it."""
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.lora_A = nn.Parameter(torch.randn(2, 8, dtype=dtype) / 3)
         self.lora_B = nn.Parameter(torch.randn(6, 2, dtype=dtype) / 3)
+        self.register_buffer("weight", torch.randn(6, 8, dtype=dtype))
         self.full = nn.Linear(8, 6, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.lora_B @ self.lora_A).T + self.full(x)
+        return x @ (self.weight + self.lora_B @ self.lora_A).T + self.full(x)
 
 
 def fill_gradients(model: nn.Module, index: int) -> Tensor:
@@ -115,6 +116,7 @@ def test_missing_gradients_are_skipped(optimizer_class):
 def test_strided_parameters_get_the_same_steps_and_their_gaps_stay(optimizer_class):
     model, optimizer = pair(optimizer_class)
     other = Net()
+    other.weight.copy_(model.weight)
     memory = {}
     for name, param in model.named_parameters():
         wide = torch.full((*param.shape, 2), 7.0)

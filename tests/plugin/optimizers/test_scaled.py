@@ -429,7 +429,7 @@ def test_attach_equals_the_scaled_class_and_keeps_state():
         scheduler.step()
         theirs.step()
     assert same(model, other)
-    with pytest.raises(InputError, match="scaled already"):
+    with pytest.raises(InputError, match="already"):
         attach(attached)
 
 
@@ -611,6 +611,7 @@ def test_the_same_seen_through_every_kind_of_params():
         lambda m: m.named_parameters(),
         lambda m: filter(lambda p: p.requires_grad, m.parameters()),
         lambda m: [{"params": dict(m.named_parameters()).values()}],
+        lambda m: [{"params": filter(lambda p: p.requires_grad, m.parameters())}],
     ):
         assert torch.equal(run(make), wanted)
 

@@ -1,0 +1,116 @@
+"""Bounded optimizers: any torch optimizer whose step may move the product BA of a LoRA pair only so far.
+
+Method: a trust region in the space of the adapted weights; derivation in product_bound.py. Not from a paper.
+Options: `trust` is τ of ‖s(BA − B₀A₀)‖_F ≤ τ‖W‖_F.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from equipoise.errors import InputError
+from equipoise.optimizers.pair_optimizer import PairOptimizer, can_fuse, make_class, unpack
+
+TRUST = 0.01
+
+_DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight.
+
+Args:
+    trust: Share of the frozen weight's norm by which one step may move the adapted weight. (> 0)
+
+The other options are {base}'s.
+"""
+
+
+class Bounded(PairOptimizer):
+    """What every bounded optimizer class adds to its base. Use `BoundedAdamW`, `bounded` or `attach`."""
+
+    _OPTIONS: ClassVar[dict[str, Any]] = {"trust": TRUST}
+
+
+class BoundedAdamW(Bounded, AdamW):
+    """AdamW with a bound on how far one step moves each LoRA-adapted weight; other parameters get plain AdamW.
+
+    The update: AdamW's step (ΔA, ΔB), shrunk by the largest c ≤ 1 with s·‖(B + cΔB)(A + cΔA) − BA‖_F ≤ τ‖W‖_F for each
+    pair A (r, n), B (m, r) on a frozen weight W (m, n) with scale s. τ is `trust`. Steps within the bound are AdamW's
+    to the bit. Use it where the learning rate is uncertain: too large a rate then acts like a moderate one. It does
+    nothing for a rate that is too small, and nothing for parameters outside LoRA pairs.
+
+    Args:
+        params: A model (its trainable parameters), named parameters, parameter groups, or an iterator of tensors.
+        lr: Learning rate. (>= 0)
+        trust: Share of the frozen weight's norm by which one step may move the adapted weight. Smaller: safer at large
+            rates, but a run of T steps cannot move further than T·trust. (> 0)
+        betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
+        eps: Added to the denominator. (>= 0)
+        weight_decay: Decoupled weight decay. (>= 0)
+        amsgrad: Divide by the largest second moment so far.
+        maximize: Maximise the objective instead of minimising it.
+        foreach: Use torch's multi-tensor implementation.
+        capturable: Safe to capture in a CUDA graph.
+        differentiable: Let autograd run through the step.
+        fused: Use torch's fused kernel; left open, it is used wherever all parameters allow it, on the CPU too.
+
+    Raises:
+        InputError: An option is out of bounds, or a model has nothing to train.
+        PairingError: At the first step, if LoRA factors cannot be paired with certainty, or the frozen weight under one
+            cannot be found.
+
+    Example:
+        >>> layer = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+        >>> layer.lora_A = torch.nn.Linear(8, 2, bias=False)
+        >>> layer.lora_B = torch.nn.Linear(2, 8, bias=False)
+        >>> optimizer = BoundedAdamW(layer, lr=10.0, trust=0.01)
+        >>> before = (layer.lora_B.weight @ layer.lora_A.weight).detach()
+        >>> layer.lora_B(layer.lora_A(torch.ones(1, 8))).sum().backward()
+        >>> optimizer.step()
+        >>> moved = (layer.lora_B.weight @ layer.lora_A.weight).detach() - before
+        >>> print(f"{moved.norm() / layer.weight.norm():.4f}")
+        0.0100
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        trust: float = TRUST,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        given, model = unpack(params)
+        ours = foreach is None and fused is None and not differentiable and can_fuse(given)
+        super().__init__(
+            given, lr, betas, eps, weight_decay, amsgrad,
+            maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable,
+            fused=True if ours else fused,
+        )  # fmt: skip
+        self._work_on_pairs({"trust": trust}, model)
+
+
+@functools.cache
+def bounded(base: type[Optimizer]) -> type[Optimizer]:
+    """The bounded version of any torch optimizer class: `bounded(Base)(params, lr=…, trust=…, **base options)`.
+
+    Raises:
+        InputError: `base` is no optimizer class, or a scaled one, which has the option itself.
+    """
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        raise InputError(f"bounded() makes a class from a torch.optim.Optimizer class; got {base!r}. Pass the class.")
+    if issubclass(base, Bounded):
+        return base
+    if issubclass(base, PairOptimizer):
+        raise InputError(f"{base.__name__} has the option trust itself. Set that.")
+    if base is AdamW:
+        return BoundedAdamW
+    return make_class(bounded, Bounded, base, {"trust": (float, TRUST)}, _DOC.format(base=base.__name__))
