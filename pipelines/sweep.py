@@ -106,10 +106,19 @@ def _watch(sweep: Run, workers: int) -> Outcome:
     mine = cells(sweep)
     totals = {cell.id: cell.config().train.steps for cell in mine}
     total, stopping = sum(totals.values()), False
+    watched = sys.stderr.isatty()  # a log file wants a line now and then
     sweep.update(total=total)
     with ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(total=total, desc=sweep.id, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr)
+            tqdm(
+                total=total,
+                desc=sweep.id,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.05,
+                file=sys.stderr,
+                mininterval=0.1 if watched else 10,
+            )  # fmt: skip
         )
         processes: list[subprocess.Popen] = []
         spawned = 0
@@ -118,7 +127,8 @@ def _watch(sweep: Run, workers: int) -> Outcome:
             states = Counter(status.state for status in now.values())
             finished = sum(totals[id] if s.over and s.state != "stopped" else s.step for id, s in now.items())
             bar.update(finished - bar.n)
-            bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in sorted(states.items())))
+            counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+            bar.set_postfix_str(counts, refresh=watched)
             sweep.update(step=finished)
             processes = [process for process in processes if process.poll() is None]
             if "stop" in sweep.requested() and not stopping:

@@ -69,7 +69,10 @@ def compare(
     placed = lay_out(configs)
     results = [_result(run) for run in runs]
     total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
-    with tqdm(total=total, desc="pictures", unit="picture", dynamic_ncols=True, file=sys.stderr) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(
+        total=total, desc="pictures", unit="picture", dynamic_ncols=True, file=sys.stderr, mininterval=pause
+    ) as bar:
 
         def fill(cell: Cell) -> None:
             made = generate(pipeline, samples, first.data.resolution, bar.update)
