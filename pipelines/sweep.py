@@ -118,7 +118,7 @@ def _watch(sweep: Run, workers: int) -> Outcome:
                 smoothing=0.05,
                 file=sys.stderr,
                 mininterval=0.1 if watched else 10,
-            )  # fmt: skip
+            )
         )
         processes: list[subprocess.Popen] = []
         spawned = 0
