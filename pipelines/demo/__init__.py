@@ -1,9 +1,15 @@
 """The embedded demo: a small base model, the object it has never seen, and what its pictures should look like."""
 
+import fcntl
+import json
+import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from equipoise.pipelines.files import explained
+
 NAME = "demo"  # stands for the embedded base as `model`, and for the drawn object as `data`
+_BACKGROUNDS = ("white", "gray", "black")
 
 
 def base_folder() -> Path:
@@ -13,24 +19,37 @@ def base_folder() -> Path:
 
 
 def pictures_folder(runs: Path) -> Path:
-    """Six drawn, captioned pictures of the object, written below the runs folder once."""
-    import json
+    """Six drawn, captioned pictures of the object, written below the runs folder once, whoever else wants them too."""
+    folder = runs / ".demo" / "object"
+    if _whole(folder):
+        return folder
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _whole(folder):  # else another process has just drawn them
+                new = folder.with_name("new")
+                for leftover in (new, folder):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                new.mkdir()
+                _draw(new)
+                new.rename(folder)
+    return folder
 
+
+def _whole(folder: Path) -> bool:
+    return (folder / "metadata.jsonl").is_file() and len(list(folder.glob("*.png"))) == 2 * len(_BACKGROUNDS)
+
+
+def _draw(folder: Path) -> None:
     import numpy as np
 
     from equipoise.pipelines.demo import shapes
-    from equipoise.pipelines.files import write_atomic
 
-    folder = runs / ".demo" / "object"
-    captions = folder / "metadata.jsonl"
-    if captions.is_file():  # written last
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     lines = []
-    for index, background in enumerate(("white", "gray", "black") * 2):
+    for index, background in enumerate(_BACKGROUNDS * 2):
         name = f"{index:02d}.png"
         shapes.draw_varied(shapes.OBJECT, background, rng).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": shapes.caption(shapes.OBJECT.name, background)}))
-    write_atomic(captions, "\n".join(lines) + "\n")
-    return folder
+        lines.append(json.dumps({"file_name": name, "text": shapes.caption(shapes.OBJECT.name, background)}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
