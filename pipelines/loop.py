@@ -33,6 +33,10 @@ class Work(Protocol):
 
     def restore(self, weights: dict[str, Any], state: dict[str, Any]) -> None: ...
 
+    def sound(self) -> bool:
+        """Whether the weights are finite and give a finite loss; asked after the last step, whose loss says neither."""
+        ...
+
     def rewind(self) -> None:
         """Goes back to the newest weights that gave a finite loss."""
         ...
@@ -55,6 +59,12 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
         checkpoints.save(folder, step, work.weights(), work.state(), keep)
         run.log(f"saved step {step}")
 
+    def diverged(what: str, step: int) -> Outcome:
+        work.rewind()
+        message = f"{what} of {steps}; the last weights with a finite loss are kept."
+        run.log(message)
+        return Outcome("diverged", message, step)
+
     said = time.monotonic()
     # disable=None: no bar where nobody watches (a log file); the lines below tell there instead
     with tqdm(total=steps, initial=taken, desc=run.id, unit="step", dynamic_ncols=True, disable=None) as bar:
@@ -71,10 +81,7 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
             try:
                 values = work.step(step)
             except NonFiniteError as error:
-                work.rewind()
-                message = f"{error} at step {step + 1} of {steps}; the last weights with a finite loss are kept."
-                run.log(message)
-                return Outcome("diverged", message, step)
+                return diverged(f"{error} at step {step + 1}", step)
             run.metric(step + 1, **values, seconds=time.perf_counter() - started)
             bar.update()
             bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
@@ -85,4 +92,6 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
                 save(step + 1)
             if sample_every and (step + 1) % sample_every == 0 and step + 1 < steps:
                 work.sample(step + 1)
+    if not work.sound():
+        return diverged(f"the weights or their loss were not finite after step {steps}", steps)
     return Outcome("done", f"{steps} steps.", steps)

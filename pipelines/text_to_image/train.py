@@ -63,8 +63,8 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
             facts = {
                 "state": outcome.state,
                 "step": outcome.step,
-                "loss_before": before,
-                "loss_after": work.evaluation_loss(),
+                "loss_before": _number(before),
+                "loss_after": _number(work.evaluation_loss()),
                 "seconds": time.perf_counter() - started,
             }
             work.save_result(facts)
@@ -277,6 +277,8 @@ class TextToImageWork:
             "schedule": self.schedule.state_dict(),
             "coordinator": self.coordinator.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            # the weights above may be those of a step that went wrong, which only the next loss will tell
+            "good": dict(zip(self.named, self.good, strict=True)),
         }
 
     @torch.no_grad()
@@ -288,6 +290,13 @@ class TextToImageWork:
         self.coordinator.load_state_dict(state["coordinator"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, kept in zip(self.named, self.good, strict=True):
+            kept.copy_(state["good"][name])
+
+    @torch.no_grad()
+    def sound(self) -> bool:
+        finite = all(torch.isfinite(parameter).all() for parameter in self.named.values())
+        return finite and _finite(self.evaluation_loss())
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -357,6 +366,11 @@ def lora_scale(parts: dict[str, torch.nn.Module], scale: float):
 
 def _finite(value: float) -> bool:
     return value - value == 0
+
+
+def _number(value: float) -> float | None:
+    """JSON has no word for NaN and infinity."""
+    return value if _finite(value) else None
 
 
 def _mix(*parts: object) -> int:

@@ -161,6 +161,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights
     assert len(run.metrics()) == outcome.step
 
 
+def test_resuming_a_diverged_run_ends_with_the_same_weights(short):
+    """The checkpoint after the step that blew up holds its weights; what is kept are those before it."""
+    rules = ["schedule=piecewise_constant", "schedule.rules=1:3,1e39", "checkpoint_every=1"]
+    run, outcome = train(*short, "optimizer=sgd", "learning_rate=0.1", "train.clip=0", *rules)
+    first = lora(run)
+    assert outcome.state == "diverged" and any(weight.any() for name, weight in first.items() if "lora_B" in name)
+    again = execute(TextToImage, run.config(), run)
+    assert again == outcome
+    assert equal(first, lora(run))
+
+
+def test_a_last_step_that_blows_up_is_no_success(short):
+    run, outcome = train(*short, "optimizer=sgd", "learning_rate=1e38", "train.clip=0", "steps=1")
+    assert outcome.state == "diverged" and "after step 1 of 1" in outcome.message
+    assert all(torch.isfinite(weight).all() for weight in lora(run).values())
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert result["loss_after"] == result["loss_before"], "after no good step, the weights are the first ones"
+
+
 def test_v_prediction_and_bf16(short, build_checkpoint, tmp_path):
     other = build_checkpoint(tmp_path / "v", prediction_type="v_prediction")
     run, outcome = train(*short, f"model={other}", "train.precision=bf16")
