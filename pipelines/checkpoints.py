@@ -1,23 +1,26 @@
 """Training state on disk: tensors as safetensors, the rest as JSON. No pickle, and never half a checkpoint.
 
 A checkpoint is a folder `step-00000100` holding weights.safetensors, state.safetensors and state.json. It is
-written under another name, flushed to disk, and renamed when it is whole, so whatever has the name can be loaded.
+written under another name, flushed to disk, and renamed when it is whole. state.json has the other files' digests, so
+that what was damaged afterwards is noticed, and the checkpoint before it is taken.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.files import explained, write_atomic
 
 _PREFIX = "step-"
+_TENSORS = ("weights.safetensors", "state.safetensors")
 
 
 def save(
@@ -29,6 +32,8 @@ def save(
 ) -> Path:
     """Writes a complete checkpoint, then deletes all but the `keep` newest.
 
+    One that is there already for this step is left as it is: a run's steps can be taken again with the same result.
+
     Raises:
         InputError: it cannot be written (a full disk, say); earlier checkpoints are untouched.
         EquipoiseError: the state holds something that only pickle could save.
@@ -36,15 +41,17 @@ def save(
     final = folder / f"{_PREFIX}{step:08d}"
     partial = folder / f".{final.name}.{os.getpid()}"
     tensors, rest = flatten(state)
+    if final in complete(folder):
+        return final
     with explained(final):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            save_tensors(partial / "weights.safetensors", weights)
-            save_tensors(partial / "state.safetensors", tensors)
-            write_atomic(partial / "state.json", json.dumps({"step": step, "state": rest}))
-            if final.exists():
-                shutil.rmtree(final)
+            for name, part in zip(_TENSORS, (weights, tensors), strict=True):
+                save_tensors(partial / name, part)
+            digests = {name: _digest(partial / name) for name in _TENSORS}
+            write_atomic(partial / "state.json", json.dumps({"step": step, "state": rest, "digests": digests}))
+            shutil.rmtree(final, ignore_errors=True)  # not complete, or it would have been kept
             os.replace(partial, final)
             _sync(folder)
         except BaseException:
@@ -57,15 +64,47 @@ def save(
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "state.json").is_file())
+    """The checkpoints in a run's folder that have all their files, oldest first."""
+    files = ("state.json", *_TENSORS)
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if all((path / name).is_file() for name in files))
 
 
 def load(checkpoint: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    """Steps taken, weights and state, as they were given to `save`, to the bit."""
-    saved = json.loads((checkpoint / "state.json").read_text())
-    state = unflatten(load_file(checkpoint / "state.safetensors"), saved["state"])
-    return saved["step"], load_file(checkpoint / "weights.safetensors"), state
+    """Steps taken, weights and state, as they were given to `save`, to the bit.
+
+    Raises:
+        InputError: a file is missing or is not what was saved.
+    """
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text())
+        for name in _TENSORS:
+            if _digest(checkpoint / name) != saved["digests"][name]:
+                raise ValueError(f"{name} is not what was saved")
+        state = unflatten(load_file(checkpoint / "state.safetensors"), saved["state"])
+        return saved["step"], load_file(checkpoint / "weights.safetensors"), state
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{checkpoint}: is damaged ({reason}).") from None
+
+
+def load_newest(
+    folder: Path,  # the run's checkpoints/
+    tell: Callable[[str], object],  # called with a sentence about each one that is damaged
+) -> tuple[Path, tuple[int, dict[str, Tensor], dict[str, Any]]] | None:
+    """The newest checkpoint that can be loaded, and what `load` returns of it; None if there is none.
+
+    The damaged are renamed to `damaged-step-…`: they must not count among the newest when new ones are saved.
+    """
+    for path in sorted(folder.glob(f"{_PREFIX}*"), reverse=True):
+        try:
+            return path, load(path)
+        except InputError as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            tell(f"{error} It is kept as {aside.name}; training goes on from the one before it, or from the start.")
+            with explained(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+    return None
 
 
 def flatten(value: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -111,6 +150,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(own, path, metadata)
     _sync(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _sync(path: Path) -> None:

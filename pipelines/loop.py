@@ -4,6 +4,7 @@ A step is: evaluate the batch → the objective turns its losses into gradients 
 schedule and coordinator set. Each is replaceable and none knows the others; the pipeline's `Work` puts them together.
 """
 
+import sys
 import time
 from typing import Any, Protocol
 
@@ -48,10 +49,15 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
     """Trains from the last complete checkpoint, if there is one, to `steps`; a stop request saves first."""
     folder = run.folder / "checkpoints"
     taken = 0
-    if saved := checkpoints.complete(folder):
-        taken, weights, state = checkpoints.load(saved[-1])
+
+    def tell(text: str) -> None:
+        run.log(text)
+        print(text, file=sys.stderr)
+
+    if found := checkpoints.load_newest(folder, tell):
+        path, (taken, weights, state) = found
         work.restore(weights, state)
-        run.log(f"resumed from {saved[-1].name}")
+        run.log(f"resumed from {path.name}")
     run.rewind_metrics(taken)
     run.update(step=taken, total=steps)
 

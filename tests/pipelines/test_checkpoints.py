@@ -75,3 +75,40 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(EquipoiseError, match="disk is full"):
         checkpoints.save(tmp_path, 2, {"a": torch.ones(1)}, {})
     assert [path.name for path in tmp_path.iterdir()] == [earlier.name]
+
+
+def _missing(file):
+    file.unlink()
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flipped(file):
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", [_missing, _cut, _flipped])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path, name, harm):
+    whole, newest = (checkpoints.save(tmp_path, step, {"a": torch.ones(1)}, {"b": torch.ones(1)}) for step in (1, 2))
+    harm(newest / name)
+    told = []
+    path, (step, _, _) = checkpoints.load_newest(tmp_path, told.append)
+    assert (path, step) == (whole, 1)
+    assert len(told) == 1 and "step-00000002: is damaged" in told[0] and "kept as damaged-step-00000002" in told[0]
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, {"a": torch.ones(1)}, {}, keep=1)
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000002"]
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert checkpoints.load_newest(tmp_path / "nowhere", print) is None
+
+
+def test_saving_a_step_again_leaves_its_checkpoint(tmp_path, monkeypatch):
+    """Replacing a folder takes two operations, and a process killed between them would leave neither."""
+    saved = checkpoints.save(tmp_path, 1, {"a": torch.ones(1)}, {})
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", None)
+    assert checkpoints.save(tmp_path, 1, {"a": torch.ones(1)}, {}) == saved
