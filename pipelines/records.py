@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.options import check_options
+from equipoise.options import read_options
 from equipoise.pipelines.keys import Problems, show
 
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
@@ -61,10 +61,11 @@ class PluginSection(Section):
         except InputError as error:
             raise ValueError(str(error)) from error
         problems = [f"{option}: is set by the key {key!r}." for option, key in cls.OWN.items() if option in given]
-        problems += [line for line in check_options(plugin, given) if line.partition(":")[0] not in cls.OWN]
+        values, found = read_options(plugin, given)
+        problems += [line for line in found if line.partition(":")[0] not in cls.OWN]
         if problems:
             raise Problems(problems)
-        return given
+        return {option: list(value) if isinstance(value, tuple) else value for option, value in values.items()}
 
 
 class RunConfig(Section):

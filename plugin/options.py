@@ -14,8 +14,6 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from equipoise.errors import ConfigError
-
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _FLIP = {"<": ">", "<=": ">="}  # `0 < x` says x > 0
 _NUMBER = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?"
@@ -114,21 +112,28 @@ def options(cls: type) -> list[Option]:
     return list(found.values())
 
 
-def coerce(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options, converted to the types that the class takes.
-
-    Raises:
-        ConfigError: Every problem at once, each line `option: what is wrong`.
-    """
-    values, problems = _read(cls, given)
-    if problems:
-        raise ConfigError(problems)
-    return values
+def read_options(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the given options as the class takes them, every problem with them as `option: what is wrong`)."""
+    known = {option.name: option for option in options(cls)}
+    values, problems = {}, []
+    for name, value in given.items():
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            problems.append(f"{name}: no such option. {hint}{cls.__name__} has: {', '.join(known) or 'none'}.")
+            continue
+        try:
+            values[name] = known[name].convert(value)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    missing = [option for option in known.values() if option.required and option.name not in given]
+    problems += [f"{option.name}: missing; must be {option.type}." for option in missing]
+    return values, problems
 
 
 def check_options(cls: type, given: Mapping[str, Any]) -> list[str]:
     """Every problem with the given options, each `option: what is wrong`; empty when all is well."""
-    return _read(cls, given)[1]
+    return read_options(cls, given)[1]
 
 
 def summary(cls: type) -> str:
@@ -147,24 +152,6 @@ def references(cls: type) -> list[str]:
             entries.append(line.removeprefix("- "))
     links = re.findall(r"^\.\. _(.+?):\s+(https?://\S+)", doc, re.M)
     return entries or [f"{title.replace(chr(92), '')}: {link}" for title, link in links]  # Sphinx escapes colons
-
-
-def _read(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    known = {option.name: option for option in options(cls)}
-    values, problems = {}, []
-    for name, value in given.items():
-        if name not in known:
-            close = get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            problems.append(f"{name}: no such option. {hint}{cls.__name__} has: {', '.join(known) or 'none'}.")
-            continue
-        try:
-            values[name] = known[name].convert(value)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    missing = [option for option in known.values() if option.required and option.name not in given]
-    problems += [f"{option.name}: missing; must be {option.type}." for option in missing]
-    return values, problems
 
 
 def _parameters(cls: type) -> Iterator[inspect.Parameter]:

@@ -129,19 +129,26 @@ class _Search:
 
     def walk(self, named: Iterable[tuple[str, Tensor]], found_by: str) -> None:
         sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
+        shared: set[str] = set()  # names that two models have: they tell nothing, the live modules may
         for name, tensor in named:
             self.named.add(id(tensor))
             role = _role(name)
             if role is None:
                 continue
             if tensor.ndim >= 2:
-                sides.setdefault(role[1], {})[role[0]] = (name, tensor)
+                side = sides.setdefault(role[1], {})
+                if side.setdefault(role[0], (name, tensor))[1] is not tensor:
+                    shared.add(role[1])
+                    self.named.discard(id(tensor))
             elif id(tensor) in self.wanted and not name.endswith("bias"):
                 raise PairingError(
                     f"{name} is a LoRA factor but has shape {tuple(tensor.shape)}: it was flattened or sharded (FSDP1, "
                     "ZeRO), and a shard has no Gram matrix. Use plain data parallelism (DDP), or another optimizer."
                 )
         for key, both in sides.items():
+            if key in shared:
+                self.named.difference_update(id(tensor) for _, tensor in both.values())
+                continue
             if len(both) == 2:
                 self._add(key, both["A"], both["B"], found_by)
             for name, tensor in both.values():

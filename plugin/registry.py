@@ -1,12 +1,13 @@
 """What is installed: optimizers, coordinators, objectives and pipelines, found by their distributions' entry points.
 
 Listing imports nothing, neither plugins nor torch; loading a name imports that one. Built-ins are found in the same way
-as third parties, and every `torch.optim` optimizer is known by its class's name in lower case, so that a baseline is a
-name like any other.
+as third parties, and `torch.optim`'s optimizers are known by their classes' names in lower case, so that a baseline is
+a name like any other, and always torch's own.
 """
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -15,7 +16,6 @@ from importlib.metadata import EntryPoint, distributions, version
 from typing import Any
 
 from equipoise.errors import BrokenPluginError, DuplicateNameError, EquipoiseError, InputError, UnknownNameError
-from equipoise.static_check import find_source, static_check
 
 # Kind, which is the entry-point group `equipoise.KIND`, and what its targets derive from.
 KINDS = {
@@ -24,6 +24,10 @@ KINDS = {
     "objectives": "equipoise.balancing.objective:Objective",
     "pipelines": "",  # known by its `Config` and its `run`, for this package does not depend on equipoise.pipelines
 }
+
+
+# The base class, and what needs more than gradients of dense parameters: a closure (LBFGS), sparse gradients.
+_NOT_FOR_TRAINING = ("Optimizer", "LBFGS", "SparseAdam")
 
 
 @dataclass(frozen=True, order=True)
@@ -50,8 +54,7 @@ def entries(kind: str | None = None) -> list[Entry]:
     kinds = list(KINDS) if kind is None else [_kind(kind)]
     found = [entry for entry in _offered() if entry.kind in kinds]
     if "optimizers" in kinds:
-        taken = {entry.name for entry in found if entry.kind == "optimizers"}
-        found += [entry for entry in _torch_optimizers() if entry.name not in taken]
+        found += _torch_optimizers()
     found.sort(key=lambda entry: (list(KINDS).index(entry.kind), entry.distribution == "torch", entry))
     return [_with_rivals(entry, found) for entry in found]
 
@@ -92,9 +95,9 @@ def load(kind: str, name: str) -> Any:
         loaded = EntryPoint(entry.name, entry.target, f"equipoise.{entry.kind}").load()
         problem = _wrong_kind(entry.kind, loaded)
     except (Exception, SystemExit) as error:  # whatever third-party code raises while it is imported
-        raise BrokenPluginError(_broken(entry, f"{type(error).__name__}: {error}")) from error
+        raise BrokenPluginError(broken(entry, f"{type(error).__name__}: {error}")) from error
     if problem:
-        raise BrokenPluginError(_broken(entry, problem))
+        raise BrokenPluginError(broken(entry, problem))
     return loaded
 
 
@@ -107,12 +110,26 @@ def check(entry: Entry) -> str:
     return ""
 
 
-def preview(entry: Entry) -> str:
-    """Why an entry cannot be used as far as its source tells, without importing it; empty when nothing is seen."""
-    if entry.error or entry.distribution == "torch":
-        return entry.error
-    problem = static_check(entry.target, KINDS[entry.kind])
-    return problem and _broken(entry, problem)
+def find_source(module: str) -> tuple[str, str]:
+    """(file, source) of a module, without importing it or, as `importlib.util.find_spec` does, its parents.
+
+    Empty where there is no such module, or none in Python.
+    """
+    path, spec, name = None, None, ""
+    for part in module.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        specs = (finder.find_spec(name, path, None) for finder in sys.meta_path)
+        spec = next((spec for spec in specs if spec), None)
+        if spec is None:
+            return "", ""
+        path = spec.submodule_search_locations
+    get_source = getattr(spec.loader, "get_source", None) if spec else None
+    return (spec and spec.origin) or "", (get_source(module) if get_source else None) or ""
+
+
+def broken(entry: Entry, problem: str) -> str:
+    """The sentence for an entry that cannot be used."""
+    return f"{entry} cannot be used: {entry.target}: {problem.rstrip('.')}. Repair or uninstall {entry.distribution}."
 
 
 def _kind(kind: str) -> str:
@@ -151,16 +168,16 @@ def _offered() -> Iterator[Entry]:
                 entry = Entry(kind, point, name, metadata["Version"] or "", target)
                 malformed = "" if re.fullmatch(r"[\w.]+ *: *[\w.]+", target) else "this is not `module:Class`"
                 problem = error or malformed
-                yield replace(entry, error=_broken(entry, problem)) if problem else entry
+                yield replace(entry, error=broken(entry, problem)) if problem else entry
 
 
 def _torch_optimizers() -> Iterator[Entry]:
-    """What `torch.optim` exports, read from its source: importing torch takes seconds."""
+    """What `torch.optim` exports for ordinary training, read from its source: importing torch takes seconds."""
     _, source = find_source("torch.optim")
     release = version("torch")
-    for node in ast.walk(ast.parse(source or "")):
+    for node in ast.walk(ast.parse(source)):
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-            if alias.name[0].isupper() and alias.name != "Optimizer":
+            if alias.name[0].isupper() and alias.name not in _NOT_FOR_TRAINING:
                 yield Entry("optimizers", alias.name.lower(), "torch", release, f"torch.optim:{alias.name}")
 
 
@@ -169,7 +186,9 @@ def _with_rivals(entry: Entry, found: list[Entry]) -> Entry:
     if len(rivals) < 2:
         return entry
     claims = " and ".join(f"{other.distribution} {other.version} ({other.target})" for other in rivals)
-    return replace(entry, error=f"{entry.kind[:-1]} {entry.name!r} is claimed by {claims}. Uninstall all but one.")
+    others = [other.distribution for other in rivals if other.distribution != "torch"]
+    what = "all but one" if len(others) == len(rivals) else " and ".join(others)
+    return replace(entry, error=f"{entry.kind[:-1]} {entry.name!r} is claimed by {claims}. Uninstall {what}.")
 
 
 def _closest(name: str, known: list[Entry]) -> str:
@@ -187,7 +206,3 @@ def _wrong_kind(kind: str, loaded: Any) -> str:
     if isinstance(loaded, type) and issubclass(loaded, getattr(import_module(module), base)):
         return ""
     return f"{loaded!r} is not a subclass of {module}.{base}"
-
-
-def _broken(entry: Entry, problem: str) -> str:
-    return f"{entry} cannot be used: {entry.target}: {problem.rstrip('.')}. Repair or uninstall {entry.distribution}."

@@ -10,6 +10,7 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.options import options, references, summary
 from equipoise.pipelines.tables import table
+from equipoise.verdicts import verdicts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     found = registry.entries(args.kind)
-    errors = [registry.check(entry) if args.check else registry.preview(entry) for entry in found]
+    errors = [registry.check(entry) for entry in found] if args.check else verdicts(found)
     if args.json:
         records = [asdict(entry) | {"error": error} for entry, error in zip(found, errors, strict=True)]
         print(json.dumps(records, indent=2, ensure_ascii=False))
@@ -38,7 +39,7 @@ def _list(args: argparse.Namespace) -> int:
         for line, error in zip(lines[1:], errors, strict=True):
             print(line + (f"\n    error: {error}" if error else ""))
         if not args.check:
-            print("\nNothing was loaded for this list; `equipoise list --check` loads each one.")
+            print("\nWhat is not built in was loaded once; `equipoise list --check` loads each one anew.")
     return 1 if args.check and any(errors) else 0
 
 

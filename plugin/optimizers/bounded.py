@@ -70,6 +70,10 @@ class BoundedAdamW(Bounded, AdamW):
         >>> moved = (layer.lora_B.weight @ layer.lora_A.weight).detach() - before
         >>> print(f"{moved.norm() / layer.weight.norm():.4f}")
         0.0100
+
+    References:
+        No paper: the derivation stands at the top of equipoise/optimizers/product_bound.py.
+        For the layer-wise ratio of which this is a relative: You et al., LAMB, arXiv 1904.00962, 2020, Algorithm 2
     """
 
     def __init__(

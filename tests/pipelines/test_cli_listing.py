@@ -11,7 +11,7 @@ from equipoise.pipelines import cli
 
 OPTIMIZERS = "equipoise.optimizers"
 BUILT_IN = {
-    "optimizers": ["scaled_adamw", "scaled_gd"],
+    "optimizers": ["bounded_adamw", "scaled_adamw", "scaled_gd"],
     "coordinators": ["constant"],
     "objectives": ["equal_weight", "joint"],
     "pipelines": ["text_to_image"],
@@ -111,15 +111,13 @@ def test_list_and_check_show_what_is_broken(distribution, capsys):
     distribution("late", {OPTIMIZERS: {"late": "late_module:X"}}, late_module="1 / 0\nX = 1")
     for number in (1, 2):
         distribution(f"plugin-{number}", {OPTIMIZERS: {"same": "module:Same"}})
-    assert cli.main(["list", "optimizers"]) == 0
-    shown = capsys.readouterr().out
-    assert "optimizer 'absent' of absent 1.0 cannot be used: no_such_module:X: ModuleNotFoundError" in shown
-    assert shown.count("claimed by plugin-1 1.0 (module:Same) and plugin-2 1.0") == 2
-    assert "ZeroDivisionError" not in shown
-    assert cli.main(["list", "optimizers", "--check"]) == 1
-    shown = capsys.readouterr().out
-    assert "optimizer 'late' of late 1.0 cannot be used: late_module:X: ZeroDivisionError: division by zero." in shown
-    assert shown.count("    error: ") == 4
+    for words, code in ((["list", "optimizers"], 0), (["list", "optimizers", "--check"], 1)):
+        assert cli.main(words) == code
+        shown = capsys.readouterr().out
+        assert "optimizer 'absent' of absent 1.0 cannot be used: no_such_module:X: ModuleNotFoundError" in shown
+        assert "optimizer 'late' of late 1.0 cannot be used: late_module:X: ZeroDivisionError: division by" in shown
+        assert shown.count("claimed by plugin-1 1.0 (module:Same) and plugin-2 1.0") == 2
+        assert shown.count("    error: ") == 4
     for name in ("absent", "late", "same"):
         assert cli.main(["show", name]) == 2
         assert capsys.readouterr().err.startswith(f"optimizer '{name}' ")

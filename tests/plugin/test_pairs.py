@@ -263,3 +263,13 @@ def test_nothing_is_put_into_groups_or_state():
     before = [dict(group) for group in optimizer.param_groups]
     find_pairs(optimizer)
     assert [dict(group) for group in optimizer.param_groups] == before and not optimizer.state
+
+
+def test_two_models_with_the_same_names_are_told_apart_by_their_modules():
+    """SDXL's two text encoders name their layers alike."""
+    models = [nn.ModuleDict({"lora_A": nn.Linear(8, 2), "lora_B": nn.Linear(2, 8)}) for _ in range(2)]
+    report = find_pairs([{"params": [*model.named_parameters()]} for model in models])
+    assert len(report) == 2 and not report.unpaired and report.found_by == ("modules",)
+    assert {(id(pair.A), id(pair.B)) for pair in report} == {
+        (id(model["lora_A"].weight), id(model["lora_B"].weight)) for model in models
+    }

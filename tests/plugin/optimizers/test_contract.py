@@ -1,28 +1,36 @@
-"""What every optimizer must keep to: Equipoise's, installed third-party ones, and two of torch's for comparison."""
+"""What every optimizer that is found must keep to: Equipoise's, installed third-party ones, and torch's."""
 
 import io
-from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-ENTRIES = {entry.name: entry for entry in entry_points(group="equipoise.optimizers")}
-BUILT_IN = {name for name, entry in ENTRIES.items() if entry.dist is not None and entry.dist.name == "equipoise"}
-TORCH: dict[str, type[Optimizer]] = {"torch:adamw": AdamW, "torch:sgd": SGD}
+from equipoise import registry
+
+ENTRIES = {entry.name: entry for entry in registry.entries("optimizers")}
 
 
-@pytest.fixture(params=[*ENTRIES, *TORCH])
+# Where torch's own depart from the contract, and why; a departure that ends fails the test.
+DEPARTURES = {
+    "rprop": ("its rate is only the first of its step sizes", "lr_0", "own_rate", "schedulers"),
+    "asgd": ("it steps with a rate that it worked out one step before", "schedulers"),
+}
+
+
+@pytest.fixture(params=ENTRIES)
 def optimizer_class(request: pytest.FixtureRequest) -> type[Optimizer]:
-    found: EntryPoint | type[Optimizer] = ENTRIES.get(request.param) or TORCH[request.param]
-    return found.load() if isinstance(found, EntryPoint) else found
+    reason, *departs = DEPARTURES.get(request.param, ("",))
+    if any(word in request.node.name for word in departs):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    return registry.load("optimizers", request.param)
 
 
-def test_the_contract_covers_the_built_in_optimizers():
-    assert {"bounded_adamw", "scaled_adamw", "scaled_gd"} <= BUILT_IN
-    assert len(ENTRIES) >= len(BUILT_IN) >= 3
+def test_the_contract_covers_what_is_installed():
+    assert {"bounded_adamw", "scaled_adamw", "scaled_gd", "adamw", "sgd"} <= ENTRIES.keys()
+    assert len(ENTRIES) >= 15
 
 
 class Net(nn.Module):
@@ -33,7 +41,7 @@ class Net(nn.Module):
         self.lora_A = nn.Parameter(torch.randn(2, 8, dtype=dtype) / 3)
         self.lora_B = nn.Parameter(torch.randn(6, 2, dtype=dtype) / 3)
         self.register_buffer("weight", torch.randn(6, 8, dtype=dtype))
-        self.full = nn.Linear(8, 6, dtype=dtype)
+        self.full = nn.Linear(8, 6, bias=False, dtype=dtype)  # Muon takes matrices alone
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ (self.weight + self.lora_B @ self.lora_A).T + self.full(x)
@@ -148,11 +156,11 @@ def test_each_group_keeps_its_own_rate(optimizer_class):
     lora, full = [("lora_A", model.lora_A), ("lora_B", model.lora_B)], [*model.full.named_parameters()]
     optimizer = optimizer_class([{"params": lora, "lr": 0.0}, {"params": full}], lr=1e-2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 1e-2]
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
     before = state(model)
     train(model, optimizer, range(3))
     moved = [not torch.equal(a, b) for a, b in zip(before, state(model), strict=True)]
-    assert moved == [False, False, True, True]
+    assert moved == [False, False, True]
 
 
 def test_schedulers_drive_it(optimizer_class):

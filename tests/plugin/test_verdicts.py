@@ -1,0 +1,56 @@
+"""Third-party plugins are loaded once, elsewhere, and what came of it is kept for as long as it can hold."""
+
+import os
+import sys
+from pathlib import Path
+
+from equipoise import registry
+from equipoise.verdicts import verdicts
+
+OPTIMIZERS = "equipoise.optimizers"
+GOOD = "import torch, os\nprint('noise')\nopen(os.environ['SEEN'], 'a').write('x')\nclass Good(torch.optim.SGD): ..."
+
+
+def judged(*names: str) -> list[str]:
+    return verdicts([registry.find("optimizers", name) for name in names])
+
+
+def test_a_plugin_is_loaded_once_and_again_when_it_changes(distribution, monkeypatch, tmp_path):
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("SEEN", str(seen))
+    folder = distribution("good", {OPTIMIZERS: {"good": "good_module:Good"}}, good_module=GOOD)
+    for _ in range(2):
+        assert judged("good", "scaled_adamw", "adamw") == ["", "", ""]
+        assert seen.read_text() == "x"
+    (folder / "good_module.py").write_text("import torch\nGood = torch.nn.Linear")
+    (problem,) = judged("good")
+    assert "is not a subclass of torch.optim.Optimizer" in problem
+    assert "good_module" not in sys.modules and seen.read_text() == "x"
+
+
+def test_one_that_ends_the_process_takes_no_other_along(distribution, monkeypatch, tmp_path):
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    distribution("good", {OPTIMIZERS: {"good": "good_module:Good"}}, good_module=GOOD)
+    distribution("fatal", {OPTIMIZERS: {"fatal": "fatal_module:X"}}, fatal_module="import os\nos._exit(3)")
+    good, fatal = judged("good", "fatal")
+    assert good == ""
+    assert fatal.startswith(
+        "optimizer 'fatal' of fatal 1.0 cannot be used: fatal_module:X: loading it ends the process"
+    )
+
+
+def test_one_that_hangs_is_named(distribution, monkeypatch):
+    monkeypatch.setattr("equipoise.verdicts._TIMEOUT", 3)
+    distribution("slow", {OPTIMIZERS: {"slow": "slow_module:X"}}, slow_module="import time\ntime.sleep(600)")
+    assert "takes more than 3 seconds to load" in judged("slow")[0]
+
+
+def test_an_unusable_cache_only_costs_time(distribution, monkeypatch, tmp_path):
+    distribution("broken", {OPTIMIZERS: {"broken": "broken_module:X"}}, broken_module="1 / 0")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    for _ in range(2):
+        assert "ZeroDivisionError" in judged("broken")[0]
+    os.remove(tmp_path / "cache")
+    Path(tmp_path / "cache" / "equipoise").mkdir(parents=True)
+    (tmp_path / "cache" / "equipoise" / "verdicts.json").write_text("[not json")
+    assert "ZeroDivisionError" in judged("broken")[0]
