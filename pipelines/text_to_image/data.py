@@ -1,4 +1,4 @@
-"""Captioned pictures in a folder, and their latents, computed once and kept.
+"""Captioned pictures in a folder: which there are, what they say, and how they are cut.
 
 Captions come from, in this order: `data.instance_prompt` for all; `metadata.jsonl` or `metadata.csv` (columns
 `file_name` and `text`, as the datasets library's image folders have them); a `.txt` file beside each picture.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 RANDOM_CUTS = 4  # per picture, where data.crop is random
 
 
@@ -65,11 +66,17 @@ def _from_metadata(table: Path, reader, pictures: list[Path]) -> tuple[list[Exam
         problems.append(f"{table}: cannot be read ({error}).")
     if not examples and not problems:
         problems.append(f"{table}: holds no captions.")
+    missing = sorted(known - {example.path for example in examples})
+    if missing and not problems:
+        problems.append(
+            f"{table}: has no captions for {_listed(missing, table.parent)}. Add their lines, take the pictures away, "
+            "or set data.instance_prompt."
+        )
     return examples, problems
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding=ENCODING).splitlines(), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -79,7 +86,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding=ENCODING) as file:
         reader = csv.DictReader(file)
         for row in reader:
             yield reader.line_num, row
@@ -90,19 +97,25 @@ def _from_text_files(folder: Path, pictures: list[Path]) -> tuple[list[Example],
     for path in pictures:
         text = path.with_suffix(".txt")
         if not text.is_file():
-            missing.append(path.name)
+            missing.append(path)
             continue
         try:
-            examples.append(Example(path, text.read_text(encoding="utf-8").strip()))
+            examples.append(Example(path, text.read_text(encoding=ENCODING).strip()))
         except UnicodeDecodeError:
             problems.append(f"{text}: is not UTF-8 text.")
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        name = missing[0].relative_to(folder).as_posix()
         problems.append(
-            f"data.folder: {folder} has no captions for {shown}. Set data.instance_prompt, add metadata.jsonl "
-            f'(lines such as {{"file_name": "{missing[0]}", "text": "…"}}), or put a .txt file beside each picture.'
+            f"data.folder: {folder} has no captions for {_listed(missing, folder)}. Set data.instance_prompt, "
+            f'add metadata.jsonl (lines such as {{"file_name": "{name}", "text": "…"}}), or put a .txt file beside '
+            "each picture."
         )
     return examples, problems
+
+
+def _listed(missing: list[Path], folder: Path) -> str:
+    names = [path.relative_to(folder).as_posix() for path in missing]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def open_picture(path: Path) -> Image.Image:

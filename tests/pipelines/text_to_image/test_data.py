@@ -51,6 +51,21 @@ def test_text_files(folder):
     assert not problems and [e.caption for e in examples] == ["ay", "bee"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.jpg", "text": "ay"}\n{"file_name": "b.png", "text": "bee"}'),
+        ("metadata.csv", "file_name,text\na.jpg,ay\nb.png,bee\n"),
+        ("a.txt", "ay"),
+    ],
+)
+def test_the_mark_that_excel_puts_first_is_not_read(folder, name, text):
+    (folder / "b.txt").write_text("bee")
+    (folder / name).write_text(text, encoding="utf-8-sig")
+    examples, problems = read(folder)
+    assert not problems and [e.caption for e in examples] == ["ay", "bee"]
+
+
 def test_pictures_in_subfolders_are_found(folder):
     (folder / "inner").mkdir()
     Image.new("RGB", (9, 9)).save(folder / "inner" / "c.webp")
@@ -66,6 +81,7 @@ def test_pictures_in_subfolders_are_found(folder):
         ({"metadata.jsonl": '{"file_name": "c.png", "text": "x"}'}, "a caption for c.png, which is not in"),
         ({"metadata.jsonl": '{"file": "a.jpg"}'}, "needs file_name and text, got file"),
         ({"metadata.jsonl": "[1, 2]"}, "needs file_name and text, got nothing"),
+        ({"metadata.csv": "file_name,text\na.jpg,x\n"}, "metadata.csv: has no captions for b.png. Add"),
         ({"metadata.jsonl": "{"}, "cannot be read (line 1:"),
         ({"metadata.jsonl": ""}, "holds no captions"),
         ({"metadata.csv": "picture,words\na.jpg,x\n"}, "needs file_name and text, got picture, words"),
