@@ -1,9 +1,11 @@
 """What a comparison is: runs laid out as rows (all but the rate) × columns (learning rate), with their scores."""
 
 import csv
+import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,8 @@ from equipoise.pipelines.robustness import Point, UsableRange, threshold, usable
 
 RATE = "optimizer.learning_rate"
 _NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
-_DETAILS = ("checkpoint", "samples", "optimizer.options")  # options are shown with their optimizer
+_SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
+_LONG = 40  # characters of a value in a label
 
 
 @dataclass
@@ -72,20 +75,31 @@ class Comparison:
         """The cells of one place, one per seed."""
         return sorted((c for c in self.cells if c.row == row and c.rate == rate), key=lambda cell: cell.seed)
 
+    def counted(self, cell: Cell) -> float:
+        """A cell's score as it counts: one that diverged, or has no score, is no better than the base."""
+        if not math.isfinite(cell.score):
+            return self.base.score
+        return min(cell.score, self.base.score) if cell.state == "diverged" else cell.score
+
     def points(self, row: str) -> list[Point]:
-        """A row's mean score at each rate; a seed without a score counts as no better than the base."""
+        """A row's mean score over the seeds at each rate."""
         points = []
         for rate in self.rates:
             if cells := self.at(row, rate):
-                scores = [cell.score if math.isfinite(cell.score) else self.base.score for cell in cells]
+                scores = [self.counted(cell) for cell in cells]
                 points.append(Point(rate, sum(scores) / len(scores)))
         return points
 
+    def usable(self, row: str, rate: float) -> bool:
+        """Whether a rate worked, by the mean over its seeds, as the curve and the range have it."""
+        line = self.line
+        return line is not None and any(p.rate == rate and p.score >= line for p in self.points(row))
+
     @property
     def line(self) -> float | None:
-        """The score that counts as usable, or None where no cell beats the base."""
+        """The score that counts as usable, or None where no cell beats the base by enough."""
         best = max((point.score for row in self.rows for point in self.points(row)), default=-math.inf)
-        return threshold(self.base.score, best) if best > self.base.score else None
+        return threshold(self.base.score, best)
 
     def ranges(self) -> dict[str, UsableRange | None]:
         line = self.line
@@ -100,7 +114,7 @@ class Comparison:
         for cell in [self.base, *self.cells]:
             numbers = [_shown(cell.metrics.get(name)) for name in names]
             writer.writerow(
-                [cell.row, "" if math.isnan(cell.rate) else f"{cell.rate:g}", cell.seed, cell.run, cell.state, *numbers]
+                [cell.row, "" if math.isnan(cell.rate) else repr(cell.rate), cell.seed, cell.run, cell.state, *numbers]
             )
         write_atomic(self.folder / "table.csv", text.getvalue())
         document = {
@@ -145,14 +159,9 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     flat = [flat_config(config) for config in configs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
-    axes = [
-        key
-        for key in differing
-        if key not in _NOT_AXES
-        and key != "optimizer.name"
-        and not key.startswith(_DETAILS)
-        and key != "optimizer.text_encoder_learning_rate"
-    ]
+    axes = [key for key in differing if key not in _NOT_AXES and key not in _SHOWN_WITH_IT]
+    last = Counter(key.split(".")[-1] for key in axes)
+    names = {key: key if last[key.split(".")[-1]] > 1 else key.split(".")[-1] for key in axes}
     placed = []
     for one in flat:
         if RATE not in one:
@@ -162,15 +171,18 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
             for option, value in one.get("optimizer.options", {}).items()
             if any(other.get("optimizer.options", {}).get(option) != value for other in flat)
         }
-        words = [
-            f"{key.split('.')[-1]}={value:g}" if isinstance(value, float) else f"{key.split('.')[-1]}={value}"
-            for key, value in [*options.items(), *((key, one.get(key)) for key in axes)]
-        ]
-        label = " ".join([str(one["optimizer.name"]), *words])
+        named = [*options.items(), *((name, one.get(key)) for key, name in names.items())]
+        label = " ".join([str(one["optimizer.name"]), *(f"{name}={_brief(value)}" for name, value in named)])
         placed.append(
             (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
         )
     return placed
+
+
+def _brief(value: Any) -> str:
+    """A value in a label; a long one is cut, and told apart from others by a digest."""
+    text = str(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 6]}…{hashlib.sha256(text.encode()).hexdigest()[:5]}"
 
 
 def _finite(value: float) -> float | None:

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import textwrap
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.pipelines.comparison import Cell, Comparison
 from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.robustness import GAIN, shown_rate
 
 CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
@@ -34,7 +36,8 @@ def write_report(comparison: Comparison) -> dict[str, Path]:
 def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     """Rows × learning rates, the untouched base first; each cell a mosaic of its pictures (or of one prompt's).
 
-    A green frame marks a usable cell, a red one a cell that is not; the number is the score.
+    A green frame marks a usable rate, a red one a rate that is not; the number is the score. Of several training seeds
+    the first one's pictures are shown, with the mean of all scores, by which the frame goes, and their span.
     """
     rows, rates = comparison.rows, comparison.rates
     width = _LEFT + (CELL + _GAP) * (len(rates) + 1) + _GAP
@@ -43,30 +46,44 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     title = "first picture of each prompt" if prompt is None else comparison.prompts[prompt]
     pen.text((_GAP, 8), f"{comparison.name} · {title}"[: width // 8], _INK, font=_font(16))
-    for column, label in enumerate(["base", *(f"{rate:.0e}" for rate in rates)]):
+    for column, label in enumerate(["base", *(shown_rate(rate) for rate in rates)]):
         x = _LEFT + (CELL + _GAP) * column
         pen.text((x + CELL / 2, _HEAD - 18), label, _INK, font=_font(16), anchor="mm")
-    line = comparison.line
     for index, row in enumerate(rows):
         y = _HEAD + (CELL + _FOOT + _GAP) * index
         for number, words in enumerate(_wrapped(row, 17)):
             pen.text((_GAP, y + CELL / 2 - 12 + 18 * number), words, _INK, font=_font(15))
-        for column, cells in enumerate([[comparison.base], *(comparison.at(row, rate) for rate in rates)]):
+        for column, rate in enumerate([math.nan, *rates]):
             x = _LEFT + (CELL + _GAP) * column
+            cells = _cells(comparison, row, rate)
             if not cells:
                 continue
-            cell = cells[0]
-            mosaic = _mosaic(comparison, cell, prompt)
+            mosaic = _mosaic(comparison, next((cell for cell in cells if cell.pictures), cells[0]), prompt)
             if mosaic:
                 sheet.paste(mosaic, (x, y))
             else:
-                pen.text((x + CELL / 2, y + CELL / 2), cell.state, _MUTED, font=_font(15), anchor="mm")
-            usable = line is not None and cell.run and math.isfinite(cell.score) and cell.score >= line
-            frame = _MUTED if not cell.run else _GOOD if usable else _BAD
+                pen.text((x + CELL / 2, y + CELL / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
+            frame = _MUTED if math.isnan(rate) else _GOOD if comparison.usable(row, rate) else _BAD
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=2)
-            text = _score(cell) + (f" · {cell.state}" if cell.state not in ("done", "untouched") else "")
-            pen.text((x + CELL / 2, y + CELL + 12), text, frame, font=_font(14), anchor="mm")
+            pen.text((x + CELL / 2, y + CELL + 12), _said(comparison, cells), frame, font=_font(14), anchor="mm")
     return sheet
+
+
+def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
+    """The cells of one place, one per training seed; the column of no rate is the base's."""
+    return [comparison.base] if math.isnan(rate) else comparison.at(row, rate)
+
+
+def _said(comparison: Comparison, cells: list[Cell]) -> str:
+    """A place's score, over several seeds their mean and span, and how its cells ended where they are not done."""
+    ended = [cell.state for cell in cells if cell.state not in ("done", "untouched")]
+    states = [state if len(cells) == 1 else f"{count} {state}" for state, count in Counter(ended).items()]
+    scores = [comparison.counted(cell) for cell in cells]
+    text = ""
+    if any(math.isfinite(cell.score) for cell in cells):
+        text = f"{sum(scores) / len(scores):.0%}"
+        text += f" ({min(scores):.0%} to {max(scores):.0%})" if len(scores) > 1 else ""
+    return " · ".join(filter(None, [text, *states]))
 
 
 def _mosaic(comparison: Comparison, cell: Cell, prompt: int | None) -> Image.Image | None:
@@ -104,7 +121,7 @@ def draw_curve(comparison: Comparison) -> str:
 
     drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="score against learning rate">']
     for rate in comparison.rates:
-        drawn.append(f'<text x="{x(rate):.1f}" y="{height - 24}" text-anchor="middle">{rate:.0e}</text>')
+        drawn.append(f'<text x="{x(rate):.1f}" y="{height - 24}" text-anchor="middle">{shown_rate(rate)}</text>')
     for share in (0, 0.5, 1):
         value = low + share * (high - low)
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
@@ -121,7 +138,7 @@ def draw_curve(comparison: Comparison) -> str:
         path = " ".join(f"{x(p.rate):.1f},{y(p.score):.1f}" for p in some)
         drawn.append(f'<polyline points="{path}" stroke="{colour}"/>')
         for p in some:
-            title = f"<title>{html.escape(row)} at {p.rate:.0e}: {p.score:.3f}</title>"
+            title = f"<title>{html.escape(row)} at {shown_rate(p.rate)}: {p.score:.3f}</title>"
             drawn.append(f'<circle cx="{x(p.rate):.1f}" cy="{y(p.score):.1f}" r="4" fill="{colour}">{title}</circle>')
     return "".join([*drawn, "</svg>"])
 
@@ -133,23 +150,19 @@ def render_html(comparison: Comparison) -> str:
         f"<td>{html.escape(str(found)) if found else 'none of the rates tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )
-    cells = [
-        [
-            [_as_json(comparison, cell) for cell in some]
-            for some in ([comparison.base], *(comparison.at(row, rate) for rate in comparison.rates))
-        ]
-        for row in comparison.rows
-    ]
     document = {
         "prompts": comparison.prompts,
         "rows": comparison.rows,
-        "columns": ["base", *(f"{rate:.0e}" for rate in comparison.rates)],
-        "cells": cells,
+        "columns": ["base", *map(shown_rate, comparison.rates)],
+        "seeds": sorted({cell.seed for cell in comparison.cells}),
+        "places": [
+            [_as_json(comparison, row, rate) for rate in (math.nan, *comparison.rates)] for row in comparison.rows
+        ],
     }
     names = list(dict.fromkeys(name for cell in [comparison.base, *comparison.cells] for name in cell.metrics))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["row", "learning rate", "seed", "state", *names])
     rows = "".join(
-        f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else f'{c.rate:.0e}'}</td><td>{c.seed}</td>"
+        f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
         + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
         + "</tr>"
@@ -160,6 +173,9 @@ def render_html(comparison: Comparison) -> str:
         "TITLE": html.escape(comparison.name),
         "SCORE": html.escape(comparison.score),
         "RANGES": ranges,
+        "NOISE": f"<p>No score is {GAIN:g} or more above the base's; smaller gains are noise.</p>"
+        if comparison.line is None
+        else "",
         "CURVE": draw_curve(comparison) if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
         "DATA": json.dumps(document).replace("<", "\\u003c"),  # no tag can end the script early
@@ -169,35 +185,40 @@ def render_html(comparison: Comparison) -> str:
     return page
 
 
-def _as_json(comparison: Comparison, cell: Cell) -> dict:
-    line = comparison.line
+def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
+    """A place of the grid: what is said of it, and its cells, one per training seed."""
+    cells = _cells(comparison, row, rate)
     return {
-        "run": cell.run or "the untouched base",
-        "state": cell.state,
-        "message": cell.message,
-        "score": _score(cell),
-        "usable": bool(cell.run and line is not None and math.isfinite(cell.score) and cell.score >= line),
-        "config": {key: str(value) for key, value in cell.config.items()},
-        "pictures": [
+        "said": _said(comparison, cells),
+        "base": math.isnan(rate),
+        "usable": comparison.usable(row, rate),
+        "cells": [
             {
-                "prompt": p.prompt,
-                "seed": p.seed,
-                "file": p.file,
-                "note": p.note,
-                "right": p.right,
-                "data": _data_uri(comparison.folder / p.thumbnail),
+                "run": cell.run or "the untouched base",
+                "seed": cell.seed,
+                "state": cell.state,
+                "message": cell.message,
+                "score": "" if math.isnan(cell.score) else f"score {cell.score:.0%}",
+                "config": {key: str(value) for key, value in cell.config.items()},
+                "pictures": [
+                    {
+                        "prompt": p.prompt,
+                        "seed": p.seed,
+                        "file": p.file,
+                        "note": p.note,
+                        "right": p.right,
+                        "data": _data_uri(comparison.folder / p.thumbnail),
+                    }
+                    for p in cell.pictures
+                ],
             }
-            for p in cell.pictures
+            for cell in cells
         ],
     }
 
 
 def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _score(cell: Cell) -> str:
-    return "" if math.isnan(cell.score) else f"{cell.score:.0%}"
 
 
 def _attribute(text: str) -> str:

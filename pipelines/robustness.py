@@ -4,9 +4,11 @@ Every cell has a score, higher is better, and the untouched base has one. The li
 
     base + USABLE · (best − base)
 
-where *best* is the best score of any cell in the comparison, so every optimizer has to clear the same bar. Scores are
-joined by straight lines over log₁₀(learning rate); an optimizer's usable range is the unbroken stretch above the line
-that holds its own best rate. A stretch that reaches the end of what was tried is open there: "at least".
+where *best* is the best score of any cell in the comparison, so every optimizer has to clear the same bar. Where no
+cell gains at least GAIN over the base, nothing worked, and there is no line: noise would clear it. Scores are joined by
+straight lines over log₁₀(learning rate); an optimizer's usable range is the unbroken stretch above the line that holds
+its own best rate. A stretch that reaches the end of what was tried is open there: "at least". A cell that diverged is
+never usable, whatever its last weights draw: see `Comparison.counted`.
 """
 
 import math
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 USABLE = 0.75  # share of the best gain over the base that a rate must reach to count as usable
+GAIN = 0.02  # in units of the score: two pictures in a hundred, or 2 % of the base's loss; below that is noise
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,18 @@ class UsableRange:
 
     def __str__(self) -> str:
         at_least = "at least " if self.open_low or self.open_high else ""
-        return f"{self.low:.1e} to {self.high:.1e} ({at_least}{self.decades:.1f} decades)"
+        return f"{shown_rate(self.low, 2)} to {shown_rate(self.high, 2)} ({at_least}{self.decades:.1f} decades)"
 
 
-def threshold(base: float, best: float) -> float:
-    return base + USABLE * (best - base)
+def threshold(base: float, best: float) -> float | None:
+    """The score that counts as usable, or None where even the best gains too little over the base to tell."""
+    return base + USABLE * (best - base) if best - base >= GAIN else None
+
+
+def shown_rate(rate: float, digits: int = 6) -> str:
+    """A learning rate as people write it, 1e-4 or 1.5e-4: to `digits` after the point, without zeros at the end."""
+    mantissa, exponent = f"{rate:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def usable_range(points: Sequence[Point], line: float) -> UsableRange | None:

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from PIL import Image
 
-from equipoise.pipelines.comparison import Cell, Comparison, Picture
+from equipoise.pipelines import config as configs
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.report import CELL, draw_grid, render_html, write_report
 
 RATES = (1e-5, 1e-4, 1e-3)
@@ -58,6 +59,80 @@ def test_seeds_are_averaged(comparison):
     assert [point.score for point in comparison.points("adamw")] == [0.0, 0.75, 0.0]
 
 
+def test_what_is_said_of_a_place_is_what_its_curve_says(comparison, tmp_path):
+    """Of three seeds, the first one alone would be usable, and the mean is not."""
+    for seed in (1, 2):
+        again = Cell(f"sweep/again-{seed}", "adamw", 1e-4, seed, "done", metrics={"score": 0.5})
+        again.pictures = [Picture(0, 0, f"cells/{seed}.png", f"cells/{seed}.png")]
+        Image.new("RGB", (16, 16)).save(tmp_path / f"cells/{seed}.png")
+        comparison.cells.append(again)
+    assert comparison.points("adamw")[1].score == pytest.approx(2 / 3)
+    assert comparison.line == pytest.approx(0.75 * 0.9) and not comparison.usable("adamw", 1e-4)
+    assert draw_grid(comparison).getpixel((150 + (CELL + 10) * 2 - 1, 64 + CELL // 2)) == (0xCF, 0x22, 0x2E)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', render_html(comparison), re.S)[1])
+    place = data["places"][0][2]
+    assert (place["said"], place["usable"]) == ("67% (50% to 100%)", False)
+    assert [(cell["seed"], cell["score"], len(cell["pictures"])) for cell in place["cells"]] == [
+        (0, "score 100%", 2),
+        (1, "score 50%", 1),
+        (2, "score 50%", 1),
+    ]
+    assert data["seeds"] == [0, 1, 2]
+
+
+def test_a_cell_that_diverged_is_never_usable(comparison):
+    for cell in comparison.cells[1:2]:
+        cell.state = "diverged"
+    assert not comparison.usable("adamw", 1e-4)
+    assert comparison.line == pytest.approx(0.75 * 0.9), "the best is another cell"
+    assert comparison.ranges()["adamw"] is None
+
+
+def test_a_gain_that_may_be_noise_is_none(comparison):
+    for cell in comparison.cells:
+        cell.metrics = {"score": 0.002}
+    assert set(comparison.ranges().values()) == {None}
+    assert "smaller gains are noise" in render_html(comparison)
+
+
+def test_rates_that_are_close_are_told_apart(comparison):
+    comparison.cells[0].rate, comparison.cells[1].rate = 1.5e-4, 2e-4
+    page = render_html(comparison)
+    assert "<td>1.5e-4</td>" in page and "<td>2e-4</td>" in page and ">1.5e-4</text>" in page
+    comparison.write_tables()
+    assert "adamw,0.00015,0" in (comparison.folder / "table.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "labels"),
+    [
+        ("samples.scale", (0.5, 1.0), ("scale=0.5", "scale=1.0")),
+        ("checkpoint.every", (0, 5), ("every=0", "every=5")),
+        ("optimizer.text_encoder_learning_rate", (1e-5, 1.5e-5), ("learning_rate=1e-05", "learning_rate=1.5e-05")),
+        ("train.clip", (0.12345678, 0.12345679), ("clip=0.12345678", "clip=0.12345679")),
+        ("samples.prompts", (["x" * 60 + "a"], ["x" * 60 + "b"]), ("prompts=", "prompts=")),
+        ("optimizer.options", ({"damping": 0.1}, {}), ("damping=0.1", "scaled_adamw")),
+    ],
+)
+def test_a_row_names_everything_that_differs_but_rate_and_seed(key, values, labels):
+    config = configs.load("text_to_image/demo", ["sweep={}", "optimizer.options={}"])
+    cells = [
+        configs.set_keys(config, {key: value, "seed": seed, "learning_rate": rate})
+        for value in values
+        for seed in (0, 1)
+        for rate in (1e-3, 1e-2)
+    ]
+    rows = [label for label, _, _ in lay_out(cells)]
+    assert len(set(rows)) == 2 and rows[0] == rows[3] != rows[4] == rows[7]
+    assert labels[0] in rows[0] and labels[1] in rows[4] and max(map(len, rows)) < 80
+
+
+def test_keys_that_end_alike_are_named_in_full():
+    config = configs.load("text_to_image/demo", ["sweep={}"])
+    cells = [configs.set_keys(config, {"checkpoint.every": n, "samples.every": 2 * n}) for n in (1, 2)]
+    assert "samples.every=2 checkpoint.every=1" in lay_out(cells)[0][0]
+
+
 def test_the_grid_frames_usable_cells_in_green(comparison):
     grid = draw_grid(comparison)
     frame = {column: grid.getpixel((150 + (CELL + 10) * column - 1, 64 + CELL // 2)) for column in range(4)}
@@ -82,8 +157,8 @@ def test_the_page_escapes_what_it_shows_and_needs_no_network(comparison):
     assert not re.search(r"https?://(?!www\.w3\.org)", page)
     assert "{{" not in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    assert data["cells"][0][2][0]["usable"] is True
-    assert data["cells"][0][3][0]["pictures"] == []
+    assert data["places"][0][2]["usable"] is True
+    assert data["places"][0][3]["cells"][0]["pictures"] == []
 
 
 def test_the_page_in_a_real_browser(comparison, tmp_path, chromium):
@@ -93,7 +168,7 @@ def test_the_page_in_a_real_browser(comparison, tmp_path, chromium):
     flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     shown = subprocess.run([*command, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
     grid = shown.stdout.partition('<div id="grid">')[2].partition("<h2>")[0]
-    assert grid.count('class="cell usable"') == 3
+    assert grid.count('class="cell usable"') == 3 and "<b>seen" not in grid
     assert grid.count('class="cell base"') == 2
     assert grid.count("<img") == 2 * (2 + 5)  # two prompts; the base in both rows, and five cells with pictures
     assert "failed" in grid

@@ -4,12 +4,25 @@ import math
 
 import pytest
 
-from equipoise.pipelines.robustness import USABLE, Point, threshold, usable_range
+from equipoise.pipelines.robustness import GAIN, USABLE, Point, shown_rate, threshold, usable_range
 
 
 def test_the_line_lies_between_base_and_best():
     assert threshold(0.0, 1.0) == USABLE
     assert threshold(0.2, 0.6) == pytest.approx(0.2 + USABLE * 0.4)
+
+
+def test_a_gain_that_may_be_noise_draws_no_line():
+    assert threshold(0.0, 0.002) is None and threshold(0.5, 0.5 + 0.9 * GAIN) is None
+    assert threshold(0.5, 0.4) is None and threshold(0.5, math.nan) is None
+    assert threshold(0.0, GAIN) == USABLE * GAIN
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(1e-4, "1e-4"), (1.5e-4, "1.5e-4"), (2e-4, "2e-4"), (1.0, "1e0"), (12.34567, "1.234567e1")]
+)
+def test_rates_are_written_so_that_they_can_be_told_apart(rate, text):
+    assert shown_rate(rate) == text and float(text) == rate
 
 
 def test_crossings_are_interpolated_on_the_logarithmic_axis():
@@ -20,7 +33,7 @@ def test_crossings_are_interpolated_on_the_logarithmic_axis():
     assert found.high == pytest.approx(10**-2.5)
     assert found.decades == pytest.approx(2.0)
     assert not found.open_low and not found.open_high
-    assert str(found) == "3.2e-05 to 3.2e-03 (2.0 decades)"
+    assert str(found) == "3.16e-5 to 3.16e-3 (2.0 decades)"
 
 
 def test_ends_of_what_was_tried_are_open():
