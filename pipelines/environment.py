@@ -5,8 +5,10 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import AbstractContextManager, chdir, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def describe(seed: int | None) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "seed": seed,
-        "commit": _commit(os.getcwd()),
+        "commit": _commit(),
         "working_folder": os.getcwd(),  # relative paths in the configuration start here
         "host": {
             "name": platform.node(),
@@ -36,15 +38,33 @@ def describe(seed: int | None) -> dict[str, Any]:
     }
 
 
-def renew(file: Path) -> None:
-    """Write the environment of this session into a run's `environment.json`; the seed is the run's own and stays."""
-    write_atomic(file, json.dumps(describe(_recorded(file).get("seed")), indent=2))
+def renew(file: Path, first: bool) -> None:
+    """Write this session's environment into a run's `environment.json`.
+
+    The first session's stands for the run, with the seed and working folder that the run was made with; a later
+    session that differs from all before it is added under `later`.
+    """
+    before = _recorded(file)
+    now = describe(before.get("seed"))
+    now["working_folder"] = before.get("working_folder", now["working_folder"])
+    if first or not before:
+        write_atomic(file, json.dumps(now, indent=2))
+        return
+    later = before.pop("later", [])
+    if now not in [before, *later]:
+        write_atomic(file, json.dumps({**before, "later": [*later, now]}, indent=2))
 
 
 def working_folder(file: Path) -> Path | None:
     """Where the run was started, as its `environment.json` says."""
     folder = _recorded(file).get("working_folder")
     return Path(folder) if folder else None
+
+
+def there(file: Path) -> AbstractContextManager[None]:
+    """In the folder that the run was started in, from which its relative paths lead on, as far as it still exists."""
+    folder = working_folder(file)
+    return chdir(folder) if folder and folder.is_dir() else nullcontext()
 
 
 def _recorded(file: Path) -> dict[str, Any]:
@@ -62,9 +82,14 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _commit(folder: str) -> str | None:
-    """The git commit of `folder`, with "+changes" where files differ from it; None outside a repository."""
+def _commit() -> str | None:
+    """Equipoise's own git commit, with "+changes" where files differ from it; None where it is not run from a checkout.
+
+    An installation may lie within somebody else's repository, which then does not track its files.
+    """
     try:
+        folder = str(files("equipoise"))
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -126,7 +126,7 @@ class Run:
             beat = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
             try:
                 self.update(state="running", message="", ended=None, exit_code=None, queued=None, heartbeat=time.time())
-                environment.renew(self.folder / "environment.json")
+                environment.renew(self.folder / "environment.json", first=before.started is None)
                 beat.start()
                 with stop_signals(self._on_signal) if signals else nullcontext():
                     yield self

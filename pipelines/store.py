@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -31,7 +31,8 @@ from equipoise.pipelines.status import Status
 
 __all__ = ["Run", "Status", "Store", "find", "write_atomic"]
 
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,119}")
+LONGEST = 120  # characters of an id, or of a cell's name
+_PART = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{{0,{LONGEST - 1}}}")
 TOP = ("run", "sweep")
 
 
@@ -44,7 +45,12 @@ class Store:
         self.index = Index(self.root)
 
     def create(
-        self, config: configs.RunConfig, kind: str = "run", sweep: str | None = None, id: str | None = None
+        self,
+        config: configs.RunConfig,
+        kind: str = "run",
+        sweep: str | None = None,
+        id: str | None = None,
+        cells: Mapping[str, configs.RunConfig] | None = None,
     ) -> Run:
         """Make a run's folder: all of it, or nothing.
 
@@ -53,27 +59,28 @@ class Store:
             kind: "run", "sweep" or "cell".
             sweep: a cell's sweep.
             id: a name of the user's choice, for a cell its name within the sweep; by default made from time and name.
+            cells: a sweep's, by name; they wait in the queue from the start.
 
         Raises:
             InputError: there is a run of that id; the id is not a word; the disk is full; ….
         """
         parent = self.get(sweep, kinds=("sweep",)).folder if sweep else self.root
         name = id or f"{datetime.now():%Y%m%d-%H%M%S}-{config.name}-{secrets.token_hex(2)}"
-        if not _PART.fullmatch(name) or name == "latest":
-            raise InputError(f"the id {name!r} must be one word of letters, digits and _ . , = + -, and not 'latest'.")
+        for word in (name, *(cells or ())):
+            if not _PART.fullmatch(word) or word == "latest":
+                raise InputError(
+                    f"the id {word!r} must be one word of at most {LONGEST} letters, digits and _ . , = + -, "
+                    "and not 'latest'."
+                )
         full = f"{sweep}/{name}" if sweep else name
-        record = Status(
-            id=full, kind=kind, sweep=sweep, name=config.name, pipeline=config.pipeline, created=time.time()
-        )
+        record = _record(config, full, kind, sweep)
+        queued = {cell: _record(it, f"{full}/{cell}", "cell", full, time.time()) for cell, it in (cells or {}).items()}
         with _staged(parent, name, full) as folder:
-            for sub in FOLDERS:
-                (folder / sub).mkdir()
-            write_atomic(folder / "config.yaml", configs.dump(config))
-            write_atomic(folder / "environment.json", dumps(environment.describe(config.seed), indent=2))
-            write_atomic(folder / "log.txt", "")
-            write_atomic(folder / "status.json", dumps(status.plain(asdict(record)), indent=2))
+            for cell, it in (cells or {}).items():
+                _fill(folder / cell, it, queued[cell])
+            _fill(folder, config, record)
         try:
-            self.index.put(record)
+            self.index.put(record, *queued.values())
         except EquipoiseError:
             shutil.rmtree(parent / name)
             raise
@@ -162,6 +169,19 @@ def find(ref: str, root: Path | str | None = None, kinds: Collection[str] = TOP)
     if (Path(ref) / "status.json").is_file():
         return Run(ref)
     return Store(root).get(ref.rstrip("/"), kinds)
+
+
+def _record(config: configs.RunConfig, id: str, kind: str, sweep: str | None, queued: float | None = None) -> Status:
+    return Status(id, kind, sweep, config.name, config.pipeline, created=time.time(), queued=queued)
+
+
+def _fill(folder: Path, config: configs.RunConfig, record: Status) -> None:
+    for sub in FOLDERS:
+        (folder / sub).mkdir(parents=True)
+    write_atomic(folder / "config.yaml", configs.dump(config))
+    write_atomic(folder / "environment.json", dumps(environment.describe(config.seed), indent=2))
+    write_atomic(folder / "log.txt", "")
+    write_atomic(folder / "status.json", dumps(status.plain(asdict(record)), indent=2))
 
 
 @contextmanager

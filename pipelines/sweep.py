@@ -4,28 +4,33 @@ Every combination is a run of its own (a cell) in the sweep's folder and in the 
 the queue until it is empty; each loads the base once. A cell that diverges or fails is recorded and the rest goes on.
 """
 
+import hashlib
 import itertools
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines import environment
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.records import RunConfig
-from equipoise.pipelines.store import Run, Store
+from equipoise.pipelines.store import LONGEST, Run, Store
 
 POLL = 0.5  # seconds between looks at the cells
+GRACE = 4.0  # seconds that a process has after being asked, and after being interrupted, before it is killed
 _AGAIN = ("queued", "stopped", "failed", "dead")  # a restarted sweep tries these again; done and diverged are results
 
 
@@ -43,15 +48,15 @@ def expand(config: RunConfig) -> dict[str, RunConfig]:
     problems: list[str] = []
     for values in itertools.product(*config.sweep.values()):
         chosen = dict(zip(config.sweep, values, strict=True))
-        name = ",".join(f"{key.split('.')[-1]}={_slug(value)}" for key, value in chosen.items())
+        name = _name(chosen)
         try:
             cell = configs.set_keys(config, {**chosen, "sweep": {}}, source=f"cell {name}")
         except ConfigError as error:
             problems += error.problems
             continue
-        if name in cells:
+        if name in cells and cells[name] == cell:
             problems.append(f"sweep: {name} comes up twice; every value of an axis must be another one.")
-        cells[name] = cell
+        cells[_marked(name, chosen) if name in cells else name] = cell
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return cells
@@ -71,11 +76,7 @@ def create(config: RunConfig, id: str | None = None) -> Run:
     }
     if problems := list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.check(cell))):
         raise ConfigError(problems)
-    store = Store(config.runs)
-    sweep = store.create(config, kind="sweep", id=id)
-    for name, cell in cells.items():
-        store.enqueue(store.create(cell, kind="cell", sweep=sweep.id, id=name))
-    return sweep
+    return Store(config.runs).create(config, kind="sweep", id=id, cells=cells)
 
 
 def cells(sweep: Run) -> list[Run]:
@@ -90,13 +91,19 @@ def train(sweep: Run, workers: int) -> Outcome:
 
     Raises:
         InputError: the sweep is being trained by another process.
+        EquipoiseError: no cell came to a result; the message says why not.
+        KeyboardInterrupt: interrupted twice; the cells in work are interrupted, too.
     """
     store = Store(sweep.root)
-    with sweep.session():
+    with sweep.session(), environment.there(sweep.folder / "environment.json"):
+        for name, config in expand(sweep.config()).items():
+            if not (sweep.folder / name).exists():  # deleted since
+                store.create(config, kind="cell", sweep=sweep.id, id=name)
         for cell in cells(sweep):
             if cell.status().state in _AGAIN:
-                cell.forget_requests()
-                store.enqueue(cell)
+                with suppress(InputError):  # a worker of an earlier session, still alive, has just taken it
+                    store.enqueue(cell)
+                    cell.forget_requests()
         outcome = _watch(sweep, workers)
         sweep.finish(outcome.state, outcome.message, outcome.step)
     return outcome
@@ -121,35 +128,90 @@ def _watch(sweep: Run, workers: int) -> Outcome:
             )
         )
         processes: list[subprocess.Popen] = []
+        stack.push(lambda kind, *_: _end(mine, processes, kind))
         spawned = 0
         while True:
             now = {cell.id: cell.status() for cell in mine}
             states = Counter(status.state for status in now.values())
             finished = sum(totals[id] if s.over and s.state != "stopped" else s.step for id, s in now.items())
             bar.update(finished - bar.n)
-            counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-            bar.set_postfix_str(counts, refresh=watched)
+            bar.set_postfix_str(_counted(states), refresh=watched)
             sweep.update(step=finished)
-            processes = [process for process in processes if process.poll() is None]
-            if "stop" in sweep.requested() and not stopping:
-                stopping = True
-                _stop(mine)
-            if not processes and (stopping or not states["queued"]):
+            processes[:] = [process for process in processes if process.poll() is None]
+            if stopping := stopping or "stop" in sweep.requested():
+                stop(mine)  # each time: a worker may have taken a cell meanwhile
+            if not processes and not states["running"] and (stopping or not states["queued"]):
                 break
+            # Workers of an earlier session that was killed are at work beside ours, and count.
+            others = {s.pid for s in now.values() if s.state == "running"} - {process.pid for process in processes}
+            wanted = min(workers - len(others), states["queued"])
             # A worker that died leaves the queue to a new one; a limit, in case every worker dies at once.
-            while not stopping and len(processes) < min(workers, states["queued"]) and spawned < workers + len(mine):
+            while not stopping and len(processes) < wanted and spawned < workers + len(mine):
                 processes.append(_spawn(sweep, spawned % workers, workers))
                 spawned += 1
-            if not processes and spawned >= workers + len(mine):
+            if not processes and not others and not stopping and spawned >= workers + len(mine):
                 raise EquipoiseError(
                     f"{sweep.id}: the workers die as soon as they start. {sweep.folder}/workers.txt says why."
                 )
             time.sleep(POLL)
-    said = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    return Outcome("stopped" if stopping else "done", f"{len(mine)} cells: {said}.", sum(s.step for s in now.values()))
+    said = f"{len(mine)} cells: {_counted(states)}."
+    if stopping or states["done"]:
+        return Outcome("stopped" if stopping else "done", said, sum(s.step for s in now.values()))
+    if states["diverged"]:
+        return Outcome("diverged", said, sum(s.step for s in now.values()))
+    raise EquipoiseError("\n".join([f"{sweep.id}: no cell came to a result. {said}", *troubles(mine)]))
 
 
-def _stop(mine: Iterable[Run]) -> None:
+def _counted(states: Counter[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+
+
+def troubles(mine: Iterable[Run]) -> list[str]:
+    """Why cells failed: each reason once, with how many cells it is of."""
+    found = [status for cell in mine if (status := cell.status()).over and status.state not in ("done", "diverged")]
+    counted = Counter((status.state, status.message) for status in found)
+    return [
+        f"  {count} {state}: {message or 'no reason is known; the log may tell.'}"
+        for (state, message), count in counted.items()
+    ]
+
+
+def _end(mine: Iterable[Run], processes: Iterable[subprocess.Popen], why: type[BaseException] | None) -> None:
+    """However watching ends, nothing goes on training that nobody watches."""
+    if why is not None:
+        interrupt(mine, [process.pid for process in processes], 0.5 if why is KeyboardInterrupt else GRACE)
+
+
+def interrupt(mine: Iterable[Run], pids: Iterable[int] = (), patience: float = 0.5) -> None:
+    """Ends the cells in work, and other processes: asks, after `patience` seconds interrupts, and in the end kills.
+
+    Raises:
+        InputError: a cell runs on another host.
+    """
+    mine = list(mine)
+    stop(mine)  # so that no worker takes another cell
+    at_work = [status for cell in mine if (status := cell.status()).state == "running" and status.pid]
+    alive = []
+    for pid in {*pids, *(status.pid for status in at_work if status.host == platform.node())}:
+        with suppress(psutil.NoSuchProcess):
+            alive.append(psutil.Process(pid))
+    try:
+        for seconds in (patience, GRACE):
+            for process in alive:
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            _, alive = psutil.wait_procs(alive, seconds)
+    finally:  # also when this is interrupted in its turn
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, GRACE)
+    if away := [f"{status.id} on {status.host}" for status in at_work if status.host != platform.node()]:
+        raise InputError(f"{', '.join(away)}: cannot be interrupted from here; the request to stop is left by file.")
+
+
+def stop(mine: Iterable[Run]) -> None:
+    """Asks every cell in work to save and stop, and takes those that wait out of the queue."""
     for cell in mine:
         try:
             if cell.status().state == "queued":
@@ -225,6 +287,17 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
     if problems:
         raise ConfigError(problems)
     return axes
+
+
+def _name(chosen: dict[str, Any]) -> str:
+    name = ",".join(f"{key.split('.')[-1]}={_slug(value)}" for key, value in chosen.items())
+    return name if len(name) <= LONGEST else _marked(name, chosen)
+
+
+def _marked(name: str, chosen: dict[str, Any]) -> str:
+    """A name that is too long, or another combination's too, told apart by a digest of all values."""
+    digest = hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST - 9]}-{digest}"
 
 
 def _slug(value: Any) -> str:

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import status
+from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.status import Status
 from equipoise.pipelines.store import TOP, Store, find
@@ -107,6 +108,8 @@ def _settled(line: str) -> str:
 def _stop(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     now = found.status()
+    if now.kind == "sweep" and now.state != "running":
+        return _stop_cells(found, args)
     if now.over:
         print(f"{found.id}: is not running; {_ending(now)}")
         return 0
@@ -124,6 +127,29 @@ def _stop(args: argparse.Namespace) -> int:
     return 0
 
 
+def _stop_cells(found: Run, args: argparse.Namespace) -> int:
+    """Stop what a sweep's workers do, which outlive it where it was killed."""
+    mine = sweeps.cells(found)
+    if all(cell.status().over for cell in mine):
+        print(f"{found.id}: is not running; {_ending(found.status())}")
+        return 0
+    if args.now:
+        sweeps.interrupt(mine)
+    else:
+        sweeps.stop(mine)
+    late = [cell.id for cell in mine if not _over_within(cell, args.timeout)]
+    if late:
+        raise EquipoiseError(
+            f"{', '.join(late[:3])}: still at work after {args.timeout:g} s. The request stands and is met after the "
+            f"current step; `equipoise stop {args.run} --now` does not wait for that."
+        )
+    if not found.status().over:
+        found.update(state="stopped", message="cancelled before it began.", ended=time.time(), exit_code=143)
+    for cell in mine:
+        print(f"{cell.id}: {_ending(cell.status())}")
+    return 0
+
+
 def _interrupt(found: Run, now: Status) -> int:
     if now.host != platform.node():
         raise InputError(
@@ -136,6 +162,8 @@ def _interrupt(found: Run, now: Status) -> int:
     if not _over_within(found, _GRACE):
         _signal(now, signal.SIGKILL)
         _over_within(found, _GRACE)
+    if now.kind == "sweep":
+        sweeps.interrupt(sweeps.cells(found))  # what it has not ended itself
     print(f"{found.id}: {_ending(found.status())}")
     return 0
 

@@ -1,6 +1,7 @@
 """`equipoise sweep`: train over the product of some keys' values, then compare what came out."""
 
 import argparse
+import sys
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
@@ -41,17 +42,24 @@ def run(args: argparse.Namespace) -> int:
 
 def resume(sweep: Run, workers: int | None = None, compare: bool = True) -> int:
     """Trains what is left of a sweep, which is all of a new one, and compares; returns the exit code."""
-    print(f"{sweep.id}: {len(sweeps.cells(sweep))} cells in {sweep.folder}", flush=True)
-    outcome = sweeps.train(sweep, workers or sweeps.default_workers())
+    mine = sweeps.cells(sweep)
+    print(f"{sweep.id}: {len(mine)} cells in {sweep.folder}", flush=True)
+    try:
+        outcome = sweeps.train(sweep, workers or sweeps.default_workers())
+    except KeyboardInterrupt:
+        print(f"{sweep.id}: interrupted. `equipoise resume {sweep.id}` continues it.", file=sys.stderr)
+        return sweep.status().exit_code or 130
     print(f"{sweep.id}: {outcome.state}. {outcome.message}", flush=True)
     if outcome.state == "stopped":
         print(f"`equipoise resume {sweep.id}` continues it.")
         return sweep.status().exit_code or 0
+    for line in sweeps.troubles(mine):
+        print(line, file=sys.stderr, flush=True)
     if compare:
         from equipoise.pipelines.commands.compare import compare_and_report
 
         compare_and_report([sweep])
-    return 0
+    return sweep.status().exit_code or 0
 
 
 def _continued(args: argparse.Namespace) -> Run | None:

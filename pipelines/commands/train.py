@@ -72,6 +72,8 @@ def _resume(args: argparse.Namespace) -> int:
     if now.kind == "sweep":
         from equipoise.pipelines.commands import sweep
 
+        if args.overrides or args.detach:
+            raise InputError(f"{found.id}: is a sweep, which is continued as it is, and in this terminal.")
         return sweep.resume(found)
     if now.state == "running" or (now.state == "queued" and now.pid and not args.queued):
         raise InputError(f"{found.id}: is being trained by process {now.pid}; `equipoise stop {found.id}` stops it.")

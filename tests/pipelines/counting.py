@@ -44,7 +44,7 @@ class CountingConfig(RunConfig):
     checkpoint: Checkpoint = Checkpoint()
     prompts: list[str] = Field([], description="Texts.")
     end: Literal["good", "error", "nan", "bad input", "full disk"] = Field("good", description="How it goes.")
-    note: str | None = Field(None, description="A text.")
+    note: str | None = Field(None, description="A text; `open the data` does that.")
 
 
 class TunedConfig(CountingConfig):
@@ -67,6 +67,8 @@ class Counting(Pipeline):
 
     @classmethod
     def run(cls, config, run):
+        if config.note == "open the data":
+            list(Path(config.data.folder).iterdir())
         saved = run.checkpoints / "count.json"
         count = json.loads(saved.read_bytes())["count"] if saved.exists() else 0
         run.log(f"from {count}")

@@ -17,6 +17,7 @@ import pytest
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines import environment as environments
 from equipoise.pipelines import status
 from equipoise.pipelines.files import append, write_atomic
 from equipoise.pipelines.index import Index
@@ -83,6 +84,42 @@ def write(store: Store, text: str) -> Path:
     file = store.root.parent / "config.yaml"
     file.write_text(text)
     return file
+
+
+def test_the_first_environment_stands_and_later_ones_are_added(store, tmp_path, monkeypatch):
+    run = store.create(CONFIG)
+    first = json.loads((run.folder / "environment.json").read_text())
+    with run.session():
+        pass
+    monkeypatch.chdir(tmp_path)
+    with run.session():
+        pass
+    assert json.loads((run.folder / "environment.json").read_text()) == first
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    with run.session():
+        pass
+    later = json.loads((run.folder / "environment.json").read_text()).pop("later")
+    assert [it["host"]["name"] for it in later] == ["elsewhere"]
+    assert later[0]["working_folder"] == first["working_folder"] != str(tmp_path)
+
+
+def test_the_commit_is_that_of_equipoise_or_none(tmp_path, monkeypatch):
+    """Not that of a repository which merely contains the working folder, or the installation."""
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "site-packages" / "equipoise"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(environments, "files", lambda name: package)
+    environments._commit.cache_clear()
+    assert environments.describe(0)["commit"] is None
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    environments._commit.cache_clear()
+    assert len(environments.describe(0)["commit"]) == 40
+    environments._commit.cache_clear()
 
 
 def test_cells_live_in_their_sweep(store, sweep):
