@@ -6,12 +6,15 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 130 or 143 stopped on r
 import argparse
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from equipoise import __version__
 from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.files import disk_full
 
 # command → (module in equipoise.pipelines.commands, one line of help); `args.command` tells a shared module which it is
 COMMANDS = {
@@ -74,6 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EquipoiseError as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        print(_unexpected(error), file=sys.stderr)
+        return 1
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence on an error that nobody had foreseen; its traceback goes into a file, unless the reason is plain."""
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    if disk_full(error):
+        return (
+            f"{where}the disk is full (or a quota or file size limit is reached). Free some space, or choose another "
+            "place with --runs FOLDER, and start again."
+        )
+    if isinstance(error, OSError) and where:
+        return f"{where}{error.strerror or error}. Nothing more was done; see to that, and start again."
+    words = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="equipoise-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        return f"equipoise has a fault: {words}. Please report it, with the traceback in {file.name}."
+    except OSError:
+        return f"equipoise has a fault: {words}. Please report it; its traceback could not be written."
 
 
 if __name__ == "__main__":

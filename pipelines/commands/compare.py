@@ -1,8 +1,10 @@
 """`equipoise compare`: the same prompts from the same noise for every run, side by side."""
 
 import argparse
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines import environment
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.files import explained
 from equipoise.pipelines.report import write_report
+from equipoise.pipelines.robustness import GAIN, shown_rate
 from equipoise.pipelines.store import Run, find
 from equipoise.pipelines.tables import table
 
@@ -59,27 +64,54 @@ def compare_and_report(
     loaded = [run.config() for run in runs]
     if len(kinds := {config.pipeline for config in loaded}) > 1:
         raise InputError(f"comparison: runs of different pipelines ({', '.join(sorted(kinds))}) cannot be compared.")
-    folder, name = _place(found, out)
     first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
     pipeline = registry.load("pipelines", loaded[0].pipeline)
-    comparison = pipeline.compare(name, folder, runs, loaded, first.samples, clip)
-    paths = write_report(comparison)
-    _say(comparison, paths)
+    clip = str(Path(clip).resolve()) if clip and Path(clip).exists() else clip
+    folder, name = _place(found, out, own=bool(changes or clip))
+    with _swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
+        comparison = pipeline.compare(name, staging, runs, loaded, getattr(first, "samples", None), clip)
+        paths = write_report(comparison)
+    comparison.folder = folder
+    _say(comparison, {what: folder / path.name for what, path in paths.items()})
     return comparison
 
 
-def _place(found: Sequence[Run], out: Path | None) -> tuple[Path, str]:
-    """The comparison's folder, empty, and its name."""
+def _place(found: Sequence[Run], out: Path | None, own: bool) -> tuple[Path, str]:
+    """The comparison's folder and its name; what was asked for in other words than the runs' gets a folder of its own.
+
+    Raises:
+        InputError: the folder that was asked for is in use.
+    """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out: {out} exists and is not an empty folder; give a new one.")
         return out.resolve(), out.name
-    if len(found) == 1:
-        folder = found[0].folder / "comparison"
-        shutil.rmtree(folder, ignore_errors=True)  # ours alone, and made anew
-        return folder, found[0].id
-    name = f"{datetime.now():%Y%m%d-%H%M%S}"
-    return found[0].root / "comparisons" / name, f"comparison {name}"
+    if len(found) == 1 and not own:
+        return found[0].folder / "comparison", found[0].id
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return found[0].root / "comparisons" / name, found[0].id if len(found) == 1 else f"comparison {name}"
+
+
+@contextmanager
+def _swapped_in(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` when it is complete, and vanishes when something fails."""
+    mark = secrets.token_hex(4)
+    staging, old = (folder.with_name(f".{folder.name}.{what}-{mark}") for what in ("new", "old"))
+    try:
+        with explained(folder):
+            staging.mkdir(parents=True)
+        yield staging
+        with explained(folder):
+            if folder.exists():
+                folder.rename(old)
+            try:
+                staging.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
@@ -91,7 +123,7 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
     rows = [
         [
             cell.row,
-            "" if not cell.run else f"{cell.rate:.0e}",
+            "" if not cell.run else shown_rate(cell.rate),
             *(f"{cell.metrics[name]:.3g}" if name in cell.metrics else "" for name in shown),
             cell.state,
         ]
@@ -101,6 +133,8 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
     print(f"\nScore: {comparison.score}.\nLearning rates that worked:")
     for row, found in comparison.ranges().items():
         print(f"  {row}: {found or 'none of those tried'}")
+    if comparison.line is None:
+        print(f"No score is {GAIN:g} or more above the untouched base's; smaller gains are noise.")
     print()
     for what, path in paths.items():
         print(f"  {what + ':':<8} {path}")

@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from equipoise.errors import InputError
-from equipoise.pipelines import demo
+from equipoise.pipelines import demo, environment
 from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
-from equipoise.pipelines.text_to_image.config import SamplesSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.config import ModelSection, SamplesSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.generate import Sample, generate
 from equipoise.pipelines.text_to_image.metrics import DRAWN_SCORE, LOSS_SCORE, ClipScore, drawn_subject, measure, score
 from equipoise.pipelines.text_to_image.train import LORA_FILE
@@ -47,7 +48,8 @@ def compare(
         clip: A CLIP model (folder or hub id) to score pictures against their prompts with.
 
     Raises:
-        InputError: the runs tuned different bases, there is no prompt, or the CLIP model cannot be loaded.
+        InputError: the runs tuned different bases, there is no prompt, a LoRA file is missing, or the CLIP model
+            cannot be loaded.
     """
     first = configs[0]
     samples = samples or first.samples
@@ -55,19 +57,20 @@ def compare(
         raise InputError(
             "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
         )
-    for config in configs[1:]:
+    bases = [_located(run, config) for run, config in zip(runs, configs, strict=True)]
+    for config, base in zip(configs, bases, strict=True):
         resolutions = (first.data.resolution, config.data.resolution)
-        for key, mine, theirs in (("model", first.model, config.model), ("data.resolution", *resolutions)):
+        for key, mine, theirs in (("model", bases[0], base), ("data.resolution", *resolutions)):
             if mine != theirs:
                 raise InputError(
                     f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base."
                 )
+    results = [_result(run) for run in runs]
     scorer = ClipScore(clip) if clip else None
-    base = load_base(first.model, first.train.precision)
+    base = load_base(bases[0], first.train.precision)
     pipeline = base.pipeline()
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
     placed = lay_out(configs)
-    results = [_result(run) for run in runs]
     total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
     pause = 0.1 if sys.stderr.isatty() else 10
     with tqdm(
@@ -101,12 +104,25 @@ def compare(
             }
             with _worn(base, pipeline, run.folder / "result", samples.scale):
                 fill(cell)
-    return Comparison(name, folder, list(samples.prompts), DRAWN_SCORE if drawn else LOSS_SCORE, untouched, cells)
+    said = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
+    return Comparison(name, folder, list(samples.prompts), said, untouched, cells)
+
+
+def _located(run: Run, config: TextToImageConfig) -> ModelSection:
+    """The base that a run tuned; a relative path starts in the folder that the run was started in."""
+    where = environment.working_folder(run.folder / "environment.json")
+    path = where and where / config.model.path
+    local = path and path.is_dir() and config.model.path != demo.NAME
+    return config.model.model_copy(update={"path": str(path)}) if local else config.model
 
 
 def _result(run: Run) -> dict | None:
-    file = run.folder / "result" / "result.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    folder = run.folder / "result"
+    if not (folder / "result.json").is_file():
+        return None
+    if not (folder / LORA_FILE).is_file():
+        raise InputError(f"{folder / LORA_FILE}: is missing. Put it back, or compare the other runs without {run.id}.")
+    return json.loads((folder / "result.json").read_text())
 
 
 @contextmanager
@@ -115,7 +131,11 @@ def _worn(base: Base, pipeline: StableDiffusionPipeline, folder: Path, scale: fl
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # peft's only word on factors that fit nowhere
-            pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="run")
+            try:
+                pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="run")
+            except (OSError, SafetensorError, ValueError, RuntimeError, RuntimeWarning) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(f"{folder / LORA_FILE}: cannot be loaded on this base: {reason}") from error
         pipeline.set_adapters("run", scale)
         yield
     finally:
