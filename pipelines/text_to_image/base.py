@@ -17,13 +17,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffus
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from equipoise.errors import InputError
-from equipoise.pipelines.text_to_image.check import is_local, model_problems, model_source
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
+from equipoise.pipelines.text_to_image.layout import is_local, model_problems, model_source, unmatched
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ADAPTER = "default"
@@ -68,7 +69,10 @@ class Base:
         try:
             torch.manual_seed(seed)
             for name, part in parts.items():
+                key = "lora.targets" if name == "unet" else "lora.text_encoder_targets"
                 targets = lora.targets if name == "unet" else lora.text_encoder_targets
+                if wrong := unmatched(targets, _layers(part), key):
+                    raise InputError("\n".join(wrong))
                 adapter = LoraConfig(
                     r=lora.rank,
                     lora_alpha=lora.alpha or lora.rank,
@@ -78,7 +82,6 @@ class Base:
                 try:
                     part.add_adapter(adapter, ADAPTER)
                 except ValueError as error:
-                    key = "lora.targets" if name == "unet" else "lora.text_encoder_targets"
                     raise InputError(f"{key}: {', '.join(targets)}: {str(error).splitlines()[0]}") from None
                 cast_training_params(part, torch.float32)
             yield parts
@@ -124,14 +127,31 @@ def load_base(model: ModelSection, precision: str) -> Base:
         # The autoencoder stays in float32: in fp16 the one of Stable Diffusion 1.x overflows into black pictures.
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", dtype=torch.float32, **weights)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype, **weights)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {model.path} cannot be loaded as Stable Diffusion: {reason}") from None
+    _check_tokenizer(model.path, tokenizer, text_encoder)
     for part in (text_encoder, vae, unet):
         part.requires_grad_(False).eval().to(device)
     base = Base(_identity(source, vae), tokenizer, text_encoder, vae, unet, scheduler)
     _loaded[key] = base
     return base
+
+
+def _layers(part: torch.nn.Module) -> list[str]:
+    """The names of the layers with a matrix or a kernel, which factors can be added to."""
+    return [name for name, module in part.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) > 1]
+
+
+def _check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Without its files, transformers makes an empty tokenizer, and every caption would read the same."""
+    words, length = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
+    if len(tokenizer) != words or tokenizer.model_max_length > length:
+        raise InputError(
+            f"model.path: {path}: the tokenizer has {len(tokenizer)} words and gives up to "
+            f"{tokenizer.model_max_length} tokens, but the text encoder reads {words} words and {length} tokens. "
+            "Put the tokenizer that belongs to this text encoder into the checkpoint's folder tokenizer."
+        )
 
 
 def _identity(source: str, vae: AutoencoderKL) -> str:
