@@ -145,11 +145,17 @@ def _joined(items) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors and waits until they are on disk."""
+    """Writes safetensors and waits until they are on disk; `path` is there whole, or as it was before."""
     # clone: safetensors refuses tensors that share memory, and views into a fused buffer do
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(own, path, metadata)
-    _sync(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(own, partial, metadata)
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _digest(path: Path) -> str:

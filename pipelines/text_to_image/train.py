@@ -6,7 +6,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.optimization import get_scheduler
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from equipoise import registry
 from equipoise.balancing.objective import Losses
+from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained, write_atomic
@@ -32,8 +29,10 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import Example, cache_key, open_picture, read_examples, to_tensor, variants
+from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.text_to_image.latents import prepare_latents
+from equipoise.pipelines.text_to_image.schedule import make_schedule
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _EVALUATED = 64  # fixed draws behind "loss before" and "loss after"
@@ -73,39 +72,6 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     return outcome
 
 
-def prepare_latents(base: Base, examples: list[Example], data, cache: Path) -> Tensor:
-    """Means and standard deviations of every picture's variants: (pictures, variants, 2, 4, height, width).
-
-    Kept in memory for the process and on disk for the next one, by the files' names, sizes and times, the cut, and
-    the autoencoder.
-    """
-    key = cache_key(examples, data, base.identity)
-    if key not in base.latents:
-        base.latents.clear()
-        file = cache / f"latents-{key}.safetensors"
-        if file.is_file():
-            base.latents[key] = load_file(file)["latents"]
-        else:
-            base.latents[key] = _encode(base, examples, data)
-            partial = cache / f".{file.name}.{os.getpid()}"
-            with explained(file):
-                cache.mkdir(parents=True, exist_ok=True)
-                save_tensors(partial, {"latents": base.latents[key]})
-                os.replace(partial, file)
-    return base.latents[key]
-
-
-@torch.no_grad()
-def _encode(base: Base, examples: list[Example], data) -> Tensor:
-    rows = []
-    cuts = torch.Generator().manual_seed(0)
-    for example in tqdm(examples, desc="latents", unit="picture", dynamic_ncols=True, leave=False, disable=None):
-        pictures = [to_tensor(picture) for picture in variants(open_picture(example.path), data, cuts)]
-        posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
-        rows.append(torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors]))
-    return torch.stack(rows) * base.vae.config.scaling_factor
-
-
 class TextToImageWork:
     """One run's tuning: see `equipoise.pipelines.loop.Work` for when each method is called."""
 
@@ -127,30 +93,26 @@ class TextToImageWork:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.modules = dict(parts)
-        if accelerator.num_processes > 1:
-            self.modules = {name: accelerator.prepare_model(module) for name, module in parts.items()}
         if config.train.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
         else:
             base.unet.disable_gradient_checkpointing()
-        optimizer_class = registry.load("optimizers", config.optimizer.name)
-        self.optimizer = accelerator.prepare_optimizer(optimizer_class(self._groups(), **config.optimizer.options))
-        # The schedule is stepped once per optimizer step, whatever the number of processes: not accelerate's wrapper.
-        self.schedule = get_scheduler(
-            config.schedule.name,
-            self.optimizer.optimizer,
-            step_rules=config.schedule.rules,
-            num_warmup_steps=config.schedule.warmup,
-            num_training_steps=config.train.steps,
-            num_cycles=config.schedule.cycles if config.schedule.name == "cosine" else int(config.schedule.cycles),
-            power=config.schedule.power,
-        )
+        self.optimizer = accelerator.prepare_optimizer(self._make_optimizer())
+        # stepped once per optimizer step, also where a scaler skipped that one: not accelerate's wrapper
+        self.schedule = make_schedule(config.schedule, self.optimizer.optimizer, config.train.steps)
         self.objective = registry.load("objectives", config.objective.name)(**config.objective.options)
         self.coordinator = registry.load("coordinators", config.coordinator.name)(**config.coordinator.options)
         self.good = [parameter.detach().clone() for parameter in self.named.values()]
         self.embeddings: dict[str, Tensor] = {}
         self.pipeline = base.pipeline()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        chosen = self.config.optimizer
+        optimizer = registry.load("optimizers", chosen.name)
+        try:
+            return optimizer(self._groups(), lr=chosen.learning_rate, **chosen.options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer.name: {chosen.name} does not take these LoRA factors: {error}") from error
 
     def _groups(self) -> list[dict[str, Any]]:
         rates = {"unet": self.config.optimizer.learning_rate}
@@ -175,16 +137,10 @@ class TextToImageWork:
             group["lr"] = rates[group["component"]] * factors[group["component"]]
         losses, logged = [], {}
         for micro in range(train.accumulate):
-            last = micro == train.accumulate - 1
-            with contextlib.ExitStack() as stack:
-                for module in self.modules.values() if not last else ():
-                    stack.enter_context(self.accelerator.no_sync(module))
-                loss = self.evaluate(step, micro)
-                losses.append(loss.joint.detach())
-                logged = self.objective.backward(
-                    loss, lambda total: self.accelerator.backward(total / train.accumulate)
-                )
-        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            loss = self.evaluate(step, micro)
+            losses.append(loss.joint.detach())
+            logged = self.objective.backward(loss, lambda total: self.accelerator.backward(total / train.accumulate))
+        mean = torch.stack(losses).mean().item()
         if not _finite(mean):
             self.optimizer.zero_grad()
             raise NonFiniteError("the loss was not finite")
@@ -206,10 +162,10 @@ class TextToImageWork:
     def evaluate(self, step: int, micro: int) -> Losses:
         """The losses of one forward pass. All it draws comes from (seed, step, micro): asked again, it is the same
         batch, noise and timesteps, and so it is after a resume and in every cell of a sweep."""
-        size, world = self.config.train.batch, self.accelerator.num_processes
-        generator = torch.Generator().manual_seed(_mix(self.config.seed, step, micro, self.accelerator.process_index))
+        size = self.config.train.batch
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, step, micro, 0))  # 0: the one process
         torch.manual_seed(generator.initial_seed())  # for dropout
-        first = (step * self.config.train.accumulate + micro) * size * world + self.accelerator.process_index * size
+        first = (step * self.config.train.accumulate + micro) * size
         chosen = [self._picture(index) for index in range(first, first + size)]
         variant = torch.randint(self.latents.shape[1], (size,), generator=generator)
         moments = self.latents[chosen, variant]
@@ -230,14 +186,15 @@ class TextToImageWork:
         device = self.accelerator.device
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
         noisy = self.base.scheduler.add_noise(clean, noise, times)
-        kind = self.base.scheduler.config.prediction_type
-        target = self.base.scheduler.get_velocity(clean, noise, times) if kind == "v_prediction" else noise
+        target = {"epsilon": noise, "sample": clean}.get(self.base.scheduler.config.prediction_type)
+        if target is None:  # v_prediction
+            target = self.base.scheduler.get_velocity(clean, noise, times)
         with self.accelerator.autocast():
-            predicted = self.modules["unet"](noisy.to(self.base.unet.dtype), times, self._embed(captions)).sample
+            predicted = self.base.unet(noisy.to(self.base.unet.dtype), times, self._embed(captions)).sample
         return F.mse_loss(predicted.float(), target)
 
     def _embed(self, captions: list[str]) -> Tensor:  # (batch, tokens, width)
-        encoder = self.modules.get("text_encoder", self.base.text_encoder)
+        encoder = self.base.text_encoder
         if "text_encoder" in self.parts:
             return encoder(self._tokens(captions))[0]
         for caption in set(captions) - self.embeddings.keys():
@@ -255,17 +212,18 @@ class TextToImageWork:
         for part in self.parts.values():
             part.eval()
         generator = torch.Generator().manual_seed(_mix(self.config.seed, "evaluation"))
-        total, batch = 0.0, 16
-        for start in range(0, _EVALUATED, batch):
-            chosen = [index % len(self.captions) for index in range(start, start + batch)]
-            clean = self.latents[chosen, 0, 0]
-            noise = torch.randn(clean.shape, generator=generator)
-            spread = (
-                torch.arange(start, start + batch) * 37 % _EVALUATED + 0.5
-            ) / _EVALUATED  # 37: every picture, all times
-            times = (spread * self.base.scheduler.config.num_train_timesteps).long()
-            total += self._loss(clean, noise, times, [self.captions[index] for index in chosen]).item()
-        return total * batch / _EVALUATED
+        noises = torch.randn((_EVALUATED, *self.latents.shape[3:]), generator=generator)
+        # 37: every picture, all times
+        spread = (torch.arange(_EVALUATED) * 37 % _EVALUATED + 0.5) / _EVALUATED
+        times = (spread * self.base.scheduler.config.num_train_timesteps).long()
+        total = 0.0
+        # never more at a time than a step takes, which is what the device's memory is known to hold
+        for indices in torch.arange(_EVALUATED).split(min(16, self.config.train.batch)):
+            chosen = [int(index) % len(self.captions) for index in indices]
+            captions = [self.captions[index] for index in chosen]
+            loss = self._loss(self.latents[chosen, 0, 0], noises[indices], times[indices], captions)
+            total += loss.item() * len(chosen)
+        return total / _EVALUATED
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.named)
@@ -276,6 +234,7 @@ class TextToImageWork:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "coordinator": self.coordinator.state_dict(),
+            "objective": self.objective.state_dict() if hasattr(self.objective, "state_dict") else {},
             "scaler": scaler.state_dict() if scaler else None,
             # the weights above may be those of a step that went wrong, which only the next loss will tell
             "good": dict(zip(self.named, self.good, strict=True)),
@@ -288,6 +247,8 @@ class TextToImageWork:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.coordinator.load_state_dict(state["coordinator"])
+        if state["objective"]:
+            self.objective.load_state_dict(state["objective"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name, kept in zip(self.named, self.good, strict=True):
@@ -303,7 +264,7 @@ class TextToImageWork:
         torch._foreach_copy_(list(self.named.values()), self.good)
 
     def sample(self, step: int) -> None:
-        if not self.config.samples.prompts or not self.accelerator.is_main_process:
+        if not self.config.samples.prompts:
             return
         for part in self.parts.values():
             part.eval()
@@ -317,8 +278,6 @@ class TextToImageWork:
 
     def save_result(self, facts: dict[str, Any]) -> None:
         """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
-        if not self.accelerator.is_main_process:
-            return
         tensors: dict[str, Tensor] = {}
         adapters: dict[str, Any] = {}
         for name, part in self.parts.items():
@@ -341,11 +300,9 @@ class TextToImageWork:
             "equipoise": json.dumps(described),
         }
         folder = self.run.folder / "result"
-        partial = folder / f".{LORA_FILE}"
         with explained(folder / LORA_FILE):
             folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(partial, tensors, metadata)
-            os.replace(partial, folder / LORA_FILE)
+            save_tensors(folder / LORA_FILE, tensors, metadata)
         fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
         described |= {} if fallbacks is None else {"fallbacks": int(fallbacks)}
         write_atomic(folder / "result.json", json.dumps(described, indent=1) + "\n")

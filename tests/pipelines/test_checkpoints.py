@@ -75,6 +75,9 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(EquipoiseError, match="disk is full"):
         checkpoints.save(tmp_path, 2, {"a": torch.ones(1)}, {})
     assert [path.name for path in tmp_path.iterdir()] == [earlier.name]
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save_tensors(tmp_path / "one.safetensors", {"a": torch.ones(1)})
+    assert [path.name for path in tmp_path.iterdir()] == [earlier.name], "nothing partial stays"
 
 
 def _missing(file):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from equipoise.errors import InputError
 from equipoise.pipelines import checkpoints, config
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.pipeline import execute
+from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.config import ModelSection
+from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
 from equipoise.pipelines.text_to_image.train import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
@@ -214,6 +216,8 @@ def test_the_text_encoders_rate_is_its_own(short):
         ("model=nowhere.ckpt", "nowhere.ckpt does not exist"),
         ("stepz=3", "stepz"),
         ("optimizer.options={damping: -1}", "damping"),
+        ("optimizer=lbfgs", "optimizer.name"),
+        ("lora.targets=[to_q, nothing]", "lora.targets: nothing: no layer has a name that ends so"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(short, override, message, tmp_path, capfd):
@@ -223,9 +227,91 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(short, override, message, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_target_that_names_no_layer(short, capfd):
-    assert main(["train", NAME, *short, "lora.targets=[nothing]"]) == 2
-    assert "lora.targets: nothing:" in capfd.readouterr().err
+def test_one_of_several_processes_is_refused(short, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", NAME, *short]) == 2
+    assert "a run trains in one process, and this is one of 2" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_target_that_a_loaded_base_lacks(checkpoint):
+    """A hub checkpoint's layers are known only when it is there."""
+    base = load_base(ModelSection(path=str(checkpoint)), "no")
+    with (
+        pytest.raises(InputError, match=r"lora.targets: nothing: no layer"),
+        base.adapted(LoraSection(targets=["to_q", "nothing"]), 0),
+    ):
+        pass
+
+
+def test_a_tokenizer_of_another_text_encoder(checkpoint, tmp_path):
+    """transformers makes an empty one where the vocabulary is missing, and says nothing."""
+    copied = shutil.copytree(checkpoint, tmp_path / "copy")
+    words = copied / "tokenizer" / "tokenizer_config.json"
+    words.write_text(words.read_text().replace("32", "77"))
+    with pytest.raises(InputError, match=r"gives up to 77 tokens, but the text encoder reads \d+ words and 32 tokens"):
+        load_base(ModelSection(path=str(copied)), "no")
+    (copied / "tokenizer" / "tokenizer.json").unlink()
+    (copied / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (copied / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    words.write_text(words.read_text().replace("77", "32"))
+    with pytest.raises(InputError, match="Put the tokenizer that belongs to this text encoder"):
+        load_base(ModelSection(path=str(copied)), "no")
+
+
+def test_an_optimizer_that_takes_no_such_factors(short):
+    """Muon takes matrices alone, and the factors of a convolution have four dimensions."""
+    with pytest.raises(InputError, match=r"optimizer.name: muon does not take these LoRA factors"):
+        train(*short, "optimizer=muon", "lora.targets=[conv1]")
+
+
+@pytest.fixture
+def work(short, monkeypatch):
+    """The work of a run, as its loop gets it."""
+
+    def make(*overrides):
+        caught = []
+        monkeypatch.setattr(
+            "equipoise.pipelines.text_to_image.train.train_loop",
+            lambda _, work, *rest: caught.append(work) or Outcome("stopped"),
+        )
+        train(*short, *overrides)
+        return caught[0]
+
+    return make
+
+
+def test_the_evaluation_needs_no_more_memory_than_a_step(work):
+    sizes, losses = [], []
+    for batch in (1, 3, 40):
+        made = work(f"batch={batch}")
+        loss = made._loss
+        made._loss = lambda clean, *rest, loss=loss: sizes.append(len(clean)) or loss(clean, *rest)
+        losses.append(made.evaluation_loss())
+    assert sizes == [1] * 64 + [3] * 21 + [1] + [16] * 4
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5), "comparable between runs, whatever their batch"
+
+
+def test_the_target_is_what_the_u_net_predicts(work, build_checkpoint, tmp_path):
+    """The loss of a model whose prediction is known to be 0 is the target's mean square."""
+    clean, noise = torch.full((1, 4, 4, 4), 2.0), torch.full((1, 4, 4, 4), 3.0)
+    for kind, expected in (("epsilon", 9.0), ("sample", 4.0), ("v_prediction", None)):
+        made = work(f"model={build_checkpoint(tmp_path / kind, prediction_type=kind)}")
+        torch.nn.init.zeros_(made.base.unet.conv_out.weight)
+        torch.nn.init.zeros_(made.base.unet.conv_out.bias)
+        times = torch.tensor([500])
+        if expected is None:
+            expected = made.base.scheduler.get_velocity(clean, noise, times).square().mean().item()
+        assert made._loss(clean, noise, times, ["a"]).item() == pytest.approx(expected)
+
+
+def test_an_objectives_state_is_saved(work):
+    made = work()
+    made.objective.state_dict = lambda: {"weight": torch.tensor(0.5)}
+    restored = []
+    made.objective.load_state_dict = restored.append
+    made.restore(made.weights(), made.state())
+    assert restored == [{"weight": torch.tensor(0.5)}]
 
 
 def test_the_photographs(short, tmp_path):
