@@ -4,19 +4,15 @@ Every combination is a run of its own (a cell) in the sweep's folder and in the 
 the queue until it is empty; each loads the base once. A cell that diverges or fails is recorded and the rest goes on.
 """
 
-import hashlib
-import itertools
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 from tqdm import tqdm
@@ -25,41 +21,15 @@ from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import environment
+from equipoise.pipelines.axes import expand
+from equipoise.pipelines.comparison import RATE
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.records import RunConfig
-from equipoise.pipelines.store import LONGEST, Run, Store
+from equipoise.pipelines.store import Run, Store
 
 POLL = 0.5  # seconds between looks at the cells
 GRACE = 4.0  # seconds that a process has after being asked, and after being interrupted, before it is killed
 _AGAIN = ("queued", "stopped", "failed", "dead")  # a restarted sweep tries these again; done and diverged are results
-
-
-def expand(config: RunConfig) -> dict[str, RunConfig]:
-    """Every cell's name and configuration.
-
-    Raises:
-        ConfigError: there is no axis, an axis is empty, or a combination is not valid (all such are named at once).
-    """
-    if not config.sweep:
-        raise ConfigError(
-            ["sweep: has no axes. Give some: --axis learning_rate=1e-4,1e-3, or a section `sweep` in the file."]
-        )
-    cells: dict[str, RunConfig] = {}
-    problems: list[str] = []
-    for values in itertools.product(*config.sweep.values()):
-        chosen = dict(zip(config.sweep, values, strict=True))
-        name = _name(chosen)
-        try:
-            cell = configs.set_keys(config, {**chosen, "sweep": {}}, source=f"cell {name}")
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        if name in cells and cells[name] == cell:
-            problems.append(f"sweep: {name} comes up twice; every value of an axis must be another one.")
-        cells[_marked(name, chosen) if name in cells else name] = cell
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return cells
 
 
 def create(config: RunConfig, id: str | None = None) -> Run:
@@ -70,8 +40,9 @@ def create(config: RunConfig, id: str | None = None) -> Run:
     """
     cells = expand(config)
     pipeline = registry.load("pipelines", config.pipeline)
+    # The world does not depend on rate and seed, and looking at it may mean decoding every picture.
     worlds = {
-        repr([cell.model_dump()[key] for key in ("model", "data", "train") if hasattr(cell, key)]): cell
+        repr([item for item in configs.flat(cell).items() if item[0] not in ("seed", RATE)]): cell
         for cell in cells.values()
     }
     if problems := list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.check(cell))):
@@ -265,50 +236,6 @@ def work(folder: str) -> None:
             continue
         if outcome.state == "stopped":
             break
-
-
-def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
-    """`key=value,value,…` words as axes; values are written as in YAML, and a YAML list keeps its commas.
-
-    Raises:
-        ConfigError: a word is not of that form.
-    """
-    axes: dict[str, list[Any]] = {}
-    problems = []
-    for word in words:
-        key, sign, text = word.partition("=")
-        if not sign or not key or not text:
-            problems.append(f"--axis {word}: is not of the form key=value,value, such as learning_rate=1e-4,1e-3.")
-        elif text.startswith("["):
-            value = configs.parse_value(text)
-            axes[key] = value if isinstance(value, list) else [value]
-        else:
-            axes[key] = [configs.parse_value(part) for part in text.split(",")]
-    if problems:
-        raise ConfigError(problems)
-    return axes
-
-
-def _name(chosen: dict[str, Any]) -> str:
-    name = ",".join(f"{key.split('.')[-1]}={_slug(value)}" for key, value in chosen.items())
-    return name if len(name) <= LONGEST else _marked(name, chosen)
-
-
-def _marked(name: str, chosen: dict[str, Any]) -> str:
-    """A name that is too long, or another combination's too, told apart by a digest of all values."""
-    digest = hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST - 9]}-{digest}"
-
-
-def _slug(value: Any) -> str:
-    """A value as part of a folder's name: a plugin with options reads scaled_adamw+damping=0.01."""
-    if isinstance(value, dict):
-        inner = {**value, **value.get("options", {})}
-        inner.pop("options", None)
-        name = inner.pop("name", "")
-        return "+".join(part for part in (str(name), *(f"{k}={_slug(v)}" for k, v in inner.items())) if part)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^A-Za-z0-9_.+=-]+", "_", text)[:60] or "_"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.axes import parse_axes
 from equipoise.pipelines.store import Run, find
 
 EPILOG = """examples:
@@ -83,6 +84,6 @@ def _continued(args: argparse.Namespace) -> Run | None:
 def _new(args: argparse.Namespace) -> Run:
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
     config = configs.load(args.config, overrides)
-    if axes := sweeps.parse_axes(args.axis):
+    if axes := parse_axes(args.axis):
         config = configs.set_keys(config, {"sweep": axes}, source="--axis")
     return sweeps.create(config, args.id)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from equipoise.errors import ConfigError
-from equipoise.pipelines import config, sweep
+from equipoise.pipelines import axes, config, sweep
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.store import Store
 
@@ -32,11 +32,11 @@ def cells(runs):
 
 def test_axes_are_expanded_in_order_and_named():
     settings = config.load("text_to_image/demo", ["sweep={}"])
-    axes = {
+    values = {
         "optimizer": ["adamw", {"name": "scaled_adamw", "options": {"damping": 0.01}}],
         "learning_rate": [1e-4, 1e-3],
     }
-    found = sweep.expand(config.set_keys(settings, {"sweep": axes}))
+    found = axes.expand(config.set_keys(settings, {"sweep": values}))
     assert list(found) == [
         "optimizer=adamw,learning_rate=0.0001",
         "optimizer=adamw,learning_rate=0.001",
@@ -62,11 +62,11 @@ def test_every_cell_is_checked_before_anything_is_written(small, tmp_path, capfd
 @pytest.mark.parametrize("word", ["learning_rate", "=1,2", "learning_rate="])
 def test_axes_that_are_none(word):
     with pytest.raises(ConfigError, match="is not of the form"):
-        sweep.parse_axes([word])
+        axes.parse_axes([word])
 
 
 def test_axis_values_are_read_as_yaml():
-    assert sweep.parse_axes(["learning_rate=1e-4,2", "data.flip=true,false", "model=[a b, 'c,d']"]) == {
+    assert axes.parse_axes(["learning_rate=1e-4,2", "data.flip=true,false", "model=[a b, 'c,d']"]) == {
         "learning_rate": [1e-4, 2],
         "data.flip": [True, False],
         "model": ["a b", "c,d"],
