@@ -65,7 +65,9 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
                 pen.text((x + CELL / 2, y + CELL / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
             frame = _MUTED if math.isnan(rate) else _GOOD if comparison.usable(row, rate) else _BAD
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=2)
-            pen.text((x + CELL / 2, y + CELL + 12), _said(comparison, cells), frame, font=_font(14), anchor="mm")
+            text = _said(comparison, cells)
+            size = 14 if pen.textlength(text, _font(14)) <= CELL else 11
+            pen.text((x + CELL / 2, y + CELL + 12), text, frame, font=_font(size), anchor="mm")
     return sheet
 
 

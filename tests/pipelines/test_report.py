@@ -163,12 +163,23 @@ def test_the_page_escapes_what_it_shows_and_needs_no_network(comparison):
 
 def test_the_page_in_a_real_browser(comparison, tmp_path, chromium):
     """The script draws the table from the data: one place per cell, and a cell without pictures says why."""
+    again = Cell("sweep/again", "adamw", 1e-4, 1, "done", metrics={"score": 0.9})
+    again.pictures = comparison.cells[1].pictures[:1]
+    comparison.cells.append(again)
     page = write_report(comparison)["report"]
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    shown = subprocess.run([*command, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    grid = shown.stdout.partition('<div id="grid">')[2].partition("<h2>")[0]
+
+    def drawn(page) -> str:
+        words = [*command, *flags, "--dump-dom", page.as_uri()]
+        shown = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
+        return shown.partition('<div id="grid">')[2].partition("<h2>")[0]
+
+    grid = drawn(page)
     assert grid.count('class="cell usable"') == 3 and "<b>seen" not in grid
     assert grid.count('class="cell base"') == 2
     assert grid.count("<img") == 2 * (2 + 5)  # two prompts; the base in both rows, and five cells with pictures
-    assert "failed" in grid
+    assert "failed" in grid and "95% (90% to 100%)" in grid
+    chosen = page.with_name("chosen.html")
+    chosen.write_text(page.read_text() + '<script>seed.value = "1"; seed.onchange();</script>')
+    assert drawn(chosen).count("<img") == 2 * (2 + 5) - 1, "the second training seed has one picture"
