@@ -3,12 +3,15 @@
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
 from equipoise.pipelines.text_to_image.config import SamplesSection
@@ -71,6 +74,19 @@ def generate(pipeline: StableDiffusionPipeline, samples: SamplesSection, size: i
         if progress:
             progress(len(chunk))
     return made
+
+
+@contextmanager
+def lora_scale(parts: dict[str, torch.nn.Module], scale: float) -> Iterator[None]:
+    """The adapters' strength for the time of the block; 1 changes nothing."""
+    layers = [m for part in parts.values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.scale_layer(scale)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer(scale)
 
 
 def _to_image(pixels: torch.Tensor) -> Image.Image:  # (3, height, width), −1 … 1

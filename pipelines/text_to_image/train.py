@@ -3,9 +3,7 @@
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
-import contextlib
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,27 +12,24 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from equipoise import registry
 from equipoise.balancing.objective import Losses
-from equipoise.errors import InputError
+from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.checkpoints import save_tensors
-from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.loop import NonFiniteError, train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import read_examples
-from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.latents import prepare_latents
+from equipoise.pipelines.text_to_image.result import LORA_FILE as LORA_FILE
+from equipoise.pipelines.text_to_image.result import write_result
 from equipoise.pipelines.text_to_image.schedule import make_schedule
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _EVALUATED = 64  # fixed draws behind "loss before" and "loss after"
 
 
@@ -47,7 +42,9 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     data = config.data
     if data.folder == demo.NAME:
         data = data.model_copy(update={"folder": str(demo.pictures_folder(runs))})
-    examples, _ = read_examples(data)
+    examples, wrong = read_examples(data)
+    if wrong:  # since the check
+        raise ConfigError(wrong)
     latents = prepare_latents(base, examples, data, runs / ".cache")
     with base.adapted(config.lora, config.seed) as parts:
         work = TextToImageWork(
@@ -278,14 +275,6 @@ class TextToImageWork:
 
     def save_result(self, facts: dict[str, Any]) -> None:
         """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
-        tensors: dict[str, Tensor] = {}
-        adapters: dict[str, Any] = {}
-        for name, part in self.parts.items():
-            # PEFT's own names: diffusers' converter renames attention alone, and its loader then drops half
-            layers = get_peft_model_state_dict(part, save_embedding_layers=False)
-            tensors |= {f"{name}.{key}": value.float() for key, value in layers.items()}
-            settings = part.peft_config["default"].to_dict()
-            adapters |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
         described = {
             "base": self.config.model.path,
             "optimizer": self.config.optimizer.name,
@@ -294,31 +283,9 @@ class TextToImageWork:
             "alpha": self.config.lora.alpha or self.config.lora.rank,
             **facts,
         }
-        metadata = {
-            "format": "pt",
-            "lora_adapter_metadata": json.dumps(adapters, default=str, sort_keys=True),  # read by diffusers
-            "equipoise": json.dumps(described),
-        }
-        folder = self.run.folder / "result"
-        with explained(folder / LORA_FILE):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(folder / LORA_FILE, tensors, metadata)
         fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
-        described |= {} if fallbacks is None else {"fallbacks": int(fallbacks)}
-        write_atomic(folder / "result.json", json.dumps(described, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def lora_scale(parts: dict[str, torch.nn.Module], scale: float):
-    """The adapters' strength for the time of the block; 1 changes nothing."""
-    layers = [m for part in parts.values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in layers:
-        layer.scale_layer(scale)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.unscale_layer(scale)
+        more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
+        write_result(self.run.folder / "result", self.parts, described, more)
 
 
 def _finite(value: float) -> bool:
