@@ -1,0 +1,200 @@
+"""Unmodified training scripts with `python -m equipoise.run`, in the styles that diffusers' scripts are written in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equipoise.errors import InputError
+from equipoise.hosts.script import main, parse
+from equipoise.pipelines import cli
+
+# A script as diffusers writes them: it knows nothing of Equipoise, and hands its parameters over in its own way.
+SCRIPT = """
+import argparse, itertools, sys
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, inject_adapter_in_model
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--style", default="iterator")
+parser.add_argument("--output", default=None)
+parser.add_argument("--resume", default=None)
+parser.add_argument("--steps", type=int, default=4)
+{flags}
+args = parser.parse_args()
+assert __name__ == "__main__" and sys.argv[0].endswith("script.py")
+
+torch.manual_seed(0)
+accelerator = Accelerator(cpu=True)
+net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4)).requires_grad_(False)
+config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+inject_adapter_in_model(config, net)
+optimizer_class = torch.optim.AdamW
+trainable = filter(lambda p: p.requires_grad, net.parameters())
+if args.style == "iterator":
+    optimizer = optimizer_class(trainable, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+elif args.style == "flat":
+    optimizer = optimizer_class(list(trainable), lr=1e-2)
+elif args.style == "groups":
+    one, two = [[p for p in net[i].parameters() if p.requires_grad] for i in (0, 2)]
+    groups = [dict(params=one, lr=1e-2), dict(params=two, lr=5e-3, weight_decay=0.0)]
+    optimizer = optimizer_class(groups, betas=(0.9, 0.99))
+elif args.style == "sgd":
+    optimizer = torch.optim.SGD(list(trainable), lr=1e-2)
+elif args.style == "each":
+    optimizers = [optimizer_class([p], lr=1e-2) for p in trainable]
+    optimizer = optimizers[0]
+net, optimizer = accelerator.prepare(net, optimizer)
+start = 0
+if args.resume:
+    accelerator.load_state(args.resume)
+    start = 2
+for step in range(start, args.steps):
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+    accelerator.backward(net(x).square().mean())
+    accelerator.clip_grad_norm_(trainable if args.style == "iterator" else net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+if args.output:
+    accelerator.save_state(args.output)
+print([round(v, 12) for p in net.parameters() if p.requires_grad for v in p.double().flatten().tolist()])
+"""
+
+
+def run(tmp_path: Path, *words: str, flags: str = "", launched: bool = True) -> subprocess.CompletedProcess:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("{flags}", flags))
+    command = [sys.executable, *(["-m", "equipoise.run"] if launched else []), str(script), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+
+def by_hand(style: str, make) -> None:
+    """Print what the script prints, with an optimizer of ours made by hand in AdamW's place."""
+    space: dict = {"__name__": "__main__"}
+    source = SCRIPT.replace("{flags}", "").replace("optimizer_class = torch.optim.AdamW", "optimizer_class = make")
+    argv, sys.argv = sys.argv, ["script.py", "--style", style]
+    try:
+        exec(compile(source, "script.py", "exec"), space | {"make": make})
+    finally:
+        sys.argv = argv
+
+
+@pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
+def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, tmp_path, capsys):
+    from equipoise import ScaledAdamW
+
+    plain = run(tmp_path, "--style", style, launched=False)
+    untouched = run(tmp_path, "--style", style)
+    ours = run(tmp_path, "--style", style, "--optimizer", "scaled_adamw", "--optimizer-args", "damping=1e-2")
+    assert plain.returncode == untouched.returncode == ours.returncode == 0, ours.stderr
+    assert untouched.stdout == plain.stdout and "equipoise" not in untouched.stderr
+    assert ours.stdout != plain.stdout
+    by_hand(style, lambda params, **given: ScaledAdamW(params, damping=1e-2, fused=False, foreach=False, **given))
+    assert ours.stdout == capsys.readouterr().out
+    assert "equipoise: scaled (damping 0.01, damping_mode absolute, order simultaneous) on AdamW." in ours.stderr
+    assert "2 LoRA pairs of rank 2, found by modules." in ours.stderr
+    assert "0 other tensors" in ours.stderr and "4 × float32" in ours.stderr
+    assert ("clips an exhausted iterator" in ours.stderr) is (style == "iterator")
+    assert f"gradient clipping {'off' if style == 'iterator' else 'on'}" in ours.stderr
+
+
+def test_a_run_goes_on_from_the_scripts_own_checkpoint(tmp_path):
+    flags = ("--style", "groups", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2", "trust=0.02")
+    whole = run(tmp_path, *flags)
+    first = run(tmp_path, *flags, "--steps", "2", "--output", "state")
+    assert first.returncode == 0, first.stderr
+    for words in (flags, ("--style", "groups", "--optimizer", "scaled")):  # the options are in the state, too
+        rest = run(tmp_path, *words, "--resume", "state")
+        assert rest.returncode == 0 and rest.stdout == whole.stdout, rest.stderr
+        assert "damping 0.01" in rest.stderr and "trust 0.02" in rest.stderr
+
+
+def test_other_bases_methods_and_update_rules(tmp_path):
+    bounded = run(tmp_path, "--style", "sgd", "--optimizer", "bounded", "--optimizer-args", "trust=1e-4")
+    assert bounded.returncode == 0 and "bounded (trust 0.0001) on SGD." in bounded.stderr, bounded.stderr
+    assert bounded.stdout != run(tmp_path, "--style", "sgd").stdout
+    replaced = run(tmp_path, "--style", "groups", "--optimizer", "nadam", "--optimizer-args", "momentum_decay=0.01")
+    assert replaced.returncode == 0 and "nadam takes AdamW's place" in replaced.stderr, replaced.stderr
+    lost = run(tmp_path, "--optimizer", "sgd")
+    assert "warning: sgd does not have betas=(0.9, 0.999), eps=1e-08, which the script sets." in lost.stderr
+
+
+def test_a_script_keeps_its_own_option(tmp_path):
+    flags = 'parser.add_argument("--optimizer", default="AdamW", choices=["AdamW", "prodigy"])'
+    both = run(tmp_path, "--optimizer", "AdamW", "--optimizer=scaled", flags=flags)
+    assert both.returncode == 0 and "scaled (" in both.stderr, both.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optimizer", "scaled_adam"], "no optimizer 'scaled_adam'. Did you mean 'scaled_adamw'?"),
+        (["--optimizer", "adamWW"], "no optimizer 'adamWW'. Did you mean 'adamw'?"),
+        (["--optimizer", "joint"], "works on the losses or rates of a training loop"),
+        (
+            ["--optimizer", "scaled", "--optimizer-args", "dampin=1"],
+            "scaled has no option 'dampin' here. It has damping,",
+        ),
+        (["--optimizer", "scaled", "--optimizer-args", "damping=-1"], "damping: must be a number >= 0, got '-1'."),
+        (["--optimizer-args", "damping=1"], "--optimizer-args was given without --optimizer."),
+        (["--optimizer", "scaled", "--optimizer-args", "damping"], "--optimizer-args wants key=value"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(words, message, tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("raise AssertionError('started')")
+    assert main([str(script), *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--optimizer", "scaled_adamw", "--style", "sgd"],
+            "the script makes a SGD, not an AdamW. Use --optimizer scaled",
+        ),
+        (["--optimizer", "scaled", "--style", "each"], "the script makes one optimizer per parameter"),
+    ],
+)
+def test_what_shows_at_the_first_step_is_said_before_anything_is_trained(words, message, tmp_path):
+    ended = run(tmp_path, *words)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert message in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (tmp_path / "script.py").touch()
+    assert main([str(tmp_path / "script.py"), "--optimizer", "scaled"]) == 2
+    assert "DeepSpeed steps its own partitions" in capsys.readouterr().err
+
+
+def test_parsing(tmp_path):
+    script = tmp_path / "train.py"
+    script.touch()
+    words = [str(script), "--lr", "1", "--optimizer=scaled", "--optimizer-args", "damping=1", "order=sequential", "--x"]
+    assert parse(words) == (str(script), ["--lr", "1", "--x"], "scaled", {"damping": "1", "order": "sequential"})
+    assert parse([str(script), "--optimizer", "prodigy"]) == (str(script), ["--optimizer", "prodigy"], None, {})
+    with pytest.raises(InputError, match="no such file"):
+        parse(["absent.py"])
+    with pytest.raises(InputError, match="no script was given"):
+        parse([])
+
+
+def test_the_short_form(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('script', sys.argv[1:])")
+    argv, path = sys.argv, sys.path[0]
+    try:
+        assert cli.main(["run", str(script), "--help", "--lr=1"]) == 0
+    finally:
+        sys.argv, sys.path[0] = argv, path
+    assert capsys.readouterr().out == "script ['--help', '--lr=1']\n"
+    assert cli.main(["run", "absent.py"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    assert "equipoise run SCRIPT.py [its arguments] --optimizer NAME" in capsys.readouterr().out
