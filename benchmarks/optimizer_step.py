@@ -17,7 +17,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from equipoise import ScaledAdamW
+from equipoise import BoundedAdamW, ScaledAdamW
 
 # Transformer blocks per channel count: two in each of three down blocks, one in the middle, three in each of three up
 # blocks. Each has attn1 (self) and attn2 (text, 768 wide) with to_q, to_k, to_v and to_out.0: 16 × 8 = 128 pairs.
@@ -45,6 +45,7 @@ def model(rank: int) -> nn.Module:
             factor = nn.Linear(1, 1, bias=False)
             factor.weight = nn.Parameter(torch.randn(size, generator=generator) * 0.02)
             layer.add_module(name, nn.ModuleDict({"default": factor}))
+        layer.register_buffer("weight", torch.ones(1).expand(m, n))  # the frozen weight; only its norm is asked for
         net.add_module(str(index), layer)
     for param in net.parameters():
         param.grad = torch.randn(param.shape, generator=generator) * 1e-3
@@ -56,6 +57,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "torch AdamW (fused)": lambda net: AdamW(net.parameters(), lr=1e-6, fused=True),
     "ScaledAdamW": lambda net: ScaledAdamW(net, lr=1e-6),
     "ScaledAdamW (sequential)": lambda net: ScaledAdamW(net, lr=1e-6, order="sequential"),
+    "BoundedAdamW": lambda net: BoundedAdamW(net, lr=1e-6),
     "peft Riemannian AdamW": lambda net: create_riemannian_optimizer(net, AdamW, lr=1e-6, reg=1e-6),  # type: ignore
 }
 

@@ -24,7 +24,7 @@ from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import ModelSection, SamplesSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.generate import Sample, generate
 from equipoise.pipelines.text_to_image.metrics import DRAWN_SCORE, LOSS_SCORE, ClipScore, drawn_subject, measure, score
-from equipoise.pipelines.text_to_image.train import LORA_FILE
+from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 THUMBNAIL = 160  # pixels, the longer side
 

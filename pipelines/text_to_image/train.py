@@ -26,7 +26,6 @@ from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.latents import prepare_latents
-from equipoise.pipelines.text_to_image.result import LORA_FILE as LORA_FILE
 from equipoise.pipelines.text_to_image.result import write_result
 from equipoise.pipelines.text_to_image.schedule import make_schedule
 

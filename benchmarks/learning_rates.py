@@ -1,0 +1,315 @@
+"""How forgiving each optimizer is of the learning rate: held-out loss against learning rate on three small tasks.
+
+    python benchmarks/learning_rates.py run --task shapes --seeds 0 1 2   measures, cell by cell, where it ended last
+    python benchmarks/learning_rates.py report                            the tables of learning_rates.md
+
+Tasks, all with LoRA on a frozen base:
+    shapes         the embedded diffusion base (U-Net attention) learns an object it has never seen from six pictures;
+                   held out: the denoising loss on other drawings of it, at fixed noise and timesteps
+    text           a byte-level GPT that was first trained on the standard library's prose (docstrings) learns its
+                   code; held out: the cross entropy on other modules
+    least_squares  the ill-conditioned low-rank problem of the paper's Section 7: ‖BA − W‖² from a small start, W of
+                   rank r and condition number 100; here the loss itself
+
+A score is 1 − loss / loss of the untouched base; the usable range is that of equipoise.pipelines.robustness.
+"""
+
+import argparse
+import ast
+import itertools
+import json
+import math
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from equipoise import BoundedAdamW, ScaledAdamW
+
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0]
+DATA = Path(__file__).with_suffix(".jsonl")
+
+
+def _peft(maker: Callable, model: nn.Module, lr: float, **options) -> Optimizer:
+    return maker(model, AdamW, lr=lr, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, float], Optimizer]] = {
+    "adamw": lambda net, lr: AdamW([p for p in net.parameters() if p.requires_grad], lr),
+    "lora+ 16 (peft)": lambda net, lr: _peft(create_loraplus_optimizer, net, lr, loraplus_lr_ratio=16),
+    "riemannian 1e-6 (peft)": lambda net, lr: _peft(create_riemannian_optimizer, net, lr, reg=1e-6),
+    "riemannian 1e-2 (peft)": lambda net, lr: _peft(create_riemannian_optimizer, net, lr, reg=1e-2),
+    "scaled 1e-6": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6),
+    "scaled 1e-2": lambda net, lr: ScaledAdamW(net, lr, damping=1e-2),
+    "scaled 1": lambda net, lr: ScaledAdamW(net, lr, damping=1.0),
+    "scaled relative 1e-2": lambda net, lr: ScaledAdamW(net, lr, damping=1e-2, damping_mode="relative"),
+    "scaled relative 1": lambda net, lr: ScaledAdamW(net, lr, damping=1.0, damping_mode="relative"),
+    "scaled sequential 1e-6": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6, order="sequential"),
+    "scaled 1e-6, betas .7 .8": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6, betas=(0.7, 0.8)),
+    "bounded 0.003": lambda net, lr: BoundedAdamW(net, lr, trust=0.003),
+    "bounded 0.01": lambda net, lr: BoundedAdamW(net, lr, trust=0.01),
+    "bounded 0.03": lambda net, lr: BoundedAdamW(net, lr, trust=0.03),
+    "bounded 0.1": lambda net, lr: BoundedAdamW(net, lr, trust=0.1),
+    "scaled 1e-6, bounded 0.01": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6, trust=0.01),
+}
+
+
+class Task:
+    """A model with fresh LoRA factors, its training loss by step, and what it is judged by."""
+
+    steps: int
+    model: nn.Module
+
+    def loss(self, step: int) -> Tensor:
+        raise NotImplementedError
+
+    def held_out(self) -> float:
+        raise NotImplementedError
+
+
+@cache
+def _shapes() -> tuple:
+    """The embedded U-Net, and (latents, text embeddings) of six pictures to learn and twelve held out."""
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+
+    from equipoise.pipelines.demo import base_folder, shapes
+
+    pipe = StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32, safety_checker=None)
+    rng = np.random.default_rng(0)
+    backgrounds = ["white", "gray", "black"] * 6
+    pictures = [np.asarray(shapes.draw_varied(shapes.OBJECT, b, rng), dtype=np.float32) for b in backgrounds]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    words = [shapes.caption(shapes.OBJECT.name, b) for b in backgrounds]
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        tokens = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        embedded = pipe.text_encoder(tokens).last_hidden_state
+    return pipe.unet.requires_grad_(False), pipe.scheduler.alphas_cumprod, (latents, embedded)
+
+
+class Shapes(Task):
+    steps, batch = 120, 4
+
+    def __init__(self, seed: int, rank: int):
+        import copy
+
+        unet, self.alphas, (self.latents, self.embedded) = _shapes()
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        self.model = inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), copy.deepcopy(unet)
+        )
+        self.seed = seed
+
+    def _denoising(self, which: Tensor, generator: torch.Generator) -> Tensor:
+        clean = self.latents[which]
+        noise = torch.randn(clean.shape, generator=generator)
+        times = torch.randint(0, len(self.alphas), (len(which),), generator=generator)
+        signal = self.alphas[times].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        return F.mse_loss(self.model(noisy, times, self.embedded[which]).sample, noise)
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+        return self._denoising(torch.randint(0, 6, (self.batch,), generator=generator), generator)
+
+    def held_out(self) -> float:
+        generator = torch.Generator().manual_seed(7)
+        return statistics.fmean(self._denoising(torch.arange(6, 18), generator).item() for _ in range(8))
+
+
+def _library(prose: bool) -> list[Tensor]:
+    """Bytes of the standard library's modules, one tensor per module: their docstrings, or their code."""
+    texts = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        if prose:
+            nodes = [
+                n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.Module)
+            ]
+            source = "\n".join(filter(None, (ast.get_docstring(node) for node in nodes)))
+        if len(source) > 2000:
+            texts.append(torch.tensor(list(source.encode("ascii", "ignore")), dtype=torch.long))
+    return texts
+
+
+def _windows(texts: list[Tensor], count: int, generator: torch.Generator, length: int = 64) -> Tensor:
+    rows = []
+    for which in torch.randint(0, len(texts), (count,), generator=generator).tolist():
+        start = int(torch.randint(0, len(texts[which]) - length, (1,), generator=generator))
+        rows.append(texts[which][start : start + length])
+    return torch.stack(rows)
+
+
+@cache
+def _gpt() -> tuple:
+    """A byte-level GPT trained on prose, and the code to learn and to hold out."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=128, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0,
+                        attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    model, prose, generator = GPT2LMHeadModel(config), _library(prose=True), torch.Generator().manual_seed(0)
+    optimizer = AdamW(model.parameters(), 2e-3)
+    for step in range(400):
+        rows = _windows(prose, 24, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / 400)
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    code = _library(prose=False)
+    return model.requires_grad_(False), code[::2], code[1::2]
+
+
+class Text(Task):
+    steps = 200
+
+    def __init__(self, seed: int, rank: int):
+        import copy
+
+        model, self.seen, self.unseen = _gpt()
+        targets = ["c_attn", "c_proj", "c_fc"]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=True)
+        self.model, self.seed = inject_adapter_in_model(config, copy.deepcopy(model)), seed
+
+    def loss(self, step: int) -> Tensor:
+        rows = _windows(self.seen, 16, torch.Generator().manual_seed(1_000_003 * self.seed + step))
+        return self.model(rows, labels=rows).loss
+
+    def held_out(self) -> float:
+        rows = _windows(self.unseen, 256, torch.Generator().manual_seed(7))
+        return self.model(rows, labels=rows).loss.item()
+
+
+class Pair(nn.Module):
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        m, n = weight.shape
+        self.register_buffer("weight", weight)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(n, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, m, bias=False)})
+
+
+class LeastSquares(Task):
+    steps = 400
+
+    def __init__(self, seed: int, rank: int):
+        generator = torch.Generator().manual_seed(seed)
+        left, _ = torch.linalg.qr(torch.randn(80, rank, generator=generator))
+        right, _ = torch.linalg.qr(torch.randn(60, rank, generator=generator))
+        self.wanted = left * torch.logspace(0, -2, rank) @ right.T  # condition number 100
+        self.model = nn.ModuleDict({"0": Pair(self.wanted / self.wanted.norm(), rank)})
+        for param in self.model.parameters():
+            nn.init.normal_(param, std=0.05, generator=generator)
+
+    def loss(self, step: int) -> Tensor:
+        pair = self.model["0"]
+        return (pair.lora_B["default"].weight @ pair.lora_A["default"].weight - self.wanted).square().sum()
+
+    def held_out(self) -> float:
+        return self.loss(0).item()
+
+
+TASKS = {"shapes": Shapes, "text": Text, "least_squares": LeastSquares}
+
+
+def measure(task: Task, make: Callable[[nn.Module, float], Optimizer], rate: float) -> dict[str, float | None]:
+    """Losses before and after training; None once a loss is not finite."""
+    with torch.no_grad():
+        before = task.held_out()
+    optimizer = make(task.model, rate)
+    start = time.perf_counter()
+    for step in range(task.steps):
+        loss = task.loss(step)
+        if not math.isfinite(loss.item()):
+            return {"before": before, "after": None, "seconds": time.perf_counter() - start}
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        after = task.held_out()
+    return {"before": before, "after": after if math.isfinite(after) else None, "seconds": seconds}
+
+
+def _cells() -> dict[tuple, dict]:
+    lines = DATA.read_text().splitlines() if DATA.exists() else []
+    return {(c["task"], c["rank"], c["optimizer"], c["rate"], c["seed"]): c for c in map(json.loads, lines)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    done = _cells()
+    grid = itertools.product(arguments.task, arguments.ranks, arguments.seeds, arguments.rates, arguments.optimizers)
+    for task, rank, seed, rate, optimizer in grid:
+        if (task, rank, optimizer, rate, seed) in done:
+            continue
+        torch.manual_seed(seed)
+        cell = measure(TASKS[task](seed, rank), OPTIMIZERS[optimizer], rate)
+        key = {"task": task, "rank": rank, "optimizer": optimizer, "rate": rate, "seed": seed}
+        with DATA.open("a") as file:
+            file.write(json.dumps(key | cell) + "\n")
+        shown = "not finite" if cell["after"] is None else f"{cell['after']:.4f}"
+        print(f"{task} rank {rank} seed {seed} {optimizer} {rate:g}: {shown}", flush=True)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from equipoise.pipelines.robustness import Point, threshold, usable_range
+
+    cells = _cells()
+    for task, rank in sorted({key[:2] for key in cells}):
+        mine = {key[2:]: cell for key, cell in cells.items() if key[:2] == (task, rank)}
+        names = [name for name in OPTIMIZERS if any(key[0] == name for key in mine)]
+        rates = sorted({key[1] for key in mine})
+        seeds = sorted({key[2] for key in mine})
+        base = statistics.fmean(cell["before"] for cell in mine.values())
+
+        def losses(name: str, rate: float, mine=mine, seeds=seeds) -> list[float]:
+            found = [mine.get((name, rate, seed)) for seed in seeds]
+            return [math.inf if cell["after"] is None else cell["after"] for cell in found if cell]
+
+        def score(name: str, rate: float, base=base, losses=losses) -> float:
+            return 1 - statistics.median(losses(name, rate)) / base
+
+        def tried(name: str, rates=rates, losses=losses) -> list[float]:
+            return [rate for rate in rates if losses(name, rate)]
+
+        line = threshold(0.0, max(score(name, rate) for name in names for rate in tried(name)))
+        print(f"\n## {task}, rank {rank}, {len(seeds)} seed(s); untouched {base:.4f}\n")
+        print("| optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " | usable range |")
+        print("| --- |" + " ---: |" * len(rates) + " --- |")
+        for name in names:
+            row = [f"{statistics.median(losses(name, rate)):.4g}" if losses(name, rate) else "" for rate in rates]
+            points = [Point(rate, score(name, rate)) for rate in tried(name)]
+            usable = usable_range(points, line) if line is not None else None
+            print(f"| {name} | " + " | ".join(row) + f" | {usable or 'none'} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    runs = commands.add_parser("run")
+    runs.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    runs.add_argument("--ranks", nargs="+", type=int, default=[4])
+    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    runs.add_argument("--rates", nargs="+", type=float, default=RATES)
+    runs.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    runs.add_argument("--threads", type=int, default=1)
+    runs.set_defaults(run=run)
+    commands.add_parser("report").set_defaults(run=report)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
