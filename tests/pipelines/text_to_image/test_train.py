@@ -24,7 +24,7 @@ from equipoise.pipelines.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
-from equipoise.pipelines.text_to_image.train import LORA_FILE
+from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
 
