@@ -24,7 +24,7 @@ class Down(nn.Module):
 
 @pytest.mark.parametrize("name", ["ScaledAdamW", "BoundedAdamW"])
 def test_kohyas_optimizer_type(name):
-    """--optimizer_type equipoise.ScaledAdamW --optimizer_args damping=1e-2: groups of dict views, options by literals."""
+    """--optimizer_type equipoise.ScaledAdamW --optimizer_args damping=1e-2: groups of dict views, literal options."""
     network = nn.ModuleDict({"lora_unet_0": Down(), "lora_unet_1": Down()})
     words = ["damping=1e-2", "betas=(0.9, 0.99)"] if name == "ScaledAdamW" else ["trust=0.02", "betas=(0.9, 0.99)"]
     options = {key: ast.literal_eval(value) for key, value in (word.split("=") for word in words)}
