@@ -269,7 +269,8 @@ def report(arguments: argparse.Namespace) -> None:
     cells = _cells()
     for task, rank in sorted({key[:2] for key in cells}):
         mine = {key[2:]: cell for key, cell in cells.items() if key[:2] == (task, rank)}
-        names = [name for name in OPTIMIZERS if any(key[0] == name for key in mine)]
+        # An optimizer that was tried at two rates or fewer has no range to speak of yet.
+        names = [name for name in OPTIMIZERS if len({key[1] for key in mine if key[0] == name}) > 2]
         rates = sorted({key[1] for key in mine})
         seeds = sorted({key[2] for key in mine})
         base = statistics.fmean(cell["before"] for cell in mine.values())
@@ -289,7 +290,7 @@ def report(arguments: argparse.Namespace) -> None:
         print("| optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " | usable range |")
         print("| --- |" + " ---: |" * len(rates) + " --- |")
         for name in names:
-            row = [f"{statistics.median(losses(name, rate)):.4g}" if losses(name, rate) else "" for rate in rates]
+            row = [f"{statistics.median(losses(name, rate)):.3g}" if losses(name, rate) else "" for rate in rates]
             points = [Point(rate, score(name, rate)) for rate in tried(name)]
             usable = usable_range(points, line) if line is not None else None
             print(f"| {name} | " + " | ".join(row) + f" | {usable or 'none'} |")

@@ -7,7 +7,7 @@ import pytest
 
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.text_to_image.metrics import DRAWN_SCORE, LOSS_SCORE
-from equipoise.pipelines.text_to_image.train import LORA_FILE
+from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 
 @pytest.fixture
