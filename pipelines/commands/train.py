@@ -88,6 +88,11 @@ def _resume(args: argparse.Namespace) -> int:
     try:
         config = _with_overrides(found, args.overrides)
         pipeline = _pipeline(config)
+        total = getattr(getattr(config, "train", None), "steps", None)
+        if total is not None and total < now.step:
+            raise InputError(
+                f"train.steps: {found.id} has taken {now.step} steps already; {total} cannot be its total."
+            )
         if problems := pipeline.check(config):
             raise ConfigError(problems)
     except EquipoiseError as error:

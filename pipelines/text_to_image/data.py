@@ -7,7 +7,7 @@ Captions come from, in this order: `data.instance_prompt` for all; `metadata.jso
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,20 @@ def read_examples(data: DataSection) -> tuple[list[Example], list[str]]:
         if (folder / name).is_file():
             return _from_metadata(folder / name, reader, pictures)
     return _from_text_files(folder, pictures)
+
+
+def unread_captions(data: DataSection, pictures: Sequence[Path]) -> str:
+    """A sentence if the folder has captions that an instance prompt leaves unread; else empty."""
+    if data.instance_prompt is None:
+        return ""
+    files = [Path(data.folder) / name for name in ("metadata.jsonl", "metadata.csv")]
+    found = [file for file in [*files, *(path.with_suffix(".txt") for path in pictures)] if file.is_file()]
+    if not found:
+        return ""
+    return (
+        f"data.instance_prompt is the caption of every picture: the {len(found)} caption files of {data.folder} are "
+        "not read. data.instance_prompt=null reads them."
+    )
 
 
 def _from_metadata(table: Path, reader, pictures: list[Path]) -> tuple[list[Example], list[str]]:

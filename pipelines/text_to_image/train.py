@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 import hashlib
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import read_examples
+from equipoise.pipelines.text_to_image.data import read_examples, unread_captions
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.result import write_result
@@ -44,6 +45,9 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     examples, wrong = read_examples(data)
     if wrong:  # since the check
         raise ConfigError(wrong)
+    if warning := unread_captions(data, [example.path for example in examples]):
+        run.log(warning)
+        print(warning, file=sys.stderr)
     latents = prepare_latents(base, examples, data, runs / ".cache")
     with base.adapted(config.lora, config.seed) as parts:
         work = TextToImageWork(

@@ -225,6 +225,8 @@ def test_detached_killed_and_resumed(call, place):
     now = run.status()
     assert code == 0 and f"{now.step} is saved" in out
     assert (now.state, now.exit_code) == ("stopped", 143)
+    code, _, err = call("resume", "bg", "steps=1")
+    assert code == 2 and f"bg has taken {now.step} steps already; 1 cannot be its total." in err
     assert f"from {saved}" in follow.communicate(timeout=PATIENCE)[0]
     assert steps(run) == list(range(1, now.step + 1))
 

@@ -7,7 +7,14 @@ from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines.text_to_image.config import DataSection
-from equipoise.pipelines.text_to_image.data import cache_key, open_picture, read_examples, to_tensor, variants
+from equipoise.pipelines.text_to_image.data import (
+    cache_key,
+    open_picture,
+    read_examples,
+    to_tensor,
+    unread_captions,
+    variants,
+)
 
 
 @pytest.fixture
@@ -19,6 +26,16 @@ def folder(tmp_path):
 
 def read(folder, **settings):
     return read_examples(DataSection(folder=str(folder), resolution=16, **settings))
+
+
+def test_captions_that_a_prompt_for_all_leaves_unread_are_told(folder):
+    data = DataSection(folder=str(folder), resolution=16, instance_prompt="x")
+    pictures = sorted(folder.glob("*.*g"))
+    assert unread_captions(data, pictures) == ""
+    (folder / "a.txt").write_text("a red square")
+    (folder / "metadata.csv").write_text("file_name,text")
+    assert "the 2 caption files of" in unread_captions(data, pictures)
+    assert unread_captions(data.model_copy(update={"instance_prompt": None}), pictures) == ""
 
 
 def test_one_prompt_for_all(folder):
