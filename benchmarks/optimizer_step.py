@@ -67,7 +67,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 def measure(rank: int, steps: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds per step of each optimizer, after two steps that nobody counts."""
-    optimizers: dict[str, Optimizer] = {name: make(model(rank)) for name, make in OPTIMIZERS.items()}
+    models = {name: model(rank) for name in OPTIMIZERS}
+    optimizers: dict[str, Optimizer] = {name: make(models[name]) for name, make in OPTIMIZERS.items()}
     grads = {
         name: [(p.grad, p.grad.clone()) for group in opt.param_groups for p in group["params"]]
         for name, opt in optimizers.items()
