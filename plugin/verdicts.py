@@ -18,6 +18,7 @@ from equipoise import registry
 from equipoise.registry import Entry
 
 _TIMEOUT = 60  # seconds for all plugins that are new
+_TRUSTED = ("equipoise", "torch")
 
 
 def verdicts(entries: Sequence[Entry]) -> list[str]:
@@ -36,9 +37,6 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
             draft.write_text(json.dumps(known, indent=1))
             draft.replace(file)
     return [entry.error or (known[keys[entry]] if entry in keys else "") for entry in entries]
-
-
-_TRUSTED = ("equipoise", "torch")
 
 
 def _key(entry: Entry) -> str:
