@@ -131,11 +131,6 @@ def read_options(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], l
     return values, problems
 
 
-def check_options(cls: type, given: Mapping[str, Any]) -> list[str]:
-    """Every problem with the given options, each `option: what is wrong`; empty when all is well."""
-    return read_options(cls, given)[1]
-
-
 def summary(cls: type) -> str:
     """The docstring's first paragraph on one line."""
     return " ".join(inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")[0].split())

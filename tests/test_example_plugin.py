@@ -14,7 +14,7 @@ import json
 import torch
 from equipoise import registry
 from equipoise.balancing.objective import Losses
-from equipoise.options import check_options
+from equipoise.options import read_options
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -34,7 +34,7 @@ for _ in range(150):
     optimizer.step()
     history.append(losses.joint.item())
 import equipoise_example
-problems = check_options(Signum, {"momentum": 1.5}) + check_options(WorstModality, {"wieght": 1})
+problems = read_options(Signum, {"momentum": 1.5})[1] + read_options(WorstModality, {"wieght": 1})[1]
 print(json.dumps({"file": equipoise_example.__file__, "first": history[0], "last": history[-1], "problems": problems}))
 """
 

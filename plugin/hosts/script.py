@@ -21,8 +21,8 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError, UnknownNameError
 from equipoise.options import read_options
 
-METHODS = {"scaled": "equipoise.optimizers.scaled", "bounded": "equipoise.optimizers.bounded"}
 _SCRIPTS_OWN = ("AdamW", "prodigy")  # what diffusers' scripts call the two that they offer
+_USAGE = "Use python -m equipoise.run SCRIPT.py [its arguments] --optimizer NAME [--optimizer-args key=value …]."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,9 +72,6 @@ def parse(argv: Sequence[str]) -> tuple[str, list[str], str | None, dict[str, st
     return script, rest, name, dict(pair.split("=", 1) for pair in given)
 
 
-_USAGE = "Use python -m equipoise.run SCRIPT.py [its arguments] --optimizer NAME [--optimizer-args key=value …]."
-
-
 def _split(word: str) -> list[str]:
     """`--optimizer=x` as two words; everything else as it stands."""
     for flag in ("--optimizer", "--optimizer-args"):
@@ -90,13 +87,18 @@ def install(name: str, given: dict[str, Any]) -> None:
         InputError: No such optimizer, an option that it does not have, or a way of training that it cannot serve.
     """
     from equipoise.hosts.takeover import replace_adamw, treat
+    from equipoise.optimizers.bounded import BoundedAdamW
+    from equipoise.optimizers.pair_optimizer import PairOptimizer
+    from equipoise.optimizers.scaled import ScaledAdamW
+
+    methods: dict[str, Any] = {"scaled": ScaledAdamW, "bounded": BoundedAdamW}  # any class: for the options
 
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise InputError(
             f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no whole LoRA factors. Launch "
             "without DeepSpeed; plain data parallelism (DDP) works."
         )
-    if name in METHODS:
+    if name in methods:
         method, base = name, None
     else:
         try:
@@ -105,26 +107,19 @@ def install(name: str, given: dict[str, Any]) -> None:
             _refuse_other_kinds(name)
             raise InputError(f"--optimizer: {error} `scaled` and `bounded` treat any optimizer.") from error
         cls = registry.load("optimizers", name)
-        method = next((method for method in METHODS if name.startswith(f"{method}_")), None)
-        if method is None or not hasattr(cls, "_OPTIONS"):
-            options = _checked(name, cls, given)
-            replace_adamw(name, cls, options)
+        method = next((method for method in methods if name.startswith(f"{method}_")), None)
+        if method is None or not issubclass(cls, PairOptimizer):
+            replace_adamw(name, cls, _checked(name, cls, given))
             return
         base = next(c for c in cls.__mro__[1:] if c.__module__.startswith("torch.optim"))
-    import torch
-
-    from equipoise.optimizers.bounded import bounded
-    from equipoise.optimizers.scaled import scaled
-
-    example = (scaled if method == "scaled" else bounded)(torch.optim.NAdam)  # any class: for the names of the options
-    ours: Any = example._OPTIONS  # type: ignore[attr-defined]
+    ours = methods[method]._OPTIONS
     unknown = [key for key in given if key not in ours]
     if unknown:
         raise InputError(
             f"--optimizer-args: {name} has no option {unknown[0]!r} here. It has {', '.join(ours)}; everything else is "
             "the script's own optimizer's, and set by the script's flags."
         )
-    treat(name, method, base, _checked(name, example, given), ours)
+    treat(name, method, base, _checked(name, methods[method], given), ours)
 
 
 def _checked(name: str, cls: type, given: dict[str, Any]) -> dict[str, Any]:

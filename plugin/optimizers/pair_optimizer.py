@@ -35,6 +35,14 @@ class PairOptimizer:
         """By pair, the share of the last step that the option trust let through. Waits for the device."""
         return self._hook.shares
 
+    def _make_adamw(self, params: Any, options: Mapping[str, Any], **adamw: Any) -> None:
+        """Construct an AdamW base, on torch's fused kernel unless another is asked for or it cannot take them all."""
+        given, model = unpack(params)
+        if adamw["foreach"] is None and adamw["fused"] is None and not adamw["differentiable"]:
+            adamw["fused"] = _can_fuse(given) or None
+        super().__init__(given, **adamw)  # type: ignore[call-arg]
+        self._work_on_pairs(options, model)
+
     def _work_on_pairs(self, options: Mapping[str, Any], model: nn.Module | None) -> None:
         self.defaults.update(options)
         for group in self.param_groups:
@@ -158,7 +166,7 @@ def unpack(params: nn.Module | Iterable[Any]) -> tuple[Any, nn.Module | None]:
     return named, params
 
 
-def can_fuse(params: Any) -> bool:
+def _can_fuse(params: Any) -> bool:
     """Whether torch's fused kernel takes all of them. On the CPU it walks memory linearly and would overwrite gaps."""
     tensors: list[Any] = []
     for item in [params] if isinstance(params, Tensor) else params:

@@ -22,6 +22,11 @@ _CUDA_REPORT_EVERY = 100  # steps; reading a counter waits for the device
 _log = logging.getLogger("equipoise")
 
 
+def chunk_entries(device: torch.device) -> int:
+    """Entries that a work buffer on this device should have."""
+    return _CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE
+
+
 @dataclass(frozen=True, eq=False)
 class Side:
     """One factor whose gradient is to be scaled, and the factor that scales it."""
@@ -182,8 +187,7 @@ def _matrix(factor: Tensor) -> Tensor:
 def _chunked(bucket: list[Side], dtype: torch.dtype) -> list[list[Side]]:
     """Sides of one shape in portions to be worked on together."""
     size = max(bucket[0].param.numel(), bucket[0].other.numel())
-    limit = _CHUNK_CPU if bucket[0].param.device.type == "cpu" else _CHUNK_DEVICE
-    k = 1 if _reads_in_place(bucket[0], dtype) else max(1, limit // size)
+    k = 1 if _reads_in_place(bucket[0], dtype) else max(1, chunk_entries(bucket[0].param.device) // size)
     return [bucket[i : i + k] for i in range(0, len(bucket), k)]
 
 

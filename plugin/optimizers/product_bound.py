@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22  # entries per work buffer, as in the preconditioner
+from equipoise.optimizers.preconditioner import chunk_entries
+
 _ITERATIONS = 4  # the error shrinks at least twentyfold in each, where P and Q do not cancel
 
 
@@ -72,8 +73,7 @@ class ProductBound:
         chunks = []
         for indices in shapes.values():
             A, B = self.pairs[indices[0]]
-            limit = _CHUNK_CPU if A.device.type == "cpu" else _CHUNK_DEVICE
-            k = max(1, limit // max(A.numel(), B.numel()))
+            k = max(1, chunk_entries(A.device) // max(A.numel(), B.numel()))
             chunks += [_Chunk(self, indices[i : i + k]) for i in range(0, len(indices), k)]
         return chunks
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from equipoise.errors import InputError
-from equipoise.optimizers.pair_optimizer import PairOptimizer, can_fuse, make_class, unpack
+from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class, unpack
 
 DampingMode = Literal["absolute", "relative"]
 Order = Literal["simultaneous", "sequential"]
@@ -109,14 +109,11 @@ class ScaledAdamW(Scaled, AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        given, model = unpack(params)
-        ours = foreach is None and fused is None and not differentiable and can_fuse(given)
-        super().__init__(
-            given, lr, betas, eps, weight_decay, amsgrad,
-            maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable,
-            fused=True if ours else fused,
+        self._make_adamw(
+            params, {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust},
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        self._work_on_pairs({"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust}, model)
 
 
 class ScaledGD(Scaled, SGD):

@@ -117,3 +117,16 @@ def short(checkpoint, pictures, tmp_path) -> list[str]:
         "samples.count=1",
         f"runs={tmp_path / 'runs'}",
     ]
+
+
+@pytest.fixture
+def place(distribution, tmp_path, monkeypatch) -> Path:
+    """A working folder with a configuration of the pipeline that counts, a data folder and nothing else."""
+    source = Path(__file__).with_name("counting.py").read_text()
+    distribution("counting", {"equipoise.pipelines": {"counting": "counting:Counting"}}, counting=source)
+    folder = tmp_path / "work"
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "vase.yaml").write_text("pipeline: counting\nname: vase\ndata: pictures\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
+    return folder

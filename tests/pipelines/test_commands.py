@@ -16,20 +16,10 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.store import Store
 
-SOURCE = Path(__file__).with_name("counting.py").read_text()
 PATIENCE = 120.0  # seconds, for machines that are busy with other things
 
 
-@pytest.fixture(autouse=True)
-def place(distribution, tmp_path, monkeypatch) -> Path:
-    """A working folder with a configuration, a data folder and nothing else."""
-    distribution("counting", {"equipoise.pipelines": {"counting": "counting:Counting"}}, counting=SOURCE)
-    folder = tmp_path / "work"
-    (folder / "pictures").mkdir(parents=True)
-    (folder / "vase.yaml").write_text("pipeline: counting\nname: vase\ndata: pictures\n")
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
-    return folder
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture
