@@ -1,7 +1,7 @@
 """Bounded optimizers: any torch optimizer whose step may move the product BA of a LoRA pair only so far.
 
 Method: a trust region in the space of the adapted weights; derivation in product_bound.py. Not from a paper.
-Options: `trust` is τ of ‖s(BA − B₀A₀)‖_F ≤ τ‖W‖_F.
+Options: `trust` is τ of ‖s(BA − B₀A₀)‖_F ≤ τ‖W‖_F at the full learning rate; a schedule lowers both alike.
 """
 
 import functools
@@ -43,7 +43,9 @@ class BoundedAdamW(Bounded, AdamW):
         params: A model (its trainable parameters), named parameters, parameter groups, or an iterator of tensors.
         lr: Learning rate. (>= 0)
         trust: Share of the frozen weight's norm by which one step may move the adapted weight. Smaller: safer at large
-            rates, but a run of T steps cannot move further than T·trust. (> 0)
+            rates, but a run of T steps cannot move further than T·trust. Where a scheduler lowers the learning rate,
+            it holds times the share of the full rate that is left: else a rate that is bounded all along would end as
+            restless as it began. (> 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay. (>= 0)

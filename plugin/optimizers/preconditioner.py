@@ -36,6 +36,10 @@ class Side:
     left: bool  # True for A: the inverse multiplies from the left
     group: int  # index of the parameter group whose damping holds
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.param, self.other
+
 
 class Preconditioner:
     """Scales the gradients of `sides` in place. What does not depend on the step is worked out once."""
@@ -109,7 +113,7 @@ class _Batch:
         buffers = [torch.empty(room, dtype=dtype, device=device) for _ in range(2)]
         grams = self.inverse.matrices.split([len(chunk) for chunk in chunks])
         self.parts = [
-            (_Single if _reads_in_place(chunk[0], dtype) else _Stack)(chunk, gram, *buffers)
+            (_Single if reads_in_place(chunk[0].factors, dtype) else _Stack)(chunk, gram, *buffers)
             for chunk, gram in zip(chunks, grams, strict=True)
         ]
 
@@ -151,7 +155,7 @@ class _Stack:
         torch._foreach_copy_(grads, self.results)
 
     def _stacked(self, matrices: list[Tensor]) -> Tensor:  # (k, rows, columns)
-        matrices = [_matrix(m) for m in matrices]
+        matrices = [as_matrix(m) for m in matrices]
         k, (rows, columns) = len(matrices), matrices[0].shape
         stack = self.stack[: k * rows * columns]
         torch.cat(matrices, out=stack.view(k * rows, columns))
@@ -179,7 +183,7 @@ class _Single:
             grad.copy_(self.product)
 
 
-def _matrix(factor: Tensor) -> Tensor:
+def as_matrix(factor: Tensor) -> Tensor:
     """Convolution kernels as the matrices they are: A (r, n), B (m, r)."""
     return factor if factor.ndim == 2 else factor.flatten(1)
 
@@ -187,13 +191,12 @@ def _matrix(factor: Tensor) -> Tensor:
 def _chunked(bucket: list[Side], dtype: torch.dtype) -> list[list[Side]]:
     """Sides of one shape in portions to be worked on together."""
     size = max(bucket[0].param.numel(), bucket[0].other.numel())
-    k = 1 if _reads_in_place(bucket[0], dtype) else max(1, chunk_entries(bucket[0].param.device) // size)
+    k = 1 if reads_in_place(bucket[0].factors, dtype) else max(1, chunk_entries(bucket[0].param.device) // size)
     return [bucket[i : i + k] for i in range(0, len(bucket), k)]
 
 
-def _reads_in_place(side: Side, dtype: torch.dtype) -> bool:
+def reads_in_place(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether products of the factors themselves are faster than products of stacked copies."""
-    factors = side.param, side.other
     return all(f.ndim == 2 and f.dtype == dtype and f.device.type == "cpu" for f in factors) and (
         max(f.numel() for f in factors) >= _SINGLE_CPU
     )

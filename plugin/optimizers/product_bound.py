@@ -11,6 +11,9 @@ matrices, for example ⟨B₀ΔA, ΔB·A₀⟩ = tr(B₀ᵀΔB · A₀ΔAᵀ): t
 c is approached from below, so that every iterate keeps the bound: from a feasible c, by the triangle inequality,
 ‖Δ(c + h)‖ ≤ ‖Δ(c)‖ + h‖P + 2cQ‖ + h²‖Q‖, and the h that makes the right side equal the limit solves a quadratic.
 
+τ is the option trust times the share of the full learning rate that a schedule leaves: a step that is bounded all along
+has no other way to settle, for its size no longer depends on the rate.
+
 How it relates to others: LARS and LAMB scale each tensor's step by ‖θ‖ / ‖Δθ‖, up as well as down, which for a LoRA
 factor B that starts at zero means nothing; Muon makes every step of equal size. Here the size that counts is that of
 the product, a step that is small enough is left untouched to the bit, and no step is ever made larger.
@@ -21,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from equipoise.optimizers.preconditioner import chunk_entries
+from equipoise.optimizers.preconditioner import as_matrix, chunk_entries, reads_in_place
 
 _ITERATIONS = 4  # the error shrinks at least twentyfold in each, where P and Q do not cancel
 
@@ -31,28 +34,32 @@ class ProductBound:
 
     Args:
         pairs: (A, B) of shapes (r, n…) and (m, r…).
-        limits: τ‖W‖_F / s of each pair.
+        norms: ‖W‖_F / s of each pair.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], limits: Sequence[float]):
-        self.pairs, self.limits = list(pairs), list(limits)
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[float]):
+        self.pairs, self.norms = list(pairs), list(norms)
         self._factors = [factor for pair in self.pairs for factor in pair]
+        self._places = [factor.data_ptr() for factor in self._factors]
         self._old = [torch.empty_like(factor, requires_grad=False) for factor in self._factors]
-        self._chunks = self._plan()
+        batches: dict[tuple[int, torch.dtype, torch.device], dict[tuple, list[int]]] = {}
+        for index, (A, B) in enumerate(self.pairs):
+            dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+            shapes = batches.setdefault((A.shape[0], dtype, A.device), {})
+            shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
+        self._batches = [_Batch(self, *key, list(shapes.values())) for key, shapes in batches.items()]
 
     @property
     def current(self) -> bool:
-        """Whether every factor still has the device and dtype that it was planned for."""
-        return all(
-            f.device == old.device and f.dtype == old.dtype for f, old in zip(self._factors, self._old, strict=True)
+        """Whether every factor still lies where it lay, in the dtype that was planned for."""
+        return self._places == [factor.data_ptr() for factor in self._factors] and all(
+            factor.dtype == old.dtype for factor, old in zip(self._factors, self._old, strict=True)
         )
 
     @property
     def shares(self) -> list[Tensor]:
         """() c of each pair in the last step, on its device; empty before the first."""
-        shares = {
-            i: c for chunk in self._chunks if chunk.c is not None for i, c in zip(chunk.indices, chunk.c, strict=True)
-        }
+        shares = {i: c for batch in self._batches for i, c in zip(batch.indices, batch.c, strict=False)}
         return [shares[i] for i in sorted(shares)]
 
     @torch.no_grad()
@@ -61,60 +68,138 @@ class ProductBound:
             torch._foreach_copy_(self._old, self._factors)
 
     @torch.no_grad()
-    def shrink(self) -> None:
-        for chunk in self._chunks:
-            with torch.autocast(chunk.limits.device.type, enabled=False):
-                chunk.shrink()
+    def shrink(self, trust: Sequence[float | Tensor]) -> None:
+        """Take back what is too much.
 
-    def _plan(self) -> list["_Chunk"]:
-        shapes: dict[tuple, list[int]] = {}
-        for index, (A, B) in enumerate(self.pairs):
-            shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype, A.device), []).append(index)
+        Args:
+            trust: τ of each pair.
+        """
+        for batch in self._batches:
+            with torch.autocast(batch.norms.device.type, enabled=False):
+                batch.shrink(trust)
+
+
+class _Batch:
+    """Pairs of one rank, dtype and device: their Gram matrices lie together, and c is found for all of them at once."""
+
+    def __init__(self, bound: ProductBound, rank: int, dtype: torch.dtype, device: torch.device, shapes: list):
+        self.indices = [index for indices in shapes for index in indices]
+        self.norms = torch.tensor([bound.norms[i] for i in self.indices], dtype=dtype, device=device)
+        self.grams = torch.empty(6, len(self.indices), rank, rank, dtype=dtype, device=device)
+        self.c: Sequence[Tensor] | Tensor = ()
+        self._trust: list[float] = []
+        self._limits = self.norms
         chunks = []
-        for indices in shapes.values():
-            A, B = self.pairs[indices[0]]
-            k = max(1, chunk_entries(A.device) // max(A.numel(), B.numel()))
-            chunks += [_Chunk(self, indices[i : i + k]) for i in range(0, len(indices), k)]
-        return chunks
+        for indices in shapes:
+            A, B = bound.pairs[indices[0]]
+            alone = reads_in_place((A, B), dtype)
+            k = 1 if alone else max(1, chunk_entries(device) // max(A.numel(), B.numel()))
+            chunks += [(alone, indices[i : i + k]) for i in range(0, len(indices), k)]
+        # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
+        room = max(len(indices) * max(f.numel() for f in bound.pairs[indices[0]]) for _, indices in chunks)
+        buffers = [torch.empty(room, dtype=dtype, device=device) for _ in range(2)]
+        grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
+        self.parts = [
+            (_Single if alone else _Stack)(bound, indices, part, *buffers)
+            for (alone, indices), part in zip(chunks, grams, strict=True)
+        ]
+
+    def shrink(self, trust: Sequence[float | Tensor]) -> None:
+        for part in self.parts:
+            part.fill_grams()
+        AA, AdA, dAdA, BB, BdB, dBdB = self.grams.unbind(0)
+        c = self.c = largest_share(AA, AdA, dAdA, BB, BdB, dBdB, self._limit([trust[i] for i in self.indices]))
+        start = 0
+        known = c.tolist() if c.device.type == "cpu" else None
+        for part in self.parts:
+            end = start + part.count
+            if known is None or min(known[start:end]) < 1:  # else untouched to the bit, and nothing to write
+                part.apply(c[start:end])
+            start = end
+
+    def _limit(self, trust: list) -> Tensor:  # (k,)
+        if any(isinstance(share, Tensor) for share in trust):  # may change on the device without anybody's knowing
+            return self.norms * torch.stack([torch.as_tensor(t, device=self.norms.device) for t in trust]).to(
+                self.norms
+            )
+        if trust != self._trust:
+            self._trust = trust
+            self._limits = self.norms * torch.tensor(trust, dtype=self.norms.dtype, device=self.norms.device)
+        return self._limits
 
 
-class _Chunk:
-    """Pairs of one shape that are worked on together."""
+class _Stack:
+    """Pairs of one shape, copied together: for factors so small that a call for each would cost more."""
 
-    def __init__(self, bound: ProductBound, indices: list[int]):
-        self.indices = indices
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, before: Tensor, change: Tensor):
+        self.count = len(indices)
         self.now = [[bound.pairs[i][side] for i in indices] for side in (0, 1)]
         self.old = [[bound._old[2 * i + side] for i in indices] for side in (0, 1)]
-        A, B = self.now[0][0], self.now[1][0]
-        self.dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        self.limits = torch.tensor([bound.limits[i] for i in indices], dtype=self.dtype, device=A.device)
-        self.c: Tensor | None = None
+        self.grams, self.before, self.change = grams.unbind(0), before, change
 
-    def shrink(self) -> None:
-        old = [self._stack(self.old[0]), self._stack(self.old[1])]
-        new = [self._stack(self.now[0]), self._stack(self.now[1])]
-        c = self.c = largest_share(old[0], old[1], new[0] - old[0], new[1] - old[1], self.limits)
-        if c.device.type == "cpu" and bool((c == 1).all()):
-            return  # untouched to the bit, and nothing to write
-        for factors, before, after in zip(self.now, old, new, strict=True):
-            # lerp gives `after` itself, to the bit, where c is 1
-            moved = torch.lerp(before, after, c[:, None, None])
-            torch._foreach_copy_(factors, [m.view_as(f) for m, f in zip(moved.unbind(0), factors, strict=True)])
+    def fill_grams(self) -> None:
+        for side in (0, 1):
+            old, change = self._stack(self.old[side], self.before), self._stack(self.now[side], self.change)
+            change.sub_(old)
+            if side == 1:
+                old, change = old.mT, change.mT
+            for gram, left, right in zip(
+                self.grams[3 * side :], (old, old, change), (old, change, change), strict=False
+            ):
+                torch.bmm(left, right.mT, out=gram)
 
-    def _stack(self, factors: list[Tensor]) -> Tensor:  # (k, rows, columns)
-        return torch.stack([factor.flatten(1) for factor in factors]).to(self.dtype)
+    def apply(self, c: Tensor) -> None:
+        for side in (0, 1):
+            old, new = self._stack(self.old[side], self.before), self._stack(self.now[side], self.change)
+            torch.lerp(old, new, c[:, None, None], out=new)  # `new` itself, to the bit, where c is 1
+            factors = self.now[side]
+            torch._foreach_copy_(factors, [m.view_as(f) for m, f in zip(new.unbind(0), factors, strict=True)])
+
+    def _stack(self, factors: list[Tensor], out: Tensor) -> Tensor:  # (k, rows, columns)
+        matrices = [as_matrix(factor) for factor in factors]
+        k, (rows, columns) = len(matrices), matrices[0].shape
+        stack = out[: k * rows * columns]
+        torch.cat(matrices, out=stack.view(k * rows, columns))
+        return stack.view(k, rows, columns)
+
+
+class _Single:
+    """One pair whose factors are large enough to be read where they lie."""
+
+    count = 1
+
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, _: Tensor, change: Tensor):
+        (index,) = indices
+        self.now = [factor.detach() for factor in bound.pairs[index]]
+        self.old = bound._old[2 * index : 2 * index + 2]
+        self.change = [change[: factor.numel()].view_as(factor) for factor in self.now]
+        (A, B), (dA, dB), (AA, AdA, dAdA, BB, BdB, dBdB) = self.old, self.change, grams[:, 0].unbind(0)
+        self.products = (
+            ((A, A.mT, AA), (A, dA.mT, AdA), (dA, dA.mT, dAdA)),
+            ((B.mT, B, BB), (B.mT, dB, BdB), (dB.mT, dB, dBdB)),
+        )
+
+    def fill_grams(self) -> None:
+        for now, old, change, products in zip(self.now, self.old, self.change, self.products, strict=True):
+            torch.sub(now, old, out=change)
+            for left, right, gram in products:
+                torch.mm(left, right, out=gram)
+
+    def apply(self, c: Tensor) -> None:
+        for now, old in zip(self.now, self.old, strict=True):
+            torch.lerp(old, now, c[0], out=now)
 
 
 def largest_share(
-    A: Tensor,  # (k, r, n) before the step
-    B: Tensor,  # (k, m, r)
-    dA: Tensor,  # (k, r, n)
-    dB: Tensor,  # (k, m, r)
-    limits: Tensor,  # (k,) of ‖(B + c·dB)(A + c·dA) − BA‖_F
+    AA: Tensor,  # (k, r, r) A·Aᵀ before the step
+    AdA: Tensor,  # A·ΔAᵀ
+    dAdA: Tensor,  # ΔA·ΔAᵀ
+    BB: Tensor,  # (k, r, r) Bᵀ·B
+    BdB: Tensor,  # Bᵀ·ΔB
+    dBdB: Tensor,  # ΔBᵀ·ΔB
+    limits: Tensor,  # (k,) of ‖(B + c·ΔB)(A + c·ΔA) − BA‖_F
 ) -> Tensor:  # (k,) c, from 0 to 1
     """The largest share of each step that stays within its limit, by the derivation at the top of this file."""
-    AA, AdA, dAdA = A @ A.mT, A @ dA.mT, dA @ dA.mT  # (k, r, r) each
-    BB, BdB, dBdB = B.mT @ B, B.mT @ dB, dB.mT @ dB
     PP = _dot(BB, dAdA) + _dot(dBdB, AA) + 2 * _dot(BdB, AdA.mT)
     PQ = _dot(BdB, dAdA) + _dot(dBdB, AdA)
     QQ = _dot(dBdB, dAdA)

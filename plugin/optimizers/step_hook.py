@@ -1,5 +1,6 @@
 """Scales gradients before an optimizer's step and bounds the step after it: what happens when, and in which order."""
 
+import functools
 import logging
 import math
 import sys
@@ -55,7 +56,8 @@ class StepHook:
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._failures = 0  # of preconditioners that were replaced
-        self._trust: list[float | None] = []  # of each group, when the bound was made
+        self._asked: list[float | None] = []  # the option trust of each group, when the bound was made
+        self._groups: list[list[int]] = []  # of each pair in the bound, those that ask for it
         self._bound: ProductBound | None = None
         self._bounded: list[str] = []  # names of the pairs in it
 
@@ -99,7 +101,7 @@ class StepHook:
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not _is_nested(optimizer):
             if self._bound is not None:
-                self._bound.shrink()
+                self._bound.shrink(self._trust(optimizer))
             _restore(self._hidden)
 
     def look_up(self, optimizer: Any) -> PairReport:
@@ -125,29 +127,37 @@ class StepHook:
 
     def _remember(self, optimizer: Any) -> None:
         """Keep the factors as they are before the step, if any group asks for the bound."""
-        trust = [group["trust"] for group in optimizer.param_groups]
-        if all(share is None for share in trust):
+        asked = [group["trust"] for group in optimizer.param_groups]
+        if all(trust is None for trust in asked):
             self._bound = None
             return
         self.look_up(optimizer)
-        if self._bound is None or trust != self._trust or not self._bound.current:
+        if self._bound is None or asked != self._asked or not self._bound.current:
             check_options(optimizer)
-            self._bound, self._trust = self._make_bound(optimizer, trust), trust
+            self._bound, self._asked = self._make_bound(optimizer, asked), asked
         self._bound.remember()
 
-    def _make_bound(self, optimizer: Any, trust: list[float | None]) -> ProductBound:
+    def _make_bound(self, optimizer: Any, asked: list[float | None]) -> ProductBound:
         assert self.found is not None
-        share = {id(p): trust[i] for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        group = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if self.norms is None:
             self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
-        pairs, limits, self._bounded = [], [], []
+        pairs, norms, self._groups, self._bounded = [], [], [], []
         for pair, norm in zip(self.found, self.norms, strict=True):
-            asked = [t for t in (share.get(id(pair.A)), share.get(id(pair.B))) if t is not None]
-            if asked:
+            indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
+            if indices := [i for i in dict.fromkeys(indices) if asked[i] is not None]:
                 pairs.append((pair.A, pair.B))
-                limits.append(min(asked) * norm)
+                norms.append(norm)
+                self._groups.append(indices)
                 self._bounded.append(pair.name)
-        return ProductBound(pairs, limits)
+        return ProductBound(pairs, norms)
+
+    def _trust(self, optimizer: Any) -> list[float | Tensor]:
+        """τ of each pair in the bound, now: the option trust, lowered as the schedule has lowered the learning rate."""
+        now = [
+            None if group["trust"] is None else group["trust"] * _progress(group) for group in optimizer.param_groups
+        ]
+        return [functools.reduce(_smaller, (now[i] for i in indices)) for indices in self._groups]
 
     def _prepare(self, optimizer: Any) -> list[tuple[float, str]]:
         """Bring pairs and options up to date; (damping, damping mode) of each group."""
@@ -210,6 +220,20 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
                 f"{where}: order 'sequential' steps the base optimizer twice, but this one counts its steps in "
                 f"{counter!r} for the whole group. Use order='simultaneous'."
             )
+
+
+def _progress(group: Mapping[str, Any]) -> float | Tensor:
+    """The share of the full learning rate that a schedule leaves now; torch's schedulers write the full one down."""
+    lr, full = group.get("lr"), group.get("max_lr", group.get("initial_lr"))
+    if full is None:
+        return 1.0
+    if isinstance(lr, Tensor) or isinstance(full, Tensor):
+        return (torch.as_tensor(lr) / full).nan_to_num(1.0).clamp(max=1.0)
+    return min(1.0, lr / full) if full > 0 else 1.0
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return torch.minimum(*map(torch.as_tensor, (a, b))) if isinstance(a, Tensor) or isinstance(b, Tensor) else min(a, b)
 
 
 def _is_number(value: Any) -> bool:

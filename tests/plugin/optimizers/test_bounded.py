@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from equipoise import BoundedAdamW, ScaledAdamW, attach, bounded, scaled
 from equipoise.errors import InputError, PairingError
@@ -68,6 +69,10 @@ def moved(layer: Lora, optimizer: Optimizer, index: int) -> float:
 # The share
 
 
+def share(A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, limits: Tensor) -> Tensor:
+    return largest_share(A @ A.mT, A @ dA.mT, dA @ dA.mT, B.mT @ B, B.mT @ dB, dB.mT @ dB, limits)
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0, 10.0, 1e3])
 def test_the_share_is_the_slow_twins(size: float, fresh: bool):
@@ -76,7 +81,7 @@ def test_the_share_is_the_slow_twins(size: float, fresh: bool):
     B = B * (not fresh)
     dA, dB = dA * size, dB * size
     limits = torch.rand(20, dtype=torch.float64) * 3
-    c = largest_share(A, B, dA, dB, limits)
+    c = share(A, B, dA, dB, limits)
     assert ((c > 0) & (c <= 1)).all()
     for i in range(20):
         product = (B[i] + c[i] * dB[i]) @ (A[i] + c[i] * dA[i]) - B[i] @ A[i]
@@ -91,14 +96,14 @@ def test_the_bound_holds_even_where_the_two_parts_of_a_change_cancel():
     for factor in (0.5, 1.0, 1.5, 2.0, 3.0):
         dA, dB = -factor * A, -factor * B
         limit = torch.tensor([0.3], dtype=torch.float64)
-        c = largest_share(A, B, dA, dB, limit)
+        c = share(A, B, dA, dB, limit)
         assert ((B + c * dB) @ (A + c * dA) - B @ A).norm() <= limit * (1 + 1e-9)
 
 
 def test_changes_that_overflow_are_taken_back_and_nothing_stays_nothing():
     A, B = torch.randn(2, 3, 12), torch.randn(2, 9, 3)
     huge, none = torch.full_like(A[:1], 1e25), torch.zeros_like(A[:1])
-    c = largest_share(A, B, torch.cat([huge, none]), torch.zeros_like(B), torch.ones(2))
+    c = share(A, B, torch.cat([huge, none]), torch.zeros_like(B), torch.ones(2))
     assert c.tolist() == [0.0, 1.0]
 
 
@@ -243,6 +248,24 @@ def test_the_smaller_trust_of_the_two_groups_counts_and_a_later_change_too():
     assert moved(layer, optimizer, 0) == pytest.approx(0.01, rel=1e-4)
     optimizer.param_groups[1]["trust"] = 0.03
     assert moved(layer, optimizer, 1) == pytest.approx(0.03, rel=1e-4)
+
+
+def test_the_bound_follows_the_schedule_down_and_never_above_trust():
+    layer = Lora()
+    optimizer = BoundedAdamW(layer, lr=10.0, trust=0.01)
+    schedule = LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.1, 3.0][step])
+    for index, wanted in enumerate([0.01, 0.005, 0.001, 0.01]):
+        assert moved(layer, optimizer, index) == pytest.approx(wanted, rel=1e-4)
+        if index < 3:
+            schedule.step()
+
+    optimizer = BoundedAdamW(layer, lr=torch.tensor(10.0), trust=0.01)
+    schedule = LambdaLR(optimizer, lambda step: 0.2)  # a rate on the device is not read back
+    assert moved(layer, optimizer, 4) == pytest.approx(0.002, rel=1e-4)
+
+    optimizer = BoundedAdamW(layer, lr=1.0, trust=0.01)
+    schedule = OneCycleLR(optimizer, max_lr=10.0, total_steps=10, pct_start=0.5)  # its first rate is no full one
+    assert moved(layer, optimizer, 5) == pytest.approx(0.01 / 25, rel=1e-4)
 
 
 def test_without_trust_a_scaled_optimizer_asks_for_no_frozen_weight():
