@@ -10,12 +10,11 @@
 left to scripts that have an option `--optimizer` themselves. Without `--optimizer` nothing is touched.
 """
 
-import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError, UnknownNameError
@@ -52,13 +51,25 @@ def parse(argv: Sequence[str]) -> tuple[str, list[str], str | None, dict[str, st
     """
     if not argv or argv[0].startswith("-"):
         raise InputError(f"no script was given. {_USAGE}")
-    script, rest, name, given = argv[0], [], None, []
-    if not Path(script).is_file():
-        raise InputError(f"{script}: no such file. {_USAGE}")
-    words = [part for word in argv[1:] for part in _split(word)]
+    if not Path(argv[0]).is_file():
+        raise InputError(f"{argv[0]}: no such file. {_USAGE}")
+    return argv[0], *take_options(argv[1:], _SCRIPTS_OWN)
+
+
+def take_options(argv: Sequence[str], not_ours: Sequence[str] = ()) -> tuple[list[str], str | None, dict[str, str]]:
+    """(the words without `--optimizer` and `--optimizer-args`, the optimizer's name or None, its options as text).
+
+    Args:
+        not_ours: Values of `--optimizer` that are left where they are.
+
+    Raises:
+        InputError: Options that are not `key=value`, or that are for no optimizer.
+    """
+    rest, name, given = [], None, []
+    words = [part for word in argv for part in _split(word)]
     while words:
         word = words.pop(0)
-        if word == "--optimizer" and words and words[0] not in _SCRIPTS_OWN:
+        if word == "--optimizer" and words and words[0] not in not_ours:
             name = words.pop(0)
         elif word == "--optimizer-args":
             while words and "=" in words[0] and not words[0].startswith("-"):
@@ -69,7 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[str, list[str], str | None, dict[str, st
             rest.append(word)
     if given and name is None:
         raise InputError("--optimizer-args was given without --optimizer. Say which optimizer they are for.")
-    return script, rest, name, dict(pair.split("=", 1) for pair in given)
+    return rest, name, dict(pair.split("=", 1) for pair in given)
 
 
 def _split(word: str) -> list[str]:
@@ -80,24 +91,54 @@ def _split(word: str) -> list[str]:
     return [word]
 
 
+class Choice(NamedTuple):
+    """What a user's `--optimizer NAME --optimizer-args key=value …` asks for, checked."""
+
+    name: str
+    method: str | None  # "scaled" or "bounded": the program's own optimizer is treated; None: `cls` replaces AdamW
+    base: Any  # the optimizer class named together with the method; None: any
+    cls: Any  # the class that has the options
+    options: dict[str, Any]  # those given
+    defaults: dict[str, Any]  # the method's own, all of them
+
+
 def install(name: str, given: dict[str, Any]) -> None:
-    """Arrange that the optimizers made from now on in this process are treated.
+    """Arrange that the optimizers made from now on in this process are treated; once is enough.
+
+    Raises:
+        InputError: As `choose`; or this process is treated in another way already.
+    """
+    from equipoise.hosts.takeover import refuse_deepspeed, replace_adamw, treat
+
+    choice = choose(name, given)
+    refuse_deepspeed(name)
+    if _installed:
+        if _installed != [choice]:
+            raise InputError(
+                f"--optimizer {name}: `equipoise wrap` treats this process already, with --optimizer "
+                f"{_installed[0].name} and options of its own. Give --optimizer to one of the two."
+            )
+    elif choice.method is None:
+        replace_adamw(name, choice.cls, choice.options)
+    else:
+        treat(name, choice.method, choice.base, choice.options, choice.defaults)
+    _installed[:] = [choice]
+
+
+_installed: list[Choice] = []  # at most one
+
+
+def choose(name: str, given: dict[str, Any]) -> Choice:
+    """What the user's words mean; nothing is changed.
 
     Raises:
         InputError: No such optimizer, an option that it does not have, or a way of training that it cannot serve.
     """
-    from equipoise.hosts.takeover import replace_adamw, treat
     from equipoise.optimizers.bounded import BoundedAdamW
     from equipoise.optimizers.pair_optimizer import PairOptimizer
     from equipoise.optimizers.scaled import ScaledAdamW
 
     methods: dict[str, Any] = {"scaled": ScaledAdamW, "bounded": BoundedAdamW}  # any class: for the options
-
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise InputError(
-            f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no whole LoRA factors. Launch "
-            "without DeepSpeed; plain data parallelism (DDP) works."
-        )
     if name in methods:
         method, base = name, None
     else:
@@ -109,8 +150,7 @@ def install(name: str, given: dict[str, Any]) -> None:
         cls = registry.load("optimizers", name)
         method = next((method for method in methods if name.startswith(f"{method}_")), None)
         if method is None or not issubclass(cls, PairOptimizer):
-            replace_adamw(name, cls, _checked(name, cls, given))
-            return
+            return Choice(name, None, None, cls, _checked(name, cls, given), {})
         base = next(c for c in cls.__mro__[1:] if c.__module__.startswith("torch.optim"))
     ours = methods[method]._OPTIONS
     unknown = [key for key in given if key not in ours]
@@ -119,7 +159,7 @@ def install(name: str, given: dict[str, Any]) -> None:
             f"--optimizer-args: {name} has no option {unknown[0]!r} here. It has {', '.join(ours)}; everything else is "
             "the script's own optimizer's, and set by the script's flags."
         )
-    treat(name, method, base, _checked(name, methods[method], given), ours)
+    return Choice(name, method, base, methods[method], _checked(name, methods[method], given), ours)
 
 
 def _checked(name: str, cls: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ Two ways in, both without touching the program's code: scaling and the bound hap
 optimizer there is, attached when it takes its first step; an update rule of its own takes torch.optim.AdamW's place.
 """
 
+import functools
 import inspect
+import os
 import sys
 import weakref
 from collections import Counter
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from equipoise.errors import InputError
+from equipoise.errors import EquipoiseError, InputError
 from equipoise.optimizers.pair_optimizer import PairOptimizer, attach
 from equipoise.pairs import find_pairs
 
@@ -36,9 +38,11 @@ def treat(
     _watch_clipping()
     seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
+    @_or_end
     def first_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if optimizer in seen:
             return
+        refuse_deepspeed(name)  # a program may have turned it on after its start
         seen.add(optimizer)
         if isinstance(optimizer, PairOptimizer):
             return  # the script made it so itself
@@ -66,6 +70,29 @@ def treat(
         _report(method, kind, options, found.summary, params, factors, optimizer)
 
     register_optimizer_step_pre_hook(first_step)
+
+
+def refuse_deepspeed(name: str) -> None:
+    """Raise an InputError where accelerate or transformers have turned DeepSpeed on in this process."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise InputError(
+            f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no whole LoRA factors. Launch "
+            "without DeepSpeed; plain data parallelism (DDP) works."
+        )
+
+
+def _or_end(call: Callable[..., None]) -> Callable[..., None]:
+    """End the process with the sentence, exit code 2: a program that skips bad batches would go on untreated."""
+
+    @functools.wraps(call)
+    def checked(*args: Any) -> None:
+        try:
+            call(*args)
+        except EquipoiseError as error:
+            print(error, file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+
+    return checked
 
 
 def replace_adamw(name: str, cls: type[Optimizer], options: dict[str, Any]) -> None:
