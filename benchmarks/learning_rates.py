@@ -6,6 +6,8 @@
 Tasks, all with LoRA on a frozen base:
     shapes         the embedded diffusion base (U-Net attention) learns an object it has never seen from six pictures;
                    held out: the denoising loss on other drawings of it, at fixed noise and timesteps
+    text_encoder   the same with LoRA on the text encoder too, whose rate alone is varied; the U-Net's stays at 1e-3
+                   (as in the paper's Section 6.2)
     text           a byte-level GPT that was first trained on the standard library's prose (docstrings) learns its
                    code; held out: the cross entropy on other modules
     least_squares  the ill-conditioned low-rank problem of the paper's Section 7: ‖BA − W‖² from a small start, W of
@@ -16,6 +18,7 @@ A score is 1 − loss / loss of the untouched base; the usable range is that of 
 
 import argparse
 import ast
+import copy
 import itertools
 import json
 import math
@@ -32,6 +35,7 @@ from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimiz
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from equipoise import BoundedAdamW, ScaledAdamW
 
@@ -43,23 +47,34 @@ def _peft(maker: Callable, model: nn.Module, lr: float, **options) -> Optimizer:
     return maker(model, AdamW, lr=lr, **options)
 
 
+def groups(net: nn.Module, lr: float) -> list[dict]:
+    """What is to be trained, at `lr` or at the rate that its part of the model is fixed to."""
+    fixed = getattr(net, "fixed_rates", {})
+    parts = [(net.get_submodule(name), rate) for name, rate in fixed.items()]
+    inside = {id(param) for part, _ in parts for param in part.parameters()}
+    rest = [param for param in net.parameters() if param.requires_grad and id(param) not in inside]
+    return [{"params": rest, "lr": lr}] + [
+        {"params": [param for param in part.parameters() if param.requires_grad], "lr": rate} for part, rate in parts
+    ]
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], Optimizer]] = {
-    "adamw": lambda net, lr: AdamW([p for p in net.parameters() if p.requires_grad], lr),
+    "adamw": lambda net, lr: AdamW(groups(net, lr)),
     "lora+ 16 (peft)": lambda net, lr: _peft(create_loraplus_optimizer, net, lr, loraplus_lr_ratio=16),
     "riemannian 1e-6 (peft)": lambda net, lr: _peft(create_riemannian_optimizer, net, lr, reg=1e-6),
     "riemannian 1e-2 (peft)": lambda net, lr: _peft(create_riemannian_optimizer, net, lr, reg=1e-2),
-    "scaled 1e-6": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6),
-    "scaled 1e-2": lambda net, lr: ScaledAdamW(net, lr, damping=1e-2),
-    "scaled 1": lambda net, lr: ScaledAdamW(net, lr, damping=1.0),
-    "scaled relative 1e-2": lambda net, lr: ScaledAdamW(net, lr, damping=1e-2, damping_mode="relative"),
-    "scaled relative 1": lambda net, lr: ScaledAdamW(net, lr, damping=1.0, damping_mode="relative"),
-    "scaled sequential 1e-6": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6, order="sequential"),
-    "scaled 1e-6, betas .7 .8": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6, betas=(0.7, 0.8)),
-    "bounded 0.003": lambda net, lr: BoundedAdamW(net, lr, trust=0.003),
-    "bounded 0.01": lambda net, lr: BoundedAdamW(net, lr, trust=0.01),
-    "bounded 0.03": lambda net, lr: BoundedAdamW(net, lr, trust=0.03),
-    "bounded 0.1": lambda net, lr: BoundedAdamW(net, lr, trust=0.1),
-    "scaled 1e-6, bounded 0.01": lambda net, lr: ScaledAdamW(net, lr, damping=1e-6, trust=0.01),
+    "scaled 1e-6": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-6),
+    "scaled 1e-2": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-2),
+    "scaled 1": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1.0),
+    "scaled relative 1e-2": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-2, damping_mode="relative"),
+    "scaled relative 1": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1.0, damping_mode="relative"),
+    "scaled sequential 1e-6": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-6, order="sequential"),
+    "scaled 1e-6, betas .7 .8": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-6, betas=(0.7, 0.8)),
+    "bounded 0.003": lambda net, lr: BoundedAdamW(groups(net, lr), trust=0.003),
+    "bounded 0.01": lambda net, lr: BoundedAdamW(groups(net, lr), trust=0.01),
+    "bounded 0.03": lambda net, lr: BoundedAdamW(groups(net, lr), trust=0.03),
+    "bounded 0.1": lambda net, lr: BoundedAdamW(groups(net, lr), trust=0.1),
+    "scaled 1e-6, bounded 0.01": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-6, trust=0.01),
 }
 
 
@@ -78,7 +93,9 @@ class Task:
 
 @cache
 def _shapes() -> tuple:
-    """The embedded U-Net, and (latents, text embeddings) of six pictures to learn and twelve held out."""
+    """The embedded U-Net, text encoder and noise schedule, and (latents, tokens, text embeddings) of six pictures to
+    learn and twelve held out.
+    """
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
@@ -94,21 +111,25 @@ def _shapes() -> tuple:
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         tokens = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         embedded = pipe.text_encoder(tokens).last_hidden_state
-    return pipe.unet.requires_grad_(False), pipe.scheduler.alphas_cumprod, (latents, embedded)
+    frozen = pipe.unet.requires_grad_(False), pipe.text_encoder.requires_grad_(False)
+    return *frozen, pipe.scheduler.alphas_cumprod, (latents, tokens, embedded)
 
 
 class Shapes(Task):
     steps, batch = 120, 4
 
     def __init__(self, seed: int, rank: int):
-        import copy
-
-        unet, self.alphas, (self.latents, self.embedded) = _shapes()
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        self.model = inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), copy.deepcopy(unet)
-        )
+        unet, _, self.alphas, (self.latents, self.tokens, self.embedded) = _shapes()
+        self.model = self.unet = self._adapted(unet, ["to_q", "to_k", "to_v", "to_out.0"], rank)
         self.seed = seed
+
+    @staticmethod
+    def _adapted(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+        return inject_adapter_in_model(config, copy.deepcopy(model))
+
+    def _embed(self, which: Tensor) -> Tensor:
+        return self.embedded[which]
 
     def _denoising(self, which: Tensor, generator: torch.Generator) -> Tensor:
         clean = self.latents[which]
@@ -116,7 +137,7 @@ class Shapes(Task):
         times = torch.randint(0, len(self.alphas), (len(which),), generator=generator)
         signal = self.alphas[times].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        return F.mse_loss(self.model(noisy, times, self.embedded[which]).sample, noise)
+        return F.mse_loss(self.unet(noisy, times, self._embed(which)).sample, noise)
 
     def loss(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
@@ -125,6 +146,17 @@ class Shapes(Task):
     def held_out(self) -> float:
         generator = torch.Generator().manual_seed(7)
         return statistics.fmean(self._denoising(torch.arange(6, 18), generator).item() for _ in range(8))
+
+
+class TextEncoder(Shapes):
+    def __init__(self, seed: int, rank: int):
+        super().__init__(seed, rank)
+        self.text_encoder = self._adapted(_shapes()[1], ["q_proj", "k_proj", "v_proj", "out_proj"], rank)
+        self.model = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+        self.model.fixed_rates = {"unet": 1e-3}
+
+    def _embed(self, which: Tensor) -> Tensor:
+        return self.text_encoder(self.tokens[which]).last_hidden_state
 
 
 def _library(prose: bool) -> list[Tensor]:
@@ -156,7 +188,7 @@ def _gpt() -> tuple:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=128, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0,
+    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=128, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0,
                         attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
     model, prose, generator = GPT2LMHeadModel(config), _library(prose=True), torch.Generator().manual_seed(0)
     optimizer = AdamW(model.parameters(), 2e-3)
@@ -172,18 +204,16 @@ def _gpt() -> tuple:
 
 
 class Text(Task):
-    steps = 200
+    steps = 150
 
     def __init__(self, seed: int, rank: int):
-        import copy
-
         model, self.seen, self.unseen = _gpt()
         targets = ["c_attn", "c_proj", "c_fc"]
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=True)
         self.model, self.seed = inject_adapter_in_model(config, copy.deepcopy(model)), seed
 
     def loss(self, step: int) -> Tensor:
-        rows = _windows(self.seen, 16, torch.Generator().manual_seed(1_000_003 * self.seed + step))
+        rows = _windows(self.seen, 12, torch.Generator().manual_seed(1_000_003 * self.seed + step))
         return self.model(rows, labels=rows).loss
 
     def held_out(self) -> float:
@@ -220,14 +250,18 @@ class LeastSquares(Task):
         return self.loss(0).item()
 
 
-TASKS = {"shapes": Shapes, "text": Text, "least_squares": LeastSquares}
+TASKS = {"shapes": Shapes, "text_encoder": TextEncoder, "text": Text, "least_squares": LeastSquares}
+SCHEDULES = ("constant", "cosine")
 
 
-def measure(task: Task, make: Callable[[nn.Module, float], Optimizer], rate: float) -> dict[str, float | None]:
+def measure(
+    task: Task, make: Callable[[nn.Module, float], Optimizer], rate: float, schedule: str
+) -> dict[str, float | None]:
     """Losses before and after training; None once a loss is not finite."""
     with torch.no_grad():
         before = task.held_out()
     optimizer = make(task.model, rate)
+    scheduler = CosineAnnealingLR(optimizer, task.steps) if schedule == "cosine" else None
     start = time.perf_counter()
     for step in range(task.steps):
         loss = task.loss(step)
@@ -236,6 +270,8 @@ def measure(task: Task, make: Callable[[nn.Module, float], Optimizer], rate: flo
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
     seconds = time.perf_counter() - start
     with torch.no_grad():
         after = task.held_out()
@@ -244,19 +280,22 @@ def measure(task: Task, make: Callable[[nn.Module, float], Optimizer], rate: flo
 
 def _cells() -> dict[tuple, dict]:
     lines = DATA.read_text().splitlines() if DATA.exists() else []
-    return {(c["task"], c["rank"], c["optimizer"], c["rate"], c["seed"]): c for c in map(json.loads, lines)}
+    keys = ("task", "schedule", "rank", "optimizer", "rate", "seed")
+    return {tuple(cell[key] for key in keys): cell for cell in map(json.loads, lines)}
 
 
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     done = _cells()
-    grid = itertools.product(arguments.task, arguments.ranks, arguments.seeds, arguments.rates, arguments.optimizers)
-    for task, rank, seed, rate, optimizer in grid:
-        if (task, rank, optimizer, rate, seed) in done:
+    schedule, axes = arguments.schedule, (arguments.task, arguments.ranks, arguments.seeds, arguments.optimizers)
+    for task, rank, seed, optimizer, rate in itertools.product(*axes, arguments.rates):
+        if (task, schedule, rank, optimizer, rate, seed) in done:
             continue
+        if task == "text_encoder" and "peft" in optimizer:
+            continue  # these makers know one rate for all
         torch.manual_seed(seed)
-        cell = measure(TASKS[task](seed, rank), OPTIMIZERS[optimizer], rate)
-        key = {"task": task, "rank": rank, "optimizer": optimizer, "rate": rate, "seed": seed}
+        cell = measure(TASKS[task](seed, rank), OPTIMIZERS[optimizer], rate, schedule)
+        key = {"task": task, "schedule": schedule, "rank": rank, "optimizer": optimizer, "rate": rate, "seed": seed}
         with DATA.open("a") as file:
             file.write(json.dumps(key | cell) + "\n")
         shown = "not finite" if cell["after"] is None else f"{cell['after']:.4f}"
@@ -267,8 +306,8 @@ def report(arguments: argparse.Namespace) -> None:
     from equipoise.pipelines.robustness import Point, threshold, usable_range
 
     cells = _cells()
-    for task, rank in sorted({key[:2] for key in cells}):
-        mine = {key[2:]: cell for key, cell in cells.items() if key[:2] == (task, rank)}
+    for task, schedule, rank in sorted({key[:3] for key in cells}):
+        mine = {key[3:]: cell for key, cell in cells.items() if key[:3] == (task, schedule, rank)}
         # An optimizer that was tried at two rates or fewer has no range to speak of yet.
         names = [name for name in OPTIMIZERS if len({key[1] for key in mine if key[0] == name}) > 2]
         rates = sorted({key[1] for key in mine})
@@ -286,7 +325,7 @@ def report(arguments: argparse.Namespace) -> None:
             return [rate for rate in rates if losses(name, rate)]
 
         line = threshold(0.0, max(score(name, rate) for name in names for rate in tried(name)))
-        print(f"\n## {task}, rank {rank}, {len(seeds)} seed(s); untouched {base:.4f}\n")
+        print(f"\n## {task}, {schedule}, rank {rank}, {len(seeds)} seed(s); untouched {base:.4f}\n")
         print("| optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " | usable range |")
         print("| --- |" + " ---: |" * len(rates) + " --- |")
         for name in names:
@@ -301,6 +340,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     runs = commands.add_parser("run")
     runs.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    runs.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     runs.add_argument("--ranks", nargs="+", type=int, default=[4])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--rates", nargs="+", type=float, default=RATES)
