@@ -26,6 +26,7 @@ COMMANDS = {
     "logs": ("runs", "what a run has printed"),
     "stop": ("runs", "ask a run to save its state and stop"),
     "run": ("script", "an unmodified training script with one of these optimizers"),
+    "wrap": ("wrap", "a program that starts its own workers, with one of these optimizers in each"),
     "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
     "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
     "demo": ("demo", "compare learning rates on the embedded model, with no network"),
@@ -56,7 +57,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
     parser = argparse.ArgumentParser(prog=f"equipoise {command}", description=COMMANDS[command][1])
     parser.set_defaults(command=command)
     import_module(module).add_arguments(parser)
-    if command == "run" and argv[1:2] not in (["--help"], ["-h"]):  # what follows is mostly the script's own
+    if command in ("run", "wrap") and argv[1:2] not in (["--help"], ["-h"]):  # what follows is mostly another's
         return argparse.Namespace(command=command, words=list(argv[1:])), module
     return parser.parse_intermixed_args(argv[1:]), module  # intermixed: options may stand between key=value words
 

@@ -20,7 +20,7 @@ MAP = SETUPTOOLS["package-dir"]  # {"equipoise": "plugin", "equipoise.pipelines"
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 import equipoise
-optional, found = {"gradio", "ray"}, {}
+optional, found = {"axolotl", "gradio", "ray", "swift"}, {}
 walk = pkgutil.walk_packages(equipoise.__path__, "equipoise.", onerror=lambda name: None)
 for name in ["equipoise", *(module.name for module in walk)]:
     if not name.endswith("__main__"):

@@ -10,6 +10,7 @@
 left to scripts that have an option `--optimizer` themselves. Without `--optimizer` nothing is touched.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def install(name: str, given: dict[str, Any]) -> None:
     Raises:
         InputError: As `choose`; or this process is treated in another way already.
     """
-    from equipoise.hosts.takeover import refuse_deepspeed, replace_adamw, treat
+    from equipoise.hosts.takeover import replace_adamw, treat
 
     choice = choose(name, given)
     refuse_deepspeed(name)
@@ -128,8 +129,11 @@ def install(name: str, given: dict[str, Any]) -> None:
 _installed: list[Choice] = []  # at most one
 
 
-def choose(name: str, given: dict[str, Any]) -> Choice:
+def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optimizer", "--optimizer-args")) -> Choice:
     """What the user's words mean; nothing is changed.
+
+    Args:
+        called: Where the user wrote the name, and the options: errors say so.
 
     Raises:
         InputError: No such optimizer, an option that it does not have, or a way of training that it cannot serve.
@@ -145,34 +149,48 @@ def choose(name: str, given: dict[str, Any]) -> Choice:
         try:
             registry.find("optimizers", name)
         except UnknownNameError as error:
-            _refuse_other_kinds(name)
-            raise InputError(f"--optimizer: {error} `scaled` and `bounded` treat any optimizer.") from error
+            _refuse_other_kinds(name, called[0])
+            raise InputError(f"{called[0]}: {error} `scaled` and `bounded` treat any optimizer.") from error
         cls = registry.load("optimizers", name)
+        if hasattr(cls, "perturb"):
+            raise InputError(
+                f"{called[0]} {name}: it evaluates each batch twice, which an unmodified script does not. A pipeline "
+                "of `equipoise list pipelines` does."
+            )
         method = next((method for method in methods if name.startswith(f"{method}_")), None)
         if method is None or not issubclass(cls, PairOptimizer):
-            return Choice(name, None, None, cls, _checked(name, cls, given), {})
+            return Choice(name, None, None, cls, _checked(name, cls, given, called[1]), {})
         base = next(c for c in cls.__mro__[1:] if c.__module__.startswith("torch.optim"))
     ours = methods[method]._OPTIONS
     unknown = [key for key in given if key not in ours]
     if unknown:
         raise InputError(
-            f"--optimizer-args: {name} has no option {unknown[0]!r} here. It has {', '.join(ours)}; everything else is "
+            f"{called[1]}: {name} has no option {unknown[0]!r} here. It has {', '.join(ours)}; everything else is "
             "the script's own optimizer's, and set by the script's flags."
         )
-    return Choice(name, method, base, methods[method], _checked(name, methods[method], given), ours)
+    return Choice(name, method, base, methods[method], _checked(name, methods[method], given, called[1]), ours)
 
 
-def _checked(name: str, cls: type, given: dict[str, Any]) -> dict[str, Any]:
+def refuse_deepspeed(name: str, asked: bool = False) -> None:
+    """Raise an InputError if `asked`, or where accelerate or transformers have turned DeepSpeed on in this process."""
+    if asked or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise InputError(
+            f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no whole LoRA factors. Launch "
+            "without DeepSpeed; plain data parallelism (DDP) works."
+        )
+
+
+def _checked(name: str, cls: type, given: dict[str, Any], called: str) -> dict[str, Any]:
     options, problems = read_options(cls, given)
     if problems:
-        raise InputError(f"--optimizer-args of {name}: {' '.join(problems)}")
+        raise InputError(f"{called} of {name}: {' '.join(problems)}")
     return options
 
 
-def _refuse_other_kinds(name: str) -> None:
+def _refuse_other_kinds(name: str, called: str) -> None:
     for entry in registry.entries():
         if entry.name == name and entry.kind in ("objectives", "coordinators"):
             raise InputError(
-                f"--optimizer {name}: this is {entry}, and works on the losses or rates of a training loop, which an "
+                f"{called} {name}: this is {entry}, and works on the losses or rates of a training loop, which an "
                 "unmodified script does not hand out. A pipeline of `equipoise list pipelines` has it."
             )

@@ -6,7 +6,6 @@ optimizer there is, attached when it takes its first step; an update rule of its
 
 import functools
 import inspect
-import os
 import sys
 import weakref
 from collections import Counter
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equipoise.errors import EquipoiseError, InputError
+from equipoise.hosts.script import refuse_deepspeed
 from equipoise.optimizers.pair_optimizer import PairOptimizer, attach
 from equipoise.pairs import find_pairs
 
@@ -70,15 +70,6 @@ def treat(
         _report(method, kind, options, found.summary, params, factors, optimizer)
 
     register_optimizer_step_pre_hook(first_step)
-
-
-def refuse_deepspeed(name: str) -> None:
-    """Raise an InputError where accelerate or transformers have turned DeepSpeed on in this process."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise InputError(
-            f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no whole LoRA factors. Launch "
-            "without DeepSpeed; plain data parallelism (DDP) works."
-        )
 
 
 def _or_end(call: Callable[..., None]) -> Callable[..., None]:
