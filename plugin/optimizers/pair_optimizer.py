@@ -1,6 +1,7 @@
 """What optimizer classes that treat LoRA pairs add to their base: discovery of the pairs, options, state, copies."""
 
 import inspect
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -116,7 +117,11 @@ def attach(
         options = {"trust": trust}
     cls = (scaled if damping is not None else bounded)(type(inner))
     check_options(inner, options)
-    inner.__class__ = cls
+    try:
+        inner.__class__ = cls
+    except TypeError as error:
+        made = f"{'scaled' if damping is not None else 'bounded'}({type(inner).__name__})"
+        raise InputError(f"This {type(inner).__name__} cannot change its class; construct {made} instead.") from error
     inner._work_on_pairs(options, model)
     return optimizer
 
@@ -142,7 +147,20 @@ def make_class(
 
     __init__.__signature__ = _signature(base, options)  # type: ignore[attr-defined]
     body = {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "__doc__": doc, "__module__": maker.__module__}
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), body)
+    return type(f"{mixin.__name__}{base.__name__}", (*((_Abstract,) if _starts_abstract(base) else ()), mixin, base), body)
+
+
+class _Abstract(ABC):
+    """First among the bases of a class that is to take the place of a `class Base(ABC, Optimizer)` in `attach`.
+
+    Python lets an object change its class only if both classes begin from the same base.
+    """
+
+
+def _starts_abstract(base: type) -> bool:
+    while base.__base__ not in (ABC, object, None):
+        base = base.__base__  # type: ignore[assignment]
+    return base.__base__ is ABC
 
 
 def unpack(params: nn.Module | Iterable[Any]) -> tuple[Any, nn.Module | None]:

@@ -62,6 +62,11 @@ class ProductBound:
         shares = {i: c for batch in self._batches for i, c in zip(batch.indices, batch.c, strict=False)}
         return [shares[i] for i in sorted(shares)]
 
+    @property
+    def old(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each pair as they were before the step."""
+        return list(zip(self._old[::2], self._old[1::2], strict=True))
+
     @torch.no_grad()
     def remember(self) -> None:
         if self.pairs:

@@ -6,7 +6,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class StepHook:
         self._asked: list[float | None] = []  # the option trust of each group, when the bound was made
         self._groups: list[list[int]] = []  # of each pair in the bound, those that ask for it
         self._bound: ProductBound | None = None
+        self._beside: dict[int, Tensor] = {}  # by id of a factor, schedule-free's z of it before the step
         self._bounded: list[str] = []  # names of the pairs in it
 
     def register(self, optimizer: Any) -> None:
@@ -102,6 +103,7 @@ class StepHook:
         if not _is_nested(optimizer):
             if self._bound is not None:
                 self._bound.shrink(self._trust(optimizer))
+                self._shrink_beside(optimizer, self._bound)
             _restore(self._hidden)
 
     def look_up(self, optimizer: Any) -> PairReport:
@@ -136,6 +138,18 @@ class StepHook:
             check_options(optimizer)
             self._bound, self._asked = self._make_bound(optimizer, asked), asked
         self._bound.remember()
+        self._beside = {key: z.clone() for key, z in _beside(optimizer, self._bound).items()}
+
+    @torch.no_grad()
+    def _shrink_beside(self, optimizer: Any, bound: ProductBound) -> None:
+        """Take back as much of schedule-free's second sequence as of the first; else the two part for good."""
+        if not (now := _beside(optimizer, bound)):
+            return
+        for pair, old, c in zip(bound.pairs, bound.old, bound.shares, strict=True):
+            for factor, before in zip(pair, old, strict=True):
+                if (z := now.get(id(factor))) is not None:
+                    before = self._beside.get(id(factor), before)  # z starts as the parameter, within its first step
+                    z.copy_(torch.lerp(before.to(c.dtype), z.to(c.dtype), c))
 
     def _make_bound(self, optimizer: Any, asked: list[float | None]) -> ProductBound:
         assert self.found is not None
@@ -184,6 +198,7 @@ class StepHook:
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
         self._scale_early(optimizer)
         late = {id(side.param) for side in self._late.sides}
+        counts = _counts(optimizer)
         for second in (False, True):
             if second:
                 self._late.scale([(damping, mode) for damping, mode, _ in self._options])
@@ -192,6 +207,8 @@ class StepHook:
                 step(optimizer)
             finally:
                 _restore(hidden)
+            if not second and (index := _first_change(counts, optimizer)) is not None:
+                _refuse_two_passes(optimizer, *index)
 
 
 def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> None:
@@ -216,10 +233,33 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
                 raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {options[name]!r}.")
         counter = next((name for name in _STEP_COUNTERS if name in options), None)
         if options["order"] == "sequential" and counter:
-            raise InputError(
-                f"{where}: order 'sequential' steps the base optimizer twice, but this one counts its steps in "
-                f"{counter!r} for the whole group. Use order='simultaneous'."
-            )
+            _refuse_two_passes(optimizer, index, counter)
+
+
+def _refuse_two_passes(optimizer: Any, group: int, counter: str) -> NoReturn:
+    raise InputError(
+        f"{type(optimizer).__name__}: parameter group {group}: order 'sequential' steps the base optimizer twice, but "
+        f"this one counts its steps in {counter!r} for the whole group. Use order='simultaneous'."
+    )
+
+
+def _counts(optimizer: Any) -> list[dict[str, Any]]:
+    """The numbers in every parameter group."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
+
+
+def _first_change(counts: list[dict[str, Any]], optimizer: Any) -> tuple[int, str] | None:
+    """(group, name) of the first number that is new or another; some bases begin to count within their first step."""
+    pairs = enumerate(zip(counts, _counts(optimizer), strict=True))
+    return next(((i, name) for i, (old, new) in pairs for name in new if new[name] != old.get(name)), None)
+
+
+def _beside(optimizer: Any, bound: ProductBound) -> dict[int, Tensor]:
+    """Schedule-free's second sequence z of each bounded factor, by the factor's id. Its `eval` goes along y − z."""
+    if not any("train_mode" in group for group in optimizer.param_groups):
+        return {}
+    states = {id(factor): optimizer.state.get(factor, {}) for pair in bound.pairs for factor in pair}
+    return {key: state["z"] for key, state in states.items() if "z" in state}
 
 
 def _progress(group: Mapping[str, Any]) -> float | Tensor:
