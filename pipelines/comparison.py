@@ -20,6 +20,7 @@ from equipoise.pipelines.robustness import Point, UsableRange, threshold, usable
 RATE = "optimizer.learning_rate"
 _NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
 _SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
+MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
 _LONG = 40  # characters of a value in a label
 
 
@@ -62,6 +63,7 @@ class Comparison:
     score: str  # what the score is, in words
     base: Cell
     cells: list[Cell]
+    beside: dict[str, str] = field(default_factory=dict)  # metrics told beside the score: shares, and what they are
 
     @property
     def rows(self) -> list[str]:
@@ -76,10 +78,12 @@ class Comparison:
         return sorted((c for c in self.cells if c.row == row and c.rate == rate), key=lambda cell: cell.seed)
 
     def counted(self, cell: Cell) -> float:
-        """A cell's score as it counts: one that diverged, or has no score, is no better than the base."""
+        """A cell's score as it counts: one that diverged, draws mostly broken pictures, or has no score, is no better
+        than the base."""
         if not math.isfinite(cell.score):
             return self.base.score
-        return min(cell.score, self.base.score) if cell.state == "diverged" else cell.score
+        failed = cell.state == "diverged" or cell.metrics.get("broken", 0) > MOSTLY
+        return min(cell.score, self.base.score) if failed else cell.score
 
     def points(self, row: str) -> list[Point]:
         """A row's mean score over the seeds at each rate."""

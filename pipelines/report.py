@@ -11,12 +11,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from equipoise.pipelines.comparison import Cell, Comparison
+from equipoise.pipelines.comparison import Cell, Comparison, Picture
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.robustness import GAIN, shown_rate
 
 CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
+_MOST = 6  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
@@ -36,39 +37,64 @@ def write_report(comparison: Comparison) -> dict[str, Path]:
 def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     """Rows × learning rates, the untouched base first; each cell a mosaic of its pictures (or of one prompt's).
 
-    A green frame marks a usable rate, a red one a rate that is not; the number is the score. Of several training seeds
-    the first one's pictures are shown, with the mean of all scores, by which the frame goes, and their span.
+    A green frame marks a usable rate, a red one a rate that is not; the number is the score, and a smaller one below it
+    what else is told of the cell; the last lines say what both are. Of several training seeds the first one's pictures
+    are shown, with the mean of all scores, by which the frame goes, and their span.
     """
     rows, rates = comparison.rows, comparison.rates
     width = _LEFT + (CELL + _GAP) * (len(rates) + 1) + _GAP
-    height = _HEAD + (CELL + _FOOT + _GAP) * len(rows) + _GAP
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    columns, tall = _tiles(comparison, prompt)
+    foot = _FOOT + 16 * bool(comparison.beside)
+    pitch = tall + foot + _GAP
+    said = explanations(comparison)
+    if prompt is None:
+        said.insert(0, f"Pictures, row by row: {'; '.join(comparison.prompts[:_MOST])}.")
+    legend = [line for text in said for line in _wrapped(text, (width - 2 * _GAP) // 7)]
+    sheet = Image.new("RGB", (width, _HEAD + pitch * len(rows) + 18 * len(legend) + _GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
     title = "first picture of each prompt" if prompt is None else comparison.prompts[prompt]
     pen.text((_GAP, 8), f"{comparison.name} · {title}"[: width // 8], _INK, font=_font(16))
+    pen.text((_GAP, _HEAD - 18), "learning rate", _MUTED, font=_font(15), anchor="lm")
     for column, label in enumerate(["base", *(shown_rate(rate) for rate in rates)]):
         x = _LEFT + (CELL + _GAP) * column
         pen.text((x + CELL / 2, _HEAD - 18), label, _INK, font=_font(16), anchor="mm")
     for index, row in enumerate(rows):
-        y = _HEAD + (CELL + _FOOT + _GAP) * index
+        y = _HEAD + pitch * index
         for number, words in enumerate(_wrapped(row, 17)):
-            pen.text((_GAP, y + CELL / 2 - 12 + 18 * number), words, _INK, font=_font(15))
+            pen.text((_GAP, y + tall / 2 - 12 + 18 * number), words, _INK, font=_font(15))
         for column, rate in enumerate([math.nan, *rates]):
             x = _LEFT + (CELL + _GAP) * column
             cells = _cells(comparison, row, rate)
             if not cells:
                 continue
-            mosaic = _mosaic(comparison, next((cell for cell in cells if cell.pictures), cells[0]), prompt)
-            if mosaic:
-                sheet.paste(mosaic, (x, y))
-            else:
-                pen.text((x + CELL / 2, y + CELL / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
+            chosen = _chosen(next((cell for cell in cells if cell.pictures), cells[0]), prompt)
+            side = CELL // columns
+            for number, picture in enumerate(chosen):
+                with Image.open(comparison.folder / picture.thumbnail) as image:
+                    small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+                sheet.paste(small, (x + number % columns * side, y + number // columns * side))
+            if not chosen:
+                pen.text((x + CELL / 2, y + tall / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
             frame = _MUTED if math.isnan(rate) else _GOOD if comparison.usable(row, rate) else _BAD
-            pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=2)
+            pen.rectangle((x - 2, y - 2, x + CELL + 1, y + tall + 1), outline=frame, width=2)
             text = _said(comparison, cells)
             size = 14 if pen.textlength(text, _font(14)) <= CELL else 11
-            pen.text((x + CELL / 2, y + CELL + 12), text, frame, font=_font(size), anchor="mm")
+            pen.text((x + CELL / 2, y + tall + 12), text, frame, font=_font(size), anchor="mm")
+            pen.text((x + CELL / 2, y + tall + 28), _said_beside(comparison, cells), _MUTED, _font(12), anchor="mm")
+    for number, words in enumerate(legend):
+        pen.text((_GAP, _HEAD + pitch * len(rows) + 18 * number), words, _MUTED, font=_font(13))
     return sheet
+
+
+def explanations(comparison: Comparison) -> list[str]:
+    """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
+    beside = [f"{name}: {words}." for name, words in comparison.beside.items()]
+    return [
+        f"Coloured %: {comparison.score}.",
+        *beside,
+        "base: before training.",
+        "Green frame: a learning rate that worked (at least three quarters of the best gain over the base). Red: not.",
+    ]
 
 
 def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
@@ -88,22 +114,24 @@ def _said(comparison: Comparison, cells: list[Cell]) -> str:
     return " · ".join(filter(None, [text, *states]))
 
 
-def _mosaic(comparison: Comparison, cell: Cell, prompt: int | None) -> Image.Image | None:
-    """Up to four pictures of a cell: the first of each prompt, or one prompt's by seed."""
+def _said_beside(comparison: Comparison, cells: list[Cell]) -> str:
+    """What is told of a place beside its score: means over the seeds."""
+    found = {name: [cell.metrics[name] for cell in cells if name in cell.metrics] for name in comparison.beside}
+    return " · ".join(f"{name} {sum(values) / len(values):.0%}" for name, values in found.items() if values)
+
+
+def _chosen(cell: Cell, prompt: int | None) -> list[Picture]:
+    """What the grid shows of a cell: the first picture of each prompt, or one prompt's by seed."""
     if prompt is None:
-        chosen = list({picture.prompt: picture for picture in reversed(cell.pictures)}.values())[::-1][:4]
-    else:
-        chosen = [picture for picture in cell.pictures if picture.prompt == prompt][:4]
-    if not chosen:
-        return None
-    across = 1 if len(chosen) == 1 else 2
-    side = CELL // across
-    sheet = Image.new("RGB", (CELL, CELL), "#d0d7de")
-    for index, picture in enumerate(chosen):
-        with Image.open(comparison.folder / picture.thumbnail) as image:
-            small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        sheet.paste(small, (index % across * side, index // across * side))
-    return sheet
+        return list({picture.prompt: picture for picture in reversed(cell.pictures)}.values())[::-1][:_MOST]
+    return [picture for picture in cell.pictures if picture.prompt == prompt][:_MOST]
+
+
+def _tiles(comparison: Comparison, prompt: int | None) -> tuple[int, int]:
+    """How many pictures stand side by side in a cell of the grid, and how high it is, in pixels."""
+    most = max(len(_chosen(cell, prompt)) for cell in (comparison.base, *comparison.cells))
+    columns = 1 if most < 2 else 2
+    return columns, CELL // columns * max(1, math.ceil(most / columns))
 
 
 def draw_curve(comparison: Comparison) -> str:
@@ -173,7 +201,7 @@ def render_html(comparison: Comparison) -> str:
     page = files("equipoise.pipelines").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(comparison.name),
-        "SCORE": html.escape(comparison.score),
+        "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
         "RANGES": ranges,
         "NOISE": f"<p>No score is {GAIN:g} or more above the base's; smaller gains are noise.</p>"
         if comparison.line is None
@@ -192,6 +220,7 @@ def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
     cells = _cells(comparison, row, rate)
     return {
         "said": _said(comparison, cells),
+        "beside": _said_beside(comparison, cells),
         "base": math.isnan(rate),
         "usable": comparison.usable(row, rate),
         "cells": [

@@ -7,8 +7,8 @@ Every cell has a score, higher is better, and the untouched base has one. The li
 where *best* is the best score of any cell in the comparison, so every optimizer has to clear the same bar. Where no
 cell gains at least GAIN over the base, nothing worked, and there is no line: noise would clear it. Scores are joined by
 straight lines over log₁₀(learning rate); an optimizer's usable range is the unbroken stretch above the line that holds
-its own best rate. A stretch that reaches the end of what was tried is open there: "at least". A cell that diverged is
-never usable, whatever its last weights draw: see `Comparison.counted`.
+its own best rate. A stretch that reaches the end of what was tried is open there: "at least". A cell that diverged
+or draws mostly broken pictures is never usable, whatever its score: see `Comparison.counted`.
 """
 
 import math

@@ -23,7 +23,15 @@ from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import ModelSection, SamplesSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.generate import Sample, generate
-from equipoise.pipelines.text_to_image.metrics import DRAWN_SCORE, LOSS_SCORE, ClipScore, drawn_subject, measure, score
+from equipoise.pipelines.text_to_image.metrics import (
+    DRAWN_SCORE,
+    KEPT,
+    LOSS_SCORE,
+    ClipScore,
+    drawn_subject,
+    measure,
+    score,
+)
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 THUMBNAIL = 160  # pixels, the longer side
@@ -76,10 +84,12 @@ def compare(
     with tqdm(
         total=total, desc="pictures", unit="picture", dynamic_ncols=True, file=sys.stderr, mininterval=pause
     ) as bar:
+        plain: list[Sample] = []  # the untouched base's pictures, which come first
 
         def fill(cell: Cell) -> None:
             made = generate(pipeline, samples, first.data.resolution, bar.update)
-            metrics, verdicts = measure(made, drawn)
+            metrics, verdicts = measure(made, drawn, pipeline.vae_scale_factor, plain)
+            plain.extend(made if not cell.run else ())
             if scorer:
                 metrics["clip"] = scorer(made)
             cell.metrics |= metrics
@@ -105,7 +115,8 @@ def compare(
             with _worn(base, pipeline, run.folder / "result", samples.scale):
                 fill(cell)
     said = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
-    return Comparison(name, folder, list(samples.prompts), said, untouched, cells)
+    beside = {"kept": KEPT} if "kept" in untouched.metrics else {}
+    return Comparison(name, folder, list(samples.prompts), said, untouched, cells, beside)
 
 
 def _located(run: Run, config: TextToImageConfig) -> ModelSection:

@@ -88,6 +88,42 @@ def test_a_cell_that_diverged_is_never_usable(comparison):
     assert comparison.ranges()["adamw"] is None
 
 
+def test_a_cell_whose_pictures_are_mostly_broken_is_never_usable(comparison):
+    comparison.cells[1].metrics["broken"] = 0.5
+    assert comparison.usable("adamw", 1e-4), "half is not most"
+    comparison.cells[1].metrics["broken"] = 0.6
+    assert not comparison.usable("adamw", 1e-4) and comparison.usable("scaled_adamw damping=<b>", 1e-4)
+
+
+def test_what_is_told_beside_the_score(comparison):
+    """Every number says what it is, in the picture and on the page; over the seeds it is a mean."""
+    plain = draw_grid(comparison)
+    comparison.beside = {"kept": "share that is <still> right"}
+    comparison.base.metrics["kept"], comparison.cells[1].metrics["kept"] = 1.0, 0.25
+    again = Cell("sweep/again", "adamw", 1e-4, 1, "done", metrics={"score": 1.0, "kept": 0.75})
+    comparison.cells.append(again)
+    page = render_html(comparison)
+    assert "Coloured %: how right it is." in page and "kept: share that is &lt;still&gt; right." in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert [place["beside"] for place in data["places"][0]] == ["kept 100%", "", "kept 50%", ""]
+    grid = draw_grid(comparison)
+    assert grid.height == plain.height + 18 + 2 * 16, "a line of explanation, and one below each row of cells"
+
+
+def test_the_grid_shows_every_prompt_of_the_demo(comparison, tmp_path):
+    """Six: the last two ask for what the base knew before."""
+    comparison.prompts = list("abcdef")
+    for number in range(2, 6):
+        name = f"cells/{number}.png"
+        Image.new("RGB", (16, 16), (0, 0, 40 * number)).save(tmp_path / name)
+        comparison.cells[1].pictures.append(Picture(number, 0, name, name))
+    x, y = 150 + (CELL + 10) * 2, 64
+    grid = draw_grid(comparison)
+    side = CELL // 2
+    centres = [grid.getpixel((x + side // 2 + side * (n % 2), y + side // 2 + side * (n // 2))) for n in range(2, 6)]
+    assert centres == [(0, 0, 80), (0, 0, 120), (0, 0, 160), (0, 0, 200)]
+
+
 def test_a_gain_that_may_be_noise_is_none(comparison):
     for cell in comparison.cells:
         cell.metrics = {"score": 0.002}
