@@ -71,6 +71,7 @@ def treated(name: str, **options: str) -> dict[str, str]:
     return environment(name, options, {})
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_worker_trains_as_a_script_does(folder):
     there = folder / "there"
     there.mkdir()
@@ -106,6 +107,7 @@ def test_the_sitecustomize_behind_runs_under_its_own_name_and_may_fail(folder):
     assert again.returncode == 0 and "equipoise: scaled (" in again.stderr, again.stderr
 
 
+@pytest.mark.slow
 def test_a_process_is_treated_once(folder):
     same = python("-m", "equipoise.run", "train.py", *ASKED, **treated("scaled", damping="1e-2"))
     assert same.returncode == 0 and same.stderr.count(REPORT) == 1, same.stderr
@@ -117,20 +119,28 @@ def test_a_process_is_treated_once(folder):
     assert python("-c", ours, **treated("sgd")).returncode == 0  # torch comes while ours is half imported
 
 
-def test_a_worker_that_cannot_be_treated_ends_in_a_sentence(folder):
-    spawned = python("train.py", "spawn", **treated("scaled_adamw"))
-    assert spawned.returncode == 2 and spawned.stdout == "", spawned.stderr
-    message = "--optimizer scaled_adamw: the script makes a SGD, not an AdamW."
-    assert spawned.stderr.startswith(message) and spawned.stderr.count("\n") == 1
-    started = {
-        "no optimizer 'scaled_adamm'. Did you mean": treated("scaled_adamm"),
-        "inherited PYTHONPATH but not EQUIPOISE_WRAP": {"PYTHONPATH": treated("scaled")["PYTHONPATH"]},
-        "DeepSpeed steps its own partitions": {**treated("scaled"), "ACCELERATE_USE_DEEPSPEED": "true"},
-    }
-    for message, env in started.items():
-        ended = python("train.py", **env)
-        assert ended.returncode == 2 and ended.stdout == ""
-        assert message in ended.stderr and ended.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (treated("scaled_adamm"), "no optimizer 'scaled_adamm'. Did you mean"),
+        ({"PYTHONPATH": treated("scaled")["PYTHONPATH"]}, "inherited PYTHONPATH but not EQUIPOISE_WRAP"),
+        ({**treated("scaled"), "ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed steps its own partitions"),
+    ],
+)
+def test_a_worker_that_cannot_be_treated_ends_in_a_sentence(env, message, folder):
+    ended = python("train.py", **env)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert message in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_so_does_one_that_shows_it_at_its_first_step(folder):
+    ended = python("train.py", "spawn", **treated("scaled_adamw"))  # the program goes on after any Exception
+    assert ended.returncode == 2 and ended.stdout == "", ended.stderr
+    assert ended.stderr.startswith("--optimizer scaled_adamw: the script makes a SGD, not an AdamW.")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_so_does_a_python_without_equipoise_and_an_error_of_ours_later(folder):
     without = python("-c", "import sys; sys.modules['equipoise'] = None; import torch", **treated("scaled"))
     assert without.returncode == 2 and "cannot import equipoise" in without.stderr.splitlines()[-1]
     late = "import torch, equipoise.errors; raise equipoise.errors.InputError('one sentence')"
