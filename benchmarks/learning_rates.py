@@ -58,11 +58,22 @@ def groups(net: nn.Module, lr: float) -> list[dict]:
     ]
 
 
+def _lora_rite(model: nn.Module, lr: float) -> Optimizer:
+    try:
+        from pytorch_optimizer import LoRARite
+    except ImportError:
+        raise SystemExit(
+            "lora-rite: pip install pytorch_optimizer, which has it, or choose other --optimizers."
+        ) from None
+    return LoRARite([p for p in model.parameters() if p.requires_grad], lr)  # peft's order: A, B, A, B, …
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], Optimizer]] = {
     "adamw": lambda net, lr: AdamW(groups(net, lr)),
     "lora+ 16 (peft)": lambda net, lr: _peft(create_loraplus_optimizer, net, lr, loraplus_lr_ratio=16),
     "riemannian 1e-6 (peft)": lambda net, lr: _peft(create_riemannian_optimizer, net, lr, reg=1e-6),
     "riemannian 1e-2 (peft)": lambda net, lr: _peft(create_riemannian_optimizer, net, lr, reg=1e-2),
+    "lora-rite (pytorch_optimizer)": _lora_rite,
     "scaled 1e-6": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-6),
     "scaled 1e-2": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1e-2),
     "scaled 1": lambda net, lr: ScaledAdamW(groups(net, lr), damping=1.0),

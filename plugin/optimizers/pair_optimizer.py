@@ -150,7 +150,7 @@ def make_class(
     return type(f"{mixin.__name__}{base.__name__}", (*((_Abstract,) if _starts_abstract(base) else ()), mixin, base), body)
 
 
-class _Abstract(ABC):
+class _Abstract(ABC):  # noqa: B024  # it is here for where it begins, not for methods
     """First among the bases of a class that is to take the place of a `class Base(ABC, Optimizer)` in `attach`.
 
     Python lets an object change its class only if both classes begin from the same base.
