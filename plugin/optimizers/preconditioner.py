@@ -16,10 +16,7 @@ from torch import Tensor
 # only for small ones; on a device few launches matter more.
 _CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
 _SINGLE_CPU = 2**12  # entries from which on a matrix is worked on alone
-
-_CUDA_REPORT_EVERY = 100  # steps; reading a counter waits for the device
-
-_log = logging.getLogger("equipoise")
+_GRAM_ENTRIES = 2**20  # of r×r matrices held at a time: at rank 256 those of all pairs rival the factors
 
 
 def chunk_entries(device: torch.device) -> int:
@@ -101,16 +98,22 @@ class Preconditioner:
 
 
 class _Batch:
-    """Sides of one rank, dtype and device: one Cholesky factorisation for all of them."""
+    """Sides of one rank, dtype and device: one Cholesky factorisation for all of them.
 
-    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, buckets: list[list[Side]]):
+    Args:
+        room: (3, k or more, r, r) to work in; nothing in it need last beyond `scale`.
+        buckets: The k sides, by shape.
+    """
+
+    def __init__(self, room: Tensor, buckets: list[list[Side]]):
+        dtype, device = room.dtype, room.device
         chunks = [chunk for bucket in buckets for chunk in _chunked(bucket, dtype)]
         self.groups = [side.group for chunk in chunks for side in chunk]
         self.failures = torch.zeros((), dtype=torch.int64, device=device)
         # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
-        self.inverse = DampedInverse(len(self.groups), rank, dtype, device)
-        room = max(len(chunk) * max(chunk[0].param.numel(), chunk[0].other.numel()) for chunk in chunks)
-        buffers = [torch.empty(room, dtype=dtype, device=device) for _ in range(2)]
+        self.inverse = DampedInverse(room[:, : len(self.groups)])
+        size = max(len(chunk) * max(chunk[0].param.numel(), chunk[0].other.numel()) for chunk in chunks)
+        buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         grams = self.inverse.matrices.split([len(chunk) for chunk in chunks])
         self.parts = [
             (_Single if reads_in_place(chunk[0].factors, dtype) else _Stack)(chunk, gram, *buffers)
@@ -209,18 +212,42 @@ def _plan(sides: list[Side]) -> list[_Batch]:
         dtype = torch.promote_types(torch.promote_types(side.param.dtype, side.other.dtype), torch.float32)
         buckets = batches.setdefault((rank, dtype, side.param.device), {})
         buckets.setdefault((side.left, side.param.shape, side.other.shape), []).append(side)
-    return [_Batch(*key, list(buckets.values())) for key, buckets in batches.items()]
+    return [
+        _Batch(room, portion)
+        for key, buckets in batches.items()
+        for room, portion in portions(3, *key, list(buckets.values()))
+    ]
+
+
+def portions(
+    copies: int, rank: int, dtype: torch.dtype, device: torch.device, buckets: list[list]
+) -> list[tuple[Tensor, list[list]]]:
+    """(room for their r×r matrices, `copies` times; sides or pairs by shape): all buckets, in portions of limited size.
+
+    All portions have the same room, (copies, k or more, r, r), and take turns in it.
+    """
+    most = min(max(1, _GRAM_ENTRIES // rank**2), sum(map(len, buckets)))
+    room = torch.empty(copies, most, rank, rank, dtype=dtype, device=device)
+    parts: list[list[list]] = []
+    left = 0
+    for bucket in buckets:
+        start = 0
+        while start < len(bucket):
+            if not left:
+                parts.append([])
+                left = most
+            parts[-1].append(bucket[start : start + left])
+            start, left = start + len(parts[-1][-1]), left - len(parts[-1][-1])
+    return [(room, part) for part in parts]
 
 
 class DampedInverse:
     """Inverts many symmetric matrices plus damping by Cholesky, in place, without waiting for the device."""
 
-    def __init__(self, count: int, rank: int, dtype: torch.dtype, device: torch.device):
-        self.matrices = torch.empty(count, rank, rank, dtype=dtype, device=device)
-        self._factor = torch.empty_like(self.matrices)
-        self._inverse_factor = torch.empty_like(self.matrices)
-        self._info = torch.empty(count, dtype=torch.int32, device=device)
-        self._eye = torch.eye(rank, dtype=dtype, device=device)
+    def __init__(self, room: Tensor):  # (3, k, r, r)
+        self.matrices, self._factor, self._inverse_factor = room.unbind(0)
+        self._info = torch.empty(len(self.matrices), dtype=torch.int32, device=room.device)
+        self._eye = torch.eye(room.shape[-1], dtype=room.dtype, device=room.device)
 
     def set_damping(self, options: list[tuple[float, str]]) -> None:
         """Set (damping, damping mode) of each matrix."""

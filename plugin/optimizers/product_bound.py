@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from equipoise.optimizers.preconditioner import as_matrix, chunk_entries, reads_in_place
+from equipoise.optimizers.preconditioner import as_matrix, chunk_entries, portions, reads_in_place
 
 _ITERATIONS = 4  # the error shrinks at least twentyfold in each, where P and Q do not cancel
 
@@ -47,7 +47,11 @@ class ProductBound:
             dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
             shapes = batches.setdefault((A.shape[0], dtype, A.device), {})
             shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
-        self._batches = [_Batch(self, *key, list(shapes.values())) for key, shapes in batches.items()]
+        self._batches = [
+            _Batch(self, room, portion)
+            for key, shapes in batches.items()
+            for room, portion in portions(6, *key, list(shapes.values()))
+        ]
 
     @property
     def current(self) -> bool:
@@ -85,12 +89,19 @@ class ProductBound:
 
 
 class _Batch:
-    """Pairs of one rank, dtype and device: their Gram matrices lie together, and c is found for all of them at once."""
+    """Pairs of one rank, dtype and device: their Gram matrices lie together, and c is found for all of them at once.
 
-    def __init__(self, bound: ProductBound, rank: int, dtype: torch.dtype, device: torch.device, shapes: list):
+    Args:
+        bound: What they belong to.
+        room: (6, k or more, r, r) for the Gram matrices; nothing in it need last beyond `shrink`.
+        shapes: The k pairs by shape, as indices into `bound.pairs`.
+    """
+
+    def __init__(self, bound: ProductBound, room: Tensor, shapes: list[list[int]]):
+        dtype, device = room.dtype, room.device
         self.indices = [index for indices in shapes for index in indices]
         self.norms = torch.tensor([bound.norms[i] for i in self.indices], dtype=dtype, device=device)
-        self.grams = torch.empty(6, len(self.indices), rank, rank, dtype=dtype, device=device)
+        self.grams = room[:, : len(self.indices)]
         self.c: Sequence[Tensor] | Tensor = ()
         self._trust: list[float] = []
         self._limits = self.norms
@@ -101,8 +112,8 @@ class _Batch:
             k = 1 if alone else max(1, chunk_entries(device) // max(A.numel(), B.numel()))
             chunks += [(alone, indices[i : i + k]) for i in range(0, len(indices), k)]
         # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
-        room = max(len(indices) * max(f.numel() for f in bound.pairs[indices[0]]) for _, indices in chunks)
-        buffers = [torch.empty(room, dtype=dtype, device=device) for _ in range(2)]
+        size = max(len(indices) * max(f.numel() for f in bound.pairs[indices[0]]) for _, indices in chunks)
+        buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
         self.parts = [
             (_Single if alone else _Stack)(bound, indices, part, *buffers)

@@ -1,0 +1,69 @@
+"""What a step holds in memory beyond the base optimizer's state, counted by watching every tensor that torch makes."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from equipoise import BoundedAdamW, ScaledAdamW
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are made inside it: those alive now, and the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if (
+                isinstance(tensor, Tensor)
+                and (key := tensor.untyped_storage()._cdata) not in given | self._known.keys()
+            ):
+                self._known[key] = tensor.untyped_storage().nbytes()
+                self.now += self._known[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self._free, key)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+def test_the_count_counts():
+    with Memory() as memory:
+        kept = torch.zeros(1000)
+        kept + 1
+        kept.add_(1)
+        del kept
+    assert (memory.peak, memory.now) == (8000, 0)
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+@pytest.mark.parametrize("cls, most", [(ScaledAdamW, 0.9), (BoundedAdamW, 1.9)])
+def test_extra_memory_is_small_beside_the_gradients(cls, most, rank: int):
+    """The bound keeps a copy of the factors; beyond it, and for scaling, less than one copy of the gradients."""
+    net = nn.ModuleDict()
+    for index in range(160):
+        layer = nn.Linear(320, 320, bias=False).requires_grad_(False)
+        layer.lora_A, layer.lora_B = nn.Linear(320, rank, bias=False), nn.Linear(rank, 320, bias=False)
+        net[str(index)] = layer
+    params = [param for param in net.parameters() if param.requires_grad]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = cls(net, lr=1e-3)
+    with Memory() as memory:
+        for _ in range(2):
+            optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    assert {key for values in optimizer.state.values() for key in values} == {"step", "exp_avg", "exp_avg_sq"}
+    gradients = sum(param.grad.nbytes for param in params)
+    extra = memory.peak - sum(tensor.nbytes for tensor in state)
+    assert 0 < extra < most * gradients
