@@ -20,7 +20,8 @@ class Watcher:
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in specs if spec is not None), None)
-        execute = getattr(getattr(spec, "loader", None), "exec_module", None)
+        loader = getattr(spec, "loader", None)
+        execute = getattr(loader, "exec_module", None)
         if execute is not None:  # being asked is no sign: programs look for torch without importing it
 
             def exec_module(module):
@@ -33,7 +34,7 @@ class Watcher:
                 finally:
                     self.depth -= 1
 
-            vars(spec.loader)["exec_module"] = exec_module
+            vars(loader)["exec_module"] = exec_module
         return spec
 
 
