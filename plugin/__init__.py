@@ -10,17 +10,32 @@ if TYPE_CHECKING:
     from equipoise.optimizers.bounded import BoundedAdamW, bounded
     from equipoise.optimizers.pair_optimizer import attach
     from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, scaled
+    from equipoise.optimizers.sharpness import AdaSAM, SharpnessAware
     from equipoise.pairs import Pair, PairReport, find_pairs
 
 __version__ = "0.1.0"
-__all__ = ["BoundedAdamW", "Pair", "PairReport", "ScaledAdamW", "ScaledGD", "attach", "bounded", "find_pairs", "scaled"]
+__all__ = [
+    "AdaSAM",
+    "BoundedAdamW",
+    "Pair",
+    "PairReport",
+    "ScaledAdamW",
+    "ScaledGD",
+    "SharpnessAware",
+    "attach",
+    "bounded",
+    "find_pairs",
+    "scaled",
+]
 
 _HOME = {
+    "AdaSAM": "equipoise.optimizers.sharpness",
     "BoundedAdamW": "equipoise.optimizers.bounded",
     "Pair": "equipoise.pairs",
     "PairReport": "equipoise.pairs",
     "ScaledAdamW": "equipoise.optimizers.scaled",
     "ScaledGD": "equipoise.optimizers.scaled",
+    "SharpnessAware": "equipoise.optimizers.sharpness",
     "attach": "equipoise.optimizers.pair_optimizer",
     "bounded": "equipoise.optimizers.bounded",
     "find_pairs": "equipoise.pairs",

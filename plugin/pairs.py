@@ -278,17 +278,21 @@ def live_roots() -> list[nn.Module]:
     return [module for module in modules if id(module) not in children]
 
 
-def _refuse_sharded(tensor: Tensor, name: str | None) -> None:
-    what = ""
+def sharding(tensor: Tensor) -> str:
+    """What keeps a parameter from being whole on this process, in words; empty if it is whole."""
     if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
-        what = "an FSDP1 flat parameter"
-    elif hasattr(tensor, "ds_id"):
-        what = "a DeepSpeed ZeRO partition"
-    elif _is_dtensor(tensor):
-        what = "a DTensor"
-    elif tensor.numel() == 0 and tensor.requires_grad:
-        what = "empty on this process (a ZeRO or FSDP shard)"
-    if what:
+        return "an FSDP1 flat parameter"
+    if hasattr(tensor, "ds_id"):
+        return "a DeepSpeed ZeRO partition"
+    if _is_dtensor(tensor):
+        return "a DTensor"
+    if tensor.numel() == 0 and tensor.requires_grad:
+        return "empty on this process (a ZeRO or FSDP shard)"
+    return ""
+
+
+def _refuse_sharded(tensor: Tensor, name: str | None) -> None:
+    if what := sharding(tensor):
         raise PairingError(
             f"{name or 'A parameter'} of shape {tuple(tensor.shape)} is {what}: scaling needs whole LoRA factors. "
             "Use plain data parallelism (DDP), or another optimizer."

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class
+from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
 TRUST = 0.01
 
@@ -112,6 +113,8 @@ def bounded(base: type[Optimizer]) -> type[Optimizer]:
         raise InputError(f"bounded() makes a class from a torch.optim.Optimizer class; got {base!r}. Pass the class.")
     if issubclass(base, Bounded):
         return base
+    if issubclass(base, SharpOptimizer):
+        return compose(bounded, base)
     if issubclass(base, PairOptimizer):
         raise InputError(f"{base.__name__} has the option trust itself. Set that.")
     if base is AdamW:

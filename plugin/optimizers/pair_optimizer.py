@@ -1,8 +1,9 @@
 """What optimizer classes that treat LoRA pairs add to their base: discovery of the pairs, options, state, copies."""
 
+import functools
 import inspect
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -105,9 +106,7 @@ def attach(
     from equipoise.optimizers.bounded import bounded
     from equipoise.optimizers.scaled import scaled
 
-    inner: Any = optimizer
-    while not hasattr(inner, "_optimizer_step_pre_hooks") and isinstance(getattr(inner, "optimizer", None), Optimizer):
-        inner = inner.optimizer  # accelerate's wrapper
+    inner = unwrap(optimizer)
     if isinstance(inner, PairOptimizer):
         raise InputError(f"This {type(inner).__name__} treats its LoRA pairs already; change its param_groups.")
     options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust}
@@ -126,28 +125,50 @@ def attach(
     return optimizer
 
 
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer itself, out of accelerate's wrapper."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and isinstance(
+        getattr(optimizer, "optimizer", None), Optimizer
+    ):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def make_class(
-    maker: Callable[[type], type], mixin: type, base: type[Optimizer], options: Mapping[str, tuple[Any, Any]], doc: str
+    maker: Callable[[type], type],
+    mixin: type,
+    base: type[Optimizer],
+    options: Mapping[str, tuple[Any, Any]],
+    doc: str,
+    begin: Callable[[Any, Mapping[str, Any], nn.Module | None], None] = PairOptimizer._work_on_pairs,
 ) -> type[Optimizer]:
     """A class of `mixin` on top of `base`, whose constructor takes `options` (type, default) as keywords too.
 
     Args:
-        maker: The module-level function that makes it again from `base` when a copy is unpickled.
+        maker: The module-level function that makes it again from `base` when a copy is unpickled. The class is
+            named after it.
+        begin: What an instance does with those options, and the model if it was given one, once `base` is constructed.
     """
     defaults = {name: default for name, (_, default) in options.items()}
 
     def __init__(self, params, *args, **given):
         ours = {name: given.pop(name, default) for name, default in defaults.items()}
         tensors, model = unpack(params)
-        base.__init__(self, tensors, *args, **given)
-        self._work_on_pairs(ours, model)
+        whole = model is not None and issubclass(base, PairOptimizer)  # which looks for pairs in it
+        base.__init__(self, params if whole else tensors, *args, **given)
+        begin(self, ours, model)
+
+    makers, root = vars(base).get("_made", ((), base))
+    made = ((maker, *makers), root)  # a class made of a made one has no name that pickle could find
 
     def __reduce_ex__(self, protocol):
-        return _blank, (maker, base), self.__getstate__()
+        return _blank, made, self.__getstate__()
 
     __init__.__signature__ = _signature(base, options)  # type: ignore[attr-defined]
-    body = {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "__doc__": doc, "__module__": maker.__module__}
-    return type(f"{mixin.__name__}{base.__name__}", (*((_Abstract,) if _starts_abstract(base) else ()), mixin, base), body)
+    body = {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "__doc__": doc, "_made": made}
+    body["__module__"] = maker.__module__
+    name = maker.__name__[0].upper() + maker.__name__[1:] + base.__name__
+    return type(name, (*((_Abstract,) if _starts_abstract(base) else ()), mixin, base), body)
 
 
 class _Abstract(ABC):  # noqa: B024  # it is here for where it begins, not for methods
@@ -194,8 +215,8 @@ def _can_fuse(params: Any) -> bool:
     return all(t.is_floating_point() and t.device.type in ("cpu", "cuda") and t.is_contiguous() for t in tensors)
 
 
-def _blank(maker: Callable[[type], type], base: type[Optimizer]) -> Any:
-    cls: Any = maker(base)
+def _blank(makers: Sequence[Callable[[type], type]], root: type[Optimizer]) -> Any:
+    cls: Any = functools.reduce(lambda base, maker: maker(base), reversed(makers), root)
     return cls.__new__(cls)
 
 

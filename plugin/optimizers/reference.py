@@ -1,9 +1,10 @@
 """Slow twins of the optimizers, written as the papers write them; the tests hold the fast ones against these.
 
-Paper: Zhang & Pilanci, Riemannian Preconditioned LoRA, arXiv 2402.02347, 2024, eq. 1 (scaled GD) and Algorithm 1.
+Papers: Zhang & Pilanci, Riemannian Preconditioned LoRA, arXiv 2402.02347, 2024, eq. 1 (scaled GD) and Algorithm 1; Sun
+et al., AdaSAM, arXiv 2303.00565, 2023, Algorithm 1, with the distance of ASAM, Kwon et al., arXiv 2102.11600, 2021.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,3 +74,35 @@ def reference_share(
     c = torch.linspace(0, 1, intervals + 1, dtype=A.dtype)
     outside = c * c * (PP + c * (2 * PQ + c * QQ)) > limit**2
     return float(c[max(int(outside.to(torch.uint8).argmax()) - 1, 0)]) if outside.any() else 1.0
+
+
+class ReferenceAdaSAM:
+    """AdaSAM on one flat vector, line by line.
+
+    Args:
+        x: The parameters, (n,); replaced by each step.
+        adaptive: ASAM: δ = ρ·w²⊙s/‖w⊙s‖.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        lr: float,
+        *,
+        rho: float = 0.005,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adaptive: bool = False,
+    ):
+        self.x, self.lr, self.rho, self.betas, self.adaptive = x, lr, rho, betas, adaptive
+        self.m, self.v, self.v_hat = torch.zeros_like(x), torch.zeros_like(x), torch.full_like(x, eps**2)
+
+    def step(self, gradient: Callable[[Tensor], Tensor]) -> None:
+        """One iteration; `gradient` is that of the step's batch, at any point."""
+        (beta1, beta2), s = self.betas, gradient(self.x)
+        delta = self.x**2 * s / (self.x * s).norm() if self.adaptive else s / s.norm()
+        g = gradient(self.x + self.rho * delta)
+        self.m = beta1 * self.m + (1 - beta1) * g
+        self.v = beta2 * self.v + (1 - beta2) * g**2
+        self.v_hat = torch.maximum(self.v_hat, self.v)
+        self.x = self.x - self.lr * self.m / self.v_hat.sqrt()

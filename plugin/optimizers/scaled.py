@@ -18,6 +18,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class, unpack
+from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
 DampingMode = Literal["absolute", "relative"]
 Order = Literal["simultaneous", "sequential"]
@@ -183,6 +184,8 @@ def scaled(base: type[Optimizer]) -> type[Optimizer]:
         raise InputError(f"scaled() makes a class from a torch.optim.Optimizer class; got {base!r}. Pass the class.")
     if issubclass(base, Scaled):
         return base
+    if issubclass(base, SharpOptimizer):
+        return compose(scaled, base)
     if issubclass(base, PairOptimizer):
         raise InputError(f"{base.__name__} is bounded already. Scale its base, and give that the option trust.")
     if issubclass(base, LBFGS):

@@ -72,7 +72,7 @@ class StepHook:
 
     def before(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Scale now or, if the step brings a closure, each time the closure has made fresh gradients."""
-        if _is_nested(optimizer):
+        if is_nested(optimizer):
             return None
         _restore(self._hidden)  # left over if the last step raised
         self._remember(optimizer)
@@ -87,7 +87,7 @@ class StepHook:
             self._two_passes(optimizer)
             # All is done: the step proper finds no gradients and only returns the loss.
             self._hidden = _hide(_params(optimizer))
-            return None if closure is None else _with_closure(args, kwargs, lambda: loss)
+            return None if closure is None else with_closure(args, kwargs, lambda: loss)
         if closure is None:
             self._scale_early(optimizer)
             return None
@@ -97,10 +97,10 @@ class StepHook:
             self._scale_early(optimizer)
             return loss
 
-        return _with_closure(args, kwargs, scaled_closure)
+        return with_closure(args, kwargs, scaled_closure)
 
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not _is_nested(optimizer):
+        if not is_nested(optimizer):
             if self._bound is not None:
                 self._bound.shrink(self._trust(optimizer))
                 self._shrink_beside(optimizer, self._bound)
@@ -299,7 +299,7 @@ def _match_layout(optimizer: Any) -> None:
                     param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def _is_nested(optimizer: Any) -> bool:
+def is_nested(optimizer: Any) -> bool:
     """Whether this hook runs for a step inside the optimizer's step: a subclass that calls super().step()."""
     depth, frame = 0, sys._getframe(1)
     while frame is not None:
@@ -308,7 +308,7 @@ def _is_nested(optimizer: Any) -> bool:
     return depth > 1
 
 
-def _with_closure(args: tuple, kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:
+def with_closure(args: tuple, kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:
     return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
 
 

@@ -1,17 +1,26 @@
-"""What every optimizer that is found must keep to: Equipoise's, installed third-party ones, and torch's."""
+"""What every optimizer that is found, or composed, must keep to: Equipoise's, third parties' and torch's."""
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from equipoise import registry
+from equipoise import AdaSAM, BoundedAdamW, ScaledAdamW, SharpnessAware, bounded, registry, scaled
 
 ENTRIES = {entry.name: entry for entry in registry.entries("optimizers")}
-
+COMPOSED: list[type[Optimizer]] = [
+    SharpnessAware(AdamW),
+    SharpnessAware(NAdam),
+    SharpnessAware(ScaledAdamW),
+    SharpnessAware(BoundedAdamW),
+    scaled(AdaSAM),
+    bounded(AdaSAM),
+]
 
 # Where torch's own depart from the contract, and why; a departure that ends fails the test.
 DEPARTURES = {
@@ -20,8 +29,10 @@ DEPARTURES = {
 }
 
 
-@pytest.fixture(params=ENTRIES)
+@pytest.fixture(params=[*ENTRIES, *COMPOSED], ids=lambda param: getattr(param, "__name__", param))
 def optimizer_class(request: pytest.FixtureRequest) -> type[Optimizer]:
+    if request.param in COMPOSED:
+        return request.param
     reason, *departs = DEPARTURES.get(request.param, ("",))
     if any(word in request.node.name for word in departs):
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
@@ -29,8 +40,8 @@ def optimizer_class(request: pytest.FixtureRequest) -> type[Optimizer]:
 
 
 def test_the_contract_covers_what_is_installed():
-    assert {"bounded_adamw", "scaled_adamw", "scaled_gd", "adamw", "sgd"} <= ENTRIES.keys()
-    assert len(ENTRIES) >= 15
+    assert {"ada_sam", "bounded_adamw", "sam", "scaled_adamw", "scaled_gd", "adamw", "sgd"} <= ENTRIES.keys()
+    assert len(ENTRIES) >= 17 and len(set(COMPOSED)) == len(COMPOSED)
 
 
 class Net(nn.Module):
@@ -55,10 +66,18 @@ def fill_gradients(model: nn.Module, index: int) -> Tensor:
     return loss
 
 
+def take_step(optimizer: Any, evaluate: Callable[[], Any]) -> None:
+    """One step, with as many evaluations as the optimizer asks for."""
+    evaluate()
+    if hasattr(optimizer, "perturb") and optimizer.perturb():
+        evaluate()
+        optimizer.restore()
+    optimizer.step()
+
+
 def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
     for index in steps:
-        fill_gradients(model, index)
-        optimizer.step()
+        take_step(optimizer, lambda index=index: fill_gradients(model, index))
 
 
 def state(model: nn.Module) -> list[Tensor]:
@@ -108,17 +127,20 @@ def test_missing_gradients_are_skipped(optimizer_class):
     for name in ("lora_A", "lora_B", "full.weight"):
         model, optimizer = pair(optimizer_class)
         train(model, optimizer, range(1))
-        fill_gradients(model, 1)
         param = model.get_parameter(name)
-        param.grad = None
+
+        def evaluate(model: nn.Module = model, param: nn.Parameter = param) -> None:
+            fill_gradients(model, 1)
+            param.grad = None
+
         before = param.detach().clone()
         others = [p.detach().clone() for p in model.parameters() if p is not param]
-        optimizer.step()
+        take_step(optimizer, evaluate)
         assert torch.equal(param, before)
         moved = [p for p in model.parameters() if p is not param]
         assert not any(torch.equal(a, b) for a, b in zip(others, moved, strict=True))
     model, optimizer = pair(optimizer_class)
-    optimizer.step()  # no gradient at all
+    take_step(optimizer, model.zero_grad)  # no gradient at all
 
 
 def test_strided_parameters_get_the_same_steps_and_their_gaps_stay(optimizer_class):
@@ -186,5 +208,5 @@ def test_a_closure_gives_the_same_steps_and_its_loss(optimizer_class):
     for index in range(3):
         loss = optimizer.step(lambda index=index: fill_gradients(model, index))
         torch.testing.assert_close(loss, fill_gradients(other, index))
-        plain.step()
+        take_step(plain, lambda index=index: fill_gradients(other, index))
     assert equal(state(model), state(other))
