@@ -1,7 +1,9 @@
 """The training loop that all pipelines share: steps, requests, checkpoints, samples, and an end that loses nothing.
 
 A step is: evaluate the batch → the objective turns its losses into gradients → the optimizer steps at the rates that
-schedule and coordinator set. Each is replaceable and none knows the others; the pipeline's `Work` puts them together.
+schedule and coordinator set. An optimizer that has `perturb` and `restore` gets the same batch evaluated again in
+between, where `perturb` has put the weights. Each is replaceable and none knows the others; the pipeline's `Work` puts
+them together.
 """
 
 import sys

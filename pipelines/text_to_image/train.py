@@ -135,15 +135,16 @@ class TextToImageWork:
         rates = dict(zip(components, self.schedule.get_last_lr(), strict=True))
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["component"]] * factors[group["component"]]
-        losses, logged = [], {}
-        for micro in range(train.accumulate):
-            loss = self.evaluate(step, micro)
-            losses.append(loss.joint.detach())
-            logged = self.objective.backward(loss, lambda total: self.accelerator.backward(total / train.accumulate))
-        mean = torch.stack(losses).mean().item()
+        mean, logged = self._evaluate_all(step)
         if not _finite(mean):
             self.optimizer.zero_grad()
             raise NonFiniteError("the loss was not finite")
+        optimizer = self.optimizer.optimizer
+        if hasattr(optimizer, "perturb") and optimizer.perturb():  # it wants the gradient at another point too
+            try:
+                self._evaluate_all(step)
+            finally:
+                optimizer.restore()
         norm = float(self.accelerator.clip_grad_norm_(self.named.values(), train.clip or torch.inf))
         if not _finite(norm) and self.accelerator.scaler is None:  # with a scaler, it skips the step by itself
             self.optimizer.zero_grad()
@@ -158,6 +159,15 @@ class TextToImageWork:
             values |= {f"rate_{group['component']}": group["lr"] for group in self.optimizer.param_groups}
         self.schedule.step()
         return values
+
+    def _evaluate_all(self, step: int) -> tuple[float, dict[str, Any]]:
+        """The gradients of a step's micro-batches; their mean loss, and what the objective says of the last."""
+        losses, logged, count = [], {}, self.config.train.accumulate
+        for micro in range(count):
+            loss = self.evaluate(step, micro)
+            losses.append(loss.joint.detach())
+            logged = self.objective.backward(loss, lambda total: self.accelerator.backward(total / count))
+        return torch.stack(losses).mean().item(), logged
 
     def evaluate(self, step: int, micro: int) -> Losses:
         """The losses of one forward pass. All it draws comes from (seed, step, micro): asked again, it is the same

@@ -154,8 +154,8 @@ def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optim
         cls = registry.load("optimizers", name)
         if hasattr(cls, "perturb"):
             raise InputError(
-                f"{called[0]} {name}: it evaluates each batch twice, which an unmodified script does not. A pipeline "
-                "of `equipoise list pipelines` does."
+                f"{called[0]} {name}: it evaluates each batch twice, which an unmodified script does not. `scaled` and "
+                f"`bounded` ask nothing of the script, and `equipoise train text_to_image/… optimizer={name}` does it."
             )
         method = next((method for method in methods if name.startswith(f"{method}_")), None)
         if method is None or not issubclass(cls, PairOptimizer):

@@ -108,7 +108,12 @@ def test_the_base_is_left_as_it_was(short, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["lora.text_encoder=true", "lora.dropout=0.5", "schedule=cosine", "train.accumulate=2"]]
+    "extra",
+    [
+        [],
+        ["lora.text_encoder=true", "lora.dropout=0.5", "schedule=cosine", "train.accumulate=2"],
+        ["optimizer=ada_sam", "optimizer.options={rho: 0.1, every: 2}", "lora.dropout=0.5", "train.accumulate=2"],
+    ],
 )
 def test_a_stopped_run_resumes_exactly(short, extra):
     whole, _ = train(*short, *extra)
@@ -279,6 +284,51 @@ def work(short, monkeypatch):
         return caught[0]
 
     return make
+
+
+def test_a_second_evaluation_is_of_the_same_micro_batches_noise_and_dropout(short, monkeypatch):
+    seen, values, after = [], {}, []
+
+    def one_step(_, work, *rest):
+        evaluate = work._loss
+
+        def weights():
+            return torch.cat([parameter.detach().flatten() for parameter in work.named.values()])
+
+        def watched(*given):
+            state = torch.get_rng_state()
+            loss = evaluate(*given)
+            seen.append((given, state, loss.item(), weights()))
+            return loss
+
+        work._loss = watched
+        values.update(work.step(0))
+        del work._loss
+        after.append(weights())
+        return Outcome("stopped")
+
+    monkeypatch.setattr("equipoise.pipelines.text_to_image.train.train_loop", one_step)
+    words = ["train.accumulate=2", "train.clip=1e-3", "lora.dropout=0.5", "learning_rate=100"]
+    train(*short, *words, "optimizer=sam", "optimizer.options={rho: 0.5}")
+    first, second = seen[:2], seen[2:]
+    assert len(second) == 2
+    for (batch, state, _, weights), (again, state_again, _, moved) in zip(first, second, strict=True):
+        assert all(map(torch.equal, batch[:3], again[:3])) and batch[3] == again[3] and torch.equal(state, state_again)
+        assert (moved - weights).norm().item() == pytest.approx(0.5, rel=1e-4), "the distance over all factors"
+    assert not torch.equal(first[0][0][0], first[1][0][0])
+    assert values["loss"] == pytest.approx(sum(loss for _, _, loss, _ in first) / 2)
+    assert values["loss"] != pytest.approx(sum(loss for _, _, loss, _ in second) / 2, rel=1e-6)
+    length = (after[0] - first[0][3]).norm().item() / 100
+    assert length == pytest.approx(1e-3, rel=1e-2) and values["gradient_norm"] > 1e-3, "the second gradient is clipped"
+
+
+def test_a_second_evaluation_at_the_same_point_changes_nothing(short):
+    words = ["learning_rate=0.1", "lora.dropout=0.5", "train.accumulate=2"]
+    plain, _ = train(*short, *words, "optimizer=sgd")
+    still, _ = train(*short, *words, "optimizer=sam", "optimizer.options={rho: 1e-30}")  # rounds to no distance at all
+    moved, outcome = train(*short, *words, "optimizer=sam", "optimizer.options={rho: 0.5}")
+    assert equal(lora(plain), lora(still)) and outcome.state == "done"
+    assert not equal(lora(plain), lora(moved))
 
 
 def test_the_evaluation_needs_no_more_memory_than_a_step(work):

@@ -134,6 +134,11 @@ def test_a_script_keeps_its_own_option(tmp_path):
         (["--optimizer", "adamWW"], "no optimizer 'adamWW'. Did you mean 'adamw'?"),
         (["--optimizer", "joint"], "works on the losses or rates of a training loop"),
         (
+            ["--optimizer", "ada_sam"],
+            "ada_sam: it evaluates each batch twice, which an unmodified script does not. `sc",
+        ),
+        (["--optimizer", "sam", "--optimizer-args", "rho=0.1"], "`equipoise train text_to_image/… optimizer=sam` does"),
+        (
             ["--optimizer", "scaled", "--optimizer-args", "dampin=1"],
             "scaled has no option 'dampin' here. It has damping,",
         ),
