@@ -1,6 +1,7 @@
-"""Time of one optimizer step on the LoRA shapes of the Stable Diffusion 1.5 U-Net's attention.
+"""Time of one optimizer step on the LoRA shapes of the Stable Diffusion 1.5 U-Net's attention, or on all of GPT-2's.
 
     python benchmarks/optimizer_step.py --ranks 4 16 64 --threads 1
+    python benchmarks/optimizer_step.py --shapes gpt2 --only AdamW AlphaAdam
 
 Prints a Markdown table: the median step time of each optimizer, and its ratio to torch's AdamW as it comes. The
 optimizers take turns, one step each, so that whatever else the machine does falls on all of them alike; on a machine
@@ -17,7 +18,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from equipoise import BoundedAdamW, ScaledAdamW
+from equipoise import AlphaAdam, BoundedAdamW, ScaledAdamW
 
 # Transformer blocks per channel count: two in each of three down blocks, one in the middle, three in each of three up
 # blocks. Each has attn1 (self) and attn2 (text, 768 wide) with to_q, to_k, to_v and to_out.0: 16 × 8 = 128 pairs.
@@ -25,39 +26,54 @@ BLOCKS = {320: 5, 640: 5, 1280: 6}
 TEXT = 768
 
 
-def shapes() -> list[tuple[int, int]]:
-    """(in, out) of every adapted linear layer."""
-    layers = []
+def sd15(rank: int) -> nn.Module:
+    """The LoRA factors alone, under peft's names, with random values: the frozen weights play no part in a step."""
+    layers = []  # (in, out) of every adapted linear layer
     for width, count in BLOCKS.items():
         self_attention = [(width, width)] * 4
         cross_attention = [(width, width), (TEXT, width), (TEXT, width), (width, width)]
         layers += (self_attention + cross_attention) * count
-    return layers
-
-
-def model(rank: int) -> nn.Module:
-    """The factors alone, under peft's names, with random values: the frozen weights play no part in a step."""
-    generator = torch.Generator().manual_seed(0)
     net = nn.Module()
-    for index, (n, m) in enumerate(shapes()):
+    for index, (n, m) in enumerate(layers):
         layer = nn.Module()
         for name, size in (("lora_A", (rank, n)), ("lora_B", (m, rank))):
             factor = nn.Linear(1, 1, bias=False)
-            factor.weight = nn.Parameter(torch.randn(size, generator=generator) * 0.02)
+            factor.weight = nn.Parameter(torch.empty(size))
             layer.add_module(name, nn.ModuleDict({"default": factor}))
         layer.register_buffer("weight", torch.ones(1).expand(m, n))  # the frozen weight; only its norm is asked for
         net.add_module(str(index), layer)
+    return net
+
+
+def gpt2(rank: int) -> nn.Module:
+    """Every weight of GPT-2 small, 124 million, for full fine-tuning; `rank` plays no part."""
+    width = 768
+    linear = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    block = [size for n, m in linear for size in ((n, m), (m,))] + [(width,)] * 4  # and two layer norms
+    sizes = [(50257, width), (1024, width), *block * 12, (width,), (width,)]
+    return nn.ParameterList(nn.Parameter(torch.empty(size)) for size in sizes)
+
+
+SHAPES: dict[str, Callable[[int], nn.Module]] = {"sd15": sd15, "gpt2": gpt2}
+
+
+def model(shapes: str, rank: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    net = SHAPES[shapes](rank)
     for param in net.parameters():
+        param.data.normal_(0, 0.02, generator=generator)
         param.grad = torch.randn(param.shape, generator=generator) * 1e-3
     return net
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "torch AdamW (default)": lambda net: AdamW(net.parameters(), lr=1e-6),
+    "torch AdamW (foreach)": lambda net: AdamW(net.parameters(), lr=1e-6, foreach=True),
     "torch AdamW (fused)": lambda net: AdamW(net.parameters(), lr=1e-6, fused=True),
     "ScaledAdamW": lambda net: ScaledAdamW(net, lr=1e-6),
     "ScaledAdamW (sequential)": lambda net: ScaledAdamW(net, lr=1e-6, order="sequential"),
     "BoundedAdamW": lambda net: BoundedAdamW(net, lr=1e-6),
+    "AlphaAdam": lambda net: AlphaAdam(net, lr=1e-6),
     "peft Riemannian AdamW": lambda net: create_riemannian_optimizer(net, AdamW, lr=1e-6, reg=1e-6),  # type: ignore
 }
 
@@ -65,10 +81,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure(rank: int, steps: int, clock: Callable[[], float]) -> dict[str, float]:
+def measure(names: list[str], shapes: str, rank: int, steps: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds per step of each optimizer, after two steps that nobody counts."""
-    models = {name: model(rank) for name in OPTIMIZERS}
-    optimizers: dict[str, Optimizer] = {name: make(models[name]) for name, make in OPTIMIZERS.items()}
+    models = {name: model(shapes, rank) for name in names}
+    optimizers = {name: OPTIMIZERS[name](models[name]) for name in names}
     grads = {
         name: [(p.grad, p.grad.clone()) for group in opt.param_groups for p in group["params"]]
         for name, opt in optimizers.items()
@@ -87,6 +103,8 @@ def measure(rank: int, steps: int, clock: Callable[[], float]) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="sd15")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the optimizers to measure")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer")
     parser.add_argument("--threads", type=int, default=1)
@@ -94,15 +112,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    what = f"{arguments.threads} thread(s), {arguments.clock} time, {arguments.steps} steps"
-    print(f"{len(shapes())} pairs, {what}, torch {torch.__version__}\n")
-    print("| rank | optimizer | median ms | × torch default | × ScaledAdamW |\n| ---: | --- | ---: | ---: | ---: |")
-    for rank in arguments.ranks:
-        medians = measure(rank, arguments.steps, CLOCKS[arguments.clock])
-        default, ours = medians["torch AdamW (default)"], medians["ScaledAdamW"]
+    names = [name for name in OPTIMIZERS if any(part in name for part in arguments.only)]
+    base, what = names[0], f"{arguments.threads} thread(s), {arguments.clock} time, {arguments.steps} steps"
+    print(f"{arguments.shapes}, {what}, torch {torch.__version__}\n")
+    versus = [base] + ["ScaledAdamW"] * ("ScaledAdamW" in names and base != "ScaledAdamW")
+    print(f"| rank | optimizer | median ms | {' | '.join(f'× {name}' for name in versus)} |")
+    print(f"| ---: | --- | ---: |{' ---: |' * len(versus)}")
+    for rank in arguments.ranks if arguments.shapes != "gpt2" else [0]:
+        medians = measure(names, arguments.shapes, rank, arguments.steps, CLOCKS[arguments.clock])
         for name, seconds in medians.items():
-            row = f"| {rank} | {name} | {seconds * 1e3:.2f} | {seconds / default:.2f} | {seconds / ours:.2f} |"
-            print(row, flush=True)
+            ratios = " | ".join(f"{seconds / medians[other]:.2f}" for other in versus)
+            print(f"| {rank or 'full'} | {name} | {seconds * 1e3:.2f} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

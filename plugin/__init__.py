@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from equipoise.optimizers.alpha_adam import AlphaAdam
     from equipoise.optimizers.bounded import BoundedAdamW, bounded
     from equipoise.optimizers.pair_optimizer import attach
     from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, scaled
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaSAM",
+    "AlphaAdam",
     "BoundedAdamW",
     "Pair",
     "PairReport",
@@ -30,6 +32,7 @@ __all__ = [
 
 _HOME = {
     "AdaSAM": "equipoise.optimizers.sharpness",
+    "AlphaAdam": "equipoise.optimizers.alpha_adam",
     "BoundedAdamW": "equipoise.optimizers.bounded",
     "Pair": "equipoise.pairs",
     "PairReport": "equipoise.pairs",

@@ -106,3 +106,48 @@ class ReferenceAdaSAM:
         self.v = beta2 * self.v + (1 - beta2) * g**2
         self.v_hat = torch.maximum(self.v_hat, self.v)
         self.x = self.x - self.lr * self.m / self.v_hat.sqrt()
+
+
+class ReferenceAlphaAdam:
+    """AlphaAdam on one tensor, line by line: Chang, Li & Yuan, AlphaAdam, 2025, eq. 5, 6 and 9 and Algorithm 1.
+
+    Args:
+        x: The parameter, of any shape; replaced by each step.
+        mask: "async" (eq. 6), "sync" (eq. 5) or "none".
+        compensation: "norm" (eq. 9), "algorithm1" (the box) or "none".
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        mask: str = "async",
+        compensation: str = "norm",
+        bias_correction: bool = True,
+    ):
+        self.x, self.lr, self.betas, self.eps, self.weight_decay = x, lr, betas, eps, weight_decay
+        self.mask, self.compensation, self.bias_correction = mask, compensation, bias_correction
+        self.h, self.v, self.t = torch.zeros_like(x), torch.zeros_like(x), 0
+
+    def step(self, g: Tensor) -> tuple[float, float]:  # α, kept share
+        (beta1, beta2), old = self.betas, self.h
+        self.t += 1
+        self.h = beta1 * self.h + (1 - beta1) * g
+        self.v = beta2 * self.v + (1 - beta2) * g * g
+        h, v = self.h, self.v
+        if self.bias_correction:
+            h, v = h / (1 - beta1**self.t), v / (1 - beta2**self.t)
+        u = h / (v.sqrt() + self.eps)
+        judged = {"async": old * g, "sync": self.h * g, "none": torch.zeros_like(g)}[self.mask]
+        phi = (judged >= 0).to(u.dtype)
+        alpha, kept = 1.0, float((phi * u).square().sum())
+        if kept > 0 and self.compensation != "none":
+            alpha = (float(u.square().sum()) / kept) ** 0.5
+        if self.compensation == "algorithm1":
+            alpha = alpha**2 * u.numel() / (float(phi.sum()) + 1)
+        self.x = self.x * (1 - self.lr * self.weight_decay) - self.lr * alpha * phi * u
+        return alpha, float(phi.mean())

@@ -11,7 +11,7 @@ from equipoise.pipelines import cli
 
 OPTIMIZERS = "equipoise.optimizers"
 BUILT_IN = {
-    "optimizers": ["bounded_adamw", "scaled_adamw", "scaled_gd"],
+    "optimizers": ["ada_sam", "alpha_adam", "bounded_adamw", "sam", "scaled_adamw", "scaled_gd"],
     "coordinators": ["constant"],
     "objectives": ["equal_weight", "joint"],
     "pipelines": ["text_to_image"],

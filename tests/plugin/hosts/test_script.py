@@ -121,6 +121,19 @@ def test_other_bases_methods_and_update_rules(tmp_path):
     assert "warning: sgd does not have betas=(0.9, 0.999), eps=1e-08, which the script sets." in lost.stderr
 
 
+@pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
+def test_an_update_rule_takes_adamws_place_with_all_that_the_script_hands_it(style, tmp_path, capsys):
+    from equipoise import AlphaAdam
+
+    words = ("--style", style, "--optimizer", "alpha_adam", "--optimizer-args", "mask=sync", "max_alpha=2")
+    ours = run(tmp_path, *words)
+    assert ours.returncode == 0 and "alpha_adam takes AdamW's place" in ours.stderr, ours.stderr
+    assert "warning: alpha_adam" not in ours.stderr
+    by_hand(style, lambda params, **given: AlphaAdam(params, mask="sync", max_alpha=2.0, **given))
+    assert ours.stdout == capsys.readouterr().out
+    assert ours.stdout != run(tmp_path, "--style", style).stdout
+
+
 def test_a_script_keeps_its_own_option(tmp_path):
     flags = 'parser.add_argument("--optimizer", default="AdamW", choices=["AdamW", "prodigy"])'
     both = run(tmp_path, "--optimizer", "AdamW", "--optimizer=scaled", flags=flags)

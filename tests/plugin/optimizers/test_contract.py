@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from equipoise import AdaSAM, BoundedAdamW, ScaledAdamW, SharpnessAware, bounded, registry, scaled
+from equipoise import AdaSAM, AlphaAdam, BoundedAdamW, ScaledAdamW, SharpnessAware, bounded, registry, scaled
 
 ENTRIES = {entry.name: entry for entry in registry.entries("optimizers")}
 COMPOSED: list[type[Optimizer]] = [
@@ -20,6 +20,8 @@ COMPOSED: list[type[Optimizer]] = [
     SharpnessAware(BoundedAdamW),
     scaled(AdaSAM),
     bounded(AdaSAM),
+    scaled(AlphaAdam),
+    bounded(AlphaAdam),
 ]
 
 # Where torch's own depart from the contract, and why; a departure that ends fails the test.
@@ -40,8 +42,9 @@ def optimizer_class(request: pytest.FixtureRequest) -> type[Optimizer]:
 
 
 def test_the_contract_covers_what_is_installed():
-    assert {"ada_sam", "bounded_adamw", "sam", "scaled_adamw", "scaled_gd", "adamw", "sgd"} <= ENTRIES.keys()
-    assert len(ENTRIES) >= 17 and len(set(COMPOSED)) == len(COMPOSED)
+    ours = {"ada_sam", "alpha_adam", "bounded_adamw", "sam", "scaled_adamw", "scaled_gd"}
+    assert ours | {"adamw", "sgd"} <= ENTRIES.keys()
+    assert len(ENTRIES) >= 18 and len(set(COMPOSED)) == len(COMPOSED)
 
 
 class Net(nn.Module):

@@ -1,0 +1,365 @@
+"""AlphaAdam: AdamW that leaves out the entries whose gradient contradicts the momentum, and makes up for them.
+
+Method: AlphaAdam, asynchronous masked Adam with dynamic compensation.
+Paper: Chang, Li & Yuan, AlphaAdam: Asynchronous Masked Optimization with Dynamic Alpha for Selective Updates, 2025.
+Options: `mask="async"` is eq. 6, `"sync"` eq. 5; `compensation="norm"` is eq. 9, `"algorithm1"` what the algorithm box
+has in its place; `max_alpha` is not in the paper. Bias correction belongs to AdamW, on which the text builds; the box
+omits it. The box's strict ">" would keep nothing at the first step, where h is 0; eq. 6 has "≥", and so has this.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from equipoise.errors import InputError
+from equipoise.optimizers.pair_optimizer import unpack
+from equipoise.optimizers.preconditioner import chunk_entries
+
+Mask = Literal["async", "sync", "none"]
+Compensation = Literal["norm", "algorithm1", "none"]
+_Tensors = list[Tensor] | tuple[Tensor, ...]
+_Row = tuple[list[int], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # whose they are, θ, g, h, v
+_Seen = tuple[Tensor, Tensor | None]  # α, and the kept share if it was counted: () on the device
+
+# Stands in for an eps of 0: below the root of the smallest float32, so that 0/0 becomes 0 and nothing else changes.
+_TINY = 1e-30
+_ROWS = 16  # of u that wait in memory for their α at a time
+
+
+class AlphaAdam(Optimizer):
+    """AdamW on the entries whose gradient agrees in sign with the momentum, scaled up for those left out.
+
+    The update: h and v are Adam's moments, u = ĥ/(√v̂ + ε), the mask φ = 1[h₋₁·g ≥ 0] with h₋₁ from before this step,
+    and α = ‖u‖/‖φ⊙u‖ per tensor; then θ ← θ(1 − lr·wd) − lr·α·φ⊙u. A step is as long as AdamW's, so AdamW's learning
+    rates are where to start. Where a mask keeps nothing, only the weight decay moves. The paper's ablation (Table 3)
+    has it ahead of AdamW early in training and slightly behind at the end. It treats any tensor; for LoRA factors it
+    combines with `scaled` and `bounded`.
+
+    Args:
+        params: A model (its trainable parameters), named parameters, parameter groups, or an iterator of tensors.
+        lr: Learning rate. (>= 0)
+        betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
+        eps: Added to the denominator. (>= 0)
+        weight_decay: Decoupled weight decay, of all entries, kept or not. (>= 0)
+        mask: "async": the gradient against the momentum before it (eq. 6). "sync": against the momentum that holds it
+            already (eq. 5), which drops fewer. "none": every entry is kept.
+        compensation: "norm": α restores the norm of the step (eq. 9). "algorithm1": the algorithm box, the square of
+            that times d/(‖φ‖₀ + 1) for d entries; steps get longer, so learning rates do not carry over. "none": α = 1.
+        bias_correction: Correct the moments for their start at zero; the algorithm box does not.
+        max_alpha: Largest α; None: no limit. (>= 1)
+        count_kept: Count at each step what the mask keeps, for `kept`; costs a pass over the mask.
+        maximize: Maximise the objective instead of minimising it.
+        foreach: Work on many tensors at once; None: wherever all are plain tensors. False: the readable update.
+
+    Moments have their parameter's dtype, as AdamW's; for float16 and bfloat16 the arithmetic in between is float32. The
+    state is AdamW's, so that a checkpoint of either loads into the other.
+
+    Raises:
+        InputError: An option is out of bounds, a parameter is complex or a gradient sparse, or a model has nothing to
+            train.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(3))
+        >>> optimizer = AlphaAdam([("weight", weight)], lr=0.1, weight_decay=0.0, count_kept=True)
+        >>> for gradient in ([1.0, 1.0, 1.0], [1.0, 1.0, -1.0]):
+        ...     weight.grad = torch.tensor(gradient)
+        ...     optimizer.step()
+        >>> print([f"{entry:.3f}" for entry in weight.tolist()])  # the third stays where the first step took it
+        ['-0.200', '-0.200', '-0.100']
+        >>> print(f"{optimizer.alphas['weight']:.3f} {optimizer.kept['weight']:.3f}")
+        1.001 0.667
+
+    Paper: AlphaAdam: Asynchronous Masked Optimization with Dynamic Alpha for Selective Updates, 2025, eq. 5, 6 and 9,
+        Algorithm 1
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        mask: Mask = "async",
+        compensation: Compensation = "norm",
+        bias_correction: bool = True,
+        max_alpha: float | None = None,
+        count_kept: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        given, _ = unpack(params)
+        super().__init__(given, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "mask": mask,
+            "compensation": compensation, "bias_correction": bias_correction, "max_alpha": max_alpha,
+            "count_kept": count_kept, "maximize": maximize, "foreach": foreach,
+        })  # fmt: skip
+        self._seen: dict[Tensor, _Seen] = {}  # of each parameter's last step; no part of the state
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """By parameter, the α of its last step. Waits for the device; costs nothing unless it is asked for."""
+        return self._read(0)
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """By parameter, the share of its entries that the mask kept at its last step, with `count_kept`. Waits too."""
+        if not any(group["count_kept"] for group in self.param_groups):
+            raise InputError(f"{type(self).__name__}: what the mask keeps is counted only with count_kept=True.")
+        return self._read(1)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check_options(self, len(self.param_groups) - 1)
+            if any(param.is_complex() for param in self.param_groups[-1]["params"]):
+                raise InputError(
+                    f"{type(self).__name__}: a parameter is complex. Train its torch.view_as_real instead."
+                )
+        except InputError:
+            del self.param_groups[-1]
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = {}
+        for group in self.param_groups:  # a state saved by AdamW lacks the options, and may count on the device
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            for param in group["params"]:
+                if "step" in self.state.get(param, {}):
+                    self.state[param]["step"] = torch.as_tensor(self.state[param]["step"], dtype=torch.float32).cpu()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):  # before anything moves
+            _check_options(self, index)
+            if any(param.grad is not None and param.grad.layout is not torch.strided for param in group["params"]):
+                raise InputError(
+                    f"{type(self).__name__}: a gradient is sparse. Make it dense (sparse=False of nn.Embedding)."
+                )
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            states = [self._state(param) for param in params]
+            for state in states:
+                state["step"] += 1
+            plain = all(type(param) in (Tensor, nn.Parameter) for param in params)
+            update = _update_many if (plain if group["foreach"] is None else group["foreach"]) else _update_each
+            for batch in _batches(params, states):
+                taken = [params[i] for i in batch]
+                self._seen.update(zip(taken, update(taken, [states[i] for i in batch], group), strict=True))
+        return loss
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            # Counted on the CPU, as torch does: reading the count then never waits for the device.
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        return state
+
+    def _read(self, which: int) -> dict[str, float]:
+        values = {}
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+            for name, param in zip(names, group["params"], strict=True):
+                value = self._seen.get(param, (None, None))[which]
+                if value is not None:
+                    values[name] = float(value)
+        return values
+
+
+def _update_each(params: _Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
+    """The update as the paper has it, one tensor after the other."""
+    (beta1, beta2), seen = group["betas"], []
+    for param, state in zip(params, states, strict=True):
+        assert param.grad is not None
+        p, g, h, v = map(_widen, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+        if group["maximize"]:
+            g = -g
+        past = h.clone()
+        h.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        t = float(state["step"]) if group["bias_correction"] else math.inf
+        u = (h / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + max(group["eps"], _TINY))
+
+        phi = torch.ones_like(u, dtype=torch.bool)
+        if group["mask"] != "none":
+            phi = (past if group["mask"] == "async" else h) * g >= 0
+        masked = torch.where(phi, u, 0)
+        count = phi.sum().to(u.dtype)
+        alpha = _alpha(u.norm(), masked.norm(), (count + 1) / p.numel(), group)
+
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(group["lr"] * alpha * masked)
+        for stored, value in ((param, p), (state["exp_avg"], h), (state["exp_avg_sq"], v)):
+            if stored is not value:
+                stored.copy_(value)
+        seen.append((alpha, count / p.numel() if group["count_kept"] else None))
+    return seen
+
+
+def _update_many(params: _Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
+    """The same update in few passes over memory, for tensors of one device, dtype and step count."""
+    (beta1, beta2), t = group["betas"], float(states[0]["step"]) if group["bias_correction"] else math.inf
+    # û = rate·h/(√v + floor): the common factor is left to the end, for α does not need it.
+    root = math.sqrt(1 - beta2**t)
+    rate, floor = root / (1 - beta1**t), _scalar(max(group["eps"], _TINY) * root, params[0])
+    decay = _scalar(1 - group["lr"] * group["weight_decay"], params[0])
+    masks = group["mask"] != "none"
+    counts = masks and (group["count_kept"] or group["compensation"] == "algorithm1")
+
+    rows = _rows(params, states)
+    updates, norms, kept_norms, dropped = [], [], [], []
+    for _, _, grads, moments, squares in rows:
+        g, h, v = map(_widen_all, (grads, moments, squares))
+        if group["maximize"]:
+            g = torch._foreach_neg(g)
+        agreement = torch._foreach_mul(h, g) if group["mask"] == "async" else ()
+        torch._foreach_lerp_(h, g, 1 - beta1)
+        torch._foreach_lerp_(v, torch._foreach_mul(g, g), 1 - beta2)
+        u = torch._foreach_sqrt(v)
+        torch._foreach_add_(u, floor)
+        torch._foreach_reciprocal_(u)  # and a product: faster than to divide
+        torch._foreach_mul_(u, h)
+        norms += torch._foreach_norm(u)
+        if masks:
+            # φ − 1 is -1 or 0. To choose by comparison (torch.where) takes forty times as long on a CPU.
+            agreement = agreement or torch._foreach_mul(h, g)
+            torch._foreach_clamp_max_(agreement, 0)
+            torch._foreach_sign_(agreement)
+            torch._foreach_addcmul_(u, u, agreement)
+            kept_norms += torch._foreach_norm(u)
+            if counts:
+                dropped += torch._foreach_norm(agreement)
+        _narrow(h, moments)
+        _narrow(v, squares)
+        updates.append(u)
+
+    def gather(pieces: list[Tensor]) -> Tensor:  # norms of pieces → (tensors,), squared
+        squares = torch.stack(pieces).square()
+        return squares.new_zeros(len(params)).index_add_(0, owners, squares)
+
+    owners = torch.tensor([owner for row in rows for owner in row[0]]).to(params[0].device, non_blocking=True)
+    full = gather(norms).sqrt()
+    kept = gather(kept_norms).sqrt() if masks else full
+    sizes = torch.tensor([param.numel() for param in params], dtype=full.dtype).to(full.device, non_blocking=True)
+    count = sizes - gather(dropped).round() if counts else sizes
+    alpha = _alpha(full, kept, (count + 1) / sizes, group)
+    steps = (alpha * (-rate * group["lr"])).unbind()
+    for (owned, stored, *_), u in zip(rows, updates, strict=True):
+        p = _widen_all(stored)
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(p, decay)
+        torch._foreach_addcmul_(p, u, [steps[owner] for owner in owned])
+        _narrow(p, stored)
+    shares = (count / sizes).unbind() if group["count_kept"] else [None] * len(params)
+    return list(zip(alpha.unbind(), shares, strict=True))
+
+
+def _alpha(
+    full: Tensor,  # () or (tensors,): ‖u‖
+    kept: Tensor,  # ‖φ⊙u‖
+    room: Tensor,  # (‖φ‖₀ + 1)/d
+    group: Mapping[str, Any],
+) -> Tensor:
+    if group["compensation"] == "none":
+        return torch.ones_like(full)
+    alpha = torch.where(kept > 0, full / kept, 1.0)  # nothing kept: nothing moves, whatever α
+    if group["compensation"] == "algorithm1":
+        alpha = alpha.square() / room
+    return alpha.clamp(max=1e30 if group["max_alpha"] is None else group["max_alpha"])  # inf·0 would be NaN
+
+
+def _batches(params: _Tensors, states: Sequence[dict[str, Tensor]]) -> list[list[int]]:
+    """Indices of the tensors that share device, dtype and step count, as many at a time as u may take memory for."""
+    batches: list[list[int]] = []
+    current: dict[Any, tuple[list[int], int]] = {}
+    for index, (param, state) in enumerate(zip(params, states, strict=True)):
+        kind = (param.device, param.dtype, float(state["step"]))
+        batch, filled = current.get(kind, ([], 0))
+        if not batch or filled + param.numel() > _ROWS * chunk_entries(param.device):
+            batch, filled = [], 0
+            batches.append(batch)
+        batch.append(index)
+        current[kind] = batch, filled + param.numel()
+    return batches
+
+
+def _rows(params: _Tensors, states: Sequence[dict[str, Tensor]]) -> list[_Row]:
+    """Tensors that fit the cache together, large ones on a CPU in pieces, so that only the first pass reads memory."""
+    limit, rows, filled = chunk_entries(params[0].device), [], math.inf
+    for owner, (param, state) in enumerate(zip(params, states, strict=True)):
+        assert param.grad is not None
+        tensors, size = (param, param.grad, state["exp_avg"], state["exp_avg_sq"]), param.numel()
+        pieces: Iterable[tuple[Tensor, ...]] = [tensors]
+        if size > limit and param.device.type == "cpu" and all(tensor.is_contiguous() for tensor in tensors):
+            pieces, size = zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True), limit
+        for piece in pieces:
+            if filled + size > limit:
+                rows.append(([], [], [], [], []))
+                filled = 0
+            for column, entry in zip(rows[-1], (owner, *piece), strict=True):
+                column.append(entry)
+            filled += size
+    return rows
+
+
+def _scalar(value: Any, like: Tensor) -> Any:
+    """On a CPU as a tensor: torch would make one of a number for every single tensor of a list."""
+    if like.device.type != "cpu":
+        return value
+    return torch.as_tensor(value, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+def _widen_all(tensors: _Tensors) -> _Tensors:
+    if tensors[0].element_size() >= 4:
+        return tensors
+    wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    torch._foreach_copy_(wide, tensors)
+    return wide
+
+
+def _narrow(wide: _Tensors, stored: _Tensors) -> None:
+    if wide is not stored:
+        torch._foreach_copy_(stored, wide)
+
+
+def _check_options(optimizer: Optimizer, index: int) -> None:
+    group = optimizer.param_groups[index]
+    where = f"{type(optimizer).__name__}: parameter group {index}"
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
+            if value.device.type != "cpu":
+                continue  # reading it would wait for the device
+            value = value.item()
+        if not (_is_number(value) and value >= 0):
+            raise InputError(f"{where}: {name} must be a finite number, 0 or more; got {value!r}.")
+    betas = group["betas"]
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
+        raise InputError(f"{where}: betas must be two numbers, each 0 or more and below 1; got {betas!r}.")
+    for name, choices in (("mask", get_args(Mask)), ("compensation", get_args(Compensation))):
+        if group[name] not in choices:
+            raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {group[name]!r}.")
+    limit = group["max_alpha"]
+    if limit is not None and not (_is_number(limit) and limit >= 1):
+        raise InputError(f"{where}: max_alpha must be a finite number, 1 or more, or None; got {limit!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

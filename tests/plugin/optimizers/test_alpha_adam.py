@@ -1,0 +1,415 @@
+"""AlphaAdam against the golden trajectories, its slow twin, torch's AdamW and the paper's limits."""
+
+import copy
+import doctest
+import io
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from equipoise import AlphaAdam, attach, bounded, scaled
+from equipoise.errors import InputError
+from equipoise.optimizers import alpha_adam as module
+from equipoise.optimizers.reference import ReferenceAlphaAdam
+from equipoise.options import options, read_options
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "alpha_adam.json").read_text())
+EXACT = 1e-10  # float64: what is left is the order of a few products
+SHAPES = [(40, 30), (7,), (2, 3, 3, 3), (), (300, 300)]  # the last in pieces on a CPU
+READINGS = [(mask, comp) for mask in ("async", "sync", "none") for comp in ("norm", "algorithm1", "none")]
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in SHAPES]
+
+
+def fill(params: list[nn.Parameter], index: int) -> None:
+    generator = torch.Generator().manual_seed(100 + index)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+
+
+def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    for index in range(start, start + steps):
+        fill(params, index)
+        optimizer.step()
+
+
+def furthest(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:
+    return max(float((x.detach().double() - y.detach().double()).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+# Against the golden trajectories and the slow twin
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("reading", GOLDEN["runs"])
+def test_golden_trajectories(reading: str, foreach: bool):
+    mask, compensation, correction = reading.split("/")
+    param = nn.Parameter(torch.tensor(GOLDEN["p"], dtype=torch.float64))
+    names = {name: GOLDEN[name] for name in ("lr", "eps", "weight_decay")}
+    optimizer = AlphaAdam([("p", param)], betas=tuple(GOLDEN["betas"]), mask=mask, compensation=compensation,
+                          bias_correction=correction == "bc", foreach=foreach, **names)  # fmt: skip
+    run = GOLDEN["runs"][reading]
+    assert len(GOLDEN["grads"]) == len(run["steps"]) == len(run["alpha"]) == 8
+    for grad, wanted, alpha in zip(GOLDEN["grads"], run["steps"], run["alpha"], strict=True):
+        param.grad = torch.tensor(grad, dtype=torch.float64)
+        optimizer.step()
+        torch.testing.assert_close(param.data, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=EXACT)
+        assert optimizer.alphas["p"] == pytest.approx(alpha, abs=EXACT)
+
+
+def test_the_golden_file_holds_every_reading():
+    assert set(GOLDEN["runs"]) == {f"{m}/{c}/{b}" for m, c in READINGS for b in ("bc", "nobc")}
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(("mask", "compensation"), READINGS)
+def test_matches_the_slow_twin_on_many_tensors(mask, compensation, foreach):
+    params = parameters()
+    twins = [ReferenceAlphaAdam(p.detach().clone(), 1e-2, mask=mask, compensation=compensation) for p in params]
+    optimizer = AlphaAdam(params, 1e-2, mask=mask, compensation=compensation, foreach=foreach, count_kept=True)
+    for index in range(6):
+        train(params, optimizer, 1, index)
+        seen = [twin.step(p.grad) for twin, p in zip(twins, params, strict=True)]
+        for twin, param in zip(twins, params, strict=True):
+            torch.testing.assert_close(param.data, twin.x, rtol=0, atol=EXACT)
+        assert list(optimizer.alphas.values()) == pytest.approx([alpha for alpha, _ in seen], abs=EXACT)
+        assert list(optimizer.kept.values()) == pytest.approx([kept for _, kept in seen], abs=EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("mask", "compensation"), READINGS)
+def test_foreach_and_readable_agree(dtype, mask, compensation):
+    many, one = parameters(dtype), parameters(dtype)
+    common = {"lr": 1e-2, "mask": mask, "compensation": compensation}
+    train(many, AlphaAdam(many, foreach=True, **common), 5)
+    train(one, AlphaAdam(one, foreach=False, **common), 5)
+    # One unit in the last place of numbers below 8, for a rounding may go either way; in float32, of a few sums too.
+    assert furthest(many, one) <= {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
+    assert furthest(many, parameters(dtype)) > 1e-2
+
+
+# The limit, and that it is one
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_is_adamw_without_mask_and_compensation_and_else_is_not(foreach: bool, maximize: bool):
+    common = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "maximize": maximize}
+    plain = parameters()
+    train(plain, AdamW(plain, foreach=False, **common), 8)
+    for mask, compensation in READINGS:
+        params = parameters()
+        train(params, AlphaAdam(params, mask=mask, compensation=compensation, foreach=foreach, **common), 8)
+        same = mask == "none" and compensation != "algorithm1"
+        assert (furthest(params, plain) < EXACT) is same
+        assert same or furthest(params, plain) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_torchs_fused_adamw_in_the_limit(dtype):
+    params, plain = parameters(dtype), parameters(dtype)
+    train(params, AlphaAdam(params, 1e-2, mask="none"), 5)
+    train(plain, AdamW(plain, 1e-2, fused=True), 5)  # its arithmetic is float32, too
+    assert furthest(params, plain) <= {torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
+    state = AlphaAdam(params).state
+    assert not state
+    optimizer = AlphaAdam(params)
+    train(params, optimizer, 1)
+    assert all(optimizer.state[p]["exp_avg"].dtype == optimizer.state[p]["exp_avg_sq"].dtype == dtype for p in params)
+    assert all(set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in params)
+
+
+def test_the_norm_of_the_step_is_restored_and_the_masked_entries_stay():
+    param, plain = (nn.Parameter(torch.zeros(50, dtype=torch.float64)) for _ in range(2))
+    optimizer, adamw = AlphaAdam([param], 1e-2, weight_decay=0.0), AdamW([plain], 1e-2, weight_decay=0.0)
+    past = torch.zeros(50, dtype=torch.float64)
+    for index in range(5):
+        before, plain_before = param.detach().clone(), plain.detach().clone()
+        for each, rule in (([param], optimizer), ([plain], adamw)):
+            train(each, rule, 1, index)
+        step, plain_step = param.detach() - before, plain.detach() - plain_before
+        torch.testing.assert_close(step.norm(), plain_step.norm())
+        dropped = past * param.grad < 0
+        assert not step[dropped].any() and step[~dropped].all() and bool(dropped.any()) is (index > 0)
+        past = optimizer.state[param]["exp_avg"].clone()
+
+
+# Tensors of which nothing is kept, without gradients, of zero
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("compensation", ["norm", "algorithm1", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_where_nothing_is_kept_nothing_moves(foreach, compensation, dtype):
+    params = [nn.Parameter(torch.ones(4, 3, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))]
+    common = {"weight_decay": 0.0, "compensation": compensation, "foreach": foreach, "count_kept": True}
+    optimizer = AlphaAdam(params, 1e-2, **common)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = copy.deepcopy(params)
+    params[0].grad = -torch.ones_like(params[0])
+    optimizer.step()
+    assert torch.equal(params[0], before[0]) and not torch.equal(params[1], before[1])
+    assert list(optimizer.kept.values()) == [0.0, 1.0]
+    assert all(math.isfinite(alpha) for alpha in optimizer.alphas.values())
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zero_gradients_move_nothing(foreach, eps, dtype):
+    params = [nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(0, dtype=dtype))]
+    optimizer = AlphaAdam(params, 1e-2, eps=eps, weight_decay=0.0, foreach=foreach)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert torch.equal(params[0], torch.ones(4, dtype=dtype))
+    params[0].grad = torch.tensor([0, 0.5, 0, 0], dtype=dtype)  # one entry among those that never had a gradient
+    optimizer.step()
+    assert params[0].isfinite().all() and (params[0] != 1).tolist() == [False, True, False, False]
+
+
+def test_a_missing_gradient_is_no_step():
+    params = parameters()
+    optimizer = AlphaAdam([(f"p{i}", p) for i, p in enumerate(params)], 1e-2)
+    train(params, optimizer, 2)
+    before = params[1].detach().clone()
+    fill(params, 2)
+    params[1].grad = None
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [3, 2, 3, 3, 3]
+    twin = parameters()
+    other = AlphaAdam(twin, 1e-2, foreach=False)
+    train(twin, other, 2)
+    fill(twin, 2)
+    twin[1].grad = None
+    other.step()
+    for rule, each in ((optimizer, params), (other, twin)):  # counts that differ from here on
+        train(each, rule, 2, 3)
+    assert furthest(params, twin) < EXACT
+
+
+# Groups, options, state
+
+
+def test_each_group_has_its_own_options():
+    a, b = parameters()[:2]
+    groups = [
+        {"params": iter([a]), "mask": "sync", "lr": 1e-3},
+        {"params": [b], "compensation": "none", "max_alpha": 2.0},
+    ]
+    optimizer = AlphaAdam(groups, lr=1e-2)
+    twins = [
+        ReferenceAlphaAdam(a.detach().clone(), 1e-3, mask="sync"),
+        ReferenceAlphaAdam(b.detach().clone(), 1e-2, compensation="none"),
+    ]
+    for index in range(4):
+        train([a, b], optimizer, 1, index)
+        for twin, param in zip(twins, (a, b), strict=True):
+            twin.step(param.grad)
+            torch.testing.assert_close(param.data, twin.x, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_max_alpha_limits_it(foreach: bool):
+    free, limited = parameters(), parameters()
+    unlimited = AlphaAdam(free, 1e-2, foreach=foreach)
+    optimizer = AlphaAdam(limited, 1e-2, foreach=foreach, max_alpha=1.1)
+    train(free, unlimited, 3)
+    train(limited, optimizer, 3)
+    assert max(unlimited.alphas.values()) > 1.1 >= max(optimizer.alphas.values()) > 1.0
+    assert furthest(free, limited) > 1e-4
+
+
+def test_a_rate_in_a_tensor_is_that_rate():
+    params, others = parameters(), parameters()
+    train(params, AlphaAdam(params, torch.tensor(1e-2, dtype=torch.float64)), 3)
+    train(others, AlphaAdam(others, 1e-2), 3)
+    assert furthest(params, others) < EXACT
+
+
+def test_alphas_are_by_name_and_kept_asks_to_be_switched_on():
+    model = nn.Linear(8, 4)
+    optimizer = AlphaAdam(model, 1e-2)
+    assert optimizer.alphas == {}
+    train(list(model.parameters()), optimizer, 3)
+    assert optimizer.alphas.keys() == {"weight", "bias"} and optimizer.alphas["weight"] > 1
+    with pytest.raises(InputError, match="count_kept=True"):
+        _ = optimizer.kept
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_resume_is_exact_and_loads_with_weights_only(foreach: bool):
+    params = parameters(torch.bfloat16)
+    optimizer = AlphaAdam(params, 1e-2, mask="sync", max_alpha=3.0, foreach=foreach)
+    train(params, optimizer, 3)
+    file = io.BytesIO()
+    torch.save([[p.data for p in params], optimizer.state_dict()], file)
+    file.seek(0)
+    weights, saved = torch.load(file, weights_only=True)
+    others = [nn.Parameter(w) for w in weights]
+    resumed = AlphaAdam(others, 1.0)  # every option comes from the file
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["mask"] == "sync" and resumed.param_groups[0]["max_alpha"] == 3.0
+    for index in range(3, 23):
+        train(params, optimizer, 1, index)
+        train(others, resumed, 1, index)
+        assert furthest(params, others) == 0.0, f"step {index}"
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_copies_take_the_same_steps(copier):
+    params = parameters()
+    optimizer = AlphaAdam(params, 1e-2)
+    train(params, optimizer, 2)
+    others, other = copier((params, optimizer))
+    train(params, optimizer, 2, 2)
+    train(others, other, 2, 2)
+    assert furthest(params, others) == 0.0 and other.alphas == optimizer.alphas
+
+
+def test_checkpoints_of_adamw_load_and_go_on():
+    params = parameters(torch.float32)
+    adamw = AdamW(params, 1e-2, fused=True)
+    train(params, adamw, 3)
+    optimizer = AlphaAdam(params, mask="none")
+    optimizer.load_state_dict(adamw.state_dict())
+    others = copy.deepcopy(params)
+    plain = AdamW(others, 1e-2)
+    plain.load_state_dict(copy.deepcopy(adamw.state_dict()))
+    train(params, optimizer, 3, 3)
+    train(others, plain, 3, 3)
+    assert furthest(params, others) < 1e-6  # float32
+    back = AdamW(params, 1e-2)
+    back.load_state_dict(optimizer.state_dict())
+    train(params, back, 1)
+
+
+# With pairs
+
+
+class Lora(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 12), requires_grad=False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(3, 12) / 3), nn.Parameter(torch.randn(9, 3) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight + self.lora_B @ self.lora_A).T
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for index in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(5, 12, generator=torch.Generator().manual_seed(index))).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
+def test_scaling_runs_before_it(order: str):
+    model, plain = (copy.deepcopy(m) for m in [Lora()] * 2)
+    optimizer = scaled(AlphaAdam)(model, lr=1e-2, damping=1e-3, order=order, mask="sync")
+    assert optimizer.param_groups[0]["mask"] == "sync" and len(optimizer.pairs) == 1
+    descend(model, optimizer, 5)
+    descend(plain, AlphaAdam(plain, 1e-2, mask="sync"), 5)
+    assert not torch.allclose(model.lora_A, plain.lora_A, atol=1e-3)
+    assert optimizer.alphas.keys() == {"lora_A", "lora_B"}
+
+
+def test_attached_it_is_the_scaled_class_and_the_bound_holds():
+    model = Lora()
+    other, held = copy.deepcopy(model), copy.deepcopy(model)
+    descend(model, scaled(AlphaAdam)(model, lr=1e-2, damping=1e-3), 4)
+    descend(other, attach(AlphaAdam(other, lr=1e-2), other, damping=1e-3), 4)
+    assert torch.equal(model.lora_A, other.lora_A) and torch.equal(model.lora_B, other.lora_B)
+    before = (held.lora_B @ held.lora_A).detach()
+    optimizer = bounded(AlphaAdam)(held, lr=1.0, trust=0.01)
+    descend(held, optimizer, 1)
+    moved = (held.lora_B @ held.lora_A).detach() - before
+    torch.testing.assert_close(moved.norm(), 0.01 * held.weight.norm())
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a finite number, 0 or more; got -1.0."),
+        ({"lr": float("nan")}, "lr must be a finite number, 0 or more; got nan."),
+        ({"lr": torch.tensor(-1.0)}, "lr must be a finite number, 0 or more; got -1.0."),
+        ({"lr": torch.ones(2)}, "lr must be a finite number"),
+        ({"eps": float("inf")}, "eps must be a finite number, 0 or more; got inf."),
+        ({"eps": -1e-8}, "eps must be a finite number, 0 or more; got -1e-08."),
+        ({"weight_decay": "0.1"}, "weight_decay must be a finite number, 0 or more; got '0.1'."),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers, each 0 or more and below 1; got \(0.9, 1.0\)."),
+        ({"betas": (float("nan"), 0.9)}, "betas must be two numbers"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+        ({"mask": "asynchronous"}, "mask must be 'async' or 'sync' or 'none'; got 'asynchronous'."),
+        ({"compensation": "box"}, "compensation must be 'norm' or 'algorithm1' or 'none'; got 'box'."),
+        ({"max_alpha": 0.5}, "max_alpha must be a finite number, 1 or more, or None; got 0.5."),
+    ],
+)
+def test_options_out_of_bounds_are_one_sentence(given, message):
+    param = nn.Parameter(torch.ones(3))
+    with pytest.raises(InputError, match=f"^AlphaAdam: parameter group 0: {message}") as raised:
+        AlphaAdam([param], **given)
+    assert "\n" not in str(raised.value)
+    optimizer = AlphaAdam([param])
+    with pytest.raises(InputError, match="parameter group 1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **given})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(given)
+    param.grad = torch.ones(3)
+    with pytest.raises(InputError, match="parameter group 0"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3)) and not optimizer.state
+
+
+def test_complex_parameters_and_sparse_gradients_are_refused():
+    with pytest.raises(InputError, match="a parameter is complex"):
+        AlphaAdam([nn.Parameter(torch.ones(3, dtype=torch.complex64))])
+    table, dense = nn.Embedding(5, 2, sparse=True), nn.Parameter(torch.ones(3))
+    optimizer = AlphaAdam([{"params": [dense]}, {"params": table.parameters()}])
+    table(torch.tensor([1])).sum().backward()
+    dense.grad = torch.ones(3)
+    with pytest.raises(InputError, match="a gradient is sparse"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(3))
+    with pytest.raises(InputError, match="no trainable parameter"):
+        AlphaAdam(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_options_are_read_from_text():
+    values, problems = read_options(
+        AlphaAdam, {"mask": "sync", "max_alpha": "2", "bias_correction": "no", "lr": "1e-4"}
+    )
+    assert not problems and values == {"mask": "sync", "max_alpha": 2.0, "bias_correction": False, "lr": 1e-4}
+    _, problems = read_options(AlphaAdam, {"mask": "asink", "max_alpha": "0.5", "eps": "-1"})
+    assert len(problems) == 3 and "Did you mean 'async'?" in problems[0]
+    known = {option.name: option for option in options(AlphaAdam)}
+    assert all(option.help for option in known.values())
+    assert {name for name, option in known.items() if option.bounds} == {
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "max_alpha",
+    }
+
+
+def test_the_examples_in_the_docstrings_run():
+    results = doctest.testmod(module, extraglobs={"torch": torch})
+    assert results.attempted >= 4 and results.failed == 0
