@@ -18,6 +18,8 @@ COMPOSED: list[type[Optimizer]] = [
     SharpnessAware(NAdam),
     SharpnessAware(ScaledAdamW),
     SharpnessAware(BoundedAdamW),
+    SharpnessAware(AlphaAdam),
+    scaled(SharpnessAware(AlphaAdam)),
     scaled(AdaSAM),
     bounded(AdaSAM),
     scaled(AlphaAdam),

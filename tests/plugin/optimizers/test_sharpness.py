@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, NAdam, Optimizer, RMSprop, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from equipoise import AdaSAM, BoundedAdamW, ScaledAdamW, SharpnessAware, attach, bounded, scaled
+from equipoise import AdaSAM, AlphaAdam, BoundedAdamW, ScaledAdamW, SharpnessAware, attach, bounded, scaled
 from equipoise.errors import InputError
 from equipoise.optimizers import sharpness as module
 from equipoise.optimizers.amsgrad import AMSGrad
@@ -177,7 +178,7 @@ def test_without_moments_and_perturbation_it_is_torchs_amsgrad():
     assert same(model, other, EXACT)
 
 
-@pytest.mark.parametrize("base", [SGD, AdamW, NAdam, RMSprop, AMSGrad])
+@pytest.mark.parametrize("base", [SGD, AdamW, NAdam, RMSprop, AMSGrad, AlphaAdam])
 def test_rho_0_is_the_base_to_the_bit_and_else_it_is_not(base: type[Optimizer]):
     models = [net() for _ in range(3)]
     for model in models[1:]:
@@ -665,6 +666,29 @@ def test_the_random_numbers_are_the_same_in_both_evaluations_and_advance_once():
     assert torch.equal(after, torch.rand(3))
 
 
+def test_nothing_waits_for_the_device():
+    """Reading one number of a tensor is what would; on the CPU it can be caught."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default, "a number was read"
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(net(), nn.BatchNorm1d(4).double())
+    for adaptive in (False, True):
+        optimizer = AdaSAM(model, rho=0.1, adaptive=adaptive)
+        for index in range(2):
+            loss_of(model, index).backward()
+            with Watch():
+                assert optimizer.perturb()
+            loss_of(model, index).backward()
+            with Watch():
+                optimizer.restore()
+                optimizer.step()
+    with pytest.raises(AssertionError, match="a number was read"), Watch():
+        torch.ones(1).item()
+
+
 def test_frozen_and_missing_gradients_stay_where_they_are():
     model = net()
     model[0].weight.requires_grad_(False)
@@ -777,7 +801,7 @@ def by_parts(model: nn.Module, base: Optimizer, rho: float, steps: range) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "sequential"}, {"trust": 1e-3}], ids=str)
-@pytest.mark.parametrize("base", [AdamW, SGD, AMSGrad])
+@pytest.mark.parametrize("base", [AdamW, SGD, AMSGrad, AlphaAdam])
 def test_scaling_and_the_bound_come_once_on_the_second_gradient(base: type[Optimizer], options: dict):
     make = SharpnessAware(scaled(base))
     for how in ("class", "attach", "in place"):
