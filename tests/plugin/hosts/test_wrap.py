@@ -170,6 +170,7 @@ def test_the_command_takes_the_process_over(folder):
         (["--optimizer", "scaled_adamm", "--"], "no optimizer 'scaled_adamm'. Did you mean 'scaled_adamw'"),
         (["--optimizer", "AdamW", "--"], "no optimizer 'AdamW'. Did you mean 'adamw'"),
         (["--optimizer", "scaled", "--optimizer-args", "dampin=1", "--"], "scaled has no option 'dampin' here."),
+        (["--optimizer", "ada_sam", "--"], "ada_sam: it evaluates each batch twice, which an unmodified script"),
         (["--optimizer", "joint", "--"], "works on the losses or rates of a training loop"),
         (["--optimizer", "scaled", "--lr", "1", "--"], "--lr is not understood before the --."),
         (["--optimizer", "scaled"], "no command was given. Use equipoise wrap --optimizer NAME"),
