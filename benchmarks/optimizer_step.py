@@ -1,7 +1,7 @@
 """Time of one optimizer step on the LoRA shapes of the Stable Diffusion 1.5 U-Net's attention, or on all of GPT-2's.
 
     python benchmarks/optimizer_step.py --ranks 4 16 64 --threads 1
-    python benchmarks/optimizer_step.py --shapes gpt2 --only AdamW AlphaAdam
+    python benchmarks/optimizer_step.py --shapes gpt2 --only "torch AdamW" AlphaAdam
 
 Prints a Markdown table: the median step time of each optimizer, and its ratio to torch's AdamW as it comes. The
 optimizers take turns, one step each, so that whatever else the machine does falls on all of them alike; on a machine
