@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        with open(partial, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         save_file(own, partial, metadata)
+        os.chmod(partial, stat.S_IMODE(mode))  # safetensors makes files that only their owner may read
         _sync(partial)
         os.replace(partial, path)
     except BaseException:

@@ -1,5 +1,7 @@
 """Training state survives the disk to the bit, and a failure to write loses nothing."""
 
+import os
+
 import pytest
 import torch
 
@@ -34,6 +36,15 @@ def test_round_trip(tmp_path):
     assert step == 7
     assert same(loaded, weights)
     assert same(state, STATE)
+
+
+def test_files_may_be_read_by_whom_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoints.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
