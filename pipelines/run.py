@@ -146,8 +146,8 @@ class Run:
         if exit_code is None:
             exit_code = {"done": 0, "stopped": 128 + (self.signal or signal.SIGTERM)}.get(state, 1)
         taken = {} if step is None else {"step": step}
-        now = time.time()
-        self.update(state=state, message=message, exit_code=exit_code, ended=now, heartbeat=now, **taken)
+        now, spent = time.time(), self.status().duration
+        self.update(state=state, message=message, exit_code=exit_code, ended=now, heartbeat=now, seconds=spent, **taken)
 
     def requested(self) -> set[str]:
         """The requests that have come since the last call; "stop" stays once it came. Takes microseconds."""

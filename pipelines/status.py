@@ -37,7 +37,7 @@ class Status:
     queued: float | None = None  # since when it waits in the queue
     started: float | None = None  # the latest session's start
     ended: float | None = None
-    seconds: float = 0.0  # of the sessions before the latest
+    seconds: float = 0.0  # spent training, over all sessions that have ended
     heartbeat: float | None = None
     host: str | None = None
     pid: int | None = None
@@ -47,9 +47,9 @@ class Status:
     @property
     def duration(self) -> float:
         """Seconds spent training, over all sessions."""
-        if self.started is None:
-            return 0.0
-        last = {"running": time.time(), "dead": self.heartbeat}.get(self.state, self.ended)
+        if self.started is None or self.state not in ("running", "dead"):
+            return self.seconds
+        last = time.time() if self.state == "running" else self.heartbeat
         return self.seconds + max(0.0, (last or self.started) - self.started)
 
     @property
