@@ -5,12 +5,14 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 130 or 143 stopped on r
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from equipoise import __version__
 from equipoise.errors import EquipoiseError, InputError
@@ -18,7 +20,7 @@ from equipoise.pipelines.files import disk_full
 
 # command → (module in equipoise.pipelines.commands, one line of help); `args.command` tells a shared module which it is
 COMMANDS = {
-    "list": ("listing", "what is installed: optimizers, coordinators, objectives, pipelines"),
+    "list": ("listing", "what is installed: optimizers, coordinators, objectives, pipelines, configs"),
     "show": ("listing", "one of them: what it is, its options, its paper"),
     "train": ("train", "train a configuration: equipoise train CONFIG [key=value …]"),
     "resume": ("train", "continue a run from its last checkpoint"),
@@ -31,6 +33,17 @@ COMMANDS = {
     "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
     "demo": ("demo", "compare learning rates on the embedded model, with no network"),
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keys of a configuration, given as if they were options, are answered with how they are given."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: --(\w[\w.-]*)(?:[= ](\S+))?", message)
+        if found and any(action.dest == "overrides" for action in self._actions):
+            key, value = found[1].replace("-", "_"), found[2] or "VALUE"
+            message += f". A key of the configuration is given without dashes: {key}={value}"
+        super().error(message)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
@@ -54,7 +67,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
         close = get_close_matches(command, COMMANDS, n=1)
         top.error(f"no command {command!r}. " + (f"Did you mean {close[0]!r}? " if close else "") + "See --help.")
     module = f"equipoise.pipelines.commands.{COMMANDS[command][0]}"
-    parser = argparse.ArgumentParser(prog=f"equipoise {command}", description=COMMANDS[command][1])
+    parser = _Parser(prog=f"equipoise {command}", description=COMMANDS[command][1])
     parser.set_defaults(command=command)
     import_module(module).add_arguments(parser)
     if command in ("run", "wrap") and argv[1:2] not in (["--help"], ["-h"]):  # what follows is mostly another's

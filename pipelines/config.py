@@ -7,8 +7,6 @@ A pipeline's `Config` is a `RunConfig` made of `Section`s. `load` reads a YAML f
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import yamlio
 from equipoise.pipelines.keys import Key, Problems, describe, explain, section_at, show
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
+from equipoise.pipelines.shipped import shipped
 from equipoise.registry import load as load_plugin
 
 __all__ = [
@@ -105,19 +104,6 @@ def config_class(source: str | Path) -> type[RunConfig]:
         ConfigError, InputError: as `load`.
     """
     return _pipeline_config(*_read(source), [])
-
-
-def shipped() -> dict[str, Traversable]:
-    """The configurations that come with Equipoise: name → file."""
-
-    def walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-        for item in folder.iterdir():
-            if item.is_dir():
-                yield from walk(item, f"{prefix}{item.name}/")
-            elif item.name.endswith(".yaml"):
-                yield f"{prefix}{item.name.removesuffix('.yaml')}", item
-
-    return dict(sorted(walk(files("equipoise.configs"), "")))
 
 
 def _read(source: str | Path) -> tuple[str, dict]:

@@ -34,6 +34,7 @@ class Pipeline:
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     Config: ClassVar[type[RunConfig]] = RunConfig
+    loading: ClassVar[str] = ""  # the line of code that loads a result elsewhere; {folder} stands for result/
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -41,6 +42,11 @@ class Pipeline:
 
         Called before anything is written; an empty list means go.
         """
+        return []
+
+    @classmethod
+    def doubts(cls, config: Any) -> list[str]:
+        """What may be meant but is unlikely to work, one sentence each; shown when training starts."""
         return []
 
     @classmethod

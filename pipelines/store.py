@@ -81,10 +81,10 @@ class Store:
             _fill(folder, config, record)
         try:
             self.index.put(record, *queued.values())
-        except EquipoiseError:
+            return Run(parent / name)
+        except BaseException:  # an interrupt, too
             shutil.rmtree(parent / name)
             raise
-        return Run(parent / name)
 
     def get(self, ref: str, kinds: Collection[str] = TOP) -> Run:
         """The run of that id, or of the only id that starts so, or the youngest of `kinds` for "latest".

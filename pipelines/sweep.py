@@ -47,6 +47,8 @@ def create(config: RunConfig, id: str | None = None) -> Run:
     }
     if problems := list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.check(cell))):
         raise ConfigError(problems)
+    for doubt in dict.fromkeys(line for cell in worlds.values() for line in pipeline.doubts(cell)):
+        print(doubt, file=sys.stderr)
     return Store(config.runs).create(config, kind="sweep", id=id, cells=cells)
 
 

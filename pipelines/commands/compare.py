@@ -120,16 +120,18 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         for name in ("score", "object", "colour", "shape", "kept", "broken", "clip", "loss_after")
         if name in comparison.base.metrics
     ]
+    seeds = len({cell.seed for cell in comparison.cells}) > 1
     rows = [
         [
             cell.row,
             "" if not cell.run else shown_rate(cell.rate),
+            *([cell.seed if cell.run else ""] if seeds else []),
             *(f"{cell.metrics[name]:.3g}" if name in cell.metrics else "" for name in shown),
             cell.state,
         ]
         for cell in [comparison.base, *comparison.cells]
     ]
-    print(table(["", "RATE", *(name.upper() for name in shown), "STATE"], rows))
+    print(table(["", "RATE", *(["SEED"] if seeds else []), *(name.upper() for name in shown), "STATE"], rows))
     print(f"\nScore: {comparison.score}.\nLearning rates that worked:")
     for row, found in comparison.ranges().items():
         print(f"  {row}: {found or 'none of those tried'}")

@@ -6,7 +6,7 @@ import time
 
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.commands.sweep import resume
+from equipoise.pipelines.commands.sweep import check_workers, resume
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_workers(args.workers)
     started = time.perf_counter()
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
     config = configs.load("text_to_image/demo", overrides)
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "Teaching the embedded model an object it has never seen, from six pictures, at five learning rates.",
         flush=True,
     )
-    if code := resume(sweep, max(1, args.workers)):
+    if code := resume(sweep, args.workers):
         return code
     print(
         f"\nDone in {time.perf_counter() - started:.0f} seconds. Open the report in a browser; the grid is a picture."

@@ -9,15 +9,21 @@ from typing import Any
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.options import options, references, summary
+from equipoise.pipelines.shipped import purpose, shipped
 from equipoise.pipelines.tables import table
 from equipoise.verdicts import verdicts
+
+CONFIGS = "configs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("command") == "list":
-        parser.add_argument("kind", nargs="?", metavar="KIND", help=f"only one of: {', '.join(registry.KINDS)}")
+        parser.add_argument(
+            "kind", nargs="?", metavar="KIND", help=f"only one of: {', '.join(registry.KINDS)}, {CONFIGS}"
+        )
         parser.add_argument("--check", action="store_true", help="load each one, and exit with 1 if any is broken")
     else:
+        parser.usage = "equipoise show [--json] [KIND] NAME"
         parser.add_argument("name", nargs="+", metavar="[KIND] NAME", help="such as `scaled_adamw`")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -27,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    if args.kind == CONFIGS:
+        return _list_configs(args)
     found = registry.entries(args.kind)
     errors = [registry.check(entry) for entry in found] if args.check else verdicts(found)
     if args.json:
@@ -38,9 +46,24 @@ def _list(args: argparse.Namespace) -> int:
         print(lines[0])
         for line, error in zip(lines[1:], errors, strict=True):
             print(line + (f"\n    error: {error}" if error else ""))
+        if not args.kind:
+            print(
+                "\n`equipoise list configs` shows the configurations that `equipoise train` and `sweep` know by name."
+            )
         if not args.check:
             print("\nWhat is not built in was loaded once; `equipoise list --check` loads each one anew.")
     return 1 if args.check and any(errors) else 0
+
+
+def _list_configs(args: argparse.Namespace) -> int:
+    if args.check:
+        raise InputError(f"--check: goes with plugins. `equipoise train NAME --dry-run` checks one of the {CONFIGS}.")
+    rows = [(name, purpose(file)) for name, file in shipped().items()]
+    if args.json:
+        print(json.dumps([dict(zip(("name", "summary"), row, strict=True)) for row in rows], indent=2))
+    else:
+        print(table(["NAME", "FOR"], rows))
+    return 0
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from equipoise.pipelines.store import TOP, Store, find
 from equipoise.pipelines.tables import table
 
 _SHOWN = 20
+_ENDS = 3  # lines of each cell's log
 _POLL = 0.2  # seconds between two looks
 _GRACE = 10.0  # seconds that a process has after being interrupted, before it is killed
 
@@ -78,6 +79,8 @@ def _row(item: Status) -> list[str]:
 
 def _logs(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
+    if found.status().kind == "sweep":
+        return _cells_logs(found, args)
     raw = args.follow and sys.stdout.isatty()  # a terminal shows a progress bar move; elsewhere its last state will do
     rest = ""
     for chunk in _chunks(found, args.follow):
@@ -86,6 +89,23 @@ def _logs(args: argparse.Namespace) -> int:
         sys.stdout.flush()
     if rest and not raw:
         sys.stdout.write(_settled(rest))
+    return 0
+
+
+def _cells_logs(found: Run, args: argparse.Namespace) -> int:
+    """A sweep has no log of its own: how its cells stand, and the end of what each has printed."""
+    mine = sweeps.cells(found)
+    now = [cell.status() for cell in mine]
+    chosen = next((it.id for it in now if it.state == "running"), now[0].id if now else "CELL")
+    if args.follow and not found.status().over:
+        raise InputError(
+            f"{found.id}: is a sweep, each of whose cells has a log. `equipoise logs {chosen} --follow` follows one."
+        )
+    for cell, stands in zip(mine, now, strict=True):
+        print(f"{cell.id}: {_ending(stands)}")
+        for line in "".join(_chunks(cell, follow=False)).splitlines()[-_ENDS:]:
+            print(f"    {line}")
+    print(f"\nAll of one: equipoise logs {chosen}\nWhat the workers printed: {found.folder / 'workers.txt'}")
     return 0
 
 

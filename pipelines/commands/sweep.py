@@ -36,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.workers is not None and args.workers < 1:
-        raise InputError(f"--workers: must be at least 1, got {args.workers}.")
+    check_workers(args.workers)
     return resume(_continued(args) or _new(args), args.workers, not args.no_compare)
+
+
+def check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers: must be at least 1, got {workers}.")
 
 
 def resume(sweep: Run, workers: int | None = None, compare: bool = True) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import environment
-from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.files import disk_full, write_atomic
 from equipoise.pipelines.keys import show
 from equipoise.pipelines.pipeline import Pipeline, execute
 from equipoise.pipelines.run import Run, sentence
@@ -57,10 +58,18 @@ def _train(args: argparse.Namespace) -> int:
         print(configs.dump(config), end="", flush=True)
     if problems := pipeline.check(config):
         raise ConfigError(problems)
+    for doubt in pipeline.doubts(config):
+        print(doubt, file=sys.stderr)
     if args.dry_run:
         return 0
     made = Store(config.runs).create(config, id=args.id)
-    return _start(made, _ref(made), args.detach, pipeline, config)
+    try:
+        return _start(made, _ref(made), args.detach, pipeline, config)
+    except InputError as error:
+        # What could not begin is no run. One of a full disk can be resumed, as its message says.
+        if not made.metrics() and not disk_full(error.__cause__ or error):
+            shutil.rmtree(made.folder)
+        raise
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -113,10 +122,12 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
         print(f"{made.id}: training in the background as process {pid}, in {made.folder}")
         print(_AFTERWARDS.format(ref=ref, where="" if ref == made.id else f" --runs {made.root}"))
         return 0
-    print(f"{made.id}: training in {made.folder}", flush=True)
     try:
+        print(f"{made.id}: training in {made.folder}", flush=True)
         outcome = execute(pipeline, config, made)
     except KeyboardInterrupt:
+        if made.status().state == "queued":
+            made.update(state="stopped", message="interrupted before it began.", ended=time.time(), exit_code=130)
         print(
             f"{made.id}: interrupted. `equipoise resume {ref}` continues it from its last checkpoint.", file=sys.stderr
         )
@@ -124,6 +135,11 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
     print(f"{made.id}: {outcome.state}. {outcome.message}".rstrip())
     if outcome.state == "stopped":
         print(f"`equipoise resume {ref}` continues it.")
+    elif any(made.result.iterdir()):
+        load = f" Load it: {pipeline.loading.format(folder=str(made.result))}" if pipeline.loading else ""
+        print(f"  result:  {made.result}{load}")
+        if pipeline.compare.__func__ is not Pipeline.compare.__func__:
+            print(f"  next:    `equipoise compare {ref}` draws it beside the untouched base")
     return made.status().exit_code or 0
 
 

@@ -17,12 +17,19 @@ class TextToImage(Pipeline):
     name = "text_to_image"
     title = "Text to image (LoRA)"
     Config = TextToImageConfig
+    loading = "pipeline.load_lora_weights({folder!r})"
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:
         from equipoise.pipelines.text_to_image.check import problems
 
         return problems(config)
+
+    @classmethod
+    def doubts(cls, config: TextToImageConfig) -> list[str]:
+        from equipoise.pipelines.text_to_image.check import doubts
+
+        return doubts(config)
 
     @classmethod
     def run(cls, config: TextToImageConfig, run: Run) -> Outcome:

@@ -14,9 +14,11 @@ from equipoise.pipelines.text_to_image.layout import (
     layers,
     model_problems,
     model_source,
+    native_resolution,
     unmatched,
 )
 
+FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are tuned at 768, and those of 768 at 512
 _DECODED = 2_000  # pictures decoded beforehand; in larger folders the rest is found out while latents are computed
 
 
@@ -48,6 +50,17 @@ def problems(config: TextToImageConfig) -> list[str]:
             "launch or torchrun."
         )
     return found
+
+
+def doubts(config: TextToImageConfig) -> list[str]:
+    """A sentence if the pictures are far larger or smaller than those the base was made for."""
+    made_for, given = native_resolution(config.model.path, config.model.revision), config.data.resolution
+    if made_for is None or made_for / FAR < given < made_for * FAR:
+        return []
+    return [
+        f"data.resolution: {given} pixels, but {config.model.path} was made for {made_for}; what it learns may be of "
+        f"little use. data.resolution={made_for} fits."
+    ]
 
 
 def _target_problems(config: TextToImageConfig) -> list[str]:

@@ -5,6 +5,7 @@ starting noise are the same everywhere, so what differs between two pictures of 
 """
 
 import json
+import logging
 import math
 import sys
 import warnings
@@ -33,6 +34,11 @@ from equipoise.pipelines.text_to_image.metrics import (
     score,
 )
 from equipoise.pipelines.text_to_image.result import LORA_FILE
+
+# Said once per cell, and no news: a run that leaves the text encoder as it is has no factors for it.
+logging.getLogger("diffusers.loaders.lora_base").addFilter(
+    lambda record: not record.getMessage().startswith("No LoRA keys associated to CLIPTextModel")
+)
 
 THUMBNAIL = 160  # pixels, the longer side
 

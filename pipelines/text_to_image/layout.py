@@ -18,6 +18,7 @@ CONFIGS = (
     "tokenizer/tokenizer_config.json",
 )
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a U-Net may have learnt to predict
+HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -73,17 +74,42 @@ def index_problems(index: Path, name: str) -> list[str]:
 
 def hub_problems(path: str, revision: str | None = None) -> list[str]:
     """Why a hub id is not a Stable Diffusion 1.x/2.x checkpoint, asked before gigabytes are fetched."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+    name = "model_index.json"
     try:
-        index = hf_hub_download(path, "model_index.json", revision=revision)
-    except (OSError, ValueError) as error:
+        index = try_to_load_from_cache(path, name, revision=revision)
+        if not isinstance(index, str):
+            # Asks once; a download from a hub that does not answer is tried again for minutes.
+            get_hf_file_metadata(hf_hub_url(path, name, revision=revision), timeout=HUB_TIMEOUT)
+            index = hf_hub_download(path, name, revision=revision)
+    except Exception as error:  # OSError, ValueError, or the HTTP client's own, whichever that is
         reason = " ".join(str(error).split()).split(". ")[0]
         return [
             f"model.path: {path} is no folder here, and the hub gave no model_index.json of that name ({reason}). "
             "Check the spelling, the revision and the connection."
         ]
     return index_problems(Path(index), path)
+
+
+def native_resolution(path: str, revision: str | None = None) -> int | None:
+    """Pixels, the side of the pictures that a checkpoint's U-Net was made for; None where its files do not say."""
+    from huggingface_hub import hf_hub_download
+
+    described = []
+    for name in ("unet/config.json", "vae/config.json"):  # both are fetched later in any case
+        try:
+            local = is_local(path)
+            described.append(
+                _json(Path(model_source(path), name) if local else Path(hf_hub_download(path, name, revision=revision)))
+            )
+        except (OSError, ValueError):
+            return None
+    try:
+        unet, vae = described
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (KeyError, TypeError, ValueError):  # sample_size may be missing, or a pair
+        return None
 
 
 def layers(folder: Path, part: str, variant: str | None = None) -> list[str]:

@@ -44,7 +44,7 @@ class CountingConfig(RunConfig):
     checkpoint: Checkpoint = Checkpoint()
     prompts: list[str] = Field([], description="Texts.")
     end: Literal["good", "error", "nan", "bad input", "full disk"] = Field("good", description="How it goes.")
-    note: str | None = Field(None, description="A text; `open the data` does that.")
+    note: str | None = Field(None, description="A text; `open the data` does that, and `cannot begin` fails.")
 
 
 class TunedConfig(CountingConfig):
@@ -72,6 +72,8 @@ class Counting(Pipeline):
         saved = run.checkpoints / "count.json"
         count = json.loads(saved.read_bytes())["count"] if saved.exists() else 0
         run.log(f"from {count}")
+        if config.note == "cannot begin":
+            raise cls._unusable()
         run.rewind_metrics(count)
         run.update(step=count, total=config.train.steps)
         while count < config.train.steps:

@@ -8,6 +8,7 @@ import pytest
 
 from equipoise import __version__, registry
 from equipoise.pipelines import cli
+from equipoise.pipelines.shipped import shipped
 
 OPTIMIZERS = "equipoise.optimizers"
 BUILT_IN = {
@@ -24,7 +25,9 @@ def equipoise(*words):
     return ended.returncode, ended.stdout, ended.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["list"], ["list", "--json"], ["list", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["list"], ["list", "--json"], ["list", "--help"], ["list", "configs"]]
+)
 def test_quick_commands_import_nothing_heavy(words):
     code = f"""
 import sys
@@ -64,7 +67,9 @@ def test_version(capsys):
     [
         ([], "usage: equipoise COMMAND"),
         (["lst"], "no command 'lst'. Did you mean 'list'?"),
-        (["list", "--chekc"], "unrecognized arguments: --chekc"),
+        (["list", "--chekc"], "unrecognized arguments: --chekc\n"),
+        (["train", "x", "--learning_rate", "1e-4"], "is given without dashes: learning_rate=1e-4\n"),
+        (["sweep", "x", "--samples.steps=9"], "is given without dashes: samples.steps=9\n"),
     ],
 )
 def test_wrong_usage_exits_with_2(words, message, capsys):
@@ -97,6 +102,15 @@ def test_list_one_kind(kind, capsys):
     ours = [row.split() for row in rows if row.split()[2] == "equipoise"]
     assert ours == [[name, kind[:-1], "equipoise", __version__] for name in BUILT_IN[kind]]
     assert len(rows) == len(ours) or kind == "optimizers"
+
+
+def test_list_configs(capsys):
+    assert cli.main(["list", "configs"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}  " in shown for name in shipped()) and "Teach the embedded base" in shown
+    assert cli.main(["list", "configs", "--json"]) == 0
+    assert [record["name"] for record in json.loads(capsys.readouterr().out)] == list(shipped())
+    assert cli.main(["list", "configs", "--check"]) == 2
 
 
 def test_list_as_json_has_every_entry(capsys):

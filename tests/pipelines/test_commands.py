@@ -64,6 +64,7 @@ def test_a_run_from_start_to_end(call):
     run = Store().get("latest")
     assert f"{run.id}: training in {run.folder}" in out
     assert f"{run.id}: done. counted to 4." in out
+    assert f"  result:  {run.result}\n" in out and "equipoise compare" not in out, "this pipeline has no comparison"
     assert (run.result / "count.txt").read_text() == "4"
     assert steps(run) == [1, 2, 3, 4]
     assert (run.config().seed, run.config().train.steps) == (9, 4)
@@ -108,6 +109,22 @@ def test_bad_input_is_explained_and_leaves_nothing(call, place, words, said):
     assert "Traceback" not in err
     assert len(err.splitlines()) == len(said)
     assert sorted(place.rglob("*")) == before
+
+
+def test_what_cannot_begin_leaves_no_run(call):
+    code, _, err = call("train", "vase.yaml", "note=cannot begin", "--id", "bad")
+    assert (code, err) == (2, "picture 3: cannot be read.\n")
+    assert not Path("runs/bad").exists() and "No runs in" in call("runs")[1]
+
+
+def test_a_start_that_is_interrupted_waits_for_nobody():
+    """Ctrl-C as soon as there is a run: it is stopped, or it never was."""
+    process = start("train", "vase.yaml", "train.pause=0.05", "steps=2000", "--id", "vase")
+    until(Path("runs/vase/status.json").exists, "a run")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert not Path("runs/vase").exists() or Run("runs/vase").status().state == "stopped"
 
 
 def test_dry_run_and_keys_write_nothing(call, place):

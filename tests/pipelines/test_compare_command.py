@@ -88,6 +88,23 @@ def test_a_comparison_of_other_things_has_a_folder_of_its_own(capfd):
     assert len(list(Path("runs/comparisons").glob("*/report.html"))) == 2
 
 
+def test_the_table_tells_seeds_apart_where_there_are_several(capfd, monkeypatch):
+    assert main(["compare", "k"]) == 0
+    assert "SEED" not in capfd.readouterr().out
+
+    def seeded(*given):
+        comparison = draw(*given)
+        for seed, cell in enumerate(comparison.cells, start=5):
+            cell.seed = seed
+        return comparison
+
+    monkeypatch.setattr(sys.modules["counting"].Compared, "compare", classmethod(seeded))
+    assert main(["compare", "k"]) == 0
+    header, base, *rows = capfd.readouterr().out.splitlines()[:4]
+    assert header.split() == ["RATE", "SEED", "SCORE", "STATE"] and base.split() == ["base", "0", "untouched"]
+    assert [row.split()[1:3] for row in rows] == [["1e-4", "5"], ["1e-3", "6"]]
+
+
 def test_runs_are_compared_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -168,3 +168,22 @@ def test_a_cell_that_was_deleted_is_trained_anew():
     shutil.rmtree(sweep.folder / "seed=1")
     assert main(["sweep", "k", "--no-compare"]) == 0
     assert states(sweep) == ["done"] * 3
+
+
+def test_the_logs_of_a_sweep_are_its_cells(capfd):
+    sweep = created(seed=[0, 1])
+    for cell in sweeps.cells(sweep):
+        cell.log("\n".join(f"{cell.id} says {number}" for number in range(9)))
+    assert main(["logs", "k"]) == 0
+    out = capfd.readouterr().out
+    assert "k/seed=0: queued at step 0" in out and "k/seed=1 says 8" in out and "says 5" not in out
+    assert "equipoise logs k/seed=0" in out and str(sweep.folder / "workers.txt") in out
+    assert main(["logs", "k", "--follow"]) == 2
+    assert "`equipoise logs k/seed=0 --follow` follows one" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["sweep", "vase.yaml"], ["demo"]])
+def test_no_workers_are_refused(words, capfd):
+    assert main([*words, "--workers", "0"]) == 2
+    assert capfd.readouterr().err == "--workers: must be at least 1, got 0.\n"
+    assert not Path("runs").exists()

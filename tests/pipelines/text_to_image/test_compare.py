@@ -38,6 +38,13 @@ def test_a_lora_file_that_is_missing_or_broken_is_named(compare, trained, capfd)
     assert not (trained / "comparison").exists()
 
 
+def test_what_is_no_news_is_not_printed(compare, capfd):
+    """The run has no factors for the text encoder, which diffusers says of every cell."""
+    capfd.readouterr()
+    assert compare() == 0
+    assert "No LoRA keys" not in capfd.readouterr().err
+
+
 def test_a_disk_that_fills_up_while_pictures_are_written(compare, trained, capfd):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))

@@ -2,10 +2,22 @@
 
 import json
 import shutil
+import socket
+import time
 
 import pytest
 
-from equipoise.pipelines.text_to_image.layout import hub_problems, is_local, layers, model_problems, unmatched
+from equipoise.pipelines import config as configs
+from equipoise.pipelines.text_to_image import layout
+from equipoise.pipelines.text_to_image.check import doubts
+from equipoise.pipelines.text_to_image.layout import (
+    hub_problems,
+    is_local,
+    layers,
+    model_problems,
+    native_resolution,
+    unmatched,
+)
 
 
 @pytest.fixture
@@ -158,6 +170,7 @@ def test_the_kind_of_a_hub_checkpoint_is_asked_first(monkeypatch, tmp_path, kind
         (tmp_path / name).write_text(json.dumps({"_class_name": kind}))
         return str(tmp_path / name)
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     problems = hub_problems("owner/name", "main")
     assert problems == [] if message is None else message in problems[0]
@@ -167,7 +180,38 @@ def test_a_hub_id_that_is_none(monkeypatch):
     def fetch(*_, **__):
         raise OSError("404: no\nsuch repository")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fetch)
     (problem,) = hub_problems("nobody/nothing")
     assert "nobody/nothing is no folder here, and the hub gave no model_index.json" in problem
     assert "404: no such repository" in problem
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """A real server that takes every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        there = f"http://127.0.0.1:{silent.getsockname()[1]}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", there)
+        monkeypatch.setattr(layout, "HUB_TIMEOUT", 0.5)
+        started = time.monotonic()
+        (problem,) = hub_problems("nobody/nothing")
+    assert "timed out" in problem and "Check the spelling, the revision and the connection" in problem
+    assert time.monotonic() - started < 5
+    assert layout.HUB_TIMEOUT < 30
+
+
+@pytest.mark.parametrize(("resolution", "doubted"), [(32, False), (48, False), (16, True), (512, True)])
+def test_a_resolution_far_from_the_bases_own_is_doubted(checkpoint, resolution, doubted):
+    """This base's latents are 4 by 4, of 8 by 8 pixels each."""
+    given = [f"model={checkpoint}", f"data.resolution={resolution}"]
+    found = doubts(configs.load("text_to_image/dreambooth", given))
+    assert len(found) == doubted
+    assert not doubted or f"{resolution} pixels, but {checkpoint} was made for 32" in found[0]
+    assert native_resolution("demo") == 64
+
+
+def test_a_base_that_does_not_say_its_resolution_is_not_doubted(tmp_path):
+    assert native_resolution(str(tmp_path)) is None
+    for part, described in (("unet", {"sample_size": [64, 96]}), ("vae", {"block_out_channels": [8]})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(described))
+    assert native_resolution(str(tmp_path)) is None
