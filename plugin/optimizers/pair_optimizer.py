@@ -190,12 +190,18 @@ def unpack(params: nn.Module | Iterable[Any]) -> tuple[Any, nn.Module | None]:
         return params, None
     if not isinstance(params, nn.Module):
         # An iterator can be read only once, and torch takes what is left of one for a whole group.
-        return [
+        items = [
             {**item, "params": item["params"] if isinstance(item["params"], Tensor) else list(item["params"])}
             if isinstance(item, Mapping)
             else item
-            for item in params
-        ], None
+            for item in (params if isinstance(params, Iterable) else [params])
+        ]
+        if wrong := [entry for entry in _entries(items) if not isinstance(entry, Tensor)]:
+            raise InputError(
+                "The parameters must be a model, tensors, (name, tensor) pairs, or groups of them such as "
+                f'{{"params": [...]}}, got {wrong[0]!r}.'
+            )
+        return items, None
     named = [(name, param) for name, param in params.named_parameters() if param.requires_grad]
     if not named:
         raise InputError(
@@ -207,12 +213,17 @@ def unpack(params: nn.Module | Iterable[Any]) -> tuple[Any, nn.Module | None]:
 
 def _can_fuse(params: Any) -> bool:
     """Whether torch's fused kernel takes all of them. On the CPU it walks memory linearly and would overwrite gaps."""
-    tensors: list[Any] = []
-    for item in [params] if isinstance(params, Tensor) else params:
-        entries = item["params"] if isinstance(item, Mapping) else [item]
-        tensors += [entries] if isinstance(entries, Tensor) else list(entries)
-    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in tensors]
+    tensors = _entries([params] if isinstance(params, Tensor) else params)
     return all(t.is_floating_point() and t.device.type in ("cpu", "cuda") and t.is_contiguous() for t in tensors)
+
+
+def _entries(items: Iterable[Any]) -> list[Any]:
+    """What should be tensors, out of groups and (name, tensor) pairs."""
+    found: list[Any] = []
+    for item in items:
+        entries = item["params"] if isinstance(item, Mapping) else [item]
+        found += [entries] if isinstance(entries, Tensor) else list(entries)
+    return [entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in found]
 
 
 def _blank(makers: Sequence[Callable[[type], type]], root: type[Optimizer]) -> Any:

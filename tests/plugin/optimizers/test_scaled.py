@@ -680,3 +680,9 @@ def test_classes_are_cached_named_and_describe_themselves():
 def test_the_examples_in_the_docstrings_run():
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted >= 5 and results.failed == 0
+
+
+@pytest.mark.parametrize("params", ["x", 3, [3], [("name", 3)], [{"params": "x"}], [("a", "b", "c")]])
+def test_what_is_no_parameter_is_named(params):
+    with pytest.raises(InputError, match=r"The parameters must be a model, tensors, .*, got ['3(]"):
+        ScaledAdamW(params, lr=1)
