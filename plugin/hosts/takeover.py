@@ -5,6 +5,7 @@ optimizer there is, attached when it takes its first step; an update rule of its
 """
 
 import functools
+import gc
 import inspect
 import sys
 import weakref
@@ -37,6 +38,7 @@ def treat(
     """
     _watch_clipping()
     seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+    treated: list[str] = []  # their classes
 
     @_or_end
     def first_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -45,10 +47,17 @@ def treat(
         refuse_deepspeed(name)  # a program may have turned it on after its start
         seen.add(optimizer)
         if isinstance(optimizer, PairOptimizer):
+            treated.append(type(optimizer).__name__)
             return  # the script made it so itself
         found = find_pairs(optimizer)
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if not found.pairs:
+            if not treated and not _others_hold_pairs(optimizer):
+                raise InputError(
+                    f"--optimizer {name}: the {type(optimizer).__name__} of {len(params)} tensors holds no LoRA pairs, "
+                    "and neither does any other optimizer of this program, so there is nothing to treat. Have it train "
+                    "LoRA adapters, or leave --optimizer out."
+                )
             _say(f"{type(optimizer).__name__} of {len(params)} tensors holds no LoRA pairs: left as it is.")
             return
         if len(params) == 1:
@@ -65,11 +74,20 @@ def treat(
         for group in optimizer.param_groups:
             group.update(given)
         attach(optimizer, **{"damping": None, **defaults, **given})
+        treated.append(kind)
         options = {key: optimizer.param_groups[0][key] for key in defaults}
         factors = {id(factor) for pair in found for factor in (pair.A, pair.B)}
         _report(method, kind, options, found.summary, params, factors, optimizer)
 
     register_optimizer_step_pre_hook(first_step)
+
+
+def _others_hold_pairs(optimizer: Optimizer) -> bool:
+    """Whether another optimizer alive in this process holds LoRA pairs; its turn to step may come later."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Optimizer)}
+    found: list[Any] = [o for o in objects if type(o) in kinds and "state" in vars(o)]  # others are still being made
+    return any(o is not optimizer and find_pairs(o).pairs for o in found)
 
 
 def _or_end(call: Callable[..., None]) -> Callable[..., None]:
@@ -119,7 +137,10 @@ def _report(
     _say(f"{method} ({shown}) on {kind}. {summary}")
     others = sum(id(param) not in factors for param in params)
     dtypes = Counter(str(param.dtype).removeprefix("torch.") for param in params)
-    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(float(g["lr"]) for g in optimizer.param_groups))
+    rates = ", ".join(
+        "its own" if rate is None else f"{float(rate):g}"  # transformers' Adafactor works its rate out
+        for rate in dict.fromkeys(g["lr"] for g in optimizer.param_groups)
+    )
     clipping = "on" if _clipped["tensors"] else "off"
     _say(
         f"{others} other tensors are {kind}'s alone; dtypes {', '.join(f'{n} × {d}' for d, n in dtypes.items())}; "

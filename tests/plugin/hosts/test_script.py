@@ -46,6 +46,14 @@ elif args.style == "sgd":
 elif args.style == "each":
     optimizers = [optimizer_class([p], lr=1e-2) for p in trainable]
     optimizer = optimizers[0]
+elif args.style == "full":
+    optimizer = optimizer_class([p.requires_grad_() for n, p in net.named_parameters() if "lora" not in n], lr=1e-2)
+elif args.style == "beside":
+    optimizer = optimizer_class(list(trainable), lr=1e-2)
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1e-2).step()
+elif args.style == "adafactor":
+    from transformers import Adafactor
+    optimizer = Adafactor(list(trainable))
 net, optimizer = accelerator.prepare(net, optimizer)
 start = 0
 if args.resume:
@@ -179,6 +187,10 @@ def test_what_cannot_work_is_one_sentence(words, message, tmp_path, capsys):
             "the script makes a SGD, not an AdamW. Use --optimizer scaled",
         ),
         (["--optimizer", "scaled", "--style", "each"], "the script makes one optimizer per parameter"),
+        (
+            ["--optimizer", "scaled", "--style", "full"],
+            "AdamW of 4 tensors holds no LoRA pairs, and neither does any other",
+        ),
     ],
 )
 def test_what_shows_at_the_first_step_is_said_before_anything_is_trained(words, message, tmp_path):
@@ -199,6 +211,8 @@ def test_parsing(tmp_path):
     script.touch()
     words = [str(script), "--lr", "1", "--optimizer=scaled", "--optimizer-args", "damping=1", "order=sequential", "--x"]
     assert parse(words) == (str(script), ["--lr", "1", "--x"], "scaled", {"damping": "1", "order": "sequential"})
+    both = [str(script), "--optimizer", "prodigy", "--optimizer", "scaled"]
+    assert parse(both) == (str(script), ["--optimizer", "prodigy"], "scaled", {})
     assert parse([str(script), "--optimizer", "prodigy"]) == (str(script), ["--optimizer", "prodigy"], None, {})
     with pytest.raises(InputError, match="no such file"):
         parse(["absent.py"])
@@ -219,3 +233,53 @@ def test_the_short_form(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     assert "equipoise run SCRIPT.py [its arguments] --optimizer NAME" in capsys.readouterr().out
+
+
+def test_an_optimizer_without_pairs_is_left_alone_beside_one_that_has_them(tmp_path):
+    beside = run(tmp_path, "--style", "beside", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2")
+    assert beside.returncode == 0, beside.stderr
+    assert "SGD of 1 tensors holds no LoRA pairs: left as it is." in beside.stderr
+    flat = run(tmp_path, "--style", "flat", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2")
+    assert beside.stdout == flat.stdout and "2 LoRA pairs of rank 2" in beside.stderr
+
+
+def test_a_base_that_works_its_rate_out_itself(tmp_path):
+    ours = run(tmp_path, "--style", "adafactor", "--optimizer", "scaled")
+    assert ours.returncode == 0 and "learning rate its own" in ours.stderr, ours.stderr
+    assert ours.stdout != run(tmp_path, "--style", "adafactor").stdout
+
+
+FSDP = """
+import sys
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch.distributed import init_process_group
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False), net)
+net.requires_grad_(True)
+whole = sys.argv[2] == "whole"
+net = FullyShardedDataParallel(
+    net, use_orig_params=whole, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu")
+)
+optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+net(torch.ones(5, 8)).square().mean().backward()
+optimizer.step()
+print("trained")
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_fsdp_with_flat_parameters_is_refused(whole, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FSDP)
+    command = [sys.executable, "-m", "equipoise.run", str(script), str(tmp_path / "rendezvous")]
+    command += ["whole" if whole else "flat", "--optimizer", "scaled"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    if whole:  # use_orig_params on one process: the factors are views of the flat parameter, and whole
+        assert ended.returncode == 0 and "2 LoRA pairs of rank 2" in ended.stderr, ended.stderr
+    else:
+        assert ended.returncode == 2 and ended.stdout == "", ended.stderr
+        assert "is an FSDP1 flat parameter: scaling needs whole LoRA factors." in ended.stderr.splitlines()[-1]
