@@ -132,7 +132,10 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         for cell in [comparison.base, *comparison.cells]
     ]
     print(table(["", "RATE", *(["SEED"] if seeds else []), *(name.upper() for name in shown), "STATE"], rows))
-    print(f"\nScore: {comparison.score}.\nLearning rates that worked:")
+    print(f"\nScore: {comparison.score}.")
+    for name, words in comparison.beside.items():
+        print(f"{name.capitalize()}: {words}.")
+    print("Learning rates that worked:")
     for row, found in comparison.ranges().items():
         print(f"  {row}: {found or 'none of those tried'}")
     if comparison.line is None:

@@ -136,8 +136,9 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
     if outcome.state == "stopped":
         print(f"`equipoise resume {ref}` continues it.")
     elif any(made.result.iterdir()):
-        load = f" Load it: {pipeline.loading.format(folder=str(made.result))}" if pipeline.loading else ""
-        print(f"  result:  {made.result}{load}")
+        print(f"  result:  {next(made.result.glob('*.safetensors'), made.result)}")
+        if pipeline.loading:
+            print(f"  load it: {pipeline.loading.format(folder=str(made.result))}")
         if pipeline.compare.__func__ is not Pipeline.compare.__func__:
             print(f"  next:    `equipoise compare {ref}` draws it beside the untouched base")
     return made.status().exit_code or 0

@@ -10,7 +10,7 @@ from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.text_to_image.generate import Sample
 
 DRAWN_SCORE = "share of pictures of the taught object whose colours and outline are right"
-KEPT = "share of pictures of what the base could draw before that are still right"
+KEPT = "share of pictures of what the base already knew that are right"
 LOSS_SCORE = "share of the base's loss on the training pictures that tuning removed × share of pictures not broken"
 
 # Roughness above which a picture counts as noise: halfway between an even tone and pixels drawn at random. Measured

@@ -38,6 +38,15 @@ def test_a_lora_file_that_is_missing_or_broken_is_named(compare, trained, capfd)
     assert not (trained / "comparison").exists()
 
 
+def test_the_end_of_training_says_where_the_result_is_and_what_is_next(short, tmp_path, capfd):
+    assert main(["train", "text_to_image/dreambooth", *short, "--id", "one"]) == 0
+    result = tmp_path / "runs" / "one" / "result"
+    out = capfd.readouterr().out
+    assert f"  result:  {result / LORA_FILE}\n" in out
+    assert f"  load it: pipeline.load_lora_weights('{result}')\n" in out
+    assert f"`equipoise compare {result.parent}`" in out
+
+
 def test_what_is_no_news_is_not_printed(compare, capfd):
     """The run has no factors for the text encoder, which diffusers says of every cell."""
     capfd.readouterr()
