@@ -18,6 +18,10 @@ _CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
 _SINGLE_CPU = 2**12  # entries from which on a matrix is worked on alone
 _GRAM_ENTRIES = 2**20  # of r×r matrices held at a time: at rank 256 those of all pairs rival the factors
 
+_CUDA_REPORT_EVERY = 100  # steps; reading a counter waits for the device
+
+_log = logging.getLogger("equipoise")
+
 
 def chunk_entries(device: torch.device) -> int:
     """Entries that a work buffer on this device should have."""

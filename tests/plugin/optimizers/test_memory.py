@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from equipoise import BoundedAdamW, ScaledAdamW
+from equipoise.optimizers import preconditioner
 
 
 class Memory(TorchDispatchMode):
@@ -46,24 +47,45 @@ def test_the_count_counts():
     assert (memory.peak, memory.now) == (8000, 0)
 
 
+def adapted(layers: int, rank: int) -> nn.ModuleDict:
+    """Frozen layers with LoRA factors on them, and gradients."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict()
+    for index in range(layers):
+        layer = nn.Linear(320, 320, bias=False).requires_grad_(False)
+        layer.lora_A, layer.lora_B = nn.Linear(320, rank, bias=False), nn.Linear(rank, 320, bias=False)
+        net[str(index)] = layer
+    for param in net.parameters():
+        if param.requires_grad:
+            param.grad = torch.randn_like(param)
+    return net
+
+
 @pytest.mark.parametrize("rank", [4, 64])
 @pytest.mark.parametrize("cls, most", [(ScaledAdamW, 0.9), (BoundedAdamW, 1.9)])
 def test_extra_memory_is_small_beside_the_gradients(cls, most, rank: int):
     """The bound keeps a copy of the factors; beyond it, and for scaling, less than one copy of the gradients."""
-    net = nn.ModuleDict()
-    for index in range(160):
-        layer = nn.Linear(320, 320, bias=False).requires_grad_(False)
-        layer.lora_A, layer.lora_B = nn.Linear(320, rank, bias=False), nn.Linear(rank, 320, bias=False)
-        net[str(index)] = layer
-    params = [param for param in net.parameters() if param.requires_grad]
-    for param in params:
-        param.grad = torch.randn_like(param)
+    net = adapted(160, rank)
     optimizer = cls(net, lr=1e-3)
     with Memory() as memory:
         for _ in range(2):
             optimizer.step()
     state = [value for values in optimizer.state.values() for value in values.values()]
     assert {key for values in optimizer.state.values() for key in values} == {"step", "exp_avg", "exp_avg_sq"}
-    gradients = sum(param.grad.nbytes for param in params)
+    gradients = sum(param.grad.nbytes for param in net.parameters() if param.grad is not None)
     extra = memory.peak - sum(tensor.nbytes for tensor in state)
     assert 0 < extra < most * gradients
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_work_in_portions_changes_nothing(monkeypatch, rank: int):
+    results = []
+    for entries in (2**20, 3 * rank**2):  # all at once, and three matrices at a time
+        monkeypatch.setattr(preconditioner, "_GRAM_ENTRIES", entries)
+        net = adapted(10, rank)
+        optimizer = ScaledAdamW(net, lr=10.0, trust=0.01)
+        optimizer.step()
+        results.append((optimizer.shares, [param.detach() for param in net.parameters()]))
+    (shares, whole), (other_shares, portions) = results
+    assert max(shares.values()) < 1 and shares == pytest.approx(other_shares, rel=1e-4)
+    torch.testing.assert_close(whole, portions)
