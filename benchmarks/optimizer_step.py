@@ -1,7 +1,13 @@
-"""Time of one optimizer step on the LoRA shapes of the Stable Diffusion 1.5 U-Net's attention, or on all of GPT-2's.
+"""Time of one optimizer step on the LoRA shapes of Stable Diffusion 1.5's or XL's attention, or on all of GPT-2's.
 
     python benchmarks/optimizer_step.py --ranks 4 16 64 --threads 1
+    python benchmarks/optimizer_step.py --shapes sdxl --ranks 4 16 64 256
     python benchmarks/optimizer_step.py --shapes gpt2 --only "torch AdamW" AlphaAdam
+    python benchmarks/optimizer_step.py --training-step --ranks 16
+
+`--authors FILE` adds the AdamW of the paper's authors, from your copy of Mix-of-Show/custom_optimizers.py of their
+repository; `--training-step` measures forward and backward of a randomly initialised SD 1.5 U-Net at 64×64 pixels and
+batch 1, the least that anybody trains with, and how much of a training step the optimizer's is.
 
 Prints a Markdown table: the median step time of each optimizer, and its ratio to torch's AdamW as it comes. The
 optimizers take turns, one step each, so that whatever else the machine does falls on all of them alike; on a machine
@@ -9,29 +15,33 @@ that others keep busy, `--clock cpu` counts this process's time alone.
 """
 
 import argparse
+import runpy
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from equipoise import AlphaAdam, BoundedAdamW, ScaledAdamW
 
-# Transformer blocks per channel count: two in each of three down blocks, one in the middle, three in each of three up
-# blocks. Each has attn1 (self) and attn2 (text, 768 wide) with to_q, to_k, to_v and to_out.0: 16 × 8 = 128 pairs.
-BLOCKS = {320: 5, 640: 5, 1280: 6}
-TEXT = 768
 
+def attention(rank: int, blocks: dict[int, int], text: int) -> nn.Module:
+    """The LoRA factors of a U-Net's attention alone, under peft's names: the frozen weights play no part in a step.
 
-def sd15(rank: int) -> nn.Module:
-    """The LoRA factors alone, under peft's names, with random values: the frozen weights play no part in a step."""
+    Args:
+        blocks: Transformer blocks by channel count. Each has attn1 (self) and attn2 (text) with to_q, to_k, to_v and
+            to_out.0, so eight pairs.
+        text: Width of the text embedding.
+    """
     layers = []  # (in, out) of every adapted linear layer
-    for width, count in BLOCKS.items():
+    for width, count in blocks.items():
         self_attention = [(width, width)] * 4
-        cross_attention = [(width, width), (TEXT, width), (TEXT, width), (width, width)]
+        cross_attention = [(width, width), (text, width), (text, width), (width, width)]
         layers += (self_attention + cross_attention) * count
     net = nn.Module()
     for index, (n, m) in enumerate(layers):
@@ -54,7 +64,13 @@ def gpt2(rank: int) -> nn.Module:
     return nn.ParameterList(nn.Parameter(torch.empty(size)) for size in sizes)
 
 
-SHAPES: dict[str, Callable[[int], nn.Module]] = {"sd15": sd15, "gpt2": gpt2}
+SHAPES: dict[str, Callable[[int], nn.Module]] = {
+    # two blocks in each of three down stages, one in the middle, three in each of three up stages: 128 pairs
+    "sd15": lambda rank: attention(rank, {320: 5, 640: 5, 1280: 6}, text=768),
+    # 2·2 and 2·10 down, 10 in the middle, 3·10 and 3·2 up: 560 pairs
+    "sdxl": lambda rank: attention(rank, {640: 10, 1280: 60}, text=2048),
+    "gpt2": gpt2,
+}
 
 
 def model(shapes: str, rank: int) -> nn.Module:
@@ -76,6 +92,27 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "AlphaAdam": lambda net: AlphaAdam(net, lr=1e-6),
     "peft Riemannian AdamW": lambda net: create_riemannian_optimizer(net, AdamW, lr=1e-6, reg=1e-6),  # type: ignore
 }
+
+
+def authors(file: Path) -> Callable[[nn.Module], Optimizer]:
+    """The class AdamWr of a file that pairs neighbouring parameters by their order."""
+    module = runpy.run_path(str(file))
+    return lambda net: module["AdamWr"](list(net.parameters()), lr=1e-6, reg=1e-6)
+
+
+def training_step(rank: int, clock: Callable[[], float]) -> float:
+    """Median seconds of forward and backward of the whole U-Net with LoRA on its attention."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 768)
+    times = []
+    for _ in range(4):
+        start = clock()
+        unet(*inputs).sample.square().mean().backward()
+        times.append(clock() - start)
+    return statistics.median(times[1:])
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -104,6 +141,8 @@ def measure(names: list[str], shapes: str, rank: int, steps: int, clock: Callabl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="sd15")
+    parser.add_argument("--training-step", action="store_true")
+    parser.add_argument("--authors", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the optimizers to measure")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer")
@@ -112,6 +151,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    if arguments.training_step:
+        for rank in arguments.ranks:
+            whole = training_step(rank, CLOCKS[arguments.clock])
+            step = measure(["ScaledAdamW"], "sd15", rank, 10, CLOCKS[arguments.clock])["ScaledAdamW"]
+            print(f"rank {rank}: forward and backward {whole:.2f} s, ScaledAdamW {step:.4f} s ({step / whole:.1%})")
+        return
+    if arguments.authors:
+        OPTIMIZERS["the authors' AdamWr"] = authors(arguments.authors)
     names = [name for name in OPTIMIZERS if any(part in name for part in arguments.only)]
     base, what = names[0], f"{arguments.threads} thread(s), {arguments.clock} time, {arguments.steps} steps"
     print(f"{arguments.shapes}, {what}, torch {torch.__version__}\n")
