@@ -31,6 +31,7 @@ COMMANDS = {
     "wrap": ("wrap", "a program that starts its own workers, with one of these optimizers in each"),
     "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
     "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
+    "reproduce": ("reproduce", "a paper's table in small, beside the paper's numbers"),
     "demo": ("demo", "compare learning rates on the embedded model, with no network"),
 }
 

@@ -26,7 +26,16 @@ def equipoise(*words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["list"], ["list", "--json"], ["list", "--help"], ["list", "configs"]]
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["list"],
+        ["list", "--json"],
+        ["list", "--help"],
+        ["list", "configs"],
+        ["reproduce", "--help"],
+    ],
 )
 def test_quick_commands_import_nothing_heavy(words):
     code = f"""

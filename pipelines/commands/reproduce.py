@@ -1,0 +1,62 @@
+"""`equipoise reproduce`: a paper's table in small, beside the paper's own numbers."""
+
+import argparse
+import os
+import platform
+import time
+from contextlib import suppress
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from equipoise.errors import InputError
+from equipoise.pipelines.files import explained
+
+PAPERS = {"alpha-adam": "AlphaAdam's Table 3", "ada-sam": "AdaSAM's Tables I and II and Figure 2"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    papers = "; ".join(f"{name}: {what}" for name, what in PAPERS.items())
+    parser.add_argument("paper", metavar="PAPER", help=papers)
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of each training, for a quick look; the table wants the default")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that train (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: reproduce-PAPER in the folder of runs")
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.paper not in PAPERS:
+        close = get_close_matches(args.paper, PAPERS, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise InputError(f"reproduce: no paper {args.paper!r}. {hint}There are {' and '.join(PAPERS)}.")
+    for option in ("seeds", "steps", "workers"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise InputError(f"--{option}: must be at least 1, got {value}.")
+    root = Path(args.runs or os.environ.get("EQUIPOISE_RUNS") or "runs")
+    folder = (args.output or root / f"reproduce-{args.paper}").resolve()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: {folder} is a file; give a folder, new or not.")
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        module = import_module(f"equipoise.pipelines.reproduce.{args.paper.replace('-', '_')}")
+        found = module.reproduce(args.seeds, args.workers, args.steps)
+        seconds = time.perf_counter() - started
+        print(found.text, flush=True)
+        from torch import __version__
+
+        about = {"paper": args.paper, "seconds": round(seconds, 1), "workers": args.workers}
+        about |= {"python": platform.python_version(), "torch": str(__version__), "machine": platform.machine()}
+        paths = found.write(folder, about)
+    except BaseException:
+        with suppress(OSError):  # unless something else is in it
+            folder.rmdir()
+        raise
+    print(f"\n{seconds:.0f} seconds with {args.workers} worker(s).")
+    for path in paths:
+        print(f"  {path}")
+    return 0

@@ -1,0 +1,150 @@
+"""Papers' tables in small, one module each with `reproduce(seeds, count, steps)`; here is what those share."""
+
+import io
+import json
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from equipoise.errors import EquipoiseError
+from equipoise.pipelines.files import write_atomic
+
+Cell = dict[str, Any]  # a training run: its settings, among them its count of gradient "evaluations", and its results
+Train = Callable[[Cell], Cell]
+Measure = Callable[[Train, Sequence[Cell]], list[Cell]]
+
+_INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#6a737d", "#e4e8ec", "#ffffff"
+_LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 430, 70, 24, 64, 56  # pixels, of a panel and its margins
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart: lines by name, each with one value per place, and what the places across are."""
+
+    title: str
+    across: str
+    lines: Mapping[str, Sequence[float]]
+    places: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it: the text to print, the chart's panels, and every training run."""
+
+    text: str
+    panels: Sequence[Panel]
+    cells: Sequence[Cell]
+
+    def write(self, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+        """Writes results.json, with `about`, and chart.png into an existing folder; returns their paths."""
+        document = {**about, "text": self.text.splitlines(), "runs": list(self.cells)}
+        sheet = Image.new("RGB", (_WIDTH * len(self.panels), _HEIGHT))
+        for index, panel in enumerate(self.panels):
+            sheet.paste(_draw(panel), (_WIDTH * index, 0))
+        sheet.save(picture := io.BytesIO(), "PNG")
+        files = {"results.json": json.dumps(document, indent=1) + "\n", "chart.png": picture.getvalue()}
+        for name, data in files.items():
+            write_atomic(folder / name, data)
+        return [folder / name for name in files]
+
+
+@contextmanager
+def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
+    """Processes of one thread each, so that no number depends on their count or on the machine's.
+
+    Gives a function that trains cells in them, and returns each with its results, in order.
+
+    Args:
+        count: Processes.
+        name: Of the progress bar on standard error.
+        evaluations: Of gradients, in all cells that will be trained: the bar's length.
+    """
+    executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
+
+    def measure(train: Train, cells: Sequence[Cell]) -> list[Cell]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit that: Ctrl-C is for this process
+        try:
+            futures = {executor.submit(train, cell): cell for cell in cells}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for future in as_completed(futures):
+            future.result()
+            bar.update(futures[future]["evaluations"])
+        return [cell | future.result() for future, cell in futures.items()]
+
+    try:
+        with tqdm(total=evaluations, desc=name, unit="gradient", dynamic_ncols=True, smoothing=0, disable=None) as bar:
+            yield measure
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise EquipoiseError(
+                f"{name}: a worker process was ended from outside, perhaps for want of memory. Nothing was written. "
+                "Try again with --workers 1."
+            ) from error
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """The median and, of several seeds, their span: "1.234 (1.230 to 1.240)"."""
+    middle = f"{median(values):{form}}"
+    return middle if len(values) < 2 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
+
+
+def finding(claim: str, paper: float, here: Sequence[float], form: str = "+.3f") -> str:
+    """Whether a difference that the paper reports has the same sign in every seed here, in a sentence."""
+    if min(here) <= 0 <= max(here):
+        verdict = "Undecided: the seeds disagree" if min(here) < max(here) else "No difference"
+    else:
+        verdict = "Same direction" if (paper > 0) == (here[0] > 0) else "OPPOSITE direction"
+    return f"- {claim}: paper {paper:{form}}, here {spread(here, form)}. {verdict}."
+
+
+def _draw(panel: Panel) -> Image.Image:
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), _PAPER)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    values = [value for line in panel.lines.values() for value in line]
+    margin = 0.05 * (max(values) - min(values)) or 1
+    low, high = min(values) - margin, max(values) + margin
+    right, bottom, last = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, max(1, len(panel.places) - 1)
+
+    def place(index: int, value: float) -> tuple[float, float]:
+        return _LEFT + (right - _LEFT) * index / last, bottom - (bottom - _TOP) * (value - low) / (high - low)
+
+    unit = 10.0 ** math.floor(math.log10(high - low))
+    step = next(size * unit for size in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (size * unit) <= 6)
+    for count in range(math.ceil(low / step), math.floor(high / step) + 1):
+        y = place(0, count * step)[1]
+        pen.line((_LEFT, y, right, y), _GRID)
+        pen.text((_LEFT - 8, y), f"{count * step:.6g}", _MUTED, font, anchor="rm")
+    for index in range(last, -1, -max(1, len(panel.places) // 10)):
+        pen.text((place(index, low)[0], bottom + 14), panel.places[index], _MUTED, font, anchor="mm")
+    pen.text(((_LEFT + right) / 2, _HEIGHT - 16), panel.across, _MUTED, font, anchor="mm")
+    pen.text((12, 10), panel.title, _INK, ImageFont.load_default(16))
+    said = float(_LEFT)
+    for colour, (name, line) in zip(_LINES, panel.lines.items(), strict=False):
+        pen.line([place(*point) for point in enumerate(line)], colour, width=2)
+        pen.text((said, 36), name, colour, font)
+        said += pen.textlength(name, font) + 18
+    return image

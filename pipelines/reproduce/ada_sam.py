@@ -1,0 +1,176 @@
+"""AdaSAM's Tables I and II and Figure 2 in small: SGD, SAM, AMSGrad and AdaSAM where generalisation matters.
+
+Paper: Sun et al., AdaSAM, arXiv 2303.00565, 2023: RoBERTa-large on GLUE, momentum 0.9 (Table I) and 0 (Table II), ρ of
+0.01, 0.005 and 0.001, warm-up over the first 6 % of the steps; Figure 2: batches of 4 to 32 with rates ∝ √batch. In
+place of GLUE: a small convolutional net tells drawn shapes apart after 512 pictures, three in ten of them labelled
+wrongly. Each optimizer gets the rate and ρ of one grid that do best on pictures held out for that, with a seed of its
+own; then seeds from 0 are judged on other pictures.
+"""
+
+import math
+from functools import cache
+from itertools import pairwise, product
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from equipoise.optimizers.amsgrad import AMSGrad
+from equipoise.optimizers.sharpness import AdaSAM, SharpnessAware
+from equipoise.pipelines.demo import shapes
+from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
+from equipoise.pipelines.tables import table
+
+STEPS, BATCH, SIDE, WRONG, TUNING_SEED = 400, 32, 16, 0.3, 1000
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RHOS = (0.005, 0.05, 0.2)  # the paper's best, SAM's usual one, a larger one
+OPTIMIZERS = {"SGD": SGD, "SAM": SharpnessAware(SGD), "AMSGrad": AMSGrad, "AdaSAM": AdaSAM}
+PAPER = {  # averages over GLUE, each with its best ρ, of Tables I and II
+    0.9: {"SGD": 55.8, "SAM": 82.51, "AMSGrad": 89.52, "AdaSAM": 89.8},
+    0.0: {"SGD": 37.23, "SAM": 69.06, "AMSGrad": 88.79, "AdaSAM": 89.52},
+}
+COMPARED = (("SAM", "SGD"), ("AMSGrad", "SGD"), ("AdaSAM", "SAM"), ("AdaSAM", "AMSGrad"))
+BATCHES = (4, 8, 16, 32)
+POINTS = 40  # of a loss curve
+
+
+def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
+    """Tunes, then trains with seeds from 0, in `count` processes; `steps` None: the published number."""
+    steps = steps or STEPS
+
+    def cell(name: str, beta: float, rate: float, rho: float, seed: int, batch: int = BATCH) -> Cell:
+        settings = {"optimizer": name, "beta": beta, "rate": rate, "rho": rho, "seed": seed, "batch": batch}
+        return {**settings, "steps": steps, "evaluations": steps * (1 + (rho > 0))}
+
+    kinds = list(product(OPTIMIZERS, PAPER))
+    grid = [
+        cell(*kind, rate, rho, TUNING_SEED)
+        for kind in kinds
+        for rate, rho in product(RATES, RHOS if "SAM" in kind[0] else (0.0,))
+    ]
+    tuning = sum(one["evaluations"] for one in grid)
+    with workers(count, "ada-sam", tuning + steps * seeds * (12 + 2 * (len(BATCHES) - 1))) as measure:
+        grid = measure(train, grid)
+        best = {
+            kind: max((c for c in grid if (c["optimizer"], c["beta"]) == kind), key=lambda c: c["tuning"])
+            for kind in kinds
+        }
+        rate, rho = best["AdaSAM", 0.9]["rate"], best["AdaSAM", 0.9]["rho"]
+        chosen = [cell(*kind, best[kind]["rate"], best[kind]["rho"], s) for kind in kinds for s in range(seeds)]
+        smaller = [
+            cell("AdaSAM", 0.9, rate * math.sqrt(batch / BATCH), rho, seed, batch)
+            for batch, seed in product(BATCHES[:-1], range(seeds))
+        ]
+        cells = measure(train, chosen + smaller)
+
+    def got(key: str, name: str, beta: float, batch: int = BATCH) -> list[Any]:  # one per seed
+        return [c[key] for c in cells if (c["optimizer"], c["beta"], c["batch"]) == (name, beta, batch)]
+
+    def judged(claim: str, one: tuple[str, float], other: tuple[str, float]) -> str:
+        here = [a - b for a, b in zip(got("test", *one), got("test", *other), strict=True)]
+        return finding(claim, PAPER[one[1]][one[0]] - PAPER[other[1]][other[0]], here, "+.1f")
+
+    text = [
+        f"Test accuracy in % on drawn shapes after {steps} steps, {WRONG:.0%} of the training labels wrong, {seeds} "
+        "seed(s); the paper's: averages over GLUE."
+    ]
+    for beta, paper in PAPER.items():
+        rows = [
+            [name, f"{best[name, beta]['rate']:g}", f"{best[name, beta]['rho']:g}"]
+            + [spread(got(key, name, beta), ".1f") for key in ("test", "train")]
+            + [average]
+            for name, average in paper.items()
+        ]
+        text.append(f"\nβ₁ = {beta:g}\n\n" + table(["", "rate", "ρ", "test", "training labels", "paper"], rows))
+    text.append("\nDifferences, seed by seed, in points:")
+    for beta, (one, other) in product(PAPER, COMPARED):
+        text.append(judged(f"β₁ = {beta:g}, {one} over {other}", (one, beta), (other, beta)))
+    text += [judged(f"β₁ = 0.9 over 0, {name}", (name, 0.9), (name, 0.0)) for name in OPTIMIZERS]
+    text.append(
+        f"\nFigure 2, AdaSAM with β₁ = 0.9, ρ = {rho:g}, rate {rate:g}·√(batch/{BATCH}): how much sooner, in % of the "
+        "steps,\na batch of twice the size is at the training loss where the smaller one ends (the paper: nearly half):"
+    )
+    for half, batch in pairwise(BATCHES):
+        losses = zip(got("losses", "AdaSAM", 0.9, half), got("losses", "AdaSAM", 0.9, batch), strict=True)
+        text.append(finding(f"batch {half} to {batch}", 50.0, [_sooner(*pair) for pair in losses], "+.0f"))
+
+    tuned = {
+        name: [
+            max(c["tuning"] for c in grid if (c["optimizer"], c["beta"], c["rate"]) == (name, 0.9, r)) for r in RATES
+        ]
+        for name in OPTIMIZERS
+    }
+    falling = {
+        f"batch {batch}": list(map(median, zip(*got("losses", "AdaSAM", 0.9, batch), strict=True))) for batch in BATCHES
+    }
+    panels = [
+        Panel("Accuracy when tuning in %, momentum 0.9", "learning rate", tuned, [f"{r:g}" for r in RATES]),
+        Panel("AdaSAM's training loss", "% of steps", falling, [f"{2.5 * (i + 1):g}" for i in range(POINTS)]),
+    ]
+    return Reproduction("\n".join(text), panels, grid + cells)
+
+
+def _sooner(half: list[float], twice: list[float]) -> float:
+    """By how many % of the steps `twice` is sooner where `half` ends; 0: not before."""
+    return 100 - 100 * next((i + 1 for i, loss in enumerate(twice) if loss <= half[-1]), POINTS) / POINTS
+
+
+def train(cell: Cell) -> Cell:
+    """Trains one net: its accuracies in %, and its training loss after each fortieth of the steps."""
+    pictures, labels = _data()
+    steps, classes, rng = cell["steps"], len(shapes.SHAPES), torch.Generator().manual_seed(cell["seed"])
+    right = labels["train"]
+    wrong = torch.rand(right.shape, generator=rng) < WRONG
+    learned = (right + wrong * torch.randint(1, classes, right.shape, generator=rng)) % classes
+    epochs = steps * cell["batch"] // len(learned) + 1
+    order = torch.cat([torch.randperm(len(learned), generator=rng) for _ in range(epochs)]).split(cell["batch"])
+    torch.manual_seed(cell["seed"])
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1), nn.GroupNorm(4, 32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(2 * SIDE * SIDE, classes),
+    )  # fmt: skip
+    options = {"momentum": cell["beta"]} if cell["optimizer"] in ("SGD", "SAM") else {"betas": (cell["beta"], 0.999)}
+    options |= {"rho": cell["rho"]} if cell["rho"] else {}
+    optimizer, losses = OPTIMIZERS[cell["optimizer"]](net.parameters(), lr=cell["rate"], **options), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cell["rate"] * min((step + 1) / (0.06 * steps), (steps - step) / (0.94 * steps), 1.0)
+
+        def closure(batch: Tensor = order[step]) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(pictures["train"][batch]), learned[batch])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if due := (step + 1) * POINTS // steps - len(losses):
+            with torch.no_grad():
+                losses += [F.cross_entropy(net(pictures["train"]), learned).item()] * due
+    with torch.no_grad():
+        answers = {kind: net(seen).argmax(1) for kind, seen in pictures.items()}
+    met = {**labels, "train": learned}
+    return {kind: 100 * (met[kind] == said).double().mean().item() for kind, said in answers.items()} | {
+        "losses": losses
+    }
+
+
+@cache
+def _data() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By use, (count, 3, SIDE, SIDE) pictures as the embedded base has seen them, and which shape each shows."""
+    rng, pictures, labels = np.random.default_rng(0), {}, {}
+    names, colours = list(shapes.SHAPES), list(shapes.COLOURS)
+    for kind, count in (("train", 512), ("tuning", 512), ("test", 1024)):
+        labels[kind], drawn = torch.arange(count) % len(names), []
+        for label in labels[kind].tolist():
+            subject = shapes.shape(colours[rng.integers(len(colours))], names[label])
+            background = shapes.BACKGROUNDS[rng.integers(len(shapes.BACKGROUNDS))]
+            picture = shapes.draw_varied(subject, background, rng).resize((SIDE, SIDE), Image.Resampling.BOX)
+            drawn.append(np.asarray(picture, dtype=np.float32))
+        pictures[kind] = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+    return pictures, labels

@@ -1,0 +1,136 @@
+"""`equipoise reproduce` as a user drives it, with few steps, and what its sentences and charts are made of."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.reproduce import finding, spread
+
+PATIENCE = 120.0  # seconds, for machines that are busy with other things
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
+
+
+def results(folder: str) -> dict:
+    return json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_alpha_adam_in_small(capsys):
+    assert main(["reproduce", "alpha-adam", "--seeds", "1", "--steps", "3", "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert all(number in out for number in ("3.799", "3.646", "3.213", "3.237")), "the paper's own numbers stand beside"
+    assert "- +AM, early: paper -0.056, here " in out
+    found = results("runs/reproduce-alpha-adam")
+    assert found["paper"] == "alpha-adam" and found["seconds"] > 0 and "\n".join(found["text"]) in out
+    with Image.open("runs/reproduce-alpha-adam/chart.png") as chart:
+        assert len(chart.convert("RGB").getcolors(1 << 16)) > 20
+
+    cells = {(run["method"], run["rate"]): run["losses"] for run in found["runs"]}
+    assert len(cells) == len(found["runs"]) == 16 and all(len(losses) == 10 for losses in cells.values())
+    last = {method: cells[method, 1e-2][-1] for method, _ in cells}
+    assert len(set(last.values())) == 4, "masks and compensation do something"
+    first = {method: cells[method, 1e-2][2] for method, _ in cells}  # after one step, where there is no momentum yet
+    assert max(first.values()) - min(first.values()) < 1e-4, "all start from the same weights and batches"
+
+    words = ["reproduce", "alpha-adam", "--seeds", "1", "--steps", "3", "--workers", "2", "--output", "again"]
+    assert main(words) == 0
+    assert results("again")["runs"] == found["runs"]
+    assert Path("again/chart.png").read_bytes() == Path("runs/reproduce-alpha-adam/chart.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_ada_sam_in_small(capsys):
+    assert main(["reproduce", "ada-sam", "--seeds", "1", "--steps", "2", "--workers", "2", "--runs", "else"]) == 0
+    out = capsys.readouterr().out
+    assert all(number in out for number in ("55.8", "82.51", "89.8", "37.23", "89.52"))
+    assert "- β₁ = 0, SAM over SGD: paper +31.8, here " in out and "- batch 16 to 32: paper +50, here " in out
+    found = results("else/reproduce-ada-sam")
+    grid = [run for run in found["runs"] if run["seed"] == 1000]
+    judged = [run for run in found["runs"] if run["seed"] == 0]
+    assert (len(grid), len(judged)) == (96, 11), "6 rates × (1 + 3 + 1 + 3) × 2 momenta; 8 judged and 3 batch sizes"
+    for run in judged[:8]:  # each judged with what was best when tuning
+        same = [g for g in grid if (g["optimizer"], g["beta"]) == (run["optimizer"], run["beta"])]
+        best = max(same, key=lambda g: g["tuning"])
+        assert (run["rate"], run["rho"]) == (best["rate"], best["rho"])
+    batches = {run["batch"]: run["rate"] for run in judged if (run["optimizer"], run["beta"]) == ("AdaSAM", 0.9)}
+    assert batches[32] / batches[8] == pytest.approx(2) and batches[16] / batches[4] == pytest.approx(2)
+    losses = {(g["optimizer"], g["beta"], g["rho"]): g["losses"][-1] for g in grid if g["rate"] == 3e-2}
+    assert len(set(losses.values())) == len(losses) == 16, "every option does something"
+
+    import torch
+
+    from equipoise.pipelines.reproduce.ada_sam import train
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the workers
+    try:
+        for run in (grid[0], judged[7], judged[-1]):
+            assert run == run | train(run), "the same numbers again, in another process"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["alpha-adm"], "no paper 'alpha-adm'. Did you mean 'alpha-adam'? There are alpha-adam and ada-sam."),
+        (["ada-sam", "--seeds", "0"], "--seeds: must be at least 1, got 0."),
+        (["ada-sam", "--steps", "-1"], "--steps: must be at least 1, got -1."),
+        (["ada-sam", "--workers", "0"], "--workers: must be at least 1, got 0."),
+        (["ada-sam", "--output", "a-file"], "a-file is a file; give a folder, new or not."),
+        (["ada-sam", "--output", "a-file/inside"], "a-file/inside: cannot be written: Not a directory."),
+    ],
+)
+def test_what_cannot_begin_is_one_sentence_and_leaves_nothing(words, message, tmp_path, capfd):
+    Path("a-file").write_text("mine")
+    assert main(["reproduce", *words]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and message in err
+    assert [item.name for item in tmp_path.iterdir()] == ["a-file"] and Path("a-file").read_text() == "mine"
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path):
+    words = [sys.executable, "-m", "equipoise.pipelines.cli", "reproduce", "ada-sam", "--workers", "2"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    itself, end = psutil.Process(process.pid), time.monotonic() + PATIENCE
+    while len(children := itself.children()) < 3:  # two workers, and what tracks their semaphores
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    for one in (itself, *children):  # as a terminal does
+        one.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not list(tmp_path.rglob("reproduce-ada-sam"))
+    _, left = psutil.wait_procs(children, timeout=PATIENCE)
+    assert left == []
+
+
+def test_a_finding_says_what_the_numbers_say():
+    assert finding("a", 0.3, [0.1, 0.2]) == "- a: paper +0.300, here +0.150 (+0.100 to +0.200). Same direction."
+    assert finding("a", -0.3, [0.1]) == "- a: paper -0.300, here +0.100. OPPOSITE direction."
+    assert finding("a", 0.3, [0.1, -0.2, 0.3], "+.1f").endswith("+0.1 (-0.2 to +0.3). Undecided: the seeds disagree.")
+    assert finding("a", 0.3, [0.0, 0.0]).endswith("No difference.")
+    assert spread([3.0, 1.0, 2.0]) == "2.000 (1.000 to 3.000)" and spread([1.0]) == "1.000"
+
+
+def test_the_language_is_the_same_everywhere():
+    from equipoise.pipelines.reproduce.alpha_adam import write_text
+
+    text = write_text(20_000)
+    assert len(text) == 20_000 and text.isascii() and write_text(500) == text[:500]
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "6352ea4b67921233"
+    assert len(set(text.split())) > 900
