@@ -49,7 +49,7 @@ class PairOptimizer:
         self.defaults.update(options)
         for group in self.param_groups:
             for name, value in options.items():
-                group.setdefault(name, value)
+                group.setdefault(name, value)  # None stays: a group may be left unbounded
         check_options(self)
         self._hook = StepHook(model, scales="damping" in self._OPTIONS)
         self._hook.register(self)
@@ -66,13 +66,21 @@ class PairOptimizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         found, norms = state.pop("_found", None), state.pop("_norms", None)
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)  # type: ignore[misc]
-        for group in self.param_groups:  # a state saved by the plain base lacks the options
-            for name, value in self._OPTIONS.items():
-                group.setdefault(name, self.defaults.get(name, value))
+        for index, group in enumerate(self.param_groups):  # a state saved by another class lacks options: ours stay
+            own = before[index] if index < len(before) else self.defaults
+            _fill(group, {name: own.get(name, value) for name, value in self._OPTIONS.items()})
         if "_hook" not in self.__dict__:  # copying and unpickling drop hooks
             self._hook = StepHook(None, scales="damping" in self._OPTIONS, found=found, norms=norms)
             self._hook.register(self)
+
+
+def _fill(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Give a group, perhaps loaded from another class's state, the options that it lacks; None counts as lacking."""
+    for name, value in options.items():
+        if group.get(name) is None:
+            group[name] = value
 
 
 def attach(
@@ -121,6 +129,8 @@ def attach(
     except TypeError as error:
         made = f"{'scaled' if damping is not None else 'bounded'}({type(inner).__name__})"
         raise InputError(f"This {type(inner).__name__} cannot change its class; construct {made} instead.") from error
+    for group in inner.param_groups:
+        _fill(group, options)
     inner._work_on_pairs(options, model)
     return optimizer
 

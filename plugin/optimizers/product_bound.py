@@ -35,10 +35,11 @@ class ProductBound:
     Args:
         pairs: (A, B) of shapes (r, n…) and (m, r…).
         norms: ‖W‖_F / s of each pair.
+        kinds: Which entry of the `trust` of each step holds for each pair.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[float]):
-        self.pairs, self.norms = list(pairs), list(norms)
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[float], kinds: Sequence[int]):
+        self.pairs, self.norms, self.kinds = list(pairs), list(norms), list(kinds)
         self._factors = [factor for pair in self.pairs for factor in pair]
         self._places = [factor.data_ptr() for factor in self._factors]
         self._old = [torch.empty_like(factor, requires_grad=False) for factor in self._factors]
@@ -81,10 +82,10 @@ class ProductBound:
         """Take back what is too much.
 
         Args:
-            trust: τ of each pair.
+            trust: τ of each kind of pairs.
         """
         for batch in self._batches:
-            with torch.autocast(batch.norms.device.type, enabled=False):
+            with torch.autocast(batch.grams.device.type, enabled=False):
                 batch.shrink(trust)
 
 
@@ -100,11 +101,13 @@ class _Batch:
     def __init__(self, bound: ProductBound, room: Tensor, shapes: list[list[int]]):
         dtype, device = room.dtype, room.device
         self.indices = [index for indices in shapes for index in indices]
-        self.norms = torch.tensor([bound.norms[i] for i in self.indices], dtype=dtype, device=device)
+        # One row for each kind, 0 where a pair is of another: limits are then made without waiting for the device.
+        rows = [
+            [bound.norms[i] * (bound.kinds[i] == kind) for i in self.indices] for kind in range(max(bound.kinds) + 1)
+        ]
+        self.norms = torch.tensor(rows, dtype=dtype, device=device).unbind(0)
         self.grams = room[:, : len(self.indices)]
         self.c: Sequence[Tensor] | Tensor = ()
-        self._trust: list[float] = []
-        self._limits = self.norms
         chunks = []
         for indices in shapes:
             A, B = bound.pairs[indices[0]]
@@ -124,7 +127,8 @@ class _Batch:
         for part in self.parts:
             part.fill_grams()
         AA, AdA, dAdA, BB, BdB, dBdB = self.grams.unbind(0)
-        c = self.c = largest_share(AA, AdA, dAdA, BB, BdB, dBdB, self._limit([trust[i] for i in self.indices]))
+        limits = torch.stack([norms * share for norms, share in zip(self.norms, trust, strict=True)]).sum(0)
+        c = self.c = largest_share(AA, AdA, dAdA, BB, BdB, dBdB, limits)
         start = 0
         known = c.tolist() if c.device.type == "cpu" else None
         for part in self.parts:
@@ -132,16 +136,6 @@ class _Batch:
             if known is None or min(known[start:end]) < 1:  # else untouched to the bit, and nothing to write
                 part.apply(c[start:end])
             start = end
-
-    def _limit(self, trust: list) -> Tensor:  # (k,)
-        if any(isinstance(share, Tensor) for share in trust):  # may change on the device without anybody's knowing
-            return self.norms * torch.stack([torch.as_tensor(t, device=self.norms.device) for t in trust]).to(
-                self.norms
-            )
-        if trust != self._trust:
-            self._trust = trust
-            self._limits = self.norms * torch.tensor(trust, dtype=self.norms.dtype, device=self.norms.device)
-        return self._limits
 
 
 class _Stack:
@@ -186,7 +180,7 @@ class _Single:
 
     def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, _: Tensor, change: Tensor):
         (index,) = indices
-        self.now = [factor.detach() for factor in bound.pairs[index]]
+        self.now = bound.pairs[index]  # themselves: a base may put new storage behind a parameter
         self.old = bound._old[2 * index : 2 * index + 2]
         self.change = [change[: factor.numel()].view_as(factor) for factor in self.now]
         (A, B), (dA, dB), (AA, AdA, dAdA, BB, BdB, dBdB) = self.old, self.change, grams[:, 0].unbind(0)

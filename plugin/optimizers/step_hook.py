@@ -57,7 +57,7 @@ class StepHook:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._failures = 0  # of preconditioners that were replaced
         self._asked: list[float | None] = []  # the option trust of each group, when the bound was made
-        self._groups: list[list[int]] = []  # of each pair in the bound, those that ask for it
+        self._kinds: list[tuple[int, ...]] = []  # the groups that ask for it, of each kind of pairs in the bound
         self._bound: ProductBound | None = None
         self._beside: dict[int, Tensor] = {}  # by id of a factor, schedule-free's z of it before the step
         self._bounded: list[str] = []  # names of the pairs in it
@@ -156,22 +156,23 @@ class StepHook:
         group = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if self.norms is None:
             self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
-        pairs, norms, self._groups, self._bounded = [], [], [], []
+        pairs, norms, kinds, self._bounded = [], [], [], []
         for pair, norm in zip(self.found, self.norms, strict=True):
             indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
-            if indices := [i for i in dict.fromkeys(indices) if asked[i] is not None]:
+            if kind := tuple(sorted({i for i in indices if asked[i] is not None})):
                 pairs.append((pair.A, pair.B))
                 norms.append(norm)
-                self._groups.append(indices)
+                kinds.append(kind)
                 self._bounded.append(pair.name)
-        return ProductBound(pairs, norms)
+        self._kinds = list(dict.fromkeys(kinds))
+        return ProductBound(pairs, norms, [self._kinds.index(kind) for kind in kinds])
 
     def _trust(self, optimizer: Any) -> list[float | Tensor]:
-        """τ of each pair in the bound, now: the option trust, lowered as the schedule has lowered the learning rate."""
+        """τ of each kind of pairs, now: the option trust, lowered as the schedule has lowered the learning rate."""
         now = [
             None if group["trust"] is None else group["trust"] * _progress(group) for group in optimizer.param_groups
         ]
-        return [functools.reduce(_smaller, (now[i] for i in indices)) for indices in self._groups]
+        return [functools.reduce(_smaller, (now[i] for i in kind)) for kind in self._kinds]
 
     def _prepare(self, optimizer: Any) -> list[tuple[float, str]]:
         """Bring pairs and options up to date; (damping, damping mode) of each group."""

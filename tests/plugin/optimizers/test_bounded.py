@@ -338,6 +338,48 @@ def test_resume_copies_and_pickles_go_on_bounding(cls):
         assert same(layer, other) and other_optimizer.param_groups[0]["trust"] == 0.02
 
 
+def attached(net: nn.Module, lr: float, trust: float) -> Optimizer:
+    return attach(AdamW(trainable(net), lr=lr), net, damping=None, trust=trust)
+
+
+@pytest.mark.parametrize("make", [BoundedAdamW, attached])
+def test_a_state_without_a_bound_leaves_the_bound_as_it_is(make):
+    """A scaled run's state says trust None, a plain one's nothing; groups keep what they were given."""
+    layer = Lora()
+    for other in (ScaledAdamW, lambda net, lr: AdamW(trainable(net), lr)):
+        optimizer = make(layer, lr=1.0, trust=0.02)
+        optimizer.load_state_dict(other(layer, lr=10.0).state_dict())
+        trust = optimizer.param_groups[0]["trust"]
+        assert trust == 0.02 and moved(layer, optimizer, 0) == pytest.approx(trust, rel=1e-4)
+
+
+def test_a_plain_state_leaves_each_group_its_own_options():
+    layer = Lora()
+    groups = [{"params": [layer.lora_A.weight], "trust": None}, {"params": [layer.lora_B.weight], "trust": 0.5}]
+    optimizer = ScaledAdamW(groups, lr=1.0)
+    plain = AdamW([{"params": [layer.lora_A.weight]}, {"params": [layer.lora_B.weight]}])
+    optimizer.load_state_dict(plain.state_dict())
+    assert [group["trust"] for group in optimizer.param_groups] == [None, 0.5]
+
+
+@pytest.mark.parametrize("width", [12, 4096])
+def test_a_base_that_replaces_what_is_behind_a_parameter_is_bounded_too(width: int):
+    class Replacing(SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data = param.data - group["lr"] * param.grad
+
+    layer = Lora(n=width, dtype=torch.float32)
+    for param in trainable(layer):
+        param.grad = torch.randn_like(param)
+    before = layer.product
+    bounded(Replacing)(layer, lr=10.0, trust=0.01).step()
+    change = (layer.product - before).norm() / layer.base_layer.weight.norm()
+    assert float(change) == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize("trust", [0, -1.0, float("nan"), float("inf"), "much", True])
 def test_trust_out_of_bounds(trust):
     with pytest.raises(InputError, match="trust must be a finite number above 0"):
