@@ -6,12 +6,14 @@ schedulers see one ordinary step with one gradient, g.
 """
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
@@ -38,15 +40,16 @@ class SharpOptimizer:
 
     with GradScaler on scaled gradients throughout (only the direction of the first matters; unscale and clip after
     `restore`), and under DistributedDataParallel with both last backwards synchronised, so that every process moves to
-    the same point as one alone would: that costs two all-reduces a step, and no other.
+    the same point as one alone would: that costs two all-reduces a step, and no other. Micro-batches are accumulated
+    within the closure or by such a loop: accelerate's `accumulate` hands on only the last of several `step(closure)`,
+    and the other closures would never be called. GradScaler takes no closure.
     """
 
     _BASE: ClassVar[type[Optimizer]]
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
-    zero_grad: Callable[[], None]
     _saved: list[tuple[Tensor, Tensor]]  # (tensor, its value before perturb)
-    _ready: bool  # perturb was called since the last step
+    _ready: bool  # perturb was called, and neither step nor, away from the worst point, zero_grad since
     _watched: tuple[list[Tensor], list[weakref.ref[nn.Module]]]  # parameters, and the modules that keep statistics
 
     @torch.no_grad()
@@ -58,12 +61,20 @@ class SharpOptimizer:
 
         Returns:
             Whether a second evaluation is due. It is not on the steps between `every`, where every rho is 0, and
-            without any gradient; the gradients then stay for the step.
+            without any gradient; the gradients then stay for the step, and must not be cleared before it.
 
         Raises:
-            InputError: A gradient is sparse, a parameter sharded, or an option out of bounds.
+            InputError: The parameters are perturbed already (they are put back), a gradient is sparse, a parameter
+                sharded, or an option out of bounds.
         """
-        self.restore()  # left over if the last second evaluation raised
+        self._ready = False
+        if self._saved:
+            self.restore()
+            raise InputError(
+                f"{type(self).__name__}: perturb() found the parameters still perturbed, so these gradients are not of "
+                "the point they are at now, restored. After a second evaluation that failed, call restore() before the "
+                "next forward pass."
+            )
         check_sharpness(self)
         self._watch()
         found = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
@@ -86,6 +97,7 @@ class SharpOptimizer:
             if group["adaptive"]:
                 way *= _real(param).abs()
             _real(param).add_(torch.where((distance > 0) & distance.isfinite(), way, 0.0))
+        torch.clear_autocast_cache()  # which would go on with the weights as they were
         self.zero_grad()
         return True
 
@@ -94,7 +106,14 @@ class SharpOptimizer:
         """Put parameters, and the running statistics of normalisation layers, back to the bit; once is enough."""
         for tensor, value in self._saved:
             tensor.copy_(value)
+        if self._saved:
+            torch.clear_autocast_cache()
         self._saved.clear()
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's. Once the parameters are restored, it also ends a step that GradScaler skipped."""
+        self._ready = self._ready and bool(self._saved)
+        super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # type: ignore[misc]
@@ -125,6 +144,7 @@ class SharpOptimizer:
         self.register_step_post_hook(_after)  # type: ignore[attr-defined]
 
     def _evaluate_twice(self, closure: Callable[[], Any]) -> Any:
+        self.restore()  # left over if a second evaluation by hand raised
         devices = {param.device for group in self.param_groups for param in group["params"]}
         before = _random_states(devices)
         loss = self._evaluate(closure)
@@ -196,6 +216,12 @@ def _before(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is not None:
+        if _is_scaled():
+            raise InputError(
+                f"{type(optimizer).__name__}: step(closure) through an enabled GradScaler would take its step with "
+                "gradients that are still multiplied by the scale. Call backward, perturb(), backward again and "
+                "restore(), and then the scaler's step without a closure."
+            )
         try:
             loss = optimizer._evaluate_twice(closure)
         finally:
@@ -217,6 +243,16 @@ def _after(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         optimizer._ready = False
         for group in optimizer.param_groups:
             group[_COUNTER] += 1
+
+
+def _is_scaled() -> bool:
+    """Whether an enabled GradScaler calls this step; one that is switched off hands it through."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is GradScaler.step.__code__ and frame.f_locals["self"].is_enabled():
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _weighted(param: Tensor, adaptive: bool) -> Tensor:  # in float32 at least: squares of scaled fp16 overflow

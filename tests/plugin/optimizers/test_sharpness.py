@@ -393,15 +393,53 @@ def test_the_parameters_come_back_to_the_bit_when_the_second_evaluation_raises(l
     assert not torch.equal(flat(model), before)
 
 
-def test_a_left_over_perturbation_is_undone_by_the_next():
+def test_a_left_over_perturbation_is_refused_by_hand_and_undone_before_a_closure():
     model = net()
     optimizer = SAM(model, lr=0.0, rho=0.5)
     before = flat(model)
+    for _ in range(2):
+        loss_of(model, 0).backward()
+        optimizer.perturb()  # and a loop that went on to its next batch after an error
+        assert not torch.equal(flat(model), before)
+        optimizer.zero_grad()
+        loss_of(model, 1).backward()
+        with pytest.raises(InputError, match=r"still perturbed, .* call restore\(\) before the next forward pass"):
+            optimizer.perturb()
+        assert torch.equal(flat(model), before)
+        with pytest.raises(InputError, match="evaluates each batch twice"):
+            optimizer.step()
     loss_of(model, 0).backward()
-    optimizer.perturb()  # and a loop that went on to its next batch after an error
-    optimizer.zero_grad()
-    train_by_hand(model, optimizer, range(1))
+    assert optimizer.perturb()
+    calls: list[Tensor] = []
+    optimizer.step(closure_of(model, optimizer, 0, calls))
+    assert len(calls) == 2 and torch.equal(calls[0], before) and not torch.equal(calls[1], before)
     assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("loop", ["closure", "by hand"])
+def test_the_second_evaluation_is_elsewhere_inside_autocast_too(loop: str):
+    """Autocast keeps the low-precision copies of weights until its outermost block ends."""
+    model = net(torch.float32)
+    optimizer = SAM(model, lr=0.0, rho=5.0)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, 0).float()
+        loss.backward()
+        seen.append(loss.item())
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        if loop == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            assert optimizer.perturb()
+            closure()
+            optimizer.restore()
+        closure()
+    assert seen[1] > seen[0] == seen[2]
 
 
 def test_a_zero_gradient_perturbs_nothing():
@@ -483,6 +521,53 @@ def test_grad_scaler_changes_nothing_and_skips_overflow(fused: bool):
         assert same(models[0], model, 1e-6)
 
 
+@pytest.mark.parametrize("make", [SharpnessAware(AdamW), AdaSAM, scaled(SAM)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_closure_through_grad_scaler_is_refused_unless_that_is_off(make, fused: bool):
+    """Positional, as accelerate passes it: torch itself refuses it only as a keyword."""
+    model = net(torch.float32)
+    optimizer = make(model, **({} if make is AdaSAM else {"fused": fused}))
+    before = flat(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        scaler.scale(loss).backward()
+        return loss
+
+    closure()
+    with pytest.raises(InputError, match=r"still multiplied by the scale. Call backward, perturb\(\), .* restore\(\)"):
+        scaler.step(optimizer, closure)
+    assert torch.equal(flat(model), before)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.step(optimizer, closure)
+    assert not torch.equal(flat(model), before)
+
+
+def test_a_step_that_grad_scaler_skipped_does_not_let_the_next_one_through():
+    model = net(torch.float32)
+    optimizer = AdaSAM(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for every in (1, 2):  # with a second evaluation, and without one, as between `every`
+        optimizer.param_groups[0].update(every=every, sharpness_step=1)
+        scaler.scale(loss_of(model, 0) * torch.inf).backward()
+        if optimizer.perturb():
+            optimizer.zero_grad()  # here, of no meaning
+            scaler.scale(loss_of(model, 0) * torch.inf).backward()
+            optimizer.restore()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        before = flat(model)
+        loss_of(model, 1).backward()
+        with pytest.raises(InputError, match="evaluates each batch twice"):
+            optimizer.step()
+        assert torch.equal(flat(model), before)
+        optimizer.zero_grad(set_to_none=False)
+        assert not any(param.grad.any() for param in model.parameters())
+
+
 def test_schedulers_drive_it_also_one_made_before():
     for made_before in (False, True):
         model = net()
@@ -558,6 +643,11 @@ def test_under_accelerate():
                 wrapper.zero_grad()
     accumulated(other, SharpnessAware(AdamW)(other.parameters(), lr=1e-2, rho=0.1), Tensor.backward, 6)
     assert same(model, other, 1e-7)  # clipping multiplies by 1/(1 + 1e-6/norm)-like factors
+    called: list[int] = []
+    for micro in (0, 1):  # what the docs warn of: accelerate leaves the closures of all but the last out
+        with accelerator.accumulate(prepared):
+            wrapper.step(lambda micro=micro: called.append(micro) or closure_of(model, wrapper, micro)())
+    assert called == [1, 1]
     wrapper.step(closure_of(model, wrapper, 0))  # and the closure, through the wrapper
 
 
