@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import resource
 import time
 from contextlib import suppress
 from difflib import get_close_matches
@@ -50,13 +51,15 @@ def run(args: argparse.Namespace) -> int:
         from torch import __version__
 
         about = {"paper": args.paper, "seconds": round(seconds, 1), "workers": args.workers}
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        about["processor_seconds"] = round(used.ru_utime + used.ru_stime, 1)
         about |= {"python": platform.python_version(), "torch": str(__version__), "machine": platform.machine()}
         paths = found.write(folder, about)
     except BaseException:
         with suppress(OSError):  # unless something else is in it
             folder.rmdir()
         raise
-    print(f"\n{seconds:.0f} seconds with {args.workers} worker(s).")
+    print(f"\n{seconds:.0f} seconds with {args.workers} worker(s), {about['processor_seconds']:.0f} of processor time.")
     for path in paths:
         print(f"  {path}")
     return 0

@@ -26,7 +26,7 @@ from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
 from equipoise.pipelines.tables import table
 
-STEPS, BATCH, SIDE, WRONG, TUNING_SEED = 400, 32, 16, 0.3, 1000
+STEPS, BATCH, SIDE, WRONG, TUNING_SEED = 300, 32, 16, 0.3, 1000
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RHOS = (0.005, 0.05, 0.2)  # the paper's best, SAM's usual one, a larger one
 OPTIMIZERS = {"SGD": SGD, "SAM": SharpnessAware(SGD), "AMSGrad": AMSGrad, "AdaSAM": AdaSAM}
