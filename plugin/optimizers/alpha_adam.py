@@ -9,7 +9,6 @@ omits it. The box's strict ">" would keep nothing at the first step, where h is 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
+from equipoise.optimizers.arithmetic import Tensors, batches, narrow, rate, widen, widen_all
+from equipoise.optimizers.checks import check_adam, check_switches, fill_options, is_number, place
 from equipoise.optimizers.pair_optimizer import unpack
 from equipoise.optimizers.preconditioner import chunk_entries
 
 Mask = Literal["async", "sync", "none"]
 Compensation = Literal["norm", "algorithm1", "none"]
-_Tensors = list[Tensor] | tuple[Tensor, ...]
 _Row = tuple[list[int], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # whose they are, θ, g, h, v
 _Seen = tuple[Tensor, Tensor | None]  # α, and the kept share if it was counted: () on the device
 
@@ -42,7 +42,7 @@ class AlphaAdam(Optimizer):
 
     Args:
         params: A model (its trainable parameters), named parameters, parameter groups, or an iterator of tensors.
-        lr: Learning rate. (>= 0)
+        lr: Learning rate, a number or a tensor without dimensions. (>= 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay, of all entries, kept or not. (>= 0)
@@ -127,11 +127,11 @@ class AlphaAdam(Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         self._seen = {}
-        for group in self.param_groups:  # a state saved by AdamW lacks the options, and may count on the device
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        fill_options(self, before, self.defaults)
+        for group in self.param_groups:  # a state saved by AdamW may count on the device
             for param in group["params"]:
                 if "step" in self.state.get(param, {}):
                     self.state[param]["step"] = torch.as_tensor(self.state[param]["step"], dtype=torch.float32).cpu()
@@ -155,9 +155,10 @@ class AlphaAdam(Optimizer):
                 state["step"] += 1
             plain = all(type(param) in (Tensor, nn.Parameter) for param in params)
             update = _update_many if (plain if group["foreach"] is None else group["foreach"]) else _update_each
-            for batch in _batches(params, states):
+            options = {**group, "lr": rate(group)}
+            for batch in batches(params, [float(state["step"]) for state in states], _ROWS):
                 taken = [params[i] for i in batch]
-                self._seen.update(zip(taken, update(taken, [states[i] for i in batch], group), strict=True))
+                self._seen.update(zip(taken, update(taken, [states[i] for i in batch], options), strict=True))
         return loss
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
@@ -179,12 +180,12 @@ class AlphaAdam(Optimizer):
         return values
 
 
-def _update_each(params: _Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
+def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
     """The update as the paper has it, one tensor after the other."""
     (beta1, beta2), seen = group["betas"], []
     for param, state in zip(params, states, strict=True):
         assert param.grad is not None
-        p, g, h, v = map(_widen, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+        p, g, h, v = map(widen, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
         if group["maximize"]:
             g = -g
         past = h.clone()
@@ -209,12 +210,12 @@ def _update_each(params: _Tensors, states: Sequence[dict[str, Tensor]], group: M
     return seen
 
 
-def _update_many(params: _Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
+def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
     """The same update in few passes over memory, for tensors of one device, dtype and step count."""
     (beta1, beta2), t = group["betas"], float(states[0]["step"]) if group["bias_correction"] else math.inf
-    # û = rate·h/(√v + floor): the common factor is left to the end, for α does not need it.
+    # û = scale·h/(√v + floor): the common factor is left to the end, for α does not need it.
     root = math.sqrt(1 - beta2**t)
-    rate, floor = root / (1 - beta1**t), _scalar(max(group["eps"], _TINY) * root, params[0])
+    scale, floor = root / (1 - beta1**t), _scalar(max(group["eps"], _TINY) * root, params[0])
     decay = _scalar(1 - group["lr"] * group["weight_decay"], params[0])
     masks = group["mask"] != "none"
     counts = masks and (group["count_kept"] or group["compensation"] == "algorithm1")
@@ -222,7 +223,7 @@ def _update_many(params: _Tensors, states: Sequence[dict[str, Tensor]], group: M
     rows = _rows(params, states)
     updates, norms, kept_norms, dropped = [], [], [], []
     for _, _, grads, moments, squares in rows:
-        g, h, v = map(_widen_all, (grads, moments, squares))
+        g, h, v = map(widen_all, (grads, moments, squares))
         if group["maximize"]:
             g = torch._foreach_neg(g)
         agreement = torch._foreach_mul(h, g) if group["mask"] == "async" else ()
@@ -242,8 +243,8 @@ def _update_many(params: _Tensors, states: Sequence[dict[str, Tensor]], group: M
             kept_norms += torch._foreach_norm(u)
             if counts:
                 dropped += torch._foreach_norm(agreement)
-        _narrow(h, moments)
-        _narrow(v, squares)
+        narrow(h, moments)
+        narrow(v, squares)
         updates.append(u)
 
     def gather(pieces: list[Tensor]) -> Tensor:  # norms of pieces → (tensors,), squared
@@ -256,13 +257,13 @@ def _update_many(params: _Tensors, states: Sequence[dict[str, Tensor]], group: M
     sizes = torch.tensor([param.numel() for param in params], dtype=full.dtype).to(full.device, non_blocking=True)
     count = sizes - gather(dropped).round() if counts else sizes
     alpha = _alpha(full, kept, (count + 1) / sizes, group)
-    steps = (alpha * (-rate * group["lr"])).unbind()
+    steps = (alpha * (-scale * group["lr"])).unbind()
     for (owned, stored, *_), u in zip(rows, updates, strict=True):
-        p = _widen_all(stored)
+        p = widen_all(stored)
         if group["weight_decay"] != 0:
             torch._foreach_mul_(p, decay)
         torch._foreach_addcmul_(p, u, [steps[owner] for owner in owned])
-        _narrow(p, stored)
+        narrow(p, stored)
     shares = (count / sizes).unbind() if group["count_kept"] else [None] * len(params)
     return list(zip(alpha.unbind(), shares, strict=True))
 
@@ -281,22 +282,7 @@ def _alpha(
     return alpha.clamp(max=1e30 if group["max_alpha"] is None else group["max_alpha"])  # inf·0 would be NaN
 
 
-def _batches(params: _Tensors, states: Sequence[dict[str, Tensor]]) -> list[list[int]]:
-    """Indices of the tensors that share device, dtype and step count, as many at a time as u may take memory for."""
-    batches: list[list[int]] = []
-    current: dict[Any, tuple[list[int], int]] = {}
-    for index, (param, state) in enumerate(zip(params, states, strict=True)):
-        kind = (param.device, param.dtype, float(state["step"]))
-        batch, filled = current.get(kind, ([], 0))
-        if not batch or filled + param.numel() > _ROWS * chunk_entries(param.device):
-            batch, filled = [], 0
-            batches.append(batch)
-        batch.append(index)
-        current[kind] = batch, filled + param.numel()
-    return batches
-
-
-def _rows(params: _Tensors, states: Sequence[dict[str, Tensor]]) -> list[_Row]:
+def _rows(params: Tensors, states: Sequence[dict[str, Tensor]]) -> list[_Row]:
     """Tensors that fit the cache together, large ones on a CPU in pieces, so that only the first pass reads memory."""
     limit, rows, filled = chunk_entries(params[0].device), [], math.inf
     for owner, (param, state) in enumerate(zip(params, states, strict=True)):
@@ -322,44 +308,17 @@ def _scalar(value: Any, like: Tensor) -> Any:
     return torch.as_tensor(value, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.element_size() < 4 else tensor
-
-
-def _widen_all(tensors: _Tensors) -> _Tensors:
-    if tensors[0].element_size() >= 4:
-        return tensors
-    wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
-    torch._foreach_copy_(wide, tensors)
-    return wide
-
-
-def _narrow(wide: _Tensors, stored: _Tensors) -> None:
-    if wide is not stored:
-        torch._foreach_copy_(stored, wide)
-
-
 def _check_options(optimizer: Optimizer, index: int) -> None:
-    group = optimizer.param_groups[index]
-    where = f"{type(optimizer).__name__}: parameter group {index}"
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
-            if value.device.type != "cpu":
-                continue  # reading it would wait for the device
-            value = value.item()
-        if not (_is_number(value) and value >= 0):
-            raise InputError(f"{where}: {name} must be a finite number, 0 or more; got {value!r}.")
-    betas = group["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
-        raise InputError(f"{where}: betas must be two numbers, each 0 or more and below 1; got {betas!r}.")
+    group, where = optimizer.param_groups[index], place(optimizer, index)
+    check_adam(where, group)
+    if not (is_number(group["eps"]) and group["eps"] >= 0):
+        raise InputError(f"{where}: eps must be a finite number, 0 or more; got {group['eps']!r}.")
     for name, choices in (("mask", get_args(Mask)), ("compensation", get_args(Compensation))):
         if group[name] not in choices:
             raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {group[name]!r}.")
     limit = group["max_alpha"]
-    if limit is not None and not (_is_number(limit) and limit >= 1):
+    if limit is not None and not (is_number(limit) and limit >= 1):
         raise InputError(f"{where}: max_alpha must be a finite number, 1 or more, or None; got {limit!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    check_switches(where, group, "bias_correction", "count_kept")
+    if not (group["foreach"] is None or isinstance(group["foreach"], bool)):
+        raise InputError(f"{where}: foreach must be True, False or None; got {group['foreach']!r}.")

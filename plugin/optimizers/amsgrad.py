@@ -5,7 +5,6 @@ arXiv 2303.00565, 2023, Algorithm 1, lines 6 to 10.
 torch.optim.Adam(amsgrad=True) differs: it corrects m and v for their start at zero, adds eps to √v̂, and starts v̂ at 0.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
+from equipoise.optimizers.arithmetic import batches, narrow, rate, real, widen_all
+from equipoise.optimizers.checks import check_adam, fill_options, is_number, place
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # m, v and v̂, by torch's names
 
 
 class AMSGrad(Optimizer):
@@ -23,11 +26,17 @@ class AMSGrad(Optimizer):
 
     Args:
         params: Parameters, named parameters or parameter groups.
-        lr: Learning rate. (>= 0)
+        lr: Learning rate, a number or a tensor without dimensions. (>= 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Where √v̂ starts, and so its least value. (> 0)
         weight_decay: Decoupled weight decay. (>= 0)
         maximize: Maximise the objective instead of minimising it.
+
+    For float16 and bfloat16 the arithmetic is float32, but what is stored between steps has the parameter's dtype, and
+    rounds: the parameter; m; v, which in bfloat16 stops at a quarter of a constant g² at the default β₂, for a step
+    of it is then less than half its last place, so that x moves twice as far; and v̂, whose least value in float16 is 6·10⁻⁵, so that gradients
+    much below √v̂ = 0.008 hardly move anything. Adam's checkpoints load; v̂ then starts at the greater of v and ε², or
+    where amsgrad=True had it.
 
     Raises:
         InputError: An option is out of bounds.
@@ -36,7 +45,7 @@ class AMSGrad(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -48,20 +57,26 @@ class AMSGrad(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group, where = self.param_groups[-1], f"{type(self).__name__}: parameter group {len(self.param_groups) - 1}"
-        for name in ("lr", "weight_decay"):
-            if not 0 <= group[name] < math.inf:
-                raise InputError(f"{where}: {name} must be a finite number, 0 or more; got {group[name]!r}.")
-        if not 0 < group["eps"] < math.inf:  # 0/0 where there was no gradient yet
+        try:
+            self._check(len(self.param_groups) - 1)
+        except InputError:
+            del self.param_groups[-1]
+            raise
+
+    def _check(self, index: int) -> None:
+        group, where = self.param_groups[index], place(self, index)
+        check_adam(where, group)
+        if not (is_number(group["eps"]) and group["eps"] > 0):  # 0/0 where there was no gradient yet
             raise InputError(f"{where}: eps must be a finite number above 0; got {group['eps']!r}. Try 1e-8.")
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise InputError(f"{where}: betas must be two numbers, each 0 <= beta < 1; got {group['betas']!r}.")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        for group in self.param_groups:  # a state saved by another optimizer lacks some
-            for name in ("weight_decay", "maximize"):
-                group.setdefault(name, self.defaults[name])
+        fill_options(self, before, self.defaults)
+        for group in self.param_groups:  # a state saved by Adam lacks v̂, or has it from 0
+            for param in group["params"]:
+                if self.state.get(param):
+                    self._begin(param, group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -69,33 +84,39 @@ class AMSGrad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for index in range(len(self.param_groups)):  # before anything moves
+            self._check(index)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                self._update(params, group)
+            for batch in batches(params, [0] * len(params)):
+                self._update([params[i] for i in batch], group)
         return loss
+
+    def _begin(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Make the moments that are missing."""
+        state = self.state[param]
+        for name in _MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        # where the dtype cannot hold ε² (float16), its smallest normal number
+        real(state["max_exp_avg_sq"]).clamp_min_(max(group["eps"] ** 2, torch.finfo(param.dtype).tiny))
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             if not self.state[param]:
-                # where the dtype cannot hold ε² (float16), its smallest normal number
-                least = max(group["eps"] ** 2, torch.finfo(param.dtype).tiny)
-                zeros = [torch.zeros_like(param, memory_format=torch.preserve_format) for _ in range(3)]
-                zeros[2] += complex(least, least) if param.is_complex() else least
-                self.state[param] = dict(zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), zeros, strict=True))
-        (beta1, beta2), lr = group["betas"], float(group["lr"])
-        x, g = [_real(param) for param in params], [_real(param.grad) for param in params]
-        m, v, v_hat = (
-            [_real(self.state[param][name]) for param in params] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        )
+                self._begin(param, group)
+        (beta1, beta2), lr = group["betas"], rate(group)
+        stored = [[real(param) for param in params]]
+        stored += [[real(self.state[param][name]) for param in params] for name in _MOMENTS]
+        x, m, v, v_hat = wide = [widen_all(tensors) for tensors in stored]
+        g = widen_all([real(param.grad) for param in params])
         torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
         torch._foreach_maximum_(v_hat, v)
-        torch._foreach_addcdiv_(x, m, torch._foreach_sqrt(v_hat), lr if group["maximize"] else -lr)
-
-
-def _real(tensor: Any) -> Tensor:
-    """A complex tensor as pairs of real numbers, as torch's optimizers treat it."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        step = torch._foreach_div(m, torch._foreach_sqrt(v_hat))
+        torch._foreach_mul_(step, lr if group["maximize"] else -lr)  # apart, for lr may be a tensor on the device
+        torch._foreach_add_(x, step)
+        for values, kept in zip(wide, stored, strict=True):
+            narrow(values, kept)

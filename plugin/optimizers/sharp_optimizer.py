@@ -5,7 +5,6 @@ it happens in a step hook before every other one, so that the base, its hooks (s
 schedulers see one ordinary step with one gradient, g.
 """
 
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
+from equipoise.optimizers.arithmetic import real
+from equipoise.optimizers.checks import check_switches, fill_options, is_number, place
 from equipoise.optimizers.step_hook import is_nested, with_closure
 from equipoise.pairs import live_roots, sharding
 
@@ -95,8 +96,8 @@ class SharpOptimizer:
             distance = reach[gradient.device]
             way = gradient / distance * (-group["rho"] if group.get("maximize") else group["rho"])
             if group["adaptive"]:
-                way *= _real(param).abs()
-            _real(param).add_(torch.where((distance > 0) & distance.isfinite(), way, 0.0))
+                way *= real(param).abs()
+            real(param).add_(torch.where((distance > 0) & distance.isfinite(), way, 0.0))
         torch.clear_autocast_cache()  # which would go on with the weights as they were
         self.zero_grad()
         return True
@@ -121,10 +122,9 @@ class SharpOptimizer:
             check_sharpness(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)  # type: ignore[misc]
-        for group in self.param_groups:  # a state saved by the plain base lacks the options
-            for name, (_, value) in {**OPTIONS, _COUNTER: (int, 0)}.items():
-                group.setdefault(name, self.defaults.get(name, value))
+        fill_options(self, before, {name: value for name, (_, value) in OPTIONS.items()} | {_COUNTER: 0})  # type: ignore[arg-type]
         if "_saved" not in self.__dict__:  # copying and unpickling drop hooks
             self._hook_in()
 
@@ -195,13 +195,10 @@ def check_sharpness(optimizer: Any, given: Mapping[str, Any] | None = None) -> N
     """
     groups = [{**(given or {}), **group} for group in optimizer.param_groups]
     for index, group in enumerate(groups):
-        where = f"{type(optimizer).__name__}: parameter group {index}"
-        rho, adaptive, every = group["rho"], group["adaptive"], group["every"]
-        number = isinstance(rho, int | float) and not isinstance(rho, bool)
-        if not (number and math.isfinite(rho) and rho >= 0):
+        where, rho, every = place(optimizer, index), group["rho"], group["every"]
+        if not (is_number(rho) and rho >= 0):
             raise InputError(f"{where}: rho must be a finite number, 0 or more; got {rho!r}. Try 0.05.")
-        if not isinstance(adaptive, bool):
-            raise InputError(f"{where}: adaptive must be True or False; got {adaptive!r}.")
+        check_switches(where, group, "adaptive")
         if not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
             raise InputError(f"{where}: every must be a whole number, 1 or more; got {every!r}. Try 1.")
         if every != groups[0]["every"]:
@@ -263,14 +260,9 @@ def _weighted(param: Tensor, adaptive: bool) -> Tensor:  # in float32 at least: 
             f"A parameter of shape {tuple(param.shape)} has a sparse gradient, which shows no way to a worst nearby "
             "point. Make its layer with sparse=False, or leave it to another optimizer."
         )
-    grad = _real(grad.detach())
+    grad = real(grad.detach())
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    return grad * _real(param).abs() if adaptive else grad
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers, as torch's optimizers treat it."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return grad * real(param).abs() if adaptive else grad
 
 
 def _random_states(devices: Iterable[torch.device]) -> list[tuple[Any, Any, Tensor]]:

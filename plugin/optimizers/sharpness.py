@@ -41,7 +41,8 @@ class AdaSAM(SharpOptimizer, AMSGrad):
     v̂ ← max(v̂, v) from v̂ = ε², x ← x − lr·m/√v̂, with no bias correction and nothing added to √v̂. ρ is `rho`, ε `eps`.
     Without the correction the first steps are long: (1 − β₁)/√(1 − β₂), about 3·lr at the default `betas`.
     `SharpnessAware(torch.optim.AdamW)(…, amsgrad=True)` is the same method with torch's corrections. A step costs twice
-    as much; do not use it where a batch cannot be evaluated again.
+    as much; do not use it where a batch cannot be evaluated again. Train in float32 where you can: in float16 and
+    bfloat16 ρ rounds away, and so do v and v̂, as `AMSGrad` says.
 
     Args:
         params: A model (its trainable parameters), named parameters, parameter groups, or an iterator of tensors.
@@ -82,7 +83,7 @@ class AdaSAM(SharpOptimizer, AMSGrad):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         rho: float = 0.005,
         adaptive: bool = False,

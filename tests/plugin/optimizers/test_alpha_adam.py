@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from equipoise import AlphaAdam, attach, bounded, scaled
 from equipoise.errors import InputError
@@ -240,6 +242,35 @@ def test_a_rate_in_a_tensor_is_that_rate():
     assert furthest(params, others) < EXACT
 
 
+class Watch(TorchDispatchMode):
+    """Lets no operation take tensors of two devices: but for copies, those want the host's numbers on the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs or {}))
+        assert len({leaf.device for leaf in leaves if isinstance(leaf, Tensor)}) < 2, f"{func} mixes devices"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("rate_on", ["none", "cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_waits_for_the_device(foreach: bool, rate_on: str, dtype: torch.dtype):
+    """On the meta device there is nothing to read: what would wait for another one raises."""
+    rate = 1e-2 if rate_on == "none" else torch.tensor(1e-2, device=rate_on)
+    params = [nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in SHAPES]
+    for mask, compensation in READINGS:
+        optimizer = AlphaAdam(params, rate, mask=mask, compensation=compensation, foreach=foreach, count_kept=True)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.empty_like(param)
+            with Watch():
+                optimizer.step()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # so reading would have been seen
+        _ = optimizer.alphas
+    with pytest.raises(AssertionError, match="mixes devices"), Watch():
+        params[0].detach().mul_(torch.tensor(1.0))
+
+
 def test_alphas_are_by_name_and_kept_asks_to_be_switched_on():
     model = nn.Linear(8, 4)
     optimizer = AlphaAdam(model, 1e-2)
@@ -297,6 +328,22 @@ def test_checkpoints_of_adamw_load_and_go_on():
     train(params, back, 1)
 
 
+def test_a_state_of_adamw_leaves_each_group_its_own_options():
+    params = parameters()[:3]
+    adamw = AdamW([{"params": [param]} for param in params], 1e-2, betas=(0.5, 0.6))
+    train(params, adamw, 1)
+    own = [{"mask": "none"}, {"mask": "sync", "max_alpha": 2.0}, {}]
+    optimizer = AlphaAdam([{"params": [p], **o} for p, o in zip(params, own, strict=True)], compensation="none")
+    optimizer.load_state_dict(adamw.state_dict())
+    groups = optimizer.param_groups
+    assert [(group["mask"], group["max_alpha"]) for group in groups] == [("none", None), ("sync", 2.0), ("async", None)]
+    assert all((group["lr"], group["betas"], group["compensation"]) == (1e-2, (0.5, 0.6), "none") for group in groups)
+    momentum = SGD([{"params": [param]} for param in params], 0.5)
+    optimizer.load_state_dict(momentum.state_dict())
+    assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [(0.5, (0.5, 0.6))] * 3
+    train(params, optimizer, 1, 1)
+
+
 # With pairs
 
 
@@ -351,12 +398,20 @@ def test_attached_it_is_the_scaled_class_and_the_bound_holds():
         ({"lr": float("nan")}, "lr must be a finite number, 0 or more; got nan."),
         ({"lr": torch.tensor(-1.0)}, "lr must be a finite number, 0 or more; got -1.0."),
         ({"lr": torch.ones(2)}, "lr must be a finite number"),
+        ({"lr": torch.tensor([1e-3])}, r"lr must be a finite number, or a real tensor .*; got one of shape \(1,\)"),
+        ({"lr": None}, "lr must be a finite number, 0 or more; got None."),
+        ({"eps": None}, "eps must be a finite number, 0 or more; got None."),
+        ({"maximize": "no"}, "maximize must be True or False; got 'no'."),
+        ({"bias_correction": "off"}, "bias_correction must be True or False; got 'off'."),
+        ({"count_kept": 3}, "count_kept must be True or False; got 3."),
+        ({"foreach": "x"}, "foreach must be True, False or None; got 'x'."),
         ({"eps": float("inf")}, "eps must be a finite number, 0 or more; got inf."),
         ({"eps": -1e-8}, "eps must be a finite number, 0 or more; got -1e-08."),
         ({"weight_decay": "0.1"}, "weight_decay must be a finite number, 0 or more; got '0.1'."),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers, each 0 or more and below 1; got \(0.9, 1.0\)."),
         ({"betas": (float("nan"), 0.9)}, "betas must be two numbers"),
         ({"betas": 0.9}, "betas must be two numbers"),
+        ({"betas": ("a", 0.9)}, "betas must be two numbers"),
         ({"mask": "asynchronous"}, "mask must be 'async' or 'sync' or 'none'; got 'asynchronous'."),
         ({"compensation": "box"}, "compensation must be 'norm' or 'algorithm1' or 'none'; got 'box'."),
         ({"max_alpha": 0.5}, "max_alpha must be a finite number, 1 or more, or None; got 0.5."),

@@ -301,11 +301,13 @@ def test_a_plain_checkpoint_loads():
     model = net()
     plain = AdamW(model.parameters(), lr=1e-2)
     train_plain(model, plain, range(3))
-    optimizer = SharpnessAware(AdamW)(model.parameters(), lr=1.0, rho=0.2, every=2)
-    optimizer.load_state_dict(plain.state_dict())
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["rho"], group["every"]) == (1e-2, 0.2, 2)
-    train(model, optimizer, range(1))
+    for own in ({"rho": 0.2}, {"rho": 0.3, "adaptive": True}):  # as the class's default, and as the group's own
+        groups = [{"params": model.parameters(), **(own if "adaptive" in own else {})}]
+        optimizer = SharpnessAware(AdamW)(groups, lr=1.0, every=2, **({} if "adaptive" in own else own))
+        optimizer.load_state_dict(plain.state_dict())
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["every"]) == (1e-2, 2) and group | own == group
+        train(model, optimizer, range(1))
 
 
 def test_a_closure_that_does_not_clear_the_gradients_still_gives_the_second_alone():
@@ -852,6 +854,63 @@ def test_weight_decay_is_decoupled_and_maximising_goes_up():
     assert torch.equal(moves[0], -moves[1]) and moves[0].sign().tolist() == [-1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_only_what_is_stored(dtype: torch.dtype):
+    weight = nn.Parameter(torch.randn(200).to(dtype))
+    optimizer = AMSGrad([weight], lr=0.05, betas=(0.7, 0.9), weight_decay=0.3)
+    for _ in range(5):
+        wide = nn.Parameter(weight.detach().float())
+        twin = AMSGrad([wide], lr=0.05, betas=(0.7, 0.9), weight_decay=0.3)
+        twin.state[wide] = {name: value.float() for name, value in optimizer.state[weight].items()}
+        weight.grad = torch.randn(200).to(dtype)
+        wide.grad = weight.grad.float()
+        if not twin.state[wide]:
+            twin._begin(wide, {"eps": float(torch.finfo(dtype).tiny) ** 0.5 if dtype == torch.float16 else 1e-8})
+        optimizer.step()
+        twin.step()
+        assert torch.equal(weight, wide.to(dtype))
+        assert all(
+            torch.equal(optimizer.state[weight][name], value.to(dtype)) for name, value in twin.state[wide].items()
+        )
+
+
+def test_a_rate_in_a_tensor_is_that_rate_and_is_not_read_on_a_device():
+    moved = []
+    for rate in (0.25, torch.tensor(0.25)):
+        weight = nn.Parameter(torch.linspace(-1, 1, 5))
+        weight.grad = torch.linspace(2, 3, 5)
+        AMSGrad([weight], lr=rate, weight_decay=0.5).step()
+        moved.append(weight.detach())
+    assert torch.equal(*moved)
+    weight = nn.Parameter(torch.empty(5, device="meta"))
+    weight.grad = torch.empty_like(weight)
+    AMSGrad([weight], lr=torch.tensor(0.25, device="meta"), weight_decay=0.5).step()  # there, reading raises
+
+
+@pytest.mark.parametrize("kind", ["adamw", "amsgrad", "sgd", "complex"])
+def test_checkpoints_of_torchs_optimizers_load_and_go_on(kind: str):
+    dtype = torch.complex128 if kind == "complex" else torch.float64
+    weight = nn.Parameter(torch.ones(3, dtype=dtype))
+    weight.grad = torch.tensor([1.0, -2.0, 0.0], dtype=dtype)
+    options = {"momentum": 0.9} if kind == "sgd" else {"amsgrad": kind == "amsgrad", "weight_decay": 0.0}
+    plain = (SGD if kind == "sgd" else AdamW)([weight], 1e-2, **options)
+    plain.step()
+    optimizer = AdaSAM([{"params": [weight], "rho": 0.2, "eps": 1e-3}], lr=1.0)
+    optimizer.load_state_dict(plain.state_dict())
+    state, eps = optimizer.state[weight], optimizer.param_groups[0]["eps"]
+    assert (optimizer.param_groups[0]["rho"], eps) == (0.2, 1e-3 if kind == "sgd" else 1e-8)
+    assert state["max_exp_avg_sq"].abs().min() >= eps**2
+    if kind != "sgd":
+        assert torch.equal(state["exp_avg"], plain.state[weight]["exp_avg"])
+    before = weight.detach().clone()
+    weight.grad = torch.tensor([1.0, -2.0, 0.0], dtype=dtype)
+    optimizer.perturb()
+    weight.grad = torch.tensor([1.0, -2.0, 0.0], dtype=dtype)
+    optimizer.restore()
+    optimizer.step()
+    assert torch.view_as_real(weight + 0j).isfinite().all() and (weight != before).tolist() == [True, True, False]
+
+
 def test_float16_parameters_without_gradient_do_not_divide_zero_by_zero():
     weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
     weight.grad = torch.tensor([0.0, 1e-3, 0.0], dtype=torch.float16)
@@ -977,7 +1036,14 @@ def test_a_group_added_later():
         ({"adaptive": 1}, "adaptive must be True or False; got 1"),
         ({"every": 0}, "every must be a whole number, 1 or more; got 0"),
         ({"every": 1.5}, "every must be a whole number, 1 or more; got 1.5"),
-        ({"betas": (0.9, 1.0)}, "betas must be two numbers, each 0 <= beta < 1; got"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers, each 0 or more and below 1; got"),
+        ({"betas": 0.9}, "betas must be two numbers, each 0 or more and below 1; got 0.9."),
+        ({"betas": ("a", 0.9)}, "betas must be two numbers"),
+        ({"lr": None}, "lr must be a finite number, 0 or more; got None."),
+        ({"lr": "0.1"}, "lr must be a finite number, 0 or more; got '0.1'."),
+        ({"lr": torch.tensor([0.1])}, "lr must be a finite number, or a real tensor without dimensions; got one of"),
+        ({"eps": None}, "eps must be a finite number above 0; got None."),
+        ({"maximize": "no"}, "maximize must be True or False; got 'no'."),
         ({"betas": (-0.1, 0.9)}, "betas must be two numbers"),
         ({"betas": (float("nan"), 0.9)}, "betas must be two numbers"),
         ({"eps": 0.0}, "eps must be a finite number above 0; got 0.0"),

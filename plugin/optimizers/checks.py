@@ -1,0 +1,60 @@
+"""Options of AlphaAdam, AMSGrad and the sharpness-aware classes: what they must be, and what a foreign state lacks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from equipoise.errors import InputError
+
+
+def place(optimizer: Optimizer, index: int) -> str:
+    return f"{type(optimizer).__name__}: parameter group {index}"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_adam(where: str, group: Mapping[str, Any]) -> None:
+    """Check the options that every Adam has, apart from eps.
+
+    Raises:
+        InputError: The first that is out of bounds: where, what was got.
+    """
+    rate = group["lr"]
+    if isinstance(rate, Tensor):
+        if rate.dim() or rate.is_complex():
+            raise InputError(
+                f"{where}: lr must be a finite number, or a real tensor without dimensions; got one of shape "
+                f"{tuple(rate.shape)} and {rate.dtype}. Give lr.item()."
+            )
+        rate = rate.item() if rate.device.type == "cpu" else 0.0  # reading it would wait for the device
+    for name, value in (("lr", rate), ("weight_decay", group["weight_decay"])):
+        if not (is_number(value) and value >= 0):
+            raise InputError(f"{where}: {name} must be a finite number, 0 or more; got {value!r}.")
+    betas = group["betas"]
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
+        raise InputError(f"{where}: betas must be two numbers, each 0 or more and below 1; got {betas!r}.")
+    check_switches(where, group, "maximize")
+
+
+def check_switches(where: str, group: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if not isinstance(group[name], bool):
+            raise InputError(f"{where}: {name} must be True or False; got {group[name]!r}.")
+
+
+def fill_options(
+    optimizer: Optimizer,
+    before: Sequence[Mapping[str, Any]],  # the groups until a state was loaded; none in a copy
+    names: Mapping[str, Any],  # with the values where neither group nor defaults have one
+) -> None:
+    """Give groups from a state that another class saved what they lack: each its own value from before."""
+    for index, group in enumerate(optimizer.param_groups):
+        own = before[index] if index < len(before) else {}
+        for name, value in names.items():
+            group.setdefault(name, own.get(name, optimizer.defaults.get(name, value)))
