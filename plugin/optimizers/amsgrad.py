@@ -33,10 +33,10 @@ class AMSGrad(Optimizer):
         maximize: Maximise the objective instead of minimising it.
 
     For float16 and bfloat16 the arithmetic is float32, but what is stored between steps has the parameter's dtype, and
-    rounds: the parameter; m; v, which in bfloat16 stops at a quarter of a constant g² at the default β₂, for a step
-    of it is then less than half its last place, so that x moves twice as far; and v̂, whose least value in float16 is 6·10⁻⁵, so that gradients
-    much below √v̂ = 0.008 hardly move anything. Adam's checkpoints load; v̂ then starts at the greater of v and ε², or
-    where amsgrad=True had it.
+    rounds: the parameter; m; v, which in bfloat16 stops at a quarter of a constant g² at the default β₂, for what a
+    step adds is then less than half its last place, so that x moves twice as far; and v̂, whose least value in float16
+    is 6·10⁻⁵, so that gradients much below √v̂ = 0.008 hardly move anything. Adam's checkpoints load; v̂ then starts at
+    the greater of v and ε², or where amsgrad=True had it.
 
     Raises:
         InputError: An option is out of bounds.

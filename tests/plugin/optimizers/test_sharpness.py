@@ -874,6 +874,17 @@ def test_half_precision_rounds_only_what_is_stored(dtype: torch.dtype):
         )
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 0.25, 0.25), (torch.float32, 0.39, 0.4)])
+def test_the_second_moment_stops_early_in_bfloat16(dtype: torch.dtype, least: float, most: float):
+    """What the docstring warns of; 0.999⁵⁰⁰ = 0.606."""
+    weight = nn.Parameter(torch.ones(1, dtype=dtype))
+    weight.grad = torch.ones_like(weight)
+    optimizer = AMSGrad([weight])
+    for _ in range(500):
+        optimizer.step()
+    assert least <= optimizer.state[weight]["exp_avg_sq"].item() <= most
+
+
 def test_a_rate_in_a_tensor_is_that_rate_and_is_not_read_on_a_device():
     moved = []
     for rate in (0.25, torch.tensor(0.25)):
