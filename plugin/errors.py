@@ -23,6 +23,10 @@ class PairingError(InputError):
     """The LoRA factors of a model or parameter list cannot be paired with certainty."""
 
 
+class NamelessError(PairingError):
+    """Nothing names the tensors, and their shapes and order do not settle which are LoRA pairs; perhaps none is."""
+
+
 class UnknownNameError(InputError):
     """No plugin of that kind has that name."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from equipoise.errors import PairingError
+from equipoise.errors import NamelessError, PairingError
 
 _SIDES = {
     "lora_A": "lora_B",  # peft, loralib
@@ -198,7 +198,7 @@ class _Search:
         fresh = fits and all(not A.any() or not B.any() for A, B in couples)
         if not fits or not (fresh or len(tensors) == len(bare)):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in bare[:6]) + (", …" if len(bare) > 6 else "")
-            raise PairingError(
+            raise NamelessError(
                 f"The parameters have no names, no live module owns them, and their order does not settle which LoRA "
                 f"factors belong together: got {shapes}. {_ADVICE}"
             )

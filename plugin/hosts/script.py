@@ -10,10 +10,11 @@
 left to scripts that have an option `--optimizer` themselves. Without `--optimizer` nothing is touched.
 """
 
+import inspect
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except EquipoiseError as error:  # raised at the first step, before anything was trained
-        print(error, file=sys.stderr)
+        tell(str(error))
         return 2
     return 0
 
@@ -64,13 +65,15 @@ def take_options(argv: Sequence[str], not_ours: Sequence[str] = ()) -> tuple[lis
         not_ours: Values of `--optimizer` that are left where they are.
 
     Raises:
-        InputError: Options that are not `key=value`, or that are for no optimizer.
+        InputError: Options that are not `key=value`, that are for no optimizer, or something that is said twice.
     """
     rest, name, given = [], None, []
     words = [part for word in argv for part in _split(word)]
     while words:
         word = words.pop(0)
         if word == "--optimizer" and words and words[0] not in not_ours:
+            if name is not None:
+                raise InputError(f"--optimizer was given twice, as {name} and as {words[0]}. Keep one of them.")
             name = words.pop(0)
         elif word == "--optimizer-args":
             while words and "=" in words[0] and not words[0].startswith("-"):
@@ -81,7 +84,17 @@ def take_options(argv: Sequence[str], not_ours: Sequence[str] = ()) -> tuple[lis
             rest.append(word)
     if given and name is None:
         raise InputError("--optimizer-args was given without --optimizer. Say which optimizer they are for.")
-    return rest, name, dict(pair.split("=", 1) for pair in given)
+    return rest, name, read_pairs(given, "--optimizer-args")
+
+
+def read_pairs(words: Iterable[str], called: str) -> dict[str, str]:
+    """`key=value` words as a dict; InputError for a key that is there twice."""
+    found: dict[str, str] = {}
+    for key, value in (word.split("=", 1) for word in words):
+        if key in found:
+            raise InputError(f"{called} gives {key} twice, as {found[key]} and as {value}. Keep one of them.")
+        found[key] = value
+    return found
 
 
 def _split(word: str) -> list[str]:
@@ -102,6 +115,50 @@ class Choice(NamedTuple):
     options: dict[str, Any]  # those given
     defaults: dict[str, Any]  # the method's own, all of them
 
+    @property
+    def words(self) -> str:
+        """The options given, for people."""
+        return ", ".join(f"{key} {value}" for key, value in self.options.items()) or "options at their defaults"
+
+    def check_base(self, cls: type) -> None:
+        """Raise an InputError if the user named another base than `cls`, as in scaled_adamw on SGD."""
+        base = self.base
+        if base is not None and not (issubclass(cls, base) or base.__name__.lower() in cls.__name__.lower()):
+            raise InputError(
+                f"{self.name}: the program's optimizer is {cls.__name__}, not {base.__name__}. Use {self.method}, "
+                f"which treats any optimizer, or the program's own option for {base.__name__}."
+            )
+
+    def say_treated(self, optimizer: Any, kind: str, found: str) -> None:
+        """Report the options in force on an optimizer of the class called `kind`, and what pairs were found."""
+        options = {key: optimizer.param_groups[0][key] for key in self.defaults}
+        shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+        say(f"{self.method} ({shown}) on {kind}. {found}")
+
+    def take_place(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `cls` is made with where the program would have made a `kind` with `given`; says what that loses."""
+        known = inspect.signature(self.cls).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        kept = {key: value for key, value in given.items() if takes_all or key in known}
+        rate = f", lr {float(given['lr']):g}" if "lr" in given else ""
+        say(f"{self.name} takes {kind}'s place{rate} ({self.words}).")
+        if lost := [f"{key}={value!r}" for key, value in given.items() if key not in kept]:
+            say(f"warning: {self.name} does not have {', '.join(lost)}, which the program sets.")
+        return {**kept, **self.options}
+
+
+def say(text: str) -> None:
+    tell(f"equipoise: {text}")
+
+
+def tell(text: str) -> None:
+    """One line on stderr, above the progress bar if the program shows one."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
+    sys.stderr.flush()
+
 
 def install(name: str, given: dict[str, Any]) -> None:
     """Arrange that the optimizers made from now on in this process are treated; once is enough.
@@ -120,9 +177,9 @@ def install(name: str, given: dict[str, Any]) -> None:
                 f"{_installed[0].name} and options of its own. Give --optimizer to one of the two."
             )
     elif choice.method is None:
-        replace_adamw(name, choice.cls, choice.options)
+        replace_adamw(choice)
     else:
-        treat(name, choice.method, choice.base, choice.options, choice.defaults)
+        treat(choice)
     _installed[:] = [choice]
 
 
@@ -138,10 +195,17 @@ def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optim
     Raises:
         InputError: No such optimizer, an option that it does not have, or a way of training that it cannot serve.
     """
+    from torch.optim import Optimizer
+
     from equipoise.optimizers.bounded import BoundedAdamW
     from equipoise.optimizers.pair_optimizer import PairOptimizer
     from equipoise.optimizers.scaled import ScaledAdamW
 
+    if "lr" in given:
+        raise InputError(
+            f"{called[1]}: lr is not set here, for the learning rate and its schedule are the program's. Use its own "
+            "option for the rate."
+        )
     methods: dict[str, Any] = {"scaled": ScaledAdamW, "bounded": BoundedAdamW}  # any class: for the options
     if name in methods:
         method, base = name, None
@@ -160,7 +224,7 @@ def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optim
         method = next((method for method in methods if name.startswith(f"{method}_")), None)
         if method is None or not issubclass(cls, PairOptimizer):
             return Choice(name, None, None, cls, _checked(name, cls, given, called[1]), {})
-        base = next(c for c in cls.__mro__[1:] if c.__module__.startswith("torch.optim"))
+        base = next(c for c in cls.__mro__[1:] if issubclass(c, Optimizer) and not issubclass(c, PairOptimizer))
     ours = methods[method]._OPTIONS
     unknown = [key for key in given if key not in ours]
     if unknown:

@@ -4,9 +4,11 @@ Two ways in, both without touching the program's code: scaling and the bound hap
 optimizer there is, attached when it takes its first step; an update rule of its own takes torch.optim.AdamW's place.
 """
 
+import atexit
 import functools
 import gc
 import inspect
+import os
 import sys
 import weakref
 from collections import Counter
@@ -18,68 +20,103 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from equipoise.errors import EquipoiseError, InputError
-from equipoise.hosts.script import refuse_deepspeed
+from equipoise.errors import EquipoiseError, InputError, NamelessError
+from equipoise.hosts.script import Choice, refuse_deepspeed, say, tell
 from equipoise.optimizers.pair_optimizer import PairOptimizer, attach
-from equipoise.pairs import find_pairs
+from equipoise.pairs import PairReport, find_pairs, live_roots
 
 _clipped: Counter[str] = Counter()  # calls of clip_grad_norm_ so far: "tensors" or "nothing"
 
 
-def treat(
-    name: str, method: str, base: type[Optimizer] | None, given: dict[str, Any], defaults: dict[str, Any]
-) -> None:
-    """Attach `method` to every optimizer that holds LoRA factors, at its first step.
+def treat(choice: Choice) -> None:
+    """Attach the method to every optimizer that holds LoRA factors, at its first step.
 
-    Args:
-        base: The class that the user named with the method; other optimizers are refused. None: any.
-        given: The options that the user gave. They win over those of a state that the script has loaded, and these
-            over `defaults`.
+    The options that the user gave win over those of a state that the script has loaded, and these over the defaults.
+    An optimizer without LoRA pairs is left as it is, for one with pairs may come later. If none has come when the
+    process ends, the exit code is 2; and one that trains most of the weights there are is refused at once.
     """
     _watch_clipping()
     seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-    treated: list[str] = []  # their classes
+    held: list[str] = []  # the optimizers that held pairs, and those that did not
+    left: list[str] = []
 
     @_or_end
     def first_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if optimizer in seen:
             return
-        refuse_deepspeed(name)  # a program may have turned it on after its start
+        refuse_deepspeed(choice.name)  # a program may have turned it on after its start
         seen.add(optimizer)
-        if isinstance(optimizer, PairOptimizer):
-            treated.append(type(optimizer).__name__)
-            return  # the script made it so itself
-        found = find_pairs(optimizer)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if not found.pairs:
-            if not treated and not _others_hold_pairs(optimizer):
-                raise InputError(
-                    f"--optimizer {name}: the {type(optimizer).__name__} of {len(params)} tensors holds no LoRA pairs, "
-                    "and neither does any other optimizer of this program, so there is nothing to treat. Have it train "
-                    "LoRA adapters, or leave --optimizer out."
-                )
-            _say(f"{type(optimizer).__name__} of {len(params)} tensors holds no LoRA pairs: left as it is.")
-            return
-        if len(params) == 1:
-            raise InputError(
-                f"--optimizer {name}: the script makes one optimizer per parameter, so none of them sees both factors "
-                "of a LoRA pair. Turn the script's fused backward pass off."
-            )
         kind = type(optimizer).__name__
-        if base is not None and not (isinstance(optimizer, base) or base.__name__.lower() in kind.lower()):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        found, doubt = _look(optimizer)
+        if not found.pairs:
+            what = f"{kind} of {len(params)} tensors"
+            if not held and not _others_hold_pairs(optimizer):
+                if _trains_most(params):
+                    left.clear()
+                    raise _nothing_to_treat(choice, what)
+                left.append(what)
+            say(f"{what} holds no LoRA pairs: left as it is.{f' ({doubt})' if doubt else ''}")
+            return
+        held.append(kind)
+        if len(params) == 1 and all(side.requires_grad for pair in found for side in (pair.A, pair.B)):
             raise InputError(
-                f"--optimizer {name}: the script makes a {kind}, not an {base.__name__}. Use --optimizer {method}, "
-                f"which treats any optimizer, or the script's own option for {base.__name__}."
+                f"--optimizer {choice.name}: the script makes one optimizer per parameter, so none of them sees both "
+                "factors of a LoRA pair. Turn the script's fused backward pass off."
             )
-        for group in optimizer.param_groups:
-            group.update(given)
-        attach(optimizer, **{"damping": None, **defaults, **given})
-        treated.append(kind)
-        options = {key: optimizer.param_groups[0][key] for key in defaults}
-        factors = {id(factor) for pair in found for factor in (pair.A, pair.B)}
-        _report(method, kind, options, found.summary, params, factors, optimizer)
+        choice.check_base(type(optimizer))
+        if isinstance(optimizer, PairOptimizer):
+            _refuse_other_options(choice, optimizer)
+        else:
+            for group in optimizer.param_groups:
+                group.update(choice.options)
+            attach(optimizer, **{"damping": None, **choice.defaults, **choice.options})
+        choice.say_treated(optimizer, kind, found.summary)
+        _report_rest(optimizer, kind, params, found)
 
     register_optimizer_step_pre_hook(first_step)
+
+    def last_word() -> None:
+        if left and not held and not hasattr(sys, "last_value"):  # which an error that ended the program has set
+            tell(str(_nothing_to_treat(choice, " and ".join(dict.fromkeys(left)))))
+            sys.stdout.flush()
+            os._exit(2)  # the one way to set the exit code here; what the program registered has run by now
+
+    atexit.register(last_word)
+
+
+def _look(optimizer: Optimizer) -> tuple[PairReport, str]:
+    """(the pairs, what is doubtful). Tensors that nothing names are no pairs unless their shapes leave no doubt."""
+    try:
+        return optimizer.pairs if isinstance(optimizer, PairOptimizer) else find_pairs(optimizer), ""
+    except NamelessError as error:
+        return PairReport(()), str(error)
+
+
+def _nothing_to_treat(choice: Choice, what: str) -> InputError:
+    return InputError(
+        f"--optimizer {choice.name}: the {what} holds no LoRA pairs, and neither does any other optimizer of this "
+        "program, so there is nothing to treat. Have it train LoRA adapters, or leave --optimizer out."
+    )
+
+
+def _refuse_other_options(choice: Choice, optimizer: Optimizer) -> None:
+    """The script has made a treated optimizer itself: it must be of the method, with the options that the user gave."""
+    for group in optimizer.param_groups:
+        for key, default in choice.defaults.items():
+            own = group.get(key)
+            if choice.options.get(key, own) != own or (own is None and default is not None):
+                asked = choice.options.get(key, default)
+                raise InputError(
+                    f"--optimizer {choice.name}: the script makes a {type(optimizer).__name__} itself, whose {key} is "
+                    f"{own}, not {asked}. Set it in the script, and leave --optimizer out."
+                )
+
+
+def _trains_most(params: list[Tensor]) -> bool:
+    """Whether `params` are more than half of the weights in this process's modules."""
+    alive = {id(param): param.numel() for root in live_roots() for param in root.parameters()}
+    return 2 * sum(alive.get(id(param), 0) for param in params) > sum(alive.values())
 
 
 def _others_hold_pairs(optimizer: Optimizer) -> bool:
@@ -87,7 +124,7 @@ def _others_hold_pairs(optimizer: Optimizer) -> bool:
     objects = gc.get_objects()
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Optimizer)}
     found: list[Any] = [o for o in objects if type(o) in kinds and "state" in vars(o)]  # others are still being made
-    return any(o is not optimizer and find_pairs(o).pairs for o in found)
+    return any(o is not optimizer and _look(o)[0].pairs for o in found)
 
 
 def _or_end(call: Callable[..., None]) -> Callable[..., None]:
@@ -98,43 +135,42 @@ def _or_end(call: Callable[..., None]) -> Callable[..., None]:
         try:
             call(*args)
         except EquipoiseError as error:
-            print(error, file=sys.stderr, flush=True)
+            tell(str(error))
             raise SystemExit(2) from error
 
     return checked
 
 
-def replace_adamw(name: str, cls: type[Optimizer], options: dict[str, Any]) -> None:
-    """Put `cls` where scripts find torch.optim.AdamW. What AdamW takes and `cls` does not is dropped, and said."""
-    known = inspect.signature(cls).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+def replace_adamw(choice: Choice) -> None:
+    """Put the optimizer where scripts find torch.optim.AdamW. What AdamW takes and it does not is dropped, and said."""
+    cls: Any = choice.cls
+    signature = inspect.signature(torch.optim.AdamW)
 
-    class Replacement(cls):  # type: ignore[misc, valid-type]
-        def __init__(self, params: Any, lr: Any = 1e-3, **given: Any):
-            kept = {key: value for key, value in given.items() if takes_all or key in known}
-            arguments: dict[str, Any] = {**kept, **options, "lr": lr}
-            super().__init__(params, **arguments)
-            lost = [f"{key}={given[key]!r}" for key in given if key not in kept]
-            _say(f"{name} takes AdamW's place, lr {lr:g}, options {options or 'at their defaults'}.")
-            if lost:
-                _say(f"warning: {name} does not have {', '.join(lost)}, which the script sets.")
+    def arguments(*args: Any, **given: Any) -> tuple[Any, dict[str, Any]]:
+        bound = signature.bind(*args, **given).arguments
+        bound.setdefault("lr", signature.parameters["lr"].default)
+        return bound.pop("params"), choice.take_place("AdamW", bound)
+
+    class Replacement(cls):
+        """Makes a plain `cls`, which copies and pickles; a class of its own, for programs that derive from AdamW."""
+
+        def __new__(here, *args: Any, **given: Any) -> Any:
+            if here is not Replacement or not (args or given):  # or it is read out of a pickle
+                return super().__new__(here)
+            params, options = arguments(*args, **given)
+            return cls(params, **options)
+
+        def __init__(self, *args: Any, **given: Any):
+            params, options = arguments(*args, **given)
+            super().__init__(params, **options)
 
     Replacement.__name__ = Replacement.__qualname__ = cls.__name__
     for module in (torch.optim, sys.modules["torch.optim.adamw"]):
         module.AdamW = Replacement  # type: ignore[attr-defined, misc]
 
 
-def _report(
-    method: str,
-    kind: str,
-    options: dict[str, Any],
-    summary: str,
-    params: list[Tensor],
-    factors: set[int],
-    optimizer: Optimizer,
-) -> None:
-    shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
-    _say(f"{method} ({shown}) on {kind}. {summary}")
+def _report_rest(optimizer: Optimizer, kind: str, params: list[Tensor], found: PairReport) -> None:
+    factors = {id(factor) for pair in found for factor in (pair.A, pair.B)}
     others = sum(id(param) not in factors for param in params)
     dtypes = Counter(str(param.dtype).removeprefix("torch.") for param in params)
     rates = ", ".join(
@@ -142,16 +178,16 @@ def _report(
         for rate in dict.fromkeys(g["lr"] for g in optimizer.param_groups)
     )
     clipping = "on" if _clipped["tensors"] else "off"
-    _say(
+    say(
         f"{others} other tensors are {kind}'s alone; dtypes {', '.join(f'{n} × {d}' for d, n in dtypes.items())}; "
         f"learning rate {rates}; gradient clipping {clipping}."
     )
     if _clipped["nothing"]:
-        _say(
+        say(
             "warning: the script clips an exhausted iterator, so no gradient is clipped at all (a fault of the script)."
         )
     if {"bfloat16", "float16"} & set(dtypes):
-        _say("warning: LoRA weights in half precision lose small steps to rounding; train them in float32 if you can.")
+        say("warning: LoRA weights in half precision lose small steps to rounding; train them in float32 if you can.")
 
 
 def _watch_clipping() -> None:
@@ -163,7 +199,3 @@ def _watch_clipping() -> None:
         return clip(parameters, *args, **kwargs)
 
     nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = watched  # type: ignore[assignment]
-
-
-def _say(text: str) -> None:
-    print(f"equipoise: {text}", file=sys.stderr, flush=True)

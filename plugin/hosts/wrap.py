@@ -35,10 +35,7 @@ def main(words: Sequence[str]) -> int:
     if name is None:
         print("equipoise wrap: no --optimizer was given: the command runs as it is.", file=sys.stderr, flush=True)
     else:
-        flags = {
-            word.split("=")[0].replace("-", "_") for word in command
-        }  # workers look again, into their own settings
-        refuse_deepspeed(name, bool({"__use_deepspeed", "__deepspeed"} & flags) or Path(command[0]).name == "deepspeed")
+        refuse_deepspeed(name, asks_for_deepspeed(command))  # workers look again, into their own settings
         choose(name, options)
         env = environment(name, options, env)
     try:
@@ -57,13 +54,25 @@ def parse(words: Sequence[str]) -> tuple[list[str], str | None, dict[str, str]]:
     Raises:
         InputError: No `--`, no command, or something before the `--` that is not understood.
     """
-    if "--" not in words or words[-1] == "--":
+    end = list(words).index("--") if "--" in words else len(words)
+    if not words[end + 1 :]:
         raise InputError(f"equipoise wrap: no command was given. Use {USAGE}.")
-    end = list(words).index("--")
     rest, name, options = take_options(words[:end])
     if rest:
         raise InputError(f"equipoise wrap: {rest[0]} is not understood before the --. Use {USAGE}.")
     return list(words[end + 1 :]), name, options
+
+
+def asks_for_deepspeed(command: Sequence[str]) -> bool:
+    """Whether the words start DeepSpeed: its launcher, or a flag for it that is not set to a word for no."""
+    for before, word, after in zip(["", *command], command, [*command[1:], "true"], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") in ("__use_deepspeed", "__deepspeed", "__zero_stage"):
+            if (value if equals else after).lower() not in ("", "0", "false", "no", "off", "none", "null"):
+                return True
+        elif Path(word).name == "deepspeed" and not before.startswith("-") and not Path(word).is_dir():
+            return True
+    return False
 
 
 def environment(name: str, options: Mapping[str, str], base: Mapping[str, str]) -> dict[str, str]:

@@ -14,8 +14,8 @@ from transformers import Trainer
 
 from equipoise import attach, registry
 from equipoise.errors import InputError
-from equipoise.hosts.script import choose, refuse_deepspeed
-from equipoise.hosts.trainer import check_base, put_in_place, say
+from equipoise.hosts.script import choose, read_pairs, refuse_deepspeed
+from equipoise.hosts.trainer import put_in_place
 
 try:
     from swift.optimizers import OptimizerCallback, optimizers_map  # type: ignore[import-not-found]
@@ -36,7 +36,7 @@ class EquipoiseCallback(OptimizerCallback):
         words = [word for word in (args.optim_args or "").replace(" ", "").split(",") if word]
         if wrong := [word for word in words if "=" not in word]:
             raise InputError(f"--optim_args {wrong[0]}: wants key=value,key=value, as in --optim_args damping=1e-2.")
-        given = dict(word.split("=", 1) for word in words)
+        given = read_pairs(words, "--optim_args")
         self.choice = choose(name, given, called=("--optimizer equipoise_…", "--optim_args"))
         refuse_deepspeed(name, bool(args.deepspeed))
         if args.use_galore:
@@ -61,12 +61,10 @@ class EquipoiseCallback(OptimizerCallback):
             trainer.optimizer_cls_and_kwargs = put_in_place(choice, *own)
         optimizer = optimizers_map[kind](self.args, trainer).create_optimizer(model=model)
         if choice.method is not None:
-            check_base(choice, type(optimizer))
-            name = type(optimizer).__name__
+            choice.check_base(type(optimizer))
+            kind = type(optimizer).__name__
             attach(optimizer, model, **{"damping": None, **choice.defaults, **choice.options})
-            options = {key: optimizer.param_groups[0][key] for key in choice.defaults}
-            shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
-            say(f"{choice.method} ({shown}) on {name}. {optimizer.pairs.summary}")
+            choice.say_treated(optimizer, kind, optimizer.pairs.summary)
         return optimizer
 
 

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lion_pytorch import Lion
 
 from equipoise.errors import InputError
-from equipoise.hosts.script import main, parse
+from equipoise.hosts.script import choose, main, parse
 from equipoise.pipelines import cli
 
 # A script as diffusers writes them: it knows nothing of Equipoise, and hands its parameters over in its own way.
@@ -126,7 +128,7 @@ def test_other_bases_methods_and_update_rules(tmp_path):
     replaced = run(tmp_path, "--style", "groups", "--optimizer", "nadam", "--optimizer-args", "momentum_decay=0.01")
     assert replaced.returncode == 0 and "nadam takes AdamW's place" in replaced.stderr, replaced.stderr
     lost = run(tmp_path, "--optimizer", "sgd")
-    assert "warning: sgd does not have betas=(0.9, 0.999), eps=1e-08, which the script sets." in lost.stderr
+    assert "warning: sgd does not have betas=(0.9, 0.999), eps=1e-08, which the program sets." in lost.stderr
 
 
 @pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
@@ -168,6 +170,13 @@ def test_a_script_keeps_its_own_option(tmp_path):
         ),
         (["--optimizer", "scaled", "--optimizer-args", "damping=-1"], "damping: must be a number >= 0, got '-1'."),
         (["--optimizer-args", "damping=1"], "--optimizer-args was given without --optimizer."),
+        (["--optimizer", "scaled", "--optimizer", "bounded"], "--optimizer was given twice, as scaled and as bounded."),
+        (
+            ["--optimizer", "scaled", "--optimizer-args", "trust=1", "trust=2"],
+            "--optimizer-args gives trust twice, as 1 and as 2.",
+        ),
+        (["--optimizer", "alpha_adam", "--optimizer-args", "lr=0.5"], "--optimizer-args: lr is not set here, for the"),
+        (["--optimizer", "scaled", "--optimizer-args", "lr=0.5"], "--optimizer-args: lr is not set here, for the"),
         (["--optimizer", "scaled", "--optimizer-args", "damping"], "--optimizer-args wants key=value"),
     ],
 )
@@ -184,7 +193,7 @@ def test_what_cannot_work_is_one_sentence(words, message, tmp_path, capsys):
     [
         (
             ["--optimizer", "scaled_adamw", "--style", "sgd"],
-            "the script makes a SGD, not an AdamW. Use --optimizer scaled",
+            "scaled_adamw: the program's optimizer is SGD, not AdamW. Use scaled",
         ),
         (["--optimizer", "scaled", "--style", "each"], "the script makes one optimizer per parameter"),
         (
@@ -283,3 +292,124 @@ def test_fsdp_with_flat_parameters_is_refused(whole, tmp_path):
     else:
         assert ended.returncode == 2 and ended.stdout == "", ended.stderr
         assert "is an FSDP1 flat parameter: scaling needs whole LoRA factors." in ended.stderr.splitlines()[-1]
+
+
+def adapted(tmp_path: Path, source: str, *words: str) -> subprocess.CompletedProcess:
+    """Run a program that has one LoRA layer, `layer`, and what `source` does with it."""
+    script = tmp_path / "script.py"
+    script.write_text(LAYER + source)
+    command = [sys.executable, "-m", "equipoise.run", str(script), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+
+LAYER = """
+import copy, pickle, sys, torch
+from torch import nn
+from equipoise import BoundedAdamW, ScaledAdamW
+
+layer = nn.Linear(8, 8, bias=False).requires_grad_(False)
+layer.lora_A, layer.lora_B = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+factors = [layer.lora_A.weight, layer.lora_B.weight]
+
+def step(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+
+def critic():
+    net = nn.Linear(3, 3)
+    step(torch.optim.SGD(net.parameters(), lr=0.1))
+"""
+NOTHING = "holds no LoRA pairs, and neither does any other optimizer of this program"
+
+
+@pytest.mark.parametrize(
+    ("made", "words", "message"),
+    [
+        ("ScaledAdamW(factors, damping=0.5)", ["scaled", "damping=0.5"], None),
+        ("ScaledAdamW(factors, damping=0.5)", ["scaled_adamw"], None),
+        ("ScaledAdamW(factors, damping=0.25)", ["scaled", "damping=0.5"], "whose damping is 0.25, not 0.5."),
+        ("BoundedAdamW(factors)", ["scaled"], "makes a BoundedAdamW itself, whose damping is None, not 1e-06."),
+        ("ScaledAdamW(factors)", ["bounded"], "makes a ScaledAdamW itself, whose trust is None, not 0.01."),
+    ],
+)
+def test_an_optimizer_of_ours_that_the_script_makes_is_reported_or_refused(made, words, message, tmp_path):
+    name, *options = words
+    given = ["--optimizer", name, *(["--optimizer-args", *options] if options else [])]
+    ended = adapted(tmp_path, f"step({made})", *given)
+    if message is None:
+        assert ended.returncode == 0, ended.stderr
+        assert "equipoise: scaled (damping 0.5, damping_mode absolute, order simultaneous) on Sc" in ended.stderr
+        assert "1 LoRA pair of rank 2" in ended.stderr and "gradient clipping off" in ended.stderr
+    else:
+        assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_one_side_of_a_pair_whose_other_is_frozen(tmp_path):
+    source = "factors[0].requires_grad_(False)\nstep(torch.optim.AdamW([factors[1]]))"
+    ended = adapted(tmp_path, source, "--optimizer", "scaled")
+    assert ended.returncode == 0 and "on AdamW. 1 LoRA pair of rank 2" in ended.stderr, ended.stderr
+
+
+def test_an_optimizer_of_tensors_that_nothing_names(tmp_path):
+    bare = "step(torch.optim.SGD([torch.randn(s, requires_grad=True) for s in ((32, 4), (4, 64), (3,))], lr=0.1))\n"
+    source = "own = torch.optim.AdamW(factors)\n" + bare
+    ended = adapted(tmp_path, source + "step(own)", "--optimizer", "scaled")
+    assert ended.returncode == 0, ended.stderr
+    assert "SGD of 3 tensors holds no LoRA pairs: left as it is. (The parameters have no names" in ended.stderr
+    assert "on AdamW. 1 LoRA pair of rank 2" in ended.stderr
+
+
+def test_an_optimizer_without_pairs_may_come_first(tmp_path):
+    ended = adapted(tmp_path, "critic()\nstep(torch.optim.AdamW(factors))", "--optimizer", "scaled")
+    assert ended.returncode == 0 and NOTHING not in ended.stderr, ended.stderr
+    assert "SGD of 2 tensors holds no LoRA pairs: left as it is." in ended.stderr
+    assert "on AdamW. 1 LoRA pair of rank 2" in ended.stderr
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(0)"])
+def test_if_none_with_pairs_has_come_the_exit_code_says_so(end, tmp_path):
+    ended = adapted(tmp_path, f"critic()\nprint('done')\n{end}", "--optimizer", "scaled")
+    assert ended.returncode == 2 and ended.stdout == "done\n"
+    assert "SGD of 2 tensors holds no LoRA pairs: left" in ended.stderr.splitlines()[0]
+    assert NOTHING in ended.stderr.splitlines()[1] and ended.stderr.count("\n") == 2
+    failed = adapted(tmp_path, "critic()\nraise KeyError('its own')", "--optimizer", "scaled")
+    assert failed.returncode == 1 and NOTHING not in failed.stderr
+    without = adapted(tmp_path, f"print('done')\n{end}", "--optimizer", "scaled")
+    assert without.returncode == 0 and without.stderr == ""
+
+
+def test_what_takes_adamws_place_can_do_what_adamw_can(tmp_path):
+    source = """
+optimizer = torch.optim.AdamW(factors, 1e-2, (0.8, 0.9))
+step(optimizer)
+for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+    assert twin.state_dict()["state"][0]["step"] == 1
+    step(twin)
+class Mine(torch.optim.AdamW):
+    def __init__(self, params, lr):
+        super().__init__(params, lr, weight_decay=0.5)
+for made in (optimizer, Mine(factors, 1e-2)):
+    print(type(made).__name__, made.defaults["lr"], made.defaults["betas"], made.defaults["weight_decay"])
+"""
+    ended = adapted(tmp_path, source, "--optimizer", "alpha_adam")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["AlphaAdam 0.01 (0.8, 0.9) 0.01", "Mine 0.01 (0.9, 0.999) 0.5"]
+    assert ended.stderr.startswith("equipoise: alpha_adam takes AdamW's place, lr 0.01 (options at their defaults).")
+
+
+def test_a_third_partys_scaled_optimizer_is_for_the_class_that_it_scales(distribution):
+    source = "from equipoise import scaled\nfrom lion_pytorch import Lion\nScaledLion = scaled(Lion)"
+    distribution("lions", {"equipoise.optimizers": {"scaled_lion": "lions:ScaledLion"}}, lions=source)
+    choice = choose("scaled_lion", {"damping": "0.1"})
+    choice.check_base(Lion)
+    with pytest.raises(InputError, match="scaled_lion: the program's optimizer is AdamW, not Lion"):
+        choice.check_base(torch.optim.AdamW)
+
+
+def test_a_sentence_stands_above_the_progress_bar(tmp_path):
+    source = "from tqdm import tqdm\nfor _ in tqdm(range(3), mininterval=0):\n    critic()"
+    ended = adapted(tmp_path, source, "--optimizer", "scaled")
+    lines = ended.stderr.replace("\r", "\n").split("\n")
+    assert "3/3" in ended.stderr and "equipoise: SGD of 2 tensors holds no LoRA pairs: left as it is." in lines, lines

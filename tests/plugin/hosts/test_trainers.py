@@ -153,6 +153,7 @@ def test_axolotl(options, by_hand, programs, tmp_path, capsys):
         ({"equipoise": {"optimizer": "scald"}}, "equipoise.optimizer: no optimizer 'scald'."),
         ({"equipoise": {"optimizer": "scaled", "dampin": 1}}, "equipoise: scaled has no option 'dampin' here."),
         ({"equipoise": {"optimizer": "scaled", "damping": -1}}, "equipoise of scaled: damping: must be"),
+        ({"equipoise": {"optimizer": "alpha_adam", "lr": 0.5}}, "equipoise: lr is not set here"),
         ({"equipoise": {"optimizer": "joint"}}, "equipoise.optimizer joint: this is objective 'joint'"),
     ],
 )
@@ -166,7 +167,7 @@ def test_axolotls_own_optimizer_is_what_is_treated(programs, tmp_path):
     ours = make(tmp_path, by_hand=(torch.optim.RAdam, {"lr": 1e-2}))
     axolotl(ours, equipoise={"optimizer": "scaled"})
     assert ours.optimizer_cls_and_kwargs == (scaled(torch.optim.RAdam), {"lr": 1e-2})
-    with pytest.raises(InputError, match="the program makes a RAdam, not an AdamW"):
+    with pytest.raises(InputError, match="the program's optimizer is RAdam, not AdamW"):
         axolotl(make(tmp_path, by_hand=(torch.optim.RAdam, {})), equipoise={"optimizer": "scaled_adamw"})
     with pytest.raises(InputError, match="which makes several optimizers"):
         axolotl(make(tmp_path, by_hand=(lambda: None, {})), equipoise={"optimizer": "scaled"})
@@ -214,6 +215,7 @@ def test_swifts_rates_by_part_stay(swift, tmp_path):
     ("given", "message"),
     [
         ({"optim_args": "damping"}, "--optim_args damping: wants key=value"),
+        ({"optim_args": "damping=1,damping=2"}, "--optim_args gives damping twice, as 1 and as 2."),
         ({"optim_args": "dampin=1"}, "--optim_args: scaled has no option 'dampin' here."),
         ({"use_galore": True}, "GaLore is for full weights"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.errors import InputError
-from equipoise.hosts.wrap import VARIABLE, environment, parse
+from equipoise.hosts.wrap import VARIABLE, asks_for_deepspeed, environment, parse
 from equipoise.pipelines import cli
 
 APP = """
@@ -136,7 +136,7 @@ def test_a_worker_that_cannot_be_treated_ends_in_a_sentence(env, message, folder
 def test_so_does_one_that_shows_it_at_its_first_step(folder):
     ended = python("train.py", "spawn", **treated("scaled_adamw"))  # the program goes on after any Exception
     assert ended.returncode == 2 and ended.stdout == "", ended.stderr
-    assert ended.stderr.startswith("--optimizer scaled_adamw: the script makes a SGD, not an AdamW.")
+    assert ended.stderr.startswith("scaled_adamw: the program's optimizer is SGD, not AdamW.")
     assert ended.stderr.count("\n") == 1
 
 
@@ -177,6 +177,17 @@ def test_the_command_takes_the_process_over(folder):
         (["--optimizer", "scaled", "--", "deepspeed"], "DeepSpeed steps its own partitions"),
         (["--optimizer", "scaled", "--", "accelerate", "launch", "--use_deepspeed"], "DeepSpeed steps its own"),
         (["--optimizer", "scaled", "--", "llamafactory-cli", "train", "--deepspeed=x.json"], "DeepSpeed steps its own"),
+        (["--optimizer", "scaled", "--", "env", "A=1", "deepspeed", "t.py"], "DeepSpeed steps its own partitions"),
+        (["--optimizer", "scaled", "--", "accelerate", "launch", "--zero_stage", "2", "t.py"], "DeepSpeed steps its"),
+        (
+            ["--optimizer", "scaled", "--optimizer=bounded", "--"],
+            "--optimizer was given twice, as scaled and as bounded",
+        ),
+        (
+            ["--optimizer", "scaled", "--optimizer-args=damping=1", "--optimizer-args=damping=2", "--"],
+            "--optimizer-args gives damping twice, as 1 and as 2.",
+        ),
+        (["--optimizer", "alpha_adam", "--optimizer-args", "lr=0.5", "--"], "--optimizer-args: lr is not set here"),
         (["--optimizer", "scaled", "--", "./no-such-command"], "./no-such-command: No such file or directory."),
     ],
 )
@@ -202,12 +213,23 @@ def test_words_and_environment():
     ]
     command = ["torchrun", "--", "--optimizer", "x"]
     assert parse(words) == (command, "scaled", {"damping": "1", "trust": "0.1"})
+    assert parse(["--optimizer", "scaled", "--", "pytest", "--"])[0] == ["pytest", "--"]
     with pytest.raises(InputError, match="no command was given"):
         parse(["--optimizer", "scaled", "--"])
     once = environment("scaled", {}, {"PYTHONPATH": f"{os.pathsep}a", "HOME": "/h"})
     assert once["PYTHONPATH"].endswith(f"startup{os.pathsep}{os.pathsep}a") and once["HOME"] == "/h"  # empty: "here"
     twice = environment("bounded", {}, once)
     assert twice["PYTHONPATH"] == once["PYTHONPATH"] and '"bounded"' in twice[VARIABLE]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--use_deepspeed", "false"], ["--deepspeed="], ["--zero-stage=0"], ["--output", "deepspeed"], ["runs/deepspeed"]],
+)
+def test_a_flag_that_says_no_is_no_deepspeed(words, folder):
+    (folder / "runs" / "deepspeed").mkdir(parents=True)
+    assert not asks_for_deepspeed(["python", "t.py", *words])
+    assert asks_for_deepspeed(["python", "t.py", *words, "--use_deepspeed"])
 
 
 def test_the_help(capsys):
