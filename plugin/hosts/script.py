@@ -168,7 +168,7 @@ def install(name: str, given: dict[str, Any]) -> None:
     """
     from equipoise.hosts.takeover import replace_adamw, treat
 
-    choice = choose(name, given)
+    choice: Any = choose(name, given)  # to pyright, which reads this file under two names, it has two types
     refuse_deepspeed(name)
     if _installed:
         if _installed != [choice]:

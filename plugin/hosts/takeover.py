@@ -143,7 +143,7 @@ def _or_end(call: Callable[..., None]) -> Callable[..., None]:
 
 def replace_adamw(choice: Choice) -> None:
     """Put the optimizer where scripts find torch.optim.AdamW. What AdamW takes and it does not is dropped, and said."""
-    cls: Any = choice.cls
+    chosen: Any = choice.cls
     signature = inspect.signature(torch.optim.AdamW)
 
     def arguments(*args: Any, **given: Any) -> tuple[Any, dict[str, Any]]:
@@ -151,20 +151,20 @@ def replace_adamw(choice: Choice) -> None:
         bound.setdefault("lr", signature.parameters["lr"].default)
         return bound.pop("params"), choice.take_place("AdamW", bound)
 
-    class Replacement(cls):
-        """Makes a plain `cls`, which copies and pickles; a class of its own, for programs that derive from AdamW."""
+    class Replacement(chosen):
+        """Makes a plain `chosen`, which copies and pickles; a class of its own, for programs that derive from AdamW."""
 
-        def __new__(here, *args: Any, **given: Any) -> Any:
-            if here is not Replacement or not (args or given):  # or it is read out of a pickle
-                return super().__new__(here)
+        def __new__(cls, *args: Any, **given: Any) -> Any:
+            if cls is not Replacement or not (args or given):  # or it is read out of a pickle
+                return super().__new__(cls)
             params, options = arguments(*args, **given)
-            return cls(params, **options)
+            return chosen(params, **options)
 
         def __init__(self, *args: Any, **given: Any):
             params, options = arguments(*args, **given)
             super().__init__(params, **options)
 
-    Replacement.__name__ = Replacement.__qualname__ = cls.__name__
+    Replacement.__name__ = Replacement.__qualname__ = chosen.__name__
     for module in (torch.optim, sys.modules["torch.optim.adamw"]):
         module.AdamW = Replacement  # type: ignore[attr-defined, misc]
 
