@@ -10,6 +10,7 @@ Tasks, all with LoRA on a frozen base:
                    (as in the paper's Section 6.2)
     text           a byte-level GPT that was first trained on the standard library's prose (docstrings) learns its
                    code; held out: the cross entropy on other modules
+    long_text      the same with ten times the steps
     least_squares  the ill-conditioned low-rank problem of the paper's Section 7: ‖BA − W‖² from a small start, W of
                    rank r and condition number 100; here the loss itself
 
@@ -232,6 +233,10 @@ class Text(Task):
         return self.model(rows, labels=rows).loss.item()
 
 
+class LongText(Text):
+    steps = 1500
+
+
 class Pair(nn.Module):
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
@@ -261,7 +266,13 @@ class LeastSquares(Task):
         return self.loss(0).item()
 
 
-TASKS = {"shapes": Shapes, "text_encoder": TextEncoder, "text": Text, "least_squares": LeastSquares}
+TASKS = {
+    "shapes": Shapes,
+    "text_encoder": TextEncoder,
+    "text": Text,
+    "long_text": LongText,
+    "least_squares": LeastSquares,
+}
 SCHEDULES = ("constant", "cosine")
 
 

@@ -1,4 +1,4 @@
-"""`equipoise demo`: AdamW and scaled AdamW at five learning rates on the embedded model, with no network."""
+"""`equipoise demo`: AdamW, scaled and bounded AdamW at five learning rates on the embedded model, with no network."""
 
 import argparse
 import os
