@@ -142,13 +142,18 @@ def _or_end(call: Callable[..., None]) -> Callable[..., None]:
 
 
 def replace_adamw(choice: Choice) -> None:
-    """Put the optimizer where scripts find torch.optim.AdamW. What AdamW takes and it does not is dropped, and said."""
+    """Put the optimizer where scripts find torch.optim.AdamW. What AdamW takes and it does not is dropped, and said.
+
+    A program that takes a step before it has made an AdamW is refused: it would train without ours.
+    """
     chosen: Any = choice.cls
+    made: list[str] = []
     signature = inspect.signature(torch.optim.AdamW)
 
     def arguments(*args: Any, **given: Any) -> tuple[Any, dict[str, Any]]:
         bound = signature.bind(*args, **given).arguments
         bound.setdefault("lr", signature.parameters["lr"].default)
+        made.append(choice.name)
         return bound.pop("params"), choice.take_place("AdamW", bound)
 
     class Replacement(chosen):
@@ -167,6 +172,16 @@ def replace_adamw(choice: Choice) -> None:
     Replacement.__name__ = Replacement.__qualname__ = chosen.__name__
     for module in (torch.optim, sys.modules["torch.optim.adamw"]):
         module.AdamW = Replacement  # type: ignore[attr-defined, misc]
+
+    @_or_end
+    def first_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not made:
+            raise InputError(
+                f"--optimizer {choice.name}: it takes the place of torch.optim.AdamW, but the program trains with "
+                f"{type(optimizer).__name__}. Choose AdamW in the program, or use scaled or bounded, which treat any."
+            )
+
+    register_optimizer_step_pre_hook(first_step)
 
 
 def _report_rest(optimizer: Optimizer, kind: str, params: list[Tensor], found: PairReport) -> None:

@@ -399,6 +399,12 @@ for made in (optimizer, Mine(factors, 1e-2)):
     assert ended.stderr.startswith("equipoise: alpha_adam takes AdamW's place, lr 0.01 (options at their defaults).")
 
 
+def test_a_program_without_adamw_is_refused_where_adamws_place_is_taken(tmp_path):
+    ended = adapted(tmp_path, "step(torch.optim.SGD(factors, 0.1))\nprint('trained')", "--optimizer", "alpha_adam")
+    assert ended.returncode == 2 and "trained" not in ended.stdout
+    assert "takes the place of torch.optim.AdamW, but the program trains with SGD" in ended.stderr
+
+
 def test_a_third_partys_scaled_optimizer_is_for_the_class_that_it_scales(distribution):
     source = "from equipoise import scaled\nfrom lion_pytorch import Lion\nScaledLion = scaled(Lion)"
     distribution("lions", {"equipoise.optimizers": {"scaled_lion": "lions:ScaledLion"}}, lions=source)
