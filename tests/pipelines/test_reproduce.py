@@ -105,7 +105,11 @@ def test_what_cannot_begin_is_one_sentence_and_leaves_nothing(words, message, tm
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     words = [sys.executable, "-m", "equipoise.pipelines.cli", "reproduce", "ada-sam", "--workers", "2"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def hear_it():  # tests that run in the background hand on that Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_it)
     itself, end = psutil.Process(process.pid), time.monotonic() + PATIENCE
     while len(children := itself.children()) < 3:  # two workers, and what tracks their semaphores
         assert process.poll() is None and time.monotonic() < end
