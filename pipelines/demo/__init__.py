@@ -53,3 +53,9 @@ def _draw(folder: Path) -> None:
         shapes.draw_varied(shapes.OBJECT, background, rng).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": shapes.caption(shapes.OBJECT.name, background)}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def multimodal_folder() -> Path:
+    """The embedded vision-language checkpoint, a BLIP-2 in transformers' layout."""
+    with as_file(files("equipoise.pipelines.demo") / "multimodal_base") as folder:
+        return folder

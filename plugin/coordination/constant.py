@@ -6,10 +6,10 @@ Models".
 
 from collections.abc import Sequence
 
-from equipoise.coordination.coordinator import Coordinator
+from equipoise.coordination.coordinator import Measured
 
 
-class Constant(Coordinator):
+class Constant(Measured):
     """Leaves every component's scheduled learning rate as it is.
 
     References:

@@ -1,0 +1,136 @@
+"""CoMMIT-CLR and CoMMIT: learning rates that follow the balance of a multimodal model's two sides.
+
+Paper: Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models, eq. 3 to 8. With κ̃ the
+mean of the last `window` values of κ (eq. 6), the paper's rates are β^T = α/(γ(κ̃+1)) and β^S = α/(γ(1/κ̃+1)). Here
+α/γ is twice the scheduled rate, so that κ̃ = 1 keeps it and equal base rates always sum to 2 × base:
+
+    language side:  rate × 2/(κ̃+1)          encoder side:  rate × 2κ̃/(κ̃+1)
+
+CoMMIT adds ascent on d(ŷ, ŷ^T) and d(ŷ, ŷ^S): ŷ is the prediction before a step, ŷ^X the one with only X's step
+taken. Its gradient is taken there, after the step, for at equal weights it is zero, and enters the next step.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from equipoise.coordination.balance import Balance, Metric, Prediction, balance_of, mean_distance, sides, swapped
+from equipoise.coordination.coordinator import Measured, split
+
+
+class CommitCLR(Measured):
+    """Slows whichever side moves the model's output more, and speeds up the other (CoMMIT-CLR).
+
+    language × 2/(κ̃+1), encoder × 2κ̃/(κ̃+1), set anew every `every` steps from the moving average κ̃ of
+    κ = (how far the language side's step alone moves the answers' distributions) / (how far the encoder side's does).
+    When to use it: an encoder side and a language adapter trained together, and no good ratio of their rates known.
+    It finds a ratio, not a level: with one side frozen there is nothing to balance.
+
+    Args:
+        window: N_κ, how many measured values the moving average has (>= 1).
+        every: L_lr, steps between changes of the rates (>= 1).
+        measure_every: Steps between measurements of κ. 1 is the paper's, at two or three forward passes each (>= 1).
+        metric: d, what the distance between two predictions is.
+
+    References:
+        Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models, eq. 3 to 6.
+    """
+
+    two_sided = True
+
+    def __init__(self, window: int = 10, every: int = 10, measure_every: int = 10, metric: Metric = "jensen_shannon"):
+        super().__init__(measure_every, metric)
+        self.every = every
+        self.seen: deque[float] = deque(maxlen=window)  # the last values of κ
+        self.skipped = 0  # measurements without a finite, positive ratio
+        self.average = 1.0  # κ̃ that the rates follow now
+
+    def factors(self, components: Sequence[str]) -> dict[str, float]:
+        language = 2 / (self.average + 1)
+        return split(components, language, 2 - language)  # 2κ̃/(κ̃+1) = 2 − 2/(κ̃+1)
+
+    def measures(self, step: int) -> bool:
+        # the last step before the rates change is measured, whatever the spacing: the newest value counts most
+        return step % self.measure_every == self.measure_every - 1
+
+    def observe(self, step: int, balance: Balance) -> dict[str, float]:
+        if math.isfinite(balance.kappa):
+            self.seen.append(balance.kappa)
+        else:
+            self.skipped += 1
+        return super().observe(step, balance) | {"skipped": self.skipped}
+
+    def stepped(self, components: Mapping[str, Sequence[Tensor]], step: int, steps: int) -> None:
+        if (step + 1) % self.every == 0 and self.seen:
+            self.average = sum(self.seen) / len(self.seen)
+
+    def state_dict(self) -> dict:
+        return {"seen": list(self.seen), "skipped": self.skipped, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen = deque(state["seen"], maxlen=self.seen.maxlen)
+        self.skipped, self.average = state["skipped"], state["average"]
+
+
+class Commit(CommitCLR):
+    """CoMMIT-CLR, and a regulariser that keeps each side's steps from vanishing (CoMMIT).
+
+    θ^X ← θ^X − β^X (∇L − regularizer · ∇d(ŷ, ŷ^X)), through the optimizer like any gradient. A regularised step also
+    measures κ, for it has all that κ needs; it costs two further forward and backward passes.
+
+    Args:
+        window: N_κ, how many measured values the moving average has (>= 1).
+        every: L_lr, steps between changes of the rates (>= 1).
+        regularizer: The regulariser's weight; 0 is CoMMIT-CLR (>= 0).
+        regularize_every: Steps between regularised ones; 1 is the paper's (>= 1).
+        measure_every: Steps between measurements of κ where none is regularised (>= 1).
+        metric: d, what the distance between two predictions is.
+
+    References:
+        Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models, eq. 3 to 8.
+    """
+
+    def __init__(
+        self,
+        window: int = 10,
+        every: int = 10,
+        regularizer: float = 1.0,
+        regularize_every: int = 1,
+        measure_every: int = 10,
+        metric: Metric = "jensen_shannon",
+    ):
+        super().__init__(window, every, measure_every, metric)
+        self.regularizer, self.regularize_every = regularizer, regularize_every
+
+    def weight(self, step: int) -> float:
+        return 0.0 if (step + 1) % self.regularize_every else self.regularizer
+
+    def measures(self, step: int) -> bool:
+        return bool(self.weight(step)) or super().measures(step)
+
+
+def look_ahead(
+    predict: Callable[[], Prediction],
+    components: Mapping[str, Sequence[Tensor]],  # the parameters after the step
+    before: Mapping[str, Sequence[Tensor]],  # their values before it, in the same order
+    base: Prediction,  # ŷ: at the weights before the step, without a graph
+    weight: float,
+    metric: Metric = "jensen_shannon",
+    backward: Callable[..., object] = Tensor.backward,
+) -> Balance:
+    """Adds −weight · ∇d(ŷ, ŷ^X) to the `.grad` of each side X's parameters; returns what κ is made of.
+
+    Args:
+        backward: What differentiates a scalar with respect to `inputs`; a loop passes `accelerator.backward`.
+    """
+    language, encoder = sides(components)
+    old_language, old_encoder = sides(before)
+    found = []
+    for mine, other, old in ((language, encoder, old_encoder), (encoder, language, old_language)):
+        with swapped(other, old):
+            moved = mean_distance(base, predict(), metric)
+            backward(-weight * moved, inputs=[tensor for tensor in mine if tensor.requires_grad])
+            found.append(moved)
+    return balance_of(base, *found)
