@@ -1,0 +1,156 @@
+"""The parts of a multimodal model, and the components that its trained parameters are split into, each with its rate.
+
+Multimodal models of transformers are a tower (of pictures or sounds), a connector and a language model, under names
+that differ. `architecture` knows them for the architectures below and recognises others of that shape; `partition`
+puts every trained parameter into exactly one component, or refuses with a list.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from equipoise.errors import InputError
+
+Part = Literal["tower", "connector", "language"]
+_LISTED = 8  # names in an error
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model's parts are: names of modules or parameters, whole segments of the dotted path."""
+
+    tower: tuple[str, ...]
+    connector: tuple[str, ...]
+    language: tuple[str, ...]
+
+    def part(self, name: str) -> Part | None:
+        """The part that a parameter or module belongs to; what lies deeper in the path decides, as in visual.merger."""
+        found = [(_end(patterns, name), part) for part, patterns in vars(self).items()]
+        end, part = max(found, key=lambda item: item[0])
+        return part if end >= 0 else None
+
+
+_PROJECTED = Architecture(
+    ("vision_tower", "audio_tower"), ("multi_modal_projector", "image_newline"), ("language_model", "lm_head")
+)
+_QFORMER = Architecture(
+    ("vision_model",), ("query_tokens", "qformer", "language_projection"), ("language_model", "lm_head")
+)
+_CONNECTED = Architecture(("vision_model",), ("connector",), ("text_model", "lm_head"))
+_MERGED = Architecture(("visual",), ("visual.merger", "visual.deepstack_merger_list"), ("language_model", "lm_head"))
+
+ARCHITECTURES: dict[str, Architecture] = {  # by config.model_type
+    "blip-2": _QFORMER,
+    "instructblip": _QFORMER,
+    "llava": _PROJECTED,
+    "llava_next": _PROJECTED,
+    "llava_onevision": _PROJECTED,
+    "vipllava": _PROJECTED,
+    "paligemma": _PROJECTED,
+    "gemma3": _PROJECTED,
+    "internvl": _PROJECTED,
+    "mistral3": _PROJECTED,
+    "qwen2_vl": _MERGED,
+    "qwen2_5_vl": _MERGED,
+    "qwen3_vl": _MERGED,
+    "idefics2": _CONNECTED,
+    "idefics3": _CONNECTED,
+    "smolvlm": _CONNECTED,
+    "qwen2_audio": _PROJECTED,
+    "voxtral": _PROJECTED,
+}
+_ALL = [*dict.fromkeys(ARCHITECTURES.values())]
+_SHAPE = Architecture(*(tuple(dict.fromkeys(n for a in _ALL for n in getattr(a, part))) for part in get_args(Part)))
+
+
+def architecture(model_type: str, names: Iterable[str]) -> Architecture:
+    """The parts of a model.
+
+    Args:
+        model_type: As its configuration has it, such as `llava`.
+        names: Its parameters' names, as `named_parameters` gives them.
+
+    Raises:
+        InputError: The model has no tower or no language model under any known name, or parameters outside all parts.
+    """
+    names = list(names)
+    known = ARCHITECTURES.get(model_type, _SHAPE)
+    parts = {name: known.part(name) for name in names}
+    if not {"tower", "language"} <= set(parts.values()):
+        missing = " and no ".join(sorted({"tower", "language"} - {part for part in parts.values() if part}))
+        raise InputError(
+            f"model.path: {model_type} is no multimodal language model of a known shape: it has no {missing} among "
+            f"{_listed(_tops(names))}. Name the parts by patterns in components."
+        )
+    if outside := [name for name, part in parts.items() if part is None]:
+        raise InputError(
+            f"model.path: {model_type} has parameters outside its tower, connector and language model: "
+            f"{_listed(_tops(outside))}. Name the parts by patterns in components."
+        )
+    return known
+
+
+def preset(known: Architecture) -> dict[str, list[str]]:
+    """The two components of an architecture: `encoder`, everything before the language model, and `language`."""
+    return {"encoder": [*known.tower, *known.connector], "language": list(known.language)}
+
+
+def partition(
+    named: Mapping[str, Tensor],  # what is trained
+    patterns: Mapping[str, Sequence[str]],  # component → patterns
+) -> dict[str, dict[str, Tensor]]:
+    """Trained parameters by component. A pattern is one or more whole segments of a dotted name; * and ? stand for any
+    characters: `qformer`, `visual.merger`, `language_model.*.layers.1?`.
+
+    Raises:
+        InputError: Parameters in no component or in several, or patterns that match none: all of them are listed.
+    """
+    found: dict[str, dict[str, Tensor]] = {component: {} for component in patterns}
+    nowhere, several, used = [], [], set()
+    for name, tensor in named.items():
+        mine = []
+        for component, some in patterns.items():
+            hits = [pattern for pattern in some if matches(pattern, name)]
+            used.update((component, pattern) for pattern in hits)
+            mine += [component] * bool(hits)
+        for component in mine[:1]:
+            found[component][name] = tensor
+        if not mine:
+            nowhere.append(name)
+        elif len(mine) > 1:
+            several.append(f"{name} ({' and '.join(mine)})")
+    problems = []
+    if nowhere:
+        problems.append(f"components: {len(nowhere)} trained parameters are in none: {_listed(nowhere)}.")
+    if several:
+        problems.append(f"components: {len(several)} trained parameters are in more than one: {_listed(several)}.")
+    problems += [f"components.{name}: no trained parameter is in it." for name, inside in found.items() if not inside]
+    idle = [(c, p) for c, some in patterns.items() for p in some if (c, p) not in used and found[c]]
+    if problems:
+        raise InputError("\n".join([*problems, *(f"components.{c}: {p}: matches nothing trained." for c, p in idle)]))
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of whole segments, with * and ?, is found in a dotted name."""
+    return _end((pattern,), name) >= 0
+
+
+def _end(patterns: Iterable[str], name: str) -> int:
+    """Where the rightmost match of any pattern ends in a name; −1 without one."""
+    ends = [-1]
+    for pattern in patterns:
+        text = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+        ends += [match.end(1) for match in re.finditer(rf"(?=(?:^|\.)({text})(?:\.|$))", name)]
+    return max(ends)
+
+
+def _tops(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
