@@ -4,6 +4,8 @@ Source: the baseline EW of Fernando et al., "Mitigating Modality Imbalance in Mu
 Optimization", Tables 1 to 3.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from equipoise.balancing.objective import Losses, Objective
@@ -20,6 +22,8 @@ class EqualWeight(Objective):
         Fernando et al., Mitigating Modality Imbalance in Multi-modal Learning via Multi-objective Optimization,
         Tables 1 to 3, row EW.
     """
+
+    modalities: ClassVar[tuple[int, float]] = (1, float("inf"))
 
     def combine(self, losses: Losses) -> Tensor:
         """The sum to differentiate.

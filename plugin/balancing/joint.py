@@ -1,8 +1,10 @@
 """The joint loss alone: multimodal models as usually trained (MML), and the baseline of every balancing method.
 
 Source: Fernando et al., "Mitigating Modality Imbalance in Multi-modal Learning via Multi-objective Optimization",
-eq. 1.
+eq. 3.
 """
+
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,8 +19,10 @@ class Joint(Objective):
     ordinary training.
 
     References:
-        Fernando et al., Mitigating Modality Imbalance in Multi-modal Learning via Multi-objective Optimization, eq. 1.
+        Fernando et al., Mitigating Modality Imbalance in Multi-modal Learning via Multi-objective Optimization, eq. 3.
     """
+
+    uses_unimodal: ClassVar[bool] = False
 
     def combine(self, losses: Losses) -> Tensor:
         return losses.joint

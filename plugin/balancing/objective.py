@@ -1,37 +1,80 @@
 """What an objective is: it turns one batch's joint and unimodal losses into gradients."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from equipoise.errors import InputError
+
 
 class Losses(NamedTuple):
-    """One batch's losses, each a scalar tensor with its graph."""
+    """One batch's losses, each a scalar tensor with its graph, and what some objectives weigh them by."""
 
     joint: Tensor  # the loss of the prediction from all modalities
-    unimodal: dict[str, Tensor]  # modality → the loss of the prediction from that modality alone; may be empty
+    unimodal: Mapping[str, Tensor]  # modality → the loss of the prediction from that modality alone; may be empty
+    labels: Tensor | None = None  # (batch,) class of each example
+    responses: Mapping[str, Tensor] | None = None  # modality → (batch, classes): see Objective.uses_responses
+
+
+class Backward(Protocol):
+    """What differentiates a scalar: `Tensor.backward`, or a training loop's own around `accelerator.backward`."""
+
+    def __call__(self, total: Tensor, /, *, retain_graph: bool = False) -> object: ...
+
+
+def differentiate(total: Tensor, /, *, retain_graph: bool = False) -> None:
+    total.backward(retain_graph=retain_graph)
 
 
 class Objective:
     """Base of every objective. Override `combine`, or `backward` where gradients are made in another way.
 
+    A training loop calls `bind` once; then, in each step, `backward` once per forward pass and `before_step` when the
+    step's gradients are complete, and multiplies the learning rates by `factors`; and `after_validation` whenever it
+    has validated. All but `combine` may be left as they are.
+
     Options are the keyword arguments of the subclass's `__init__`. Objectives are found by name in the entry-point
     group `equipoise.objectives`.
     """
+
+    # Whether unimodal losses reach the encoders. Where not, their heads learn beside, from features without a gradient.
+    uses_unimodal: ClassVar[bool] = True
+    # Whether `Losses.responses` is wanted: the joint head's logits from each modality alone, without a gradient.
+    uses_responses: ClassVar[bool] = False
+    trains_joint: ClassVar[bool] = True  # whether the joint prediction is worth looking at
+    modalities: ClassVar[tuple[int, float]] = (0, float("inf"))  # how many it takes: at least, at most
+
+    encoders: Mapping[str, Sequence[Tensor]] = {}  # modality → its encoder's trainable parameters; set by `bind`
+
+    def bind(self, encoders: Mapping[str, Sequence[Tensor]]) -> None:
+        """Takes the parameters that each modality has to itself.
+
+        Raises:
+            InputError: The objective is not made for this many modalities, or for these.
+        """
+        least, most = self.modalities
+        if not least <= len(encoders) <= most:
+            wanted = (
+                f"{least:g}" if least == most else f"at least {least:g}" if most == float("inf") else f"1 to {most:g}"
+            )
+            got = ", ".join(encoders) or "none"
+            raise InputError(
+                f"{type(self).__name__} takes {wanted} modalities with losses of their own, and there are "
+                f"{len(encoders)} ({got}). Use another objective, such as `joint`."
+            )
+        self.encoders = dict(encoders)
 
     def combine(self, losses: Losses) -> Tensor:
         """The scalar to differentiate."""
         raise NotImplementedError(f"{type(self).__name__} defines neither combine() nor backward()")
 
-    def backward(
-        self, losses: Losses, backward: Callable[[Tensor], object] = Tensor.backward
-    ) -> dict[str, float | Tensor]:
+    def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         """Adds the objective's gradient to the parameters' `.grad`.
 
         Args:
             losses: This batch's losses.
-            backward: What differentiates a scalar; a training loop passes `accelerator.backward` here.
+            backward: What differentiates a scalar; a training loop passes its own.
 
         Returns:
             Numbers worth logging, by name. Tensors are detached scalars, left on their device so as not to wait for it.
@@ -39,3 +82,22 @@ class Objective:
         total = self.combine(losses)
         backward(total)
         return {"loss": total.detach()}
+
+    def before_step(self) -> dict[str, float | Tensor]:
+        """Changes the complete gradients of a step, before they are clipped; returns numbers worth logging."""
+        return {}
+
+    def factors(self, components: Sequence[str]) -> dict[str, float]:
+        """Factors on the learning rates of some components, modalities among them; 1 where none is given."""
+        return {}
+
+    def after_validation(self, losses: Mapping[str, float]) -> str:
+        """Hears each modality's validation loss; returns a sentence for the log if something follows from it."""
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in numbers, strings and tensors; empty for an objective without memory."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""

@@ -4,7 +4,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup, get_schedule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from equipoise.pipelines.text_to_image.config import ScheduleSection
+from equipoise.pipelines.sections import ScheduleSection
 
 
 def make_schedule(

@@ -7,8 +7,8 @@ import torch
 
 from equipoise.errors import ConfigError
 from equipoise.pipelines import config
-from equipoise.pipelines.text_to_image.config import ScheduleSection
-from equipoise.pipelines.text_to_image.schedule import make_schedule
+from equipoise.pipelines.schedule import make_schedule
+from equipoise.pipelines.sections import ScheduleSection
 
 STEPS = 20
 FORMULAS = {

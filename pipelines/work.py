@@ -1,0 +1,207 @@
+"""What pipelines have in common when they train: a step with optimizer, objective, coordinator and schedule; its state.
+
+A pipeline's work is a subclass with `evaluate` and `evaluation_loss`; the loop in `equipoise.pipelines.loop` drives it.
+"""
+
+# accelerate annotates too narrowly.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from equipoise import registry
+from equipoise.balancing.objective import Losses
+from equipoise.errors import InputError
+from equipoise.pipelines.loop import NonFiniteError
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.schedule import make_schedule
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """One for this run: a sweep's earlier cell in this process may have used another precision."""
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision)
+
+
+class OptimizedWork:
+    """Most of an `equipoise.pipelines.loop.Work`, for configurations with the sections that these pipelines share.
+
+    Subclasses give `evaluate`, `evaluation_loss` and, where there is something to show, `sample`.
+    """
+
+    tensors = "parameters"  # what is trained, for messages
+
+    def __init__(
+        self,
+        config: Any,  # with the sections optimizer, schedule, objective, coordinator and train
+        run: Run,
+        accelerator: Accelerator,
+        named: dict[str, Tensor],  # what is trained
+        groups: list[dict[str, Any]],  # of named parameters, each with a `component` and an `lr`
+        encoders: Mapping[str, Sequence[Tensor]] | None = None,  # modality → parameters that it has to itself
+        buffers: dict[str, Tensor] | None = None,  # what changes with the weights and is saved with them
+    ):
+        self.config, self.run, self.accelerator, self.named = config, run, accelerator, named
+        self.kept = {**named, **(buffers or {})}
+        chosen = config.optimizer
+        optimizer = registry.load("optimizers", chosen.name)
+        try:
+            made = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer.name: {chosen.name} does not take these {self.tensors}: {error}") from error
+        self.optimizer = accelerator.prepare_optimizer(made)
+        # stepped once per optimizer step, also where a scaler skipped that one: not accelerate's wrapper
+        self.schedule = make_schedule(config.schedule, self.optimizer.optimizer, config.train.steps)
+        self.objective = registry.load("objectives", config.objective.name)(**config.objective.options)
+        self.objective.bind(encoders or {})
+        self.coordinator = registry.load("coordinators", config.coordinator.name)(**config.coordinator.options)
+        self.good = [tensor.detach().clone() for tensor in self.kept.values()]
+        self.balancing = 0.0  # seconds that the last step took after its forward passes: the papers' subroutine time
+
+    def evaluate(self, step: int, micro: int) -> Losses:
+        """The losses of one forward pass. All it draws must come from (seed, step, micro): asked again, it is the same
+        batch and the same noise, and so it is after a resume and in every cell of a sweep."""
+        raise NotImplementedError
+
+    def evaluation_loss(self) -> float:
+        """A loss that is comparable between runs and steps."""
+        raise NotImplementedError
+
+    def again(self) -> AbstractContextManager:
+        """Around a second evaluation of a batch, which must leave no trace but gradients."""
+        return nullcontext()
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called when the optimizer has stepped, while `good` still holds the weights before; gives what to log."""
+        return {}
+
+    def sample(self, step: int) -> None: ...
+
+    def step(self, step: int) -> dict[str, float]:
+        components = list(dict.fromkeys(group["component"] for group in self.optimizer.param_groups))
+        factors, more = self.coordinator.factors(components), self.objective.factors(components)
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate * factors[group["component"]] * more.get(group["component"], 1.0)
+        self.balancing = 0.0
+        values, logged = self._evaluate_all(step)
+        if not all(map(finite, values.values())):
+            self.optimizer.zero_grad()
+            raise NonFiniteError("the loss was not finite")
+        optimizer = self.optimizer.optimizer
+        if hasattr(optimizer, "perturb") and optimizer.perturb():  # it wants the gradient at another point too
+            try:
+                with self.again():
+                    self._evaluate_all(step)
+            finally:
+                optimizer.restore()
+        started = self._now()
+        logged |= self.objective.before_step()
+        norm = float(self.accelerator.clip_grad_norm_(self.named.values(), self.config.train.clip or torch.inf))
+        if not finite(norm) and self.accelerator.scaler is None:  # with a scaler, it skips the step by itself
+            self.optimizer.zero_grad()
+            raise NonFiniteError("the gradient was not finite")
+        self.balancing += self._now() - started
+        torch._foreach_copy_(self.good, [tensor.detach() for tensor in self.kept.values()])
+        started = self._now()
+        self.optimizer.step()
+        self.balancing += self._now() - started
+        self.optimizer.zero_grad()
+        values |= {"gradient_norm": norm}
+        values |= {name: float(value) for name, value in logged.items() if name not in values}
+        values["rate"] = self.optimizer.param_groups[0]["lr"]
+        if len(components) > 1:
+            values |= {f"rate_{group['component']}": group["lr"] for group in self.optimizer.param_groups}
+        values |= self.after_step(step)
+        self.schedule.step()
+        return values
+
+    def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """Makes the gradients of a step's micro-batches; their mean losses, and what the objective says of the last."""
+        seen, logged, count = [], {}, self.config.train.accumulate
+        names: list[str] = []
+        for micro in range(count):
+            losses = self.evaluate(step, micro)
+            names = ["loss", *(f"loss_{name}" for name in losses.unimodal)]
+            seen.append(torch.stack([loss.detach().float() for loss in (losses.joint, *losses.unimodal.values())]))
+            heads = [] if self.objective.uses_unimodal else list(losses.unimodal.values())
+
+            def backward(total: Tensor, /, *, retain_graph: bool = False, heads: list[Tensor] = heads) -> None:
+                for loss in heads:  # they share no parameter with the rest, and their features carry no gradient
+                    total = total + loss
+                self.accelerator.backward(total / count, retain_graph=retain_graph)
+
+            started = self._now()
+            logged = self.objective.backward(losses, backward)
+            self.balancing += self._now() - started
+        return dict(zip(names, torch.stack(seen).mean(0).tolist(), strict=True)), logged
+
+    def _now(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.kept)
+
+    def state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "coordinator": self.coordinator.state_dict(),
+            "objective": self.objective.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            # the weights above may be those of a step that went wrong, which only the next loss will tell
+            "good": dict(zip(self.kept, self.good, strict=True)),
+        }
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        for name, tensor in self.kept.items():
+            tensor.copy_(weights[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.coordinator.load_state_dict(state["coordinator"])
+        self.objective.load_state_dict(state["objective"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, kept in zip(self.kept, self.good, strict=True):
+            kept.copy_(state["good"][name])
+
+    @torch.no_grad()
+    def sound(self) -> bool:
+        return all(torch.isfinite(tensor).all() for tensor in self.kept.values()) and finite(self.evaluation_loss())
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        torch._foreach_copy_(list(self.kept.values()), self.good)
+
+
+def finite(value: float) -> bool:
+    return value - value == 0
+
+
+def number(value: float) -> float | None:
+    """JSON has no word for NaN and infinity."""
+    return value if finite(value) else None
+
+
+def mix(*parts: object) -> int:
+    """A seed from several numbers and words, well spread."""
+    return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def place(position: int, count: int, seed: int) -> int:
+    """Which of `count` examples comes at a position of the endless sequence; each epoch is a permutation of them."""
+    epoch, index = divmod(position, count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    return int(order[index])

@@ -1,0 +1,109 @@
+"""MIMO: the joint loss, and a smooth maximum of the unimodal ones that holds the worst modality to its best.
+
+Method: MML-via-MOO (MIMO).
+Paper: Fernando, Ram, Zhou, Dan, Samulowitz, Baracaldo & Chen, Mitigating Modality Imbalance in Multi-modal Learning via
+Multi-objective Optimization, 2025.
+Options: `lam` and `mu` are λ and μ of eq. 13, `preset` a column of Table 9, `f_star` the f* of eq. 8;
+`overflow="doubling"` is the paper's rule for large losses (Appendix F), `overflow="logsumexp"` needs none.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
+from equipoise.errors import InputError
+
+PRESETS = {  # Table 9: λ, μ
+    "crema_d": (100.0, 0.01),
+    "ur_funny": (10.0, 1.0),
+    "kinetics_sounds": (10.0, 0.01),
+    "vggsound": (10.0, 0.01),
+    "av_mnist": (10.0, 0.1),
+    "cmu_mosei": (100.0, 0.001),
+    "ave": (100.0, 0.01),
+}
+Preset = Literal["crema_d", "ur_funny", "kinetics_sounds", "vggsound", "av_mnist", "cmu_mosei", "ave"]
+
+
+class MIMO(Objective):
+    """Trains on the joint loss and on a smooth maximum of the unimodal losses (MIMO).
+
+    Minimizes f_mm + λ·μ·log Σ_k exp((f_mk − f*_k)/μ) in one backward pass: the unimodal loss of modality k is weighted
+    by λ·softmax((f_m − f*)/μ)_k, so that nearly all of λ goes to the modality that lags behind. λ is `lam`, μ is `mu`.
+    Use it where a model of several modalities learns one and neglects the others. A large μ weights all modalities
+    alike, as `equal_weight` does; a λ of 0 is `joint`. The encoders' gradients grow with λ: a learning rate that suited
+    `joint` may be too high.
+
+    Args:
+        lam: Weight of the worst modality against the joint loss, λ; none: the preset's. (>= 0)
+        mu: Smoothing, in units of the loss, μ: small is close to the maximum; none: the preset's. (> 0)
+        preset: λ and μ of the paper's Table 9 for a data set of this name.
+        f_star: The best unimodal loss to hold each modality to, by its name (f*); none: 0 for all, as in the paper's
+            update.
+        overflow: "logsumexp": computed so that it cannot overflow, at the nominal μ. "doubling": μ is doubled, from the
+            nominal one again in each step, until the exponentials fit the data type, as in the paper.
+
+    Raises:
+        InputError: f_star names no modality, or is not a number for each.
+
+    Example:
+        >>> losses = Losses(torch.tensor(1.0), {"audio": torch.tensor(0.5), "visual": torch.tensor(2.0)})
+        >>> MIMO(lam=10, mu=0.1).combine(losses)
+        tensor(21.)
+
+    References:
+        Fernando et al., Mitigating Modality Imbalance in Multi-modal Learning via Multi-objective Optimization, eq. 13
+        and 14, Algorithm 1, Table 9.
+    """
+
+    modalities: ClassVar[tuple[int, float]] = (1, math.inf)
+
+    def __init__(
+        self,
+        lam: float | None = None,
+        mu: float | None = None,
+        preset: Preset = "crema_d",
+        f_star: dict | None = None,
+        overflow: Literal["logsumexp", "doubling"] = "logsumexp",
+    ) -> None:
+        usual = PRESETS[preset]
+        self.lam = usual[0] if lam is None else lam
+        self.mu = usual[1] if mu is None else mu
+        self.f_star, self.overflow = f_star or {}, overflow
+
+    def bind(self, encoders) -> None:
+        super().bind(encoders)
+        if unknown := [name for name in self.f_star if name not in encoders]:
+            raise InputError(f"f_star: {', '.join(unknown)} is no modality here; there are {', '.join(encoders)}.")
+        if not all(isinstance(value, int | float) for value in self.f_star.values()):
+            raise InputError(f"f_star: must give a number for each modality, got {self.f_star}.")
+
+    def combine(self, losses: Losses) -> Tensor:
+        """f̂_mm of eq. 13."""
+        gaps = self._gaps(losses)
+        if self.overflow == "doubling":
+            mu = self._doubled(gaps.detach())
+            smooth = mu * (gaps / mu).exp().sum().log()
+        else:
+            smooth = self.mu * torch.logsumexp(gaps / self.mu, 0)
+        return losses.joint + self.lam * smooth
+
+    def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
+        logged = super().backward(losses, backward)
+        gaps = self._gaps(losses).detach()
+        mu = self._doubled(gaps) if self.overflow == "doubling" else self.mu
+        weights = self.lam * torch.softmax(gaps / mu, 0)
+        logged |= {f"weight_{name}": weight for name, weight in zip(losses.unimodal, weights, strict=True)}
+        return logged | ({"mu": mu} if self.overflow == "doubling" else {})
+
+    def _gaps(self, losses: Losses) -> Tensor:  # (modalities,) f_mk − f*_k
+        return torch.stack([loss - self.f_star.get(name, 0.0) for name, loss in losses.unimodal.items()])
+
+    def _doubled(self, gaps: Tensor) -> Tensor:
+        """μ·2ⁿ with the least n for which no exponential, nor their sum, overflows: without asking the device."""
+        largest = math.log(torch.finfo(gaps.dtype).max / len(gaps))
+        times = (gaps.max() / (self.mu * largest)).clamp(min=1).log2().ceil()
+        return self.mu * 2**times

@@ -1,0 +1,70 @@
+"""OGM-GE: slows the dominant modality's encoder by how far its predictions are ahead, and adds noise.
+
+Method: on-the-fly gradient modulation with generalization enhancement.
+Paper: Peng, Wei, Deng, Wang & Hu, Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022.
+Options: `alpha` is the paper's α; `noise` is GE; `tensors="convolutions"` is what the authors modulate.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
+
+
+class OGMGE(Objective):
+    """Trains on the joint loss with the dominant encoder's gradient reduced (OGM-GE); for two modalities.
+
+    With s_k the sum over the batch of the softmax score that modality k alone gives to the true class through the joint
+    head, ρ_k = s_k/s_other, and the gradients of encoder k are multiplied by 1 − tanh(α·relu(ρ_k)) where ρ_k > 1; then
+    noise from N(0, std(gradient)) is added to both encoders'.
+
+    Args:
+        alpha: How strongly the dominant modality is slowed, α. (>= 0)
+        noise: Add the noise (GE).
+        tensors: "convolutions": the gradients of convolution weights alone, as the authors do. "all": every gradient of
+            the encoder, for encoders of another kind.
+
+    References:
+        Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, eq. 8 to 12.
+    """
+
+    uses_unimodal: ClassVar[bool] = False
+    uses_responses: ClassVar[bool] = True
+    modalities: ClassVar[tuple[int, float]] = (2, 2)
+
+    def __init__(
+        self, alpha: float = 0.8, noise: bool = True, tensors: Literal["convolutions", "all"] = "convolutions"
+    ) -> None:
+        self.alpha, self.noise, self.tensors = alpha, noise, tensors
+        self._scores: dict[str, Tensor] = {}  # summed over the forward passes of a step
+
+    def combine(self, losses: Losses) -> Tensor:
+        return losses.joint
+
+    def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
+        logged = super().backward(losses, backward)
+        assert losses.responses is not None and losses.labels is not None  # asked for by uses_responses
+        for name, logits in losses.responses.items():
+            true = torch.softmax(logits.float(), 1).gather(1, losses.labels[:, None]).sum()
+            self._scores[name] = self._scores.get(name, 0.0) + true
+        return logged
+
+    @torch.no_grad()
+    def before_step(self) -> dict[str, float | Tensor]:
+        one, other = self.encoders
+        ratio = self._scores[one] / self._scores[other]
+        self._scores = {}
+        logged: dict[str, Any] = {}
+        for name, ahead in ((one, ratio), (other, 1 / ratio)):
+            coefficient = torch.where(ahead > 1, 1 - torch.tanh(self.alpha * torch.relu(ahead)), 1.0)
+            logged[f"coefficient_{name}"] = coefficient
+            for parameter in self.encoders[name]:
+                if parameter.grad is None or (self.tensors == "convolutions" and parameter.ndim != 4):
+                    continue
+                deviation = parameter.grad.std(correction=min(1, parameter.numel() - 1)) + 1e-8  # of the raw gradient
+                parameter.grad.mul_(coefficient.to(parameter.grad.dtype))
+                if self.noise:
+                    parameter.grad.add_(torch.randn_like(parameter.grad) * deviation)
+        return logged
