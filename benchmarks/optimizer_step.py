@@ -123,14 +123,14 @@ def measure(names: list[str], shapes: str, rank: int, steps: int, clock: Callabl
     models = {name: model(shapes, rank) for name in names}
     optimizers = {name: OPTIMIZERS[name](models[name]) for name in names}
     grads = {
-        name: [(p.grad, p.grad.clone()) for group in opt.param_groups for p in group["params"]]
+        name: [(p, p.grad.clone()) for group in opt.param_groups for p in group["params"]]
         for name, opt in optimizers.items()
     }
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for round_ in range(steps + 2):
         for name, optimizer in optimizers.items():
-            for grad, fresh in grads[name]:  # scaling works in place: each step must see a raw gradient
-                grad.copy_(fresh)
+            for param, fresh in grads[name]:  # scaling replaces gradients: each step must see a raw one
+                param.grad.copy_(fresh)
             start = clock()
             optimizer.step()
             if round_ >= 2:

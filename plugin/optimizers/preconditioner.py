@@ -43,7 +43,7 @@ class Side:
 
 
 class Preconditioner:
-    """Scales the gradients of `sides` in place. What does not depend on the step is worked out once."""
+    """Scales the gradients of `sides`. What does not depend on the step is worked out once."""
 
     def __init__(self, sides: Sequence[Side]):
         self.sides = list(sides)
@@ -114,15 +114,18 @@ class _Batch:
         chunks = [chunk for bucket in buckets for chunk in _chunked(bucket, dtype)]
         self.groups = [side.group for chunk in chunks for side in chunk]
         self.failures = torch.zeros((), dtype=torch.int64, device=device)
-        # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
         self.inverse = DampedInverse(room[:, : len(self.groups)])
+        self.stacks: list[_Stack] = []
+        self.singles: list[tuple[Side, Tensor, Tensor, Tensor]] = []  # with its Gram matrix and what that is made of
+        # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
         size = max(len(chunk) * max(chunk[0].param.numel(), chunk[0].other.numel()) for chunk in chunks)
         buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
-        grams = self.inverse.matrices.split([len(chunk) for chunk in chunks])
-        self.parts = [
-            (_Single if reads_in_place(chunk[0].factors, dtype) else _Stack)(chunk, gram, *buffers)
-            for chunk, gram in zip(chunks, grams, strict=True)
-        ]
+        for chunk, gram in zip(chunks, self.inverse.matrices.split([len(chunk) for chunk in chunks]), strict=True):
+            if reads_in_place(chunk[0].factors, dtype):
+                other = chunk[0].other.detach()
+                self.singles.append((chunk[0], gram[0], *((other.mT, other) if chunk[0].left else (other, other.mT))))
+            else:
+                self.stacks.append(_Stack(chunk, gram, *buffers))
 
     def set_options(self, options: list[tuple[float, str]]) -> None:
         self.inverse.set_damping([options[group] for group in self.groups])
@@ -130,11 +133,17 @@ class _Batch:
     def scale(self) -> None:
         # A step taken inside an autocast block must not drop to half precision.
         with torch.autocast(self.failures.device.type, enabled=False):
-            for part in self.parts:
-                part.fill_gram()
+            for _, gram, *factors in self.singles:
+                torch.mm(*factors, out=gram)
+            for stack in self.stacks:
+                stack.fill_gram()
             self.failures += self.inverse.invert_()
-            for part in self.parts:
-                part.apply()
+            for side, gram, *_ in self.singles:
+                param, grad = side.param, side.param.grad
+                # A new tensor costs less than a copy into the old one: it takes the memory of the gradient freed before
+                param.grad = torch.mm(gram, grad) if side.left else torch.mm(grad, gram)  # type: ignore[arg-type]
+            for stack in self.stacks:
+                stack.apply()
 
 
 class _Stack:
@@ -167,27 +176,6 @@ class _Stack:
         stack = self.stack[: k * rows * columns]
         torch.cat(matrices, out=stack.view(k * rows, columns))
         return stack.view(k, rows, columns)
-
-
-class _Single:
-    """One side whose matrices are large enough to be read where they lie."""
-
-    def __init__(self, sides: list[Side], gram: Tensor, _: Tensor, product: Tensor):
-        (side,) = sides
-        self.left, self.param, self.gram = side.left, side.param, gram[0]
-        other = side.other.detach()
-        self.factors = (other.mT, other) if side.left else (other, other.mT)
-        self.product = product[: side.param.numel()].view_as(side.param)
-
-    def fill_gram(self) -> None:
-        torch.mm(*self.factors, out=self.gram)
-
-    def apply(self) -> None:
-        grad = self.param.grad
-        if grad is not None:
-            factors = (self.gram, grad) if self.left else (grad, self.gram)
-            torch.mm(*factors, out=self.product)
-            grad.copy_(self.product)
 
 
 def as_matrix(factor: Tensor) -> Tensor:
