@@ -3,12 +3,14 @@
 import fcntl
 import json
 import shutil
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from equipoise.pipelines.files import explained
 
 NAME = "demo"  # stands for the embedded base as `model`, and for the drawn object as `data`
+QUESTIONS = 3000  # drawn for instruction tuning; every tenth is held out
 _BACKGROUNDS = ("white", "gray", "black")
 
 
@@ -20,19 +22,37 @@ def base_folder() -> Path:
 
 def pictures_folder(runs: Path) -> Path:
     """Six drawn, captioned pictures of the object, written below the runs folder once, whoever else wants them too."""
-    folder = runs / ".demo" / "object"
-    if _whole(folder):
+    return _once(runs / ".demo" / "object", _whole, _draw)
+
+
+def questions_file(runs: Path) -> Path:
+    """Drawn scenes with a question and its answer each, in LLaVA's format, written below the runs folder once."""
+
+    def whole(folder: Path) -> bool:
+        return (folder / "questions.jsonl").is_file() and len(list(folder.glob("*.png"))) == QUESTIONS
+
+    def make(folder: Path) -> None:
+        from equipoise.pipelines.demo.scenes import write_questions
+
+        write_questions(folder, QUESTIONS, seed=2024)
+
+    return _once(runs / ".demo" / "questions", whole, make) / "questions.jsonl"
+
+
+def _once(folder: Path, whole: Callable[[Path], bool], make: Callable[[Path], object]) -> Path:
+    """A folder that is filled the first time, whoever else wants it at the same time."""
+    if whole(folder):
         return folder
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.parent / "lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _whole(folder):  # else another process has just drawn them
+            if not whole(folder):  # else another process has just made it
                 new = folder.with_name("new")
                 for leftover in (new, folder):
                     shutil.rmtree(leftover, ignore_errors=True)
                 new.mkdir()
-                _draw(new)
+                make(new)
                 new.rename(folder)
     return folder
 

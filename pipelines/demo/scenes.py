@@ -47,7 +47,8 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draws a scene, with position, size and paint varied."""
-    image = shapes.paint_background(scene.background).resize((SIZE * _SUPERSAMPLE,) * 2, Image.Resampling.NEAREST)
+    side = SIZE * _SUPERSAMPLE
+    image = shapes.paint_background(scene.background).resize((side, side), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     for item in scene.items:
         centre = np.array([item.quarter % 2, item.quarter // 2]) * SIZE / 2 + SIZE / 4 + rng.uniform(-2, 2, 2)

@@ -5,6 +5,9 @@ quarter of a drawn scene, then Q-Former, projection and language model learn to 
 it. No question is among them: asking and answering is what instruction tuning has to teach.
 """
 
+# transformers annotates too narrowly.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 import argparse
 import time
 from pathlib import Path

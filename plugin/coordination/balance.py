@@ -132,10 +132,15 @@ def swapped(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
     """Evaluation mode (no dropout, statistics of normalisation layers unmoved) for the block; then all is as before,
-    torch's random numbers too."""
-    training = [module for module in model.modules() if module.training]
+    torch's random numbers too.
+
+    `checkpointing`: layers that checkpoint their activations, which they do only while training, go on with it.
+    """
+    training = [
+        module for module in model.modules() if module.training and not (checkpointing and _checkpoints(module))
+    ]
     states = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
     for module in training:
         module.training = False
@@ -147,6 +152,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         if states[1]:
             torch.cuda.set_rng_state_all(states[1])
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a layer checkpoints and has no dropout of its own."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    return not any("drop" in name and isinstance(value, float) and value for name, value in vars(module).items())
 
 
 def measure(

@@ -28,9 +28,10 @@ class Architecture:
 
     def part(self, name: str) -> Part | None:
         """The part that a parameter or module belongs to; what lies deeper in the path decides, as in visual.merger."""
-        found = [(_end(patterns, name), part) for part, patterns in vars(self).items()]
-        end, part = max(found, key=lambda item: item[0])
-        return part if end >= 0 else None
+        parts: tuple[Part, ...] = get_args(Part)
+        ends = {part: _end(getattr(self, part), name) for part in parts}
+        part = max(parts, key=lambda part: ends[part])
+        return part if ends[part] >= 0 else None
 
 
 _PROJECTED = Architecture(

@@ -1,0 +1,38 @@
+"""Instruction tuning of multimodal language models: config → check → train → an adapter that PEFT loads."""
+
+import os
+
+from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
+from equipoise.pipelines.pipeline import Outcome, Pipeline
+from equipoise.pipelines.run import Run
+
+# Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class InstructionTuning(Pipeline):
+    """Instruction tuning of multimodal language models on conversations about pictures or sounds."""
+
+    name = "instruction_tuning"
+    title = "Instruction tuning (pictures or sounds, and language)"
+    Config = InstructionTuningConfig
+    loading = "PeftModel.from_pretrained(model, {folder!r})  # after encoder.safetensors: docs/instruction_tuning.md"
+
+    @classmethod
+    def check(cls, config: InstructionTuningConfig) -> list[str]:
+        from equipoise.pipelines.instruction_tuning.check import problems
+
+        return problems(config)
+
+    @classmethod
+    def run(cls, config: InstructionTuningConfig, run: Run) -> Outcome:
+        from equipoise.pipelines.instruction_tuning.train import train
+
+        return train(config, run)
+
+    @classmethod
+    def compare(cls, name, folder, runs, configs, samples, clip=None) -> Comparison:
+        from equipoise.pipelines.instruction_tuning.compare import compare
+
+        return compare(name, folder, runs, configs, samples)

@@ -1,0 +1,146 @@
+"""Asks every run of a comparison, and the untouched base, the same held-out questions, and marks their answers."""
+
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
+from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn
+from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
+from equipoise.pipelines.instruction_tuning.examples import load_examples
+from equipoise.pipelines.instruction_tuning.media import open_picture
+from equipoise.pipelines.instruction_tuning.model import load_model, load_processor
+from equipoise.pipelines.instruction_tuning.result import ADAPTER, load_result
+from equipoise.pipelines.instruction_tuning.talk import Talk
+from equipoise.pipelines.run import Run
+
+SHOWN = 6  # questions with a card in the grid
+CARD = 168  # pixels, width and height of the picture on a card
+_INK, _PAPER, _GOOD, _BAD, _MUTED = "#1b1f24", "#ffffff", "#1a7f37", "#cf222e", "#6a737d"
+
+
+def compare(
+    name: str,
+    folder: Path,
+    runs: Sequence[Run],
+    configs: Sequence[InstructionTuningConfig],
+    samples: SamplesSection | None = None,
+) -> Comparison:
+    """Generates and judges answers, and writes a card for each of the first questions into `folder`.
+
+    Raises:
+        InputError: the runs tuned different models or data, or a result is missing or does not load.
+    """
+    first = configs[0]
+    samples = samples or first.samples
+    for config in configs:
+        for key, mine, theirs in (
+            ("model.path", first.model.path, config.model.path),
+            ("data.file", first.data.file, config.data.file),
+            ("data.validation", first.data.validation, config.data.validation),
+        ):
+            if mine != theirs:
+                raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare others.")
+    base = load_model(first.model, first.train.precision)
+    talk = Talk(load_processor(first.model), base.config.model_type, first.data.prompt, first.data.max_tokens)
+    _, held, problems = load_examples(first, talk, lambda text: print(text, file=sys.stderr))
+    if problems:
+        raise ConfigError(problems)
+    asked = _asked(held, samples)
+    results = [_result(run) for run in runs]
+    placed = lay_out(configs)
+    total = len(asked) * (1 + sum(result is not None for result in results))
+    pause = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(total=total, desc="answers", unit="answer", dynamic_ncols=True, mininterval=pause) as bar:
+        untouched = Cell("", "base", math.nan, first.seed, "untouched")
+        _fill(folder, untouched, answer(base, talk, asked, samples, bar.update))
+        cells = []
+        for run, config, result, (row, rate, differs) in zip(runs, configs, results, placed, strict=True):
+            status = run.status()
+            cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+            cells.append(cell)
+            if result is None:
+                continue
+            cell.metrics = {
+                key: result[key]
+                for key in ("loss_before", "loss_after", "seconds", "step")
+                if result.get(key) is not None
+            }
+            base = load_model(first.model, first.train.precision)  # anew: a result changes encoder weights in place
+            tuned = load_result(base, run.folder / "result")
+            _fill(folder, cell, answer(tuned, talk, asked, samples, bar.update))
+    shown = [answered.turns[-1].question for answered in asked[:SHOWN]]
+    prompts = [question.replace(MARKS["image"], "").replace(MARKS["audio"], "").strip() for question in shown]
+    said = f"{METRICS[samples.metric]} ({len(asked)} held-out questions)"
+    return Comparison(name, folder, prompts, said, untouched, cells)
+
+
+def _asked(held: list[Example], samples: SamplesSection) -> list[Example]:
+    """Held-out conversations; or prompts of one's own asked of the first held-out media, to be judged by eye."""
+    if not samples.prompts:
+        return held[: samples.count]
+    few = held[: max(1, SHOWN // len(samples.prompts))]
+    return [
+        Example(e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where)
+        for prompt in samples.prompts
+        for e in few
+    ]
+
+
+def _result(run: Run) -> dict | None:
+    folder = run.folder / "result"
+    if not (folder / "result.json").is_file():
+        return None
+    if not (folder / ADAPTER).is_file():
+        raise InputError(f"{folder / ADAPTER}: is missing. Put it back, or compare the other runs without {run.id}.")
+    return json.loads((folder / "result.json").read_text())
+
+
+def _fill(folder: Path, cell: Cell, answers: Sequence[Answer]) -> None:
+    score = mean(answers)
+    if math.isfinite(score):
+        cell.metrics["score"] = score
+    place = folder / "cells" / ("base" if not cell.run else cell.run.rsplit("/", 1)[-1])
+    place.mkdir(parents=True, exist_ok=True)
+    table = [{"question": a.question, "answer": a.said, "wanted": list(a.wanted), "score": a.score} for a in answers]
+    (place / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))
+    for index, answered in enumerate(answers[:SHOWN]):
+        file = place / f"{index:02d}.png"
+        draw_card(answered).save(file)
+        path = file.relative_to(folder).as_posix()
+        wanted = f", wanted {' or '.join(answered.wanted)}" if any(answered.wanted) else ""
+        note = f"{answered.said or '(nothing)'}{wanted}"
+        cell.pictures.append(Picture(index, 0, path, path, answered.right, note))
+
+
+def draw_card(answered: Answer) -> Image.Image:
+    """The picture, its question, and the answer: green when right, red with what was wanted when wrong."""
+    font, lines = ImageFont.load_default(13), []
+    question = answered.question.replace(MARKS["image"], "").replace(MARKS["audio"], "").strip()
+    lines += [(line, _INK) for line in textwrap.wrap(question, 26)[:2]]
+    colour = _MUTED if answered.right is None else _GOOD if answered.right else _BAD
+    mark = "" if answered.right is None else "✓ " if answered.right else "✗ "
+    lines += [(line, colour) for line in textwrap.wrap(mark + (answered.said or "(nothing)"), 26)[:2]]
+    if answered.right is False:
+        lines.append((f"wanted: {' or '.join(answered.wanted)}"[:28], _MUTED))
+    card = Image.new("RGB", (CARD, CARD), _PAPER)
+    pen = ImageDraw.Draw(card)
+    height = CARD - 15 * len(lines) - 6
+    if answered.example.kind == "image":
+        picture = open_picture(answered.example.media[0])
+        share = min(CARD / picture.width, height / picture.height)
+        size = (max(1, int(picture.width * share)), max(1, int(picture.height * share)))
+        card.paste(picture.resize(size), ((CARD - size[0]) // 2, 0))
+    elif answered.example.media:
+        pen.text((CARD / 2, height / 2), f"♪ {answered.example.media[0].name}"[:24], _MUTED, font, anchor="mm")
+    for number, (text, ink) in enumerate(lines):
+        pen.text((4, height + 4 + 15 * number), text, ink, font)
+    return card

@@ -1,0 +1,150 @@
+"""The configuration of instruction tuning, section by section; its face is the YAML in configs/instruction_tuning."""
+
+# pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from equipoise.pipelines.records import PluginSection, RunConfig, Section
+from equipoise.pipelines.sections import (
+    CheckpointSection,
+    CoordinatorSection,
+    ObjectiveSection,
+    Rate,
+    ScheduleSection,
+)
+
+
+class ModelSection(Section):
+    path: str = Field(
+        "demo",
+        description="a multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2",
+    )
+    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
+
+
+class DataSection(Section):
+    file: str = Field(
+        "demo",
+        description="conversations in LLaVA's JSON or JSONL, or CSV with image (or audio), question and answer; `demo` "
+        "draws its own",
+    )
+    folder: str | None = Field(None, description="where the pictures and sounds are; empty: beside the file")
+    validation: str | None = Field(
+        None, description="held-out conversations in the same formats; empty: every tenth of the file"
+    )
+    max_tokens: int | None = Field(
+        None, ge=8, description="longest sequence, media included; what is longer is cut at its end, with a warning"
+    )
+    prompt: str | None = Field(
+        None, description="for models without a chat template: the turn before an answer, with {question} in it"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_question(cls, prompt: str | None) -> str | None:
+        if prompt is not None and "{question}" not in prompt:
+            raise ValueError(f"must have {{question}} in it, got {prompt!r}.")
+        return prompt
+
+
+class EncoderSection(Section):
+    parts: list[Literal["tower", "connector"]] = Field(
+        ["connector"], min_length=1, description="what is trained before the language model"
+    )
+    method: Literal["full", "lora"] = Field("full", description="all weights of those parts, or LoRA factors on them")
+
+
+class LoraSection(Section):
+    rank: int = Field(8, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
+    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
+    targets: list[str] = Field(
+        [],
+        description="the language model's layers that get factors, by the ends of their names; empty: all linear ones",
+    )
+
+
+class OptimizerSection(PluginSection):
+    KIND = "optimizers"
+    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
+
+    name: str = Field("adamw", description="`equipoise list optimizers` shows all; torch.optim's names work too")
+    learning_rate: Rate = Field(1e-4, description="per step, of every component without a rate of its own")
+    rates: dict[str, Rate] = Field({}, description="component → its own learning rate, such as {encoder: 1e-5}")
+    weight_decays: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="component → its own weight decay, for optimizers that have one"
+    )
+    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
+
+
+class TrainSection(Section):
+    steps: int = Field(500, ge=1, description="optimizer steps")
+    batch: int = Field(4, ge=1, description="conversations per forward pass; those of similar length go together")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
+    precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="of the frozen weights and the forward pass; what is trained stays float32"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+
+
+class SamplesSection(Section):
+    prompts: list[str] = Field(
+        [], description="questions to ask of the held-out media, in place of their own; their answers are not judged"
+    )
+    count: int = Field(200, ge=1, description="held-out questions that are answered and judged at the end")
+    every: int = Field(0, ge=0, description="steps between samples while training; 0 samples only at the end")
+    shown: int = Field(8, ge=1, description="answers written out at each sampling")
+    max_new_tokens: int = Field(32, ge=1, le=4096, description="of an answer")
+    metric: Literal["exact", "vqa", "rouge_l"] = Field(
+        "exact", description="how answers are judged: the same words, VQA accuracy over several answers, or ROUGE-L"
+    )
+    batch: int = Field(32, ge=1, description="questions answered at a time")
+
+
+class InstructionTuningConfig(RunConfig):
+    SHORT: ClassVar[dict[str, str]] = {
+        "model": "model.path",
+        "data": "data.file",
+        "steps": "train.steps",
+        "batch": "train.batch",
+        "rank": "lora.rank",
+        "alpha": "lora.alpha",
+        "learning_rate": "optimizer.learning_rate",
+        "optimizer": "optimizer.name",
+        "objective": "objective.name",
+        "coordinator": "coordinator.name",
+        "schedule": "schedule.name",
+        "checkpoint_every": "checkpoint.every",
+    }
+
+    pipeline: Literal["instruction_tuning"] = Field(
+        "instruction_tuning", description="the pipeline this configuration is for"
+    )
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    encoder: EncoderSection = Field(default_factory=EncoderSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    components: dict[str, list[str]] = Field(
+        {},
+        description="component → patterns of parameter names (whole segments; * and ? as in shells); empty: `encoder` "
+        "and `language`, by the model's architecture",
+    )
+    frozen: list[str] = Field([], description="patterns of parameter names that stay as they are in any case")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    samples: SamplesSection = Field(default_factory=SamplesSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @field_validator("components")
+    @classmethod
+    def _both_sides(cls, components: dict[str, list[str]]) -> dict[str, list[str]]:
+        if components and ("language" not in components or len(components) < 2):
+            raise ValueError(f"must name `language` and at least one more, got {', '.join(components)}.")
+        return components

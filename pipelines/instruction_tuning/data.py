@@ -1,0 +1,223 @@
+"""Conversations about pictures and sounds: LLaVA's JSON or JSONL, and CSV; all that is wrong is found at once.
+
+JSON: a list of `{"image": PATH or [PATHS], "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+{"from": "gpt", "value": "A star."}, …]}`; JSONL: one of these a line; `audio` and `<audio>` in place of `image` and
+`<image>`. CSV: the columns image (or audio; several separated by `;`), question and answer; several acceptable
+answers, for VQA accuracy, are separated by `|`.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from equipoise.pipelines.instruction_tuning.config import DataSection
+from equipoise.pipelines.instruction_tuning.media import media_problem
+
+Kind = Literal["image", "audio", "text"]
+MARKS = {"image": "<image>", "audio": "<audio>"}
+ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
+HELD_OUT = 10  # every so many-th conversation is held out where no validation file is given
+_USERS, _ASSISTANTS = ("human", "user"), ("gpt", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    question: str  # with marks where the media stand
+    answer: str
+
+
+@dataclass(frozen=True)
+class Example:
+    kind: Kind
+    media: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+    system: str = ""
+    where: str = ""  # file:line
+
+
+def read_all(data: DataSection, decode: bool = True) -> tuple[list[Example], list[Example], list[str]]:
+    """(training examples, held-out ones, everything that is wrong). `decode`: whether media are opened, too."""
+    train, problems = read_examples(Path(data.file), data.folder, decode)
+    if data.validation is not None:
+        held, more = read_examples(Path(data.validation), data.folder, decode)
+        return train, held, problems + more
+    held = train[HELD_OUT - 1 :: HELD_OUT] or train[-1:]
+    kept = [example for index, example in enumerate(train) if index % HELD_OUT != HELD_OUT - 1]
+    return kept, held, problems
+
+
+def read_examples(file: Path, folder: str | None, decode: bool = True) -> tuple[list[Example], list[str]]:
+    """The examples of a file, and all that is wrong with it and its media, line by line."""
+    if not file.is_file():
+        what = "is a folder; give the file of conversations in it" if file.is_dir() else "does not exist"
+        return [], [f"data.file: {file} {what}."]
+    root = Path(folder) if folder else file.parent
+    if not root.is_dir():
+        return [], [f"data.folder: {root} does not exist. Give the folder that the media's paths start in."]
+    examples: list[Example] = []
+    problems: list[str] = []
+    try:
+        reader = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}.get(file.suffix.lower())
+        if reader is None:
+            return [], [f"data.file: {file} is not .json, .jsonl or .csv."]
+        for line, record in reader(file):
+            where = f"{file}:{line}"
+            if isinstance(record, str):
+                problems.append(f"{where}: {record}")
+                continue
+            example, wrong = _example(record, root, where)
+            problems += [f"{where}: {sentence}" for sentence in wrong]
+            if example:
+                examples.append(example)
+    except UnicodeDecodeError as error:
+        return [], [f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})."]
+    except OSError as error:
+        return [], [f"{file}: cannot be read: {error.strerror or error}."]
+    if kinds := sorted({example.kind for example in examples} - {"text"})[1:]:
+        problems.append(
+            f"{file}: has pictures and sounds ({kinds[0]} too); one model takes one of them. Split the file."
+        )
+    if not examples and not problems:
+        problems.append(f"{file}: holds no conversations.")
+    if decode:
+        problems += _media_problems(examples)
+    return examples, problems
+
+
+def _media_problems(examples: Sequence[Example]) -> list[str]:
+    """What is wrong with the media, each file looked at once; threads, for decoding leaves Python's lock."""
+    first = {path: example for example in reversed(examples) for path in example.media}
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda item: media_problem(item[0], item[1].kind), first.items())
+        named = zip(first.items(), found, strict=True)
+        wrong = {path: f"{example.where}: {problem}" for (path, example), problem in named if problem}
+    order = dict.fromkeys(path for example in examples for path in example.media)
+    return [wrong[path] for path in order if path in wrong]
+
+
+def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[str]]:
+    if not isinstance(record, dict):
+        return None, [f"must be an object with conversations, got {type(record).__name__}."]
+    given = [kind for kind in MARKS if record.get(kind) not in (None, "", [])]
+    if len(given) > 1:
+        return None, ["has both an image and an audio; one model takes one of them."]
+    kind: Kind = given[0] if given else "text"  # type: ignore[assignment]
+    names = record[kind] if given else []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None, [f"{kind} must be a path or a list of paths, got {json.dumps(names)[:60]}."]
+    problems = []
+    media = tuple(root / name for name in names)
+    turns, system, wrong = _turns(record.get("conversations"))
+    problems += wrong
+    marks = {mark: sum(turn.question.count(mark) for turn in turns) for mark in MARKS.values()}
+    for other, mark in MARKS.items():
+        if other != kind and marks[mark]:
+            problems.append(f"mentions {mark}, but no {other} is given.")
+    if kind != "text" and not problems:
+        count, mark = marks[MARKS[kind]], MARKS[kind]
+        if count == 0:  # as many data sets have it: the media come first
+            first = Turn("\n".join([mark] * len(media) + [turns[0].question]), turns[0].answer)
+            turns = (first, *turns[1:])
+        elif count != len(media):
+            problems.append(f"mentions {count} {mark}, but {len(media)} {'are' if len(media) > 1 else 'is'} given.")
+    return (None if problems else Example(kind, media, turns, system, where)), problems
+
+
+def _turns(given: Any) -> tuple[tuple[Turn, ...], str, list[str]]:
+    if not isinstance(given, list) or not given:
+        return (), "", ["has no conversations: a list of turns, from human and gpt, is needed."]
+    said: list[tuple[str, str]] = []
+    system = ""
+    for number, turn in enumerate(given, 1):
+        who = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if not isinstance(who, str) or not isinstance(text, str):
+            return (), "", [f"turn {number} needs `from` and `value`, both text."]
+        if who == "system" and number == 1:
+            system = text
+        elif who in _USERS or who in _ASSISTANTS:
+            said.append(("user" if who in _USERS else "assistant", text))
+        else:
+            return (), "", [f"turn {number} is from {who!r}, which is neither human nor gpt."]
+    problems = []
+    if said and said[0][0] != "user":
+        problems.append("begins with the assistant; the user must begin.")
+    elif any(a[0] == b[0] for a, b in pairwise(said)):
+        problems.append("has two turns of the same speaker in a row; user and assistant must take turns.")
+    elif len(said) < 2:
+        problems.append("has no answer.")
+    elif said[-1][0] == "user":
+        said.pop()  # a last question without an answer teaches nothing
+    if not problems and any(not text.strip() for who, text in said if who == "assistant"):
+        problems.append("has an empty answer.")
+    if problems:
+        return (), system, problems
+    pairs = zip(said[::2], said[1::2], strict=True)
+    return tuple(Turn(question, answer.strip()) for (_, question), (_, answer) in pairs), system, []
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file.read_text(encoding=ENCODING).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                yield number, f"is not JSON ({error})."
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+    """The items of a list, each with the line that it begins in."""
+    text = file.read_text(encoding=ENCODING)
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("[", start):
+        yield 1, "must be a list of conversations, in square brackets; one object a line is .jsonl."
+        return
+    decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
+    while True:
+        at += len(text[at:]) - len(text[at:].lstrip()) if text[at : at + 1].isspace() else 0
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except ValueError as error:
+            yield line, f"is not JSON from here on ({error})."
+            return
+        yield line, record
+        while text[at : at + 1].isspace():
+            at += 1
+        if text[at : at + 1] == ",":
+            at += 1
+        elif text[at : at + 1] != "]":
+            yield line + text.count("\n", counted, at), "is not JSON from here on (a comma or ] is missing)."
+            return
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open(newline="", encoding=ENCODING) as opened:
+        reader = csv.DictReader(opened)
+        columns = reader.fieldnames or []
+        missing = [name for name in ("question", "answer") if name not in columns]
+        if missing:
+            yield 1, f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}."
+            return
+        try:
+            for row in reader:
+                record: dict[str, Any] = {
+                    kind: [part.strip() for part in row[kind].split(";") if part.strip()]
+                    for kind in MARKS
+                    if row.get(kind)
+                }
+                record["conversations"] = [
+                    {"from": "human", "value": row["question"]},
+                    {"from": "gpt", "value": row["answer"]},
+                ]
+                yield reader.line_num, record
+        except csv.Error as error:
+            yield reader.line_num, f"cannot be read as CSV ({error})."

@@ -1,0 +1,95 @@
+"""Answers by generation, and how right they are: the same words, VQA accuracy, or ROUGE-L."""
+
+# transformers annotates too narrowly.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.pipelines.instruction_tuning.config import SamplesSection
+from equipoise.pipelines.instruction_tuning.data import Example
+from equipoise.pipelines.instruction_tuning.talk import Talk
+
+METRICS = {
+    "exact": "share of answers that are the right words, whatever their case, articles and punctuation",
+    "vqa": "VQA accuracy: an answer counts min(1, people who gave it / 3), over each ten with one left out",
+    "rouge_l": "ROUGE-L: how much of the right text's longest common subsequence an answer has (F-measure)",
+}
+RIGHT = 0.5  # from which score on an answer is marked as right
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBERS = {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
+
+
+@dataclass(frozen=True)
+class Answer:
+    example: Example
+    question: str
+    said: str
+    wanted: tuple[str, ...]
+    score: float | None  # 0 to 1; None where nobody knows the right answer
+
+    @property
+    def right(self) -> bool | None:
+        return None if self.score is None else self.score >= RIGHT
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    talk: Talk,
+    examples: Sequence[Example],
+    samples: SamplesSection,
+    tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
+) -> list[Answer]:
+    """The model's answers to each conversation's last question, without sampling."""
+    device = next(model.parameters()).device
+    model.eval()
+    found = []
+    for start in range(0, len(examples), samples.batch):
+        chosen = examples[start : start + samples.batch]
+        batch = {name: value.to(device) for name, value in talk.question_batch(chosen).items()}
+        ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False)
+        texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
+        for example, text in zip(chosen, texts, strict=True):
+            wanted = tuple(part.strip() for part in example.turns[-1].answer.split("|")) if example.turns else ()
+            score = judge(text, wanted, samples.metric) if any(wanted) else None
+            found.append(Answer(example, example.turns[-1].question, text.strip(), wanted, score))
+        tell(len(chosen))
+    return found
+
+
+def _new(ids: Tensor, prompt: Tensor) -> Tensor:
+    """What was generated; some models repeat the prompt before it."""
+    width = prompt.shape[1]
+    return ids[:, width:] if ids.shape[1] >= width and torch.equal(ids[:, :width], prompt) else ids
+
+
+def judge(said: str, wanted: Sequence[str], metric: str) -> float:
+    """How right an answer is, 0 to 1."""
+    if metric == "rouge_l":
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(["rougeL"])
+        return max(scorer.score(right, said)["rougeL"].fmeasure for right in wanted)
+    mine, theirs = plain(said), [plain(right) for right in wanted]
+    if metric == "vqa" and len(theirs) > 1:
+        each = [theirs[:index] + theirs[index + 1 :] for index in range(len(theirs))]
+        return sum(min(1.0, others.count(mine) / 3) for others in each) / len(each)
+    return float(mine in theirs)
+
+
+def plain(text: str) -> str:
+    """An answer without case, punctuation and articles, numbers as digits."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(_NUMBERS.get(word, word) for word in _ARTICLES.sub(" ", text).split())
+
+
+def mean(answers: Sequence[Answer]) -> float:
+    """The mean score of those that could be judged; NaN without any."""
+    scores = [answer.score for answer in answers if answer.score is not None]
+    return sum(scores) / len(scores) if scores else float("nan")

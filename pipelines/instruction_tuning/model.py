@@ -1,0 +1,209 @@
+"""A multimodal language model of transformers, with LoRA on its language side and its encoder side to be trained."""
+
+# peft and transformers annotate too narrowly.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from equipoise.coordination.components import Architecture, architecture, matches, partition, preset
+from equipoise.errors import InputError
+from equipoise.pipelines import demo
+from equipoise.pipelines.instruction_tuning.config import EncoderSection, InstructionTuningConfig, ModelSection
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+
+
+@dataclass
+class Tuned:
+    """A model with its LoRA factors, and what of it is trained."""
+
+    model: PeftModel
+    parts: Architecture
+    components: dict[str, dict[str, Tensor]]  # component → name → parameter, all trained ones
+
+    @property
+    def plain(self) -> Any:
+        """The model of transformers inside."""
+        return self.model.base_model.model
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        return {name: tensor for inside in self.components.values() for name, tensor in inside.items()}
+
+    @property
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """What is trained without factors, by its names in the model of transformers."""
+        return {
+            name.removeprefix("base_model.model."): tensor for name, tensor in self.named.items() if "lora_" not in name
+        }
+
+
+def source(path: str) -> str:
+    return str(demo.multimodal_folder()) if path == demo.NAME else path
+
+
+def model_problems(model: ModelSection) -> list[str]:
+    """What is wrong with a local folder, found without loading its weights."""
+    folder = Path(source(model.path))
+    if not folder.exists():
+        if model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
+            return [f"model.path: {model.path} does not exist. Give a folder, or a hub id such as owner/name."]
+        return []
+    if not (folder / "config.json").is_file():
+        return [f"model.path: {model.path} has no config.json; give the folder of a model saved by transformers."]
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        return [f"model.path: {folder / 'config.json'} cannot be read ({error})."]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as known
+
+    if kind not in known:
+        return [
+            f"model.path: {model.path} is a {kind or 'model of unknown kind'}, which is no multimodal language model. "
+            "transformers has BLIP-2, LLaVA, Qwen2-VL, SmolVLM, Qwen2-Audio and others."
+        ]
+    if not any(folder.glob("*.safetensors")):
+        return [f"model.path: {model.path} has no .safetensors file; other formats can run code and are not loaded."]
+    return []
+
+
+def load_processor(model: ModelSection) -> Any:
+    """The processor that belongs to a model.
+
+    Raises:
+        InputError: there is none, or it takes no media.
+    """
+    transformers_logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
+    try:
+        processor = AutoProcessor.from_pretrained(source(model.path), revision=model.revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
+    if not hasattr(processor, "tokenizer") or not (
+        getattr(processor, "image_processor", None) or getattr(processor, "feature_extractor", None)
+    ):
+        raise InputError(f"model.path: {model.path} has no processor for pictures or sounds, only for text.")
+    return processor
+
+
+def load_model(model: ModelSection, precision: str) -> Any:
+    """A model with every parameter frozen, on this process's device.
+
+    Raises:
+        InputError: it cannot be loaded, or is no multimodal language model.
+    """
+    if wrong := model_problems(model):
+        raise InputError("\n".join(wrong))
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForMultimodalLM.from_pretrained(
+            source(model.path), revision=model.revision, dtype=DTYPES[precision], use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model.path: {model.path} cannot be loaded: {_short(error)}") from None
+    return loaded.requires_grad_(False).eval().to(PartialState().device)
+
+
+def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
+    """Adds the LoRA factors, sets free what is trained of the encoder side, and splits all into components.
+
+    Everything trained is float32. Equal seeds give equal factors, whatever the optimizer.
+
+    Raises:
+        InputError: targets or patterns that fit nothing, or trained parameters in no component or several.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    kind = model.config.model_type
+    parts = architecture(kind, names)
+    chosen = targets(model, parts, config)
+    torch.manual_seed(config.seed)
+    lora = config.lora
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha or lora.rank, lora_dropout=lora.dropout, target_modules=chosen
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+        wrapped = get_peft_model(model, settings)
+    settings.base_model_name_or_path = config.model.path
+    for name, tensor in wrapped.named_parameters():
+        plain = name.removeprefix("base_model.model.")
+        if "lora_" not in name:
+            trained = config.encoder.method == "full" and parts.part(plain) in config.encoder.parts
+            tensor.requires_grad_(trained and not any(matches(pattern, plain) for pattern in config.frozen))
+        if tensor.requires_grad:
+            tensor.data = tensor.data.float()
+    _check_frozen(names, config.frozen)
+    trained = {name: tensor for name, tensor in wrapped.named_parameters() if tensor.requires_grad}
+    patterns = dict(config.components)
+    if not patterns:
+        _check_encoder(trained, parts, config.encoder)
+        patterns = {side: _used(some, trained) for side, some in preset(parts).items()}
+        first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
+        patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
+    return Tuned(wrapped, parts, partition(trained, patterns))
+
+
+def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> list[str]:
+    """The layers that get factors, by their full names.
+
+    Raises:
+        InputError: a target names no layer of the language model.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LINEAR)}
+    language = [name for name in layers if parts.part(name) == "language"]
+    if config.lora.targets:
+        ends = config.lora.targets
+        found = [name for name in language if any(name == end or name.endswith(f".{end}") for end in ends)]
+        idle = [end for end in ends if not any(name == end or name.endswith(f".{end}") for name in language)]
+        if idle:
+            some = sorted({name.rsplit(".", 1)[-1] for name in language})
+            raise InputError(
+                f"lora.targets: {', '.join(idle)}: no layer of the language model has a name that ends so. It has "
+                f"{', '.join(some)}."
+            )
+    else:
+        found = [n for n in language if isinstance(layers[n], nn.Linear) and not re.search(r"(^|\.)lm_head$", n)]
+    if config.encoder.method == "lora":
+        found += [n for n, m in layers.items() if parts.part(n) in config.encoder.parts and isinstance(m, nn.Linear)]
+    found = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
+    if not found:
+        raise InputError("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
+    return found
+
+
+def _check_frozen(names: Iterable[str], frozen: Iterable[str]) -> None:
+    names = list(names)
+    if idle := [pattern for pattern in frozen if not any(matches(pattern, name) for name in names)]:
+        raise InputError(f"frozen: {', '.join(idle)}: matches no parameter of the model.")
+
+
+def _check_encoder(trained: Iterable[str], parts: Architecture, encoder: EncoderSection) -> None:
+    found = {parts.part(name) for name in trained}
+    if missing := [part for part in encoder.parts if part not in found]:
+        raise InputError(
+            f"encoder.parts: nothing is trained of the {' and the '.join(missing)}: this model has none, or frozen "
+            "covers it."
+        )
+
+
+def _used(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [pattern for pattern in patterns if any(matches(pattern, name) for name in names)]
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

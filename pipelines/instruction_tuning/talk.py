@@ -1,0 +1,185 @@
+"""Conversations as a processor's text and a model's tokens: chat templates, media, and which tokens are answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.errors import InputError
+from equipoise.pipelines.instruction_tuning.data import MARKS, Example
+from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+
+IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
+_PROMPTS = {  # model types without chat templates, as their authors prompt them
+    "blip-2": "Question: {question} Answer:",
+    "instructblip": "{question}",
+    "paligemma": "{question}\n",
+}
+_PROMPT = "USER: {question} ASSISTANT:"  # LLaVA's
+_NESTED = ("idefics2", "idefics3", "smolvlm")  # want the pictures of each conversation in a list of its own
+
+
+class Talk:
+    """Turns conversations into batches for one model."""
+
+    def __init__(
+        self,
+        processor: Any,
+        model_type: str,
+        prompt: str | None = None,  # replaces the model type's own where there is no chat template
+        max_tokens: int | None = None,
+    ):
+        self.processor, self.model_type, self.max_tokens = processor, model_type, max_tokens
+        self.tokenizer = processor.tokenizer
+        self.prompt = prompt or _PROMPTS.get(model_type, _PROMPT)
+        if getattr(self.tokenizer, "pad_token", None) is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        listener = getattr(processor, "feature_extractor", None)
+        self.rate: int = getattr(listener, "sampling_rate", 16_000)  # samples per second
+        # a Q-Former's processor puts the one picture before the text by itself
+        self.leads = hasattr(processor, "num_query_tokens")
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+
+    def problems(self, example: Example) -> list[str]:
+        """Why this model cannot take a conversation."""
+        takes = [
+            kind for kind, part in (("image", "image_processor"), ("audio", "feature_extractor")) if self._has(part)
+        ]
+        if example.kind != "text" and example.kind not in takes:
+            return [f"{example.where}: has an {example.kind}, but {self.model_type} takes {' or '.join(takes)}."]
+        if self.leads and len(example.media) != 1:
+            return [f"{example.where}: has {len(example.media)} pictures, but {self.model_type} takes exactly one."]
+        return []
+
+    def _has(self, part: str) -> bool:
+        return getattr(self.processor, part, None) is not None
+
+    def text(self, example: Example, turns: int | None = None, ask: bool = False) -> str:
+        """The first `turns` turns (all unless told), and with `ask` the question of the next, up to its answer."""
+        turns = len(example.turns) if turns is None else turns
+        if self.processor.chat_template is None:
+            return self._plain(example, turns, ask)
+        said: list[dict[str, Any]] = []
+        if example.system:
+            said.append({"role": "system", "content": [{"type": "text", "text": example.system}]})
+        for index, turn in enumerate(example.turns[: turns + ask]):
+            said.append({"role": "user", "content": _content(turn.question)})
+            if index < turns:
+                said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        return self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=ask)
+
+    def _plain(self, example: Example, turns: int, ask: bool) -> str:
+        text = f"{example.system} " if example.system else ""
+        for index, turn in enumerate(example.turns[: turns + ask]):
+            question = turn.question
+            for kind, mark in MARKS.items():
+                token = "" if self.leads else str(getattr(self.processor, f"{kind}_token", mark))
+                question = question.replace(mark, token)
+            text += self.prompt.replace("{question}", question.strip())
+            if index < turns:
+                text += f"{'' if text.endswith(chr(10)) else ' '}{turn.answer}{self.tokenizer.eos_token}"
+        return text
+
+    def spans(self, example: Example) -> list[tuple[int, int]]:
+        """Where the answers are: (first token, one past the last), both counted from the end of the conversation.
+
+        From the end, for how many tokens a picture before them takes only the processor knows.
+        """
+        if (known := self._spans.get(id(example))) is not None:
+            return known
+        whole, found = self.text(example), []
+        tokens = self._tokens(whole)
+        for turn in range(len(example.turns)):
+            opened, closed = self.text(example, turn, ask=True), self.text(example, turn + 1)
+            if not (whole.startswith(opened) and whole.startswith(closed)):
+                raise InputError(
+                    f"{example.where}: the chat template of {self.model_type} writes earlier turns differently when "
+                    "more follow, so that the answers cannot be told apart. Give each conversation one question."
+                )
+            if any(mark in later.question for later in example.turns[turn + 1 :] for mark in MARKS.values()):
+                length = self._length(example, whole)
+                found.append((length - self._length(example, opened), length - self._length(example, closed)))
+                continue
+            begin = self._tokens(opened)
+            shared = next((i for i, (a, b) in enumerate(zip(begin, tokens, strict=False)) if a != b), len(begin))
+            found.append((len(tokens) - shared, len(tokens) - len(self._tokens(closed))))
+        self._spans[id(example)] = found
+        return found
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def length(self, example: Example) -> int:
+        """Tokens of the text alone: what conversations are sorted by, so that little is padded."""
+        return len(self._tokens(self.text(example)))
+
+    def full_length(self, example: Example) -> int:
+        """Tokens with the media's: opens and processes them."""
+        return self._length(example, self.text(example))
+
+    def _length(self, example: Example, text: str) -> int:
+        token = getattr(self.processor, f"{example.kind}_token", MARKS.get(example.kind, ""))
+        media = example.media if self.leads else example.media[: text.count(str(token))]
+        return self._process([text], [example], [media])["input_ids"].shape[1]
+
+    def training_batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Tokens, media and labels; every token that is no answer's has the label −100."""
+        self.tokenizer.padding_side = "right"
+        batch = self._process([self.text(example) for example in examples], examples)
+        lengths = batch["attention_mask"].sum(dim=1)
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for row, (example, length) in enumerate(zip(examples, lengths.tolist(), strict=True)):
+            for begin, end in self.spans(example):
+                labels[row, length - begin : length - end] = batch["input_ids"][row, length - begin : length - end]
+        if self.model_type == "paligemma":  # reads what it is asked both ways, and its answer forwards
+            batch["token_type_ids"] = (labels != IGNORED).long()
+        batch["labels"] = labels
+        if self.max_tokens is not None:
+            width = labels.shape[1]
+            for name, tensor in batch.items():
+                if tensor.ndim == 2 and tensor.shape[1] == width and not tensor.is_floating_point():
+                    batch[name] = tensor[:, : self.max_tokens]
+        return batch
+
+    def question_batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Each conversation up to its last answer, padded on the left, for generation."""
+        self.tokenizer.padding_side = "left"
+        texts = [self.text(example, len(example.turns) - 1, ask=True) for example in examples]
+        return self._process(texts, examples)
+
+    def _process(
+        self, texts: list[str], examples: Sequence[Example], media: Sequence[Sequence[Any]] | None = None
+    ) -> dict[str, Tensor]:
+        media = [example.media for example in examples] if media is None else media
+        kind = next((example.kind for example in examples if example.media), "text")
+        given: dict[str, Any] = {}
+        if kind == "image":
+            pictures = [[open_picture(path) for path in some] for some in media]
+            nested = self.model_type in _NESTED
+            given["images"] = pictures if nested else [picture for some in pictures for picture in some]
+        elif kind == "audio":
+            given["audio"] = [open_sound(path, self.rate) for some in media for path in some]
+            given["sampling_rate"] = self.rate
+        if not any(given.get(name) for name in ("images", "audio")):
+            given = {}
+        batch = dict(self.processor(text=texts, return_tensors="pt", padding=True, **given))
+        if "qformer_input_ids" in batch:  # it reads the text too, and must not read the answers
+            asked = [example.turns[-1].question.replace(MARKS["image"], "").strip() for example in examples]
+            read = self.processor.qformer_tokenizer(asked, return_tensors="pt", padding=True)
+            batch["qformer_input_ids"], batch["qformer_attention_mask"] = read["input_ids"], read["attention_mask"]
+        return batch
+
+
+def _content(question: str) -> list[dict[str, str]]:
+    """A question's text and marks as a chat template's content."""
+    content: list[dict[str, str]] = []
+    rest = question
+    while rest:
+        at, kind = min(((rest.find(mark), kind) for kind, mark in MARKS.items() if mark in rest), default=(-1, ""))
+        text, rest = (rest, "") if at < 0 else (rest[:at], rest[at + len(MARKS[kind]) :])
+        if text.strip():
+            content.append({"type": "text", "text": text.strip()})
+        if kind:
+            content.append({"type": kind})
+    return content

@@ -1,0 +1,351 @@
+"""Tunes a multimodal language model on conversations: load → adapt → train, in balance → answer → save."""
+
+# peft, accelerate and transformers annotate too narrowly.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from equipoise.balancing.objective import Losses
+from equipoise.coordination.balance import (
+    Balance,
+    Prediction,
+    measure,
+    normalized_gradients,
+    sides,
+    swapped,
+    undisturbed,
+)
+from equipoise.coordination.commit import look_ahead
+from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
+from equipoise.pipelines.instruction_tuning.data import Example
+from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
+from equipoise.pipelines.instruction_tuning.examples import load_examples
+from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
+from equipoise.pipelines.instruction_tuning.result import write_result
+from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
+from equipoise.pipelines.loop import train_loop
+from equipoise.pipelines.pipeline import Outcome
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number
+
+_EVALUATED = 64  # held-out conversations behind "loss before" and "loss after"
+_MIXED = 50  # batches whose conversations are sorted by length together
+
+
+def train(config: InstructionTuningConfig, run: Run) -> Outcome:
+    accelerator = make_accelerator(config.train.precision)
+    processor = load_processor(config.model)
+    model = load_model(config.model, config.train.precision)
+    talk = Talk(processor, model.config.model_type, config.data.prompt, config.data.max_tokens)
+
+    def tell(text: str) -> None:
+        run.log(text)
+        print(text, file=sys.stderr)
+
+    kept, held, problems = load_examples(config, talk, tell)
+    if problems:  # since the check
+        raise ConfigError(problems)
+    tuned = adapt(model, config)
+    work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
+    before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
+    started = time.perf_counter()
+    outcome = train_loop(
+        run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
+    )
+    if outcome.state == "stopped":
+        return outcome
+    seconds = time.perf_counter() - started
+    answers = work.answers("answers of the tuned model")
+    after = mean(answers)
+    work.write_answers(outcome.step or 0, answers)
+    facts = {
+        "state": outcome.state,
+        "step": outcome.step,
+        "loss_before": number(before_loss),
+        "loss_after": number(work.evaluation_loss()),
+        "metric": config.samples.metric,
+        "score_before": number(before),
+        "score_after": number(after),
+        "questions": len(answers),
+        "seconds": seconds,
+    }
+    work.save_result(facts)
+    said = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
+    found = f" On {len(answers)} held-out questions, {said} {after:.1%}; untuned {before:.1%}."
+    return replace(outcome, message=outcome.message + found)
+
+
+class InstructionTuningWork(OptimizedWork):
+    """One run's tuning: see `equipoise.pipelines.loop.Work` for when each method is called."""
+
+    tensors = "parameters of this model"
+
+    def __init__(
+        self,
+        config: InstructionTuningConfig,
+        run: Run,
+        accelerator: Accelerator,
+        tuned: Tuned,
+        talk: Talk,
+        kept: list[Example],
+        held: list[Example],
+    ):
+        self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
+        super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned))
+        if config.train.gradient_checkpointing:
+            tuned.plain.gradient_checkpointing_enable({"use_reentrant": False})
+            tuned.plain.enable_input_require_grads()
+        self.lengths = torch.tensor([talk.length(example) for example in kept])
+        self.components = {name: list(inside.values()) for name, inside in tuned.components.items()}
+        if self.coordinator.two_sided:
+            sides(self.components)
+        if hasattr(self.optimizer.optimizer, "perturb") and any(self.coordinator.weight(s) for s in range(10_000)):
+            raise InputError(
+                f"coordinator.name: {config.coordinator.name} with a regularizer and {config.optimizer.name} both want "
+                "further evaluations of a step, and cannot be combined. Use commit_clr, or another optimizer."
+            )
+        self.random = has_dropout(tuned.model)
+        self.hears = [m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")]
+        self._probed: list[tuple[dict[str, Tensor], Prediction | None]] = []  # this step's batches, if it is measured
+
+    def evaluate(self, step: int, micro: int) -> Losses:
+        size = self.config.train.batch
+        torch.manual_seed(mix(self.config.seed, step, micro))  # for dropout
+        batch = self._batch(self._chosen(step * self.config.train.accumulate + micro, size))
+        self.model.train()
+        logits, labels, sample = self._forward(batch)
+        if self.coordinator.measures(step):
+            if micro == 0:
+                self._probed.clear()
+            base = None if self.random else self._prediction(batch, logits.detach(), sample)
+            self._probed.append((batch, base))
+        return Losses(_loss(logits, labels, sample), {})
+
+    def step(self, step: int) -> dict[str, float]:
+        values = super().step(step)
+        if self.coordinator.measures(step):
+            values |= self.coordinator.observe(step, self._measure(step))
+        self.coordinator.stepped(self.components, step, self.config.train.steps)
+        return values
+
+    def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
+        values, logged = super()._evaluate_all(step)
+        if self.coordinator.measures(step):
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+            found = normalized_gradients(self.components)
+            logged |= {f"gradient_{name}": value / scale for name, value in found.items()}
+        return values, logged
+
+    def _measure(self, step: int) -> Balance:
+        """κ of this step, from its own batches; with a regulariser, whose gradient then waits for the next step."""
+        old = dict(zip(self.named, self.good, strict=True))  # the weights before the step, which are kept in any case
+        before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
+        weight, found = self.coordinator.weight(step), []
+        metric = self.coordinator.metric
+        with undisturbed(self.model, checkpointing=weight > 0):
+            for batch, base in self._probed:
+
+                def predict(batch: dict[str, Tensor] = batch) -> Prediction:
+                    logits, _, sample = self._forward(batch)
+                    return Prediction(logits, sample)
+
+                base = base or self._before(batch, before)
+                if weight:
+                    share, backward = weight / len(self._probed), self.accelerator.backward
+                    found.append(look_ahead(predict, self.components, before, base, share, metric, backward))
+                else:
+                    found.append(measure(predict, self.components, before, metric, base))
+        self._probed.clear()
+        return Balance(*(sum(values) / len(found) for values in zip(*(vars(b).values() for b in found), strict=True)))
+
+    @torch.no_grad()
+    def _before(self, batch: dict[str, Tensor], before: dict[str, list[Tensor]]) -> Prediction:
+        """The prediction with the weights before the step."""
+        pairs = [(new, old) for name in before for new, old in zip(self.components[name], before[name], strict=True)]
+        with swapped(*zip(*pairs, strict=True)):
+            logits, _, sample = self._forward(batch)
+            return self._prediction(batch, logits, sample)
+
+    @torch.no_grad()
+    def _prediction(self, batch: dict[str, Tensor], logits: Tensor, sample: Tensor) -> Prediction:
+        """With the norms of eq. 5, each a root mean square over the samples."""
+        count = len(batch["input_ids"])
+        media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
+        heard, ids = self._heard, batch["input_ids"]
+        placeholder = torch.isin(ids, torch.tensor(self._media_ids(), device=ids.device))
+        text = ~placeholder & batch["attention_mask"].bool()
+
+        def norm(tensors: Sequence[Tensor]) -> float:
+            return sum(t.float().square().sum().item() for t in tensors) ** 0.5 / count**0.5
+
+        if heard is None or heard.shape[:2] != ids.shape:
+            return Prediction(logits, sample)
+        return Prediction(logits, sample, norm([heard[text]]), norm(media), norm([heard[placeholder]]))
+
+    def _media_ids(self) -> list[int]:
+        config = self.tuned.plain.config
+        names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+        return [value for name in names if isinstance(value := getattr(config, name, None), int)]
+
+    _heard: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
+
+    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits of the answers' tokens, what they should be, which sample each belongs to)."""
+        labels = batch["labels"][:, 1:]
+        mask = labels != IGNORED
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        hook = None
+        if self.hears:
+
+            def hear(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                given = kwargs.get("inputs_embeds")
+                self._heard = None if given is None else given.detach()
+
+            hook = self.hears[0].register_forward_pre_hook(hear, with_kwargs=True)
+        try:
+            with self.accelerator.autocast():
+                logits = self.model(**inputs, use_cache=False).logits[:, :-1]
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits[mask], labels[mask], mask.nonzero()[:, 0]
+
+    def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
+        return {name: value.to(self.accelerator.device) for name, value in self.talk.training_batch(examples).items()}
+
+    def _chosen(self, number: int, size: int) -> list[Example]:
+        """The examples of a batch. An epoch is a permutation, cut into batches of similar length in random order, and
+        known from the seed and its number."""
+        each = max(1, len(self.kept_examples) // size)
+        epoch, index = divmod(number, each)
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self.config.seed, "epoch", epoch))
+            order = torch.randperm(len(self.kept_examples), generator=generator)
+            blocks = [block[self.lengths[block].argsort(stable=True)] for block in order.split(size * _MIXED)]
+            batches = [batch for block in blocks for batch in block.split(size)]
+            short = [batch for batch in batches if len(batch) < size][: len(batches) - 1]
+            batches = [batch for batch in batches if len(batch) == size] or short or batches
+            self._epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        batches = self._epoch[1]
+        return [self.kept_examples[i] for i in batches[index % len(batches)]]
+
+    _epoch: tuple[int, list[Tensor]] = (-1, [])
+
+    @torch.no_grad()
+    def evaluation_loss(self) -> float:
+        """The loss over the first held-out conversations: comparable between runs and steps."""
+        self.model.eval()
+        chosen, total = self.held[:_EVALUATED], 0.0
+        size = min(16, self.config.train.batch)
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            total += _loss(*self._forward(self._batch(part))).item() * len(part)
+        return total / len(chosen)
+
+    def state(self) -> dict[str, Any]:
+        # the regulariser's gradient of the last step, which the next one takes
+        waiting = {name: tensor.grad for name, tensor in self.named.items() if tensor.grad is not None}
+        return super().state() | {"waiting": waiting}
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        super().restore(weights, state)
+        for name, gradient in state["waiting"].items():
+            self.named[name].grad = gradient.to(self.named[name])
+
+    def answers(self, what: str, count: int | None = None) -> list[Answer]:
+        """Answers to held-out questions, with a progress bar."""
+        chosen = self.held[: count or self.config.samples.count]
+        with (
+            tqdm(total=len(chosen), desc=what, unit="answer", dynamic_ncols=True, disable=None) as bar,
+            self.accelerator.autocast() if self.config.train.precision != "no" else nullcontext(),
+            torch.random.fork_rng(),
+        ):
+            return answer(self.model, self.talk, chosen, self.config.samples, bar.update)
+
+    def sample(self, step: int) -> None:
+        samples = self.config.samples
+        self.write_answers(step, self.answers("sample", samples.shown))
+
+    def write_answers(self, step: int, answers: list[Answer]) -> None:
+        """Writes samples/step-…/answers.jsonl."""
+        folder = self.run.folder / "samples" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {
+                "media": [str(path) for path in a.example.media],
+                "question": a.question,
+                "answer": a.said,
+                "wanted": list(a.wanted),
+                "score": a.score,
+            }
+            for a in answers
+        ]
+        write_atomic(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.run.log(f"answered {len(answers)} questions at step {step}, mean score {mean(answers):.3f}")
+
+    def save_result(self, facts: dict[str, Any]) -> None:
+        chosen = self.config.optimizer
+        described = {
+            "base": self.config.model.path,
+            "optimizer": chosen.name,
+            "learning_rate": chosen.learning_rate,
+            "coordinator": self.config.coordinator.name,
+            "rank": self.config.lora.rank,
+            **facts,
+        }
+        write_result(Path(self.run.folder / "result"), self.tuned, described)
+
+
+def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any]]:
+    chosen = config.optimizer
+    groups = []
+    for component, inside in tuned.components.items():
+        group: dict[str, Any] = {
+            "params": list(inside.items()),
+            "lr": chosen.rates.get(component, chosen.learning_rate),
+            "component": component,
+        }
+        if component in chosen.weight_decays:
+            group["weight_decay"] = chosen.weight_decays[component]
+        groups.append(group)
+    for key, names in (("rates", chosen.rates), ("weight_decays", chosen.weight_decays)):
+        if strangers := [name for name in names if name not in tuned.components]:
+            raise InputError(
+                f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(tuned.components)}."
+            )
+    return groups
+
+
+def _loss(logits: Tensor, labels: Tensor, sample: Tensor) -> Tensor:
+    """Cross-entropy averaged over each sample's answer tokens, then over samples, as the paper's L."""
+    each = F.cross_entropy(logits.float(), labels, reduction="none")
+    _, index, counts = sample.unique(return_inverse=True, return_counts=True)
+    return (each / counts.to(each)[index]).sum() / len(counts)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass while training may differ from one in evaluation mode. In doubt it does."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            return True
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
+                return True
+    return False
