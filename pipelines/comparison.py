@@ -164,8 +164,9 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
     axes = [key for key in differing if key not in _NOT_AXES and key not in _SHOWN_WITH_IT]
-    last = Counter(key.split(".")[-1] for key in axes)
-    names = {key: key if last[key.split(".")[-1]] > 1 else key.split(".")[-1] for key in axes}
+    short = {key: key.removesuffix(".name").split(".")[-1] for key in axes}  # a plugin's section says which it is
+    last = Counter(short.values())
+    names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
     placed = []
     for one in flat:
         if RATE not in one:

@@ -23,11 +23,15 @@ class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is NaN or infinite; raised before the step changes any weight."""
 
 
+class EnoughError(Exception):
+    """More steps would not help, for the reason in the message; raised by a step before it does anything."""
+
+
 class Work(Protocol):
     """What a pipeline does when the loop asks."""
 
     def step(self, step: int) -> dict[str, float]:
-        """Takes one optimizer step and returns what to log, `loss` among it. Raises NonFiniteError."""
+        """Takes one optimizer step and returns what to log, `loss` among it. Raises NonFiniteError, or EnoughError."""
         ...
 
     def weights(self) -> dict[str, Any]: ...
@@ -90,6 +94,8 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
                 values = work.step(step)
             except NonFiniteError as error:
                 return diverged(f"{error} at step {step + 1}", step)
+            except EnoughError as reason:
+                return Outcome("done", f"{step} steps: {reason}.", step)
             run.metric(step + 1, **values, seconds=time.perf_counter() - started)
             bar.update()
             bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class OptimizedWork:
         """Around a second evaluation of a batch, which must leave no trace but gradients."""
         return nullcontext()
 
+    def gradients(self) -> dict[str, Tensor]:
+        """What to log of the step's gradients before they are clipped."""
+        return {}
+
     def after_step(self, step: int) -> dict[str, float]:
         """Called when the optimizer has stepped, while `good` still holds the weights before; gives what to log."""
         return {}
@@ -105,6 +110,8 @@ class OptimizedWork:
                 optimizer.restore()
         started = self._now()
         logged |= self.objective.before_step()
+        self.accelerator.unscale_gradients()
+        logged |= self.gradients()
         norm = float(self.accelerator.clip_grad_norm_(self.named.values(), self.config.train.clip or torch.inf))
         if not finite(norm) and self.accelerator.scaler is None:  # with a scaler, it skips the step by itself
             self.optimizer.zero_grad()
@@ -203,5 +210,9 @@ def mix(*parts: object) -> int:
 def place(position: int, count: int, seed: int) -> int:
     """Which of `count` examples comes at a position of the endless sequence; each epoch is a permutation of them."""
     epoch, index = divmod(position, count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
-    return int(order[index])
+    return int(_order(epoch, count, seed)[index])
+
+
+@lru_cache(4)
+def _order(epoch: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))

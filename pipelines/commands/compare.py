@@ -117,8 +117,10 @@ def _swapped_in(folder: Path) -> Iterator[Path]:
 def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
     shown = [
         name
-        for name in ("score", "object", "colour", "shape", "kept", "broken", "clip", "loss_after")
-        if name in comparison.base.metrics
+        for name in dict.fromkeys(
+            ("score", "object", "colour", "shape", "kept", "broken", "clip", "loss_after", *comparison.beside)
+        )
+        if any(name in cell.metrics for cell in [comparison.base, *comparison.cells])
     ]
     seeds = len({cell.seed for cell in comparison.cells}) > 1
     rows = [

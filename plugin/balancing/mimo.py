@@ -65,7 +65,7 @@ class MIMO(Objective):
         self,
         lam: float | None = None,
         mu: float | None = None,
-        preset: Preset = "crema_d",
+        preset: Preset = "av_mnist",
         f_star: dict | None = None,
         overflow: Literal["logsumexp", "doubling"] = "logsumexp",
     ) -> None:

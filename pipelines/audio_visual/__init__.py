@@ -1,0 +1,44 @@
+"""Audio-visual classification in balance: manifest → features → late fusion → accuracy, joint and per modality."""
+
+import os
+
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.pipeline import Outcome, Pipeline
+from equipoise.pipelines.run import Run
+
+# Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class AudioVisual(Pipeline):
+    """Classification of clips by sound, pictures and text, where no modality starves."""
+
+    name = "audio_visual"
+    title = "Audio-visual classification"
+    Config = AudioVisualConfig
+    loading = "equipoise.pipelines.audio_visual.model.load({folder!r})"
+
+    @classmethod
+    def check(cls, config: AudioVisualConfig) -> list[str]:
+        from equipoise.pipelines.audio_visual.check import problems
+
+        return problems(config)
+
+    @classmethod
+    def doubts(cls, config: AudioVisualConfig) -> list[str]:
+        from equipoise.pipelines.audio_visual.check import doubts
+
+        return doubts(config)
+
+    @classmethod
+    def run(cls, config: AudioVisualConfig, run: Run) -> Outcome:
+        from equipoise.pipelines.audio_visual.train import train
+
+        return train(config, run)
+
+    @classmethod
+    def compare(cls, name, folder, runs, configs, samples, clip=None) -> Comparison:
+        from equipoise.pipelines.audio_visual.compare import compare
+
+        return compare(name, folder, runs, configs)

@@ -1,0 +1,52 @@
+"""What is wrong with the world a configuration points to, found before anything is written."""
+
+import os
+
+from equipoise import registry
+from equipoise.errors import InputError
+from equipoise.pipelines import demo
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+
+
+def problems(config: AudioVisualConfig) -> list[str]:
+    found = _objective_problems(config)
+    if config.data.manifest != demo.NAME:
+        from equipoise.pipelines.audio_visual.prepared import prepare
+
+        prepared = prepare(config, keep=False)
+        found += prepared.manifest.problems if config.data.skip_bad else prepared.problems
+    if config.train.precision == "fp16":
+        import torch
+
+        if not torch.cuda.is_available():
+            found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # set by accelerate launch and torchrun
+        found.append(
+            f"WORLD_SIZE: a run trains in one process, and this is one of {processes}. Start it without accelerate "
+            "launch or torchrun."
+        )
+    return found
+
+
+def _objective_problems(config: AudioVisualConfig) -> list[str]:
+    """What an objective says of these modalities."""
+    found = []
+    chosen = [("objective", config.objective.name, config.objective.options)]
+    for key, name, options in chosen + [("train.baselines", name, {}) for name in config.train.baselines]:
+        try:
+            registry.load("objectives", name)(**options).bind({modality: [] for modality in config.data.modalities})
+        except InputError as error:
+            found.append(f"{key}: {name}: {error}")
+        except TypeError as error:
+            found.append(f"{key}: {name} needs options, which a baseline cannot be given: {error}.")
+    return found
+
+
+def doubts(config: AudioVisualConfig) -> list[str]:
+    if config.data.manifest == demo.NAME:
+        return []
+    from pathlib import Path
+
+    from equipoise.pipelines.audio_visual.data import doubts, read_manifest
+
+    return doubts(read_manifest(config.data, Path(config.data.manifest)))

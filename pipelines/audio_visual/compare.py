@@ -1,0 +1,69 @@
+"""Runs side by side: joint and per-modality test accuracy, and confusion matrices as pictures."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from equipoise.errors import InputError
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.run import Run
+
+SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
+_SIDE, _DARK = 320, (9, 60, 120)  # pixels; the colour of a full cell
+
+
+def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[AudioVisualConfig]) -> Comparison:
+    """Reads every run's results, and draws its confusion matrices into `folder`.
+
+    Raises:
+        InputError: The runs were trained on different data.
+    """
+    first = configs[0].data
+    for config in configs[1:]:
+        for key in ("manifest", "modalities"):
+            if (mine := getattr(first, key)) != (theirs := getattr(config.data, key)):
+                raise InputError(f"comparison: data.{key} differs between the runs ({mine} and {theirs}).")
+    kinds = ["joint", *first.modalities]
+    cells, chance = [], math.nan
+    for run, config, (row, rate, differs) in zip(runs, configs, lay_out(configs), strict=True):
+        status = run.status()
+        cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+        cells.append(cell)
+        file = run.folder / "result" / "result.json"
+        if not file.is_file():
+            continue
+        result = json.loads(file.read_text())
+        chance = result["chance"]
+        cell.metrics = {
+            key: value
+            for key, value in result.items()
+            if isinstance(value, int | float) and key.split("_")[0] in ("accuracy", "f1", "loss", "seconds", "step")
+        }
+        cell.metrics["score"] = result.get("accuracy_joint") or max(result[f"accuracy_{m}"] for m in first.modalities)
+        for index, kind in enumerate(kinds):
+            if (table := run.folder / "result" / f"confusion-{kind}.csv").is_file():
+                note = f"{kind}: accuracy {result[f'accuracy_{kind}']:.1%}"
+                cell.pictures.append(_draw(table, folder, run.id.rsplit("/", 1)[-1], index, kind, config.seed, note))
+    base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})
+    beside = {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
+    prompts = [f"confusion, {kind} (rows: true classes)" for kind in kinds]
+    return Comparison(name, folder, prompts, SCORE, base, cells, beside)
+
+
+def _draw(table: Path, folder: Path, cell: str, index: int, kind: str, seed: int, note: str) -> Picture:
+    """A confusion matrix, each row in shares of its class: the darker the diagonal, the better."""
+    with table.open(newline="") as file:
+        counts = np.array([[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]], float)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    pixels = 255 - shares[..., None] * (255 - np.array(_DARK))
+    image = Image.fromarray(pixels.astype(np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    file = f"cells/{cell}/{kind}.png"
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    image.save(folder / file)
+    return Picture(index, seed, file, file, note=note)

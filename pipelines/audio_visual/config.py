@@ -1,0 +1,168 @@
+"""The configuration of audio-visual classification, section by section; its face: the YAML in configs/audio_visual."""
+
+# pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from equipoise.pipelines.records import PluginSection, RunConfig, Section
+from equipoise.pipelines.sections import CheckpointSection, CoordinatorSection, ObjectiveSection, Rate, ScheduleSection
+
+Modality = Literal["audio", "visual", "text"]
+
+
+class AudioSection(Section):
+    sample_rate: int = Field(16000, ge=1000, description="Hz, to which sound is resampled")
+    seconds: float = Field(3.0, gt=0, le=600, description="length of a clip; longer sound is cut, shorter repeated")
+    scale: Literal["log_mel", "log_stft"] = Field(
+        "log_mel",
+        description="log_mel: mel bands, HTK's scale; log_stft: the magnitudes, as OGM-GE's and AGM's authors",
+    )
+    window: int = Field(512, ge=16, le=8192, description="samples of the Hann window and of the Fourier transform")
+    hop: int = Field(160, ge=1, description="samples between windows")
+    mels: int = Field(128, ge=4, le=512, description="mel bands, for log_mel")
+
+
+class VisualSection(Section):
+    frames: int = Field(1, ge=1, le=64, description="frames of a clip, from the middles of equal stretches")
+    size: int = Field(224, ge=8, le=1024, description="pixels, the side of the square that frames are cut to")
+
+
+class TextSection(Section):
+    length: int = Field(128, ge=4, le=4096, description="tokens; longer text is cut")
+
+
+class DataSection(Section):
+    manifest: str = Field(
+        "demo", description="CSV with the columns clip, audio, frames, video, text, label, split; `demo` draws a set"
+    )
+    modalities: list[Modality] = Field(["audio", "visual"], min_length=1, description="what the model gets to see")
+    audio: AudioSection = Field(default_factory=AudioSection)
+    visual: VisualSection = Field(default_factory=VisualSection)
+    text: TextSection = Field(default_factory=TextSection)
+    validation: float = Field(
+        0.1, gt=0, lt=1, description="share of the training clips to validate on where no split is called val"
+    )
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes weigh more")
+    flip: bool = Field(False, description="mirror half of the frames while training")
+    shift: float = Field(0.0, ge=0, le=0.5, description="frames move by up to this share of their side while training")
+    roll: float = Field(0.0, ge=0, le=1, description="sound starts up to this share of its length later while training")
+    skip_bad: bool = Field(False, description="leave out clips that cannot be used, and say which; --skip-bad")
+
+    @field_validator("modalities")
+    @classmethod
+    def _each_once(cls, modalities: list[str]) -> list[str]:
+        if len(set(modalities)) < len(modalities):
+            raise ValueError(f"must name each modality once, got {', '.join(modalities)}.")
+        return modalities
+
+
+class EncoderSection(Section):
+    kind: Literal["resnet", "ast", "transformer"] = Field(
+        "resnet", description="resnet: sound and pictures; ast: sound; transformer: text"
+    )
+    path: str | None = Field(None, description="pretrained weights, a folder or hub id; empty trains from scratch")
+    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
+    widths: list[int] = Field([64, 128, 256, 512], min_length=1, description="resnet: channels of each stage")
+    depths: list[int] = Field([2, 2, 2, 2], min_length=1, description="resnet: blocks of each stage")
+    width: int = Field(192, ge=8, description="ast, transformer: channels")
+    layers: int = Field(4, ge=1, description="ast, transformer: layers")
+    heads: int = Field(4, ge=1, description="ast, transformer: attention heads")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EncoderSection":
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"needs as many depths as widths, got {len(self.depths)} and {len(self.widths)}.")
+        if self.width % self.heads:
+            raise ValueError(f"needs a width that its heads divide, got {self.width} and {self.heads}.")
+        return self
+
+
+class ModelSection(Section):
+    fusion: Literal["sum", "concat", "gated", "film"] = Field(
+        "concat", description="how the modalities' features become the joint prediction; gated and film take two"
+    )
+    audio: EncoderSection = Field(default_factory=EncoderSection)
+    visual: EncoderSection = Field(default_factory=EncoderSection)
+    text: EncoderSection = Field(default_factory=lambda: EncoderSection(kind="transformer"))
+
+    @field_validator("audio", "visual", "text")
+    @classmethod
+    def _suits(cls, encoder: EncoderSection, info: ValidationInfo) -> EncoderSection:
+        good = {"audio": ("resnet", "ast"), "visual": ("resnet",), "text": ("transformer",)}[str(info.field_name)]
+        if encoder.kind not in good:
+            raise ValueError(f"kind must be {' or '.join(good)} for {info.field_name}, got {encoder.kind}.")
+        return encoder
+
+
+class OptimizerSection(PluginSection):
+    KIND = "optimizers"
+    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
+
+    name: str = Field("sgd", description="`equipoise list optimizers` shows all; torch.optim's names work too")
+    learning_rate: Rate = Field(1e-3, description="per step")
+    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
+
+
+class TrainSection(Section):
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch: int = Field(64, ge=2, description="clips per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the forward pass; weights stay float32")
+    validate_every: int = Field(100, ge=1, description="steps between validations")
+    patience: int = Field(0, ge=0, description="validations without a better joint loss before training ends; 0: never")
+    keep: Literal["best", "last"] = Field("best", description="which weights are the result: by joint validation loss")
+    baselines: list[str] = Field(
+        [], description="objectives trained beside with the same data, seed and steps, for comparison"
+    )
+
+
+class AudioVisualConfig(RunConfig):
+    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "checkpoint")
+    SHORT: ClassVar[dict[str, str]] = {
+        "data": "data.manifest",
+        "steps": "train.steps",
+        "batch": "train.batch",
+        "fusion": "model.fusion",
+        "learning_rate": "optimizer.learning_rate",
+        "optimizer": "optimizer.name",
+        "objective": "objective.name",
+        "coordinator": "coordinator.name",
+        "schedule": "schedule.name",
+        "checkpoint_every": "checkpoint.every",
+    }
+
+    pipeline: Literal["audio_visual"] = Field("audio_visual", description="the pipeline this configuration is for")
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="mimo"))
+    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @field_validator("train")
+    @classmethod
+    def _known_baselines(cls, train: TrainSection) -> TrainSection:
+        for name in train.baselines:
+            try:
+                ObjectiveSection(name=name)
+            except ValueError as error:
+                raise ValueError(f"baselines: {name}: {_first(error)}") from None
+        return train
+
+    @model_validator(mode="after")
+    def _two_for_some_fusions(self) -> "AudioVisualConfig":
+        count = len(self.data.modalities)
+        if self.model.fusion in ("gated", "film") and count != 2:
+            raise ValueError(f"model.fusion: {self.model.fusion} takes two modalities, and there are {count}.")
+        return self
+
+
+def _first(error: ValueError) -> str:
+    found = getattr(error, "errors", None)
+    return str(found(include_url=False)[0]["ctx"]["error"]) if found else str(error)

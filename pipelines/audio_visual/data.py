@@ -1,0 +1,181 @@
+"""The manifest: one CSV line per clip, with where its sound, pictures and text are, its label and its split.
+
+Columns: `label` and `split` (train, val or test); `audio` (a sound file), `frames` (a folder of pictures, or one
+picture), `video` (a file that gives what the other two do not), `text`, each as far as the modalities want it; and
+`clip`, a name. Paths start in the manifest's folder.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from equipoise.pipelines.audio_visual.config import DataSection
+
+COLUMNS = ("clip", "audio", "frames", "video", "text", "label", "split")
+SPLITS = ("train", "val", "test")
+NEEDED = {"audio": ("audio", "video"), "visual": ("frames", "video"), "text": ("text",)}  # modality → any of these
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    line: int  # in the manifest
+    name: str
+    label: str
+    split: str
+    audio: Path | None
+    frames: Path | None
+    video: Path | None
+    text: str | None
+
+
+@dataclass
+class Manifest:
+    path: Path
+    clips: list[Clip] = field(default_factory=list)  # those without a problem
+    problems: list[str] = field(default_factory=list)  # of the manifest as a whole: nothing can be trained
+    bad: dict[int, str] = field(default_factory=dict)  # line → what is wrong with its clip
+
+    @property
+    def classes(self) -> list[str]:
+        return sorted({clip.label for clip in self.clips})
+
+    def split(self, name: str) -> list[Clip]:
+        return [clip for clip in self.clips if clip.split == name]
+
+    def sentences(self) -> list[str]:
+        """Everything that is wrong, in the order of the lines."""
+        return self.problems + [f"{self.path}:{line}: {text}" for line, text in sorted(self.bad.items())]
+
+    def leave_out(self, wrong: dict[int, str]) -> None:
+        self.bad |= wrong
+        self.clips = [clip for clip in self.clips if clip.line not in self.bad]
+
+
+def read_manifest(data: DataSection, path: Path) -> Manifest:
+    """The clips, and everything about them that can be said without decoding."""
+    found = Manifest(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        found.problems.append(
+            f"data.manifest: {path} {what}. Give a CSV file, such as `equipoise prepare` writes, or demo."
+        )
+        return found
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restkey="")
+            columns = [(column or "").strip() for column in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            found.problems += _column_problems(path, columns, data)
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        found.problems.append(f"{path}: cannot be read as CSV in UTF-8 ({error}).")
+        return found
+    if found.problems:
+        return found
+    names: dict[str, int] = {}
+    for line, row in rows:
+        clip, problem = _read_row(path.parent, line, {k: (v or "").strip() for k, v in row.items() if k}, row, data)
+        if not problem and clip.name in names:
+            problem = f"the clip {clip.name} is on line {names[clip.name]} already; every clip needs a name of its own."
+        names.setdefault(clip.name, line)
+        found.clips.append(clip)
+        if problem:
+            found.bad[line] = problem
+    found.leave_out({})
+    return found
+
+
+def _column_problems(path: Path, columns: Sequence[str], data: DataSection) -> list[str]:
+    problems = []
+    for column in columns:
+        if column not in COLUMNS:
+            close = get_close_matches(column, COLUMNS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" The columns are {', '.join(COLUMNS)}."
+            problems.append(f"{path}:1: unknown column {column!r}.{hint}")
+    if twice := [column for column, count in Counter(columns).items() if count > 1]:
+        problems.append(f"{path}:1: the column {', '.join(twice)} is there twice.")
+    problems += [f"{path}:1: there is no column {c!r}." for c in ("label", "split") if c not in columns]
+    for modality in data.modalities:
+        if not set(NEEDED[modality]) & set(columns):
+            wanted = " or ".join(map(repr, NEEDED[modality]))
+            problems.append(
+                f"{path}:1: the modality {modality} needs a column {wanted}; data.modalities leaves it out."
+            )
+    return problems
+
+
+def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: DataSection) -> tuple[Clip, str]:
+    def file(column: str) -> Path | None:
+        return folder / row[column] if row.get(column) else None
+
+    audio, frames, video = file("audio"), file("frames"), file("video")
+    name = row.get("clip") or next((str(row[c]) for c in ("video", "audio", "frames") if row.get(c)), f"line {line}")
+    clip = Clip(line, name, row.get("label", ""), row.get("split", ""), audio, frames, video, row.get("text") or None)
+    problems = []
+    if raw.get(""):
+        problems.append("has more cells than there are columns.")
+    if not clip.label:
+        problems.append("has no label.")
+    if clip.split not in SPLITS:
+        problems.append(f"the split must be train, val or test, got {clip.split or 'nothing'}.")
+    for modality in data.modalities:
+        given = [column for column in NEEDED[modality] if row.get(column)]
+        if not given:
+            problems.append(f"has nothing in {' or '.join(NEEDED[modality])} for the modality {modality}.")
+        elif modality != "text" and not (folder / row[given[0]]).exists():
+            problems.append(f"{row[given[0]]} does not exist.")
+    return clip, " ".join(dict.fromkeys(problems))
+
+
+def settle(manifest: Manifest) -> None:
+    """What only the clips together can be wrong about, once those that cannot be used are known."""
+    if manifest.problems:
+        return
+    train = {clip.label for clip in manifest.split("train")}
+    for split in ("val", "test"):
+        wrong = {
+            clip.line: f"its class {clip.label!r} is in the split {split} and not in train."
+            for clip in manifest.split(split)
+            if clip.label not in train
+        }
+        if train:
+            manifest.leave_out(wrong)
+    for split in ("train", "test"):
+        if not manifest.split(split):
+            manifest.problems.append(f"{manifest.path}: there is no usable clip in the split {split}.")
+    if len(train) == 1:
+        manifest.problems.append(
+            f"{manifest.path}: there is one class only, {', '.join(train)}; nothing can be told apart."
+        )
+
+
+def doubts(manifest: Manifest) -> list[str]:
+    """Classes that are trained and never tested."""
+    absent = sorted({c.label for c in manifest.split("train")} - {c.label for c in manifest.split("test")})
+    return [f"{manifest.path}: {', '.join(absent[:5])}: trained, but not in the split test."] if absent else []
+
+
+def with_validation(manifest: Manifest, share: float, seed: int) -> dict[str, list[Clip]]:
+    """The clips by split; where none is called val, every class gives a share of its training clips to it."""
+    import torch
+
+    splits = {name: manifest.split(name) for name in SPLITS}
+    if splits["val"]:
+        return splits
+    order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = {
+        label: max(1, round(share * n)) for label, n in Counter(c.label for c in splits["train"]).items() if n > 1
+    }
+    chosen = set()
+    for index in order:
+        label = splits["train"][index].label
+        if wanted.get(label, 0):
+            wanted[label] -= 1
+            chosen.add(index)
+    splits["val"] = [splits["train"][i] for i in sorted(chosen)] or splits["train"]
+    splits["train"] = [clip for i, clip in enumerate(splits["train"]) if i not in chosen]
+    return splits

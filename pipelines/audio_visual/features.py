@@ -1,0 +1,314 @@
+"""What training reads in place of sound, video and text: spectrograms, frames and tokens, made once and kept on disk.
+
+Sound is read by soundfile, or by PyAV out of a video, mixed to mono, resampled (soxr), repeated or cut to the clip's
+length, and becomes the logarithm of its Hann-windowed spectrum, in mel bands (HTK's scale, 0 Hz to half the sample
+rate, triangles of height 1) or as it is. Frames come from the middles of equal stretches, scaled and cut to a square.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from equipoise.errors import InputError
+from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
+from equipoise.pipelines.audio_visual.data import PICTURES, Clip
+from equipoise.pipelines.files import explained
+
+SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
+APART = 0.5  # seconds by which sound and picture of a clip may differ in length, or a tenth where that is more
+MEMORY = 2 << 30  # bytes of features that are kept in memory; beyond, batches are read from disk ahead of their step
+_VERSION = 1  # of what these functions give for a file
+
+Features = dict[
+    str, Tensor
+]  # of one clip: audio (1, bins, windows), visual (frames, 3, size, size) uint8, text (length,)
+
+
+def extract(clip: Clip, data: DataSection, tokenizer: Any = None) -> Features:
+    """One clip's features.
+
+    Raises:
+        InputError: A file cannot be read, the sound is silent or not finite, or sound and picture differ in length.
+    """
+    found, lengths = {}, {}
+    if "audio" in data.modalities:
+        samples, rate = read_audio(clip.audio or clip.video)  # type: ignore[arg-type]  # the manifest was checked
+        lengths["sound"] = len(samples) / rate
+        found["audio"] = spectrogram(samples, rate, data.audio)
+    if "visual" in data.modalities:
+        if clip.frames:
+            found["visual"] = read_frames(clip.frames, data.visual.frames, data.visual.size)
+        else:
+            found["visual"], lengths["video"] = read_video(clip.video, data.visual.frames, data.visual.size)  # type: ignore
+    if "text" in data.modalities:
+        found["text"] = tokens(clip.text or "", data.text.length, tokenizer)
+    if len(lengths) == 2 and abs(lengths["sound"] - lengths["video"]) > max(APART, 0.1 * max(lengths.values())):
+        raise InputError(f"the sound lasts {lengths['sound']:.1f} s and the video {lengths['video']:.1f} s.")
+    return found
+
+
+def read_audio(path: Path) -> tuple[np.ndarray, int]:
+    """Mono samples in -1 … 1, and their rate in Hz.
+
+    Raises:
+        InputError: The file cannot be read, has no sound, or it is silent or not finite.
+    """
+    import soundfile
+
+    if path.suffix.lower()[1:] in _sound_formats():
+        try:
+            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path.name} cannot be read as sound ({_brief(error)}).") from None
+        samples = samples.mean(1)
+    else:
+        samples, rate = _sound_of_video(path)
+    if not len(samples):
+        raise InputError(f"{path.name} holds no sound.")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path.name} holds samples that are not finite.")
+    if np.abs(samples).max() < SILENCE:
+        raise InputError(f"{path.name} is silent.")
+    return samples, rate
+
+
+@lru_cache
+def _sound_formats() -> set[str]:
+    import soundfile
+
+    return {name.lower() for name in soundfile.available_formats()} | {"aif", "oga", "opus"}
+
+
+def _sound_of_video(path: Path) -> tuple[np.ndarray, int]:
+    import av
+
+    try:
+        with av.open(path) as container:
+            if not container.streams.audio:
+                raise InputError(f"{path.name} has no sound track. Give sound in the column audio, or leave it out.")
+            rate = container.streams.audio[0].rate
+            mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            parts = [f for frame in container.decode(audio=0) for f in mono.resample(frame)] + mono.resample(None)
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path.name} cannot be read as video or sound ({_brief(error)}).") from None
+    return np.concatenate([part.to_ndarray()[0] for part in parts] or [np.zeros(0, np.float32)]), rate
+
+
+def read_video(path: Path, count: int, size: int) -> tuple[Tensor, float]:
+    """(frames, 3, size, size) uint8, and the video's length in seconds.
+
+    Raises:
+        InputError: The file cannot be read or has no pictures.
+    """
+    import av
+
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise InputError(f"{path.name} has no pictures.")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            # Twice through: containers are often wrong about how many frames there are.
+            times = [frame.pts for frame in container.decode(stream)]
+            if not times:
+                raise InputError(f"{path.name} has no pictures.")
+            wanted, chosen = _middles(len(times), count), []
+            container.seek(0)
+            for index, frame in enumerate(container.decode(stream)):
+                chosen += [_square(frame.to_image(), size)] * wanted.count(index)
+            seconds = len(times) / float(stream.average_rate or stream.base_rate or 25)
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path.name} cannot be read as video ({_brief(error)}).") from None
+    if len(chosen) != count:
+        raise InputError(f"{path.name} cannot be read as video (its frames differ from one reading to the next).")
+    return torch.stack(chosen), seconds
+
+
+def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, size, size) uint8
+    """A folder's pictures in the order of their names, or one picture.
+
+    Raises:
+        InputError: There are none, or one cannot be read.
+    """
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
+    if not files:
+        raise InputError(f"{path.name} holds no pictures ({', '.join(sorted(PICTURES))}).")
+    made = []
+    for index in _middles(len(files), count):
+        try:
+            with Image.open(files[index]) as image:
+                made.append(_square(ImageOps.exif_transpose(image), size))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{files[index].name} cannot be read as a picture ({_brief(error)}).") from None
+    return torch.stack(made)
+
+
+def _middles(total: int, count: int) -> list[int]:
+    return [int((index + 0.5) * total / count) for index in range(count)]
+
+
+def _square(image: Image.Image, size: int) -> Tensor:
+    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+
+
+def spectrogram(samples: np.ndarray, rate: int, settings: AudioSection) -> Tensor:  # (1, bins, windows) float32
+    """The logarithm of the clip's spectrum over time.
+
+    Raises:
+        InputError: It is not finite.
+    """
+    import soxr
+
+    if rate != settings.sample_rate:
+        samples = soxr.resample(samples, rate, settings.sample_rate)
+    length = max(settings.window, round(settings.seconds * settings.sample_rate))
+    samples = np.tile(samples, -(-length // len(samples)))[:length].clip(-1, 1)
+    window = torch.hann_window(settings.window)
+    spectrum = torch.stft(
+        torch.from_numpy(samples.astype(np.float32)), settings.window, settings.hop, window=window, return_complex=True
+    ).abs()
+    if settings.scale == "log_mel":
+        power = mel_bands(settings.mels, settings.window, settings.sample_rate) @ spectrum.square()
+        made = (power + 1e-6).log()
+    else:
+        made = (spectrum + 1e-7).log()
+    if not made.isfinite().all():
+        raise InputError("its spectrogram is not finite.")
+    return made[None]
+
+
+@lru_cache
+def mel_bands(count: int, window: int, rate: int) -> Tensor:  # (count, window // 2 + 1)
+    """Triangles of height 1, their corners equally spaced in mel = 2595·log₁₀(1 + f/700), from 0 Hz to rate/2."""
+    top = 2595 * np.log10(1 + rate / 2 / 700)
+    corners = 700 * (10 ** (np.linspace(0, top, count + 2) / 2595) - 1)  # Hz
+    bins = np.linspace(0, rate / 2, window // 2 + 1)
+    rising = (bins - corners[:-2, None]) / np.diff(corners)[:-1, None]
+    falling = (corners[2:, None] - bins) / np.diff(corners)[1:, None]
+    return torch.from_numpy(np.minimum(rising, falling).clip(0).astype(np.float32))
+
+
+def tokens(text: str, length: int, tokenizer: Any = None) -> Tensor:  # (length,) int64
+    """A pretrained encoder's tokens, or the text's bytes + 1; 0, or the tokenizer's own, where the text has ended."""
+    if tokenizer is not None:
+        made = tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
+    else:
+        made = [byte + 1 for byte in text.encode()][:length]
+        made += [0] * (length - len(made))
+    return torch.tensor(made, dtype=torch.int64)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
+
+
+class Store:
+    """The features of clips: made when first asked for, kept on disk by file and settings, in memory where they fit."""
+
+    def __init__(self, data: DataSection, cache: Path | None, tokenizer: Any = None, identity: str = ""):
+        """Args:
+        cache: A folder; none keeps nothing on disk.
+        identity: Of the tokenizer.
+        """
+        self.data, self.cache, self.tokenizer = data, cache, tokenizer
+        self.settings = [_VERSION, identity, sorted(data.modalities)]
+        self.settings += [getattr(data, name).model_dump(mode="json") for name in sorted(data.modalities)]
+        self.memory: dict[str, Features] = {}
+        self.held = 0  # bytes
+
+    def key(self, clip: Clip) -> str:
+        facts: list[Any] = [self.settings, clip.text if "text" in self.data.modalities else None]
+        for path in (clip.audio, clip.frames, clip.video):
+            if path:
+                stat = path.stat()
+                facts.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    def prepare(self, clips: Sequence[Clip]) -> dict[int, str]:
+        """Makes what is not there yet; gives what is wrong with clips, by line."""
+        wrong: dict[int, str] = {}
+
+        def make(clip: Clip) -> None:
+            try:
+                self.get(clip)
+            except InputError as error:
+                wrong[clip.line] = str(error)
+            except OSError as error:
+                wrong[clip.line] = f"{error.filename or clip.name} cannot be read: {error.strerror or error}."
+
+        # decoders release Python's lock
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            done = pool.map(make, clips)
+            list(tqdm(done, "features", len(clips), unit="clip", dynamic_ncols=True, leave=False, disable=None))
+        return wrong
+
+    def get(self, clip: Clip) -> Features:
+        key = self.key(clip)
+        if (found := self.memory.get(key)) is None:
+            found = self._load(key)
+            if found is None:
+                found = extract(clip, self.data, self.tokenizer)
+                self._save(key, found)
+            size = sum(tensor.nbytes for tensor in found.values())
+            if self.held + size <= MEMORY:
+                self.held += size
+                self.memory[key] = found
+        return found
+
+    def _file(self, key: str) -> Path | None:
+        return self.cache and self.cache / key[:2] / f"{key}.safetensors"
+
+    def _load(self, key: str) -> Features | None:
+        file = self._file(key)
+        try:
+            return load_file(file) if file and file.is_file() else None
+        except (SafetensorError, OSError):  # half of one, from a machine that went down: made anew
+            return None
+
+    def _save(self, key: str, found: Features) -> None:
+        if file := self._file(key):
+            with explained(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+                save_file(found, partial)
+                os.replace(partial, file)
+
+
+class Batches:
+    """Batches of some clips' features; those that come from disk are read while the step before is computed."""
+
+    def __init__(self, store: Store, clips: Sequence[Clip]):
+        self.store, self.clips = store, clips
+        self.whole: Features | None = None
+        if store.held < MEMORY:
+            rows = [store.get(clip) for clip in clips]
+            self.whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[tuple[int, ...], Future] = {}
+
+    def get(self, indices: Sequence[int], following: Sequence[int] = ()) -> Features:
+        """The clips at `indices`, stacked; `following` are those that will be asked for next."""
+        if self.whole is not None:
+            return {name: tensor[list(indices)] for name, tensor in self.whole.items()}
+        future = self.ahead.pop(tuple(indices), None)
+        self.ahead = {tuple(following): self.reader.submit(self._read, following)} if following else {}
+        return future.result() if future else self._read(indices)
+
+    def _read(self, indices: Sequence[int]) -> Features:
+        rows = [self.store.get(self.clips[index]) for index in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,247 @@
+"""Late fusion: an encoder per modality, a joint head on all their features, and a linear head on each one's."""
+
+# transformers annotates too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from equipoise.errors import InputError
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, which pretrained encoders expect
+
+
+class LateFusion(nn.Module):
+    """Encoders, the fusion with its joint head, and unimodal heads.
+
+    Args:
+        config: The model section and the modalities.
+        classes: How many.
+        bins: Of the spectrogram, and windows.
+        pretrained: Load the encoders' pretrained weights, where the configuration names some.
+    """
+
+    def __init__(self, config: AudioVisualConfig, classes: int, bins: tuple[int, int] = (0, 0), pretrained=True):
+        super().__init__()
+        self.modalities = list(config.data.modalities)
+        sections = {name: getattr(config.model, name) for name in self.modalities}
+        encoders = {name: _encoder(name, section, config, bins, pretrained) for name, section in sections.items()}
+        self.encoders = nn.ModuleDict(encoders)
+        widths: dict[str, int] = {name: encoder.features for name, encoder in encoders.items()}
+        self.fusion = FUSIONS[config.model.fusion](widths, classes)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
+        self.register_buffer("sound", torch.tensor([0.0, 1.0]))  # mean and deviation of the training spectrograms
+        self.sound: Tensor
+
+    def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:  # modality → (batch, width)
+        made = {}
+        for name in self.modalities:
+            given = batch[name]
+            if name == "audio":
+                given = (given - self.sound[0]) / self.sound[1]
+            elif name == "visual":
+                mean, std = (given.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
+                given = (given.float() / 255 - mean) / std
+            made[name] = self.encoders[name](given)
+        return made
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The joint logits, (batch, classes), and every modality's own."""
+        features = self.features(batch)
+        return self.fusion(features), {name: self.heads[name](made) for name, made in features.items()}
+
+
+class Sum(nn.Module):
+    """The sum of a linear head per modality."""
+
+    def __init__(self, widths: dict[str, int], classes: int):
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return torch.stack([self.parts[name](made) for name, made in features.items()]).sum(0)
+
+    def alone(self, name: str, features: dict[str, Tensor]) -> Tensor:
+        """The joint head's logits from one modality: its own summand."""
+        return self.parts[name](features[name])
+
+
+class Concat(nn.Module):
+    """One linear head on all features beside one another."""
+
+    def __init__(self, widths: dict[str, int], classes: int):
+        super().__init__()
+        self.widths = widths
+        self.out = nn.Linear(sum(widths.values()), classes)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return self.out(torch.cat(list(features.values()), 1))
+
+    def alone(self, name: str, features: dict[str, Tensor]) -> Tensor:
+        """One modality's columns of the head, and an equal share of its bias."""
+        columns = dict(zip(self.widths, self.out.weight.split(list(self.widths.values()), 1), strict=True))
+        return features[name] @ columns[name].T + self.out.bias / len(self.widths)
+
+
+class Gated(nn.Module):
+    """The second modality's projection, gated by a sigmoid of the first's."""
+
+    def __init__(self, widths: dict[str, int], classes: int):
+        super().__init__()
+        common = max(widths.values())
+        self.first, self.second = (nn.Linear(width, common) for width in widths.values())
+        self.out = nn.Linear(common, classes)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        one, other = features.values()
+        return self.out(torch.sigmoid(self.first(one)) * self.second(other))
+
+    def alone(self, name: str, features: dict[str, Tensor]) -> Tensor:
+        """The prediction where the other modality's features are zero."""
+        return self({n: made if n == name else torch.zeros_like(made) for n, made in features.items()})
+
+
+class Film(nn.Module):
+    """The second modality's features, scaled and shifted by linear functions of the first's (FiLM)."""
+
+    def __init__(self, widths: dict[str, int], classes: int):
+        super().__init__()
+        one, other = widths.values()
+        self.film = nn.Linear(one, 2 * other)
+        self.out = nn.Linear(other, classes)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        one, other = features.values()
+        scale, shift = self.film(one).chunk(2, 1)
+        return self.out((1 + scale) * other + shift)
+
+    alone = Gated.alone
+
+
+FUSIONS: dict[str, Any] = {"sum": Sum, "concat": Concat, "gated": Gated, "film": Film}
+
+
+def _encoder(name: str, section: EncoderSection, config: AudioVisualConfig, bins, pretrained: bool) -> Any:
+    made = {"resnet": ResNet, "ast": SpectrogramTransformer, "transformer": Text}[section.kind]
+    return made(section, name, config, bins, pretrained)
+
+
+def _backbone(section: EncoderSection, settings: Any, pretrained: bool, name: str) -> Any:
+    """transformers' model of these settings, or the pretrained one that the section names."""
+    from transformers import AutoConfig, AutoModel
+
+    if not section.path:
+        return AutoModel.from_config(settings)
+    try:
+        if not pretrained:  # its weights come from elsewhere
+            return AutoModel.from_config(AutoConfig.from_pretrained(section.path, revision=section.revision))
+        return AutoModel.from_pretrained(section.path, revision=section.revision, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model.{name}.path: {section.path} cannot be loaded: {reason}") from error
+
+
+class ResNet(nn.Module):
+    """A residual net on each frame, or on the spectrogram; frames' features are averaged."""
+
+    def __init__(self, section: EncoderSection, name: str, config, bins, pretrained):
+        from transformers import ResNetConfig
+
+        super().__init__()
+        settings = ResNetConfig(
+            num_channels=1 if name == "audio" else 3,
+            embedding_size=section.widths[0],
+            hidden_sizes=section.widths,
+            depths=section.depths,
+            layer_type="basic",
+        )
+        self.net = _backbone(section, settings, pretrained, name)
+        if self.net.config.model_type != "resnet":
+            raise InputError(f"model.{name}.path: {section.path} is a {self.net.config.model_type}, not a resnet.")
+        self.features = self.net.config.hidden_sizes[-1]
+
+    def forward(self, given: Tensor) -> Tensor:  # (batch, 1, bins, windows) or (batch, frames, 3, size, size)
+        frames = given.flatten(0, 1) if given.ndim == 5 else given
+        frames = frames.expand(-1, self.net.config.num_channels, -1, -1)  # a net made for pictures, on sound
+        pooled = self.net(frames).pooler_output.flatten(1)
+        return pooled.unflatten(0, given.shape[:2]).mean(1) if given.ndim == 5 else pooled
+
+
+class SpectrogramTransformer(nn.Module):
+    """AST on the spectrogram."""
+
+    def __init__(self, section: EncoderSection, name: str, config, bins: tuple[int, int], pretrained):
+        from transformers import ASTConfig
+
+        super().__init__()
+        settings = ASTConfig(
+            hidden_size=section.width,
+            intermediate_size=4 * section.width,
+            num_hidden_layers=section.layers,
+            num_attention_heads=section.heads,
+            num_mel_bins=bins[0],
+            max_length=bins[1],
+        )
+        self.net = _backbone(section, settings, pretrained, name)
+        made_for = (self.net.config.num_mel_bins, self.net.config.max_length)
+        if made_for != tuple(bins):
+            raise InputError(
+                f"model.{name}.path: {section.path} takes {made_for[0]} mel bands × {made_for[1]} windows, and "
+                f"data.audio gives {bins[0]} × {bins[1]}. Set data.audio.mels, seconds and hop."
+            )
+        self.features = self.net.config.hidden_size
+
+    def forward(self, given: Tensor) -> Tensor:  # (batch, 1, bins, windows)
+        return self.net(given[:, 0].transpose(1, 2)).pooler_output
+
+
+class Text(nn.Module):
+    """A transformer on the text's tokens, averaged."""
+
+    def __init__(self, section: EncoderSection, name: str, config: AudioVisualConfig, bins, pretrained):
+        from transformers import BertConfig
+
+        super().__init__()
+        settings = BertConfig(
+            vocab_size=257,  # bytes, and nothing
+            hidden_size=section.width,
+            intermediate_size=4 * section.width,
+            num_hidden_layers=section.layers,
+            num_attention_heads=section.heads,
+            max_position_embeddings=config.data.text.length,
+        )
+        self.net = _backbone(section, settings, pretrained, name)
+        self.features = self.net.config.hidden_size
+
+    def forward(self, given: Tensor) -> Tensor:  # (batch, length) tokens
+        ended = self.net.config.pad_token_id or 0
+        mask = (given != ended).long()
+        mask[:, 0] = 1  # no text at all
+        made = self.net(input_ids=given, attention_mask=mask).last_hidden_state
+        return (made * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def load(folder: str | Path) -> tuple[LateFusion, list[str]]:
+    """A run's result: the model in evaluation mode, and its classes in the order of the logits.
+
+    Raises:
+        InputError: The folder holds no result of this pipeline.
+    """
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        config = AudioVisualConfig.model_validate(described["config"])
+        model = LateFusion(config, len(described["classes"]), tuple(described["bins"]), pretrained=False)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"{folder}: holds no model of this pipeline ({' '.join(str(error).split())[:200]})."
+        ) from error
+    return model.eval(), described["classes"]

@@ -1,0 +1,321 @@
+"""Trains a late-fusion model: features → steps of the objective → the best weights, and how good each modality is."""
+
+# accelerate and pydantic's defaults are annotated too narrowly.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+import csv
+import io
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from equipoise.balancing.objective import Losses
+from equipoise.errors import ConfigError
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+from equipoise.pipelines.audio_visual.data import Clip
+from equipoise.pipelines.audio_visual.features import Batches, Features
+from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion
+from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
+from equipoise.pipelines.audio_visual.scores import Scores, scores
+from equipoise.pipelines.checkpoints import save_tensors
+from equipoise.pipelines.files import explained, write_atomic
+from equipoise.pipelines.loop import EnoughError, train_loop
+from equipoise.pipelines.pipeline import Outcome
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.sections import ObjectiveSection
+from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, place
+
+JOINT = "joint"
+_EVALUATED = 256  # clips of a batch when evaluating, at most
+
+
+def train(config: AudioVisualConfig, run: Run) -> Outcome:
+    accelerator = make_accelerator(config.train.precision)
+    prepared = prepare(config, keep=True)
+    _tell_skipped(prepared, config, run)
+    work = AudioVisualWork(config, run, accelerator, prepared)
+    started = time.perf_counter()
+    outcome = train_loop(run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, 0)
+    if outcome.state == "stopped":
+        return outcome
+    work.settle()
+    found = work.test()
+    facts = {
+        "state": outcome.state,
+        "step": outcome.step,
+        "objective": config.objective.name,
+        "chance": work.chance,
+        "seconds": time.perf_counter() - started,
+        **work.figures(found),
+    }
+    if config.train.baselines:
+        facts["baselines"] = {
+            name: _baseline(config, run, accelerator, prepared, name) for name in config.train.baselines
+        }
+    work.save_result(found, facts)
+    said = [f"{config.objective.name}: {_said(facts)}."]
+    said += [f"{name} instead: {_said(figures)}." for name, figures in facts.get("baselines", {}).items()]
+    message = " ".join([outcome.message, "Test accuracy,", *said])
+    run.log(message)
+    return Outcome(outcome.state, message, outcome.step)
+
+
+def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> None:
+    """What was left out, or, where nothing may be, since the check."""
+    manifest = prepared.manifest
+    if manifest.problems or (manifest.bad and not config.data.skip_bad):
+        raise ConfigError(prepared.problems)
+    if manifest.bad:
+        total = len(manifest.bad) + len(manifest.clips)
+        lines = [f"skipped {len(manifest.bad)} of {total} clips:", *manifest.sentences()]
+        for line in lines:
+            run.log(line)
+            print(line, file=sys.stderr)
+
+
+def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
+    """Another objective in this one's place: its figures. Nothing of it is kept."""
+    other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
+    work = AudioVisualWork(other, run, accelerator, prepared)
+    steps = range(config.train.steps)
+    try:
+        for step in tqdm(steps, f"{name} instead", unit="step", dynamic_ncols=True, leave=False, disable=None):
+            if "stop" in run.requested():
+                break
+            work.step(step)
+    except (ArithmeticError, EnoughError) as error:
+        run.log(f"{name}: {error}")
+    work.settle()
+    return work.figures(work.test())
+
+
+def _said(figures: dict[str, Any]) -> str:
+    names = [key.removeprefix("accuracy_") for key in figures if key.startswith("accuracy_")]
+    return ", ".join(f"{name} {figures[f'accuracy_{name}']:.1%}" for name in names)
+
+
+class AudioVisualWork(OptimizedWork):
+    """One run's training: see `equipoise.pipelines.loop.Work` for when each method is called."""
+
+    tensors = "weights"
+
+    def __init__(self, config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared):
+        splits = prepared.splits(config)
+        self.classes = prepared.manifest.classes
+        index = {label: number for number, label in enumerate(self.classes)}
+        self.labels = {split: torch.tensor([index[clip.label] for clip in clips]) for split, clips in splits.items()}
+        self.batches = {split: Batches(prepared.store, clips) for split, clips in splits.items()}
+        first = self.batches["train"].get([0])
+        self.bins = tuple(first["audio"].shape[2:]) if "audio" in first else (0, 0)
+        torch.manual_seed(mix(config.seed, "model"))
+        model = LateFusion(config, len(self.classes), self.bins)
+        if "audio" in first:
+            model.sound.copy_(_spread(self.batches["train"], len(splits["train"])))
+        self.model: LateFusion = model.to(accelerator.device)
+        self.weights_of_classes = self._class_weights(config, splits["train"]).to(accelerator.device)
+        encoders = {name: list(part.parameters()) for name, part in self.model.encoders.items()}
+        named = dict(self.model.named_parameters())
+        parts = {**{name: f"encoders.{name}." for name in encoders}, "heads": ("fusion.", "heads.")}
+        groups = [
+            {
+                "params": [(name, p) for name, p in named.items() if name.startswith(prefix)],
+                "lr": config.optimizer.learning_rate,
+                "component": part,
+            }
+            for part, prefix in parts.items()
+        ]
+        super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()))
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.waited = math.inf, 0
+
+    def _class_weights(self, config: AudioVisualConfig, clips: Sequence[Clip]) -> Tensor:
+        counts = Counter(clip.label for clip in clips)
+        if config.data.class_weights == "none":
+            return torch.ones(len(self.classes))
+        return torch.tensor([len(clips) / (len(self.classes) * counts[label]) for label in self.classes])
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always saying the class that is most frequent in training."""
+        most = int(torch.bincount(self.labels["train"]).argmax())
+        return (self.labels["test"] == most).double().mean().item()
+
+    def step(self, step: int) -> dict[str, float]:
+        patience = self.config.train.patience
+        if patience and self.waited >= patience:
+            raise EnoughError(f"no better joint validation loss in {patience} validations")
+        values = super().step(step)
+        values["balancing"] = self.balancing
+        if (step + 1) % self.config.train.validate_every == 0 or step + 1 == self.config.train.steps:
+            values |= self.validate()
+        return values
+
+    def evaluate(self, step: int, micro: int) -> Losses:
+        train, size = self.config.train, self.config.train.batch
+        seed = mix(self.config.seed, step, micro, 0)  # 0: the one process
+        torch.manual_seed(seed)  # for dropout, and for noise that an objective draws
+        chosen, following = (self._chosen(step * train.accumulate + micro + ahead, size) for ahead in (0, 1))
+        batch = self._augmented(self.batches["train"].get(chosen, following), torch.Generator().manual_seed(seed))
+        labels = self.labels["train"][chosen].to(self.accelerator.device)
+        self.model.train()
+        with self.accelerator.autocast():
+            features = self.model.features(self._moved(batch))
+            joint = self.model.fusion(features)
+            live = self.objective.uses_unimodal
+            unimodal = {n: self.model.heads[n](f if live else f.detach()) for n, f in features.items()}
+        responses = None
+        if self.objective.uses_responses:
+            with torch.no_grad(), self.accelerator.autocast():
+                responses = {name: self.model.fusion.alone(name, features) for name in features}
+        weigh = self.weights_of_classes
+        losses = {name: F.cross_entropy(logits.float(), labels, weigh) for name, logits in unimodal.items()}
+        return Losses(F.cross_entropy(joint.float(), labels, weigh), losses, labels, responses)
+
+    def _chosen(self, batch: int, size: int) -> list[int]:
+        count = len(self.labels["train"])
+        return [place(index, count, self.config.seed) for index in range(batch * size, (batch + 1) * size)]
+
+    def _augmented(self, batch: Features, generator: torch.Generator) -> Features:
+        data = self.config.data
+        if "visual" in batch and (data.flip or data.shift):
+            reach = int(data.shift * data.visual.size)
+            moved = []
+            for clip in batch["visual"]:  # (frames, 3, size, size)
+                flip, (down, right) = (
+                    torch.rand((), generator=generator),
+                    torch.randint(-reach, reach + 1, (2,), generator=generator).tolist(),
+                )
+                clip = clip.flip(-1) if data.flip and flip < 0.5 else clip
+                padded = F.pad(clip.float(), [reach] * 4, mode="replicate") if reach else clip
+                size = data.visual.size
+                moved.append(padded[..., reach + down : reach + down + size, reach + right : reach + right + size])
+            batch = {**batch, "visual": torch.stack(moved)}
+        if "audio" in batch and data.roll:
+            reach = int(data.roll * batch["audio"].shape[-1])
+            shifts = torch.randint(0, reach + 1, (len(batch["audio"]),), generator=generator).tolist()
+            rolled = [clip.roll(shift, -1) for clip, shift in zip(batch["audio"], shifts, strict=True)]
+            batch = {**batch, "audio": torch.stack(rolled)}
+        return batch
+
+    def _moved(self, batch: Features) -> Features:
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Running means of batch norms stay as the first evaluation left them."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum]
+        before = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, before, strict=True):
+                norm.momentum = momentum
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The norm of every encoder's gradient."""
+        norms = {}
+        for name, parameters in self.objective.encoders.items():
+            if grads := [p.grad for p in parameters if p.grad is not None]:
+                norms[f"gradient_norm_{name}"] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return norms
+
+    @torch.no_grad()
+    def predict(self, split: str) -> dict[str, Scores]:
+        """How good the joint prediction and every modality's own are on a split."""
+        self.model.eval()
+        outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        labels = self.labels[split]
+        for chosen in torch.arange(len(labels)).split(min(_EVALUATED, 4 * self.config.train.batch)):
+            with self.accelerator.autocast():
+                joint, unimodal = self.model(self._moved(self.batches[split].get(chosen.tolist())))
+            for name, logits in {JOINT: joint, **unimodal}.items():
+                said = logits.float().cpu()
+                loss = F.cross_entropy(said, labels[chosen], reduction="none")
+                outputs.setdefault(name, []).append((loss, said.argmax(1)))
+        return {
+            name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), labels, len(self.classes))
+            for name, parts in outputs.items()
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Validation figures for the log; remembers the best weights and tells the objective."""
+        found = self.predict("val")
+        watched = found[JOINT].loss
+        if not self.objective.trains_joint:
+            watched = sum(found[name].loss for name in self.model.modalities)
+        if watched < self.best_loss:
+            self.best_loss, self.waited = watched, 0
+            self.best = {name: tensor.detach().clone() for name, tensor in self.kept.items()}
+        else:
+            self.waited += 1
+        if said := self.objective.after_validation({name: found[name].loss for name in self.model.modalities}):
+            self.run.log(said)
+        return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
+
+    def figures(self, found: dict[str, Scores]) -> dict[str, float | None]:
+        """Losses, accuracies and F1 by name; without the joint ones where the joint head is not trained."""
+        names = [name for name in found if name != JOINT or self.objective.trains_joint]
+        fields = [(field, name) for field in ("accuracy", "f1", "loss") for name in names]
+        return {f"{field}_{name}": number(getattr(found[name], field)) for field, name in fields}
+
+    def evaluation_loss(self) -> float:
+        return self.predict("val")[JOINT].loss
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Takes the weights that are the result."""
+        if self.config.train.keep == "best" and self.best:
+            torch._foreach_copy_(list(self.kept.values()), list(self.best.values()))
+
+    def test(self) -> dict[str, Scores]:
+        return self.predict("test")
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "best": self.best, "best_loss": number(self.best_loss), "waited": self.waited}
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        super().restore(weights, state)
+        self.best = {name: tensor.to(self.accelerator.device) for name, tensor in state["best"].items()}
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        self.waited = state["waited"]
+
+    def save_result(self, found: dict[str, Scores], facts: dict[str, Any]) -> None:
+        """Writes the model with all it takes to load it, the figures, and a confusion matrix per prediction."""
+        folder = self.run.folder / "result"
+        described = {
+            "config": self.config.model_dump(mode="json", exclude={"sweep"}),
+            "classes": self.classes,
+            "bins": self.bins,
+        }
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(folder / WEIGHTS, self.model.state_dict(), {"format": "pt"})
+        write_atomic(folder / DESCRIPTION, json.dumps(described, indent=1) + "\n")
+        for name, score in found.items():
+            if name != JOINT or self.objective.trains_joint:
+                text = io.StringIO()
+                writer = csv.writer(text, lineterminator="\n")
+                writer.writerow(["true \\ predicted", *self.classes])
+                writer.writerows([c, *row] for c, row in zip(self.classes, score.confusion.tolist(), strict=True))
+                write_atomic(folder / f"confusion-{name}.csv", text.getvalue())
+        write_atomic(folder / "result.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _spread(batches: Batches, count: int) -> Tensor:  # (2,)
+    """Mean and standard deviation of the training spectrograms, from at most 512 clips."""
+    chosen = torch.linspace(0, count - 1, min(count, 512)).long().tolist()
+    sound = batches.get(chosen)["audio"].double()
+    return torch.stack([sound.mean(), sound.std().clamp(min=1e-6)]).float()

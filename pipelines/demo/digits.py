@@ -1,0 +1,86 @@
+"""Drawn digits with tones: an audio-visual data set in which one modality is easy and the other informative.
+
+The tone is the class's own in seven clips of ten and any class's in the rest: it is learned at once, and a model that
+trusts it is wrong as often as that. The digit is always right, but turned, shifted, crossed out and noisy, so that it
+takes many more steps to learn. Everything comes from one seed; files are ordinary WAV and PNG, with a manifest.
+"""
+
+import csv
+import fcntl
+import shutil
+from pathlib import Path
+
+from equipoise.pipelines.files import explained
+
+CLASSES = 10
+CLIPS = {"train": 600, "val": 200, "test": 600}
+RIGHT = 0.7  # share of clips whose tone is their class's
+RATE, SECONDS, SIDE = 8000, 0.5, 32  # Hz; of a tone; pixels
+_VERSION = 2
+
+
+def manifest(runs: Path) -> Path:
+    """The manifest of the set, drawn below the runs folder once, whoever else wants it too."""
+    folder = runs / ".demo" / f"digits-{_VERSION}"
+    file = folder / "manifest.csv"
+    if not file.is_file():
+        with explained(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with open(folder.parent / "digits.lock", "wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not file.is_file():  # else another process has just drawn it
+                    new = folder.with_name(f"{folder.name}.new")
+                    for leftover in (new, folder):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    write(new)
+                    new.rename(folder)
+    return file
+
+
+def write(folder: Path, seed: int = 0) -> None:
+    """Draws the set into a new folder."""
+    import numpy as np
+    import soundfile
+
+    rng = np.random.default_rng(seed)
+    (folder / "clips").mkdir(parents=True)
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["clip", "audio", "frames", "label", "split"])
+        for split, count in CLIPS.items():
+            for index in range(count):
+                digit = index % CLASSES
+                heard = digit if rng.random() < RIGHT else int(rng.integers(CLASSES))
+                name = f"{split}-{index:04d}"
+                soundfile.write(folder / "clips" / f"{name}.wav", tone(heard, rng), RATE)
+                draw(digit, rng).save(folder / "clips" / f"{name}.png")
+                writer.writerow([name, f"clips/{name}.wav", f"clips/{name}.png", digit, split])
+
+
+def tone(digit: int, rng):  # (samples,) float32
+    """A tone of the digit's pitch, in noise."""
+    import numpy as np
+
+    time = np.arange(int(RATE * SECONDS)) / RATE
+    pitch = 300 * 2 ** (digit / 4) * 2 ** rng.normal(0, 0.02)  # three semitones apart
+    wave = 0.3 * np.sin(2 * np.pi * (pitch * time + rng.random())) + rng.normal(0, 0.05, time.shape)
+    return (wave * rng.uniform(0.5, 1)).astype(np.float32)
+
+
+def draw(digit: int, rng):
+    """A picture of the digit, SIDE × SIDE."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    ink, paper = (40, 215) if rng.random() < 0.5 else (215, 40)
+    sheet = Image.new("L", (2 * SIDE, 2 * SIDE), paper)
+    pen = ImageDraw.Draw(sheet)
+    centre = tuple(rng.uniform(0.44, 0.56, 2) * 2 * SIDE)
+    pen.text(centre, str(digit), ink, ImageFont.load_default(float(rng.uniform(38, 50))), anchor="mm")
+    sheet = sheet.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BICUBIC, fillcolor=paper)
+    pen = ImageDraw.Draw(sheet)
+    for _ in range(2):
+        ends = rng.uniform(0, 2 * SIDE, 4).tolist()
+        pen.line(ends, int(rng.choice((ink, paper))), width=2)
+    pixels = np.asarray(sheet.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+    return Image.fromarray((pixels + rng.normal(0, 25, pixels.shape)).clip(0, 255).astype(np.uint8))
