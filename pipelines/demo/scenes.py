@@ -89,10 +89,10 @@ def question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, st
 
 
 def questions(count: int, rng: np.random.Generator) -> Iterator[tuple[Image.Image, str, str]]:
-    """Pictures with a question and its answer, the kinds in turn."""
-    for index in range(count):
+    """Pictures with a question of any kind and its answer."""
+    for _ in range(count):
         scene = random_scene(rng)
-        asked, answer = question(scene, KINDS[index % len(KINDS)], rng)
+        asked, answer = question(scene, str(rng.choice(KINDS)), rng)
         yield draw(scene, rng), asked, answer
 
 

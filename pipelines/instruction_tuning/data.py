@@ -46,7 +46,9 @@ def read_all(data: DataSection, decode: bool = True) -> tuple[list[Example], lis
     if data.validation is not None:
         held, more = read_examples(Path(data.validation), data.folder, decode)
         return train, held, problems + more
-    held = train[HELD_OUT - 1 :: HELD_OUT] or train[-1:]
+    if len(train) < HELD_OUT:  # too few to judge anything by; one must be enough
+        return train[:-1] or train, train[-1:], problems
+    held = train[HELD_OUT - 1 :: HELD_OUT]
     kept = [example for index, example in enumerate(train) if index % HELD_OUT != HELD_OUT - 1]
     return kept, held, problems
 

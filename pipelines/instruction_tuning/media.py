@@ -10,7 +10,7 @@ from equipoise.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-LARGEST_PICTURE = 1 << 27  # pixels, about 11,500 × 11,500; Pillow's own limit is a third higher
+LARGEST_PICTURE = Image.MAX_IMAGE_PIXELS or 1 << 26  # pixels: from here on Pillow warns, and from twice that refuses
 LONGEST_SOUND = 3600.0  # seconds
 
 
@@ -35,7 +35,9 @@ def _picture_problem(path: Path) -> str:
             if width * height > LARGEST_PICTURE:
                 return f"image {path} is enormous ({width} × {height} pixels). Make it smaller."
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return f"image {path} is enormous (over {LARGEST_PICTURE} pixels). Make it smaller."
+    except (OSError, SyntaxError, ValueError) as error:
         return f"image {path} cannot be read as a picture ({error})."
     return ""
 

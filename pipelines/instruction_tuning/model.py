@@ -6,17 +6,21 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.state import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from equipoise.coordination.components import Architecture, architecture, matches, partition, preset
@@ -90,7 +94,14 @@ def load_processor(model: ModelSection) -> Any:
     """
     transformers_logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
     try:
-        processor = AutoProcessor.from_pretrained(source(model.path), revision=model.revision)
+        where = {"pretrained_model_name_or_path": source(model.path), "revision": model.revision}
+        loader = AutoProcessor
+        if not find_spec("torchvision"):
+            kind = AutoConfig.from_pretrained(**where).model_type
+            found = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(kind) or "", None)
+            if found and "video_processor" in found.get_attributes():
+                loader = without_videos(found)
+        processor = loader.from_pretrained(**where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
     if not hasattr(processor, "tokenizer") or not (
@@ -98,6 +109,16 @@ def load_processor(model: ModelSection) -> Any:
     ):
         raise InputError(f"model.path: {model.path} has no processor for pictures or sounds, only for text.")
     return processor
+
+
+def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A processor class that leaves videos alone: they need torchvision, and pictures do not."""
+
+    @classmethod
+    def get_attributes(kind: type[ProcessorMixin]) -> list[str]:
+        return [name for name in cls.get_attributes() if name != "video_processor"]
+
+    return type(cls.__name__, (cls,), {"get_attributes": get_attributes, "__module__": cls.__module__})
 
 
 def load_model(model: ModelSection, precision: str) -> Any:
@@ -135,8 +156,7 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha or lora.rank, lora_dropout=lora.dropout, target_modules=chosen
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+    with old_names():
         wrapped = get_peft_model(model, settings)
     settings.base_model_name_or_path = config.model.path
     for name, tensor in wrapped.named_parameters():
@@ -155,6 +175,14 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
         first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
         patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
     return Tuned(wrapped, parts, partition(trained, patterns))
+
+
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Around peft, which asks transformers by names that are going away."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> list[str]:

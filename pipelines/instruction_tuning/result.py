@@ -24,7 +24,7 @@ from torch import nn
 from equipoise.errors import InputError
 from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained, write_atomic
-from equipoise.pipelines.instruction_tuning.model import Tuned
+from equipoise.pipelines.instruction_tuning.model import Tuned, old_names
 
 ADAPTER, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
 
@@ -59,7 +59,8 @@ def load_result(model: nn.Module, folder: Path) -> PeftModel:
             found = model.load_state_dict(load_file(folder / ENCODER), strict=False)
             if found.unexpected_keys:
                 raise ValueError(f"it has weights that the base lacks, such as {found.unexpected_keys[0]}")
-        return PeftModel.from_pretrained(model, folder)
+        with old_names():
+            return PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: cannot be loaded on this base: {reason}") from error

@@ -108,7 +108,8 @@ class InstructionTuningWork(OptimizedWork):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
         super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned))
         if config.train.gradient_checkpointing:
-            tuned.plain.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(tuned.plain, "activation_checkpointing_enable", tuned.plain.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
             tuned.plain.enable_input_require_grads()
         self.lengths = torch.tensor([talk.length(example) for example in kept])
         self.components = {name: list(inside.values()) for name, inside in tuned.components.items()}

@@ -1,0 +1,159 @@
+"""Conversations in every format, and all that is wrong with one, each problem with its file and line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.instruction_tuning.config import DataSection
+from equipoise.pipelines.instruction_tuning.data import Turn, read_all, read_examples
+from equipoise.pipelines.instruction_tuning.media import open_sound
+
+ASK, SAY = {"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "yes"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    return tmp_path
+
+
+def written(folder: Path, *records, name: str = "talk.jsonl") -> Path:
+    text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in records)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_the_formats_say_the_same(folder):
+    item = {"image": "red.png", "conversations": [ASK, SAY]}
+    (folder / "talk.csv").write_text('\ufeffimage,question,answer\nred.png,"Is it\nred?",yes\nred.png,Is it red?,yes\n')
+    jsonl, wrong = read_examples(written(folder, item), None)
+    listed, worse = read_examples(written(folder, json.dumps([item, item], indent=2), name="talk.json"), None)
+    table, worst = read_examples(folder / "talk.csv", None)
+    assert wrong + worse + worst == []
+    assert jsonl[0].turns == listed[1].turns == table[1].turns == (Turn("<image>\nIs it red?", "yes"),)
+    assert [Path(e.where).name for e in [*jsonl, *listed, *table]] == [
+        "talk.jsonl:1",
+        "talk.json:2",
+        "talk.json:15",
+        "talk.csv:3",
+        "talk.csv:4",
+    ]
+
+
+def test_turns_systems_and_several_pictures(folder):
+    more = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image> and <image>?"}, SAY, ASK, SAY]
+    ((example,), wrong) = read_examples(
+        written(folder, {"image": ["red.png", "red.png"], "conversations": [*more, ASK]}), None
+    )
+    assert wrong == [] and len(example.media) == 2 and example.system == "Be brief."
+    assert [turn.question for turn in example.turns] == ["<image> and <image>?", "Is it red?"]
+
+
+BAD = [
+    ({"image": "no.png", "conversations": [ASK, SAY]}, "no.png does not exist."),
+    ({"image": "empty.png", "conversations": [ASK, SAY]}, "empty.png is empty (0 bytes)."),
+    ({"image": "text.png", "conversations": [ASK, SAY]}, "text.png cannot be read as a picture"),
+    ({"image": "half.png", "conversations": [ASK, SAY]}, "half.png cannot be read as a picture"),
+    ({"image": "vast.png", "conversations": [ASK, SAY]}, "vast.png is enormous (over "),
+    ({"image": "red.png", "conversations": [SAY, ASK]}, "begins with the assistant; the user must begin."),
+    ({"image": "red.png", "conversations": [ASK]}, "has no answer."),
+    ({"image": "red.png", "conversations": [ASK, {"from": "gpt", "value": " "}]}, "has an empty answer."),
+    ({"image": "red.png", "conversations": [ASK, ASK, SAY]}, "has two turns of the same speaker in a row"),
+    ({"image": "red.png"}, "has no conversations"),
+    ({"image": "red.png", "conversations": ["hello"]}, "turn 1 needs `from` and `value`, both text."),
+    ({"image": "red.png", "conversations": [{"from": "cat", "value": "miau"}]}, "turn 1 is from 'cat'"),
+    ({"conversations": [{"from": "human", "value": "<image>?"}, SAY]}, "mentions <image>, but no image is given."),
+    ({"image": "red.png", "conversations": [{"from": "human", "value": "<image><image>?"}, SAY]}, "mentions 2 <image>"),
+    ({"image": "red.png", "audio": "a.wav", "conversations": [ASK, SAY]}, "has both an image and an audio"),
+    ({"image": 3, "conversations": [ASK, SAY]}, "image must be a path or a list of paths, got 3."),
+    ("{not json", "is not JSON"),
+    ("[1, 2]", "must be an object with conversations, got list."),
+]
+
+
+def test_everything_that_is_wrong_is_found_at_once(folder):
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("hello")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    noise.save(folder / "whole.png")
+    (folder / "half.png").write_bytes((folder / "whole.png").read_bytes()[:4000])
+    Image.new("1", (20000, 10000)).save(folder / "vast.png")
+    file = written(folder, *(record for record, _ in BAD), {"image": "red.png", "conversations": [ASK, SAY]})
+    examples, problems = read_examples(file, None)
+    assert len(problems) == len(BAD)
+    for line, (_, sentence) in enumerate(BAD, 1):
+        (mine,) = [problem for problem in problems if problem.startswith(f"{file}:{line}: ")]
+        assert sentence in mine and mine.endswith(".")
+    assert examples[-1].where == f"{file}:{len(BAD) + 1}", "the rest of the file is read, too"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("talk.csv", "picture,text\n", "talk.csv:1: lacks the column question and answer; it has picture, text."),
+        ("talk.json", '{"a": 1}', "talk.json:1: must be a list of conversations"),
+        ("talk.json", '[\n{"a": }]', "talk.json:2: is not JSON from here on"),
+        ("talk.json", '[{"conversations": 1}\n{}]', "talk.json:2: is not JSON from here on (a comma or ] is missing)"),
+        ("talk.jsonl", "", "talk.jsonl: holds no conversations."),
+        ("talk.jsonl", b"\xff\xfe\x00", "talk.jsonl: is not UTF-8 text"),
+        ("talk.txt", "", "talk.txt is not .json, .jsonl or .csv."),
+    ],
+)
+def test_files_that_are_none(folder, name, text, sentence):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert sentence in "\n".join(read_examples(folder / name, None)[1])
+
+
+def test_sounds(folder):
+    import soundfile
+
+    time = np.arange(8000) / 8000
+    soundfile.write(folder / "tone.flac", np.stack([np.sin(2 * np.pi * 440 * time)] * 2, axis=1), 8000)
+    soundfile.write(folder / "none.wav", np.zeros(0), 8000)
+    (folder / "text.wav").write_text("hello")
+    samples = open_sound(folder / "tone.flac", 16000)
+    assert samples.shape == (16000,) and samples.dtype == np.float32
+    peak = np.abs(np.fft.rfft(samples)).argmax()
+    assert peak == 440, "one second, resampled without changing the pitch"
+    rows = "audio,question,answer\n" + "".join(f"{name},What?,x\n" for name in ("tone.flac", "none.wav", "text.wav"))
+    (folder / "talk.csv").write_text(rows)
+    _, problems = read_examples(folder / "talk.csv", None)
+    assert len(problems) == 2 and "none.wav has zero length." in problems[0]
+    assert "text.wav cannot be read as a sound" in problems[1]
+
+
+def test_what_is_held_out(folder):
+    file = written(folder, *({"image": "red.png", "conversations": [ASK, SAY]} for _ in range(25)))
+    kept, held, _ = read_all(DataSection(file=str(file)))
+    assert [len(kept), len(held)] == [23, 2] and not {e.where for e in kept} & {e.where for e in held}
+    few = written(folder, *({"image": "red.png", "conversations": [ASK, SAY]} for _ in range(3)), name="few.jsonl")
+    assert [len(some) for some in read_all(DataSection(file=str(few)))] == [2, 1, 0]
+    kept, held, _ = read_all(DataSection(file=str(file), validation=str(file)))
+    assert len(kept) == len(held) == 25
+
+
+def test_the_command_lists_all_and_leaves_nothing(folder, checkpoints, capfd):
+    file = written(
+        folder, {"image": "no.png", "conversations": [ASK, SAY]}, {"image": "red.png", "conversations": [ASK]}
+    )
+    words = ["train", "instruction_tuning/demo", f"data={file}", "model=nowhere", f"runs={folder / 'runs'}"]
+    assert main(words) == 2
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 3 and "nowhere does not exist" in error[0], error
+    assert (
+        f"{file}:2: has no answer." in error[1] and f"{file}:1: image {folder / 'no.png'} does not exist." in error[2]
+    )
+    assert not (folder / "runs").exists()
+
+
+def test_answers_that_are_cut_away(folder, checkpoints, capfd):
+    long = {"from": "human", "value": "Why? " * 100}
+    file = written(folder, *({"image": "red.png", "conversations": [long, SAY]} for _ in range(2)))
+    words = ["train", "instruction_tuning/demo", f"model={checkpoints('llava')}", f"data={file}"]
+    assert main([*words, "data.max_tokens=200", f"runs={folder / 'runs'}"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("data.max_tokens=200 cuts its answers away entirely.") == 2 and f"{file}:1: has 5" in error

@@ -1,0 +1,95 @@
+"""What of a conversation is trained on, in every architecture: the answers' tokens and no others."""
+
+import pytest
+import torch
+
+from equipoise.errors import InputError
+from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.data import read_examples
+from equipoise.pipelines.instruction_tuning.model import load_processor
+from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk, _content
+
+ENDS = {"blip-2": "</s>"}  # what an answer ends with; elsewhere the chat template's own
+
+
+@pytest.fixture
+def talk(checkpoints):
+    return lambda kind, **options: Talk(load_processor(ModelSection(path=str(checkpoints(kind)))), kind, **options)
+
+
+@pytest.fixture
+def examples(pictures, sounds):
+    def get(kind: str):
+        found, problems = read_examples(sounds if kind == "qwen2_audio" else pictures, None)
+        assert problems == [] and len(found) == 12
+        return found
+
+    return get
+
+
+@pytest.mark.parametrize("kind", ["blip-2", "llava", "qwen2_vl", "idefics3", "qwen2_audio"])
+def test_the_labels_are_the_answers(kind, talk, examples):
+    made, some = talk(kind), examples(kind)[2:6]
+    batch = made.training_batch(some)
+    assert batch["labels"].shape == batch["input_ids"].shape
+    end = ENDS.get(kind, "<|im_end|>\n")
+    for row, example in enumerate(some):
+        labels = batch["labels"][row]
+        said = made.tokenizer.decode(labels[labels != IGNORED])
+        space = " " if kind == "blip-2" else ""
+        assert said == "".join(f"{space}{turn.answer}{end}" for turn in example.turns)
+        assert torch.equal(labels[labels != IGNORED], batch["input_ids"][row][labels != IGNORED])
+    asked = made.question_batch(some)
+    texts = [made.tokenizer.decode(ids) for ids in asked["input_ids"]]
+    assert all(text.endswith("Answer:" if kind == "blip-2" else "assistant\n") for text in texts)
+    assert all(example.turns[-1].question.split("\n")[-1] in text for example, text in zip(some, texts, strict=True))
+
+
+def test_a_picture_in_a_later_turn(talk, examples):
+    made = talk("llava")
+    first, second = examples("llava")[:2]
+    both = type(first)("image", first.media + second.media, first.turns + second.turns, "", "here:1")
+    batch = made.training_batch([both, first])
+    said = [made.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
+    assert said == ["red<|im_end|>\ngreen<|im_end|>\n", "red<|im_end|>\n"]
+    assert len(batch["pixel_values"]) == 3
+
+
+def test_what_is_too_long_is_cut_at_its_end(talk, examples):
+    made = talk("llava", max_tokens=60)
+    example = examples("llava")[3]
+    whole = talk("llava").training_batch([example])
+    cut = made.training_batch([example])
+    assert cut["input_ids"].shape[1] == 60 < whole["input_ids"].shape[1] == made.full_length(example)
+    assert torch.equal(cut["labels"], whole["labels"][:, :60])
+
+
+def test_a_prompt_of_ones_own(talk, examples):
+    assert talk("blip-2", prompt="Q {question} A").text(examples("llava")[0]) == "Q What colour? A red</s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(talk, examples):
+    made = talk("llava")
+    made.processor.chat_template = "{{ messages | length }}{% if add_generation_prompt %}!{% endif %}"
+    with pytest.raises(InputError, match=r"talk.jsonl:4: the chat template of llava writes earlier turns differently"):
+        made.spans(examples("llava")[3])
+
+
+def test_what_a_model_cannot_take(talk, examples):
+    assert talk("blip-2").problems(examples("llava")[0]) == []
+    (problem,) = talk("llava").problems(examples("qwen2_audio")[0])
+    assert "talk.csv:2: has an audio, but llava takes image." in problem
+    (problem,) = talk("qwen2_audio").problems(examples("llava")[0])
+    assert "has an image, but qwen2_audio takes audio." in problem
+    first = examples("llava")[0]
+    two = type(first)("image", first.media * 2, first.turns, "", "x:1")
+    assert talk("blip-2").problems(two) == ["x:1: has 2 pictures, but blip-2 takes exactly one."]
+
+
+def test_marks_become_content():
+    assert _content("<image>\nWhat?<image> And this?") == [
+        {"type": "image"},
+        {"type": "text", "text": "What?"},
+        {"type": "image"},
+        {"type": "text", "text": "And this?"},
+    ]

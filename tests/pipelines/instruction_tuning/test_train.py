@@ -1,0 +1,287 @@
+"""Runs of the instruction-tuning pipeline on small checkpoints: what they learn, save, survive and leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM
+
+from equipoise.errors import InputError
+from equipoise.pipelines import checkpoints as saved
+from equipoise.pipelines import config
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.instruction_tuning import InstructionTuning
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, ModelSection
+from equipoise.pipelines.instruction_tuning.model import adapt, load_model, old_names
+from equipoise.pipelines.pipeline import Outcome, execute
+from equipoise.pipelines.store import Store
+
+NAME = "instruction_tuning/demo"
+KINDS = ["blip-2", "llava", "qwen2_vl", "idefics3", "qwen2_audio"]
+OFTEN = "coordinator.options={measure_every: 1, every: 2}"
+
+
+def train(*overrides):
+    settings = config.load(NAME, overrides)
+    run = Store(settings.runs).create(settings)
+    return run, execute(InstructionTuning, settings, run)
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {k: v for file in run.result.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def equal(left, right) -> bool:
+    return bool(left) and left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture
+def overrides(short, sounds):
+    return lambda kind="llava": short(kind, sounds if kind == "qwen2_audio" else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_learns_and_comes_back(kind, overrides, checkpoints):
+    """Both sides move, κ is measured, and five lines load the result to the same numbers, merged too."""
+    run, outcome = train(*overrides(kind), "learning_rate=1e-2", "schedule=constant", OFTEN, "samples.every=3")
+    assert outcome.state == "done" and "On 1 held-out questions, exact accuracy" in outcome.message
+    result = json.loads((run.result / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"]
+    metrics = run.metrics()
+    assert {"loss", "kappa", "h_language", "h_encoder", "rate_encoder", "rate_language"} <= metrics[0].keys()
+    assert all(record["kappa"] > 0 and record["h_encoder"] > 0 for record in metrics)
+    assert metrics[-1]["rate_encoder"] + metrics[-1]["rate_language"] == pytest.approx(2e-2)
+    assert metrics[-1]["rate_encoder"] != pytest.approx(1e-2)
+    assert (run.folder / "samples" / "step-00000003" / "answers.jsonl").is_file()
+
+    tuned = adapt(load_model(ModelSection(path=str(checkpoints(kind))), "no"), run.config())
+    assert set(tuned.components) == {"encoder", "language"}
+    assert all("lora_" in name for name in tuned.components["language"])
+    assert not any("lora_" in name for name in tuned.components["encoder"])
+    moved = load_file(run.result / "encoder.safetensors")
+    assert moved.keys() == tuned.encoder_weights.keys()
+    assert any(not torch.equal(moved[name], tensor) for name, tensor in tuned.encoder_weights.items())
+
+    model = AutoModelForMultimodalLM.from_pretrained(checkpoints(kind))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.load_state_dict(load_file(run.result / "encoder.safetensors"), strict=False).unexpected_keys == []
+    with old_names():
+        model = PeftModel.from_pretrained(model, run.result)
+    ids = torch.randint(0, 200, (1, 5))
+    language = next(m for n, m in model.named_modules() if n.split(".")[-1] in ("language_model", "text_model"))
+    expected = language(input_ids=ids)[0]
+    merged = model.merge_and_unload()
+    after = merged.state_dict()
+    language = next(m for n, m in merged.named_modules() if n.split(".")[-1] in ("language_model", "text_model"))
+    torch.testing.assert_close(language(input_ids=ids)[0], expected, rtol=1e-4, atol=1e-5)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(tuned.parts.part(name) == "language" for name in changed)
+    assert {tuned.parts.part(name) for name in changed} == {"language", "connector"}, "the tower stays frozen"
+
+
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(overrides):
+    first, second, third = (train(*overrides(), f"seed={seed}")[0] for seed in (1, 1, 2))
+    assert equal(weights(first), weights(second)) and not equal(weights(first), weights(third))
+
+
+def test_measuring_changes_nothing_but_the_log(overrides):
+    """Blip-2 has dropout: the base prediction is made anew, and the random numbers stay the step's own."""
+    for kind in ("blip-2", "llava"):
+        plain, _ = train(*overrides(kind), "coordinator=constant")
+        seen, _ = train(*overrides(kind), "coordinator=constant", "coordinator.options={measure_every: 1}")
+        assert equal(weights(plain), weights(seen))
+        assert "kappa" in seen.metrics()[0] and "kappa" not in plain.metrics()[0]
+
+
+def test_coordination_does_something(overrides):
+    names = {"constant": "{}", "commit_clr": "{measure_every: 1, every: 1}", "commit": "{measure_every: 1, every: 1}"}
+    found = {
+        name: weights(train(*overrides(), f"coordinator={name}", f"coordinator.options={options}")[0])
+        for name, options in names.items()
+    }
+    assert not equal(found["constant"], found["commit_clr"]) and not equal(found["commit_clr"], found["commit"])
+    still = weights(train(*overrides(), "coordinator=commit", "coordinator.options={regularizer: 0}")[0])
+    clr = weights(train(*overrides(), "coordinator=commit_clr")[0])
+    assert equal(still, clr), "without its regulariser it is CLR"
+
+
+def test_coordinate_descent_leaves_the_other_side_alone(overrides, checkpoints):
+    base = AutoModelForMultimodalLM.from_pretrained(checkpoints("llava")).state_dict()
+    for name, still in (("feature_cd", "language"), ("language_cd", "encoder")):
+        run, _ = train(*overrides(), f"coordinator={name}", "coordinator.options={latest: 1}", "train.steps=4")
+        factors = load_file(run.result / "adapter_model.safetensors")
+        moved = load_file(run.result / "encoder.safetensors")
+        assert all(not tensor.any() for key, tensor in factors.items() if "lora_B" in key) == (still == "language")
+        assert all(torch.equal(tensor, base[key]) for key, tensor in moved.items()) == (still == "encoder")
+
+
+EXTRA = [
+    ["train.accumulate=2", "schedule=cosine", "lora.dropout=0.5", OFTEN],
+    ["coordinator=commit", "coordinator.options={regularize_every: 2}", "optimizer=scaled_adamw"],
+    ["coordinator=feature_cd", "coordinator.options={window: 1, latest: 0.7}", "train.gradient_checkpointing=true"],
+]
+
+
+@pytest.mark.parametrize("extra", EXTRA)
+def test_a_stopped_run_resumes_exactly(overrides, extra):
+    words = [*overrides("blip-2" if "lora.dropout=0.5" in extra else "llava"), *extra]
+    whole, _ = train(*words)
+    settings = config.load(NAME, words)
+    run = Store(settings.runs).create(settings)
+    work_metric = type(run).metric
+
+    def stop_after_four(self, step, **values):
+        work_metric(self, step, **values)
+        if step == 4:
+            self.request("stop")
+
+    run.metric = stop_after_four.__get__(run)
+    assert execute(InstructionTuning, settings, run).state == "stopped"
+    del run.metric
+    assert execute(InstructionTuning, settings, run).state == "done"
+    assert equal(weights(whole), weights(run))
+    kept = [{k: v for k, v in record.items() if k not in ("time", "seconds")} for record in run.metrics()]
+    assert kept == [{k: v for k, v in r.items() if k not in ("time", "seconds")} for r in whole.metrics()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_exactly(overrides, tmp_path):
+    """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
+    words = [*overrides(), "steps=60", "checkpoint_every=4", "coordinator=commit"]
+    whole, _ = train(*words)
+    command = [sys.executable, "-m", "equipoise.pipelines.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([*command, "train", NAME, *words, "--id", "killed"], env=environment)
+    run = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000008").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path / "runs")
+    assert store.get("killed").status().state == "dead"
+    assert saved.complete(run / "checkpoints")[-1].name < "step-00000060"
+    resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step-0000" in (run / "log.txt").read_text()
+    assert equal(weights(whole), weights(store.get("killed")))
+
+
+def test_components_of_ones_own_have_rates_of_their_own(overrides):
+    parts = "components={tower: [vision_tower], projector: [multi_modal_projector], language: [language_model]}"
+    words = ["encoder.parts=[tower, connector]", "optimizer.rates={tower: 1e-5, projector: 1e-4}", "schedule=constant"]
+    run, _ = train(*overrides(), parts, *words, "optimizer.weight_decays={tower: 0}", "coordinator=constant")
+    record = run.metrics()[-1]
+    assert (record["rate_tower"], record["rate_projector"], record["rate_language"]) == (1e-5, 1e-4, 2e-3)
+
+
+def test_lora_on_the_encoder_too_and_frozen_parts(overrides, checkpoints):
+    settings = config.load(NAME, [*overrides(), "encoder.method=lora", "encoder.parts=[tower]", "frozen=[layers.0]"])
+    tuned = adapt(load_model(ModelSection(path=str(checkpoints("llava"))), "no"), settings)
+    assert all("lora_" in name for name in tuned.named) and tuned.encoder_weights == {}
+    assert {tuned.parts.part(name) for name in tuned.components["encoder"]} == {"tower"}
+    assert tuned.named and not any(".layers.0." in name for name in tuned.named)
+
+
+def test_mixed_precision_and_checkpointing(overrides):
+    for extra in (["train.precision=bf16"], ["train.gradient_checkpointing=true"]):
+        run, outcome = train(*overrides(), *extra, OFTEN, "coordinator=commit")
+        assert outcome.state == "done" and {t.dtype for t in weights(run).values()} == {torch.float32}
+        assert all(record["kappa"] > 0 for record in run.metrics())
+
+
+def test_checkpointing_changes_no_number(overrides):
+    plain, checked = (
+        train(*overrides(), OFTEN, "coordinator=commit", f"train.gradient_checkpointing={flag}")[0]
+        for flag in ("false", "true")
+    )
+    left, right = weights(plain), weights(checked)
+    assert all(torch.allclose(left[key], right[key], atol=1e-6) for key in left)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["components={encoder: [nothing], language: [language_model]}"], "trained parameters are in none: "),
+        (["components={encoder: [model], language: [language_model]}"], "trained parameters are in more than one: "),
+        (["components={encoder: [vision_tower]}"], "must name `language` and at least one more, got encoder."),
+        (["lora.targets=[q_proj, nothing]"], "lora.targets: nothing: no layer of the language model has a name"),
+        (["frozen=[nothing]"], "frozen: nothing: matches no parameter of the model."),
+        (["frozen=[multi_modal_projector]"], "encoder.parts: nothing is trained of the connector"),
+        (["optimizer.rates={tower: 1}"], "optimizer.rates: tower: no such component. There are encoder, language."),
+        (["optimizer=sam", "coordinator=commit"], "cannot be combined. Use commit_clr, or another optimizer."),
+        (["data.prompt=Hello"], "must have {question} in it, got 'Hello'."),
+        (["coordinator.options={window: 0}"], "window: must be a whole number >= 1"),
+        (["train.precision=fp16"], "train.precision: fp16 needs a CUDA device"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(overrides, words, message, tmp_path, capfd):
+    assert main(["train", NAME, *overrides(), *words]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("2*"))
+
+
+def test_models_that_are_no_multimodal_ones(tmp_path, overrides, capfd):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("gpt2", "is a gpt2, which is no multimodal language model."),
+        ("empty", "has no config.json"),
+        ("nowhere", "does not exist"),
+    ):
+        assert main(["train", NAME, *overrides(), f"model={tmp_path / name}"]) == 2
+        assert message in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_sweep_and_compare(overrides, tmp_path, capfd):
+    """Cards with answers, right and wrong, an accuracy for every place, and questions of one's own."""
+    words = [*overrides(), "--axis", "coordinator=constant,commit_clr", "--axis", "learning_rate=1e-3,1e-2"]
+    assert main(["sweep", NAME, *words, "--id", "swept"]) == 0
+    out = capfd.readouterr().out
+    assert "adamw name=commit_clr" in out and "1 held-out questions" in out
+    folder = tmp_path / "runs" / "swept" / "comparison"
+    assert (folder / "grid.png").is_file() and (folder / "report.html").is_file()
+    table = json.loads((folder / "table.json").read_text())
+    assert len(table["cells"]) == 5 and all("score" in cell["metrics"] for cell in table["cells"])
+    cards = list(folder.glob("cells/*/*.png"))
+    assert len(cards) == 5 and len(list(folder.glob("cells/*/answers.jsonl"))) == 5
+    assert main(["compare", str(folder.parent), "--prompt", "Is it warm?", "--out", str(tmp_path / "own")]) == 0
+    answers = (tmp_path / "own" / "cells" / "base" / "answers.jsonl").read_text().splitlines()
+    assert json.loads(answers[0])["question"] == "<image>\nIs it warm?"
+
+
+def test_the_batches_are_of_similar_length_and_cover_all(overrides, monkeypatch):
+    caught = []
+    monkeypatch.setattr(
+        "equipoise.pipelines.instruction_tuning.train.train_loop",
+        lambda _, work, *rest: caught.append(work) or Outcome("stopped"),
+    )
+    train(*overrides(), "batch=3")
+    (work,) = caught
+    each = len(work.kept_examples) // 3
+    seen = [[work.talk.length(e) for e in work._chosen(number, 3)] for number in range(each)]
+    chosen = [e.where for number in range(each) for e in work._chosen(number, 3)]
+    assert len(set(chosen)) == 3 * each and max(max(batch) - min(batch) for batch in seen) < max(work.lengths.tolist())
+    again = [e.where for number in range(each, 2 * each) for e in work._chosen(number, 3)]
+    assert again != chosen and [e.where for number in range(each) for e in work._chosen(number, 3)] == chosen
+
+
+def test_what_is_not_multimodal_in_its_parts():
+    settings = InstructionTuningConfig(name="x", pipeline="instruction_tuning")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.config = type("C", (), {"model_type": "strange"})()
+    with pytest.raises(
+        InputError, match="strange is no multimodal language model of a known shape: it has no language"
+    ):
+        adapt(model, settings)
