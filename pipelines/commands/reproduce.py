@@ -13,7 +13,14 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines.files import explained
 
-PAPERS = {"alpha-adam": "AlphaAdam's Table 3", "ada-sam": "AdaSAM's Tables I and II and Figure 2"}
+PAPERS = {
+    "alpha-adam": "AlphaAdam's Table 3",
+    "ada-sam": "AdaSAM's Tables I and II and Figure 2",
+    "commit": "CoMMIT's Table 1 and Figures 2, 3 and 6",
+    "mimo": "MIMO's Table 1 and Figures 2 and 3",
+    "mimo-toy": "MIMO's Appendix B and Figure 1",
+}
+WITH_DATA = ("mimo",)  # those that take a manifest in place of their embedded data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that train (default: %(default)s)"
     )
+    parser.add_argument("--data", metavar="MANIFEST", help=f"clips of your own, for {' and '.join(WITH_DATA)}")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: reproduce-PAPER in the folder of runs")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
@@ -36,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
     for option in ("seeds", "steps", "workers"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise InputError(f"--{option}: must be at least 1, got {value}.")
+    if args.data and args.paper not in WITH_DATA:
+        raise InputError(f"--data: is for {' and '.join(WITH_DATA)}; {args.paper} has its own.")
+    own = {"data": str(Path(args.data).resolve())} if args.data else {}
     root = Path(args.runs or os.environ.get("EQUIPOISE_RUNS") or "runs")
     folder = (args.output or root / f"reproduce-{args.paper}").resolve()
     if folder.exists() and not folder.is_dir():
@@ -45,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         module = import_module(f"equipoise.pipelines.reproduce.{args.paper.replace('-', '_')}")
-        found = module.reproduce(args.seeds, args.workers, args.steps)
+        found = module.reproduce(args.seeds, args.workers, args.steps, **own)
         seconds = time.perf_counter() - started
         print(found.text, flush=True)
         from torch import __version__

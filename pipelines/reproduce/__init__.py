@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,15 +46,19 @@ class Reproduction:
     text: str
     panels: Sequence[Panel]
     cells: Sequence[Cell]
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)  # further ones, by file name
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> list[Path]:
-        """Writes results.json, with `about`, and chart.png into an existing folder; returns their paths."""
+        """Writes results.json, with `about`, chart.png and further pictures into an existing folder; their paths."""
         document = {**about, "text": self.text.splitlines(), "runs": list(self.cells)}
         sheet = Image.new("RGB", (_WIDTH * len(self.panels), _HEIGHT))
         for index, panel in enumerate(self.panels):
             sheet.paste(_draw(panel), (_WIDTH * index, 0))
         sheet.save(picture := io.BytesIO(), "PNG")
         files = {"results.json": json.dumps(document, indent=1) + "\n", "chart.png": picture.getvalue()}
+        for name, image in self.pictures.items():
+            image.save(picture := io.BytesIO(), "PNG")
+            files[name] = picture.getvalue()
         for name, data in files.items():
             write_atomic(folder / name, data)
         return [folder / name for name in files]
