@@ -31,7 +31,9 @@ COMMANDS = {
     "wrap": ("wrap", "a program that starts its own workers, with one of these optimizers in each"),
     "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
     "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
+    "prepare": ("prepare", "the manifest of a published audio-visual data set: equipoise prepare SET DIR"),
     "reproduce": ("reproduce", "a paper's table in small, beside the paper's numbers"),
+    "ui": ("ui", "the web page: launch runs, watch them, compare what they draw"),
     "demo": ("demo", "compare learning rates on the embedded model, with no network"),
 }
 

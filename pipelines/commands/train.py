@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--dry-run", action="store_true", help="print the complete configuration, check it, and end"
         )
+        parser.add_argument(
+            "--skip-bad", action="store_true", help="leave out clips that cannot be used (data.skip_bad)"
+        )
         parser.add_argument("--keys", action="store_true", help="show every key that can be set, and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
@@ -52,6 +55,7 @@ def _train(args: argparse.Namespace) -> int:
         print(_keys(configs.config_class(args.config)))
         return 0
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
+    overrides = [*overrides, "data.skip_bad=true"] if args.skip_bad else overrides
     config = configs.load(args.config, overrides)
     pipeline = _pipeline(config)
     if args.dry_run:

@@ -47,8 +47,8 @@ PAPER = {  # Table 1, CREMA-D: joint, audio, visual in %, subroutine seconds
     "MIMO": (75.96, 55.60, 59.76, 0.037),
 }
 LAMBDAS, MUS = (1.0, 10.0, 100.0), (0.001, 0.01, 0.1, 1.0)  # the paper's grid
-REACH, SIDE = 0.6, 9  # of the landscape, in units of each filter's norm; points along a side
-SHOWN = 200  # clips of each split behind a point of the landscape
+REACH, SIDE = 0.6, 7  # of the landscape, in units of each filter's norm; points along a side
+SHOWN = 120  # clips of each split behind a point of the landscape
 
 
 def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None = None) -> Reproduction:

@@ -1,0 +1,226 @@
+"""Manifests and features: real sound and video read back, and everything that can be wrong, said at once."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from equipoise.errors import InputError
+from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
+from equipoise.pipelines.audio_visual.data import doubts, read_manifest, settle, with_validation
+from equipoise.pipelines.audio_visual.features import (
+    Batches,
+    Store,
+    mel_bands,
+    read_audio,
+    read_frames,
+    read_video,
+    spectrogram,
+    tokens,
+)
+from equipoise.pipelines.cli import main
+
+spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("conftest.py"))
+made = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
+
+SMALL = {"audio": {"sample_rate": 4000, "seconds": 0.25, "window": 64, "hop": 64, "mels": 16}, "visual": {"size": 16}}
+
+
+def test_a_wav_files_pitch_is_where_it_belongs(tmp_path):
+    samples, rate = read_audio(made.write_sound(tmp_path / "a.wav", 1000.0))
+    assert rate == 4000 and samples.dtype == np.float32 and len(samples) == 1200
+    settings = AudioSection(sample_rate=8000, seconds=0.5, window=256, hop=128, mels=40, scale="log_stft")
+    found = spectrogram(samples, rate, settings)
+    assert found.shape == (1, 129, 32), "0.3 s repeated to 0.5 s, at twice the rate"
+    loudest = found[0, :, 4:14].mean(1).argmax().item() * 8000 / 256
+    assert loudest == pytest.approx(1000, abs=8000 / 256)
+    mel = spectrogram(samples, rate, settings.model_copy(update={"scale": "log_mel"}))
+    assert mel.shape == (1, 40, 32) and mel.isfinite().all()
+    assert mel[0].mean(1).argmax() == mel_bands(40, 256, 8000)[:, 32].argmax(), "1 kHz is bin 32"
+
+
+def test_mel_bands_are_triangles_that_cover_all_frequencies():
+    bands = mel_bands(20, 512, 16000)
+    assert bands.shape == (20, 257) and (bands >= 0).all() and bands.max() <= 1
+    assert (bands.sum(0)[3:-3] > 0).all() and (bands.argmax(1).diff() > 0).all()
+    total = bands.sum(0)[int(bands[0].argmax()) : int(bands[-1].argmax())]
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-5), "neighbours cross at a half"
+
+
+def test_a_videos_frames_and_sound_are_read_back(tmp_path):
+    path = made.write_video(tmp_path / "a.mp4", seconds=2.0, pitch=500.0)
+    frames, seconds = read_video(path, 4, 16)
+    assert frames.shape == (4, 3, 16, 16) and frames.dtype == torch.uint8 and seconds == pytest.approx(2.0)
+    levels = frames.float().mean((1, 2, 3))
+    assert levels.tolist() == pytest.approx([255 * (i * 5 + 2) / 19 for i in range(4)], abs=12), "middles of quarters"
+    samples, rate = read_audio(path)
+    assert rate == 16000 and len(samples) / rate == pytest.approx(2.0, abs=0.15)
+    spectrum = np.abs(np.fft.rfft(samples[4000:20000]))
+    assert spectrum.argmax() * rate / 16000 == pytest.approx(500, abs=2)
+
+
+def test_a_folders_pictures_are_chosen_from_the_middles(tmp_path):
+    for index in range(6):
+        made.write_picture(tmp_path / f"{index}.png", (40 * index, 0, 0))
+    frames = read_frames(tmp_path, 3, 8)
+    assert frames[:, 0, 0, 0].tolist() == [40, 120, 200]
+    assert read_frames(tmp_path / "5.png", 2, 8)[:, 0, 0, 0].tolist() == [200, 200]
+
+
+def test_text_is_its_bytes():
+    assert tokens("hé", 5).tolist() == [105, 196, 170, 0, 0] and tokens("abc", 2).tolist() == [98, 99]
+
+
+@pytest.fixture
+def messy(tmp_path) -> tuple[Path, dict[int, str]]:
+    """A manifest in which nearly every line has something wrong, and what each is to be told."""
+    for index in range(4):
+        made.write_sound(tmp_path / f"{index}.wav", 300 + 300 * index)
+        made.write_picture(tmp_path / f"{index}.png", (60 * index, 0, 0))
+    soundfile.write(tmp_path / "silent.wav", np.zeros(1000), 4000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan] * 500), 4000, subtype="FLOAT")
+    (tmp_path / "broken.wav").write_bytes(b"RIFF, but no more")
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    made.write_video(tmp_path / "mute.mp4", pitch=None)
+    made.write_video(tmp_path / "short.mp4", seconds=3.0, sound_seconds=1.0)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    good = [{"audio": f"{i}.wav", "frames": f"{i}.png", "label": "ab"[i % 2], "split": s} for i, s in
+            enumerate(("train", "train", "test", "test"))]  # fmt: skip
+    base = {"audio": "0.wav", "frames": "0.png", "label": "a", "split": "train"}
+    bad = [
+        ({"label": ""}, "has no label."),
+        ({"split": "training"}, "the split must be train, val or test, got training."),
+        ({"audio": "silent.wav"}, "silent.wav is silent."),
+        ({"audio": "nan.wav"}, "nan.wav holds samples that are not finite."),
+        ({"audio": "broken.wav"}, "broken.wav cannot be read as sound"),
+        ({"frames": "broken.png"}, "broken.png cannot be read as a picture"),
+        ({"frames": "empty"}, "empty holds no pictures"),
+        ({"audio": "gone.wav"}, "gone.wav does not exist."),
+        ({"audio": "", "frames": "", "video": "mute.mp4"}, "mute.mp4 has no sound track."),
+        ({"audio": "", "frames": "", "video": "short.mp4"}, "the sound lasts 1.0 s and the video 3.0 s."),
+        ({"audio": "", "frames": "", "video": "broken.mp4"}, "broken.mp4 cannot be read as video"),
+        ({"audio": ""}, "has nothing in audio or video for the modality audio."),
+        ({"label": "c", "split": "test"}, "its class 'c' is in the split test and not in train."),
+    ]
+    rows = [{"clip": f"c{i}", **base, **(r if i < 4 else bad[i - 4][0])} for i, r in enumerate(good + [{}] * len(bad))]
+    path = made.write_manifest(tmp_path / "messy.csv", rows)
+    return path, {6 + index: text for index, (_, text) in enumerate(bad)}
+
+
+def test_everything_wrong_with_a_manifest_is_said_at_once(messy, tmp_path, capfd, monkeypatch):
+    path, expected = messy
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "audio_visual/demo", f"data={path}", "data.audio.window=64", "data.visual.size=16", "runs=runs"]
+    assert main(words) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(expected)
+    for line, (number, text) in zip(lines, expected.items(), strict=True):
+        assert line.startswith(f"{path}:{number}: ") and text in line, line
+    assert not Path("runs").exists()
+
+
+def test_skip_bad_goes_on_and_says_what_it_left_out(messy, tmp_path, capfd, tiny):
+    path, expected = messy
+    assert main(["train", "audio_visual/demo", *tiny, f"data={path}", "--id", "one", "--skip-bad"]) == 0
+    err = capfd.readouterr().err
+    assert f"skipped {len(expected)} of {4 + len(expected)} clips:" in err and f"{path}:8: silent.wav is silent." in err
+    log = (tmp_path / "runs" / "one" / "log.txt").read_text()
+    assert f"skipped {len(expected)} of" in log and "has no sound track" in log
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("audio,frames,lable,split\n", "unknown column 'lable'. Did you mean 'label'?"),
+        ("audio,frames,lable,split\n", "there is no column 'label'."),
+        ("frames,label,split\n", "the modality audio needs a column 'audio' or 'video'"),
+        ("audio,audio,frames,label,split\n", "the column audio is there twice."),
+        ("audio,frames,label,split\n", "there is no usable clip in the split train."),
+        ("", "there is no column 'label'."),
+        ("audio,frames,label,split\n0.wav,0.png,a,train\n0.wav,0.png,a,test\n", "there is one class only, a;"),
+        ("audio,frames,label,split\n0.wav,0.png,a,train\n1.wav,0.png,b,train\n", "no usable clip in the split test."),
+        (
+            "clip,audio,frames,label,split\nx,0.wav,0.png,a,train\nx,1.wav,0.png,b,test\n",
+            "the clip x is on line 2 already",
+        ),
+        ("audio,frames,label,split\n0.wav,0.png,a,train,more\n", "has more cells than there are columns."),
+        (b"\xff\xfe\x00", "cannot be read as CSV in UTF-8"),
+    ],
+)
+def test_manifests_that_cannot_be_used(text, message, tmp_path):
+    for index in range(2):
+        made.write_sound(tmp_path / f"{index}.wav", 500)
+    made.write_picture(tmp_path / "0.png", (0, 0, 0))
+    path = tmp_path / "manifest.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = read_manifest(DataSection(manifest=str(path)), path)
+    settle(found)
+    assert any(message in line for line in found.sentences()), found.sentences()
+
+
+def test_a_manifest_that_is_not_there(tmp_path):
+    for path, what in ((tmp_path / "no.csv", "does not exist"), (tmp_path, "is a folder")):
+        (line,) = read_manifest(DataSection(), path).sentences()
+        assert f"data.manifest: {path} {what}." in line
+
+
+def test_classes_that_are_never_tested_are_a_doubt(tmp_path):
+    for name in ("a", "b"):
+        made.write_sound(tmp_path / f"{name}.wav", 500)
+    rows = [{"audio": f"{n}.wav", "label": n, "split": s} for n, s in (("a", "train"), ("b", "train"), ("a", "test"))]
+    path = made.write_manifest(tmp_path / "m.csv", [{"clip": str(i), **row} for i, row in enumerate(rows)])
+    (line,) = doubts(read_manifest(DataSection(modalities=["audio"]), path))
+    assert "b: trained, but not in the split test." in line
+
+
+def test_validation_clips_come_from_every_class_where_no_split_is_called_val(clips):
+    data = DataSection(manifest=str(clips))
+    manifest = read_manifest(data, clips)
+    manifest.clips = [clip for clip in manifest.clips if clip.split != "val"]
+    splits = with_validation(manifest, 0.3, 0)
+    assert len(splits["val"]) == 4 and {clip.label for clip in splits["val"]} == {"low", "high"}
+    assert len(splits["train"]) == 8 and not {c.name for c in splits["train"]} & {c.name for c in splits["val"]}
+    assert with_validation(manifest, 0.3, 0) == splits and with_validation(manifest, 0.3, 1) != splits
+
+
+def test_features_are_kept_by_file_and_settings(clips, tmp_path, monkeypatch):
+    data = DataSection(manifest=str(clips), **SMALL)
+    clip = read_manifest(data, clips).clips[0]
+    store = Store(data, tmp_path / "cache")
+    first = store.get(clip)
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.features.extract", None)  # must not be needed again
+    again = Store(data, tmp_path / "cache").get(clip)
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    other = data.model_copy(update={"visual": data.visual.model_copy(update={"size": 8})})
+    assert Store(other, tmp_path / "cache").key(clip) != store.key(clip)
+    monkeypatch.undo()
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(Store(data, tmp_path / "cache").get(clip)["audio"], first["audio"]), "half a file is made anew"
+
+
+def test_batches_are_the_same_from_memory_and_from_disk(clips, tmp_path, monkeypatch):
+    data = DataSection(manifest=str(clips), **SMALL)
+    chosen = read_manifest(data, clips).split("train")
+    held = Batches(Store(data, tmp_path / "cache"), chosen)
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.features.MEMORY", 0)
+    read = Batches(Store(data, tmp_path / "cache"), chosen)
+    assert held.whole is not None and read.whole is None
+    for indices, following in (([0, 3], [5, 1]), ([5, 1], [2, 2]), ([4, 4], ())):
+        one, other = held.get(indices, following), read.get(indices, following)
+        assert all(torch.equal(one[name], other[name]) for name in ("audio", "visual"))
+
+
+def test_a_file_that_goes_away_is_a_problem_of_its_clip(clips, tmp_path):
+    data = DataSection(manifest=str(clips), modalities=["audio"], **SMALL)
+    clip = read_manifest(data, clips).clips[0]
+    gone = clip.__class__(**{**vars(clip), "audio": tmp_path / "gone.wav"})
+    assert "cannot be read: No such file" in Store(data, None).prepare([gone])[clip.line]
+    with pytest.raises(InputError, match="is silent"):
+        soundfile.write(tmp_path / "s.wav", np.zeros(100), 4000)
+        read_audio(tmp_path / "s.wav")

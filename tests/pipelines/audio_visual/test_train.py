@@ -1,0 +1,286 @@
+"""Runs of the audio-visual pipeline on a few small clips: what they learn, save, survive and leave behind."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from equipoise import registry
+from equipoise.errors import InputError
+from equipoise.pipelines import checkpoints, config
+from equipoise.pipelines.audio_visual import AudioVisual
+from equipoise.pipelines.audio_visual.model import FUSIONS, load
+from equipoise.pipelines.audio_visual.scores import scores
+from equipoise.pipelines.audio_visual.train import AudioVisualWork
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.pipeline import Outcome, execute
+from equipoise.pipelines.store import Store
+
+NAME = "audio_visual/demo"
+OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}"}
+
+
+def train(*overrides):
+    settings = config.load(NAME, overrides)
+    run = Store(settings.runs).create(settings)
+    return run, execute(AudioVisual, settings, run)
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "result" / "model.safetensors")
+
+
+def equal(left, right) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(tiny):
+    run, outcome = train(*tiny, "steps=30", "learning_rate=0.03", "train.validate_every=10", "train.baselines=[joint]")
+    assert outcome.state == "done" and "Test accuracy, mimo: joint " in outcome.message
+    assert "joint instead: joint " in outcome.message
+    records = run.metrics()
+    per_step = {"loss", "loss_audio", "loss_visual", "gradient_norm_audio", "weight_visual", "balancing", "rate_heads"}
+    assert per_step <= records[0].keys() and len(records) == 30
+    validated = {"val_accuracy_joint", "val_accuracy_audio", "val_f1_visual", "val_loss_joint"}
+    assert [r["step"] for r in records if validated <= r.keys()] == [10, 20, 30]
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert result["accuracy_joint"] == 1.0 and result["f1_joint"] == 1.0 and result["chance"] == 0.5
+    assert "accuracy_visual" in result["baselines"]["joint"]
+    with (run.folder / "result" / "confusion-joint.csv").open() as file:
+        assert list(csv.reader(file)) == [["true \\ predicted", "high", "low"], ["high", "3", "0"], ["low", "0", "3"]]
+
+
+def test_the_result_loads_and_predicts_the_same(tiny, clips):
+    run, _ = train(*tiny)
+    model, classes = load(run.folder / "result")
+    assert classes == ["high", "low"] and equal(dict(model.state_dict()), weights(run))
+    with pytest.raises(InputError, match="holds no model of this pipeline"):
+        load(run.folder)
+
+
+@pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
+def test_every_objective_trains_and_resumes_exactly(name, tiny):
+    words = [*tiny, f"objective={name}", f"objective.options={OPTIONS.get(name, '{}')}", "train.accumulate=2"]
+    whole, outcome = train(*words)
+    assert outcome.state == "done"
+    settings = config.load(NAME, words)
+    run = Store(settings.runs).create(settings)
+    metric = type(run).metric
+
+    def stop_after_three(self, step, **values):
+        metric(self, step, **values)
+        if step == 3:
+            self.request("stop")
+
+    run.metric = stop_after_three.__get__(run)
+    assert execute(AudioVisual, settings, run).state == "stopped"
+    del run.metric
+    assert execute(AudioVisual, settings, run).state == "done"
+    assert equal(weights(whole), weights(run))
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert ("accuracy_joint" in result) == (name != "unimodal") and "accuracy_audio" in result
+
+
+def test_objectives_differ(tiny):
+    found = [
+        weights(train(*tiny, f"objective={name}")[0]) for name in ("joint", "equal_weight", "mimo", "mmpareto", "agm")
+    ]
+    for index, one in enumerate(found):
+        for other in found[index + 1 :]:
+            assert not torch.equal(one["encoders.audio.net.embedder.embedder.convolution.weight"],
+                                   other["encoders.audio.net.embedder.embedder.convolution.weight"])  # fmt: skip
+
+
+def test_heads_that_learn_beside_leave_the_encoders_alone(tiny, monkeypatch):
+    """Plain joint training with and without unimodal heads gives the same encoders."""
+    with_heads = weights(train(*tiny, "objective=joint")[0])
+    monkeypatch.setattr("equipoise.balancing.joint.Joint.uses_unimodal", True)  # then nothing trains the heads
+    without = weights(train(*tiny, "objective=joint")[0])
+    parts = {key.split(".")[0] for key in with_heads if not torch.equal(with_heads[key], without[key])}
+    assert parts == {"heads"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer=alpha_adam", "optimizer.options={}", "schedule=cosine"],
+        ["optimizer=ada_sam", "optimizer.options={}"],
+        ["optimizer=sam", "optimizer.options={rho: 0.1}", "data.flip=true", "data.shift=0.2", "data.roll=0.5"],
+        ["train.precision=bf16", "data.class_weights=balanced"],
+        ["fusion=gated"],
+        ["fusion=film", "objective=ogm_ge"],
+        ["data.modalities=[audio, visual, text]", "model.text={kind: transformer, width: 8, layers: 1, heads: 2}"],
+        ["data.modalities=[visual, text]", "model.text={kind: transformer, width: 8, layers: 1, heads: 2}"],
+        ["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "fusion=concat"],
+        ["data.visual.frames=3"],
+    ],
+)
+def test_other_ways_to_train(words, tiny):
+    run, outcome = train(*tiny, *words, "learning_rate=1e-3")
+    assert outcome.state == "done" and all(torch.isfinite(w.float()).all() for w in weights(run).values())
+
+
+def test_a_second_evaluation_leaves_the_running_means_alone(tiny):
+    """Sharpness-aware steps of a rate of nearly 0 keep what one evaluation per step makes of the batch norms."""
+    words = [*tiny, "learning_rate=1e-30", "train.keep=last"]
+    plain = weights(train(*words)[0])
+    twice = weights(train(*words, "optimizer=sam", "optimizer.options={rho: 0.5}")[0])
+    means = [key for key in plain if "running_mean" in key]
+    assert means and all(torch.allclose(plain[key], twice[key]) for key in means)
+
+
+def test_a_killed_run_resumes_exactly(tiny, tmp_path):
+    """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
+    overrides = [*tiny, "steps=60", "checkpoint_every=5", "objective=agm", "train.keep=best"]
+    whole, _ = train(*overrides)
+    command = [sys.executable, "-m", "equipoise.pipelines.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([*command, "train", NAME, *overrides, "--id", "killed"], env=environment)
+    run = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path / "runs")
+    assert store.get("killed").status().state == "dead"
+    assert checkpoints.complete(run / "checkpoints")[-1].name < "step-00000060"
+    resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step-0000" in (run / "log.txt").read_text()
+    assert equal(weights(whole), weights(store.get("killed")))
+
+
+def test_training_ends_early_where_nothing_gets_better(tiny):
+    run, outcome = train(*tiny, "steps=50", "learning_rate=1e-30", "train.patience=2", "data.audio.mels=8")
+    assert outcome.state == "done" and "no better joint validation loss in 2 validations" in outcome.message
+    assert outcome.step is not None and outcome.step < 50
+
+
+def test_the_best_weights_are_the_result(tiny):
+    """A rate that blows the weights up after some steps: the result is what was good before."""
+    rules = ["schedule=piecewise_constant", "schedule.rules=1:4,1e6", "learning_rate=0.01", "objective=joint"]
+    losses = {}
+    for keep in ("best", "last"):
+        run, outcome = train(*tiny, *rules, f"train.keep={keep}")
+        if outcome.state == "done":
+            losses[keep] = json.loads((run.folder / "result" / "result.json").read_text())["loss_joint"]
+    assert losses["best"] < 5 and losses.get("last", float("inf")) > 5
+
+
+def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
+    run, outcome = train(*tiny, "learning_rate=1e30", "optimizer.options={}", "steps=12")
+    assert outcome.state == "diverged" and "of 12" in outcome.message
+    assert all(torch.isfinite(w.float()).all() for w in weights(run).values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["objective=ogm_ge", "data.modalities=[audio, visual, text]"], "objective: ogm_ge: OGMGE takes 2 modalities"),
+        (["train.baselines=[agm, mini]"], "baselines: mini: no objective 'mini'. Did you mean 'mimo'?"),
+        (["train.baselines=[mslr]"], "train.baselines: mslr needs options"),
+        (["fusion=gated", "data.modalities=[audio]"], "model.fusion: gated takes two modalities, and there are 1."),
+        (["model.audio.kind=transformer"], "kind must be resnet or ast for audio, got transformer."),
+        (["model.visual={widths: [8], depths: [1, 1]}"], "needs as many depths as widths"),
+        (["data.modalities=[audio, audio]"], "must name each modality once"),
+        (["objective.options={f_star: {sound: 1}}"], "f_star: sound is no modality here; there are audio, visual."),
+        (["model.visual.path=nowhere"], "model.visual.path: nowhere cannot be loaded"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):
+    assert main(["train", NAME, *tiny, *words]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+    runs = tmp_path / "runs"
+    assert not runs.exists() or not [p for p in runs.iterdir() if not p.name.startswith((".", "index"))]
+
+
+def test_a_pretrained_encoder_from_a_folder(tiny, tmp_path):
+    from transformers import ResNetConfig, ResNetModel
+
+    torch.manual_seed(3)
+    net = ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic"))
+    net.save_pretrained(tmp_path / "net")
+    paths = [f"model.{part}.path={tmp_path / 'net'}" for part in ("audio", "visual")]
+    run, _ = train(*tiny, *paths, "learning_rate=1e-30", "train.keep=last")
+    found, key = weights(run), "embedder.embedder.convolution.weight"
+    assert torch.equal(found[f"encoders.audio.net.{key}"], net.state_dict()[key]), "three channels see the sound"
+    assert torch.equal(found[f"encoders.visual.net.{key}"], net.state_dict()[key])
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_a_modality_says_alone(fusion):
+    torch.manual_seed(0)
+    made = FUSIONS[fusion]({"a": 3, "b": 4}, 5)
+    features = {"a": torch.randn(2, 3), "b": torch.randn(2, 4)}
+    alone = {name: made.alone(name, features) for name in features}
+    assert all(logits.shape == (2, 5) for logits in alone.values())
+    if fusion in ("sum", "concat"):
+        assert torch.allclose(sum(alone.values()), made(features), atol=1e-6), "the joint logits are their sum"
+    other = {"a": features["a"], "b": torch.randn(2, 4)}
+    assert torch.equal(made.alone("a", other), alone["a"]), "it does not depend on the other"
+
+
+def test_scores_by_hand():
+    found = scores(torch.tensor([1.0, 2, 3, 2]), torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1]), 3)
+    assert found.loss == 2 and found.accuracy == 0.75
+    assert found.f1 == pytest.approx((2 / 3 + 4 / 5) / 2), "the third class does not occur"
+    assert found.confusion.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+
+
+def test_the_loader_takes_little_of_a_step(tiny, monkeypatch):
+    """With cached features, at the demo's sizes: under a tenth of a step."""
+    caught = []
+
+    def one_step(_, work, *rest):
+        work.step(0)
+        times = [0.0, 0.0]
+        get = work.batches["train"].get
+
+        def timed(*given):
+            started = time.perf_counter()
+            batch = get(*given)
+            times[0] += time.perf_counter() - started
+            return batch
+
+        work.batches["train"].get = timed
+        started = time.perf_counter()
+        for step in range(1, 4):
+            work.step(step)
+        times[1] = time.perf_counter() - started
+        caught.append(times[0] / times[1])
+        return Outcome("stopped")
+
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train.train_loop", one_step)
+    train(*tiny, "steps=1000", "train.validate_every=1000", "batch=12")
+    assert caught[0] < 0.1
+
+
+def test_a_sweep_compares_objectives_and_rates(tiny, tmp_path, capfd):
+    axes = ["--axis", "objective=joint,mimo", "--axis", "learning_rate=1e-3,3e-2"]
+    assert main(["sweep", NAME, *tiny, "steps=20", *axes, "--id", "grid"]) == 0
+    out = capfd.readouterr().out
+    assert "objective=mimo" in out and "ACCURACY_AUDIO" in out and "Learning rates that worked:" in out
+    table = json.loads((tmp_path / "runs" / "grid" / "comparison" / "table.json").read_text())
+    assert [cell["row"] for cell in table["cells"][1:]] == ["sgd objective=joint"] * 2 + ["sgd objective=mimo"] * 2
+    assert table["cells"][0]["metrics"]["score"] == 0.5, "chance"
+    assert (tmp_path / "runs" / "grid" / "comparison" / "grid.png").stat().st_size > 1000
+
+
+def test_epochs_are_permutations_of_the_clips(tiny, monkeypatch):
+    caught: list[AudioVisualWork] = []
+    monkeypatch.setattr(
+        "equipoise.pipelines.audio_visual.train.train_loop",
+        lambda _, work, *rest: caught.append(work) or Outcome("stopped"),
+    )
+    train(*tiny)
+    seen = [index for batch in range(6) for index in caught[0]._chosen(batch, 4)]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]
