@@ -45,16 +45,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     texts += [". ".join(scenes.statements(scene, rng)) for scene in made]
     texts += [" ".join(scenes.question(scene, kind, rng)) for scene in made for kind in scenes.KINDS]
     texts += ["Question: Answer:"] * 100
+    return byte_pairs(texts, 600, ["<pad>", "</s>", "<image>"])
+
+
+def byte_pairs(texts: list[str], size: int, special: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the commonest pairs in some texts; begins every text with </s>, as OPT's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "</s>", "<image>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])  # as OPT's
+    tokenizer.train_from_iterator(texts, trainer)
+    start = ("</s>", special.index("</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[start])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="</s>", eos_token="</s>")
 
 

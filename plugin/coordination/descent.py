@@ -75,7 +75,7 @@ class FeatureDescent(Measured):
         return {"changed_at": self.changed_at, "first_way": self._first_way, "then": list(self._then)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.changed_at, self._first_way, self._then = state["changed_at"], state["first_way"], list(state["then"])
+        self.changed_at, self._first_way, self._then = state["changed_at"], state["first_way"], list(state.get("then", ()))
 
 
 class LanguageDescent(FeatureDescent):

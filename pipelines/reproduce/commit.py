@@ -1,0 +1,177 @@
+"""CoMMIT's Table 1 and Figures 2, 3 and 6 in small: five baselines, CoMMIT-CLR and CoMMIT on pictures and sounds.
+
+Paper: Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models: BLIP-2 with OPT-2.7B on
+three visual question-answering tasks, SALMONN on three of sound, one rate of 1e-4 for all. Here: the embedded BLIP-2 on
+questions about drawn scenes, and a small Qwen2-Audio, which first learns to describe made sounds, on questions about
+those. Every method starts from one rate and sees the same batches; κ is measured in all of them.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+from statistics import fmean, median, pstdev
+from tempfile import TemporaryDirectory
+
+import torch
+
+from equipoise.pipelines import demo
+from equipoise.pipelines.demo import tones
+from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
+from equipoise.pipelines.tables import table
+
+STEPS, BASE_STEPS, MEASURED = 200, 500, 5  # of a training; of the sounds' base; steps between measurements of κ
+RATES = {"pictures": 2e-3, "sounds": 1e-3}
+METHODS = {  # name → (coordinator, its options)
+    "Constant LR": ("constant", {}),
+    "Feature CD": ("feature_cd", {}),
+    "Language CD": ("language_cd", {}),
+    "Language LR↑": ("language_lr_up", {}),
+    "Vision LR↑": ("vision_lr_up", {}),
+    "CoMMIT-CLR": ("commit_clr", {}),
+    "CoMMIT": ("commit", {}),
+}
+PAPER = {  # Table 1: means of the three accuracies of BLIP-2; ClothoAQA, SALMONN's one accuracy
+    "Constant LR": {"pictures": 39.23, "sounds": 42.49},
+    "Feature CD": {"pictures": 37.16, "sounds": 45.80},
+    "Language CD": {"pictures": 34.59, "sounds": 38.52},
+    "CoMMIT-CLR": {"pictures": 42.40, "sounds": 52.86},
+    "CoMMIT": {"pictures": 43.71, "sounds": 50.55},
+}
+TENTHS = 10
+
+
+def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
+    """Trains all methods on both tasks, with seeds from 0, in `count` processes; `steps` None: the published number."""
+    steps = steps or STEPS
+    settings = [
+        {"task": task, "method": method, "seed": seed, "steps": steps, "evaluations": steps}
+        for seed, task, method in product(range(seeds), RATES, METHODS)
+    ]
+    with TemporaryDirectory(prefix="equipoise-") as place:
+        shared = Path(place)
+        demo.questions_file(shared)
+        prepare_sounds(shared, min(BASE_STEPS, 5 * steps))
+        with workers(count, "commit", steps * len(settings)) as measure:
+            cells = measure(train, [{**cell, "place": place} for cell in settings])
+    for cell in cells:
+        del cell["place"]
+
+    def got(key: str, task: str, method: str) -> list:  # one per seed
+        return [cell[key] for cell in cells if (cell["task"], cell["method"]) == (task, method)]
+
+    text = [f"Held-out accuracy in % after {steps} steps at one learning rate for all, {seeds} seed(s)."]
+    for task, rate in RATES.items():
+        rows = [
+            [
+                method,
+                spread([100 * value for value in got("accuracy", task, method)], ".1f"),
+                *(f"{median(losses[i] for losses in got('losses', task, method)):.3f}" for i in (1, 4, 9)),
+                f"{median(got('kappa_mean', task, method)):.2f}",
+                f"{median(got('kappa_deviation', task, method)):.2f}",
+                f"{median(got('milliseconds', task, method)):.0f}",
+                f"{PAPER[method][task]:.2f}" if method in PAPER else "",
+            ]
+            for method in METHODS
+        ]
+        untuned = median(100 * value for value in got("untuned", task, "Constant LR"))
+        head = ["", "accuracy", "loss 20 %", "50 %", "100 %", "κ mean", "κ std", "ms/step", "paper"]
+        text += [f"\n{task.capitalize()}, learning rate {rate:g}, untuned {untuned:.1f}:\n", table(head, rows)]
+    text.append("\nDifferences, seed by seed, in points of accuracy; of κ's standard deviation in its own units:")
+    for task in RATES:
+        for one, other in (
+            ("CoMMIT-CLR", "Constant LR"),
+            ("CoMMIT", "Constant LR"),
+            ("CoMMIT", "CoMMIT-CLR"),
+            ("Feature CD", "Constant LR"),
+            ("Language CD", "Constant LR"),
+        ):
+            pairs = zip(got("accuracy", task, one), got("accuracy", task, other), strict=True)
+            paper = PAPER[one][task] - PAPER[other][task]
+            text.append(finding(f"{task}, {one} over {other}", paper, [100 * (a - b) for a, b in pairs], "+.1f"))
+        for one in ("CoMMIT-CLR", "CoMMIT"):
+            pairs = zip(got("kappa_deviation", task, one), got("kappa_deviation", task, "Constant LR"), strict=True)
+            here = [a - b for a, b in pairs]
+            same = "Same direction" if max(here) < 0 else "OPPOSITE direction" if min(here) > 0 else "Undecided"
+            text.append(
+                f"- {task}, κ's std, {one} over Constant LR (Figure 6: it falls): {spread(here, '+.2f')}. {same}."
+            )
+
+    shares = [f"{100 // TENTHS * (i + 1)}" for i in range(TENTHS)]
+    shown = [method for method in METHODS if "CD" not in method]
+
+    def panel(title: str, key: str) -> Panel:
+        lines = {m: [median(v) for v in zip(*got(key, "pictures", m), strict=True)] for m in shown}
+        return Panel(title, "% of training", lines, shares)
+
+    panels = [
+        panel("Pictures: training loss (Figure 3c)", "losses"),
+        panel("κ (Figures 2c and 6)", "kappas"),
+        panel("H of the encoder side × 1000 (Figure 2a)", "h_encoder"),
+        panel("H of the language side × 1000 (Figure 2b)", "h_language"),
+        panel("‖G‖/‖θ‖ of the encoder side (Figure 3a)", "gradient_encoder"),
+        panel("‖G‖/‖θ‖ of the language side (Figure 3b)", "gradient_language"),
+    ]
+    return Reproduction("\n".join(text), panels, cells)
+
+
+def prepare_sounds(shared: Path, steps: int) -> None:
+    """Makes the sounds with their questions, and teaches the base to describe sounds."""
+    (shared / "sounds").mkdir()
+    tones.write_questions(shared / "sounds", 2000, seed=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the workers, so that no number depends on the machine's threads
+    try:
+        tones.train_base(shared / "base", steps)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train(cell: Cell) -> Cell:
+    """Trains one run of the pipeline: its accuracy, and losses, κ, H and gradients by tenths of the training."""
+    from equipoise.pipelines import config
+    from equipoise.pipelines.instruction_tuning import InstructionTuning
+    from equipoise.pipelines.pipeline import execute
+    from equipoise.pipelines.store import Store
+
+    name, options = METHODS[cell["method"]]
+    shared, task = Path(cell["place"]), cell["task"]
+    words = [f"learning_rate={RATES[task]}", f"steps={cell['steps']}", f"seed={cell['seed']}", f"coordinator={name}"]
+    if task == "pictures":
+        words.append(f"data={shared / '.demo' / 'questions' / 'questions.jsonl'}")
+    else:
+        words += [f"model={shared / 'base'}", f"data={shared / 'sounds' / 'questions.csv'}"]
+    with TemporaryDirectory(prefix="equipoise-") as runs:
+        every = {"measure_every": MEASURED, **options}
+        words += [f"coordinator.options={every}", "checkpoint_every=0", "samples.count=200", f"runs={runs}"]
+        settings = config.load("instruction_tuning/demo", words)
+        run = Store(settings.runs).create(settings)
+        outcome = execute(InstructionTuning, settings, run)
+        result, metrics = json.loads((run.result / "result.json").read_text()), run.metrics()
+    measured = [record for record in metrics if record.get("kappa", 0) > 0]
+    kappas = [record["kappa"] for record in measured] or [0.0]
+
+    def tenths(key: str, records: list[dict], scale: float = 1.0) -> list[float]:
+        found = []
+        for tenth in range(TENTHS):
+            some = [r[key] for r in records if tenth <= (r["step"] - 1) * TENTHS / cell["steps"] < tenth + 1]
+            found.append(scale * fmean(some) if some else found[-1] if found else 0.0)
+        return found
+
+    plain = [record["seconds"] for record in metrics if "kappa" not in record]
+    probed = [record["seconds"] for record in metrics if "kappa" in record]
+    share = {"commit": 1.0, "commit_clr": 0.1}.get(name, 0.0)  # of the steps that are measured at the defaults
+    seconds = (1 - share) * (median(plain) if plain else 0) + share * (median(probed) if probed else 0)
+    return {
+        "state": outcome.state,
+        "accuracy": result["score_after"],
+        "untuned": result["score_before"],
+        "losses": tenths("loss", metrics),
+        "kappas": tenths("kappa", measured),
+        "h_encoder": tenths("h_encoder", measured, 1000),
+        "h_language": tenths("h_language", measured, 1000),
+        "gradient_encoder": tenths("gradient_encoder", measured),
+        "gradient_language": tenths("gradient_language", measured),
+        "kappa_mean": fmean(kappas),
+        "kappa_deviation": pstdev(kappas),
+        "milliseconds": 1000 * seconds,
+    }

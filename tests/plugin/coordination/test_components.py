@@ -1,0 +1,97 @@
+"""The parts of multimodal models by their parameters' names, and partitions that are complete or refused."""
+
+import pytest
+import torch
+
+from equipoise.coordination.components import ARCHITECTURES, architecture, matches, partition, preset
+from equipoise.errors import InputError
+
+# Names as the models of transformers 5 have them; the pipeline's tests build five of these for real.
+LAYOUTS = {
+    "blip-2": {
+        "tower": ["vision_model.encoder.layers.0.mlp.fc1.weight"],
+        "connector": ["query_tokens", "qformer.encoder.layer.0.output.dense.weight", "language_projection.bias"],
+        "language": ["language_model.model.decoder.layers.0.fc1.weight", "language_model.lm_head.weight"],
+    },
+    "llava": {
+        "tower": ["model.vision_tower.vision_model.embeddings.class_embedding"],
+        "connector": ["model.multi_modal_projector.linear_1.weight"],
+        "language": ["model.language_model.layers.0.mlp.up_proj.weight", "lm_head.weight"],
+    },
+    "qwen2_5_vl": {
+        "tower": ["model.visual.blocks.0.attn.qkv.weight", "model.visual.patch_embed.proj.weight"],
+        "connector": ["model.visual.merger.mlp.0.weight"],
+        "language": ["model.language_model.embed_tokens.weight", "lm_head.weight"],
+    },
+    "smolvlm": {
+        "tower": ["model.vision_model.post_layernorm.weight"],
+        "connector": ["model.connector.modality_projection.proj.weight"],
+        "language": ["model.text_model.norm.weight", "lm_head.weight"],
+    },
+    "paligemma": {
+        "tower": ["model.vision_tower.vision_model.head.probe"],
+        "connector": ["model.multi_modal_projector.linear.weight"],
+        "language": ["model.language_model.norm.weight", "lm_head.weight"],
+    },
+    "qwen2_audio": {
+        "tower": ["model.audio_tower.conv1.weight"],
+        "connector": ["model.multi_modal_projector.linear.bias"],
+        "language": ["model.language_model.layers.0.self_attn.q_proj.bias", "lm_head.weight"],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("known", [True, False])
+def test_every_parameter_is_in_its_part(kind, known):
+    """Also under a model type that nobody has heard of, and inside peft's wrapper."""
+    names = {name: part for part, some in LAYOUTS[kind].items() for name in some}
+    found = architecture(kind if known else "unheard_of", names)
+    assert {name: found.part(name) for name in names} == names
+    wrapped = f"base_model.model.{LAYOUTS[kind]['language'][0].removesuffix('.weight')}.lora_A.default.weight"
+    assert found.part(wrapped) == "language"
+    assert kind in ARCHITECTURES
+
+
+def test_what_has_another_shape_is_refused():
+    with pytest.raises(
+        InputError, match=r"gpt2 is no multimodal .*: it has no language and no tower among transformer.h"
+    ):
+        architecture("gpt2", ["transformer.h.0.attn.weight"])
+    names = [name for some in LAYOUTS["llava"].values() for name in some]
+    with pytest.raises(
+        InputError, match=r"has parameters outside its tower, connector and language model: model.extra"
+    ):
+        architecture("llava", [*names, "model.extra.weight"])
+
+
+def test_patterns_are_whole_segments():
+    assert matches("visual.merger", "model.visual.merger.mlp.0.weight") and matches("visual", "model.visual.a")
+    assert not matches("visual", "model.visuals.a") and not matches("erger", "model.visual.merger")
+    assert matches("layers.1?", "a.layers.12.b") and not matches("layers.1?", "a.layers.1.b")
+    assert matches("language_model.*.q_proj", "language_model.layers.0.q_proj.weight")
+
+
+TRAINED = {name: torch.zeros(1) for name in ("a.tower.w", "a.merger.w", "a.language_model.lora_A", "a.extra.w")}
+
+
+def test_a_partition_is_complete_or_refused_with_the_list():
+    found = partition(TRAINED, {"tower": ["tower"], "mid": ["merger", "extra"], "language": ["language_model"]})
+    assert {name: list(inside) for name, inside in found.items()} == {
+        "tower": ["a.tower.w"],
+        "mid": ["a.merger.w", "a.extra.w"],
+        "language": ["a.language_model.lora_A"],
+    }
+    with pytest.raises(InputError) as error:
+        partition(TRAINED, {"tower": ["tower", "t*"], "all": ["a.tower", "gone"], "none": ["nothing"]})
+    text = str(error.value)
+    assert "3 trained parameters are in none: a.merger.w, a.language_model.lora_A, a.extra.w." in text
+    assert "1 trained parameters are in more than one: a.tower.w (tower and all)." in text
+    assert "components.all: no trained parameter is in it." in text
+    assert "components.none: no trained parameter is in it." in text
+
+
+def test_the_presets_two_sides():
+    for known in ARCHITECTURES.values():
+        both = preset(known)
+        assert list(both) == ["encoder", "language"] and "lm_head" in both["language"]
