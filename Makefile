@@ -18,8 +18,8 @@ INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-
 demo: $(VENV)/.installed  # compares learning rates on the embedded model
 	$(BIN)/equipoise demo
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q $(TESTS)
+test: $(VENV)/.installed-dev  # one process per core, each with one thread, and a file's tests in one of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
-"""Options of AlphaAdam, AMSGrad and the sharpness-aware classes: what they must be, and what a foreign state lacks."""
+"""Options in parameter groups: what they must be, and what a state that another class saved lacks."""
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,8 @@ def place(optimizer: Optimizer, index: int) -> str:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite plain number: others load saved options with `weights_only=True`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_adam(where: str, group: Mapping[str, Any]) -> None:

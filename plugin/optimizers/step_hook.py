@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.frozen import weight_norms
+from equipoise.optimizers.checks import is_number, place
 from equipoise.optimizers.preconditioner import Preconditioner, Side
 from equipoise.optimizers.product_bound import ProductBound
 from equipoise.pairs import PairReport, find_pairs
@@ -220,14 +220,14 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
     """
     for index, group in enumerate(optimizer.param_groups):
         options = {**(given or {}), **group}
-        where = f"{type(optimizer).__name__}: parameter group {index}"
+        where = place(optimizer, index)
         trust = options.get("trust")
-        if trust is not None and not (_is_number(trust) and trust > 0):
+        if trust is not None and not (is_number(trust) and trust > 0):
             raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
         if "damping" not in options:
             continue
         damping = options["damping"]
-        if not (_is_number(damping) and damping >= 0):
+        if not (is_number(damping) and damping >= 0):
             raise InputError(f"{where}: damping must be a finite number, 0 or more; got {damping!r}. Try 1e-6.")
         for name, choices in _CHOICES.items():
             if options[name] not in choices:
@@ -239,8 +239,8 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
 
 def _refuse_two_passes(optimizer: Any, group: int, counter: str) -> NoReturn:
     raise InputError(
-        f"{type(optimizer).__name__}: parameter group {group}: order 'sequential' steps the base optimizer twice, but "
-        f"this one counts its steps in {counter!r} for the whole group. Use order='simultaneous'."
+        f"{place(optimizer, group)}: order 'sequential' steps the base optimizer twice, but this one counts its steps "
+        f"in {counter!r} for the whole group. Use order='simultaneous'."
     )
 
 
@@ -275,10 +275,6 @@ def _progress(group: Mapping[str, Any]) -> float | Tensor:
 
 def _smaller(a: Any, b: Any) -> Any:
     return torch.minimum(*map(torch.as_tensor, (a, b))) if isinstance(a, Tensor) or isinstance(b, Tensor) else min(a, b)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _params(optimizer: Any) -> list[Tensor]:
