@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=12_000)
     parser.add_argument("--tower-steps", type=int, default=2400)
-    parser.add_argument("--steps", type=int, default=3400, help="of Q-Former and language model")
+    parser.add_argument("--steps", type=int, default=1800, help="of Q-Former and language model")
     parser.add_argument("--work", type=Path, help="keep the tower here between trials")
     arguments = parser.parse_args()
     started = time.time()
