@@ -13,7 +13,7 @@ COUNT := { n=0; while read -r word name _; do case $$word in \
 INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
   -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint types bench demo-base clean
+.PHONY: demo test lint types bench demo-base demo-multimodal-base clean
 
 demo: $(VENV)/.installed  # compares learning rates on the embedded model
 	$(BIN)/equipoise demo
@@ -35,6 +35,9 @@ bench: $(VENV)/.installed-dev
 
 demo-base: $(VENV)/.installed  # trains the embedded model again: tens of minutes
 	$(BIN)/python -m equipoise.pipelines.demo.train_base
+
+demo-multimodal-base: $(VENV)/.installed  # trains the embedded vision-language model again: tens of minutes
+	$(BIN)/python -m equipoise.pipelines.demo.train_multimodal_base
 
 clean:
 	rm -rf $(VENV) .types build dist *.egg-info

@@ -133,7 +133,7 @@ def draw_card(answered: Answer) -> Image.Image:
         lines.append((f"wanted: {' or '.join(answered.wanted)}"[:28], _MUTED))
     card = Image.new("RGB", (CARD, CARD), _PAPER)
     pen = ImageDraw.Draw(card)
-    height = CARD - 15 * len(lines) - 6
+    height = CARD - 15 * len(lines) - 10
     if answered.example.kind == "image":
         picture = open_picture(answered.example.media[0])
         share = min(CARD / picture.width, height / picture.height)
@@ -142,5 +142,6 @@ def draw_card(answered: Answer) -> Image.Image:
     elif answered.example.media:
         pen.text((CARD / 2, height / 2), f"♪ {answered.example.media[0].name}"[:24], _MUTED, font, anchor="mm")
     for number, (text, ink) in enumerate(lines):
-        pen.text((4, height + 4 + 15 * number), text, ink, font)
+        pen.text((8, height + 2 + 15 * number), text, ink, font)
+    pen.rectangle((0, 0, CARD - 1, CARD - 1), outline=colour, width=5)  # seen where the words are too small to read
     return card

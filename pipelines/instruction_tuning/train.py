@@ -6,8 +6,8 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,22 @@ class InstructionTuningWork(OptimizedWork):
         batch = self._batch(self._chosen(step * self.config.train.accumulate + micro, size))
         self.model.train()
         logits, labels, sample = self._forward(batch)
-        if self.coordinator.measures(step):
+        if self.coordinator.measures(step) and not self._moved:
             if micro == 0:
                 self._probed.clear()
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
             self._probed.append((batch, base))
         return Losses(_loss(logits, labels, sample), {})
+
+    _moved = False  # while an optimizer has the same batch evaluated at other weights
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        self._moved = True
+        try:
+            yield
+        finally:
+            self._moved = False
 
     def step(self, step: int) -> dict[str, float]:
         values = super().step(step)

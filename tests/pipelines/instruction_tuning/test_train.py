@@ -100,6 +100,17 @@ def test_measuring_changes_nothing_but_the_log(overrides):
         assert "kappa" in seen.metrics()[0] and "kappa" not in plain.metrics()[0]
 
 
+@pytest.mark.parametrize("extra", [["train.accumulate=2"], ["optimizer=sam", "optimizer.options={rho: 0.5}"]])
+def test_the_training_pass_stands_for_the_base_prediction(overrides, extra, monkeypatch):
+    """Without dropout it is the same, also where the optimizer evaluates the batch a second time elsewhere."""
+    known, _ = train(*overrides(), OFTEN, *extra)
+    monkeypatch.setattr("equipoise.pipelines.instruction_tuning.train.has_dropout", lambda model: True)
+    anew, _ = train(*overrides(), OFTEN, *extra)
+    for left, right in zip(known.metrics(), anew.metrics(), strict=True):
+        assert left["kappa"] == pytest.approx(right["kappa"], rel=1e-4), "twice the same float32 logits"
+        assert left["h_encoder"] == pytest.approx(right["h_encoder"], rel=1e-4)
+
+
 def test_coordination_does_something(overrides):
     names = {"constant": "{}", "commit_clr": "{measure_every: 1, every: 1}", "commit": "{measure_every: 1, every: 1}"}
     found = {
