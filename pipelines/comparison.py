@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,29 @@ class Comparison:
     base: Cell
     cells: list[Cell]
     beside: dict[str, str] = field(default_factory=dict)  # metrics told beside the score: shares, and what they are
+
+    @classmethod
+    def read(cls, folder: Path) -> "Comparison":
+        """The comparison that `write_tables` wrote into `folder`.
+
+        Raises:
+            InputError: There is none, or one of a version that wrote less.
+        """
+        try:
+            data = json.loads((folder / "table.json").read_text())
+            base, *cells = [
+                Cell(
+                    *(it["run"], it["row"], math.nan if it["learning_rate"] is None else it["learning_rate"]),
+                    *(it["seed"], it["state"], it["message"]),
+                    {name: math.nan if value is None else value for name, value in it["metrics"].items()},
+                    [Picture(**picture) for picture in it["pictures"]],
+                    it["config"],
+                )
+                for it in data["cells"]
+            ]
+            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, data["beside"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
 
     @property
     def rows(self) -> list[str]:
@@ -124,6 +147,8 @@ class Comparison:
         document = {
             "name": self.name,
             "score": self.score,
+            "prompts": self.prompts,
+            "beside": self.beside,
             "usable_from": self.line,
             "usable_ranges": {
                 row: None
@@ -146,6 +171,8 @@ class Comparison:
                     "state": c.state,
                     "message": c.message,
                     "metrics": {k: _finite(v) for k, v in c.metrics.items()},
+                    "pictures": [asdict(picture) for picture in c.pictures],
+                    "config": c.config,
                 }
                 for c in [self.base, *self.cells]
             ],

@@ -164,7 +164,7 @@ def draw_curve(comparison: Comparison) -> str:
             )
             drawn.append(f'<text x="{width - right}" y="{y(score) - 4:.1f}" text-anchor="end">{label}</text>')
     for index, (row, some) in enumerate(points.items()):
-        colour = _LINES[index % len(_LINES)]
+        colour = line_colour(index)
         path = " ".join(f"{x(p.rate):.1f},{y(p.score):.1f}" for p in some)
         drawn.append(f'<polyline points="{path}" stroke="{colour}"/>')
         for p in some:
@@ -173,10 +173,15 @@ def draw_curve(comparison: Comparison) -> str:
     return "".join([*drawn, "</svg>"])
 
 
+def line_colour(index: int) -> str:
+    """The colour of a row's line in the curve."""
+    return _LINES[index % len(_LINES)]
+
+
 def render_html(comparison: Comparison) -> str:
     """The report: one file, thumbnails within it, full-size pictures linked beside it."""
     ranges = "".join(
-        f'<tr><td><i style="background:{_LINES[index % len(_LINES)]}"></i>{html.escape(row)}</td>'
+        f'<tr><td><i style="background:{line_colour(index)}"></i>{html.escape(row)}</td>'
         f"<td>{html.escape(str(found)) if found else 'none of the rates tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )

@@ -71,7 +71,7 @@ def _show(args: argparse.Namespace) -> int:
         raise InputError(f"show takes NAME or KIND NAME, got {' '.join(args.name)!r}.")
     entry = registry.find(*args.name) if len(args.name) == 2 else registry.find(None, args.name[0])
     cls = registry.load(entry.kind, entry.name)
-    rows, papers = _rows(entry.kind, cls), references(cls)
+    rows, papers = option_rows(entry.kind, cls), references(cls)
     if args.json:
         record = asdict(entry) | {"summary": summary(cls), "options": rows, "references": papers}
         print(json.dumps(record, indent=2, ensure_ascii=False))
@@ -93,7 +93,7 @@ def _yaml(default: Any) -> str:
     return default if isinstance(default, str) else json.dumps(default, default=str).replace("null", "none")
 
 
-def _rows(kind: str, cls: Any) -> list[dict[str, str]]:
+def option_rows(kind: str, cls: Any) -> list[dict[str, str]]:
     """The options as text; a pipeline's are the keys of its configuration."""
     if kind == "pipelines":
         from equipoise.pipelines.config import describe  # not needed for a listing, which is to be quick

@@ -1,0 +1,54 @@
+"""`equipoise ui`: the web page; needs the extra `ui`."""
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from equipoise.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="the port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--auth",
+        type=Path,
+        metavar="FILE",
+        help="a file with NAME:PASSWORD, needed for other addresses; or the environment variable EQUIPOISE_UI_AUTH",
+    )
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a folder of data or models that the page may use; may be given again",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="processes that train a sweep (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if not find_spec("gradio"):
+        raise InputError("The web page needs gradio. pip install 'equipoise[ui]'.")
+    from equipoise.ui.quick import import_gradio
+    from equipoise.ui.safety import read_password
+
+    auth, data = read_password(args.auth), dict(map(_root, args.data))
+    import_gradio()
+    from equipoise.ui.app import serve
+
+    serve(args.host, args.port, auth, args.runs, data, args.workers)
+    return 0
+
+
+def _root(word: str) -> tuple[str, Path]:
+    name, sign, folder = word.partition("=")
+    if not (sign and name.isidentifier() and Path(folder).is_dir()):
+        raise InputError(f"--data {word}: must be NAME=FOLDER with a folder that exists, such as photos=/srv/photos.")
+    return name, Path(folder).resolve()

@@ -1,0 +1,107 @@
+"""The page put together, the files beside it, and the server."""
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse
+
+from equipoise.errors import InputError
+from equipoise.pipelines.store import Store
+from equipoise.ui import compare, launch, plugins, runs, theme
+from equipoise.ui.safety import SUFFIXES, UPLOAD, Guard, Site
+
+LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def page(site: Site, workers: int) -> gr.Blocks:
+    """All tabs."""
+    with gr.Blocks(title="Equipoise", analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML("<div class='brand'><b>Equipoise</b><span>fine-tuning that forgives the learning rate</span></div>")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Launch", id="launch"):
+                forms, pipelines = launch.build(site, workers)
+            with gr.Tab("Runs", id="runs"):
+                runs.build(site, workers, forms, pipelines, tabs)
+            with gr.Tab("Compare", id="compare") as comparing:
+                compare.build(site, comparing)
+            with gr.Tab("Plugins", id="plugins") as installed:
+                plugins.build(installed)
+    return blocks
+
+
+def application(site: Site, workers: int, auth: tuple[str, str] | None = None, hosts: frozenset[str] = LOCAL) -> Any:
+    """The page, and the files of the runs folder below /runs-file/, behind the guard: an ASGI application."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.get("/runs-file/{name:path}")
+    def runs_file(name: str, download: bool = False) -> FileResponse:
+        try:
+            file = site.file(name)
+        except InputError as error:
+            raise HTTPException(404, str(error)) from None
+        kind = SUFFIXES[file.suffix]
+        show = kind.startswith("image/") and not download  # nothing else is ever shown by the browser from here
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+        return FileResponse(
+            file,
+            media_type=kind,
+            filename=file.name,
+            content_disposition_type="inline" if show else "attachment",
+            headers=headers,
+        )
+
+    mounted = gr.mount_gradio_app(
+        app,
+        page(site, workers),
+        path="/",
+        theme=theme.theme(),
+        css=theme.css(),
+        footer_links=[],
+        run_history=False,
+        max_file_size=UPLOAD,
+        show_error=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+    )
+    return Guard(mounted, auth, hosts)
+
+
+def serve(
+    host: str, port: int, auth: tuple[str, str] | None, root: str | None, data: dict[str, Path], workers: int
+) -> None:
+    """Serves until interrupted.
+
+    Raises:
+        InputError: another address than this machine's own without a password, or a port that is in use.
+    """
+    if host not in LOCAL and auth is None:
+        raise InputError(
+            f"--host {host}: everybody who reaches this machine could start runs; give --auth FILE with NAME:PASSWORD."
+        )
+    site = Site(Store(root), data)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--port {port}: cannot be used on {host}: {error.strerror}. Give another one.") from error
+        port = taken.getsockname()[1]
+    app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
+    threading.Thread(target=_warm, daemon=True).start()
+    print(
+        f"Equipoise is at http://{host}:{port}, over the runs in {site.store.root}. Ctrl-C ends it, not the runs.",
+        flush=True,
+    )
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def _warm() -> None:
+    """What the first check of a form needs, imported while the user still reads the page."""
+    import torch  # noqa: F401

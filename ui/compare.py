@@ -1,0 +1,524 @@
+"""The tab Compare: what runs draw or answer, side by side, from the same prompts and the same noise."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import gradio as gr
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import background, report
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.comparison import RATE, Cell, Comparison, Picture
+from equipoise.pipelines.config import flat
+from equipoise.pipelines.robustness import shown_rate
+from equipoise.ui import draw
+from equipoise.ui.draw import esc
+from equipoise.ui.runs import ON_CLICK, open_run, sample_steps, url
+from equipoise.ui.safety import Site
+
+ROW, COLUMN = "row", RATE  # the axes that are shown first: all that differs but the rate, and the rate
+END = "the end"
+MOST_PROMPT, MOST_COUNT = 1000, 16  # characters of a prompt, pictures of each
+POLL = 2.0  # seconds
+
+
+def choices(site: Site) -> list[tuple[str, str]]:
+    """Sweeps and runs with something to compare, youngest first."""
+    found = site.store.list()
+    return [
+        (f"{item.id}  ·  {item.kind}, {item.state}", item.id) for item in found if item.kind == "sweep" or item.over
+    ]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A comparison that exists."""
+
+    id: str  # its folder below the runs folder
+    label: str
+    scale: float | None  # the LoRA's strength it was generated with, where that was asked for
+    prompts: tuple[str, ...] = ()
+
+
+def made(site: Site, refs: Sequence[str]) -> list[Made]:
+    """The comparisons of exactly these runs, the one of their own prompts first, then the youngest."""
+    found = []
+    if len(refs) == 1 and (site.store.root / refs[0] / "comparison" / "table.json").is_file():
+        found.append(Made(f"{refs[0]}/comparison", "the runs' own prompts", None))
+    for job in background.jobs(site.store.root):
+        if set(job.runs) == set(refs) and job.state == "done":
+            prompts = tuple(job.asked.get("prompts", ()))
+            words = [f"“{prompts[0][:50]}”" if prompts else "the runs' own prompts"]
+            words += [f"scale {job.asked['scale']:g}"] if "scale" in job.asked else []
+            words.append(f"{datetime.fromtimestamp(job.created):%d %b %H:%M}")
+            found.append(
+                Made(f"{background.COMPARISONS}/{job.name}", " · ".join(words), job.asked.get("scale"), prompts)
+            )
+    return found
+
+
+def read(site: Site, id: str) -> Comparison:
+    """The comparison in that folder of the runs folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    return Comparison.read(site.file(f"{id}/table.json").parent)
+
+
+def axes(comparison: Comparison) -> list[tuple[str, str]]:
+    """What rows and columns can be: (words, key)."""
+    keys = list(dict.fromkeys(key for cell in comparison.cells for key in cell.config))
+    rest = [(key, key) for key in keys if key != RATE]
+    return [("optimizer and what else differs", ROW), ("learning rate", RATE), *rest]
+
+
+def value(cell: Cell, axis: str) -> str:
+    """A cell's place on an axis."""
+    if axis == ROW:
+        return cell.row
+    return shown_rate(cell.rate) if axis == RATE else str(cell.config.get(axis, "as the others"))
+
+
+def steps(site: Site, comparison: Comparison) -> list[int]:
+    """The steps at which any of the runs drew samples while training."""
+    found = set()
+    for cell in comparison.cells:
+        try:
+            found |= set(sample_steps(open_run(site, cell.run)))
+        except EquipoiseError:  # deleted since
+            continue
+    return sorted(found)
+
+
+def grid(
+    site: Site,
+    id: str,
+    rows: str = ROW,
+    columns: str = COLUMN,
+    prompt: int = 0,
+    step: int | None = None,
+    chosen: Sequence[str] = (),
+) -> str:
+    """The cells as an HTML table, the untouched base in a column of its own.
+
+    Args:
+        site: whose.
+        id: the comparison's folder below the runs folder.
+        rows: an axis.
+        columns: another.
+        prompt: 0 for the first picture of each prompt, or which prompt's, counted from 1.
+        step: the samples drawn at this step while training, in place of the end's.
+        chosen: the cells that are marked, by run id ("" is the base).
+    """
+    comparison = read(site, id)
+    down = list(dict.fromkeys(value(cell, rows) for cell in comparison.cells))
+    across = list(dict.fromkeys(value(cell, columns) for cell in sorted(comparison.cells, key=lambda c: c.rate)))
+    head = "".join(f"<th scope='col'>{esc(label)}</th>" for label in ["", "base", *across])
+    body = []
+    for label in down:
+        line = [
+            f"<th scope='row'>{esc(label)}</th>",
+            f"<td>{_cell(site, comparison, id, [comparison.base], prompt, None, chosen)}</td>",
+        ]
+        for other in across:
+            cells = [cell for cell in comparison.cells if value(cell, rows) == label and value(cell, columns) == other]
+            line.append(f"<td>{_cell(site, comparison, id, cells, prompt, step, chosen) if cells else ''}</td>")
+        body.append(f"<tr>{''.join(line)}</tr>")
+    said = "".join(f"<p class='hint'>{esc(line)}</p>" for line in report.explanations(comparison))
+    return f"<div class='grid'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{said}"
+
+
+def _cell(
+    site: Site, comparison: Comparison, id: str, cells: list[Cell], prompt: int, step: int | None, chosen: Sequence[str]
+) -> str:
+    cell = cells[0]
+    shown = _pictures(cell, prompt)
+    images = [
+        _image(f"{id}/{picture.thumbnail}", picture.note or comparison.prompts[picture.prompt]) for picture in shown
+    ]
+    if step is not None:
+        images = [_image(name, f"step {step}") for name in _samples(site, cell.run, step, prompt)]
+    many = " class='many'" if len(images) > 1 else ""
+    inside = f"<div{many}>{''.join(images)}</div>" if images else f"<div class='none'>{esc(cell.state)}</div>"
+    kind = "" if not cell.run else "usable" if comparison.usable(cell.row, cell.rate) else "unusable"
+    scores = [comparison.counted(one) for one in cells]
+    words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) else ""
+    if len(cells) > 1:
+        words += f" of {len(cells)}"
+    if cell.state not in ("done", "untouched"):
+        words = f"{words} {cell.state}".strip()
+    marks = [picture.right for picture in shown if picture.right is not None]
+    right = (
+        f"<small class='{'right' if all(marks) else 'wrong'}'>{sum(marks)}/{len(marks)} right</small>" if marks else ""
+    )
+    title = " ".join(filter(None, [cell.run or "the untouched base", cell.message]))
+    pressed = "true" if cell.run in chosen else "false"
+    marked = f"data-id='{esc(cell.run or 'base')}' aria-pressed='{pressed}' title='{esc(title)}'"
+    return f"<button class='cell {kind}' {marked}>{inside}<div>{esc(words)}</div>{right}</button>"
+
+
+def _image(name: str, alt: str) -> str:
+    return f"<img loading='lazy' src='{url(name)}' alt='{esc(alt)}' title='{esc(alt)}'>"
+
+
+def _pictures(cell: Cell, prompt: int) -> list[Picture]:
+    """One picture of each of the first four prompts, or the first four of one prompt."""
+    if prompt:
+        return [picture for picture in cell.pictures if picture.prompt == prompt - 1][:4]
+    return list({picture.prompt: picture for picture in reversed(cell.pictures)}.values())[::-1][:4]
+
+
+def _samples(site: Site, run: str, step: int, prompt: int) -> list[str]:
+    """Pictures drawn while training at the nearest step, as `_pictures` chooses them; names below the runs folder."""
+    try:
+        it = open_run(site, run)
+    except EquipoiseError:
+        return []
+    found = sample_steps(it)
+    if not found:
+        return []
+    folder = it.samples / f"step-{min(found, key=lambda one: abs(one - step)):08d}"
+    files = sorted(file for file in folder.glob("*.png"))
+    if prompt:
+        files = [file for file in files if file.name.startswith(f"{prompt - 1:02d}-")]
+    else:
+        files = list({file.name.partition("-")[0]: file for file in reversed(files)}.values())[::-1]
+    return [f"{it.id}/samples/{folder.name}/{file.name}" for file in files[:4]]
+
+
+def curve(site: Site, id: str) -> str:
+    """Score against learning rate, and the usable range of every row."""
+    comparison = read(site, id)
+    ranges = "".join(
+        f"<tr><td><i style='background:{report.line_colour(index)}'></i>{esc(row)}</td>"
+        f"<td>{esc(found) if found else 'none of the rates tried'}</td></tr>"
+        for index, (row, found) in enumerate(comparison.ranges().items())
+    )
+    head = "<thead><tr><th></th><th>learning rates that worked</th></tr></thead>"
+    drawn = report.draw_curve(comparison) if comparison.rates else ""
+    return f"<div class='curve'>{drawn}<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div></div>"
+
+
+def table(site: Site, id: str) -> str:
+    """Every cell's numbers."""
+    comparison = read(site, id)
+    cells = [comparison.base, *comparison.cells]
+    names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
+    head = "".join(f"<th>{esc(name)}</th>" for name in ["", "rate", "seed", "state", *names])
+    rows = "".join(
+        f"<tr><td>{esc(cell.row)}</td><td>{'' if not cell.run else shown_rate(cell.rate)}</td><td>{cell.seed}</td>"
+        f"<td>{esc(cell.state)}</td>"
+        + "".join(f"<td>{draw.number(cell.metrics.get(name))}</td>" for name in names)
+        + "</tr>"
+        for cell in cells
+    )
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def export(site: Site, id: str) -> str:
+    """Links to the comparison's files."""
+    folder = read(site, id).folder
+    names = {"grid.png": "Grid (PNG)", "report.html": "Report (HTML)", "table.csv": "Table (CSV)", "table.json": "JSON"}
+    links = [
+        f"<li><a href='{url(f'{id}/{file}')}?download=1' download>{label}</a></li>"
+        for file, label in names.items()
+        if (folder / file).is_file()
+    ]
+    return f"<ul class='files'>{''.join(links)}</ul>"
+
+
+def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
+    """The cell chosen last in full size with its facts, and under a slider with the one chosen before."""
+    if not chosen:
+        return draw.empty("Choose a cell", "It is shown in full size; a second one lies under a slider with the first.")
+    comparison = read(site, id)
+    cells = {cell.run: cell for cell in comparison.cells} | {"base": comparison.base}
+    found = [cells[run] for run in chosen if run in cells]
+    if not found:
+        return draw.notice("That cell is not in this comparison; choose another one.", "bad")
+    last = found[-1]
+    picture = next(iter(_pictures(last, prompt)), None)
+    shown = ""
+    if picture:
+        if len(found) > 1 and (other := next(iter(_pictures(found[-2], prompt)), None)):
+            shown = _before_after(id, (found[-2], other), (last, picture))
+        else:
+            shown = f"<img src='{url(f'{id}/{picture.file}')}' alt='{esc(comparison.prompts[picture.prompt])}'>"
+    told: dict[str, object] = {"run": last.run or "the untouched base", "state": last.state}
+    if last.message:
+        told["how it ended"] = last.message
+    if picture:
+        told |= {"prompt": comparison.prompts[picture.prompt], "noise": picture.seed}
+        told |= {"seen": picture.note} if picture.note else {}
+    told |= {name: draw.number(number) for name, number in last.metrics.items()}
+    before = found[-2] if len(found) > 1 else None
+    differs = _differences(site, last, before)
+    rows = "".join(f"<tr><td>{esc(key)}</td><td>{esc(a)}</td><td>{esc(b)}</td></tr>" for key, a, b in differs)
+    names = f"<tr><th>configuration</th><th>this</th><th>{'the one before' if before else 'others have'}</th></tr>"
+    lists = f"<div class='scroll'><table>{names}{rows}</table></div>" if rows else ""
+    return f"<div class='pair'><div>{shown}</div><div>{draw.facts(told)}{lists}</div></div>"
+
+
+def _before_after(id: str, before: tuple[Cell, Picture], after: tuple[Cell, Picture]) -> str:
+    labels = [f"{cell.row} {'' if not cell.run else shown_rate(cell.rate)}" for cell, _ in (before, after)]
+    files = [url(f"{id}/{picture.file}") for _, picture in (before, after)]
+    return (
+        f"<div class='before-after'><img src='{files[0]}' alt='{esc(labels[0])}'>"
+        f"<img class='over' src='{files[1]}' alt='{esc(labels[1])}'>"
+        "<input type='range' min='0' max='100' value='50' aria-label='before and after' "
+        "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\">"
+        f"<p><span>{esc(labels[0])}</span><span>{esc(labels[1])}</span></p></div>"
+    )
+
+
+def _differences(site: Site, cell: Cell, other: Cell | None) -> list[tuple[str, Any, Any]]:
+    """Where a cell's configuration differs from another's; without one, the keys in which the cells differ at all."""
+    if not cell.run or (other and not other.run):
+        return []
+    if other is None:
+        return [(key, mine, "") for key, mine in cell.config.items()]
+    try:
+        mine, theirs = (flat(open_run(site, one.run).config()) for one in (cell, other))
+    except EquipoiseError:
+        mine, theirs = cell.config, other.config
+    return [(key, mine[key], theirs.get(key)) for key in mine if mine[key] != theirs.get(key) and key != "name"]
+
+
+def generate(site: Site, refs: Sequence[str], prompt: str, count: float | None, scale: float | None) -> str:
+    """Starts one job that draws a prompt (or the runs' own prompts) from all cells; returns its name.
+
+    Raises:
+        InputError: nothing is chosen, or something of it is still at work.
+    """
+    if not refs:
+        raise InputError("Choose a sweep, or some runs, first.")
+    if len(prompt) > MOST_PROMPT:
+        raise InputError(f"The prompt has {len(prompt)} characters; {MOST_PROMPT} are the most.")
+    for ref in refs:
+        run = open_run(site, ref)
+        parts = sweeps.cells(run) if run.status().kind == "sweep" else [run]
+        if waiting := [one.id for one in parts if not one.status().over]:
+            raise InputError(f"{waiting[0]}: is not finished yet; compare when it is.")
+    asked: dict[str, Any] = {"prompts": [prompt.strip()]} if prompt.strip() else {}
+    if count:
+        asked["count"] = max(1, min(MOST_COUNT, int(count)))
+    if scale is not None and (scale != 1 or asked):
+        asked["scale"] = round(float(scale), 3)
+    return background.compare(site.store.root, list(refs), asked)
+
+
+def working(site: Site, refs: Sequence[str]) -> str:
+    """The comparison of these runs that is being made, or that failed last."""
+    for job in background.jobs(site.store.root):
+        if set(job.runs) == set(refs):
+            if job.state == "running":
+                return draw.notice(f"Generating … {job.log.splitlines()[-1] if job.log else 'starting'}")
+            if job.state == "dead":
+                last = job.log.splitlines()[-1] if job.log else "it said nothing"
+                return draw.notice(f"The last comparison came to nothing: {last}", "bad")
+            return ""
+    return ""
+
+
+# The page
+
+
+def build(site: Site, tab: gr.Tab) -> None:
+    """Draws the tab."""
+    gr.HTML(
+        "<h2>Compare</h2><p class='lead'>The same prompts from the same noise for every cell, beside the untouched "
+        "base.</p>"
+    )
+    refs = gr.Dropdown(
+        choices(site),
+        value=[],
+        multiselect=True,
+        label="Sweep, or runs",
+        info="one sweep, or several runs",
+        elem_id="compare-refs",
+    )
+    with gr.Row():
+        which = gr.Dropdown([], label="Comparison", interactive=True, elem_id="compare-which")
+        rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", interactive=True)
+        columns = gr.Dropdown([("learning rate", RATE)], value=RATE, label="Columns", interactive=True)
+    with gr.Row():
+        prompt = gr.Slider(
+            0,
+            1,
+            value=0,
+            step=1,
+            label="Prompt",
+            info="0: the first of each",
+            interactive=True,
+            elem_id="compare-prompt",
+        )
+        step = gr.Slider(
+            0,
+            1,
+            value=1,
+            step=1,
+            label="Step",
+            info="samples while training; the last is the end",
+            interactive=True,
+            visible=False,
+        )
+        scale = gr.Slider(
+            0,
+            2,
+            value=1,
+            step=0.05,
+            label="LoRA scale",
+            info="shows the comparison made at it, if there is one",
+            interactive=True,
+        )
+    title = gr.HTML(elem_id="compare-prompt-text")
+    shown = gr.HTML(
+        draw.empty("Nothing chosen", "Choose a sweep above. One that is done has its comparison already."),
+        js_on_load=ON_CLICK,
+        elem_id="grid",
+    )
+    with gr.Accordion("New prompt", open=True):
+        with gr.Row():
+            words = gr.Textbox(
+                label="Prompt", placeholder="empty: the runs' own prompts", max_lines=3, scale=4, elem_id="new-prompt"
+            )
+            count = gr.Number(1, label="Pictures each", minimum=1, maximum=MOST_COUNT, precision=0)
+            go = gr.Button("Generate", variant="primary", elem_id="generate")
+    message = gr.HTML(elem_id="compare-message")
+    detail = gr.HTML(elem_id="cell-detail")
+    with gr.Row():
+        robust = gr.HTML()
+    numbers = gr.HTML()
+    links = gr.HTML(elem_id="export")
+    chosen = gr.State([])
+    seen = gr.State("")
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+    def draw_grid(id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str]) -> list[Any]:
+        if not id:
+            return [gr.skip(), ""]
+        try:
+            comparison = read(site, id)
+            found = steps(site, comparison)
+            at = int(step) if found and step < max(found) else None
+            number = min(int(prompt or 0), len(comparison.prompts))
+            marked = ["" if run == "base" else run for run in picked]
+            text = comparison.prompts[number - 1] if number else " · ".join(comparison.prompts[:4])
+            return [grid(site, id, rows, columns, number, at, marked), f"<p class='hint'>{esc(text)}</p>"]
+        except (EquipoiseError, OSError) as error:
+            return [draw.notice(str(error), "bad"), ""]
+
+    def pick(refs: list[str]) -> list[Any]:
+        found = made(site, refs or [])
+        options = gr.update(choices=[(item.label, item.id) for item in found], value=found[0].id if found else None)
+        return [options, *open_one(found[0].id if found else "", refs or [])]
+
+    def open_one(id: str, refs: list[str]) -> list[Any]:
+        nothing: list[Any] = [gr.skip()] * 4
+        if not refs:
+            return [*nothing, draw.empty("Nothing chosen", "Choose a sweep above."), "", "", "", "", "", [], "", ""]
+        if not id:
+            words = draw.empty(
+                "Not compared yet", "Generate draws these runs' prompts, or a new one, from all of them."
+            )
+            return [*nothing, words, "", "", "", "", "", [], working(site, refs), ""]
+        try:
+            comparison = read(site, id)
+            found = steps(site, comparison)
+            slider = gr.update(minimum=0, maximum=max(len(comparison.prompts), 1), value=0)
+            last = max(found, default=1)
+            options = axes(comparison)
+            return [
+                gr.update(choices=options, value=ROW),
+                gr.update(choices=options, value=RATE),
+                slider,
+                gr.update(visible=len(found) > 1, minimum=min(found, default=0), maximum=last, value=last),
+                *draw_grid(id, ROW, RATE, 0, last, []),
+                cell_detail(site, id, [], 0),
+                curve(site, id),
+                table(site, id),
+                export(site, id),
+                [],
+                working(site, refs),
+                id,
+            ]
+        except (EquipoiseError, OSError) as error:
+            return [*nothing, draw.notice(str(error), "bad"), "", "", "", "", "", [], "", ""]
+
+    def click(
+        id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str], event: gr.EventData
+    ) -> list[Any]:
+        run = str(getattr(event, "id", ""))
+        picked = [*(one for one in picked if one != run), run][-2:]
+        try:
+            words = cell_detail(site, id, picked, int(prompt or 0))
+        except (EquipoiseError, OSError) as error:
+            words = draw.notice(str(error), "bad")
+        return [picked, words, draw_grid(id, rows, columns, prompt, step, picked)[0]]
+
+    def start(refs: list[str], text: str, count: float, scale: float) -> str:
+        try:
+            generate(site, refs or [], text or "", count, scale)
+            return working(site, refs) or draw.notice("Generating … starting")
+        except EquipoiseError as error:
+            return draw.notice(str(error), "bad")
+
+    def look(refs: list[str], id: str, seen: str) -> list[Any]:
+        """What the timer asks: whether a job has ended, and then its comparison."""
+        if not refs:
+            return [gr.skip(), gr.skip()]
+        found = [item.id for item in made(site, refs)]
+        state = f"{working(site, refs)}|{','.join(found)}"
+        if state == seen:
+            return [gr.skip(), gr.skip()]
+        return [working(site, refs), state]
+
+    def renew(refs: list[str], id: str, state: str) -> Any:
+        """When another comparison has come, offers it, and shows it if it is the first or the youngest."""
+        found = made(site, refs or [])
+        options = [(item.label, item.id) for item in found]
+        jobs = [item for item in found if item.id.startswith(background.COMPARISONS)]
+        best = (jobs or found)[0].id if found else None
+        return gr.update(choices=options, value=best)
+
+    def by_scale(refs: list[str], id: str, scale: float) -> list[Any]:
+        found = made(site, refs or [])
+        now = next((item for item in found if item.id == id), None)
+        for item in found:
+            if now and item.prompts == now.prompts and abs((1.0 if item.scale is None else item.scale) - scale) < 1e-6:
+                return [item.id if item.id != id else gr.skip(), ""]
+        if now is None:
+            return [gr.skip(), ""]
+        return [
+            gr.skip(),
+            draw.notice(f"Nothing is drawn at scale {scale:g} yet: Generate does that, for the prompt below."),
+        ]
+
+    opened = [rows, columns, prompt, step, shown, title, detail, robust, numbers, links, chosen, message]
+    last = gr.State("")
+    tab.select(lambda: gr.update(choices=choices(site)), None, refs, **private)
+    refs.change(pick, refs, [which, *opened, last], **private)
+    which.change(
+        lambda id, refs, last: open_one(id, refs) if id and id != last else [gr.skip()] * (len(opened) + 1),
+        [which, refs, last],
+        [*opened, last],
+        **private,
+    )
+    view = [which, rows, columns, prompt, step, chosen]
+    gr.on([rows.input, columns.input, prompt.change, step.change], draw_grid, view, [shown, title], **private)
+    prompt.change(
+        lambda id, picked, number: cell_detail(site, id, picked, int(number or 0)) if id else "",
+        [which, chosen, prompt],
+        detail,
+        **private,
+    )
+    shown.select(click, view, [chosen, detail, shown], **private)
+    go.click(start, [refs, words, count, scale], message, **private)
+    scale.release(by_scale, [refs, which, scale], [which, message], **private)
+    timer = gr.Timer(POLL)
+    timer.tick(look, [refs, which, seen], [message, seen], trigger_mode="once", **private)
+    seen.change(renew, [refs, which, seen], which, **private)

@@ -1,0 +1,81 @@
+"""Pieces of HTML and SVG. Every text that comes from a file or a user is escaped here and nowhere else."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
+_POINTS = 400  # of a line; more cannot be told apart on a screen
+
+
+def esc(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def notice(text: str, kind: str = "info") -> str:
+    """A sentence in the page; kind info, good or bad."""
+    lines = "".join(f"<li>{esc(line)}</li>" for line in text.splitlines() if line.strip())
+    return f'<ul class="notice {kind}" role="{"alert" if kind == "bad" else "status"}">{lines}</ul>' if lines else ""
+
+
+def empty(title: str, text: str) -> str:
+    """What is shown where there is nothing yet, with what to do next."""
+    return f'<div class="empty-state"><strong>{esc(title)}</strong><p>{esc(text)}</p></div>'
+
+
+def span(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def facts(pairs: Mapping[str, object]) -> str:
+    """Names and values beside each other."""
+    return "<dl class='facts'>" + "".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in pairs.items()) + "</dl>"
+
+
+def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: bool = False) -> str:
+    """Lines over steps as SVG; on a logarithmic axis where asked for and everything is positive."""
+    finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
+    values = [y for points in finite.values() for _, y in points]
+    if not values:
+        return ""
+    log = log and min(values) > 0
+    scale = math.log10 if log else float
+    low, high = scale(min(values)), scale(max(values))
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
+    first = min(x for points in finite.values() for x, _ in points)
+    last = max(x for points in finite.values() for x, _ in points)
+    width, height, left, right, top, bottom = 520, 220, 58, 12, 12, 26
+
+    def across(x: float) -> float:
+        return left + (x - first) / ((last - first) or 1) * (width - left - right)
+
+    def down(y: float) -> float:
+        return height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom)
+
+    drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{esc(title)}">']
+    for share in (0, 0.5, 1):
+        at = low + share * (high - low)
+        y = height - bottom - share * (height - top - bottom)
+        drawn.append(f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        drawn.append(
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{number(10**at if log else at, 3)}</text>'
+        )
+    for x, anchor in ((first, "start"), (last, "end")):
+        drawn.append(f'<text x="{across(x):.1f}" y="{height - 8}" text-anchor="{anchor}">{x:g}</text>')
+    for index, points in enumerate(finite.values()):
+        few = points[:: max(1, len(points) // _POINTS)] + points[-1:]
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in few)
+        drawn.append(f'<polyline points="{path}" style="stroke:{INKS[index % len(INKS)]}"/>')
+    legend = "".join(
+        f'<span><i style="background:{INKS[index % len(INKS)]}"></i>{esc(name)} <b>{number(points[-1][1])}</b></span>'
+        for index, (name, points) in enumerate(finite.items())
+        if points
+    )
+    return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'

@@ -1,0 +1,270 @@
+"""A pipeline's configuration as a form: one field per key of its record, and back again.
+
+Several plugins, or several values of a number separated by commas, become axes of a sweep. Nothing here knows any
+pipeline or optimizer by name, and nothing imports gradio.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from equipoise import registry
+from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.options import options
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import yamlio
+from equipoise.pipelines.config import Key, PluginSection, RunConfig
+from equipoise.pipelines.keys import section_at
+
+NOT_ASKED = ("pipeline", "runs", "sweep")  # what the form itself settles
+OPTION_HEADERS = ["plugin", "option", "value", "default", "must be", "what it does"]
+_NUMBERS = ("int", "float", "int or none", "float or none")
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one key is asked for."""
+
+    key: Key
+    kind: str  # plugin, choice, truth, number, lines, text
+    choices: tuple[str, ...] = ()
+    basic: bool = False  # shown before the sections are opened
+
+    @property
+    def label(self) -> str:
+        return (self.key.short or self.key.key.rpartition(".")[2]).replace("_", " ")
+
+    @property
+    def section(self) -> str:
+        return self.key.key.rpartition(".")[0].replace(".", " · ").replace("_", " ") or "run"
+
+    @property
+    def info(self) -> str:
+        """Help, bounds and key on one line."""
+        words = [self.key.help.rstrip(".")]
+        if self.key.bounds:
+            words.append(self.key.bounds)
+        return f"{'; '.join(filter(None, words))} [{self.key.key}]"
+
+
+def fields(cls: type[RunConfig]) -> list[Field]:
+    """The form of a configuration record, in the order of its definition."""
+    return [_field(cls, key) for key in configs.describe(cls) if key.key not in NOT_ASKED and not _is_options(cls, key)]
+
+
+def _field(cls: type[RunConfig], key: Key) -> Field:
+    basic = bool(key.short) or key.key in ("name", "seed") or key.key.endswith(".prompts")
+    if kind := plugin_kind(cls, key.key):
+        return Field(key, "plugin", tuple(entry.name for entry in registry.entries(kind) if not entry.error), basic)
+    if key.choices:
+        return Field(key, "choice", tuple(map(str, key.choices)), basic)
+    if key.type == "bool":
+        return Field(key, "truth", (), basic)
+    if key.type in _NUMBERS:
+        return Field(key, "number", (), basic)
+    return Field(key, "lines" if key.type.startswith("list[") else "text", (), basic)
+
+
+def plugin_kind(cls: type[RunConfig], dotted: str) -> str | None:
+    """The kind of plugin that a key chooses, or None."""
+    parent, _, last = dotted.rpartition(".")
+    section = section_at(cls, parent) if parent and last == "name" else None
+    return section.KIND if section and issubclass(section, PluginSection) else None
+
+
+def _is_options(cls: type[RunConfig], key: Key) -> bool:
+    parent, _, last = key.key.rpartition(".")
+    return last == "options" and plugin_kind(cls, f"{parent}.name") is not None
+
+
+def show(config: RunConfig) -> dict[str, Any]:
+    """What each field shows for a configuration, its sweep's axes included, by dotted key."""
+    flat, cls = configs.flat(config), type(config)
+    axes = {_plugin_key(cls, cls.SHORT.get(key, key)): values for key, values in config.sweep.items()}
+    shown = {}
+    for item in fields(cls):
+        values = axes.get(item.key.key, [flat[item.key.key]])
+        if item.kind == "plugin":
+            shown[item.key.key] = [str(value["name"] if isinstance(value, dict) else value) for value in values]
+        elif item.kind == "number":
+            shown[item.key.key] = ", ".join(map(_text, values))
+        elif item.kind == "choice":
+            shown[item.key.key] = "" if values[0] is None else str(values[0])
+        elif item.kind == "truth":
+            shown[item.key.key] = bool(values[0])
+        elif item.kind == "lines":
+            shown[item.key.key] = "\n".join(map(_text, values[0]))
+        else:
+            shown[item.key.key] = _text(values[0])
+    return shown
+
+
+def _plugin_key(cls: type[RunConfig], key: str) -> str:
+    """`optimizer` and `optimizer.name` mean the same axis."""
+    return f"{key}.name" if plugin_kind(cls, f"{key}.name") else key
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def option_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given: RunConfig | None) -> list[list[str]]:
+    """The options of the chosen plugins, as rows under OPTION_HEADERS.
+
+    Args:
+        cls: the configuration record.
+        chosen: dotted key of a plugin's name → the names chosen there.
+        given: a configuration whose options fill the values in.
+    """
+    rows = []
+    for key, names in chosen.items():
+        section = section_at(cls, key.rpartition(".")[0])
+        assert section is not None and issubclass(section, PluginSection)
+        for name in names:
+            values = _given_options(given, key, name) if given else {}
+            for option, default, wanted, text in _options(section.KIND, name):
+                if option not in section.OWN:
+                    rows.append([name, option, _text(values.get(option)), default, wanted, text])
+    return rows
+
+
+@cache
+def _options(kind: str, name: str) -> list[tuple[str, str, str, str]]:
+    """(option, default, type and bounds, help); none of a plugin that cannot be loaded, which the check reports."""
+    try:
+        found = options(registry.load(kind, name))
+    except EquipoiseError:
+        return []
+    return [
+        (
+            option.name,
+            "required" if option.required else "none" if option.default is None else _text(option.default),
+            f"{option.type} {option.bounds or ''}".strip(),
+            option.help,
+        )
+        for option in found
+    ]
+
+
+def _given_options(config: RunConfig, key: str, name: str) -> dict[str, Any]:
+    parent = key.rpartition(".")[0]
+    for value in (item for axis, values in config.sweep.items() if axis in (parent, key) for item in values):
+        if isinstance(value, dict) and value.get("name") == name:
+            return dict(value.get("options", {}))
+    flat = configs.flat(config)
+    return dict(flat[f"{parent}.options"]) if flat[key] == name else {}
+
+
+def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The values of a filled-in form by dotted key, `sweep` among them.
+
+    Args:
+        cls: the configuration record.
+        shown: what the fields hold, by dotted key.
+        rows: the table of options.
+
+    Raises:
+        ConfigError: what cannot be read, one line each.
+    """
+    values: dict[str, Any] = {}
+    axes: dict[str, list[Any]] = {}
+    problems: list[str] = []
+    for item in fields(cls):
+        key, given = item.key.key, shown.get(item.key.key)
+        short = item.key.short or key
+        if item.kind == "plugin":
+            parent = key.rpartition(".")[0]
+            names = [given] if isinstance(given, str) else list(given or [])
+            found = {name: _rows_of(rows, name, problems) for name in names}
+            if len(names) == 1:
+                values[key], values[f"{parent}.options"] = names[0], found[names[0]]
+            elif names:
+                values[f"{parent}.options"] = {}
+                axes[parent] = [{"name": name, "options": found[name]} if found[name] else name for name in names]
+            else:
+                problems.append(f"{key}: choose at least one.")
+        elif item.kind == "number":
+            try:
+                numbers = read_numbers(str(given or ""))
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+                continue
+            if len(numbers) > 1:
+                axes[short] = numbers
+            elif numbers or "none" in item.key.type:
+                values[key] = numbers[0] if numbers else None
+            else:
+                problems.append(f"{key}: is empty; give a number.")
+        elif item.kind == "lines":
+            lines = [line.strip() for line in str(given or "").splitlines() if line.strip()]
+            values[key] = lines if "str" in item.key.type else [configs.parse_value(line) for line in lines]
+        elif item.kind == "text":
+            text = str(given or "").strip()
+            if item.key.type.startswith(("mapping", "dict")):
+                values[key] = _mapping(key, text, problems)
+            else:
+                values[key] = text or (None if "none" in item.key.type else "")
+        elif item.kind == "choice":
+            typed = {str(choice): choice for choice in item.key.choices}
+            values[key] = typed.get(str(given), given or None)
+        else:
+            values[key] = bool(given)
+    if problems:
+        raise ConfigError(problems)
+    return {**values, "sweep": axes}
+
+
+def _rows_of(rows: Sequence[Sequence[Any]], name: str, problems: list[str]) -> dict[str, Any]:
+    found = {}
+    for row in rows:
+        text = str(row[2] if row[2] is not None else "").strip()
+        if str(row[0]) == name and text and text != "nan":
+            found[str(row[1])] = configs.parse_value(text)
+    return found
+
+
+def _mapping(key: str, text: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = yamlio.parse(text or "{}")
+    except ValueError as error:
+        problems.append(f"{key}: {error}.")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{key}: must be a mapping such as {{name: value}}, got {text[:60]!r}.")
+        return {}
+    return value
+
+
+def read_numbers(text: str) -> list[int | float]:
+    """`1e-4`, `1e-4, 1e-3`, or `1e-5 .. 1e-1 : 5`, which is five values at equal ratios.
+
+    Raises:
+        ValueError: Something else.
+    """
+    if ".." in text:
+        ends, _, count = text.partition(":")
+        low, _, high = ends.partition("..")
+        try:
+            first, last, steps = float(low), float(high), int(count or 5)
+        except ValueError:
+            raise ValueError(f"a range is written 1e-5 .. 1e-1 : 5, got {text[:60]!r}.") from None
+        if not (0 < first < last < math.inf and 2 <= steps <= 50):
+            raise ValueError(f"a range rises from above 0, in 2 to 50 values, got {text[:60]!r}.")
+        ratio = (last / first) ** (1 / (steps - 1))
+        return [float(f"{first * ratio**index:.3g}") for index in range(steps)]
+    numbers: list[int | float] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part:
+            value = configs.parse_value(part)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"must be a number, or several with commas between, got {part[:60]!r}.")
+            numbers.append(value)
+    return numbers

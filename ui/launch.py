@@ -1,0 +1,411 @@
+"""The tab Launch: a form made from a pipeline's own record, checked, shown as YAML and command, and started."""
+
+import json
+import re
+import secrets
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from equipoise import registry
+from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.pipelines import background, comparison
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.axes import expand
+from equipoise.pipelines.config import RunConfig
+from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.shipped import shipped
+from equipoise.ui import draw, forms
+from equipoise.ui.safety import PICTURES, Site, check_picture
+
+FEW = 5  # finished runs that the estimate looks at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a form comes to."""
+
+    config: RunConfig
+    cells: int  # runs it will train
+    preset: str  # the shipped configuration it began with, or ""
+
+    @property
+    def yaml(self) -> str:
+        return configs.dump(self.config)
+
+    @property
+    def command(self) -> str:
+        """What does the same in a terminal."""
+        verb = "sweep" if self.config.sweep else "train"
+        if not self.preset:
+            return f"equipoise {verb} FILE.yaml   # the YAML below"
+        before = configs.flat(configs.load(self.preset))
+        words = ["equipoise", verb, self.preset]
+        for key, value in configs.flat(self.config).items():
+            if value != before.get(key) and key not in ("sweep", "runs"):
+                words.append(f"{key}={_word(value)}")
+        if self.config.sweep and self.config.sweep != before["sweep"]:
+            for key, values in self.config.sweep.items():
+                words += ["--axis", f"{key}={json.dumps(values)}"]
+        return " ".join(map(shlex.quote, [*words, f"--runs={self.config.runs}"]))
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def plan(site: Site, pipeline: str, preset: str, shown: dict[str, Any], rows: Sequence[Sequence[Any]]) -> Plan:
+    """Checks a filled-in form.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    cls = registry.load("pipelines", pipeline)
+    for short in ("data", "model"):
+        if (key := cls.Config.SHORT.get(short)) in shown:
+            shown = {**shown, key: site.place(str(shown[key] or ""))}
+    values = forms.read(cls.Config, shown, rows)
+    base = configs.load(preset) if preset else _plain(pipeline, cls.Config, values)
+    config = configs.set_keys(base, {**values, "runs": str(site.store.root)}, source="form")
+    cells = expand(config) if config.sweep else {"": config}
+    if problems := [*site.problems(config), *(line for cell in cells.values() for line in site.problems(cell))]:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Plan(config, len(cells), preset)
+
+
+def _plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
+    """A pipeline's record with its own defaults, and from the form what it requires."""
+    given = {key: value for key, value in values.items() if key != "sweep"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "form.yaml"
+        file.write_text(json.dumps({"pipeline": pipeline, "name": str(given.get("name") or "run")}))
+        words = [
+            f"{key.key}={_word(given[key.key])}" for key in configs.describe(cls) if key.required and key.key in given
+        ]
+        return configs.load(file, [word for word in words if not word.startswith(("pipeline=", "name="))])
+
+
+def launch(site: Site, made: Plan, workers: int | None = None) -> str:
+    """Creates the run or sweep and starts it in the background; returns its id.
+
+    Raises:
+        ConfigError: the world it points to is not as it should be, one line each.
+    """
+    config = made.config
+    if config.sweep:
+        run = sweeps.create(config)
+    else:
+        if problems := registry.load("pipelines", config.pipeline).check(config):
+            raise ConfigError(problems)
+        run = site.store.create(config)
+    background.start(run, workers)
+    return run.id
+
+
+def estimate(site: Site, made: Plan, workers: int) -> str:
+    """How long it may take, from what earlier runs of the same pipeline and model measured here."""
+    flat = configs.flat(made.config)
+    steps, paces = flat.get("train.steps"), []
+    model = made.config.SHORT.get("model", "")
+    for item in site.store.list(states=("done",), kinds=("run", "cell")):
+        if item.pipeline != made.config.pipeline or not item.step or item.duration <= 0:
+            continue
+        try:
+            theirs = configs.flat(site.store.get(item.id, kinds=("run", "cell")).config())
+        except EquipoiseError:
+            continue
+        if all(theirs.get(key) == flat.get(key) for key in (model, "train.batch", "data.resolution")):
+            paces.append(item.duration / item.step)
+        if len(paces) == FEW:
+            break
+    runs = f"{made.cells} runs" if made.cells > 1 else "1 run"
+    if not paces or not isinstance(steps, int):
+        return f"{runs} of {steps} steps. How long they take is not known yet: nothing like it has run here."
+    pace = sorted(paces)[len(paces) // 2]
+    total = pace * steps * -(-made.cells // max(1, workers))
+    return f"{runs} of {steps} steps, about {draw.span(total)} in all ({pace:.3g} s per step, measured here)."
+
+
+def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequence[Sequence[Any]]) -> str:
+    """Puts uploaded pictures and their captions into a new folder; returns its path.
+
+    Args:
+        name: a word for the folder.
+        files: where the upload left them.
+        captions: (file name, caption) rows in the same order.
+
+    Raises:
+        InputError: no word, no pictures, too many, or one that is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,40}", name or ""):
+        raise InputError(f"the name must be one word of letters, digits, _ and -, got {name[:60]!r}.")
+    if not 0 < len(files) <= PICTURES:
+        raise InputError(f"choose 1 to {PICTURES} pictures, got {len(files)}.")
+    for file in files:
+        check_picture(Path(file), Path(file).name)
+    folder = site.store.root / "uploads" / f"{name}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    lines = []
+    for index, file in enumerate(files):
+        kept = f"{index:03d}{Path(file).suffix.lower()}"
+        shutil.copyfile(file, folder / kept)
+        caption = str(captions[index][1] or "").strip() if index < len(captions) else ""
+        lines.append(json.dumps({"file_name": kept, "text": caption or name}, ensure_ascii=False))
+    write_atomic(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+    return str(folder)
+
+
+def presets(pipeline: str) -> list[str]:
+    """The shipped configurations of a pipeline, the one that needs nothing else first."""
+    found = [name for name in shipped() if configs.config_class(name) is registry.load("pipelines", pipeline).Config]
+    return sorted(found, key=lambda name: (not name.endswith("/demo"), name))
+
+
+def read_yaml(file: str, pipeline: str) -> RunConfig:
+    """A configuration that a user brings, which must be of this pipeline.
+
+    Raises:
+        ConfigError: what is wrong with it.
+    """
+    config = configs.load(file)
+    if config.pipeline != pipeline:
+        raise InputError(f"{Path(file).name}: is for the pipeline {config.pipeline}; choose that one above first.")
+    return config
+
+
+def said(error: EquipoiseError) -> str:
+    """An error as a list in the page, without the word for where it came from."""
+    return draw.notice(
+        "\n".join(re.sub(r"^(form|config|cell [^:]*): ", "", line) for line in str(error).splitlines()), "bad"
+    )
+
+
+# The page
+
+
+@dataclass
+class Form:
+    """One pipeline's part of the tab."""
+
+    pipeline: str
+    items: list[forms.Field]
+    widgets: list[Any]
+    preset: gr.Dropdown
+    options: gr.DataFrame
+
+    def shown(self, values: Sequence[Any]) -> dict[str, Any]:
+        return {item.key.key: value for item, value in zip(self.items, values, strict=True)}
+
+    def fill(self, config: RunConfig) -> list[Any]:
+        """Updates of all widgets and the table of options."""
+        shown = forms.show(config)
+        chosen = {item.key.key: shown[item.key.key] for item in self.items if item.kind == "plugin"}
+        rows = forms.option_rows(type(config), chosen, config)
+        return [*(gr.update(value=shown[item.key.key]) for item in self.items), gr.update(value=rows)]
+
+
+def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
+    """Draws the tab; returns the pipelines' forms and the choice between them."""
+    names = [entry.name for entry in registry.entries("pipelines") if not registry.check(entry)]
+    titles = {name: registry.load("pipelines", name).title or name for name in names}
+    names.sort(key=lambda name: name != "text_to_image")
+    gr.HTML(
+        "<h2>Launch</h2><p class='lead'>Choose optimizers and learning rates; several of either make a sweep. "
+        "Runs go on in the background, whatever becomes of this page.</p>"
+    )
+    chosen = gr.Radio(
+        [(titles[name], name) for name in names], value=names[0], label="Pipeline", elem_id="pipeline", interactive=True
+    )
+    found = {}
+    columns = []
+    for name in names:
+        with gr.Column(visible=name == names[0], elem_classes=["form"]) as column:
+            found[name] = _form(site, name, workers)
+        columns.append(column)
+    chosen.change(
+        lambda name: [gr.update(visible=name == other) for other in names],
+        chosen,
+        columns,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return found, chosen
+
+
+def _form(site: Site, pipeline: str, workers: int) -> Form:
+    cls = registry.load("pipelines", pipeline).Config
+    items = forms.fields(cls)
+    ready = presets(pipeline)
+    start = configs.load(ready[0]) if ready else None
+    shown = forms.show(start) if start else {}
+    with gr.Row():
+        preset = gr.Dropdown(
+            [("the pipeline's own defaults", ""), *((name, name) for name in ready)],
+            value=ready[0] if ready else "",
+            label="Begin with",
+            info="a configuration that comes with Equipoise",
+            interactive=True,
+        )
+        bring = gr.UploadButton("Load YAML …", file_types=[".yaml", ".yml"], size="md", elem_classes=["quiet"])
+    widgets: dict[str, Any] = {}
+    with gr.Group(elem_classes=["fields"]):
+        for item in sorted((i for i in items if i.basic), key=_rank):
+            widgets[item.key.key] = _widget(site, cls, item, shown)
+    rest: dict[str, list[forms.Field]] = {}
+    for item in items:
+        if not item.basic:
+            rest.setdefault(item.section, []).append(item)
+    with gr.Accordion("Everything else", open=False):
+        for section, some in rest.items():
+            gr.HTML(f"<h4>{draw.esc(section)}</h4>")
+            with gr.Group(elem_classes=["fields"]):
+                for item in some:
+                    widgets[item.key.key] = _widget(site, cls, item, shown)
+    with gr.Accordion("Options of what is chosen above", open=False):
+        options = gr.DataFrame(
+            headers=forms.OPTION_HEADERS,
+            datatype="str",
+            interactive=True,
+            static_columns=[0, 1, 3, 4, 5],
+            column_widths=["12%", "12%", "14%", "12%", "20%", "30%"],
+            wrap=True,
+            label="Edit the column value; empty means the default",
+            buttons=[],
+            max_height=360,
+        )
+    if cls.SHORT.get("data", "").endswith(".folder"):
+        _uploads(site, widgets[cls.SHORT["data"]])
+    ordered = [widgets[item.key.key] for item in items]
+    form = Form(pipeline, items, ordered, preset, options)
+    message = gr.HTML(elem_classes=["message"])
+    with gr.Row(elem_classes=["actions"]):
+        check = gr.Button("Check and show", elem_id=f"check-{pipeline}")
+        go = gr.Button("Start", variant="primary", elem_id=f"start-{pipeline}")
+    with gr.Column(visible=False, elem_classes=["plan"]) as shown_plan:
+        facts = gr.HTML()
+        command = gr.Code(
+            label="The same in a terminal",
+            language="shell",
+            interactive=False,
+            wrap_lines=True,
+            lines=1,
+            show_line_numbers=False,
+        )
+        text = gr.Code(label="Complete configuration", language="yaml", interactive=False, max_lines=24)
+        save = gr.DownloadButton("Save as YAML", size="md", elem_classes=["quiet"])
+
+    def on_check(name: str, rows: Any, *values: Any) -> list[Any]:
+        try:
+            made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
+        except EquipoiseError as error:
+            return [said(error), gr.update(visible=False), *[gr.skip()] * 4]
+        folder = Path(tempfile.mkdtemp(prefix="equipoise-ui-"))
+        (folder / f"{made.config.name}.yaml").write_text(made.yaml)
+        words = draw.notice(estimate(site, made, workers))
+        return ["", gr.update(visible=True), words, made.command, made.yaml, str(folder / f"{made.config.name}.yaml")]
+
+    def on_start(name: str, rows: Any, *values: Any) -> str:
+        try:
+            made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
+            return draw.notice(f"Started {launch(site, made, workers)}. The tab Runs shows how it goes.", "good")
+        except EquipoiseError as error:
+            return said(error)
+
+    def on_preset(name: str) -> list[Any]:
+        return form.fill(configs.load(name)) if name else [gr.skip()] * (len(ordered) + 1)
+
+    def on_yaml(file: str) -> list[Any]:
+        try:
+            return ["", gr.update(value=""), *form.fill(read_yaml(file, pipeline))]
+        except EquipoiseError as error:
+            return [said(error), *[gr.skip()] * (len(ordered) + 2)]
+
+    def on_plugins(*names: Any) -> Any:
+        chosen = {item.key.key: value or [] for item, value in zip(plugins, names, strict=True)}
+        return gr.update(value=forms.option_rows(cls, chosen, None))
+
+    private: dict[str, Any] = {"api_visibility": "private"}
+    inputs = [preset, options, *ordered]
+    check.click(on_check, inputs, [message, shown_plan, facts, command, text, save], **private)
+    go.click(on_start, inputs, message, **private)
+    preset.input(on_preset, preset, [*ordered, options], **private)
+    bring.upload(on_yaml, bring, [message, preset, *ordered, options], **private)
+    plugins = [item for item in items if item.kind == "plugin"]
+    gr.on(
+        [widgets[item.key.key].input for item in plugins],
+        on_plugins,
+        [widgets[item.key.key] for item in plugins],
+        options,
+        show_progress="hidden",
+        **private,
+    )
+    return form
+
+
+def _rank(item: forms.Field) -> tuple[int, int]:
+    """What people come for first: plugins, the learning rate, model and data."""
+    first = ["optimizer.name", comparison.RATE]
+    return (first.index(item.key.key) if item.key.key in first else 2, 0 if item.kind != "lines" else 1)
+
+
+def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any]) -> Any:
+    given = {"label": item.label, "info": item.info, "value": shown.get(item.key.key), "interactive": True}
+    if item.kind == "plugin":
+        return gr.Dropdown(list(item.choices), multiselect=True, **given)
+    if item.kind == "choice":
+        choices = ["", *item.choices] if "none" in item.key.type else list(item.choices)
+        return gr.Dropdown(choices, **given)
+    if item.kind == "truth":
+        return gr.Checkbox(**given)
+    if item.kind == "lines":
+        return gr.Textbox(lines=3, max_lines=8, elem_classes=["wide"], **given)
+    if item.key.key in (cls.SHORT.get("data"), cls.SHORT.get("model")):
+        return gr.Dropdown(["demo", *site.choices()], allow_custom_value=True, **given)
+    return gr.Textbox(max_lines=1, **given)
+
+
+def table_rows(table: Any) -> list[list[Any]]:
+    """The rows of gradio's table, whichever form it comes in."""
+    if table is None:
+        return []
+    return table.values.tolist() if hasattr(table, "values") else [list(row) for row in table]
+
+
+def _uploads(site: Site, data: gr.Dropdown) -> None:
+    with gr.Accordion("Pictures of your own", open=False):
+        files = gr.File(file_count="multiple", file_types=["image"], label="Pictures (PNG, JPEG, WebP)", height=140)
+        captions = gr.DataFrame(
+            headers=["picture", "caption"],
+            datatype="str",
+            interactive=True,
+            static_columns=[0],
+            label="Captions, to be edited here",
+            buttons=[],
+        )
+        with gr.Row():
+            name = gr.Textbox("pictures", label="Name of the folder", max_lines=1)
+            use = gr.Button("Use these pictures")
+        message = gr.HTML()
+
+    def on_upload(paths: list[str] | None) -> Any:
+        return gr.update(value=[[Path(path).name, ""] for path in paths or []])
+
+    def on_use(word: str, paths: list[str] | None, rows: Any) -> list[Any]:
+        try:
+            folder = save_pictures(site, word, paths or [], table_rows(rows))
+        except EquipoiseError as error:
+            return [said(error), gr.skip()]
+        return [
+            draw.notice(f"{len(paths or [])} pictures are ready; `data` names them.", "good"),
+            gr.update(value=folder),
+        ]
+
+    files.change(on_upload, files, captions, api_visibility="private")
+    use.click(on_use, [name, files, captions], [message, data], api_visibility="private")

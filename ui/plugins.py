@@ -1,0 +1,58 @@
+"""The tab Plugins: what is installed, who provides it, what failed and why, and what each can be told."""
+
+from itertools import groupby
+
+import gradio as gr
+
+from equipoise import registry
+from equipoise.errors import EquipoiseError
+from equipoise.options import references, summary
+from equipoise.pipelines.commands.listing import option_rows
+from equipoise.registry import Entry
+from equipoise.ui import draw
+from equipoise.ui.draw import esc
+from equipoise.verdicts import verdicts
+
+
+def page() -> str:
+    """All plugins as HTML, by kind. Built-in ones are loaded, others only after they have been tried elsewhere."""
+    found = registry.entries()
+    errors = dict(zip(found, verdicts(found), strict=True))
+    parts = []
+    for kind, some in groupby(found, key=lambda entry: entry.kind):
+        parts.append(f"<h3>{kind.capitalize()}</h3>" + "".join(_card(entry, errors[entry]) for entry in some))
+    return f"<div class='plugins'>{''.join(parts)}</div>"
+
+
+def _card(entry: Entry, error: str) -> str:
+    origin = f"{entry.distribution} {entry.version}"
+    head = f"<b>{esc(entry.name)}</b><small>{esc(origin)}</small>"
+    try:
+        if error:
+            raise EquipoiseError(error)
+        cls = registry.load(entry.kind, entry.name)
+        body = f"<p>{esc(summary(cls) or 'It says nothing about itself.')}</p>"
+        rows = "".join(
+            f"<tr><td>{esc(row['name'])}</td><td>{esc(row['type'])} {esc(row['bounds'])}</td>"
+            f"<td>{esc(row['default'])}</td><td>{esc(row['help'])}</td></tr>"
+            for row in option_rows(entry.kind, cls)
+        )
+        if rows:
+            names = "<tr><th>option</th><th>must be</th><th>default</th><th>what it does</th></tr>"
+            body += f"<div class='scroll'><table>{names}{rows}</table></div>"
+        if papers := references(cls):
+            body += "<p class='hint'>" + "<br>".join(map(esc, papers)) + "</p>"
+    except EquipoiseError as problem:
+        head += "<span class='badge failed'>cannot be used</span>"
+        body = draw.notice(str(problem), "bad")
+    return f"<details class='card'><summary>{head}</summary>{body}</details>"
+
+
+def build(tab: gr.Tab) -> None:
+    """Draws the tab; loading every plugin takes seconds, so it is done when the tab is first looked at."""
+    gr.HTML(
+        "<h2>Plugins</h2><p class='lead'>Found by their packages' entry points; yours enter by the same door. "
+        "<code>pip install</code> one and start the page again.</p>"
+    )
+    shown = gr.HTML(draw.empty("Looking …", "Every plugin is loaded once."))
+    tab.select(page, None, shown, show_progress="hidden", api_name="plugins")

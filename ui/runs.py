@@ -1,0 +1,418 @@
+"""The tab Runs: how every run stands, and of one of them its curves, samples, log, configuration and files."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import gradio as gr
+import psutil
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import background
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.status import STATES, Status
+from equipoise.ui import draw
+from equipoise.ui.draw import esc
+from equipoise.ui.safety import SUFFIXES, Site
+
+REFRESH = 2.0  # seconds
+LOG_LINES = 60
+SHOWN = 400  # rows of the table, and pictures of a run
+SORTS = ("youngest", "name", "state", "loss", "duration")
+_NOT_CURVES = ("step", "time", "seconds")
+_LOG_SCALE = ("loss", "rate")  # what spans decades
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took")
+
+# A click on anything that carries an id becomes an event with that id; the listener stays when the content changes.
+ON_CLICK = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('[data-id]');
+  if (chosen) trigger('select', {id: chosen.dataset.id, extra: chosen.dataset.extra || ''});
+});
+"""
+
+
+def table(site: Site, words: str = "", state: str = "all", sort: str = "youngest", chosen: str = "") -> str:
+    """The runs as an HTML table.
+
+    Args:
+        site: whose.
+        words: only runs whose id, pipeline or message have all of these words.
+        state: only runs in this state, or "all".
+        sort: one of SORTS.
+        chosen: the id that is marked.
+    """
+    found = site.store.list()
+    if not found:
+        return draw.empty("No runs yet", "Start one in the tab Launch: the embedded model needs no download.")
+    wanted = words.lower().split()
+    shown = [
+        item
+        for item in found
+        if state in ("all", item.state)
+        and all(word in f"{item.id} {item.pipeline} {item.message}".lower() for word in wanted)
+    ]
+    if not shown:
+        return draw.empty("Nothing matches", "Clear the filter to see all runs.")
+    keys = {
+        "name": lambda item: item.name,
+        "state": lambda item: STATES.index(item.state) if item.state in STATES else 99,
+        "loss": lambda item: item.loss if item.loss is not None and item.loss == item.loss else float("inf"),
+        "duration": lambda item: -item.duration,
+    }
+    if sort in keys:
+        shown.sort(key=keys[sort])
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    rows = "".join(_row(item, item.id == chosen.split("/")[0]) for item in shown[:SHOWN])
+    more = f"<p class='hint'>{len(shown) - SHOWN} more: filter to see them.</p>" if len(shown) > SHOWN else ""
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f"<div class='scroll'><table class='runs'>{inside}</table></div>{more}"
+
+
+def _row(item: Status, chosen: bool) -> str:
+    cells = [
+        f"<button class='link' data-id='{esc(item.id)}'>{esc(item.id)}</button>"
+        f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>",
+        badge(item),
+        bar(item),
+        left(item),
+        draw.number(item.loss),
+        draw.number(item.rate, 3),
+        f"{datetime.fromtimestamp(item.started):%d %b %H:%M}" if item.started else "",
+        draw.span(item.duration) if item.started else "",
+    ]
+    inside = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in zip(_COLUMNS, cells, strict=True))
+    return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
+
+
+def badge(item: Status) -> str:
+    return f"<span class='badge {esc(item.state)}' title='{esc(item.message)}'>{esc(item.state)}</span>"
+
+
+def bar(item: Status) -> str:
+    share = min(1.0, item.step / item.total) if item.total else 0.0
+    words = f"{item.step} of {item.total}" if item.total else f"{item.step}"
+    return (
+        f"<div class='bar' role='progressbar' aria-valuenow='{share:.0%}'><i style='width:{share:.1%}'></i></div>"
+        f"<small>{words}</small>"
+    )
+
+
+def left(item: Status) -> str:
+    """The time that is left, by the pace so far."""
+    if item.state != "running" or not item.total or not item.step or item.duration <= 0:
+        return ""
+    return draw.span((item.total - item.step) * item.duration / item.step)
+
+
+# One run
+
+
+def heading(site: Site, id: str) -> str:
+    """What a run is and how it stands, with its cells where it is a sweep."""
+    if not id:
+        return draw.empty("Choose a run", "Its curves, samples, log and files appear here.")
+    run = open_run(site, id)
+    now = run.status()
+    back = f"<button class='link' data-id='{esc(run.sweep)}'>← {esc(run.sweep)}</button>" if run.sweep else ""
+    told = {
+        "pipeline": now.pipeline,
+        "step": f"{now.step} of {now.total}" if now.total else now.step,
+        "left": left(now),
+        "loss": draw.number(now.loss),
+        "rate": draw.number(now.rate, 3),
+        "took": draw.span(now.duration) if now.started else "",
+        "memory": _memory(now),
+        "process": f"{now.pid} on {now.host}" if now.state == "running" else "",
+    }
+    parts = [
+        back,
+        f"<h3>{esc(run.id)} {badge(now)}</h3>",
+        bar(now),
+        draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
+        draw.facts({key: value for key, value in told.items() if value != ""}),
+    ]
+    if now.state == "dead":
+        parts.append(f"<pre class='log'>{esc(background.tail(run.log_file, 8))}</pre>")
+    if now.kind == "sweep":
+        parts.append(_cells(run))
+    return "".join(parts)
+
+
+def open_run(site: Site, id: str) -> Run:
+    """The run of exactly that id, a sweep's cell too.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = site.store.get(id, kinds=("run", "sweep", "cell"))
+    if run.id != id:
+        raise InputError(f"{id[:200]}: there is no such run.")
+    return run
+
+
+def _cells(sweep: Run) -> str:
+    rows = []
+    for cell in sweeps.cells(sweep):
+        now = cell.status()
+        short = cell.folder.name
+        rows.append(
+            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{esc(short)}</button></td><td>{badge(now)}</td>"
+            f"<td>{bar(now)}</td><td>{draw.number(now.loss)}</td></tr>"
+        )
+    head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
+    return f"<div class='scroll'><table class='runs cells'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _memory(now: Status) -> str:
+    """What the process that trains holds in main memory."""
+    if now.state != "running" or not now.pid:
+        return ""
+    try:
+        return f"{psutil.Process(now.pid).memory_info().rss / 1e9:.2f} GB"
+    except psutil.Error:
+        return ""
+
+
+def charts(site: Site, id: str) -> str:
+    """A run's metrics over its steps, those of one kind in one chart; of a sweep, its cells' losses."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    if run.status().kind == "sweep":
+        lines = {cell.folder.name: _curve(cell.metrics(), "loss") for cell in sweeps.cells(sweep=run)}
+        return f"<div class='charts wide'>{draw.chart('loss of each cell', lines, log=True)}</div>" or ""
+    records = run.metrics()
+    if not records:
+        return draw.empty("Nothing measured yet", "Curves appear after the first steps.")
+    names = list(dict.fromkeys(name for record in (records[0], records[-1]) for name in record))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name not in _NOT_CURVES and isinstance(records[-1].get(name, records[0].get(name)), int | float):
+            groups.setdefault(name.split("_")[0], []).append(name)
+    drawn = [
+        draw.chart(group, {name: _curve(records, name) for name in some}, log=group in _LOG_SCALE)
+        for group, some in groups.items()
+    ]
+    return f"<div class='charts'>{''.join(drawn)}</div>"
+
+
+def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
+
+
+def sample_steps(run: Run) -> list[int]:
+    """The steps at which a run drew or wrote samples."""
+    found = [re.fullmatch(r"step-(\d+)", folder.name) for folder in run.samples.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def samples(site: Site, id: str, step: int | None = None) -> str:
+    """What a run drew at the step nearest to the given one, or at its last."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    steps = sample_steps(run)
+    if not steps:
+        return draw.empty("No samples yet", "samples.every sets how often they are drawn; Sample now asks for some.")
+    near = steps[-1] if step is None else min(steps, key=lambda one: abs(one - step))
+    folder = run.samples / f"step-{near:08d}"
+    parts = []
+    for file in sorted(folder.iterdir())[:SHOWN]:
+        name = f"{run.id}/samples/{folder.name}/{file.name}"
+        if file.suffix in _PICTURES:
+            image = f"<img loading='lazy' src='{url(name)}' alt='{esc(file.stem)}'>"
+            parts.append(f"<a href='{url(name)}' target='_blank'>{image}</a>")
+        elif file.suffix in (".txt", ".jsonl", ".json", ".md"):
+            parts.append(f"<pre>{esc(file.read_text(errors='replace')[:20_000])}</pre>")
+    return f"<p class='hint'>step {near}</p><div class='samples'>{''.join(parts)}</div>"
+
+
+def log(site: Site, id: str) -> str:
+    """The end of a run's log, of a sweep its own and its workers'."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    text = background.tail(run.log_file, LOG_LINES)
+    workers = background.tail(run.folder / "workers.txt", 20)
+    more = f"<h4>workers</h4><pre class='log'>{esc(workers)}</pre>" if workers else ""
+    return f"<pre class='log'>{esc(text) or 'nothing yet'}</pre>{more}"
+
+
+def config_text(site: Site, id: str) -> str:
+    return (open_run(site, id).folder / "config.yaml").read_text() if id else ""
+
+
+def files(site: Site, id: str) -> str:
+    """A run's files, to be downloaded."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    found = [run.folder / name for name in ("config.yaml", "environment.json", "metrics.jsonl", "log.txt")]
+    found += sorted(file for file in run.result.rglob("*") if file.is_file())
+    if (run.folder / "comparison").is_dir():
+        found += sorted(file for file in (run.folder / "comparison").iterdir() if file.is_file())
+    rows = []
+    for file in found:
+        if file.is_file() and file.suffix in SUFFIXES:
+            name = f"{run.id}/{file.relative_to(run.folder).as_posix()}"
+            size = file.stat().st_size
+            shown = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.1f} kB"
+            words = esc(file.relative_to(run.folder))
+            rows.append(f"<li><a href='{url(name)}?download=1'>{words}</a> <small>{shown}</small></li>")
+    return f"<ul class='files'>{''.join(rows)}</ul>"
+
+
+def url(name: str) -> str:
+    """Where the server has a file of the runs folder."""
+    return esc(f"/runs-file/{name}".replace("%", "%25").replace("+", "%2B").replace(",", "%2C").replace("=", "%3D"))
+
+
+# The page
+
+
+def unchanged(outputs: Sequence[Any], seen: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """The outputs, those that are what the page has already left out; and their digests, for the next time."""
+    digests = [hashlib.blake2s(json.dumps(one, default=str).encode(), digest_size=8).hexdigest() for one in outputs]
+    before = [*seen, *[""] * (len(outputs) - len(seen))]
+    return [gr.skip() if a == b else out for out, a, b in zip(outputs, digests, before, strict=True)], digests
+
+
+def detail(site: Site, id: str, step: int | None) -> list[Any]:
+    """Heading, charts, samples, log, configuration and files of a run; a sentence in their place if it is gone."""
+    try:
+        return [
+            heading(site, id),
+            charts(site, id),
+            samples(site, id, step),
+            log(site, id),
+            config_text(site, id),
+            files(site, id),
+        ]
+    except (EquipoiseError, OSError) as error:
+        words = str(error) if isinstance(error, EquipoiseError) else f"{id}: is being changed; wait a moment."
+        return [draw.notice(words, "bad"), "", "", "", "", ""]
+
+
+def act(site: Site, id: str, what: str, workers: int) -> str:
+    """Stops, resumes, samples or deletes a run; returns what to say.
+
+    Raises:
+        InputError: it cannot be done.
+    """
+    if not id:
+        raise InputError("Choose a run first.")
+    run = open_run(site, id)
+    if what == "stop":
+        return background.stop(run)
+    if what == "resume":
+        background.resume(run, workers)
+        return f"{id}: continues in the background."
+    if what == "sample":
+        if run.status().state != "running":
+            raise InputError(f"{id}: is not running, so it cannot draw samples now.")
+        run.request("sample")
+        return f"{id}: draws samples after the current step."
+    background.delete(run)
+    return f"{id}: deleted."
+
+
+def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, tabs: gr.Tabs) -> gr.State:
+    """Draws the tab; returns the state that holds the chosen run's id."""
+    gr.HTML("<h2>Runs</h2>")
+    with gr.Row(elem_classes=["filters"]):
+        words = gr.Textbox(label="Filter", placeholder="words of the id, pipeline or message", max_lines=1, scale=3)
+        state = gr.Dropdown(["all", *STATES], value="all", label="State", interactive=True)
+        sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", interactive=True)
+    listing = gr.HTML(table(site), js_on_load=ON_CLICK, elem_id="runs-table")
+    chosen = gr.State("")
+    seen = gr.State([])
+    head = gr.HTML(heading(site, ""), js_on_load=ON_CLICK, elem_id="run-head")
+    message = gr.HTML(elem_id="run-message")
+    with gr.Row(elem_classes=["actions"], visible=False) as buttons:
+        stop = gr.Button("Stop (saves first)", elem_id="stop")
+        sample = gr.Button("Sample now")
+        resume = gr.Button("Resume", elem_id="resume")
+        again = gr.Button("Duplicate into Launch", elem_id="duplicate")
+        remove = gr.Button("Delete …", variant="stop", elem_id="delete")
+    with gr.Row(elem_classes=["actions"], visible=False) as sure:
+        gr.HTML("<p>Delete this run with all its files? It cannot be undone.</p>")
+        yes = gr.Button("Delete for good", variant="stop", elem_id="delete-yes")
+        no = gr.Button("Keep it")
+    with gr.Tabs(visible=False) as parts:
+        with gr.Tab("Curves"):
+            curves = gr.HTML()
+        with gr.Tab("Samples"):
+            step = gr.Slider(0, 1, value=1, step=1, label="Step", interactive=True)
+            drawn = gr.HTML()
+        with gr.Tab("Log"):
+            text = gr.HTML()
+        with gr.Tab("Configuration"):
+            yaml = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
+        with gr.Tab("Files"):
+            listed = gr.HTML()
+    shown = [listing, head, curves, drawn, text, yaml, listed]
+    inputs = [words, state, sort, chosen, step, seen]
+
+    def refresh(words: str, state: str, sort: str, id: str, step: int | None, seen: list[str]) -> list[Any]:
+        outputs, digests = unchanged([table(site, words, state, sort, id), *detail(site, id, step)], seen)
+        return [*outputs, digests if digests != seen else gr.skip()]
+
+    def select(words: str, state: str, sort: str, event: gr.EventData) -> list[Any]:
+        id = str(getattr(event, "id", ""))
+        try:
+            steps = sample_steps(open_run(site, id))
+        except EquipoiseError as error:
+            return [*[gr.skip()] * 8, draw.notice(str(error), "bad"), *[gr.skip()] * 5]
+        outputs, digests = unchanged([table(site, words, state, sort, id), *detail(site, id, None)], [])
+        slider = gr.update(
+            minimum=min(steps, default=0), maximum=max(steps, default=1) or 1, value=max(steps, default=1)
+        )
+        many = gr.update(visible=True)
+        return [*outputs, digests, "", id, slider, many, many, gr.update(visible=False)]
+
+    def do(what: str) -> Any:
+        def handler(id: str) -> list[Any]:
+            try:
+                said = draw.notice(act(site, id, what, workers), "good")
+            except EquipoiseError as error:
+                return [draw.notice(str(error), "bad"), gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)]
+            if what == "delete":
+                return [said, "", gr.update(visible=False), gr.update(visible=False), gr.update(visible=False)]
+            return [said, gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)]
+
+        return handler
+
+    def duplicate(id: str) -> list[Any]:
+        try:
+            config = open_run(site, id).config()
+            form = forms[config.pipeline]
+        except (EquipoiseError, KeyError) as error:
+            return [draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad"), *[gr.skip()] * (count + 2)]
+        updates = []
+        for name, other in forms.items():
+            mine = [gr.update(value=""), *form.fill(config)] if name == config.pipeline else None
+            updates += mine or [gr.skip()] * (len(other.widgets) + 2)
+        return ["", gr.update(selected="launch"), config.pipeline, *updates]
+
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    timer = gr.Timer(REFRESH)
+    outputs = [*shown, seen]
+    timer.tick(refresh, inputs, outputs, trigger_mode="once", **private)
+    gr.on([words.change, state.input, sort.input, step.input], refresh, inputs, outputs, **private)
+    for source in (listing, head):
+        source.select(select, [words, state, sort], [*outputs, message, chosen, step, buttons, parts, sure], **private)
+    told = [message, chosen, buttons, parts, sure]
+    for button, what in ((stop, "stop"), (resume, "resume"), (sample, "sample"), (yes, "delete")):
+        button.click(do(what), chosen, told, **private).then(refresh, inputs, outputs, **private)
+    remove.click(lambda: gr.update(visible=True), None, sure, **private)
+    no.click(lambda: gr.update(visible=False), None, sure, **private)
+    count = sum(len(form.widgets) + 2 for form in forms.values())
+    fields = [widget for form in forms.values() for widget in (form.preset, *form.widgets, form.options)]
+    again.click(duplicate, chosen, [message, tabs, pipelines, *fields], **private)
+    return chosen

@@ -1,0 +1,44 @@
+"""Looks: one accent, system fonts, light and dark, and a stylesheet for what is drawn by hand."""
+
+from importlib.resources import files
+
+import gradio as gr
+from gradio.themes.utils import sizes
+
+_SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """The colours and sizes of gradio's own parts; the fonts are the system's, so that nothing is fetched."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        secondary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=sizes.radius_md,
+        font=_SANS,
+        font_mono=_MONO,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="#0d1319",
+        block_background_fill="white",
+        block_background_fill_dark="#151d26",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="#263340",
+        block_label_text_weight="600",
+        block_title_text_weight="600",
+        block_info_text_size="*text_xs",
+        input_background_fill="white",
+        input_background_fill_dark="#0f161d",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_text_color="white",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+    )
+
+
+def css() -> str:
+    """The stylesheet."""
+    return files("equipoise.ui").joinpath("style.css").read_text(encoding="utf-8")
