@@ -147,12 +147,10 @@ class InstructionTuningWork(OptimizedWork):
         finally:
             self._moved = False
 
-    def step(self, step: int) -> dict[str, float]:
-        values = super().step(step)
-        if self.coordinator.measures(step):
-            values |= self.coordinator.observe(step, self._measure(step))
+    def after_step(self, step: int) -> dict[str, float]:
+        seen = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
         self.coordinator.stepped(self.components, step, self.config.train.steps)
-        return values
+        return seen
 
     def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
         values, logged = super()._evaluate_all(step)

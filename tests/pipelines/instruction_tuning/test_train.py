@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,3 +297,16 @@ def test_what_is_not_multimodal_in_its_parts():
         InputError, match="strange is no multimodal language model of a known shape: it has no language"
     ):
         adapt(model, settings)
+
+
+def test_spoken_digits(short, tmp_path):
+    """Real recordings, where they are at hand."""
+    folder = Path(__file__).parents[4] / "shared" / "data" / "fsdd" / "recordings"
+    if not folder.is_dir():
+        pytest.skip("the recordings are not at ../shared/data")
+    files = sorted(folder.glob("*_[01].wav"))[::5]
+    rows = [f"{file},Which digit?,{file.name[0]}" for file in files]
+    (tmp_path / "digits.csv").write_text("\n".join(["audio,question,answer", *rows]) + "\n")
+    run, outcome = train(*short("qwen2_audio", tmp_path / "digits.csv"), "learning_rate=1e-2", OFTEN)
+    result = json.loads((run.result / "result.json").read_text())
+    assert outcome.state == "done" and result["loss_after"] < result["loss_before"] and len(files) >= 20
