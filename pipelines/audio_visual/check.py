@@ -1,15 +1,21 @@
 """What is wrong with the world a configuration points to, found before anything is written."""
 
 import os
+from pathlib import Path
 
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+from equipoise.pipelines.text_to_image.layout import is_local
 
 
 def problems(config: AudioVisualConfig) -> list[str]:
     found = _objective_problems(config)
+    for name in config.data.modalities:
+        path = getattr(config.model, name).path
+        if path and is_local(path) and not Path(path).is_dir():
+            found.append(f"model.{name}.path: {path} does not exist. Give a folder of transformers' own, or a hub id.")
     if config.data.manifest != demo.NAME:
         from equipoise.pipelines.audio_visual.prepared import prepare
 
@@ -45,8 +51,6 @@ def _objective_problems(config: AudioVisualConfig) -> list[str]:
 def doubts(config: AudioVisualConfig) -> list[str]:
     if config.data.manifest == demo.NAME:
         return []
-    from pathlib import Path
-
     from equipoise.pipelines.audio_visual.data import doubts, read_manifest
 
     return doubts(read_manifest(config.data, Path(config.data.manifest)))

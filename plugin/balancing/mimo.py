@@ -8,7 +8,7 @@ Options: `lam` and `mu` are λ and μ of eq. 13, `preset` a column of Table 9, `
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class MIMO(Objective):
         lam: float | None = None,
         mu: float | None = None,
         preset: Preset = "av_mnist",
-        f_star: dict | None = None,
+        f_star: Any = None,  # dict[str, float]: options know no type for that
         overflow: Literal["logsumexp", "doubling"] = "logsumexp",
     ) -> None:
         usual = PRESETS[preset]
@@ -76,6 +76,8 @@ class MIMO(Objective):
 
     def bind(self, encoders) -> None:
         super().bind(encoders)
+        if not isinstance(self.f_star, dict):
+            raise InputError(f"f_star: must give a number for each modality, as {{audio: 0.3}}, got {self.f_star!r}.")
         if unknown := [name for name in self.f_star if name not in encoders]:
             raise InputError(f"f_star: {', '.join(unknown)} is no modality here; there are {', '.join(encoders)}.")
         if not all(isinstance(value, int | float) for value in self.f_star.values()):

@@ -42,7 +42,7 @@ def equal(left, right) -> bool:
 
 
 def test_a_run_learns_and_leaves_everything_it_promises(tiny):
-    run, outcome = train(*tiny, "steps=30", "learning_rate=0.03", "train.validate_every=10", "train.baselines=[joint]")
+    run, outcome = train(*tiny, "steps=30", "train.keep=best", "train.validate_every=10", "train.baselines=[joint]")
     assert outcome.state == "done" and "Test accuracy, mimo: joint " in outcome.message
     assert "joint instead: joint " in outcome.message
     records = run.metrics()
@@ -159,20 +159,19 @@ def test_a_killed_run_resumes_exactly(tiny, tmp_path):
 
 
 def test_training_ends_early_where_nothing_gets_better(tiny):
-    run, outcome = train(*tiny, "steps=50", "learning_rate=1e-30", "train.patience=2", "data.audio.mels=8")
+    _, outcome = train(*tiny, "steps=50", "learning_rate=1e-30", "train.patience=2", "data.audio.mels=8")
     assert outcome.state == "done" and "no better joint validation loss in 2 validations" in outcome.message
     assert outcome.step is not None and outcome.step < 50
 
 
 def test_the_best_weights_are_the_result(tiny):
     """A rate that blows the weights up after some steps: the result is what was good before."""
-    rules = ["schedule=piecewise_constant", "schedule.rules=1:4,1e6", "learning_rate=0.01", "objective=joint"]
+    rules = ["schedule=piecewise_constant", "schedule.rules=1:4,1e4", "objective=joint"]
     losses = {}
     for keep in ("best", "last"):
-        run, outcome = train(*tiny, *rules, f"train.keep={keep}")
-        if outcome.state == "done":
-            losses[keep] = json.loads((run.folder / "result" / "result.json").read_text())["loss_joint"]
-    assert losses["best"] < 5 and losses.get("last", float("inf")) > 5
+        run, _ = train(*tiny, *rules, f"train.keep={keep}")
+        losses[keep] = json.loads((run.folder / "result" / "result.json").read_text())["loss_joint"]
+    assert losses["best"] < 2 and (losses["last"] is None or losses["last"] > 2)
 
 
 def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
@@ -185,14 +184,14 @@ def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
     ("words", "message"),
     [
         (["objective=ogm_ge", "data.modalities=[audio, visual, text]"], "objective: ogm_ge: OGMGE takes 2 modalities"),
-        (["train.baselines=[agm, mini]"], "baselines: mini: no objective 'mini'. Did you mean 'mimo'?"),
-        (["train.baselines=[mslr]"], "train.baselines: mslr needs options"),
+        (["train.baselines=[agm, mini]"], "baselines: mini: no objective 'mini'."),
+        (["train.baselines=[mslr]"], "baselines: mslr: factors: missing"),
         (["fusion=gated", "data.modalities=[audio]"], "model.fusion: gated takes two modalities, and there are 1."),
         (["model.audio.kind=transformer"], "kind must be resnet or ast for audio, got transformer."),
         (["model.visual={widths: [8], depths: [1, 1]}"], "needs as many depths as widths"),
         (["data.modalities=[audio, audio]"], "must name each modality once"),
         (["objective.options={f_star: {sound: 1}}"], "f_star: sound is no modality here; there are audio, visual."),
-        (["model.visual.path=nowhere"], "model.visual.path: nowhere cannot be loaded"),
+        (["model.visual.path=./nowhere"], "model.visual.path: ./nowhere does not exist."),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):
