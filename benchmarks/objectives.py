@@ -1,0 +1,191 @@
+"""Time of one batch's balancing, backward passes and update under each objective, beside plain joint training (MML).
+
+    python benchmarks/objectives.py
+    python benchmarks/objectives.py --model resnet18 --batch 8 --rounds 8
+
+What the papers call subroutine time: what is computed after the forward pass to balance the modalities and to update
+the weights. Objectives take turns, one batch each, so that whatever else the machine does falls on all alike. "without
+the first backward pass" takes off what every objective needs, the median backward pass of the joint loss: it is what
+balancing and update cost by themselves. "NumPy" is MMPareto as a loop over NumPy arrays: a backward pass per loss and
+one of their sum, gradients copied out, min-norm by iteration, and copied back.
+
+Prints a Markdown table. On a machine that others keep busy, `--clock cpu` counts this process's time alone.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, ResNetConfig
+
+from equipoise import registry
+from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
+
+MODELS = {"small": ([16, 32, 64], [1, 1, 1], 32), "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 112)}
+ROWS = ("joint", "equal_weight", "mimo", "ogm_ge", "agm", "mgda", "mmpareto")
+CLASSES = 6
+
+
+class Net(torch.nn.Module):
+    """Two residual nets, a joint head by concatenation, and unimodal heads."""
+
+    def __init__(self, widths: list[int], depths: list[int]):
+        super().__init__()
+        size = {"embedding_size": widths[0], "hidden_sizes": widths, "depths": depths, "layer_type": "basic"}
+        settings = [ResNetConfig(num_channels=channels, **size) for channels in (1, 3)]
+        self.names = ("audio", "visual")
+        self.encoders = torch.nn.ModuleDict(
+            {name: AutoModel.from_config(one) for name, one in zip(self.names, settings, strict=True)}
+        )
+        self.joint = torch.nn.Linear(2 * widths[-1], CLASSES)
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(widths[-1], CLASSES) for name in self.names})
+
+    def forward(self, batch: dict[str, Tensor], labels: Tensor, live: bool, responses: bool) -> Losses:
+        made = {name: self.encoders[name](batch[name]).pooler_output.flatten(1) for name in self.names}
+        joint = F.cross_entropy(self.joint(torch.cat(list(made.values()), 1)), labels)
+        own = {n: F.cross_entropy(self.heads[n](f if live else f.detach()), labels) for n, f in made.items()}
+        said = None
+        if responses:
+            columns = dict(zip(self.names, self.joint.weight.detach().chunk(2, 1), strict=True))
+            said = {n: f.detach() @ columns[n].T for n, f in made.items()}
+        return Losses(joint, own, labels, said)
+
+
+class NumPyPareto(Objective):
+    """MMPareto the slow way."""
+
+    def backward(self, losses: Losses, backward: Backward = differentiate) -> dict:
+        taken: list[dict[str, list[np.ndarray]]] = []
+        every = [losses.joint, *losses.unimodal.values()]
+        for loss in every:
+            for parameters in self.encoders.values():
+                for p in parameters:
+                    p.grad = None
+            loss.backward(retain_graph=True)
+            taken.append(
+                {
+                    name: [
+                        np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy().copy() for p in parameters
+                    ]
+                    for name, parameters in self.encoders.items()
+                }
+            )
+        for parameters in self.encoders.values():
+            for p in parameters:
+                p.grad = None
+        torch.stack(every).sum().backward()
+        for index, (name, parameters) in enumerate(self.encoders.items(), start=1):
+            pair = [taken[0][name], taken[index][name]]
+            weights = self._min_norm(pair)
+            mixed = [weights[0] * a + weights[1] * b for a, b in zip(*pair, strict=True)]
+            length = np.sqrt(sum(float((m**2).sum()) for m in mixed))
+            total = np.sqrt(sum(float((p.grad.numpy() ** 2).sum()) for p in parameters))
+            for p, m in zip(parameters, mixed, strict=True):
+                p.grad = torch.from_numpy(m * np.float32(1.5 * total / max(length, 1e-12)))
+        return {}
+
+    @staticmethod
+    def _min_norm(pair: list[list[np.ndarray]]) -> tuple[float, float]:
+        """Frank and Wolfe's algorithm, inner products over all arrays anew in each of its iterations."""
+        weight = 0.5
+        for _ in range(25):
+            point = [weight * a + (1 - weight) * b for a, b in zip(*pair, strict=True)]
+            products = [sum(float((g * p).sum()) for g, p in zip(one, point, strict=True)) for one in pair]
+            step = 0 if products[0] < products[1] else 1
+            target = pair[step]
+            gap = [t - p for t, p in zip(target, point, strict=True)]
+            size = sum(float((g**2).sum()) for g in gap)
+            if size < 1e-20:
+                break
+            share = min(1.0, max(0.0, -sum(float((g * p).sum()) for g, p in zip(gap, point, strict=True)) / size))
+            weight = weight + share * ((1.0 if step == 0 else 0.0) - weight)
+            if share < 1e-6:
+                break
+        return weight, 1 - weight
+
+
+def measure(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each batch's subroutine by objective; the first round is not counted."""
+    widths, depths, side = MODELS[model]
+    torch.manual_seed(0)
+    data = {"audio": torch.randn(batch, 1, side, side), "visual": torch.randn(batch, 3, side, side)}
+    labels = torch.arange(batch) % CLASSES
+    made: dict[str, tuple[Objective, bool]] = {name: (registry.load("objectives", name)(), True) for name in ROWS}
+    made["joint and heads"] = (registry.load("objectives", "joint")(), True)
+    made["NumPy"] = (NumPyPareto(), True)
+    nets = {}
+    for name, (objective, _) in made.items():
+        torch.manual_seed(1)
+        net = Net(widths, depths)
+        objective.bind({part: list(net.encoders[part].parameters()) for part in net.names})
+        nets[name] = (net, torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9))
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for count in range(rounds + 1):
+        for name, (objective, _) in made.items():
+            net, optimizer = nets[name]
+            live = objective.uses_unimodal
+            losses = net(data, labels, live, objective.uses_responses)
+            beside = list(losses.unimodal.values()) if name == "joint and heads" else []
+
+            def backward(total: Tensor, /, *, retain_graph: bool = False, beside: list[Tensor] = beside) -> None:
+                torch.stack([total, *beside]).sum().backward(retain_graph=retain_graph)
+
+            started = clock()
+            objective.backward(losses, backward)
+            objective.before_step()
+            optimizer.step()
+            taken = clock() - started
+            optimizer.zero_grad()
+            if count:
+                times[name].append(taken)
+    return times
+
+
+def first_backward(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> float:
+    """Median seconds of the joint loss's backward pass."""
+    widths, depths, side = MODELS[model]
+    torch.manual_seed(1)
+    net = Net(widths, depths)
+    data = {"audio": torch.randn(batch, 1, side, side), "visual": torch.randn(batch, 3, side, side)}
+    times = []
+    for _ in range(rounds + 1):
+        loss = net(data, torch.arange(batch) % CLASSES, False, False).joint
+        started = clock()
+        loss.backward()
+        times.append(clock() - started)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time of balancing and update per batch")
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    times = measure(args.model, args.batch, args.rounds, clock)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    pass_alone = first_backward(args.model, args.batch, args.rounds, clock)
+    print(f"{args.model}, batch {args.batch}, {args.threads} thread(s), torch {torch.__version__}, {args.clock} time\n")
+    print("| objective | ms per batch | against joint and heads | ms without the first backward pass |")
+    print("| --- | --- | --- | --- |")
+    for name, value in middle.items():
+        alone = 1e3 * (value - pass_alone)
+        print(f"| {name} | {1e3 * value:.2f} | {value / middle['joint and heads']:.2f}× | {alone:.2f} |")
+    own = {name: value - pass_alone for name, value in middle.items()}
+    print(f"\nMIMO against MML with its heads: {middle['mimo'] / middle['joint and heads']:.2f}×")
+    print(f"MMPareto against MIMO: {middle['mmpareto'] / middle['mimo']:.2f}×; without the first backward pass "
+          f"{own['mmpareto'] / max(own['mimo'], 1e-9):.1f}×")  # fmt: skip
+    print(f"NumPy against our MMPareto: {middle['NumPy'] / middle['mmpareto']:.2f}×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""MIMO's toy: the quadratic form is the loss over the points, the conditions hold, and what the paper shows shows."""
+
+import torch
+
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.reproduce.mimo_toy import conditions, data, quadratic, train
+
+
+def test_the_quadratic_form_is_the_mean_over_all_points():
+    x1, x2, y = data("mean", 0)
+    v1, v2 = torch.randn(2, 50, dtype=torch.float64)
+    direct = (y - x1 @ v1 - x2 @ v2).square().mean()
+    assert torch.allclose(quadratic(x1, x2, y)(v1, v2), direct, rtol=1e-12)
+
+
+def test_the_conditions_of_superficial_preference_hold_for_both_labels():
+    for label in ("mean", "sum"):
+        for seed in range(3):
+            found = conditions(*data(label, seed))
+            assert found["y1"] > found["y2"] and found["gain1"] < found["gain2"]
+    x1, x2, y = data("mean", 0)
+    swapped = conditions(x2, x1, y)
+    assert swapped["y1"] < swapped["y2"], "and they are no tautology"
+
+
+def test_joint_training_learns_the_first_modality_first_and_mimo_is_sooner_at_a_small_loss():
+    mml, mimo = (train({"label": "sum", "method": method, "seed": 0, "steps": 2600}) for method in ("MML", "MIMO"))
+    assert mml["learned_1"] < mml["learned_2"], "superficial preference"
+    assert mimo["small"] < mml["small"] / 2
+    assert len(mml["curves"]["‖θ₁‖"]) == 60 and mml["final"] < 0.05 and mimo["final"] < 0.01
+
+
+def test_the_command(tmp_path, capsys):
+    words = [
+        "reproduce",
+        "mimo-toy",
+        "--seeds",
+        "1",
+        "--steps",
+        "30",
+        "--workers",
+        "1",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.count("‖C_y1‖ > ‖C_y2‖") == 2 and "DOES NOT HOLD" not in out and "Condition (17)" in out
+    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == ["chart.png", "results.json"]

@@ -1,0 +1,128 @@
+"""`equipoise prepare` on small copies of the published layouts: which clips, labels and splits it finds."""
+
+import csv
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from equipoise.pipelines.cli import main
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_crema_d(tmp_path, capsys):
+    names = [f"{1000 + i}_DFA_{emotion}_XX" for i in range(20) for emotion in ("ANG", "HAP")]
+    touch(tmp_path, *(f"AudioWAV/{n}.wav" for n in names), *(f"VideoFlash/{n}.flv" for n in names[1:]))
+    touch(tmp_path, "AudioWAV/notes.wav", "AudioWAV/1001_DFA_BAD_XX.wav")
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 0
+    found = rows(tmp_path / "manifest.csv")
+    assert len(found) == 39 and {row["label"] for row in found} == {"anger", "happiness"}
+    assert found[0] == {
+        "clip": "1000_DFA_HAP_XX", "audio": "AudioWAV/1000_DFA_HAP_XX.wav", "video": "VideoFlash/1000_DFA_HAP_XX.flv",
+        "label": "happiness", "split": found[0]["split"],
+    }  # fmt: skip
+    assert {row["split"] for row in found} == {"train", "val", "test"}
+    assert "39 clips of 2 classes" in capsys.readouterr().out
+    assert main(["prepare", "crema-d", str(tmp_path), "--output", str(tmp_path / "sub" / "m.csv")]) == 0
+    again = rows(tmp_path / "sub" / "m.csv")
+    assert again[0]["audio"] == "../AudioWAV/1000_DFA_HAP_XX.wav"
+    assert [row["split"] for row in again] == [row["split"] for row in found], "the split is the same everywhere"
+
+
+def test_ave_and_vggsound_and_kinetics(tmp_path):
+    ave = tmp_path / "ave"
+    touch(ave, "AVE/a1.mp4", "AVE/b2.mp4")
+    (ave / "trainSet.txt").write_text("Church bell&a1&good&0&10\nBark&gone&good&0&10\n")
+    (ave / "testSet.txt").write_text("Bark&b2&good&1&5\n")
+    assert main(["prepare", "ave", str(ave)]) == 0
+    assert [(r["label"], r["split"], r["video"]) for r in rows(ave / "manifest.csv")] == [
+        ("Church bell", "train", "AVE/a1.mp4"), ("Bark", "test", "AVE/b2.mp4")
+    ]  # fmt: skip
+    vgg = tmp_path / "vgg"
+    touch(vgg, "video/xyz_000030.mp4")
+    (vgg / "vggsound.csv").write_text('xyz,30,"people, singing",test\nabc,1,dog,train\n')
+    assert main(["prepare", "vggsound", str(vgg)]) == 0
+    assert [(r["clip"], r["label"], r["split"]) for r in rows(vgg / "manifest.csv")] == [
+        ("xyz_000030", "people, singing", "test")
+    ]
+    kinetics = tmp_path / "kinetics"
+    touch(kinetics, "train/bowling/a.mp4", "val/bowling/b.mkv", "test/singing/c.mp4", "test/singing/readme.txt")
+    assert main(["prepare", "kinetics-sounds", str(kinetics)]) == 0
+    assert [(r["label"], r["split"]) for r in rows(kinetics / "manifest.csv")] == [
+        ("bowling", "train"), ("bowling", "val"), ("singing", "test")
+    ]  # fmt: skip
+
+
+def test_three_modalities(tmp_path):
+    funny, mosei = tmp_path / "funny", tmp_path / "mosei"
+    touch(funny, "urfunny2_videos/7.mp4")
+    (funny / "labels.csv").write_text('id,text,label,split\n7,"so, then",1,dev\n8,no video,0,train\n')
+    assert main(["prepare", "ur-funny", str(funny)]) == 0
+    (row,) = rows(funny / "manifest.csv")
+    assert (row["text"], row["label"], row["split"]) == ("so, then", "funny", "val")
+    touch(mosei, "Raw/v1/0.mp4")
+    (mosei / "label.csv").write_text("video_id,clip_id,text,label,annotation,mode\nv1,0,fine,1.0,Positive,valid\n")
+    assert main(["prepare", "cmu-mosei", str(mosei)]) == 0
+    (row,) = rows(mosei / "manifest.csv")
+    assert (row["video"], row["label"], row["split"]) == ("Raw/v1/0.mp4", "positive", "val")
+
+
+def test_spoken_digits(tmp_path):
+    labels = np.array([0, 1, 1, 0], np.uint8)
+    pixels = np.stack([np.full((28, 28), 10 * i, np.uint8) for i in range(4)])
+    touch(
+        tmp_path, "mnist/x", "fsdd/recordings/1_ann_0.wav", "fsdd/recordings/1_ann_7.wav", "fsdd/recordings/1_bob_9.wav"
+    )
+    (tmp_path / "mnist" / "images-idx3.gz").write_bytes(gzip.compress(b"h" * 16 + pixels.tobytes()))
+    (tmp_path / "mnist" / "labels-idx1.gz").write_bytes(gzip.compress(b"h" * 8 + labels.tobytes()))
+    assert main(["prepare", "spoken-digits", str(tmp_path)]) == 0
+    found = rows(tmp_path / "manifest.csv")
+    assert [(r["clip"], r["frames"], r["split"]) for r in found] == [
+        ("1_ann_0", "mnist-pictures/00001.png", "test"), ("1_ann_7", "mnist-pictures/00002.png", "train")
+    ], "no picture twice"  # fmt: skip
+    assert (tmp_path / found[0]["frames"]).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["crema"], "no data set 'crema'. Did you mean 'crema-d'? There are crema-d, ave,"),
+        (["ave", "."], "holds no clips of ave. Expected are AVE/ID.mp4"),
+        (["ave", "nowhere"], "nowhere is no folder."),
+    ],
+)
+def test_what_cannot_be_prepared_is_said_in_a_sentence(words, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", *words, *(["."] if len(words) == 1 else [])]) == 2
+    assert message in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_real_spoken_digits(tmp_path):
+    """The data sets, where they are at hand: every recording is read, and its picture is of its digit."""
+    data = Path(__file__).parents[3] / "shared" / "data"
+    if not (data / "fsdd").is_dir():
+        pytest.skip("the spoken digits are not at ../shared/data")
+    output = tmp_path / "manifest.csv"
+    assert main(["prepare", "spoken-digits", str(data), "--output", str(output)]) == 0
+    found = rows(output)
+    assert len(found) == 3000 and sum(row["split"] == "test" for row in found) == 300
+    assert len({row["frames"] for row in found}) == 3000
+    from equipoise.pipelines.audio_visual.config import DataSection
+    from equipoise.pipelines.audio_visual.data import read_manifest
+    from equipoise.pipelines.audio_visual.features import Store
+
+    section = DataSection.model_validate({"audio": {"sample_rate": 8000, "seconds": 0.5}, "visual": {"size": 32}})
+    manifest = read_manifest(section, output)
+    assert not manifest.sentences()
+    assert Store(section, None).prepare(manifest.clips[::100]) == {}
