@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     folder = (args.output or root / f"reproduce-{args.paper}").resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output: {folder} is a file; give a folder, new or not.")
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         paths = found.write(folder, about)
     except BaseException:
         with suppress(OSError):  # unless something else is in it
-            folder.rmdir()
+            for path in new or [folder]:
+                path.rmdir()
         raise
     print(f"\n{seconds:.0f} seconds with {args.workers} worker(s), {about['processor_seconds']:.0f} of processor time.")
     for path in paths:
