@@ -65,13 +65,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of ten steps per case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), help="cases; constant rates among them"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as place:
         model = widen(arguments.width, Path(place) / "model")
         works = {}
-        for name, (coordinator, options) in CASES.items():
+        for name in arguments.only:
+            coordinator, options = CASES[name]
             words = [f"model={model}", f"coordinator={coordinator}", f"coordinator.options={options}", f"runs={place}"]
             words += [f"batch={arguments.batch}", f"steps={TURN * arguments.rounds}", "learning_rate=1e-4"]
             settings = configs.load("instruction_tuning/demo", words)
@@ -95,9 +99,9 @@ def main() -> None:
         f"{total / 1e6:.1f}M parameters, batch {arguments.batch}, {arguments.clock} time, torch {torch.__version__}\n"
     )
     print("| | ms per step | × constant rates |\n| --- | ---: | ---: |")
-    plain = statistics.median(spent["constant rates"])
     for name, times in spent.items():
-        print(f"| {name} | {statistics.median(times):.1f} | {statistics.median(times) / plain:.2f} |")
+        ratios = [mine / plain for mine, plain in zip(times, spent["constant rates"], strict=True)]  # turn by turn
+        print(f"| {name} | {statistics.median(times):.1f} | {statistics.median(ratios):.2f} |")
 
 
 if __name__ == "__main__":

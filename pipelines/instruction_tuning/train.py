@@ -6,9 +6,10 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,30 @@ class InstructionTuningWork(OptimizedWork):
             )
         self.random = has_dropout(tuned.model)
         self.hears = [m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")]
-        self._probed: list[tuple[dict[str, Tensor], Prediction | None]] = []  # this step's batches, if it is measured
+        self.still = [
+            module
+            for name, module in tuned.plain.named_modules()
+            if name.split(".")[-1] in tuned.parts.tower
+            and not any(p.requires_grad for p in module.parameters())
+            and not has_dropout(module)
+        ]
+        # this step's batches, if it is measured: with the prediction and the towers' outputs that training gave
+        self._probed: list[tuple[dict[str, Tensor], Prediction | None, Memory]] = []
 
     def evaluate(self, step: int, micro: int) -> Losses:
         size = self.config.train.batch
         torch.manual_seed(mix(self.config.seed, step, micro))  # for dropout
         batch = self._batch(self._chosen(step * self.config.train.accumulate + micro, size))
         self.model.train()
-        logits, labels, sample = self._forward(batch)
-        if self.coordinator.measures(step) and not self._moved:
+        probed = self.coordinator.measures(step) and not self._moved
+        memory = Memory(self.still if probed else [])
+        with memory.used():
+            logits, labels, sample = self._forward(batch)
+        if probed:
             if micro == 0:
                 self._probed.clear()
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
-            self._probed.append((batch, base))
+            self._probed.append((batch, base, memory))
         return Losses(_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
@@ -167,10 +179,11 @@ class InstructionTuningWork(OptimizedWork):
         weight, found = self.coordinator.weight(step), []
         metric = self.coordinator.metric
         with undisturbed(self.model, checkpointing=weight > 0):
-            for batch, base in self._probed:
+            for batch, base, memory in self._probed:
 
-                def predict(batch: dict[str, Tensor] = batch) -> Prediction:
-                    logits, _, sample = self._forward(batch)
+                def predict(batch: dict[str, Tensor] = batch, memory: Memory = memory) -> Prediction:
+                    with memory.used():
+                        logits, _, sample = self._forward(batch)
                     return Prediction(logits, sample)
 
                 base = base or self._before(batch, before)
@@ -318,6 +331,29 @@ class InstructionTuningWork(OptimizedWork):
             **facts,
         }
         write_result(Path(self.run.folder / "result"), self.tuned, described)
+
+
+class Memory:
+    """What frozen towers say of one batch, so that they are asked once, however often the rest of the model is."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self.modules = modules
+        self.said: dict[nn.Module, Any] = {}
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        def recall(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if module not in self.said:
+                self.said[module] = forward(*args, **kwargs)
+            return self.said[module]
+
+        for module in self.modules:
+            module.forward = partial(recall, module, module.forward)
+        try:
+            yield
+        finally:
+            for module in self.modules:
+                del module.forward  # the class's own shows again
 
 
 def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any]]:
