@@ -26,7 +26,7 @@ POINTS, INPUTS, UNITS = 700, 50, 100
 NEAR_ZERO = 1e-4  # deviation of the weights at the start, which the paper does not give
 LABELS = {"mean": 0.01, "sum": 0.001}  # how y is made of 50 coordinates: the learning rate
 METHODS = {"MML": Joint, "MIMO": lambda: MIMO(lam=10.0, mu=0.2)}
-STEPS = {"mean": 15000, "sum": 4000}
+STEPS = {"mean": 12000, "sum": 4000}
 LEARNED, SMALL = 0.5, 0.05  # share of a norm's largest value; share of the loss at the start
 SHOWN = 60  # points of a curve
 

@@ -13,9 +13,9 @@ from equipoise.pipelines.shipped import shipped
 OPTIMIZERS = "equipoise.optimizers"
 BUILT_IN = {
     "optimizers": ["ada_sam", "alpha_adam", "bounded_adamw", "sam", "scaled_adamw", "scaled_gd"],
-    "coordinators": ["constant"],
-    "objectives": ["equal_weight", "joint"],
-    "pipelines": ["text_to_image"],
+    "coordinators": ["commit", "commit_clr", "constant", "feature_cd", "language_cd", "language_lr_up", "vision_lr_up"],
+    "objectives": ["agm", "equal_weight", "joint", "mgda", "mimo", "mmpareto", "mses", "mslr", "ogm_ge", "unimodal"],
+    "pipelines": ["audio_visual", "instruction_tuning", "text_to_image"],
 }
 
 
