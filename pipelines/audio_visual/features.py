@@ -220,12 +220,15 @@ def _brief(error: Exception) -> str:
 class Store:
     """The features of clips: made when first asked for, kept on disk by file and settings, in memory where they fit."""
 
-    def __init__(self, data: DataSection, cache: Path | None, tokenizer: Any = None, identity: str = ""):
-        """Args:
-        cache: A folder; none keeps nothing on disk.
-        identity: Of the tokenizer.
-        """
-        self.data, self.cache, self.tokenizer = data, cache, tokenizer
+    def __init__(
+        self,
+        data: DataSection,
+        cache: Path | None,  # a folder; none: nothing is looked for on disk
+        tokenizer: Any = None,
+        identity: str = "",  # of the tokenizer
+        write: bool = True,  # into the cache
+    ):
+        self.data, self.cache, self.tokenizer, self.write = data, cache, tokenizer, write
         self.settings = [_VERSION, identity, sorted(data.modalities)]
         self.settings += [getattr(data, name).model_dump(mode="json") for name in sorted(data.modalities)]
         self.memory: dict[str, Features] = {}
@@ -281,7 +284,7 @@ class Store:
             return None
 
     def _save(self, key: str, found: Features) -> None:
-        if file := self._file(key):
+        if self.write and (file := self._file(key)):
             with explained(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")

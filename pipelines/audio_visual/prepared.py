@@ -38,7 +38,7 @@ def prepare(config: AudioVisualConfig, keep: bool) -> Prepared:
 
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
         identity = f"{section.path}@{section.revision}"
-    store = Store(config.data, runs / ".cache" / "features" if keep else None, tokenizer, identity or "")
+    store = Store(config.data, runs / ".cache" / "features", tokenizer, identity or "", write=keep)
     manifest = read_manifest(config.data, path)
     if not manifest.problems:
         manifest.leave_out(store.prepare(manifest.clips))
