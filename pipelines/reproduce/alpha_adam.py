@@ -23,7 +23,7 @@ from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, sp
 from equipoise.pipelines.tables import table
 
 STEPS, BATCH, WINDOW, WIDTH, HEADS, LAYERS = 300, 12, 64, 64, 4, 2
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
     "AdamW": AdamW,
     "+SM": lambda *args, **options: AlphaAdam(*args, **options, mask="sync", compensation="none"),
