@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import random
+import shutil
 import site
 import subprocess
 import sys
@@ -45,6 +46,15 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         return folder
 
     return install
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser's path; `.ci/run` installs one, and elsewhere the tests that need it are skipped."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no Chromium is installed")
+    return found
 
 
 @pytest.fixture

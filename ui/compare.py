@@ -381,6 +381,7 @@ def build(site: Site, tab: gr.Tab) -> None:
         js_on_load=ON_CLICK,
         elem_id="grid",
     )
+    detail = gr.HTML(elem_id="cell-detail")
     with gr.Accordion("New prompt", open=True):
         with gr.Row():
             words = gr.Textbox(
@@ -389,7 +390,6 @@ def build(site: Site, tab: gr.Tab) -> None:
             count = gr.Number(1, label="Pictures each", minimum=1, maximum=MOST_COUNT, precision=0)
             go = gr.Button("Generate", variant="primary", elem_id="generate")
     message = gr.HTML(elem_id="compare-message")
-    detail = gr.HTML(elem_id="cell-detail")
     with gr.Row():
         robust = gr.HTML()
     numbers = gr.HTML()

@@ -35,7 +35,8 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def facts(pairs: Mapping[str, object]) -> str:
     """Names and values beside each other."""
-    return "<dl class='facts'>" + "".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in pairs.items()) + "</dl>"
+    inside = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in pairs.items())
+    return f"<dl class='facts'>{inside}</dl>"
 
 
 def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: bool = False) -> str:

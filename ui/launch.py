@@ -252,6 +252,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             label="Begin with",
             info="a configuration that comes with Equipoise",
             interactive=True,
+            elem_id=f"preset-{pipeline}",
         )
         bring = gr.UploadButton("Load YAML …", file_types=[".yaml", ".yml"], size="md", elem_classes=["quiet"])
     widgets: dict[str, Any] = {}
@@ -357,6 +358,7 @@ def _rank(item: forms.Field) -> tuple[int, int]:
 
 def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any]) -> Any:
     given = {"label": item.label, "info": item.info, "value": shown.get(item.key.key), "interactive": True}
+    given["elem_id"] = f"field-{cls.model_fields['pipeline'].default}-{item.key.key.replace('.', '-')}"
     if item.kind == "plugin":
         return gr.Dropdown(list(item.choices), multiselect=True, **given)
     if item.kind == "choice":

@@ -52,11 +52,11 @@ class Site:
             InputError: There is none, it is of a kind that is not served, or it lies outside of the runs folder.
         """
         parts = name.split("/")
-        target = (self.store.root / name).resolve()
-        good = all(_PART.fullmatch(part) for part in parts) and target.is_relative_to(self.store.root)
-        if not good or len(parts) < 2 or target.suffix not in SUFFIXES or not target.is_file():
-            raise InputError(f"{name[:200]}: there is no such file.")
-        return target
+        if len(parts) > 1 and all(_PART.fullmatch(part) for part in parts):
+            target = (self.store.root / name).resolve()
+            if target.is_relative_to(self.store.root) and target.suffix in SUFFIXES and target.is_file():
+                return target
+        raise InputError(f"{name[:200]!r}: there is no such file.")
 
     def choices(self) -> list[str]:
         """What was uploaded, and what lies in the data roots as `NAME/…`."""
@@ -77,7 +77,7 @@ class Site:
             InputError: It leads out of its root.
         """
         name, _, rest = choice.partition("/")
-        if name not in self.data:
+        if name not in self.data or "\0" in rest:
             return choice
         target = (self.data[name] / rest).resolve()
         if not target.is_relative_to(self.data[name]):
@@ -91,7 +91,7 @@ class Site:
         for key, value in flat(config).items():
             for text in _texts(value) if key != "runs" else ():
                 local = os.path.isabs(text) or text.startswith("~") or ".." in Path(text).parts
-                if not local and (len(text) > 400 or "\0" in text or not os.path.lexists(text)):
+                if not local and ("\0" in text or len(text) > 400 or not os.path.lexists(text)):
                     continue
                 if text != "demo" and not any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots):
                     hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
@@ -125,9 +125,11 @@ def check_picture(path: Path, name: str) -> None:
                 if image.width * image.height > PIXELS:
                     raise InputError(f"{name}: has {image.width} × {image.height} pixels; make it smaller.")
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: has far too many pixels; make it smaller.") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{name}: is not a picture that can be read (PNG, JPEG or WebP).") from error
 
 

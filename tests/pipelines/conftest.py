@@ -1,7 +1,6 @@
 """Small checkpoints in the real Stable Diffusion layout, with random weights, and pictures to train on."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,15 +66,6 @@ def _build_checkpoint(folder: Path, prediction_type: str = "epsilon") -> Path:
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """A browser's path; `.ci/run` installs one, and elsewhere the tests that need it are skipped."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found:
-        pytest.skip("no Chromium is installed")
-    return found
 
 
 @pytest.fixture(scope="session")

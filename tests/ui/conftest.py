@@ -1,0 +1,157 @@
+"""Runs and comparisons made by the store's own functions, a server in a process of its own, and a browser."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.report import write_report
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.store import Store
+from equipoise.ui.quick import import_gradio
+
+with warnings.catch_warnings():  # its own import warns of what its dependencies deprecate
+    warnings.simplefilter("ignore")
+    import_gradio()
+
+from equipoise.ui.safety import Site
+
+BROWSER = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+RATES = (1e-4, 1e-3)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """An empty runs folder, and one data root with a link that leads out of it."""
+    data = tmp_path / "photos"
+    (data / "cats").mkdir(parents=True)
+    (data / "out").symlink_to("/etc")
+    return Site(Store(tmp_path / "runs"), {"photos": data.resolve()})
+
+
+@pytest.fixture
+def finish():
+    """Trains a run without training: metrics, samples, a result and a final state, by the run's own functions."""
+
+    def end(run: Run, state: str = "done", steps: int = 5, message: str = "5 steps.") -> Run:
+        with run.session(signals=False):
+            run.update(total=steps)
+            for step in range(1, steps + 1):
+                run.metric(step, loss=1 / step, rate=1e-3, rate_encoder=2e-3, kappa=0.5, gradient_norm=float(step))
+            for step in (2, steps):
+                folder = run.samples / f"step-{step:08d}"
+                folder.mkdir()
+                Image.new("RGB", (16, 16), (10 * step, 0, 0)).save(folder / "00-0.png")
+            (run.result / "result.json").write_text("{}")
+            run.finish(state, message, steps)
+        return run
+
+    return end
+
+
+@pytest.fixture
+def run(site: Site, finish) -> Run:
+    return finish(
+        site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}", "steps=5"]), id="one")
+    )
+
+
+@pytest.fixture
+def swept(site: Site, finish) -> Run:
+    """A sweep of two optimizers at two rates that is over, with its comparison."""
+    axes = {"optimizer": ["adamw", "scaled_adamw"], "learning_rate": list(RATES)}
+    config = configs.load("text_to_image/demo", [f"runs={site.store.root}", "steps=5"])
+    made = sweeps.create(configs.set_keys(config, {"sweep": axes}), id="grid")
+    for cell in sweeps.cells(made):
+        finish(cell)
+    made.update(state="done")
+    folder = made.folder / "comparison"
+    mine = sweeps.cells(made)
+
+    def pictures(place: str, ink: tuple[int, int, int]) -> list[Picture]:
+        (folder / "cells" / place).mkdir(parents=True)
+        names = [f"cells/{place}/{prompt:02d}-0.png" for prompt in range(2)]
+        for name in names:
+            Image.new("RGB", (64, 64), ink).save(folder / name)
+        return [Picture(index, 0, name, name, True, "<b>seen</b>") for index, name in enumerate(names)]
+
+    base = Cell("", "base", math.nan, 0, "untouched", metrics={"score": 0.0}, pictures=pictures("base", (90, 90, 90)))
+    cells = [
+        Cell(cell.id, row, rate, 0, "done", "5 steps.", {"score": 0.25 * index}, config=differs)
+        for index, (cell, (row, rate, differs)) in enumerate(
+            zip(mine, lay_out([c.config() for c in mine]), strict=True)
+        )
+    ]
+    for index, cell in enumerate(cells):
+        cell.pictures = pictures(cell.run.rpartition("/")[2], (60 * index, 30, 90))
+    write_report(Comparison("grid", folder, ["a <i>cat</i>", "a dog"], "how right it is", base, cells))
+    return made
+
+
+class Server:
+    """`equipoise ui` in a process of its own, which can be started again at the same port."""
+
+    def __init__(self, root: Path, *words: str, port: int = 0, **environment: str):
+        self.root, self.words, self.environment, self.port = root, words, environment, port
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "equipoise.pipelines.cli", "ui", f"--port={self.port}", f"--runs={self.root}"]
+        environment = {**os.environ, **self.environment}
+        started = time.monotonic()
+        self.process = subprocess.Popen(
+            [*command, *self.words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        assert found, line + (self.process.stdout.read() or "")
+        self.seconds = time.monotonic() - started
+        self.port, self.url = int(found[1]), found[0]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=20)
+
+
+@pytest.fixture
+def serve():
+    """Starts servers, and ends them after the test."""
+    started: list[Server] = []
+
+    def start(root: Path, *words: str, **environment: str) -> Server:
+        started.append(Server(root, *words, **environment))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str):
+    """A real browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=BROWSER)
+
+
+@pytest.fixture
+def lines():
+    """A run's metrics as they are on disk."""
+    return lambda run: [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,191 @@
+"""The page in a real browser, over real runs of the embedded base. The pictures in docs/ui.md come from here.
+
+EQUIPOISE_SCREENSHOTS=docs pytest tests/ui/test_browser.py
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.store import Store
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the extra dev brings it")
+expect = playwright.expect
+PATIENCE = 120_000  # milliseconds, for machines that are busy with other things
+SHOTS = os.environ.get("EQUIPOISE_SCREENSHOTS")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def look(browser):
+    """Opens the page, and fails the test where the page fetches from elsewhere, or says an error to the console."""
+    opened, said = [], []
+
+    def at(url: str, width: int = 1280, height: int = 900, dark: bool = False, **more):
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", **more
+        )
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda m: said.append(m.text) if m.type == "error" and "ERR_" not in m.text else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda r: said.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.goto(url)
+        page.get_by_role("tab", name="Launch").wait_for()
+        opened.append(context)
+        return page
+
+    yield at
+    for context in opened:
+        context.close()
+    assert said == []
+
+
+def shoot(page, name: str, full: bool = False) -> None:
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"ui-{name}.png", full_page=full)
+
+
+def tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def fits(page) -> bool:
+    """Nothing makes the page wider than its window."""
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def launch(page, **fields: str) -> str:
+    """Fills in the form and starts it; returns the id."""
+    for label, value in fields.items():
+        page.get_by_label(label.replace("_", " "), exact=True).locator("visible=true").first.fill(value)
+    page.locator("#start-text_to_image").click()
+    started = page.locator(".message .good:visible")
+    expect(started).to_contain_text("Started", timeout=PATIENCE)
+    return started.inner_text().split()[1].rstrip(".")
+
+
+def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
+    """A sweep is launched, watched over a reload and a restart of the server, compared, asked for more, exported."""
+    server = serve(tmp_path)
+    page = look(server.url)
+    shoot(page, "launch")
+    optimizer = page.locator("#field-text_to_image-optimizer-name")
+    for name in ("scaled_adamw", "bounded_adamw"):
+        optimizer.get_by_role("button", name=f"Remove {name}").or_(
+            optimizer.locator(".token", has_text=name).locator(".token-remove")
+        ).first.click()
+    sweep = launch(page, learning_rate="1e-3, 1e-2", steps="8", prompts="a sks object on a white background")
+    tab(page, "Runs")
+    row = page.locator("#runs-table tr", has_text=sweep)
+    expect(row).to_contain_text("running", timeout=PATIENCE)
+
+    page.reload()
+    server.stop()
+    server.start()
+    page.goto(server.url)
+    tab(page, "Runs")
+    expect(row).to_be_visible(timeout=PATIENCE)
+    row.get_by_role("button").click()
+    expect(page.locator("#run-head h3")).to_contain_text(sweep)
+    expect(row).to_contain_text("done", timeout=PATIENCE)
+    cell = page.locator("#run-head table button").first
+    cell.click()
+    expect(page.locator(".charts figcaption").first).to_have_text("loss", timeout=PATIENCE)
+    shoot(page, "runs", full=True)
+
+    made = Store(tmp_path).get(sweep)
+    assert [one.status().state for one in sweeps.cells(made)] == ["done", "done"]
+    assert len(sweeps.cells(made)[0].metrics()) == 8, "nothing was trained twice, and nothing was lost"
+    end = time.monotonic() + PATIENCE / 1000
+    while not (made.folder / "comparison" / "table.json").is_file():
+        assert time.monotonic() < end, made.log_file.read_text()
+        time.sleep(0.2)
+    tab(page, "Compare")
+    page.locator("#compare-refs input").click()
+    page.get_by_role("option", name=sweep).click()
+    page.keyboard.press("Escape")
+    cells = page.locator("#grid button.cell")
+    expect(cells).to_have_count(3, timeout=PATIENCE)
+    expect(page.locator("#grid img").first).to_have_js_property("complete", True)
+    cells.nth(1).click()
+    expect(page.locator("#cell-detail")).to_contain_text("learning_rate=0.001")
+    cells.nth(2).click()
+    slider = page.locator(".before-after input")
+    slider.fill("25")
+    assert page.locator(".before-after").evaluate("it => it.style.getPropertyValue('--at')") == "25%"
+    expect(page.locator("#cell-detail")).to_contain_text("optimizer.learning_rate")
+    shoot(page, "compare", full=True)
+
+    page.locator("#new-prompt textarea").fill("a red <b>circle</b>")
+    page.locator("#generate").click()
+    expect(page.locator("#compare-prompt-text")).to_contain_text("a red <b>circle</b>", timeout=PATIENCE)
+    expect(page.locator("#grid button.cell")).to_have_count(3)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Table (CSV)").click()
+    assert "adamw" in Path(download.value.path()).read_text()
+
+
+def test_stop_resume_delete(tmp_path, serve, look):
+    server = serve(tmp_path)
+    page = look(server.url)
+    page.locator("#preset-text_to_image input").click()
+    page.get_by_role("option", name="defaults").click()
+    page.locator("#preset-text_to_image input").press("Escape")
+    id = launch(page, learning_rate="1e-3", steps="100000", name="long")
+    tab(page, "Runs")
+    page.locator("#runs-table").get_by_role("button", name=id).click()
+    run = Store(tmp_path).get(id)
+    expect(page.locator("#run-head .facts")).to_contain_text("loss", timeout=PATIENCE)  # it trains
+    page.locator("#stop").click()
+    expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
+    steps = run.status().step
+    assert steps and list(run.checkpoints.iterdir())
+    page.locator("#resume").click()
+    expect(page.locator("#run-head .badge")).to_have_text("running", timeout=PATIENCE)
+    page.locator("#delete").click()
+    page.locator("#delete-yes").click()
+    expect(page.locator("#run-message")).to_contain_text("stop it first")
+    page.locator("#stop").click()
+    expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
+    page.locator("#delete").click()
+    page.locator("#delete-yes").click()
+    expect(page.locator("#runs-table")).to_contain_text("No runs yet", timeout=PATIENCE)
+    assert not run.folder.exists()
+
+
+def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, look):
+    for index in range(299):
+        shutil.copytree(run.folder, site.store.root / f"old-{index:03d}")
+    server = serve(site.store.root)
+    assert server.seconds < 30  # five on a machine with nothing else to do
+    for width, height, dark in ((1280, 900, True), (390, 844, False)):
+        page = look(server.url, width, height, dark)
+        assert fits(page)
+        shoot(page, f"launch-{width}")
+        tab(page, "Runs")
+        expect(page.locator("#runs-table tbody tr")).to_have_count(301)
+        page.get_by_label("Filter").fill("grid")
+        expect(page.locator("#runs-table tbody tr")).to_have_count(1)
+        page.locator("#runs-table").get_by_role("button", name="grid").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#run-head h3")).to_contain_text("grid")
+        assert fits(page)
+        shoot(page, f"runs-{width}")
+        tab(page, "Compare")
+        page.locator("#compare-refs input").fill("grid")
+        page.get_by_role("option", name="grid").click()
+        page.keyboard.press("Escape")
+        expect(page.locator("#grid button.cell")).to_have_count(6)
+        assert fits(page)
+        shoot(page, f"compare-{width}", full=True)
+        tab(page, "Plugins")
+        page.locator(".plugins summary", has_text="scaled_adamw").click()
+        expect(page.locator(".plugins details[open]")).to_contain_text("damping")
+        assert fits(page)
+        shoot(page, f"plugins-{width}")
