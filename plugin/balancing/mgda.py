@@ -12,10 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from equipoise.balancing.min_norm import gram, min_norm
+from equipoise.balancing.min_norm import min_norm
 from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
-
-Gradient = list[Tensor]
 
 
 class TwoGradients(Objective):
@@ -29,10 +27,9 @@ class TwoGradients(Objective):
 
     def mix(
         self,
-        joint: Mapping[str, Gradient],  # modality → gradient of the joint loss, one tensor per parameter
-        unimodal: Mapping[str, Gradient],  # the same of the modality's own loss
-    ) -> tuple[dict[str, Gradient], dict[str, float | Tensor]]:
-        """Each encoder's gradient, and numbers worth logging."""
+        rows: Mapping[str, Tensor],  # modality → (2, size): its encoder's gradient of the joint and of its own loss
+    ) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+        """The weights (2,) of each encoder's two gradients, and numbers worth logging."""
         raise NotImplementedError(f"{type(self).__name__} does not define mix()")
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
@@ -43,9 +40,14 @@ class TwoGradients(Objective):
         backward(total)
         unimodal = self._taken()
         with torch.no_grad():
-            made, logged = self.mix(*(self._filled(taken) for taken in (joint, unimodal)))
+            # as vectors: a few large products in place of some for every tensor
+            rows = {name: torch.stack([self._row(name, g) for g in (joint[name], unimodal[name])]) for name in joint}
+            weights, logged = self.mix(rows)
             for name, parameters in self.encoders.items():
-                for parameter, grad, old in zip(parameters, made[name], before[name], strict=True):
+                flat = weights[name] @ rows[name]
+                parts = flat.split([parameter.numel() for parameter in parameters])
+                for parameter, part, old in zip(parameters, parts, before[name], strict=True):
+                    grad = part.view_as(parameter).to(parameter.dtype)
                     parameter.grad = grad if old is None else old.add_(grad)
         return {"loss": (losses.joint + total).detach(), **logged}
 
@@ -57,20 +59,10 @@ class TwoGradients(Objective):
                 parameter.grad = None
         return taken
 
-    def _filled(self, taken: Mapping[str, Sequence[Tensor | None]]) -> dict[str, Gradient]:
-        return {
-            name: [torch.zeros_like(p) if g is None else g for p, g in zip(self.encoders[name], grads, strict=True)]
-            for name, grads in taken.items()
-        }
-
-
-def weighted(weights: Sequence[Tensor], gradients: Sequence[Gradient]) -> Gradient:
-    """Σ wᵢ·gᵢ, tensor by tensor, into the first gradient's memory."""
-    total = gradients[0]
-    torch._foreach_mul_(total, weights[0].to(total[0].dtype))
-    for weight, gradient in zip(weights[1:], gradients[1:], strict=True):
-        torch._foreach_add_(total, torch._foreach_mul(gradient, weight.to(total[0].dtype)))
-    return total
+    def _row(self, name: str, grads: Sequence[Tensor | None]) -> Tensor:  # (size,) in at least float32
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.encoders[name], grads, strict=True)]
+        row = torch.cat([grad.flatten() for grad in found])
+        return row if row.dtype == torch.float64 else row.float()
 
 
 class MGDA(TwoGradients):
@@ -95,23 +87,21 @@ class MGDA(TwoGradients):
         if scope == "all":
             self.modalities = (1, 7)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def mix(self, joint, unimodal):
-        weights = self._over_all(joint, unimodal) if self.scope == "all" else self._each(joint, unimodal)
-        made = {name: weighted(pair, [joint[name], unimodal[name]]) for name, pair in weights.items()}
-        return made, {f"joint_weight_{name}": pair[0] for name, pair in weights.items()}
+    def mix(self, rows):
+        blocks = {name: pair @ pair.T for name, pair in rows.items()}
+        if self.scope == "all":
+            weights = self._over_all(blocks)
+        else:
+            weights = {name: min_norm(block) for name, block in blocks.items()}
+        return weights, {f"joint_weight_{name}": pair[0] for name, pair in weights.items()}
 
-    def _each(self, joint, unimodal) -> dict[str, tuple[Tensor, Tensor]]:
-        pairs = {name: min_norm(gram([joint[name], unimodal[name]])) for name in joint}
-        return {name: (pair[0], pair[1]) for name, pair in pairs.items()}
-
-    def _over_all(self, joint, unimodal) -> dict[str, tuple[Tensor, Tensor]]:
+    def _over_all(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unimodal gradient is zero on other modalities' encoders, which most of the Gram matrix comes from."""
-        blocks = [gram([joint[name], unimodal[name]]) for name in joint]
         count = len(blocks) + 1
-        products = blocks[0].new_zeros(count, count)
-        for index, block in enumerate(blocks, start=1):
+        products = next(iter(blocks.values())).new_zeros(count, count)
+        for index, block in enumerate(blocks.values(), start=1):
             products[0, 0] += block[0, 0]
             products[0, index] = products[index, 0] = block[0, 1]
             products[index, index] = block[1, 1]
         weights = min_norm(products)
-        return {name: (weights[0], weights[index]) for index, name in enumerate(joint, start=1)}
+        return {name: weights[[0, index]] for index, name in enumerate(blocks, start=1)}

@@ -4,25 +4,12 @@ Source: Désidéri, Multiple-gradient Descent Algorithm (MGDA) for Multi-objecti
 holds all that the answer depends on; it is a few numbers, and they stay on the gradients' device.
 """
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 MOST = 8  # objectives; the solver looks at every subset of them
-
-
-def gram(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The (n, n) inner products of n gradients, each a list of tensors in the same order, in at least float32."""
-    wide = [[g if g.dtype == torch.float64 else g.float() for g in gradient] for gradient in gradients]
-    rows = [[_dot(one, other) for other in wide[: i + 1]] for i, one in enumerate(wide)]
-    count = len(rows)
-    return torch.stack([torch.stack([rows[max(i, j)][min(i, j)] for j in range(count)]) for i in range(count)])
-
-
-def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vecdot(a.flatten(), b.flatten()) for a, b in zip(one, other, strict=True)]).sum()
 
 
 def min_norm(

@@ -7,8 +7,8 @@ Option: `gamma` is the paper's γ.
 
 import torch
 
-from equipoise.balancing.mgda import TwoGradients, weighted
-from equipoise.balancing.min_norm import gram, min_norm
+from equipoise.balancing.mgda import TwoGradients
+from equipoise.balancing.min_norm import min_norm
 
 
 class MMPareto(TwoGradients):
@@ -28,15 +28,14 @@ class MMPareto(TwoGradients):
     def __init__(self, gamma: float = 1.5) -> None:
         self.gamma = gamma
 
-    def mix(self, joint, unimodal):
-        made, logged = {}, {}
-        for name in joint:
-            products = gram([joint[name], unimodal[name]])
+    def mix(self, rows):
+        found, logged = {}, {}
+        for name, pair in rows.items():
+            products = pair @ pair.T
             weights = torch.where(products[0, 1] > 0, 0.5, min_norm(products))
             summed = products.sum().clamp(min=0).sqrt()  # ‖∇f_mm + ∇f_mk‖
             length = (weights @ products @ weights).clamp(min=0).sqrt()
             # two opposite gradients leave nothing to follow
-            scale = torch.where(length > 0, self.gamma * summed / length, 0.0)
-            made[name] = weighted((scale * weights).unbind(), [joint[name], unimodal[name]])
+            found[name] = weights * torch.where(length > 0, self.gamma * summed / length, 0.0)
             logged[f"joint_weight_{name}"] = weights[0]
-        return made, logged
+        return found, logged
