@@ -23,16 +23,21 @@ from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.run import Run
 
+_children: list[subprocess.Popen] = []  # of this process; kept so that they are reaped when they have ended
 COMPARISONS = "comparisons"  # the folder in a runs folder for comparisons of several runs, or with other prompts
 
 
 def spawn(log: Path, *words: str) -> int:
     """Starts `equipoise WORDS` in a session of its own, printing into `log`; returns the process's number."""
     command = [sys.executable, "-m", "equipoise.pipelines.cli", *words]
+    _children[:] = [child for child in _children if child.poll() is None]
     with explained(log), open(log, "ab") as file:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        ).pid
+        _children.append(
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        )
+    return _children[-1].pid
 
 
 def start(made: Run, workers: int | None = None) -> int:

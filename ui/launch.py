@@ -254,7 +254,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             interactive=True,
             elem_id=f"preset-{pipeline}",
         )
-        bring = gr.UploadButton("Load YAML …", file_types=[".yaml", ".yml"], size="md", elem_classes=["quiet"])
+        bring = gr.UploadButton("Load YAML …", file_types=[".yaml", ".yml"], size="sm", scale=0, min_width=140)
     widgets: dict[str, Any] = {}
     with gr.Group(elem_classes=["fields"]):
         for item in sorted((i for i in items if i.basic), key=_rank):

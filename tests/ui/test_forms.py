@@ -1,0 +1,143 @@
+"""A form says what the records say, and gives back what they hold; for every pipeline that is installed."""
+
+import pytest
+
+from equipoise import registry
+from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines.axes import expand
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.shipped import shipped
+from equipoise.ui import forms, launch
+
+
+def filled(name: str):
+    """A shipped configuration, what its form shows, and its table of options."""
+    config = configs.load(name)
+    shown = forms.show(config)
+    chosen = {item.key.key: shown[item.key.key] for item in forms.fields(type(config)) if item.kind == "plugin"}
+    return config, shown, forms.option_rows(type(config), chosen, config)
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_there_and_back(name):
+    """Unchanged, a form trains exactly the runs that the file does."""
+    config, shown, rows = filled(name)
+    again = configs.set_keys(config, forms.read(type(config), shown, rows), source="form")
+    if not config.sweep:
+        assert again == config
+        return
+    before, after = ({repr(cell) for cell in expand(it).values()} for it in (config, again))
+    assert before == after and len(before) > 1
+
+
+def test_every_pipeline_has_a_form_of_all_its_keys():
+    found = 0
+    for entry in registry.entries("pipelines"):
+        cls = registry.load("pipelines", entry.name).Config
+        asked = {item.key.key for item in forms.fields(cls)}
+        options = {f"{key.rpartition('.')[0]}.options" for key in asked if forms.plugin_kind(cls, key)}
+        assert {key.key for key in configs.describe(cls)} == asked | options | set(forms.NOT_ASKED)
+        assert all(item.key.help in item.info or item.key.help.endswith(".") for item in forms.fields(cls))
+        found += 1
+    assert found >= 3
+
+
+def test_options_reach_the_cells():
+    config, shown, rows = filled("text_to_image/demo")
+    for row in rows:
+        if row[:2] == ["scaled_adamw", "damping"]:
+            row[2] = "1e-2"
+    shown |= {"optimizer.learning_rate": "1e-3", "lora.rank": "4, 8"}
+    values = forms.read(type(config), shown, rows)
+    assert values["sweep"]["optimizer"][1] == {"name": "scaled_adamw", "options": {"damping": 0.01}}
+    cells = expand(configs.set_keys(config, values)).values()
+    assert {(cell.optimizer.name, cell.optimizer.options.get("damping"), cell.lora.rank) for cell in cells} == {
+        (name, damping, rank)
+        for name, damping in (("adamw", None), ("scaled_adamw", 0.01), ("bounded_adamw", None))
+        for rank in (4, 8)
+    }
+
+
+def test_all_problems_at_once(site):
+    _, shown, rows = filled("text_to_image/demo")
+    with pytest.raises(ConfigError) as error:
+        launch.plan(
+            site,
+            "text_to_image",
+            "text_to_image/demo",
+            {**shown, "train.steps": "x", "seed": "", "optimizer.name": []},
+            rows,
+        )
+    assert len(error.value.problems) == 3
+    with pytest.raises(ConfigError) as error:
+        wrong = {**shown, "train.steps": "0", "lora.dropout": "2", "optimizer.name": ["adamw"]}
+        launch.plan(site, "text_to_image", "text_to_image/demo", wrong, [["adamw", "lr", "1", "", "", ""]])
+    text = str(error.value)
+    assert "train.steps: must be >= 1" in text and "lora.dropout: must be < 1" in text and "learning_rate" in text
+    assert "form:" not in launch.said(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("1e-4", [1e-4]),
+        ("1, 2.5", [1, 2.5]),
+        ("1e-4 .. 1e-2 : 3", [1e-4, 1e-3, 1e-2]),
+        ("", []),
+        ("1..16:5", [1, 2, 4, 8, 16]),
+    ],
+)
+def test_numbers(text, numbers):
+    assert forms.read_numbers(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["a", "true", "1;2", "0..1", "2..1", "1..2:1", "1..2:99", "[1]", "1e-4 .. b"])
+def test_what_is_no_number(text):
+    with pytest.raises(ValueError, match="got"):
+        forms.read_numbers(text)
+
+
+def test_the_command_does_the_same(site, capsys):
+    """What the page says one can type makes the same configuration."""
+    import shlex
+
+    _, shown, rows = filled("text_to_image/demo")
+    shown |= {
+        "optimizer.name": ["adamw"],
+        "optimizer.learning_rate": "2e-3",
+        "samples.prompts": "a cat, sitting\na dog",
+    }
+    made = launch.plan(site, "text_to_image", "text_to_image/demo", shown, rows)
+    words = shlex.split(made.command)
+    assert words[:3] == ["equipoise", "train", "text_to_image/demo"] and made.cells == 1
+    assert main([*words[1:], "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert configs.flat(configs.load("text_to_image/demo"))["sweep"]  # which `train` leaves alone
+    before, after = made.yaml.replace("sweep: {}\n", ""), printed
+    assert [line for line in before.splitlines() if line not in after.splitlines()] == []
+
+
+def test_a_plan_without_a_preset(site):
+    shown = forms.show(configs.load("audio_visual/demo"))
+    made = launch.plan(
+        site, "audio_visual", "", {**shown, "objective.name": ["mimo"], "optimizer.learning_rate": "1e-3"}, []
+    )
+    assert made.config.pipeline == "audio_visual" and made.cells == 1
+    assert made.command.startswith("equipoise train FILE.yaml")
+
+
+def test_the_estimate_measures(site, run):
+    _, shown, rows = filled("text_to_image/demo")
+    made = launch.plan(site, "text_to_image", "text_to_image/demo", shown, rows)
+    assert "s per step, measured here" in launch.estimate(site, made, 2)
+    other = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "train.batch": "1"}, rows)
+    assert "not known yet" in launch.estimate(site, other, 2)
+
+
+def test_a_file_of_another_pipeline(site, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(configs.dump(configs.load("audio_visual/demo")))
+    assert launch.read_yaml(str(file), "audio_visual").name == "demo"
+    with pytest.raises(InputError, match="audio_visual"):
+        launch.read_yaml(str(file), "text_to_image")

@@ -1,0 +1,181 @@
+"""What the tabs' functions return, without a page; and the page's own programming interface."""
+
+import shutil
+import time
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+
+from equipoise.errors import InputError
+from equipoise.pipelines import background
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.comparison import RATE, Comparison
+from equipoise.ui import compare, plugins, runs
+
+
+def test_the_table_filters_and_sorts(site, run, finish):
+    assert runs.table(site).count("<tr") == 2
+    config = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
+    finish(site.store.create(config, id="two"), "diverged", message="the loss was not finite at step 3 of 5.")
+    assert "diverged" in runs.table(site, state="diverged") and ">one<" not in runs.table(site, state="diverged")
+    assert ">two<" in runs.table(site, words="FINITE loss") and ">one<" not in runs.table(site, words="FINITE loss")
+    by_state = runs.table(site, sort="state")
+    assert by_state.index(">one<") < by_state.index(">two<")
+    assert "Nothing matches" in runs.table(site, words="zebra")
+    assert "No runs yet" in runs.table(type(site)(type(site.store)(site.store.root / "none")))
+
+
+def test_three_hundred_runs_in_a_blink(site, run):
+    for index in range(300):
+        shutil.copytree(run.folder, site.store.root / f"old-{index:03d}")
+    runs.table(site)
+    started = time.process_time()
+    assert runs.table(site).count("<tr") == 302
+    assert time.process_time() - started < 0.2
+
+
+def test_one_run(site, run):
+    heading, curves, samples, log, config, files = runs.detail(site, "one", None)
+    assert "5 of 5" in heading and "done" in heading
+    for name in ("loss", "rate", "kappa", "gradient"):
+        assert f"<figcaption>{name}</figcaption>" in curves
+    assert curves.count("rate_encoder") == 1, "one chart has the rates of all components"
+    assert "step-00000005/00-0.png" in samples
+    assert "step-00000002/00-0.png" in runs.samples(site, "one", 3)
+    assert configs.load(run.folder / "config.yaml").name in config and "nothing" in log
+    assert "metrics.jsonl" in files and "result/result.json" in files
+
+
+def test_a_dead_run_says_its_last_words(site, run):
+    run.log("the very last line")
+    text = (run.folder / "status.json").read_text()
+    (run.folder / "status.json").write_text(
+        text.replace('"done"', '"running"').replace(f'"pid": {run.status().pid}', '"pid": 4194300')
+    )
+    heading = runs.heading(site, "one")
+    assert "badge dead" in heading and "the very last line" in heading and "may be resumed" in heading
+
+
+def test_only_what_changed_is_sent(site, run):
+    first, digests = runs.unchanged(runs.detail(site, "one", None), [])
+    assert len(first) == 6 and gr.skip() not in first
+    again, same = runs.unchanged(runs.detail(site, "one", None), digests)
+    assert again == [gr.skip()] * 6 and same == digests
+    run.log("news")
+    third, _ = runs.unchanged(runs.detail(site, "one", None), digests)
+    assert [part != gr.skip() for part in third[:5]] == [False, False, False, True, False]
+
+
+def test_what_can_be_done_to_a_run(site, run, swept):
+    with pytest.raises(InputError, match="not at work"):
+        runs.act(site, "one", "stop", 1)
+    with pytest.raises(InputError, match="nothing to resume"):
+        runs.act(site, "one", "resume", 1)
+    cell = sweeps.cells(swept)[0]
+    for what in ("resume", "delete"):
+        with pytest.raises(InputError, match="is a cell"):
+            runs.act(site, cell.id, what, 1)
+    with run.session(signals=False), pytest.raises(InputError, match="stop it first"):
+        runs.act(site, "one", "delete", 1)
+    assert "saves its state" in (said := _stopped(site)) and said
+    runs.act(site, "grid", "delete", 1)
+    assert not swept.folder.exists() and [item.id for item in site.store.list()] == ["waiting", "one"]
+
+
+def _stopped(site) -> str:
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="waiting")
+    with made.session(signals=False):
+        said = runs.act(site, "waiting", "stop", 1)
+        assert "stop" in made.requested()
+        made.finish("stopped")
+    return said
+
+
+def test_a_comparison_can_be_read_back(site, swept):
+    folder = swept.folder / "comparison"
+    read = Comparison.read(folder)
+    before = (folder / "table.json").read_text()
+    read.write_tables()
+    assert (folder / "table.json").read_text() == before
+    assert read.cells[3].pictures[1].note == "<b>seen</b>" and read.line is not None
+    (folder / "table.json").write_text("{}")
+    with pytest.raises(InputError, match="compare anew"):
+        Comparison.read(folder)
+
+
+def test_the_grid(site, swept):
+    id = compare.made(site, ["grid"])[0].id
+    shown = compare.grid(site, id)
+    assert shown.count("<button class='cell") == 2 * 3 and shown.count("class='cell usable'") == 1
+    assert shown.index("base") < shown.index("1e-4") < shown.index("1e-3")
+    assert "aria-pressed='true'" not in shown
+    one = compare.grid(site, id, prompt=2)
+    assert one.count("<img") == 6 and "01-0.png" in one
+    assert "samples/step-00000002/00-0.png" in compare.grid(site, id, step=2)
+    turned = compare.grid(site, id, rows=RATE, columns="optimizer.name")
+    assert turned.count("<button class='cell") == 2 * 3 and "<th scope='row'>1e-4</th>" in turned
+    assert ("optimizer.name", "optimizer.name") in compare.axes(compare.read(site, id))
+
+
+def test_two_cells_under_a_slider(site, swept):
+    id = "grid/comparison"
+    first, second = (cell.id for cell in sweeps.cells(swept)[:2])
+    alone = compare.cell_detail(site, id, [first], 0)
+    assert "before-after" not in alone and "5 steps." in alone
+    both = compare.cell_detail(site, id, [first, second], 0)
+    assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
+    assert "optimizer.name" not in both, "they have the same one"
+    assert "learning rates that worked" in compare.curve(site, id) and "Table (CSV)" in compare.export(site, id)
+
+
+def test_a_job_that_comes_to_nothing_says_why(site, swept):
+    shutil.rmtree(sweeps.cells(swept)[0].result)
+    name = compare.generate(site, ["grid"], "a cat", 1, 0.7)
+    (job,) = background.jobs(site.store.root)
+    assert (job.name, job.runs, job.asked) == (name, ("grid",), {"prompts": ["a cat"], "count": 1, "scale": 0.7})
+    end = time.monotonic() + 120
+    while background.jobs(site.store.root)[0].state == "running":
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert "came to nothing" in compare.working(site, ["grid"])
+
+
+def test_unfinished_runs_are_not_compared(site, run):
+    with run.session(signals=False), pytest.raises(InputError, match="not finished yet"):
+        compare.generate(site, ["one"], "", 1, 1.0)
+    with pytest.raises(InputError, match="Choose a sweep"):
+        compare.generate(site, [], "a", 1, 1.0)
+    with pytest.raises(InputError, match="characters"):
+        compare.generate(site, ["one"], "a" * 5000, 1, 1.0)
+
+
+def test_plugins_and_what_is_broken(distribution):
+    distribution(
+        "shelf", {"equipoise.optimizers": {"broken": "shelf_of:Nothing"}}, shelf_of="raise ValueError('<b>no</b>')"
+    )
+    page = plugins.page()
+    assert "scaled_adamw" in page and "2402.02347" in page and "text_to_image" in page
+    assert "cannot be used" in page and "shelf" in page and "<b>no</b>" not in page
+
+
+def test_the_programming_interface(site, run, serve):
+    """What is named is harmless; what is not named does to crafted ids what the page would: it refuses them."""
+    server = serve(site.store.root)
+    client = Client(server.url, verbose=False)
+    try:
+        named = client.view_api(return_format="dict")["named_endpoints"]
+        assert list(named) == ["/plugins"]
+        assert "scaled_adamw" in client.predict(api_name="/plugins")
+        refused = 0
+        for number, endpoint in client.endpoints.items():
+            if endpoint.api_name == "/plugins":
+                continue
+            with pytest.raises(Exception, match=r".+"):
+                client.predict("../secret", fn_index=number)
+            refused += 1
+        assert refused > 10
+    finally:
+        client.close()
+    assert run.status().state == "done"
