@@ -1,6 +1,6 @@
 """Drawn digits with tones: an audio-visual data set in which one modality is easy and the other informative.
 
-The tone is the class's own in seven clips of ten and any class's in the rest: it is learned at once, and a model that
+The tone is the class's own in eight clips of ten and any class's in the rest: it is learned at once, and a model that
 trusts it is wrong as often as that. The digit is always right, but turned, shifted, crossed out and noisy, so that it
 takes many more steps to learn. Everything comes from one seed; files are ordinary WAV and PNG, with a manifest.
 """
