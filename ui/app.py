@@ -61,6 +61,7 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         path="/",
         theme=theme.theme(),
         css=theme.css(),
+        head=theme.HEAD,
         footer_links=[],
         run_history=False,
         max_file_size=UPLOAD,

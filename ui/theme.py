@@ -9,6 +9,13 @@ _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "H
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
+# Of what lies around gradio's own frame, which its scoping keeps the stylesheet from.
+HEAD = """<style>
+.gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100vw !important }
+@media (max-width: 640px) { .gradio-container .main { padding: 8px 10px !important } }
+</style>"""
+
+
 def theme() -> gr.themes.Base:
     """The colours and sizes of gradio's own parts; the fonts are the system's, so that nothing is fetched."""
     return gr.themes.Base(
