@@ -20,7 +20,7 @@ from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, sp
 from equipoise.pipelines.tables import table
 
 STEPS, BASE_STEPS, MEASURED = 200, 500, 5  # of a training; of the sounds' base; steps between measurements of κ
-RATES = {"pictures": 2e-3, "sounds": 1e-3}
+RATES = {"pictures": 7e-4, "sounds": 1e-3}
 METHODS = {  # name → (coordinator, its options)
     "Constant LR": ("constant", {}),
     "Feature CD": ("feature_cd", {}),
