@@ -127,7 +127,7 @@ def draw_card(answered: Answer) -> Image.Image:
     question = answered.question.replace(MARKS["image"], "").replace(MARKS["audio"], "").strip()
     lines += [(line, _INK) for line in textwrap.wrap(question, 26)[:2]]
     colour = _MUTED if answered.right is None else _GOOD if answered.right else _BAD
-    mark = "" if answered.right is None else "✓ " if answered.right else "✗ "
+    mark = "" if answered.right is None else "right: " if answered.right else "wrong: "
     lines += [(line, colour) for line in textwrap.wrap(mark + (answered.said or "(nothing)"), 26)[:2]]
     if answered.right is False:
         lines.append((f"wanted: {' or '.join(answered.wanted)}"[:28], _MUTED))
