@@ -100,7 +100,8 @@ def serve(
         f"Equipoise is at http://{host}:{port}, over the runs in {site.store.root}. Ctrl-C ends it, not the runs.",
         flush=True,
     )
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    # open pages hold connections that never end by themselves
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
 
 
 def _warm() -> None:
