@@ -14,6 +14,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.files import explained
 
 PAPERS = {
+    "scaled-gd": "scaled GD's Theorem 7.4",
     "alpha-adam": "AlphaAdam's Table 3",
     "ada-sam": "AdaSAM's Tables I and II and Figure 2",
     "commit": "CoMMIT's Table 1 and Figures 2, 3 and 6",

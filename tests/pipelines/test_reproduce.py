@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -40,7 +41,7 @@ def test_alpha_adam_in_small(capsys):
         assert len(chart.convert("RGB").getcolors(1 << 16)) > 20
 
     cells = {(run["method"], run["rate"]): run["losses"] for run in found["runs"]}
-    assert len(cells) == len(found["runs"]) == 12 and all(len(losses) == 10 for losses in cells.values())
+    assert len(cells) == len(found["runs"]) == 16 and all(len(losses) == 10 for losses in cells.values())
     last = {method: cells[method, 1e-2][-1] for method, _ in cells}
     assert len(set(last.values())) == 4, "masks and compensation do something"
     first = {method: cells[method, 1e-2][2] for method, _ in cells}  # after one step, where there is no momentum yet
@@ -50,6 +51,18 @@ def test_alpha_adam_in_small(capsys):
     assert main(words) == 0
     assert results("again")["runs"] == found["runs"]
     assert Path("again/chart.png").read_bytes() == Path("runs/reproduce-alpha-adam/chart.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_scaled_gd_keeps_its_rate_whatever_the_condition_number(capsys):
+    assert main(["reproduce", "scaled-gd", "--seeds", "1", "--steps", "25", "--workers", "2"]) == 0
+    assert "Theorem 7.4: at most 1 − η/2 = 0.75 per step, whatever κ." in capsys.readouterr().out
+    runs = results("runs/reproduce-scaled-gd")["runs"]
+    ours = {run["condition"]: run["errors"] for run in runs if run["optimizer"] == "scaled GD"}
+    assert list(ours) == [1, 10, 100, 1000]
+    assert all(later <= 0.75 * earlier for errors in ours.values() for earlier, later in pairwise(errors[:21]))
+    plain = [run["errors"][20] for run in runs if run["optimizer"] == "GD" and run["condition"] == 1000]
+    assert len(plain) == 5 and all(not error < 100 * ours[1000][20] for error in plain), "at no rate does plain GD"
 
 
 @pytest.mark.slow
@@ -87,7 +100,7 @@ def test_ada_sam_in_small(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["alpha-adm"], "no paper 'alpha-adm'. Did you mean 'alpha-adam'? There are alpha-adam and ada-sam and "),
+        (["alpha-adm"], "no paper 'alpha-adm'. Did you mean 'alpha-adam'? There are scaled-gd and alpha-adam and "),
         (["ada-sam", "--data", "m.csv"], "--data: is for mimo; ada-sam has its own."),
         (["mimo", "--data", "m.csv"], "m.csv does not exist. Give a CSV file"),
         (["ada-sam", "--seeds", "0"], "--seeds: must be at least 1, got 0."),
