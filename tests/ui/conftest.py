@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -145,6 +147,10 @@ def serve():
     yield start
     for server in started:
         server.stop()
+        for item in Store(server.root).list(kinds=("run", "sweep", "cell")):  # what a failed test left at work
+            if not item.over and item.pid:
+                with suppress(psutil.NoSuchProcess):
+                    psutil.Process(item.pid).kill()
 
 
 @pytest.fixture(scope="session")
