@@ -87,13 +87,15 @@ def serve(
             f"--host {host}: everybody who reaches this machine could start runs; give --auth FILE with NAME:PASSWORD."
         )
     site = Site(Store(root), data)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind((host, port))
-        except OSError as error:
-            raise InputError(f"--port {port}: cannot be used on {host}: {error.strerror}. Give another one.") from error
-        port = taken.getsockname()[1]
+    mine = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        mine.bind((host, port))
+        mine.listen(128)  # who comes before everything is ready waits
+    except OSError as error:
+        mine.close()
+        raise InputError(f"--port {port}: cannot be used on {host}: {error.strerror}. Give another one.") from error
+    port = mine.getsockname()[1]
     app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
     threading.Thread(target=_warm, daemon=True).start()
     print(
@@ -101,7 +103,7 @@ def serve(
         flush=True,
     )
     # open pages hold connections that never end by themselves
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[mine])
 
 
 def _warm() -> None:
