@@ -75,7 +75,8 @@ class FeatureDescent(Measured):
         return {"changed_at": self.changed_at, "first_way": self._first_way, "then": list(self._then)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.changed_at, self._first_way, self._then = state["changed_at"], state["first_way"], list(state.get("then", ()))
+        self.changed_at, self._first_way = state["changed_at"], state["first_way"]
+        self._then = list(state["then"])
 
 
 class LanguageDescent(FeatureDescent):
