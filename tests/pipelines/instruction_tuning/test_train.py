@@ -261,7 +261,7 @@ def test_sweep_and_compare(overrides, tmp_path, capfd):
     words = [*overrides(), "--axis", "coordinator=constant,commit_clr", "--axis", "learning_rate=1e-3,1e-2"]
     assert main(["sweep", NAME, *words, "--id", "swept"]) == 0
     out = capfd.readouterr().out
-    assert "adamw name=commit_clr" in out and "1 held-out questions" in out
+    assert "adamw coordinator=commit_clr" in out and "1 held-out questions" in out
     folder = tmp_path / "runs" / "swept" / "comparison"
     assert (folder / "grid.png").is_file() and (folder / "report.html").is_file()
     table = json.loads((folder / "table.json").read_text())
