@@ -245,7 +245,8 @@ class DampedInverse:
         """Set (damping, damping mode) of each matrix."""
         like = self.matrices
         self._damping = torch.tensor([damping for damping, _ in options], dtype=like.dtype, device=like.device)
-        self._relative = torch.tensor([mode == "relative" for _, mode in options], device=like.device)
+        relative = [mode == "relative" for _, mode in options]
+        self._relative = torch.tensor(relative, device=like.device) if any(relative) else None
 
     def invert_(self) -> Tensor:
         """Replace `matrices` by their damped inverses, or by the identity where there is none; () how many failed.
@@ -254,14 +255,18 @@ class DampedInverse:
         identity too, and is no failure.
         """
         matrices, eye = self.matrices, self._eye.expand_as(self.matrices)
-        diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-        mean = diagonal.mean(-1)
-        diagonal.add_((self._damping * torch.where(self._relative, mean, 1.0)).unsqueeze(-1))
+        diagonal, damping, fresh = matrices.diagonal(dim1=-2, dim2=-1), self._damping, None
+        if self._relative is not None:
+            mean = diagonal.mean(-1)
+            fresh = self._relative & (mean == 0)
+            damping = damping * torch.where(self._relative, mean, 1.0)
+        diagonal.add_(damping.unsqueeze(-1))
         torch.linalg.cholesky_ex(matrices, out=(self._factor, self._info))
         # (LLᵀ)⁻¹ = L⁻ᵀL⁻¹: a triangular solve and a product are faster than the two solves of cholesky_solve.
         torch.linalg.solve_triangular(self._factor, eye, upper=False, out=self._inverse_factor)
         torch.bmm(self._inverse_factor.mT, self._inverse_factor, out=matrices)
         good = (self._info == 0) & matrices.sum((1, 2)).isfinite()
-        if matrices.is_cuda or not good.all():
-            torch.where(good[:, None, None], matrices, self._eye, out=matrices)
-        return (~(good | (self._relative & (mean == 0)))).sum()
+        if not matrices.is_cuda and good.all():
+            return torch.zeros((), dtype=torch.int64)
+        torch.where(good[:, None, None], matrices, self._eye, out=matrices)
+        return (~(good if fresh is None else good | fresh)).sum()
