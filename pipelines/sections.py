@@ -15,6 +15,16 @@ Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
 
+# Short names of the keys below; to be the last of a configuration's own.
+SHORT_NAMES = {
+    "learning_rate": "optimizer.learning_rate",
+    "optimizer": "optimizer.name",
+    "objective": "objective.name",
+    "coordinator": "coordinator.name",
+    "schedule": "schedule.name",
+    "checkpoint_every": "checkpoint.every",
+}
+
 # The schedules that read each option; to any other it would do nothing.
 READ_BY = {
     "warmup": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),

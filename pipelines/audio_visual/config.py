@@ -8,7 +8,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
-from equipoise.pipelines.sections import CheckpointSection, CoordinatorSection, ObjectiveSection, Rate, ScheduleSection
+from equipoise.pipelines.sections import (
+    SHORT_NAMES,
+    CheckpointSection,
+    CoordinatorSection,
+    ObjectiveSection,
+    Rate,
+    ScheduleSection,
+)
 
 Modality = Literal["audio", "visual", "text"]
 
@@ -127,12 +134,7 @@ class AudioVisualConfig(RunConfig):
         "steps": "train.steps",
         "batch": "train.batch",
         "fusion": "model.fusion",
-        "learning_rate": "optimizer.learning_rate",
-        "optimizer": "optimizer.name",
-        "objective": "objective.name",
-        "coordinator": "coordinator.name",
-        "schedule": "schedule.name",
-        "checkpoint_every": "checkpoint.every",
+        **SHORT_NAMES,
     }
 
     pipeline: Literal["audio_visual"] = Field("audio_visual", description="the pipeline this configuration is for")

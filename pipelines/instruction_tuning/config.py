@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
 from equipoise.pipelines.sections import (
+    SHORT_NAMES,
     CheckpointSection,
     CoordinatorSection,
     ObjectiveSection,
@@ -113,12 +114,7 @@ class InstructionTuningConfig(RunConfig):
         "batch": "train.batch",
         "rank": "lora.rank",
         "alpha": "lora.alpha",
-        "learning_rate": "optimizer.learning_rate",
-        "optimizer": "optimizer.name",
-        "objective": "objective.name",
-        "coordinator": "coordinator.name",
-        "schedule": "schedule.name",
-        "checkpoint_every": "checkpoint.every",
+        **SHORT_NAMES,
     }
 
     pipeline: Literal["instruction_tuning"] = Field(

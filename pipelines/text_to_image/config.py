@@ -9,6 +9,7 @@ from pydantic import Field
 
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
 from equipoise.pipelines.sections import (
+    SHORT_NAMES,
     CheckpointSection,
     CoordinatorSection,
     ObjectiveSection,
@@ -97,12 +98,7 @@ class TextToImageConfig(RunConfig):
         "batch": "train.batch",
         "rank": "lora.rank",
         "alpha": "lora.alpha",
-        "learning_rate": "optimizer.learning_rate",
-        "optimizer": "optimizer.name",
-        "objective": "objective.name",
-        "coordinator": "coordinator.name",
-        "schedule": "schedule.name",
-        "checkpoint_every": "checkpoint.every",
+        **SHORT_NAMES,
     }
 
     pipeline: Literal["text_to_image"] = Field("text_to_image", description="the pipeline this configuration is for")

@@ -118,10 +118,13 @@ class _Batch:
         self.stacks: list[_Stack] = []
         self.singles: list[tuple[Side, Tensor, Tensor, Tensor]] = []  # with its Gram matrix and what that is made of
         # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
-        size = max(len(chunk) * max(chunk[0].param.numel(), chunk[0].other.numel()) for chunk in chunks)
+        alone = [reads_in_place(chunk[0].factors, dtype) for chunk in chunks]
+        stacked = [chunk for chunk, one in zip(chunks, alone, strict=True) if not one]
+        size = max((len(c) * max(c[0].param.numel(), c[0].other.numel()) for c in stacked), default=0)
         buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
-        for chunk, gram in zip(chunks, self.inverse.matrices.split([len(chunk) for chunk in chunks]), strict=True):
-            if reads_in_place(chunk[0].factors, dtype):
+        grams = self.inverse.matrices.split([len(chunk) for chunk in chunks])
+        for chunk, one, gram in zip(chunks, alone, grams, strict=True):
+            if one:
                 other = chunk[0].other.detach()
                 self.singles.append((chunk[0], gram[0], *((other.mT, other) if chunk[0].left else (other, other.mT))))
             else:
