@@ -3,15 +3,14 @@
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.pipelines import background, environment
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import environment
 from equipoise.pipelines.files import disk_full, write_atomic
 from equipoise.pipelines.keys import show
 from equipoise.pipelines.pipeline import Pipeline, execute
@@ -122,7 +121,7 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: configs.RunConfig) -> int:
     if detach:
-        pid = made.hand_over(lambda: _spawn(made))
+        pid = background.start(made)
         print(f"{made.id}: training in the background as process {pid}, in {made.folder}")
         print(_AFTERWARDS.format(ref=ref, where="" if ref == made.id else f" --runs {made.root}"))
         return 0
@@ -146,15 +145,6 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
         if pipeline.compare.__func__ is not Pipeline.compare.__func__:
             print(f"  next:    `equipoise compare {ref}` draws it beside the untouched base")
     return made.status().exit_code or 0
-
-
-def _spawn(made: Run) -> int:
-    """Start the process that trains in this one's stead and outlives it and its terminal."""
-    command = [sys.executable, "-m", "equipoise.pipelines.cli", "resume", str(made.folder), "--queued"]
-    with open(made.log_file, "ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        ).pid
 
 
 def _pipeline(config: configs.RunConfig) -> type[Pipeline]:

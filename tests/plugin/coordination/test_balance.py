@@ -82,7 +82,7 @@ def test_its_slope_is_finite_and_right(metric):
 
 def test_an_unknown_metric_is_refused():
     with pytest.raises(InputError, match="KL is no metric"):
-        distance(torch.zeros(1, 2), torch.zeros(1, 2), "kl")  # type: ignore[arg-type]
+        distance(torch.zeros(1, 2), torch.zeros(1, 2), "kl")  # type: ignore[arg-type]  # what a configuration may say
 
 
 def test_tokens_are_averaged_within_samples_first():
@@ -192,7 +192,11 @@ def test_a_known_base_saves_a_pass_and_changes_nothing():
 
 def test_without_two_sides_there_is_no_balance():
     with pytest.raises(InputError, match="a component named 'language'"):
-        measure(lambda: None, {"encoder": [torch.zeros(1)]}, {"encoder": [torch.zeros(1)]})  # type: ignore[arg-type]
+        measure(
+            lambda: Prediction(torch.zeros(1, 2), torch.zeros(1)),
+            {"encoder": [torch.zeros(1)]},
+            {"encoder": [torch.zeros(1)]},
+        )
 
 
 def test_the_goldens_rates():
