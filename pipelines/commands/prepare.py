@@ -56,31 +56,47 @@ def run(args: argparse.Namespace) -> int:
     splits, labels = Counter(row["split"] for row in rows), {row["label"] for row in rows}
     counts = ", ".join(f"{count} {split}" for split, count in sorted(splits.items()))
     print(f"{len(rows)} clips of {len(labels)} classes ({counts}) in {output}")
-    print(f"  next: equipoise train audio_visual/crema_d data={output}")
+    print(f"  next: equipoise train audio_visual/crema_d data={output}{NEXT.get(args.set, '')}")
     return 0
 
 
 def crema_d(folder: Path, output: Path) -> Iterator[Row]:
-    """AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav and VideoFlash/ with the same names in .flv.
+    """AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, and VideoFlash/ with the same names in .flv.
 
-    No split is published. As in the papers it is random over clips, a tenth each for val and test, here by the name's
-    digest, so that it is the same everywhere; an actor may be in several.
+    In place of VideoFlash also Image-01-FPS/ with a folder of pictures per clip, as the code of OGM-GE extracts them.
+    The data set comes without a split. Where train.csv and test.csv (lines of NAME,EMOTION, as in OGM-GE's repository;
+    val.csv if there is one) lie in DIR, they are the split, and clips on neither are left out. Otherwise it is random
+    over clips, a tenth each for val and test, by the name's digest, so that it is the same everywhere. In both, an
+    actor is in several splits.
     """
+    listed: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        file = folder / f"{split}.csv"
+        listed |= {name: split for name, *_ in _lists(file, 2)}
+    if listed and set(listed.values()) < {"train", "test"}:
+        (only,) = set(listed.values())
+        raise InputError(f"prepare: {folder} has {only}.csv alone. Give train.csv and test.csv, or neither.")
+    pictures = sorted(folder.glob("Image-*-FPS"))[:1]
     for audio in sorted((folder / "AudioWAV").glob("*.wav")):
-        parts = audio.stem.split("_")
-        video = _named(folder / "VideoFlash", audio.stem)
-        if len(parts) == 4 and parts[2] in EMOTIONS and video:
-            split = {0: "test", 1: "val"}.get(_digest(audio.stem) % 10, "train")
-            yield _row(audio.stem, EMOTIONS[parts[2]], split, audio=audio, video=video)
+        name = audio.stem
+        parts = name.split("_")
+        video = _named(folder / "VideoFlash", name)
+        frames = next((place / name for place in pictures if (place / name).is_dir()), None)
+        seen = {"video": video} if video else {"frames": frames} if frames else None
+        split = listed.get(name) if listed else {0: "test", 1: "val"}.get(_digest(name) % 10, "train")
+        if len(parts) == 4 and parts[2] in EMOTIONS and seen and split:
+            yield _row(name, EMOTIONS[parts[2]], split, audio=audio, **seen)
 
 
 def ave(folder: Path, output: Path) -> Iterator[Row]:
-    """AVE/ID.mp4, and trainSet.txt, valSet.txt and testSet.txt with lines of label&ID&quality&start&end."""
+    """AVE/ID.mp4, and trainSet.txt, valSet.txt and testSet.txt with lines of label&ID&quality&start&end.
+
+    A video that is listed under two labels, as 45 are, is two clips.
+    """
     for split in ("train", "val", "test"):
-        for line in _lines(folder / f"{split}Set.txt"):
-            label, name, *_ = [*line.split("&"), ""]
+        for label, name, *_ in _lists(folder / f"{split}Set.txt", 2, "&"):
             if video := _named(folder / "AVE", name):
-                yield _row(f"{split}-{name}", label, split, video=video)
+                yield _row(f"{split}/{label}/{name}", label, split, video=video)
 
 
 def kinetics_sounds(folder: Path, output: Path) -> Iterator[Row]:
@@ -92,27 +108,37 @@ def kinetics_sounds(folder: Path, output: Path) -> Iterator[Row]:
 
 
 def vggsound(folder: Path, output: Path) -> Iterator[Row]:
-    """vggsound.csv with lines of ID,start,label,split, and video/ID_START.mp4, the start in six digits."""
-    for name, start, label, split in csv.reader(_lines(folder / "vggsound.csv")):
-        clip = f"{name}_{int(start):06d}"
-        if video := _named(folder / "video", clip):
+    """vggsound.csv with lines of ID,start,label,split, and video/ID_START.mp4, the start in six digits or as it is."""
+    for name, start, label, split in _lists(folder / "vggsound.csv", 4):
+        clip = f"{name}_{start.zfill(6)}"
+        if video := _named(folder / "video", clip) or _named(folder / "video", f"{name}_{start}"):
             yield _row(clip, label, split, video=video)
 
 
 def ur_funny(folder: Path, output: Path) -> Iterator[Row]:
     """urfunny2_videos/ID.mp4, and labels.csv with the columns id, text, label, split.
 
-    The labels are published as pickle files, which can run any code when they are opened; export them once.
+    The labels are published as pickle files, which can run any code when they are opened; docs/audio_visual.md has the
+    lines that export them.
     """
-    for row in csv.DictReader(_lines(folder / "labels.csv")):
+    labels = folder / "labels.csv"
+    if not labels.is_file() and (found := sorted(folder.rglob("humor_label_sdk.pkl"))):
+        raise InputError(
+            f"prepare: {found[0]} is a pickle file, which can run any code when it is opened, and {labels} is not "
+            "there. Export the labels to it once, if you trust the files: docs/audio_visual.md has the lines."
+        )
+    for row in _table(labels, "id", "text", "label", "split"):
         if video := _named(folder / "urfunny2_videos", row["id"]):
             label = {"0": "serious", "1": "funny"}.get(row["label"], row["label"])
             yield _row(row["id"], label, _split(row["split"]), video=video, text=row["text"])
 
 
 def cmu_mosei(folder: Path, output: Path) -> Iterator[Row]:
-    """Raw/VIDEO/CLIP.mp4, and label.csv with the columns video_id, clip_id, text, annotation, mode."""
-    for row in csv.DictReader(_lines(folder / "label.csv")):
+    """Raw/VIDEO/CLIP.mp4, and label.csv with the columns video_id, clip_id, text, annotation, mode.
+
+    That is the layout of MMSA's copy; the classes are its annotations: negative, neutral, positive.
+    """
+    for row in _table(folder / "label.csv", "video_id", "clip_id", "text", "annotation", "mode"):
         if video := _named(folder / "Raw" / row["video_id"], row["clip_id"]):
             name = f"{row['video_id']}/{row['clip_id']}"
             yield _row(name, row["annotation"].lower(), _split(row["mode"]), video=video, text=row["text"])
@@ -140,8 +166,8 @@ def spoken_digits(folder: Path, output: Path) -> Iterator[Row]:
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
     for audio in sorted((folder / "fsdd" / "recordings").glob("*.wav")):
-        digit, _, index = audio.stem.split("_")
-        if not pictures[int(digit)]:
+        digit, _, index = [*audio.stem.split("_"), "", ""][:3]
+        if not index.isdecimal() or not pictures.get(int(digit) if digit.isdecimal() else -1):
             continue
         number = int(pictures[int(digit)].pop(0))
         picture = place / f"{number:05d}.png"
@@ -160,19 +186,48 @@ SETS: dict[str, Callable[[Path, Path], Iterator[Row]]] = {
     "spoken-digits": spoken_digits,
 }
 
+NEXT = {  # what differs from CREMA-D: the papers' modalities, and their λ and μ
+    "ave": " objective.options.preset=ave",
+    "kinetics-sounds": " objective.options.preset=kinetics_sounds",
+    "vggsound": " objective.options.preset=vggsound",
+    "ur-funny": " 'data.modalities=[audio, visual, text]' objective.options.preset=ur_funny",
+    "cmu-mosei": " 'data.modalities=[audio, text]' objective.options.preset=cmu_mosei",
+    "spoken-digits": " objective.options.preset=av_mnist",
+}
+
 
 def _row(clip: str, label: str, split: str, text: str | None = None, **files: Path) -> Row:
     row = {"clip": clip, "label": label, "split": split, **{name: str(path) for name, path in files.items()}}
     return row if text is None else {**row, "text": text}
 
 
-def _lines(file: Path) -> list[str]:
+def _text(file: Path) -> str:
+    """Nothing where there is no such file."""
     try:
-        return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return []
+        return ""
     except UnicodeDecodeError:
         raise InputError(f"prepare: {file} is not text in UTF-8.") from None
+
+
+def _lists(file: Path, least: int, between: str = ",") -> Iterator[list[str]]:
+    """The lines' cells, of which there are at least so many."""
+    reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter=between)
+    for cells in reader:
+        if cells and len(cells) < least:
+            raise InputError(f"prepare: {file}:{reader.line_num}: wanted {least} cells or more, got {len(cells)}.")
+        if cells:
+            yield [cell.strip() for cell in cells]
+
+
+def _table(file: Path, *columns: str) -> Iterator[Row]:
+    """The lines by the names in the first."""
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
+    if missing := [column for column in columns if reader.fieldnames and column not in reader.fieldnames]:
+        raise InputError(f"prepare: {file}: has no column {', '.join(missing)}. It needs {', '.join(columns)}.")
+    for row in reader:
+        yield {column: row[column] or "" for column in columns}
 
 
 def _named(folder: Path, stem: str) -> Path | None:

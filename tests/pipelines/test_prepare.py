@@ -2,6 +2,9 @@
 
 import csv
 import gzip
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +43,39 @@ def test_crema_d(tmp_path, capsys):
     assert [row["split"] for row in again] == [row["split"] for row in found], "the split is the same everywhere"
 
 
+def test_crema_d_by_the_lists_and_pictures_of_ogm_ge(tmp_path, capfd):
+    names = [f"{1001 + i}_IEO_SAD_{level}" for i in range(3) for level in ("HI", "LO")]
+    touch(tmp_path, *(f"AudioWAV/{n}.wav" for n in names), *(f"Image-01-FPS/{n}/00000.jpg" for n in names))
+    (tmp_path / "train.csv").write_text("".join(f"{n},SAD\n" for n in names[:3]), encoding="utf-8-sig")
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 2
+    assert "has train.csv alone. Give train.csv and test.csv, or neither." in capfd.readouterr().err
+    (tmp_path / "test.csv").write_text(f"{names[4]},SAD\nnot_there,SAD\n")
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 0
+    found = rows(tmp_path / "manifest.csv")
+    assert [(r["clip"], r["split"]) for r in found] == [*((n, "train") for n in names[:3]), (names[4], "test")]
+    assert found[0]["frames"] == f"Image-01-FPS/{names[0]}" and found[0]["label"] == "sadness"
+
+
 def test_ave_and_vggsound_and_kinetics(tmp_path):
     ave = tmp_path / "ave"
     touch(ave, "AVE/a1.mp4", "AVE/b2.mp4")
-    (ave / "trainSet.txt").write_text("Church bell&a1&good&0&10\nBark&gone&good&0&10\n")
+    (ave / "trainSet.txt").write_text("Church bell&a1&good&0&10\nBark&gone&good&0&10\nViolin, fiddle&a1&good&2&5\n")
     (ave / "testSet.txt").write_text("Bark&b2&good&1&5\n")
     assert main(["prepare", "ave", str(ave)]) == 0
-    assert [(r["label"], r["split"], r["video"]) for r in rows(ave / "manifest.csv")] == [
-        ("Church bell", "train", "AVE/a1.mp4"), ("Bark", "test", "AVE/b2.mp4")
-    ]  # fmt: skip
+    found = rows(ave / "manifest.csv")
+    assert [(r["label"], r["split"], r["video"]) for r in found] == [
+        ("Church bell", "train", "AVE/a1.mp4"),
+        ("Violin, fiddle", "train", "AVE/a1.mp4"),
+        ("Bark", "test", "AVE/b2.mp4"),
+    ]
+    assert len({r["clip"] for r in found}) == 3, "a video under two labels is two clips"
     vgg = tmp_path / "vgg"
-    touch(vgg, "video/xyz_000030.mp4")
-    (vgg / "vggsound.csv").write_text('xyz,30,"people, singing",test\nabc,1,dog,train\n')
+    touch(vgg, "video/xyz_000030.mp4", "video/uvw_7.mp4")
+    (vgg / "vggsound.csv").write_text('xyz,30,"people, singing",test\nabc,1,dog,train\nuvw,7,dog,train\n')
     assert main(["prepare", "vggsound", str(vgg)]) == 0
-    assert [(r["clip"], r["label"], r["split"]) for r in rows(vgg / "manifest.csv")] == [
-        ("xyz_000030", "people, singing", "test")
+    assert [(r["clip"], r["label"], r["split"], r["video"]) for r in rows(vgg / "manifest.csv")] == [
+        ("xyz_000030", "people, singing", "test", "video/xyz_000030.mp4"),
+        ("uvw_000007", "dog", "train", "video/uvw_7.mp4"),
     ]
     kinetics = tmp_path / "kinetics"
     touch(kinetics, "train/bowling/a.mp4", "val/bowling/b.mkv", "test/singing/c.mp4", "test/singing/readme.txt")
@@ -64,13 +85,14 @@ def test_ave_and_vggsound_and_kinetics(tmp_path):
     ]  # fmt: skip
 
 
-def test_three_modalities(tmp_path):
+def test_three_modalities(tmp_path, capfd):
     funny, mosei = tmp_path / "funny", tmp_path / "mosei"
     touch(funny, "urfunny2_videos/7.mp4")
-    (funny / "labels.csv").write_text('id,text,label,split\n7,"so, then",1,dev\n8,no video,0,train\n')
+    (funny / "labels.csv").write_text('id,text,label,split\n7,"so,\nthen",1,dev\n8,no video,0,train\n')
     assert main(["prepare", "ur-funny", str(funny)]) == 0
     (row,) = rows(funny / "manifest.csv")
-    assert (row["text"], row["label"], row["split"]) == ("so, then", "funny", "val")
+    assert (row["text"], row["label"], row["split"]) == ("so,\nthen", "funny", "val")
+    assert "'data.modalities=[audio, visual, text]' objective.options.preset=ur_funny" in capfd.readouterr().out
     touch(mosei, "Raw/v1/0.mp4")
     (mosei / "label.csv").write_text("video_id,clip_id,text,label,annotation,mode\nv1,0,fine,1.0,Positive,valid\n")
     assert main(["prepare", "cmu-mosei", str(mosei)]) == 0
@@ -106,6 +128,40 @@ def test_what_cannot_be_prepared_is_said_in_a_sentence(words, message, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert main(["prepare", *words, *(["."] if len(words) == 1 else [])]) == 2
     assert message in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "message"),
+    [
+        ("ur-funny", "sdk/humor_label_sdk.pkl", "cos", "is a pickle file, which can run any code when it is"),
+        ("ur-funny", "labels.csv", "id,sentence\n1,x\n", "has no column text, label, split. It needs id, text,"),
+        ("vggsound", "vggsound.csv", "a,1,dog,test\nb,1\n", "vggsound.csv:2: wanted 4 cells or more, got 2."),
+        ("ave", "testSet.txt", "Bark,b2\n", "testSet.txt:1: wanted 2 cells or more, got 1."),
+        ("cmu-mosei", "label.csv", "\xff", "label.csv is not text in UTF-8."),
+    ],
+)  # fmt: skip
+def test_lists_that_are_not_as_published_are_refused_in_a_sentence(name, file, text, message, tmp_path, capfd):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text, encoding="latin-1")
+    assert main(["prepare", name, str(tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error and not (tmp_path / "manifest.csv").exists()
+
+
+def test_the_documented_export_of_ur_funnys_labels(tmp_path):
+    """The lines in docs/audio_visual.md, on pickle files of the published form."""
+    page = (Path(__file__).parents[2] / "docs" / "audio_visual.md").read_text()
+    (code,) = [block.split("```")[0] for block in page.split("```python\n")[1:] if "humor_label_sdk" in block]
+    folds = {"train": [7], "dev": [8], "test": [9]}
+    language = {key: {"punchline_sentence": f"it is {key}", "context_sentences": []} for key in (7, 8, 9)}
+    for file, what in (("data_folds", folds), ("language_sdk", language), ("humor_label_sdk", {7: 1, 8: 0, 9: 1})):
+        (tmp_path / f"{file}.pkl").write_bytes(pickle.dumps(what))
+    touch(tmp_path, *(f"urfunny2_videos/{key}.mp4" for key in (7, 8, 9)))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert main(["prepare", "ur-funny", str(tmp_path)]) == 0
+    assert [(r["clip"], r["text"], r["label"], r["split"]) for r in rows(tmp_path / "manifest.csv")] == [
+        ("7", "it is 7", "funny", "train"), ("8", "it is 8", "serious", "val"), ("9", "it is 9", "funny", "test")
+    ]  # fmt: skip
 
 
 def test_real_spoken_digits(tmp_path):
