@@ -130,7 +130,7 @@ def ur_funny(folder: Path, output: Path) -> Iterator[Row]:
     for row in _table(labels, "id", "text", "label", "split"):
         if video := _named(folder / "urfunny2_videos", row["id"]):
             label = {"0": "serious", "1": "funny"}.get(row["label"], row["label"])
-            yield _row(row["id"], label, _split(row["split"]), video=video, text=row["text"])
+            yield _row(row["id"], label, _split(row["split"]), row["text"], video=video)
 
 
 def cmu_mosei(folder: Path, output: Path) -> Iterator[Row]:
@@ -141,7 +141,7 @@ def cmu_mosei(folder: Path, output: Path) -> Iterator[Row]:
     for row in _table(folder / "label.csv", "video_id", "clip_id", "text", "annotation", "mode"):
         if video := _named(folder / "Raw" / row["video_id"], row["clip_id"]):
             name = f"{row['video_id']}/{row['clip_id']}"
-            yield _row(name, row["annotation"].lower(), _split(row["mode"]), video=video, text=row["text"])
+            yield _row(name, row["annotation"].lower(), _split(row["mode"]), row["text"], video=video)
 
 
 def spoken_digits(folder: Path, output: Path) -> Iterator[Row]:
@@ -196,7 +196,7 @@ NEXT = {  # what differs from CREMA-D: the papers' modalities, and their λ and 
 }
 
 
-def _row(clip: str, label: str, split: str, text: str | None = None, **files: Path) -> Row:
+def _row(clip: str, label: str, split: str, text: str | None = None, /, **files: Path) -> Row:
     row = {"clip": clip, "label": label, "split": split, **{name: str(path) for name, path in files.items()}}
     return row if text is None else {**row, "text": text}
 
