@@ -2,6 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -12,6 +15,18 @@ from equipoise.options import read_options
 from equipoise.pipelines.keys import Problems, show
 
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_trusting: ContextVar[bool] = ContextVar("trusting", default=False)
+
+
+@contextmanager
+def trusting_options() -> Iterator[None]:
+    """Within it, plugins' options are taken as they are given, so that reading a configuration imports no plugin, and
+    no torch: for showing what is known to be right. What is to be trained is read anew, and checked."""
+    token = _trusting.set(True)
+    try:
+        yield
+    finally:
+        _trusting.reset(token)
 
 
 class Section(BaseModel):
@@ -54,7 +69,7 @@ class PluginSection(Section):
     @field_validator("options")
     @classmethod
     def _fit(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if "name" not in info.data:  # its own error is enough
+        if "name" not in info.data or _trusting.get():  # without a name, its own error is enough
             return given
         try:
             plugin = registry.load(cls.KIND, info.data["name"])

@@ -9,6 +9,8 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import import_module
@@ -25,6 +27,8 @@ KINDS = {
     "pipelines": "",  # known by its `Config` and its `run`, for this package does not depend on equipoise.pipelines
 }
 
+
+_held: ContextVar[list["Entry"] | None] = ContextVar("held", default=None)
 
 # The base class, and what needs more than gradients of dense parameters: a closure (LBFGS), sparse gradients.
 _NOT_FOR_TRAINING = ("Optimizer", "LBFGS", "SparseAdam")
@@ -52,11 +56,20 @@ def entries(kind: str | None = None) -> list[Entry]:
         InputError: There is no such kind.
     """
     kinds = list(KINDS) if kind is None else [_kind(kind)]
-    found = [entry for entry in _offered() if entry.kind in kinds]
-    if "optimizers" in kinds:
-        found += _torch_optimizers()
+    everything = _held.get()
+    found = [entry for entry in (_everything() if everything is None else everything) if entry.kind in kinds]
     found.sort(key=lambda entry: (list(KINDS).index(entry.kind), entry.distribution == "torch", entry))
     return [_with_rivals(entry, found) for entry in found]
+
+
+@contextmanager
+def looked_up_once() -> Iterator[None]:
+    """Within it, what is installed is read from disk once, for those who ask a hundred times in a row."""
+    token = _held.set(_everything())
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def find(kind: str | None, name: str) -> Entry:
@@ -138,6 +151,10 @@ def _kind(kind: str) -> str:
         if kind in (known, known[:-1]):
             return known
     raise InputError(f"no kind {kind!r}. The kinds are {', '.join(KINDS)}.")
+
+
+def _everything() -> list[Entry]:
+    return [*_offered(), *_torch_optimizers()]
 
 
 def _offered() -> Iterator[Entry]:

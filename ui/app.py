@@ -10,9 +10,11 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse
 
+from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.store import Store
 from equipoise.ui import compare, launch, plugins, runs, theme
+from equipoise.ui.quick import nothing_is_garbage
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Guard, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -20,7 +22,10 @@ LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 
 def page(site: Site, workers: int) -> gr.Blocks:
     """All tabs."""
-    with gr.Blocks(title="Equipoise", analytics_enabled=False, fill_width=True) as blocks:
+    with (
+        registry.looked_up_once(),
+        gr.Blocks(title="Equipoise", analytics_enabled=False, fill_width=True) as blocks,
+    ):
         gr.HTML("<div class='brand'><b>Equipoise</b><span>fine-tuning that forgives the learning rate</span></div>")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Launch", id="launch"):
@@ -96,8 +101,11 @@ def serve(
         mine.close()
         raise InputError(f"--port {port}: cannot be used on {host}: {error.strerror}. Give another one.") from error
     port = mine.getsockname()[1]
-    app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
-    threading.Thread(target=_warm, daemon=True).start()
+    with nothing_is_garbage():
+        app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
+    warm = threading.Timer(1.0, _warm)  # when the page has been sent
+    warm.daemon = True
+    warm.start()
     print(
         f"Equipoise is at http://{host}:{port}, over the runs in {site.store.root}. Ctrl-C ends it, not the runs.",
         flush=True,

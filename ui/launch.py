@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.records import trusting_options
 from equipoise.pipelines.shipped import shipped
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import PICTURES, Site, check_picture
@@ -162,10 +164,13 @@ def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequenc
     return str(folder)
 
 
-def presets(pipeline: str) -> list[str]:
-    """The shipped configurations of a pipeline, the one that needs nothing else first."""
-    found = [name for name in shipped() if configs.config_class(name) is registry.load("pipelines", pipeline).Config]
-    return sorted(found, key=lambda name: (not name.endswith("/demo"), name))
+@cache
+def presets() -> dict[type[RunConfig], list[str]]:
+    """The shipped configurations by the record that they are written for, the one that needs nothing else first."""
+    found: dict[type[RunConfig], list[str]] = {}
+    for name in sorted(shipped(), key=lambda name: (not name.endswith("/demo"), name)):
+        found.setdefault(configs.config_class(name), []).append(name)
+    return found
 
 
 def read_yaml(file: str, pipeline: str) -> RunConfig:
@@ -242,9 +247,9 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
 def _form(site: Site, pipeline: str, workers: int) -> Form:
     cls = registry.load("pipelines", pipeline).Config
     items = forms.fields(cls)
-    ready = presets(pipeline)
-    start = configs.load(ready[0]) if ready else None
-    shown = forms.show(start) if start else {}
+    ready = presets().get(cls, [])
+    with trusting_options():  # checked when it is started; checking it here would import torch before the page is up
+        shown = forms.show(configs.load(ready[0])) if ready else {}
     with gr.Row():
         preset = gr.Dropdown(
             [("the pipeline's own defaults", ""), *((name, name) for name in ready)],

@@ -9,6 +9,7 @@ from equipoise import registry
 from equipoise.errors import ConfigError, InputError, UnknownNameError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import yamlio
+from equipoise.pipelines.records import trusting_options
 
 SOURCE = Path(__file__).with_name("counting.py").read_text()
 BASE = "pipeline: tuned\nname: vase\ndata: pictures\n"
@@ -226,3 +227,13 @@ def test_yaml_is_read_as_people_mean_it():
     expected = dict(a=1e-4, b="no", c="2024-01-01", d=1000, e="1:30", f=True, g=None, h=-0.5, i="0x1f", j="010", k=3)
     assert yamlio.parse(text) == expected
     assert yamlio.parse(yamlio.render(expected)) == expected
+
+
+def test_options_may_be_trusted(tmp_path):
+    """For showing: what is wrong is said when it is read without trust."""
+    file = tmp_path / "a.yaml"
+    file.write_text(configs.dump(configs.load("text_to_image/demo")).replace("options: {}", "options: {zebra: 1}", 1))
+    with trusting_options():
+        assert configs.load(file).optimizer.options == {"zebra": 1}
+    with pytest.raises(ConfigError, match="zebra"):
+        configs.load(file)

@@ -217,3 +217,12 @@ def test_constant_leaves_every_rate_and_has_no_state():
     coordinator.load_state_dict(coordinator.state_dict())
     with pytest.raises(NotImplementedError, match="Coordinator does not define factors"):
         Coordinator().factors(["encoder"])
+
+
+def test_looked_up_once(distribution):
+    """Within the block nothing is read again; after it, what came meanwhile is there."""
+    with registry.looked_up_once():
+        before = registry.entries()
+        distribution("latecomer", {"equipoise.optimizers": {"late": "late_of:Late"}})
+        assert registry.entries() == before
+    assert "late" in [entry.name for entry in registry.entries("optimizers")]

@@ -1,6 +1,8 @@
 """What the tabs' functions return, without a page; and the page's own programming interface."""
 
 import shutil
+import subprocess
+import sys
 import time
 
 import gradio as gr
@@ -179,3 +181,18 @@ def test_the_programming_interface(site, run, serve):
     finally:
         client.close()
     assert run.status().state == "done"
+
+
+def test_the_page_is_put_together_without_torch(tmp_path):
+    """Whose import takes as long as all the rest that this project adds to gradio's."""
+    code = f"""
+import sys
+from equipoise.ui.quick import import_gradio
+import_gradio()
+from equipoise.ui.app import application
+from equipoise.ui.safety import Site
+from equipoise.pipelines.store import Store
+application(Site(Store({str(tmp_path)!r})), 1)
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
