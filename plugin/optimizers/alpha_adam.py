@@ -151,8 +151,10 @@ class AlphaAdam(Optimizer):
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             states = [self._state(param) for param in params]
-            for state in states:
-                state["step"] += 1
+            if not params:
+                continue
+            # Of a number torch would make a tensor for each count.
+            torch._foreach_add_([state["step"] for state in states], [torch.ones(())] * len(states))
             plain = all(type(param) in (Tensor, nn.Parameter) for param in params)
             update = _update_many if (plain if group["foreach"] is None else group["foreach"]) else _update_each
             options = {**group, "lr": rate(group)}
@@ -212,10 +214,7 @@ def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
 
 def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
     """The same update in few passes over memory, for tensors of one device, dtype and step count."""
-    (beta1, beta2), t = group["betas"], float(states[0]["step"]) if group["bias_correction"] else math.inf
-    # û = scale·h/(√v + floor): the common factor is left to the end, for α does not need it.
-    root = math.sqrt(1 - beta2**t)
-    scale, floor = root / (1 - beta1**t), _scalar(max(group["eps"], _TINY) * root, params[0])
+    t = float(states[0]["step"]) if group["bias_correction"] else math.inf
     decay = _scalar(1 - group["lr"] * group["weight_decay"], params[0])
     masks = group["mask"] != "none"
     counts = masks and (group["count_kept"] or group["compensation"] == "algorithm1")
@@ -227,12 +226,7 @@ def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
         if group["maximize"]:
             g = torch._foreach_neg(g)
         agreement = torch._foreach_mul(h, g) if group["mask"] == "async" else ()
-        torch._foreach_lerp_(h, g, 1 - beta1)
-        torch._foreach_lerp_(v, torch._foreach_mul(g, g), 1 - beta2)
-        u = torch._foreach_sqrt(v)
-        torch._foreach_add_(u, floor)
-        torch._foreach_reciprocal_(u)  # and a product: faster than to divide
-        torch._foreach_mul_(u, h)
+        u = _adams_update(g, h, v, t, group)
         norms += torch._foreach_norm(u)
         if masks:
             # φ − 1 is -1 or 0. To choose by comparison (torch.where) takes forty times as long on a CPU.
@@ -257,7 +251,7 @@ def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
     sizes = torch.tensor([param.numel() for param in params], dtype=full.dtype).to(full.device, non_blocking=True)
     count = sizes - gather(dropped).round() if counts else sizes
     alpha = _alpha(full, kept, (count + 1) / sizes, group)
-    steps = (alpha * (-scale * group["lr"])).unbind()
+    steps = (alpha * -group["lr"]).unbind()
     for (owned, stored, *_), u in zip(rows, updates, strict=True):
         p = widen_all(stored)
         if group["weight_decay"] != 0:
@@ -266,6 +260,28 @@ def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
         narrow(p, stored)
     shares = (count / sizes).unbind() if group["count_kept"] else [None] * len(params)
     return list(zip(alpha.unbind(), shares, strict=True))
+
+
+def _adams_update(g: Tensors, h: Tensors, v: Tensors, t: float, group: Mapping[str, Any]) -> Tensors:
+    """u, all of the update that Adam would make, and the moments brought up to date; t: the step's number, or inf."""
+    (beta1, beta2), eps = group["betas"], max(group["eps"], _TINY)
+    if g[0].is_cpu and all(tensor.is_contiguous() for tensors in (g, h, v) for tensor in tensors):
+        # torch's fused kernel makes it in one pass: what a step of length -1 makes of a parameter that is 0.
+        u = [torch.zeros_like(tensor) for tensor in h]
+        torch._fused_adam_(
+            u, g, h, v, [], [torch.tensor(t)] * len(u),
+            lr=-1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return u
+    torch._foreach_lerp_(h, g, 1 - beta1)
+    torch._foreach_lerp_(v, torch._foreach_mul(g, g), 1 - beta2)
+    root = math.sqrt(1 - beta2**t)
+    u = torch._foreach_sqrt(v)
+    torch._foreach_add_(u, _scalar(eps * root, g[0]))
+    torch._foreach_reciprocal_(u)  # and a product: faster than to divide
+    torch._foreach_mul_(u, h)
+    torch._foreach_mul_(u, _scalar(root / (1 - beta1**t), g[0]))
+    return u
 
 
 def _alpha(

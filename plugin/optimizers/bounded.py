@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from equipoise.errors import InputError
+from equipoise.optimizers.fused_adamw import FusedAdamW
 from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
@@ -32,7 +33,7 @@ class Bounded(PairOptimizer):
     _OPTIONS: ClassVar[dict[str, Any]] = {"trust": TRUST}
 
 
-class BoundedAdamW(Bounded, AdamW):
+class BoundedAdamW(Bounded, FusedAdamW):
     """AdamW with a bound on how far one step moves each LoRA-adapted weight; other parameters get plain AdamW.
 
     The update: AdamW's step (ΔA, ΔB), shrunk by the largest c ≤ 1 with s·‖(B + cΔB)(A + cΔA) − BA‖_F ≤ τ‖W‖_F for each

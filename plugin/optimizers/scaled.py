@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from equipoise.errors import InputError
+from equipoise.optimizers.fused_adamw import FusedAdamW
 from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class, unpack
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
@@ -50,7 +51,7 @@ class Scaled(PairOptimizer):
     _OPTIONS: ClassVar[dict[str, Any]] = {name: default for name, (_, default) in _OPTIONS.items()}
 
 
-class ScaledAdamW(Scaled, AdamW):
+class ScaledAdamW(Scaled, FusedAdamW):
     """AdamW on Riemannian-preconditioned LoRA gradients; parameters outside LoRA pairs get plain AdamW.
 
     The update: dA ← (BᵀB + δI)⁻¹ dA and dB ← dB (AAᵀ + δI)⁻¹ for each pair A (r, n), B (m, r), then AdamW. δ is
