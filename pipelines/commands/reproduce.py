@@ -1,6 +1,7 @@
 """`equipoise reproduce`: a paper's table in small, beside the paper's own numbers."""
 
 import argparse
+import json
 import os
 import platform
 import resource
@@ -9,6 +10,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.files import explained
@@ -22,6 +24,7 @@ PAPERS = {
     "mimo-toy": "MIMO's Appendix B and Figure 1",
 }
 WITH_DATA = ("mimo",)  # those that take a manifest in place of their embedded data
+WITH_ADD = ("commit",)  # those that go on from an earlier call's results, for they take longest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that train (default: %(default)s)"
     )
     parser.add_argument("--data", metavar="MANIFEST", help=f"clips of your own, for {' and '.join(WITH_DATA)}")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="to the results that are in the folder already: only the seeds that they lack are trained, for "
+        + " and ".join(WITH_ADD),
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: reproduce-PAPER in the folder of runs")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
@@ -47,11 +56,18 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{option}: must be at least 1, got {value}.")
     if args.data and args.paper not in WITH_DATA:
         raise InputError(f"--data: is for {' and '.join(WITH_DATA)}; {args.paper} has its own.")
-    own = {"data": str(Path(args.data).resolve())} if args.data else {}
+    if args.add and args.paper not in WITH_ADD:
+        raise InputError(f"--add: is for {' and '.join(WITH_ADD)}; {args.paper} is trained anew.")
+    own: dict[str, Any] = {"data": str(Path(args.data).resolve())} if args.data else {}
     root = Path(args.runs or os.environ.get("EQUIPOISE_RUNS") or "runs")
     folder = (args.output or root / f"reproduce-{args.paper}").resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output: {folder} is a file; give a folder, new or not.")
+    spent: dict[str, float] = {}  # by earlier calls
+    if args.add:
+        before = _earlier(folder / "results.json", args.paper)
+        own["earlier"] = before["runs"]
+        spent = {name: before[name] for name in _SPENT}
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
         print(found.text, flush=True)
         from torch import __version__
 
-        about = {"paper": args.paper, "seconds": round(seconds, 1), "workers": args.workers}
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        about["processor_seconds"] = round(used.ru_utime + used.ru_stime, 1)
+        took = {"seconds": seconds, "processor_seconds": used.ru_utime + used.ru_stime}
+        took = {name: round(value + spent.get(name, 0), 1) for name, value in took.items()}
+        about = {"paper": args.paper, "workers": args.workers, **took}
         about |= {"python": platform.python_version(), "torch": str(__version__), "machine": platform.machine()}
         paths = found.write(folder, about)
     except BaseException:
@@ -73,7 +90,32 @@ def run(args: argparse.Namespace) -> int:
             for path in new or [folder]:
                 path.rmdir()
         raise
-    print(f"\n{seconds:.0f} seconds with {args.workers} worker(s), {about['processor_seconds']:.0f} of processor time.")
+    print(
+        f"\n{took['seconds']:.0f} seconds with {args.workers} worker(s), {took['processor_seconds']:.0f} of processor "
+        f"time{', earlier calls included' if spent else ''}."
+    )
     for path in paths:
         print(f"  {path}")
     return 0
+
+
+_SPENT = ("seconds", "processor_seconds")
+
+
+def _earlier(file: Path, paper: str) -> dict[str, Any]:
+    """What an earlier call wrote.
+
+    Raises:
+        InputError: there is nothing, or it is another paper's or another version's of torch, whose numbers differ.
+    """
+    from torch import __version__
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        same = {"paper": paper, "torch": str(__version__)}
+        if strange := [f"{name} {found[name]}, not {value}" for name, value in same.items() if found[name] != value]:
+            raise InputError(f"--add: {file} is of {' and '.join(strange)}. Give another --output, or leave out --add.")
+        return {"runs": [dict(run) for run in found["runs"]], **{name: float(found[name]) for name in _SPENT}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = getattr(error, "strerror", None) or f"not what `equipoise reproduce {paper}` writes ({error!r})"
+        raise InputError(f"--add: {file} cannot be added to: {said}. Leave out --add to begin anew.") from None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,7 +119,20 @@ def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def get_attributes(kind: type[ProcessorMixin]) -> list[str]:
         return [name for name in cls.get_attributes() if name != "video_processor"]
 
-    return type(cls.__name__, (cls,), {"get_attributes": get_attributes, "__module__": cls.__module__})
+    @classmethod
+    def load(kind: type[ProcessorMixin], *args: Any, **kwargs: Any) -> list[Any]:
+        found = super(made, kind)._get_arguments_from_pretrained(*args, **kwargs)
+        found.insert(cls.get_attributes().index("video_processor"), None)  # arguments are given by position
+        return found
+
+    own = {
+        "get_attributes": get_attributes,
+        "_get_arguments_from_pretrained": load,
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's templates ask for its defaults
+        "__module__": cls.__module__,
+    }
+    made = type(cls.__name__, (cls,), own)
+    return made
 
 
 def load_model(model: ModelSection, precision: str) -> Any:

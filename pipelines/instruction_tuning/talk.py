@@ -39,6 +39,10 @@ class Talk:
         self.rate: int = getattr(listener, "sampling_rate", 16_000)  # samples per second
         # a Q-Former's processor puts the one picture before the text by itself
         self.leads = hasattr(processor, "num_query_tokens")
+        # PaliGemma's ends every text in a line break by itself, and the model reads a question both ways
+        self.prefixed = model_type == "paligemma"
+        if self.prefixed:
+            self.prompt = self.prompt.rstrip("\n") + "\n"
         self._spans: dict[int, list[tuple[int, int]]] = {}
 
     def problems(self, example: Example) -> list[str]:
@@ -50,6 +54,8 @@ class Talk:
             return [f"{example.where}: has an {example.kind}, but {self.model_type} takes {' or '.join(takes)}."]
         if self.leads and len(example.media) != 1:
             return [f"{example.where}: has {len(example.media)} pictures, but {self.model_type} takes exactly one."]
+        if self.prefixed and not example.media:
+            return [f"{example.where}: has no picture, but {self.model_type} takes no text alone."]
         return []
 
     def _has(self, part: str) -> bool:
@@ -75,7 +81,7 @@ class Talk:
             question = turn.question
             for kind, mark in MARKS.items():
                 token = "" if self.leads else str(getattr(self.processor, f"{kind}_token", mark))
-                question = question.replace(mark, token)
+                question = question.replace(f"{mark}\n" if self.prefixed else mark, token).replace(mark, token)
             text += self.prompt.replace("{question}", question.strip())
             if index < turns:
                 text += f"{'' if text.endswith(chr(10)) else ' '}{turn.answer}{self.tokenizer.eos_token}"
@@ -132,8 +138,7 @@ class Talk:
         for row, (example, length) in enumerate(zip(examples, lengths.tolist(), strict=True)):
             for begin, end in self.spans(example):
                 labels[row, length - begin : length - end] = batch["input_ids"][row, length - begin : length - end]
-        if self.model_type == "paligemma":  # reads what it is asked both ways, and its answer forwards
-            batch["token_type_ids"] = (labels != IGNORED).long()
+        self._read_forwards(batch, [self.spans(example)[0][0] for example in examples])
         batch["labels"] = labels
         if self.max_tokens is not None:
             width = labels.shape[1]
@@ -146,7 +151,17 @@ class Talk:
         """Each conversation up to its last answer, padded on the left, for generation."""
         self.tokenizer.padding_side = "left"
         texts = [self.text(example, len(example.turns) - 1, ask=True) for example in examples]
-        return self._process(texts, examples)
+        batch = self._process(texts, examples)
+        spans = [self.spans(example) if len(example.turns) > 1 else [(0, 0)] for example in examples]
+        self._read_forwards(batch, [some[0][0] - some[-1][0] for some in spans])
+        return batch
+
+    def _read_forwards(self, batch: dict[str, Tensor], last: list[int]) -> None:
+        """Where a model reads both ways, only what comes before the first answer: all else would tell it the answers.
+        `last` counts each row's tokens from there on."""
+        if self.prefixed:
+            order = batch["attention_mask"].cumsum(dim=1)
+            batch["token_type_ids"] = (order > order[:, -1:] - torch.tensor(last)[:, None]).long()
 
     def _process(
         self, texts: list[str], examples: Sequence[Example], media: Sequence[Sequence[Any]] | None = None
@@ -163,12 +178,27 @@ class Talk:
             given["sampling_rate"] = self.rate
         if not any(given.get(name) for name in ("images", "audio")):
             given = {}
+        closed = self.prefixed and not texts[0].endswith("\n")  # else the line break is the question's own
+        texts = [text.removesuffix("\n") for text in texts] if self.prefixed else texts
         batch = dict(self.processor(text=texts, return_tensors="pt", padding=True, **given))
+        if self.prefixed:
+            del batch["labels"]
+        if closed:
+            self._take_off(batch, len(self._tokens("\n")))
         if "qformer_input_ids" in batch:  # it reads the text too, and must not read the answers
             asked = [example.turns[-1].question.replace(MARKS["image"], "").strip() for example in examples]
             read = self.processor.qformer_tokenizer(asked, return_tensors="pt", padding=True)
             batch["qformer_input_ids"], batch["qformer_attention_mask"] = read["input_ids"], read["attention_mask"]
         return batch
+
+    def _take_off(self, batch: dict[str, Tensor], count: int) -> None:
+        """Takes each row's last tokens away."""
+        mask = batch["attention_mask"]
+        order = mask.cumsum(dim=1)
+        kept = mask.bool() & (order <= order[:, -1:] - count)
+        batch["input_ids"] = batch["input_ids"].where(kept, self.tokenizer.pad_token_id)[:, :-count]
+        batch["attention_mask"] = kept.to(mask)[:, :-count]
+        batch["token_type_ids"] = batch["token_type_ids"][:, :-count]
 
 
 def _content(question: str) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ those. Every method starts from one rate and sees the same batches; κ is measur
 """
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median, pstdev
@@ -20,6 +21,7 @@ from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, sp
 from equipoise.pipelines.tables import table
 
 STEPS, BASE_STEPS, MEASURED = 200, 500, 5  # of a training; of the sounds' base; steps between measurements of κ
+SOUNDS = 2000  # each with one question
 RATES = {"pictures": 7e-4, "sounds": 1e-3}
 METHODS = {  # name → (coordinator, its options)
     "Constant LR": ("constant", {}),
@@ -40,21 +42,26 @@ PAPER = {  # Table 1: means of the three accuracies of BLIP-2; ClothoAQA, SALMON
 TENTHS = 10
 
 
-def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
-    """Trains all methods on both tasks, with seeds from 0, in `count` processes; `steps` None: the published number."""
+def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequence[Cell] = ()) -> Reproduction:
+    """Trains all methods on both tasks, with seeds from 0, in `count` processes; `steps` None: the published number.
+    What is among the `earlier` runs is not trained again."""
     steps = steps or STEPS
     settings = [
         {"task": task, "method": method, "seed": seed, "steps": steps, "evaluations": steps}
         for seed, task, method in product(range(seeds), RATES, METHODS)
     ]
-    with TemporaryDirectory(prefix="equipoise-") as place:
-        shared = Path(place)
-        demo.questions_file(shared)
-        prepare_sounds(shared, min(BASE_STEPS, 5 * steps))
-        with workers(count, "commit", steps * len(settings)) as measure:
-            cells = measure(train, [{**cell, "place": place} for cell in settings])
-    for cell in cells:
-        del cell["place"]
+    found = {cell_key(cell): cell for cell in earlier}
+    if missing := [cell for cell in settings if cell_key(cell) not in found]:
+        with TemporaryDirectory(prefix="equipoise-") as place:
+            shared = Path(place)
+            demo.questions_file(shared)
+            prepare_sounds(shared, min(BASE_STEPS, 5 * steps))
+            with workers(count, "commit", steps * len(missing)) as measure:
+                trained = measure(train, [{**cell, "place": place} for cell in missing])
+        for cell in trained:
+            del cell["place"]
+        found |= {cell_key(cell): cell for cell in trained}
+    cells = [found[cell_key(cell)] for cell in settings]
 
     def got(key: str, task: str, method: str) -> list:  # one per seed
         return [cell[key] for cell in cells if (cell["task"], cell["method"]) == (task, method)]
@@ -114,10 +121,14 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     return Reproduction("\n".join(text), panels, cells)
 
 
+def cell_key(cell: Cell) -> tuple:
+    return tuple(cell[name] for name in ("task", "method", "seed", "steps"))
+
+
 def prepare_sounds(shared: Path, steps: int) -> None:
     """Makes the sounds with their questions, and teaches the base to describe sounds."""
     (shared / "sounds").mkdir()
-    tones.write_questions(shared / "sounds", 2000, seed=1)
+    tones.write_questions(shared / "sounds", SOUNDS, seed=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers, so that no number depends on the machine's threads
     try:

@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights in the real layouts of five multimodal architectures, and conversations."""
+"""Small checkpoints with random weights in the real layouts of nine multimodal architectures, and conversations."""
 
 import json
 import warnings
@@ -51,28 +51,17 @@ _TEMPLATE = (
 )
 
 
+_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def _blip2(folder: Path):
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, OPTConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     words = _tokenizer(image="<image>")
     config = Blip2Config(
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": 8,
-            "initializer_range": 0.02,
-        },
-        qformer_config={
-            "vocab_size": 8,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        },
+        vision_config=_TOWER | {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.02},
+        qformer_config=_TOWER | {"vocab_size": 8},
         text_config=OPTConfig(
             vocab_size=len(words),
             hidden_size=32,
@@ -90,6 +79,37 @@ def _blip2(folder: Path):
     torch.nn.init.normal_(model.query_tokens, std=0.5)
     looks = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     return model, Blip2Processor(looks, words, num_query_tokens=4)
+
+
+def _instructblip(folder: Path):
+    from transformers import (
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipProcessor,
+        OPTConfig,
+    )
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    words, reads = _tokenizer(image="<image>"), _tokenizer()
+    config = InstructBlipConfig(
+        vision_config=_TOWER | {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.02},
+        qformer_config=_TOWER | {"vocab_size": len(reads), "pad_token_id": 256},
+        text_config=OPTConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            ffn_dim=48,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+        ).to_dict(),
+        num_query_tokens=4,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    model = InstructBlipForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens, std=0.5)
+    looks = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    return model, InstructBlipProcessor(looks, words, reads, num_query_tokens=4)
 
 
 def _llava(folder: Path):
@@ -124,17 +144,34 @@ def _llava(folder: Path):
     return LlavaForConditionalGeneration(config), processor
 
 
-def _qwen2_vl(folder: Path):
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
+def _qwen_words() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """The tokenizer, and the configuration's names of its marks."""
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"]
     words = _tokenizer(**{name: name for name in names})
-    ids = dict(zip(names, words.convert_tokens_to_ids(names), strict=True))
-    text = _llama(len(words)).to_dict() | {"model_type": "qwen2_vl_text", "tie_word_embeddings": False}
+    keys = ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"]
+    return words, dict(zip(keys, words.convert_tokens_to_ids(names[:4]), strict=True))
+
+
+def _qwen_text(words: PreTrainedTokenizerFast, kind: str) -> dict:
+    text = _llama(len(words)).to_dict() | {"model_type": kind, "tie_word_embeddings": False}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return text
+
+
+def _qwen_processor(cls: type, words: PreTrainedTokenizerFast):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    looks = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=256)
+    template = _TEMPLATE.replace("MEDIA", "<|vision_start|><|image_pad|><|vision_end|>")
+    return without_videos(cls)(looks, words, chat_template=template)
+
+
+def _qwen2_vl(folder: Path):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+    words, ids = _qwen_words()
     config = Qwen2VLConfig(
-        text_config=text,
+        text_config=_qwen_text(words, "qwen2_vl_text"),
         vision_config={
             "depth": 2,
             "embed_dim": 16,
@@ -144,32 +181,43 @@ def _qwen2_vl(folder: Path):
             "spatial_merge_size": 2,
             "mlp_ratio": 2,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **ids,
     )
-    looks = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=256)
-    template = _TEMPLATE.replace("MEDIA", "<|vision_start|><|image_pad|><|vision_end|>")
-    processor = without_videos(Qwen2VLProcessor)(looks, words, chat_template=template)
-    return Qwen2VLForConditionalGeneration(config), processor
+    return Qwen2VLForConditionalGeneration(config), _qwen_processor(Qwen2VLProcessor, words)
+
+
+def _qwen2_5_vl(folder: Path):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+    words, ids = _qwen_words()
+    config = Qwen2_5_VLConfig(
+        text_config=_qwen_text(words, "qwen2_5_vl_text"),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "window_size": 16,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        **ids,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config), _qwen_processor(Qwen2_5_VLProcessor, words)
+
+
+_ROWS = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<|im_start|>", "<|im_end|>"]
 
 
 def _idefics3(folder: Path):
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    names = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<|im_start|>", "<|im_end|>"]
-    words = _tokenizer(**{name: name for name in names})
+    words = _tokenizer(**{name: name for name in _ROWS})
     config = Idefics3Config(
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": 4,
-        },
+        vision_config=_TOWER | {"image_size": SIDE, "patch_size": 4},
         text_config=_llama(len(words)).to_dict(),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         scale_factor=2,
@@ -181,6 +229,58 @@ def _idefics3(folder: Path):
     return Idefics3ForConditionalGeneration(config), Idefics3Processor(
         looks, words, image_seq_len=4, chat_template=template
     )
+
+
+def _smolvlm(folder: Path):
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    words = _tokenizer(**{name: name for name in _ROWS})
+    config = SmolVLMConfig(
+        vision_config=_TOWER | {"image_size": SIDE, "patch_size": 4},
+        text_config=_llama(len(words)).to_dict(),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=256,
+    )
+    looks = SmolVLMImageProcessorPil(
+        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+    template = _TEMPLATE.replace("MEDIA", "<image>")
+    processor = without_videos(SmolVLMProcessor)(looks, words, None, image_seq_len=4, chat_template=template)
+    return SmolVLMForConditionalGeneration(config), processor
+
+
+def _paligemma(folder: Path):
+    from transformers import (
+        GemmaConfig,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipVisionConfig,
+    )
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    words = _tokenizer(image="<image>")
+    words.add_special_tokens({"bos_token": "<bos>"})
+    looks = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    looks.image_seq_length = 4
+    processor = PaliGemmaProcessor(looks, words)
+    gemma = {name: value for name, value in _llama(len(words)).to_dict().items() if name in _GEMMA}
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**_TOWER, image_size=SIDE, patch_size=8, vision_use_head=False).to_dict(),
+        text_config=GemmaConfig(**gemma, head_dim=8, bos_token_id=words.bos_token_id).to_dict(),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return PaliGemmaForConditionalGeneration(config), processor
+
+
+_GEMMA = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings pad_token_id eos_token_id"
+).split()
 
 
 def _qwen2_audio(folder: Path):
@@ -213,9 +313,13 @@ def _qwen2_audio(folder: Path):
 
 BUILDERS = {
     "blip-2": _blip2,
+    "instructblip": _instructblip,
     "llava": _llava,
     "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
     "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "paligemma": _paligemma,
     "qwen2_audio": _qwen2_audio,
 }
 

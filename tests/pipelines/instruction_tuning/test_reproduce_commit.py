@@ -1,6 +1,10 @@
 """`equipoise reproduce commit` with few steps: every method trains on both tasks, and each does something."""
 
+import json
+from contextlib import contextmanager
+
 import pytest
+import torch
 
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.reproduce import commit
@@ -10,14 +14,13 @@ from equipoise.pipelines.reproduce import commit
 def test_commit_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
-    monkeypatch.setattr(commit, "METHODS", {k: commit.METHODS[k] for k in ("Constant LR", "CoMMIT-CLR", "CoMMIT")})
+    monkeypatch.setattr(commit, "METHODS", {name: commit.METHODS[name] for name in BOTH})
     monkeypatch.setattr(commit.demo, "QUESTIONS", 60)
-    cells = []
+    monkeypatch.setattr(commit, "SOUNDS", 60)
+    cells, place = [], tmp_path
+    commit.demo.questions_file(place)
+    commit.prepare_sounds(place, 2)
     for task in commit.RATES:
-        place = tmp_path / task
-        place.mkdir()
-        commit.demo.questions_file(place)
-        commit.prepare_sounds(place, 2)
         for method in commit.METHODS:
             cell = {"task": task, "method": method, "seed": 0, "steps": 12, "evaluations": 12, "place": str(place)}
             cells.append(cell | commit.train(cell))
@@ -27,6 +30,54 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
         assert len({cell["losses"][-1] for cell in mine}) == 3, "every method does something"
         assert all(len(cell["kappas"]) == commit.TENTHS and cell["kappa_mean"] > 0 for cell in mine)
         assert mine[0]["losses"][0] == mine[1]["losses"][0], "all start from the same weights and batches"
+
+    # --add: what is there already is not trained again. Copies stand for the baselines, and one run is taken out.
+    monkeypatch.undo()
+    every = [
+        next(c for c in cells if (c["task"], c["method"]) == (task, method if method in BOTH else "Constant LR"))
+        | {"method": method}
+        for task in commit.RATES
+        for method in commit.METHODS
+    ]
+    out = ("pictures", "CoMMIT-CLR")
+    earlier = [cell for cell in every if (cell["task"], cell["method"]) != out]
+    asked = []
+
+    @contextmanager
+    def workers(count, name, evaluations):  # what they would train is known
+        def measure(train, settings):
+            asked.extend((cell["task"], cell["method"]) for cell in settings)
+            return [next(c for c in every if (c["task"], c["method"]) == pair) | {"place": ""} for pair in asked]
+
+        yield measure
+
+    monkeypatch.setattr(commit, "workers", workers)
+    monkeypatch.setattr(commit, "prepare_sounds", lambda *_: None)
+    monkeypatch.setattr(commit.demo, "questions_file", lambda *_: None)
+    about = {"paper": "commit", "torch": str(torch.__version__), "seconds": 1000.0, "processor_seconds": 900.0}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**about, "runs": earlier}))
+    words = ["reproduce", "commit", "--seeds", "1", "--steps", "12", "--workers", "1", "--add", "--output"]
+    assert main([*words, str(tmp_path)]) == 0
+    assert "earlier calls included" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert asked == [out] and found["seconds"] >= 1000 and found["processor_seconds"] >= 900
+    assert [(c["task"], c["method"], c["accuracy"]) for c in found["runs"]] == [
+        (c["task"], c["method"], c["accuracy"]) for c in every
+    ]
+
+    for wrong, message in (
+        ({"torch": "0.1"}, f"results.json is of torch 0.1, not {torch.__version__}. Give another --output, or"),
+        ({"paper": "mimo"}, "is of paper mimo, not commit."),
+        ({"runs": None}, "cannot be added to: "),
+    ):
+        file.write_text(json.dumps({**about, "runs": earlier, **wrong}))
+        kept = file.read_bytes()
+        assert main([*words, str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err and file.read_bytes() == kept
+
+
+BOTH = ("Constant LR", "CoMMIT-CLR", "CoMMIT")
 
 
 def test_it_is_listed(capsys):

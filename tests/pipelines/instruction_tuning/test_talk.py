@@ -9,7 +9,7 @@ from equipoise.pipelines.instruction_tuning.data import read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk, _content
 
-ENDS = {"blip-2": "</s>"}  # what an answer ends with; elsewhere the chat template's own
+PLAIN = {"blip-2": "Answer:", "instructblip": "?", "paligemma": "?\n"}  # without chat templates: a prompt's end
 
 
 @pytest.fixture
@@ -27,22 +27,60 @@ def examples(pictures, sounds):
     return get
 
 
-@pytest.mark.parametrize("kind", ["blip-2", "llava", "qwen2_vl", "idefics3", "qwen2_audio"])
-def test_the_labels_are_the_answers(kind, talk, examples):
-    made, some = talk(kind), examples(kind)[2:6]
+def test_the_labels_are_the_answers(kinds, talk, examples):
+    for kind in kinds:
+        _the_labels_are_the_answers(kind, talk(kind), examples(kind)[2:6])
+    assert len(kinds) == 9
+
+
+def _the_labels_are_the_answers(kind, made, some):
     batch = made.training_batch(some)
     assert batch["labels"].shape == batch["input_ids"].shape
-    end = ENDS.get(kind, "<|im_end|>\n")
+    end = "</s>" if kind in PLAIN else "<|im_end|>\n"
     for row, example in enumerate(some):
         labels = batch["labels"][row]
         said = made.tokenizer.decode(labels[labels != IGNORED])
-        space = " " if kind == "blip-2" else ""
+        space = " " if kind in ("blip-2", "instructblip") else ""
         assert said == "".join(f"{space}{turn.answer}{end}" for turn in example.turns)
         assert torch.equal(labels[labels != IGNORED], batch["input_ids"][row][labels != IGNORED])
     asked = made.question_batch(some)
     texts = [made.tokenizer.decode(ids) for ids in asked["input_ids"]]
-    assert all(text.endswith("Answer:" if kind == "blip-2" else "assistant\n") for text in texts)
+    assert all(text.endswith(PLAIN.get(kind, "assistant\n")) for text in texts)
     assert all(example.turns[-1].question.split("\n")[-1] in text for example, text in zip(some, texts, strict=True))
+
+
+def test_paligemma_sees_no_answer_before_it_is_given(talk, examples, checkpoints):
+    """Its layout, and that an answer's logits depend on no later token: not on its own, nor on a later turn's."""
+    from transformers import AutoModelForMultimodalLM
+
+    made, some = talk("paligemma"), examples("paligemma")[2:4]
+    batch = made.training_batch(some)
+    text = [made.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*_both(batch), strict=True)]
+    assert text[0] == "<image>" * 4 + "<bos>What colour?\nblue</s>"
+    assert text[1] == "<image>" * 4 + "<bos>What colour?\nred</s>Sure?\nYes, quite sure.</s>"
+    asked = made.question_batch(some)
+    text = [made.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*_both(asked), strict=True)]
+    assert text[0] == "<image>" * 4 + "<bos>What colour?\n"
+    assert text[1] == "<image>" * 4 + "<bos>What colour?\nred</s>Sure?\n"
+    assert "labels" not in asked and asked["token_type_ids"].sum(1).tolist() == [0, len("red/Sure?\n")]
+
+    model = AutoModelForMultimodalLM.from_pretrained(checkpoints("paligemma")).eval()
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        first = model(**batch).logits
+        at = (labels[1] != IGNORED).nonzero()[:, 0]
+        for position in (int(at[1]), int(at[-2])):
+            ids = batch["input_ids"].clone()
+            ids[1, position:] = 7
+            then = model(**batch | {"input_ids": ids}).logits
+            torch.testing.assert_close(then[1, :position], first[1, :position])
+            assert not torch.allclose(then[1, position:], first[1, position:], atol=1e-4)
+    without = type(some[0])("text", [], some[0].turns, "", "x:1")
+    assert made.problems(without) == ["x:1: has no picture, but paligemma takes no text alone."]
+
+
+def _both(batch):
+    return batch["input_ids"], batch["attention_mask"]
 
 
 def test_a_picture_in_a_later_turn(talk, examples):

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
+from equipoise.coordination.components import architecture
 from equipoise.errors import InputError
 from equipoise.pipelines import checkpoints as saved
 from equipoise.pipelines import config
@@ -25,7 +26,7 @@ from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
 
 NAME = "instruction_tuning/demo"
-KINDS = ["blip-2", "llava", "qwen2_vl", "idefics3", "qwen2_audio"]
+KINDS = ["blip-2", "instructblip", "llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "paligemma", "qwen2_audio"]
 OFTEN = "coordinator.options={measure_every: 1, every: 2}"
 
 
@@ -85,6 +86,20 @@ def test_every_architecture_learns_and_comes_back(kind, overrides, checkpoints):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(tuned.parts.part(name) == "language" for name in changed)
     assert {tuned.parts.part(name) for name in changed} == {"language", "connector"}, "the tower stays frozen"
+
+
+def test_the_presets_have_a_place_for_every_parameter(kinds, checkpoints):
+    """With everything trained; adapt refuses what is in no component."""
+    assert kinds == KINDS
+    for kind in kinds:
+        model = load_model(ModelSection(path=str(checkpoints(kind))), "no")
+        names = [name for name, _ in model.named_parameters()]
+        known = architecture(kind, names)
+        assert {known.part(name) for name in names} == {"tower", "connector", "language"}
+        tuned = adapt(model, config.load(NAME, [f"model={checkpoints(kind)}", "encoder.parts=[tower, connector]"]))
+        assert tuned.named.keys() == {name for name, p in tuned.model.named_parameters() if p.requires_grad}
+        assert tuned.encoder_weights.keys() == {name for name in names if known.part(name) != "language"}
+        assert all(tuned.components.values())
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(overrides):
