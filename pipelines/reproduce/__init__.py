@@ -26,6 +26,8 @@ Measure = Callable[[Train, Sequence[Cell]], list[Cell]]
 
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#6a737d", "#e4e8ec", "#ffffff"
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
+_COLUMNS = 3
+_WORDS = str.maketrans({"κ": "kappa", "θ": "theta", "μ": "mu", "‖": "|", "×": "x", "↑": " up"})  # not in Pillow's font
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 430, 70, 24, 64, 56  # pixels, of a panel and its margins
 
 
@@ -51,9 +53,10 @@ class Reproduction:
     def write(self, folder: Path, about: Mapping[str, Any]) -> list[Path]:
         """Writes results.json, with `about`, chart.png and further pictures into an existing folder; their paths."""
         document = {**about, "text": self.text.splitlines(), "runs": list(self.cells)}
-        sheet = Image.new("RGB", (_WIDTH * len(self.panels), _HEIGHT))
+        columns = min(_COLUMNS, len(self.panels))
+        sheet = Image.new("RGB", (_WIDTH * columns, _HEIGHT * math.ceil(len(self.panels) / columns)), _PAPER)
         for index, panel in enumerate(self.panels):
-            sheet.paste(_draw(panel), (_WIDTH * index, 0))
+            sheet.paste(_draw(panel), (_WIDTH * (index % columns), _HEIGHT * (index // columns)))
         sheet.save(picture := io.BytesIO(), "PNG")
         files = {"results.json": json.dumps(document, indent=1) + "\n", "chart.png": picture.getvalue()}
         for name, image in self.pictures.items():
@@ -144,10 +147,11 @@ def _draw(panel: Panel) -> Image.Image:
         pen.text((_LEFT - 8, y), f"{count * step:.6g}", _MUTED, font, anchor="rm")
     for index in range(last, -1, -max(1, len(panel.places) // 10)):
         pen.text((place(index, low)[0], bottom + 14), panel.places[index], _MUTED, font, anchor="mm")
-    pen.text(((_LEFT + right) / 2, _HEIGHT - 16), panel.across, _MUTED, font, anchor="mm")
-    pen.text((12, 10), panel.title, _INK, ImageFont.load_default(16))
-    said = float(_LEFT)
+    pen.text(((_LEFT + right) / 2, _HEIGHT - 16), panel.across.translate(_WORDS), _MUTED, font, anchor="mm")
+    pen.text((12, 10), panel.title.translate(_WORDS), _INK, ImageFont.load_default(16))
+    said = 12.0
     for colour, (name, line) in zip(_LINES, panel.lines.items(), strict=False):
+        name = name.translate(_WORDS)
         pen.line([place(*point) for point in enumerate(line)], colour, width=2)
         pen.text((said, 36), name, colour, font)
         said += pen.textlength(name, font) + 18

@@ -7,8 +7,9 @@ those. Every method starts from one rate and sees the same batches; κ is measur
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from math import log10
 from pathlib import Path
 from statistics import fmean, median, pstdev
 from tempfile import TemporaryDirectory
@@ -106,13 +107,13 @@ def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequenc
     shares = [f"{100 // TENTHS * (i + 1)}" for i in range(TENTHS)]
     shown = [method for method in METHODS if "CD" not in method]
 
-    def panel(title: str, key: str) -> Panel:
-        lines = {m: [median(v) for v in zip(*got(key, "pictures", m), strict=True)] for m in shown}
+    def panel(title: str, key: str, scale: Callable[[float], float] = float) -> Panel:
+        lines = {m: [scale(median(v)) for v in zip(*got(key, "pictures", m), strict=True)] for m in shown}
         return Panel(title, "% of training", lines, shares)
 
     panels = [
         panel("Pictures: training loss (Figure 3c)", "losses"),
-        panel("κ (Figures 2c and 6)", "kappas"),
+        panel("log10 of κ (Figures 2c and 6)", "kappas", lambda kappa: log10(kappa) if kappa else 0.0),
         panel("H of the encoder side × 1000 (Figure 2a)", "h_encoder"),
         panel("H of the language side × 1000 (Figure 2b)", "h_language"),
         panel("‖G‖/‖θ‖ of the encoder side (Figure 3a)", "gradient_encoder"),
