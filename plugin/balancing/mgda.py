@@ -6,7 +6,7 @@ as a baseline of modality balancing in Fernando et al. (Appendix F, "MOO baselin
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from equipoise.balancing.min_norm import min_norm
 from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
+
+_SHORT = 2**15  # elements of a tensor; below, a call costs more than a copy
 
 
 class TwoGradients(Objective):
@@ -27,9 +29,9 @@ class TwoGradients(Objective):
 
     def mix(
         self,
-        rows: Mapping[str, Tensor],  # modality → (2, size): its encoder's gradient of the joint and of its own loss
-    ) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
-        """The weights (2,) of each encoder's two gradients, and numbers worth logging."""
+        products: Tensor,  # (modalities, 2, 2) of each encoder: ⟨∇f_i, ∇f_j⟩ of the joint and its own loss
+    ) -> tuple[Tensor, Tensor]:  # (modalities, 2), (modalities,)
+        """The weights of each encoder's two gradients, and the joint one's share to be logged."""
         raise NotImplementedError(f"{type(self).__name__} does not define mix()")
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
@@ -38,31 +40,46 @@ class TwoGradients(Objective):
         joint = self._taken()
         total = torch.stack(list(losses.unimodal.values())).sum()
         backward(total)
-        unimodal = self._taken()
+        own = self._taken()
         with torch.no_grad():
-            # as vectors: a few large products in place of some for every tensor
-            rows = {name: torch.stack([self._row(name, g) for g in (joint[name], unimodal[name])]) for name in joint}
-            weights, logged = self.mix(rows)
-            for name, parameters in self.encoders.items():
-                flat = weights[name] @ rows[name]
-                parts = flat.split([parameter.numel() for parameter in parameters])
-                for parameter, part, old in zip(parameters, parts, before[name], strict=True):
-                    grad = part.view_as(parameter).to(parameter.dtype)
+            pairs = [
+                [[torch.zeros_like(p) if g is None else g for p, g in zip(ps, gs, strict=True)] for gs in both]
+                for ps, *both in zip(self.encoders.values(), joint, own, strict=True)
+            ]
+            weights, shares = self.mix(torch.stack([_gram(*pair) for pair in pairs]))
+            for parameters, (a, b), row, olds in zip(self.encoders.values(), pairs, weights, before, strict=True):
+                for grads, weight in zip((a, b), row.unbind(), strict=True):
+                    torch._foreach_mul_(grads, weight)
+                torch._foreach_add_(a, b)
+                for parameter, grad, old in zip(parameters, a, olds, strict=True):
                     parameter.grad = grad if old is None else old.add_(grad)
+        logged = {f"joint_weight_{name}": share for name, share in zip(self.encoders, shares.unbind(), strict=True)}
         return {"loss": (losses.joint + total).detach(), **logged}
 
-    def _taken(self) -> dict[str, list[Tensor | None]]:
+    def _taken(self) -> list[list[Tensor | None]]:
         """The encoders' gradients, taken off the parameters."""
-        taken = {name: [p.grad for p in parameters] for name, parameters in self.encoders.items()}
+        taken = [[p.grad for p in parameters] for parameters in self.encoders.values()]
         for parameters in self.encoders.values():
             for parameter in parameters:
                 parameter.grad = None
         return taken
 
-    def _row(self, name: str, grads: Sequence[Tensor | None]) -> Tensor:  # (size,) in at least float32
-        found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.encoders[name], grads, strict=True)]
-        row = torch.cat([grad.flatten() for grad in found])
-        return row if row.dtype == torch.float64 else row.float()
+
+def _gram(
+    one: Sequence[Tensor],
+    other: Sequence[Tensor],  # of the same shapes
+) -> Tensor:  # (2, 2), in at least float32
+    dots = [torch.stack([a.dot(a), a.dot(b), b.dot(b)]) for a, b in zip(_vectors(one), _vectors(other), strict=True)]
+    return torch.stack(dots).sum(0)[[0, 1, 1, 2]].view(2, 2)
+
+
+def _vectors(grads: Sequence[Tensor]) -> list[Tensor]:
+    """All short ones as one vector, and each long one."""
+    short, long = [], []
+    for grad in grads:
+        (short if grad.numel() < _SHORT else long).append(grad.reshape(-1))
+    vectors = [torch.cat(short), *long] if short else long
+    return [vector if vector.dtype == torch.float64 else vector.float() for vector in vectors]
 
 
 class MGDA(TwoGradients):
@@ -87,21 +104,14 @@ class MGDA(TwoGradients):
         if scope == "all":
             self.modalities = (1, 7)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def mix(self, rows):
-        blocks = {name: pair @ pair.T for name, pair in rows.items()}
-        if self.scope == "all":
-            weights = self._over_all(blocks)
-        else:
-            weights = {name: min_norm(block) for name, block in blocks.items()}
-        return weights, {f"joint_weight_{name}": pair[0] for name, pair in weights.items()}
+    def mix(self, products):
+        weights = self._over_all(products) if self.scope == "all" else min_norm(products)
+        return weights, weights[:, 0]
 
-    def _over_all(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _over_all(self, blocks: Tensor) -> Tensor:
         """A unimodal gradient is zero on other modalities' encoders, which most of the Gram matrix comes from."""
-        count = len(blocks) + 1
-        products = next(iter(blocks.values())).new_zeros(count, count)
-        for index, block in enumerate(blocks.values(), start=1):
-            products[0, 0] += block[0, 0]
-            products[0, index] = products[index, 0] = block[0, 1]
-            products[index, index] = block[1, 1]
+        (joint, mixed), (_, own) = blocks.permute(1, 2, 0)
+        products = torch.cat([joint.sum()[None], own]).diag()
+        products[0, 1:] = products[1:, 0] = mixed
         weights = min_norm(products)
-        return {name: weights[[0, index]] for index, name in enumerate(blocks, start=1)}
+        return torch.stack([weights[0].expand_as(own), weights[1:]], 1)

@@ -28,14 +28,10 @@ class MMPareto(TwoGradients):
     def __init__(self, gamma: float = 1.5) -> None:
         self.gamma = gamma
 
-    def mix(self, rows):
-        found, logged = {}, {}
-        for name, pair in rows.items():
-            products = pair @ pair.T
-            weights = torch.where(products[0, 1] > 0, 0.5, min_norm(products))
-            summed = products.sum().clamp(min=0).sqrt()  # ‖∇f_mm + ∇f_mk‖
-            length = (weights @ products @ weights).clamp(min=0).sqrt()
-            # two opposite gradients leave nothing to follow
-            found[name] = weights * torch.where(length > 0, self.gamma * summed / length, 0.0)
-            logged[f"joint_weight_{name}"] = weights[0]
-        return found, logged
+    def mix(self, products):
+        weights = torch.where(products[:, 0, 1:] > 0, 0.5, min_norm(products))
+        summed = products.sum((1, 2)).clamp(min=0).sqrt()  # ‖∇f_mm + ∇f_mk‖
+        length = (weights[:, None] @ products @ weights[..., None]).flatten().clamp(min=0).sqrt()
+        # two opposite gradients leave nothing to follow
+        factor = torch.where(length > 0, self.gamma * summed / length, 0.0)
+        return weights * factor[:, None], weights[:, 0]

@@ -200,6 +200,15 @@ def test_min_norm_is_the_shortest_point_of_the_hull(count):
         assert ((vectors @ point) >= point @ point - 1e-9).all()
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_min_norm_of_several_at_once(count):
+    vectors = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, count, 5)))
+    products = vectors @ vectors.mT
+    assert min_norm(products).shape == (2, 3, count)
+    for one, many in zip(products.flatten(0, 1), min_norm(products).flatten(0, 1), strict=True):
+        assert torch.equal(min_norm(one), many)
+
+
 def test_min_norm_in_special_cases():
     same = torch.ones(2, 2, dtype=torch.float64)
     assert min_norm(same).tolist() == [0.5, 0.5]
@@ -302,6 +311,31 @@ def test_mmpareto_by_its_definition(task):
     assert torch.allclose(flat(found, "m0"), 1.25 * (a + b).norm() * point / point.norm(), rtol=1e-8)
     assert float(logged["joint_weight_m0"]) == pytest.approx(float(share)) and float(logged["joint_weight_m1"]) == 0.5
     assert flat(found, "m0") @ a >= 0 and flat(found, "m0") @ b >= 0, "lowers both"
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_two_gradients_of_any_size_kind_and_layout(kind):
+    """Long and short tensors, a transposed one, one without a gradient of the joint loss and one without any."""
+    torch.manual_seed(0)
+    shapes = (300, 200), (7, 5), (), (4,), (3,)
+    starts = [torch.randn(shape).to(kind) for shape in shapes]
+    parameters = [nn.Parameter(start.T if start.ndim == 2 else start) for start in starts]
+    objective = MGDA()
+    objective.bind({"a": parameters})
+    joint = sum((p.double() + 0.5).square().sum() for p in parameters[:3])
+    own = sum((p.double() - 0.5).square().sum() for p in parameters[:4])
+    logged = objective.backward(Losses(joint, {"a": own}))
+    zero = torch.zeros(3, dtype=torch.float64)
+    pairs = [(2 * p.double() + 1, 2 * p.double() - 1) for p in (p.detach() for p in parameters)]
+    pairs[3:] = [(0 * pairs[3][0], pairs[3][1]), (zero, zero)]
+    rows = torch.stack([torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1)])
+    share = min_norm(rows @ rows.T)[0]
+    assert 0.1 < share < 1
+    near = {"rtol": 1e-12, "atol": 1e-14} if kind == torch.float64 else {"rtol": 0.02, "atol": 0.01}  # 8 bits, twice
+    assert float(logged["joint_weight_a"]) == pytest.approx(float(share), rel=near["rtol"])
+    for parameter, (one, other) in zip(parameters, pairs, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == kind
+        assert torch.allclose(parameter.grad.double(), share * one + (1 - share) * other, **near)
 
 
 def test_ogm_ge_coefficients_by_hand():
