@@ -25,6 +25,21 @@ class Outcome:
     step: int | None = None  # the last step taken
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What one training process will hold at most, in bytes: an estimate."""
+
+    model: int  # weights, frozen and trained, and data that stays
+    training: int  # gradients, the optimizer's state and the last good weights
+    activations: int  # of one batch, until its backward pass is over
+    program: int  # Python and its libraries
+    assuming: str = ""  # words on what the activations depend on and nobody knows yet
+
+    @property
+    def total(self) -> int:
+        return self.model + self.training + self.activations + self.program
+
+
 class Pipeline:
     """Base of all pipelines.
 
@@ -48,6 +63,11 @@ class Pipeline:
     def doubts(cls, config: Any) -> list[str]:
         """What may be meant but is unlikely to work, one sentence each; shown when training starts."""
         return []
+
+    @classmethod
+    def memory(cls, config: Any) -> Memory | None:
+        """How much memory training will take, reasoned without loading a weight; None where that cannot be told."""
+        return None
 
     @classmethod
     def run(cls, config: Any, run: Run) -> Outcome:

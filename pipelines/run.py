@@ -147,7 +147,8 @@ class Run:
             exit_code = {"done": 0, "stopped": 128 + (self.signal or signal.SIGTERM)}.get(state, 1)
         taken = {} if step is None else {"step": step}
         now, spent = time.time(), self.status().duration
-        self.update(state=state, message=message, exit_code=exit_code, ended=now, heartbeat=now, seconds=spent, **taken)
+        ended = {"ended": now, "heartbeat": now, "seconds": spent, **status.memory()}
+        self.update(state=state, message=message, exit_code=exit_code, **ended, **taken)
 
     def requested(self) -> set[str]:
         """The requests that have come since the last call; "stop" stays once it came. Takes microseconds."""
@@ -189,7 +190,7 @@ class Run:
         while not over.wait(HEARTBEAT):
             try:
                 with self._lock:
-                    self._live = replace(self._live or self.status(), heartbeat=time.time())
+                    self._live = replace(self._live or self.status(), heartbeat=time.time(), **status.memory())
                     self._write(self._live, {})
             except InputError:
                 continue  # a full disk may have room again later; the training itself meets the error where it writes

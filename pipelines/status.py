@@ -3,6 +3,8 @@
 import json
 import math
 import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -43,6 +45,8 @@ class Status:
     pid: int | None = None
     pid_started: float | None = None  # tells a process from a later one with the same number
     exit_code: int | None = None
+    memory: int | None = None  # bytes, the most that its process has held
+    device_memory: int | None = None  # bytes, the most that tensors have taken on its accelerator
 
     @property
     def duration(self) -> float:
@@ -82,6 +86,16 @@ def process(pid: int | None = None) -> dict[str, Any]:
     """The fields that identify a process, this one by default."""
     it = psutil.Process(pid)
     return {"host": platform.node(), "pid": it.pid, "pid_started": it.create_time()}
+
+
+def memory() -> dict[str, int]:
+    """The fields on the most memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["device_memory"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The tab Launch: a form made from a pipeline's own record, checked, shown as YAML and command, and started."""
 
 import json
+import math
 import re
 import secrets
 import shlex
@@ -24,10 +25,12 @@ from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.records import trusting_options
 from equipoise.pipelines.shipped import shipped
+from equipoise.pipelines.status import Status
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import PICTURES, Site, check_picture
 
 FEW = 5  # finished runs that the estimate looks at
+_SIZES = ("train.batch", "lora.rank", "data.resolution")  # by which the largest cell of a sweep is found
 
 
 @dataclass(frozen=True)
@@ -111,28 +114,78 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> str:
     return run.id
 
 
-def estimate(site: Site, made: Plan, workers: int) -> str:
-    """How long it may take, from what earlier runs of the same pipeline and model measured here."""
-    flat = configs.flat(made.config)
-    steps, paces = flat.get("train.steps"), []
-    model = made.config.SHORT.get("model", "")
+def alike(site: Site, made: Plan) -> list[Status]:
+    """The youngest finished runs whose steps cost what these will: the same but for rate, length, data and samples."""
+    cells = expand(made.config) if made.config.sweep else {"": made.config}
+    wanted = {repr(_cost(cell)) for cell in cells.values()}
+    found = []
     for item in site.store.list(states=("done",), kinds=("run", "cell")):
         if item.pipeline != made.config.pipeline or not item.step or item.duration <= 0:
             continue
         try:
-            theirs = configs.flat(site.store.get(item.id, kinds=("run", "cell")).config())
+            theirs = site.store.get(item.id, kinds=("run", "cell")).config()
         except EquipoiseError:
             continue
-        if all(theirs.get(key) == flat.get(key) for key in (model, "train.batch", "data.resolution")):
-            paces.append(item.duration / item.step)
-        if len(paces) == FEW:
+        if repr(_cost(theirs)) in wanted:
+            found.append(item)
+        if len(found) == FEW:
             break
+    return found
+
+
+def _cost(config: RunConfig) -> list[tuple[str, Any]]:
+    """What of a configuration decides how long a step takes and how much memory."""
+    free = ("train.steps", "train.clip", config.SHORT.get("data"))
+    sections = ("model", "data", "lora", "encoder", "train", "objective", "coordinator")
+    return [
+        (key, value)
+        for key, value in configs.flat(config).items()
+        if key == "optimizer.name" or (key.partition(".")[0] in sections and key not in free)
+    ]
+
+
+def estimate(site: Site, made: Plan, workers: int) -> str:
+    """How long it may take, from what earlier runs like it measured here."""
+    steps = configs.flat(made.config).get("train.steps")
     runs = f"{made.cells} runs" if made.cells > 1 else "1 run"
+    paces = sorted(item.duration / item.step for item in alike(site, made))
     if not paces or not isinstance(steps, int):
-        return f"{runs} of {steps} steps. How long they take is not known yet: nothing like it has run here."
-    pace = sorted(paces)[len(paces) // 2]
+        each = " each" if made.cells > 1 else ""
+        return f"{runs} of {steps} steps{each}. How long a step takes is not known yet: nothing like it has run here."
+    pace = paces[len(paces) // 2]
     total = pace * steps * -(-made.cells // max(1, workers))
     return f"{runs} of {steps} steps, about {draw.span(total)} in all ({pace:.3g} s per step, measured here)."
+
+
+def memory(site: Site, made: Plan, workers: int) -> str:
+    """How much memory it may take: what earlier runs like it held, or what the pipeline reasons."""
+    at_once = min(made.cells, max(1, workers))
+    times = f", {at_once} of them at a time" if at_once > 1 else ""
+    seen = alike(site, made)
+    held, device = (max((getattr(item, name) or 0 for item in seen), default=0) for name in ("memory", "device_memory"))
+    if held:
+        more = f", and {_bytes(device)} on its accelerator" if device else ""
+        return f"Memory: about {_bytes(held)} for each run's process{more}, measured here{times}."
+    cells = expand(made.config).values() if made.config.sweep else [made.config]
+    largest = max(cells, key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
+    try:
+        found = registry.load("pipelines", made.config.pipeline).memory(largest)
+    except Exception:  # a model that runs on shapes alone is more than a pipeline can promise
+        found = None
+    if found is None:
+        return "Memory: cannot be reasoned for this model before it has run here once."
+    parts = {
+        "weights and data": found.model,
+        "gradients and optimizer": found.training,
+        f"activations of a batch{f' {found.assuming}' if found.assuming else ''}": found.activations,
+        "Python and its libraries": found.program,
+    }
+    listed = ", ".join(f"{_bytes(value)} {name}" for name, value in parts.items())
+    return f"Memory: about {_bytes(found.total)} for each run's process{times}. An estimate from shapes: {listed}."
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.3g} MB"
 
 
 def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequence[Sequence[Any]]) -> str:
@@ -314,8 +367,15 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             return [said(error), gr.update(visible=False), *[gr.skip()] * 4]
         folder = Path(tempfile.mkdtemp(prefix="equipoise-ui-"))
         (folder / f"{made.config.name}.yaml").write_text(made.yaml)
-        words = draw.notice(estimate(site, made, workers))
+        words = draw.notice(f"{estimate(site, made, workers)}\nMemory: being worked out …")
         return ["", gr.update(visible=True), words, made.command, made.yaml, str(folder / f"{made.config.name}.yaml")]
+
+    def on_checked(name: str, rows: Any, *values: Any) -> Any:
+        try:
+            made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
+            return draw.notice(f"{estimate(site, made, workers)}\n{memory(site, made, workers)}")
+        except EquipoiseError:
+            return gr.skip()  # said above
 
     def on_start(name: str, rows: Any, *values: Any) -> str:
         try:
@@ -339,7 +399,8 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
 
     private: dict[str, Any] = {"api_visibility": "private"}
     inputs = [preset, options, *ordered]
-    check.click(on_check, inputs, [message, shown_plan, facts, command, text, save], **private)
+    checked = check.click(on_check, inputs, [message, shown_plan, facts, command, text, save], **private)
+    checked.then(on_checked, inputs, facts, show_progress="hidden", **private)  # may first have to import the model's
     go.click(on_start, inputs, message, **private)
     preset.input(on_preset, preset, [*ordered, options], **private)
     bring.upload(on_yaml, bring, [message, preset, *ordered, options], **private)

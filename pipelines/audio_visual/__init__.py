@@ -4,7 +4,7 @@ import os
 
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.comparison import Comparison
-from equipoise.pipelines.pipeline import Outcome, Pipeline
+from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
 from equipoise.pipelines.run import Run
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
@@ -30,6 +30,12 @@ class AudioVisual(Pipeline):
         from equipoise.pipelines.audio_visual.check import doubts
 
         return doubts(config)
+
+    @classmethod
+    def memory(cls, config: AudioVisualConfig) -> Memory | None:
+        from equipoise.pipelines.audio_visual.memory import memory
+
+        return memory(config)
 
     @classmethod
     def run(cls, config: AudioVisualConfig, run: Run) -> Outcome:

@@ -4,7 +4,7 @@ import os
 
 from equipoise.pipelines.comparison import Comparison
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.pipeline import Outcome, Pipeline
+from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
 from equipoise.pipelines.run import Run
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
@@ -24,6 +24,12 @@ class InstructionTuning(Pipeline):
         from equipoise.pipelines.instruction_tuning.check import problems
 
         return problems(config)
+
+    @classmethod
+    def memory(cls, config: InstructionTuningConfig) -> Memory | None:
+        from equipoise.pipelines.instruction_tuning.memory import memory
+
+        return memory(config)
 
     @classmethod
     def run(cls, config: InstructionTuningConfig, run: Run) -> Outcome:

@@ -3,7 +3,7 @@
 import os
 
 from equipoise.pipelines.comparison import Comparison
-from equipoise.pipelines.pipeline import Outcome, Pipeline
+from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 
@@ -30,6 +30,12 @@ class TextToImage(Pipeline):
         from equipoise.pipelines.text_to_image.check import doubts
 
         return doubts(config)
+
+    @classmethod
+    def memory(cls, config: TextToImageConfig) -> Memory | None:
+        from equipoise.pipelines.text_to_image.memory import memory
+
+        return memory(config)
 
     @classmethod
     def run(cls, config: TextToImageConfig, run: Run) -> Outcome:

@@ -216,6 +216,8 @@ def test_a_session_records_its_life(store):
     assert (now.state, now.step, now.total, now.loss, now.rate) == ("stopped", 5, 9, 0.25, 0.5)
     assert (now.exit_code, now.message) == (143, "on request.")
     assert 0 <= now.duration < 60 and now.ended
+    held = psutil.Process().memory_info()
+    assert now.memory and held.rss / 2 < now.memory < psutil.virtual_memory().total
     nan, last = run.metrics()
     assert nan["loss"] != nan["loss"] and last["extra"] == 1
     for line in (run.folder / "metrics.jsonl").read_text().splitlines():

@@ -131,8 +131,23 @@ def test_the_estimate_measures(site, run):
     _, shown, rows = filled("text_to_image/demo")
     made = launch.plan(site, "text_to_image", "text_to_image/demo", shown, rows)
     assert "s per step, measured here" in launch.estimate(site, made, 2)
+    assert "measured here, 2 of them at a time" in launch.memory(site, made, 2)
+    more = {**shown, "train.steps": "10", "optimizer.learning_rate": "1", "samples.prompts": ""}
+    assert "measured here" in launch.estimate(
+        site, launch.plan(site, "text_to_image", "text_to_image/demo", more, rows), 2
+    )
     other = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "train.batch": "1"}, rows)
     assert "not known yet" in launch.estimate(site, other, 2)
+    assert "An estimate from shapes" in launch.memory(site, other, 2)
+
+
+@pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
+def test_memory_is_reasoned_where_nothing_has_run(site, name):
+    config, shown, rows = filled(name)
+    made = launch.plan(site, config.pipeline, name, shown, rows)
+    said = launch.memory(site, made, 2)
+    for words in ("about", "weights and data", "gradients and optimizer", "activations of a batch", "Python and"):
+        assert words in said
 
 
 def test_a_file_of_another_pipeline(site, tmp_path):

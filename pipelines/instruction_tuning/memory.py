@@ -1,0 +1,50 @@
+"""How much memory instruction tuning will take: see `equipoise.pipelines.memory`."""
+
+# peft and transformers annotate too narrowly.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM
+
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
+from equipoise.pipelines.instruction_tuning.model import adapt, source
+from equipoise.pipelines.memory import CHECKPOINTED, DTYPES, PROGRAM, kept_for_backward, size, training
+from equipoise.pipelines.pipeline import Memory
+
+TOKENS = 512  # of a sequence, where data.max_tokens says nothing
+_LOGITS = 3  # copies of the logits at the peak: they, their logarithms and their gradient
+
+
+def memory(config: InstructionTuningConfig) -> Memory | None:
+    """Of the language side's activations, which are nearly all. None where the model is not on this machine, or takes
+    more than shapes to run."""
+    dtype = DTYPES[config.train.precision]
+    try:
+        described = AutoConfig.from_pretrained(
+            source(config.model.path), revision=config.model.revision, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForMultimodalLM.from_config(described, dtype=dtype).requires_grad_(False)
+        tuned = adapt(model, config)
+    text, decoder = described.get_text_config(), model.get_decoder()
+    length = min(config.data.max_tokens or TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
+    batch = config.train.batch
+
+    def step(mask: bool) -> None:
+        heard = torch.zeros(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)
+        given = {"attention_mask": torch.zeros(batch, 1, length, length, dtype=dtype)} if mask else {}
+        decoder.train()(inputs_embeds=heard, use_cache=False, **given)
+
+    weights = list(tuned.model.parameters())
+    for mask in (True, False):  # some read values to make a mask, some to place tokens by it
+        try:
+            kept = kept_for_backward(lambda mask=mask: step(mask), weights)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+            continue
+        kept //= CHECKPOINTED if config.train.gradient_checkpointing else 1
+        kept += _LOGITS * 4 * batch * length * text.vocab_size
+        added = training(tuned.named.values(), config.optimizer)
+        return Memory(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
+    return None
