@@ -71,11 +71,13 @@ def crema_d(folder: Path, output: Path) -> Iterator[Row]:
     """
     listed: dict[str, str] = {}
     for split in ("train", "val", "test"):
-        file = folder / f"{split}.csv"
-        listed |= {name: split for name, *_ in _lists(file, 2)}
-    if listed and set(listed.values()) < {"train", "test"}:
-        (only,) = set(listed.values())
-        raise InputError(f"prepare: {folder} has {only}.csv alone. Give train.csv and test.csv, or neither.")
+        listed |= {name: split for name, *_ in _lists(folder / f"{split}.csv", 2)}
+    if listed and (absent := {"train", "test"} - set(listed.values())):
+        there = " and ".join(f"{split}.csv" for split in dict.fromkeys(listed.values()))
+        raise InputError(
+            f"prepare: {folder} has {there} without {' and '.join(f'{split}.csv' for split in sorted(absent))}. "
+            "Give train.csv and test.csv, or no list."
+        )
     pictures = sorted(folder.glob("Image-*-FPS"))[:1]
     for audio in sorted((folder / "AudioWAV").glob("*.wav")):
         name = audio.stem

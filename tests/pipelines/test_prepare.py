@@ -46,9 +46,13 @@ def test_crema_d(tmp_path, capsys):
 def test_crema_d_by_the_lists_and_pictures_of_ogm_ge(tmp_path, capfd):
     names = [f"{1001 + i}_IEO_SAD_{level}" for i in range(3) for level in ("HI", "LO")]
     touch(tmp_path, *(f"AudioWAV/{n}.wav" for n in names), *(f"Image-01-FPS/{n}/00000.jpg" for n in names))
+    (tmp_path / "val.csv").write_text(f"{names[3]},SAD\n")
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 2
+    assert "has val.csv without test.csv and train.csv. Give train.csv and" in capfd.readouterr().err
+    (tmp_path / "val.csv").unlink()
     (tmp_path / "train.csv").write_text("".join(f"{n},SAD\n" for n in names[:3]), encoding="utf-8-sig")
     assert main(["prepare", "crema-d", str(tmp_path)]) == 2
-    assert "has train.csv alone. Give train.csv and test.csv, or neither." in capfd.readouterr().err
+    assert "has train.csv without test.csv. Give train.csv and test.csv, or no list." in capfd.readouterr().err
     (tmp_path / "test.csv").write_text(f"{names[4]},SAD\nnot_there,SAD\n")
     assert main(["prepare", "crema-d", str(tmp_path)]) == 0
     found = rows(tmp_path / "manifest.csv")
