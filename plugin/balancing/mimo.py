@@ -85,24 +85,24 @@ class MIMO(Objective):
 
     def combine(self, losses: Losses) -> Tensor:
         """f̂_mm of eq. 13."""
-        gaps = self._gaps(losses)
-        if self.overflow == "doubling":
-            mu = self._doubled(gaps.detach())
-            smooth = mu * (gaps / mu).exp().sum().log()
-        else:
-            smooth = self.mu * torch.logsumexp(gaps / self.mu, 0)
-        return losses.joint + self.lam * smooth
+        return self._combined(losses)[0]
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
-        logged = super().backward(losses, backward)
-        gaps = self._gaps(losses).detach()
-        mu = self._doubled(gaps) if self.overflow == "doubling" else self.mu
-        weights = self.lam * torch.softmax(gaps / mu, 0)
-        logged |= {f"weight_{name}": weight for name, weight in zip(losses.unimodal, weights, strict=True)}
+        total, heights, mu = self._combined(losses)
+        backward(total)
+        weights = self.lam * torch.softmax(heights.detach(), 0)
+        logged: dict[str, float | Tensor] = {"loss": total.detach()}
+        logged |= {f"weight_{name}": weight for name, weight in zip(losses.unimodal, weights.unbind(), strict=True)}
         return logged | ({"mu": mu} if self.overflow == "doubling" else {})
 
-    def _gaps(self, losses: Losses) -> Tensor:  # (modalities,) f_mk − f*_k
-        return torch.stack([loss - self.f_star.get(name, 0.0) for name, loss in losses.unimodal.items()])
+    def _combined(self, losses: Losses) -> tuple[Tensor, Tensor, float | Tensor]:
+        """f̂_mm; (modalities,) the exponents; and the μ that they are divided by."""
+        best = self.f_star
+        gaps = torch.stack([loss - best[name] if name in best else loss for name, loss in losses.unimodal.items()])
+        mu = self._doubled(gaps.detach()) if self.overflow == "doubling" else self.mu
+        heights = gaps / mu
+        largest = heights.exp().sum().log() if self.overflow == "doubling" else torch.logsumexp(heights, 0)
+        return losses.joint + self.lam * mu * largest, heights, mu
 
     def _doubled(self, gaps: Tensor) -> Tensor:
         """μ·2ⁿ with the least n for which no exponential, nor their sum, overflows: without asking the device."""
