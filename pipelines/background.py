@@ -22,8 +22,11 @@ from equipoise.pipelines import status
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.run import Run
+from equipoise.pipelines.status import Status
+from equipoise.pipelines.store import Store
 
 _children: list[subprocess.Popen] = []  # of this process; kept so that they are reaped when they have ended
+_LOOK = 0.5  # seconds between two looks at who is ahead in the queue
 COMPARISONS = "comparisons"  # the folder in a runs folder for comparisons of several runs, or with other prompts
 
 
@@ -40,8 +43,13 @@ def spawn(log: Path, *words: str) -> int:
     return _children[-1].pid
 
 
-def start(made: Run, workers: int | None = None) -> int:
+def start(made: Run, workers: int | None = None, in_turn: bool = False) -> int:
     """Trains a new run, or a sweep with that many workers, in the background; returns the process's number.
+
+    Args:
+        made: which.
+        workers: of a sweep.
+        in_turn: begin when nothing else in the runs folder is at work.
 
     Raises:
         InputError: It is being trained.
@@ -50,10 +58,36 @@ def start(made: Run, workers: int | None = None) -> int:
         words = ["sweep", str(made.folder), *(["--workers", str(workers)] if workers else [])]
     else:
         words = ["resume", str(made.folder), "--queued"]
-    return made.hand_over(lambda: spawn(made.log_file, *words))
+    return made.hand_over(lambda: spawn(made.log_file, *words, *(["--in-turn"] if in_turn else [])))
 
 
-def resume(made: Run, workers: int | None = None) -> int:
+def ahead(made: Run) -> Status | None:
+    """Who keeps a run or sweep waiting for its turn: one at work, or else one made before it that waits, too."""
+    mine, others = made.status(), Store(made.root).list(states=("running", "queued"))
+    for item in sorted(others, key=lambda item: (item.state != "running", item.created, item.id)):
+        waits = item.pid and (item.created, item.id) < (mine.created, mine.id)
+        if item.id != mine.id and (item.state == "running" or waits):
+            return item
+    return None
+
+
+def wait_for_turn(made: Run) -> bool:
+    """Waits until nobody is ahead; False where it was cancelled meanwhile."""
+    said = ""
+    while made.status().state == "queued":
+        if "stop" in made.requested():
+            made.update(state="stopped", message="cancelled before it began.", ended=time.time(), exit_code=143)
+        elif (first := ahead(made)) is None:
+            return True
+        else:
+            if said != first.id:
+                said = first.id
+                made.update(message=f"waits for {said} to end.")
+            time.sleep(_LOOK)
+    return False
+
+
+def resume(made: Run, workers: int | None = None, in_turn: bool = False) -> int:
     """Continues a run or sweep from its last checkpoints in the background; returns the process's number.
 
     Raises:
@@ -68,7 +102,7 @@ def resume(made: Run, workers: int | None = None) -> int:
         raise InputError(f"{made.id}: is done ({now.step} steps); there is nothing to resume. Start a new run instead.")
     made.update(state="queued", pid=None, message="", exit_code=None, ended=None)
     made.forget_requests()
-    return start(made, workers)
+    return start(made, workers, in_turn)
 
 
 def stop(made: Run) -> str:
@@ -87,6 +121,8 @@ def stop(made: Run) -> str:
     if now.over:
         return f"{made.id}: its cells stop after their current steps."
     made.request("stop")
+    if now.state == "queued" and now.pid:
+        return f"{made.id}: is taken out of the queue."
     if now.state == "queued" and not now.pid:
         made.update(state="stopped", message="cancelled before it began.", ended=time.time(), exit_code=143)
         return f"{made.id}: cancelled before it began."

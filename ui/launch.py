@@ -97,8 +97,8 @@ def _plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunCo
         return configs.load(file, [word for word in words if not word.startswith(("pipeline=", "name="))])
 
 
-def launch(site: Site, made: Plan, workers: int | None = None) -> str:
-    """Creates the run or sweep and starts it in the background; returns its id.
+def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str]:
+    """Creates the run or sweep, and has it trained in the background in its turn; returns its id and what to say.
 
     Raises:
         ConfigError: the world it points to is not as it should be, one line each.
@@ -110,8 +110,11 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> str:
         if problems := registry.load("pipelines", config.pipeline).check(config):
             raise ConfigError(problems)
         run = site.store.create(config)
-    background.start(run, workers)
-    return run.id
+    first = background.ahead(run)
+    background.start(run, workers, in_turn=True)
+    if first:
+        return run.id, f"Queued {run.id}. It begins when {first.id} has ended; the tab Runs shows both."
+    return run.id, f"Started {run.id}. The tab Runs shows how it goes."
 
 
 def alike(site: Site, made: Plan) -> list[Status]:
@@ -380,7 +383,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     def on_start(name: str, rows: Any, *values: Any) -> str:
         try:
             made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
-            return draw.notice(f"Started {launch(site, made, workers)}. The tab Runs shows how it goes.", "good")
+            return draw.notice(launch(site, made, workers)[1], "good")
         except EquipoiseError as error:
             return said(error)
 

@@ -311,8 +311,9 @@ def act(site: Site, id: str, what: str, workers: int) -> str:
     if what == "stop":
         return background.stop(run)
     if what == "resume":
-        background.resume(run, workers)
-        return f"{id}: continues in the background."
+        first = background.ahead(run)
+        background.resume(run, workers, in_turn=True)
+        return f"{id}: continues {f'when {first.id} has ended' if first else 'in the background'}."
     if what == "sample":
         if run.status().state != "running":
             raise InputError(f"{id}: is not running, so it cannot draw samples now.")

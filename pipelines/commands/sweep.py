@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from equipoise.errors import InputError
+from equipoise.pipelines import background
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import parse_axes
@@ -33,11 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
     parser.add_argument("--no-compare", action="store_true", help="only train")
+    parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
 
 
 def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
-    return resume(_continued(args) or _new(args), args.workers, not args.no_compare)
+    found = _continued(args) or _new(args)
+    if args.in_turn and not background.wait_for_turn(found):
+        print(f"{found.id}: was cancelled before it began.")
+        return found.status().exit_code or 0
+    return resume(found, args.workers, not args.no_compare)
 
 
 def check_workers(workers: int | None) -> None:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("command") == "resume":
         parser.add_argument("run", metavar="RUN", help="an id (or how it starts), a folder, or latest")
         parser.add_argument("--queued", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
+        parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)  # so is this
     else:
         parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a shipped configuration by name")
         parser.add_argument("--id", help="the run's id (by default made from time and name)")
@@ -78,6 +79,9 @@ def _train(args: argparse.Namespace) -> int:
 def _resume(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     now = found.status()
+    if args.in_turn:
+        background.wait_for_turn(found)
+        now = found.status()
     if args.queued and now.state != "queued":
         print(f"{found.id}: was cancelled before it began.")
         return now.exit_code or 0
