@@ -76,7 +76,7 @@ class FeatureDescent(Measured):
 
     def load_state_dict(self, state: dict) -> None:
         self.changed_at, self._first_way = state["changed_at"], state["first_way"]
-        self._then = list(state.get("then", ()))  # a Trainer's own state keeps no tensors
+        self._then = list(state["then"])
 
 
 class LanguageDescent(FeatureDescent):

@@ -10,13 +10,18 @@ everything in two parameter groups; here each component gets groups of its own, 
 CoMMIT's regulariser wants further backward passes, which Trainer has no place for: that is the pipeline's.
 """
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
 from equipoise import registry
 from equipoise.coordination.balance import LANGUAGE, Prediction, measure, sides, undisturbed
@@ -25,6 +30,7 @@ from equipoise.coordination.coordinator import Coordinator
 from equipoise.errors import InputError
 
 IGNORED = -100  # the label of a token that is no answer's
+STATE = "coordination.safetensors"  # in a checkpoint: the coordinator's tensors, and all else of its state as JSON
 
 
 def coordinated(trainer: type) -> type:
@@ -61,6 +67,18 @@ def coordinated(trainer: type) -> type:
             made = super().create_optimizer(*args, **kwargs)
             split_groups(self.optimizer, self.coordination.components)
             return made
+
+        def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            found = resume_from_checkpoint
+            if found is True:
+                found = get_last_checkpoint(self.args.output_dir)
+            self.coordination.resumed = Path(found) if found else None
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if model.training:
+                self.coordination.batch = dict(inputs)  # some trainers take things out of it, or put some in
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
         def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             seen = {name: value for name, value in self.coordination.seen.items() if value == value}
@@ -106,32 +124,29 @@ def split_groups(optimizer: torch.optim.Optimizer, components: Mapping[str, Sequ
     optimizer.param_groups[:] = groups
 
 
-class Coordination(TrainerCallback, ExportableState):
+class Coordination(TrainerCallback):
     """Sets the components' rates before each step, and measures κ after those that need it, on the step's last batch.
 
-    With accumulated batches, that is the last of them. Saved with the Trainer's own state and resumed from there.
+    With accumulated batches, that is the last of them; with several processes, each process's, averaged. Saved in the
+    Trainer's checkpoints and resumed from there.
     """
 
     def __init__(self, coordinator: Coordinator, components: Mapping[str, Sequence[Tensor]]):
         self.coordinator, self.components = coordinator, components
         self.seen: dict[str, float] = {}  # what was measured last, for the log
-        self._batch: dict[str, Any] = {}
+        self.batch: dict[str, Any] = {}  # what the model was trained on last
+        self.resumed: Path | None = None  # the checkpoint that training begins from
         self._before: dict[str, list[Tensor]] = {}
         self._rates: list[float] = []
-        self._hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        def catch(module: nn.Module, positional: tuple, given: dict[str, Any]) -> None:
-            if module.training and "labels" in given:
-                self._batch = given
+        if self.resumed and (self.resumed / STATE).is_file():
+            self.coordinator.load_state_dict(_load(self.resumed / STATE))
 
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        if saved and state.global_step:
-            self.coordinator.load_state_dict(saved["coordinator"])
-        self._hook = kwargs["model"].register_forward_pre_hook(catch, with_kwargs=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hook.remove()
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            _save(self.coordinator.state_dict(), folder / STATE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = _bare(kwargs["optimizer"])
@@ -153,14 +168,9 @@ class Coordination(TrainerCallback, ExportableState):
             self._before = {}
         self.coordinator.stepped(self.components, state.global_step, state.max_steps)
 
-    def state(self) -> dict[str, Any]:
-        # trainer_state.json holds no tensors: coordinate descent's window begins anew after a resume
-        plain = {name: value for name, value in self.coordinator.state_dict().items() if name != "then"}
-        return {"args": {}, "attributes": {"coordinator": plain}}
-
     def _measure(self, model: nn.Module) -> Any:
-        labels = self._batch["labels"][:, 1:]
-        inputs = {name: value for name, value in self._batch.items() if name not in ("labels", "num_items_in_batch")}
+        labels = self.batch["labels"][:, 1:]
+        inputs = {name: value for name, value in self.batch.items() if name != "labels"}
         mask = labels != IGNORED
 
         def predict() -> Prediction:
@@ -173,3 +183,31 @@ class Coordination(TrainerCallback, ExportableState):
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+
+
+def _save(state: Mapping[str, Any], file: Path) -> None:
+    tensors, plain = {}, {}
+    for name, value in state.items():
+        several = value if isinstance(value, list) else [value]
+        if several and all(isinstance(one, Tensor) for one in several):
+            # the list's length tells one tensor from a list of one
+            plain[name] = {"tensors": len(value) if isinstance(value, list) else None}
+            tensors |= {f"{name}.{index}": one.contiguous() for index, one in enumerate(several)}
+        else:
+            plain[name] = {"value": value}
+    part = file.with_suffix(".part")
+    save_file(tensors, part, {"state": json.dumps(plain)})
+    os.replace(part, file)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as inside:
+        state = json.loads(inside.metadata()["state"])
+        for name, kept in state.items():
+            if "value" in kept:
+                state[name] = kept["value"]
+            elif kept["tensors"] is None:
+                state[name] = inside.get_tensor(f"{name}.0")
+            else:
+                state[name] = [inside.get_tensor(f"{name}.{index}") for index in range(kept["tensors"])]
+    return state

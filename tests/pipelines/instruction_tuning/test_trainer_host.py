@@ -4,11 +4,14 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from equipoise import ScaledAdamW
 from equipoise.coordination.commit import CommitCLR
+from equipoise.coordination.descent import FeatureDescent
 from equipoise.errors import InputError
-from equipoise.hosts.coordination import coordinated
+from equipoise.hosts.coordination import _load, _save, coordinated
 from equipoise.pipelines.instruction_tuning.config import ModelSection
 from equipoise.pipelines.instruction_tuning.data import read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
@@ -23,10 +26,13 @@ def make(checkpoints, pictures, tmp_path):
     talk = Talk(load_processor(ModelSection(path=str(folder))), "blip-2")
     examples, _ = read_examples(pictures, None)
 
-    def get(coordinator="commit_clr", steps=6, **arguments):
+    def get(coordinator="commit_clr", steps=6, rank=0, optimizer_cls_and_kwargs=None, **arguments):
         torch.manual_seed(0)
         model = AutoModelForMultimodalLM.from_pretrained(folder)
         model.vision_model.requires_grad_(False)
+        if rank:
+            lora = LoraConfig(r=rank, target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["qformer"])
+            model = get_peft_model(model, lora)
         settings = TrainingArguments(
             str(tmp_path / "out"),
             max_steps=steps,
@@ -41,12 +47,14 @@ def make(checkpoints, pictures, tmp_path):
             dataloader_pin_memory=False,
             **arguments,
         )
-        return coordinated(Trainer)(
+        host, own = (coordinated(Trainer), {"coordinator": coordinator}) if coordinator else (Trainer, {})
+        return host(
             model=model,
             args=settings,
             train_dataset=examples,
             data_collator=talk.training_batch,
-            coordinator=coordinator,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            **own,
         )
 
     with warnings.catch_warnings():
@@ -72,15 +80,18 @@ def test_rates_by_component_in_a_trainer(make):
         assert rates[0] != pytest.approx(rates[1])
 
 
-def test_constant_is_the_plain_trainer_and_clr_is_not(make):
-    def trained(coordinator, alone=False):
-        trainer = make(coordinator)
-        if alone:
-            trainer.remove_callback(trainer.coordination)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_constant_is_the_plain_trainer_and_clr_is_not(make, scaled):
+    """With LoRA pairs too, which splitting the parameter groups leaves together."""
+
+    def trained(coordinator):
+        arguments = {"optimizer_cls_and_kwargs": (ScaledAdamW, {"lr": 1e-2}), "rank": 2} if scaled else {}
+        trainer = make(coordinator, **arguments)
         trainer.train()
+        assert not scaled or len(trainer.optimizer.optimizer.pairs) == 4
         return weights(trainer)
 
-    left, same = trained("constant", alone=True), trained("constant")
+    left, same = trained(None), trained("constant")
     other = trained(CommitCLR(measure_every=1, every=1))
     assert all(torch.equal(left[name], same[name]) for name in left)
     assert any(not torch.equal(left[name], other[name]) for name in left)
@@ -94,6 +105,52 @@ def test_a_resumed_trainer_goes_on_as_if_nothing_had_been(make, tmp_path):
     assert list(again.coordination.coordinator.seen) == pytest.approx(list(whole.coordination.coordinator.seen))
     left, right = weights(whole), weights(again)
     assert all(torch.allclose(left[name], right[name], atol=1e-7) for name in left)
+
+
+def test_coordinate_descent_resumes_within_its_window(make, tmp_path):
+    """The encoder side's weights at the window's begin are in the checkpoint, else it would be at rest later."""
+
+    def begun():
+        descent = FeatureDescent(window=2, rest=1.0, latest=1.0)
+        return make(descent, lr_scheduler_type="polynomial", lr_scheduler_kwargs={"power": 4, "lr_end": 0}), descent
+
+    whole, first = begun()
+    whole.train()
+    assert first.changed_at == 3, "the steps shorten quickly"
+    (tmp_path / "out" / "checkpoint-3").rename(tmp_path / "elsewhere")
+    again, second = begun()
+    again.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    assert second.state_dict() == first.state_dict() | {"changed_at": 3, "then": []}
+    left, right = weights(whole), weights(again)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    fresh, third = begun()
+    fresh.train()
+    assert third.changed_at == 3, "what is not resumed begins from the start"
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = {"one": torch.arange(3), "some": [torch.ones(2), torch.zeros(1)], "none": [], "number": 1.5, "word": "a"}
+    _save(state, tmp_path / "state.safetensors")
+    found = _load(tmp_path / "state.safetensors")
+    assert found.keys() == state.keys() and [item.name for item in tmp_path.iterdir()] == ["state.safetensors"]
+    assert torch.equal(found["one"], state["one"]) and (found["none"], found["number"], found["word"]) == ([], 1.5, "a")
+    assert all(torch.equal(left, right) for left, right in zip(found["some"], state["some"], strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"label_smoothing_factor": 0.1},  # for which the Trainer takes the labels out of the batch
+    ],
+)
+def test_mixed_precision_checkpointing_and_accumulation(make, arguments):
+    trainer = make(CommitCLR(measure_every=1, every=1), **arguments)
+    trainer.train()
+    logs = [record for record in trainer.state.log_history if "kappa" in record]
+    assert len(logs) == 6 and all(record["kappa"] > 0 for record in logs)
+    assert len({record["kappa"] for record in logs}) == 6 and all(p.grad is None for p in trainer.model.parameters())
 
 
 def test_what_a_trainer_cannot_do_is_refused(make):
