@@ -189,7 +189,7 @@ def spectrogram(samples: np.ndarray, rate: int, settings: AudioSection) -> Tenso
         made = (spectrum + 1e-7).log()
     if not made.isfinite().all():
         raise InputError("its spectrogram is not finite.")
-    return made[None]
+    return made[None].contiguous()  # the transform's own layout is another, which safetensors refuses
 
 
 @lru_cache

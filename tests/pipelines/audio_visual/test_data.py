@@ -188,8 +188,9 @@ def test_validation_clips_come_from_every_class_where_no_split_is_called_val(cli
     assert with_validation(manifest, 0.3, 0) == splits and with_validation(manifest, 0.3, 1) != splits
 
 
-def test_features_are_kept_by_file_and_settings(clips, tmp_path, monkeypatch):
-    data = DataSection(manifest=str(clips), **SMALL)
+@pytest.mark.parametrize("scale", ["log_mel", "log_stft"])
+def test_features_are_kept_by_file_and_settings(scale, clips, tmp_path, monkeypatch):
+    data = DataSection(manifest=str(clips), **{**SMALL, "audio": {**SMALL["audio"], "scale": scale}})
     clip = read_manifest(data, clips).clips[0]
     store = Store(data, tmp_path / "cache")
     first = store.get(clip)
