@@ -260,8 +260,12 @@ class Store:
             list(tqdm(done, "features", len(clips), unit="clip", dynamic_ncols=True, leave=False, disable=None))
         return wrong
 
-    def get(self, clip: Clip) -> Features:
-        key = self.key(clip)
+    def get(
+        self,
+        clip: Clip,
+        key: str | None = None,  # the clip's, where it is known
+    ) -> Features:
+        key = key or self.key(clip)
         if (found := self.memory.get(key)) is None:
             found = self._load(key)
             if found is None:
@@ -301,6 +305,7 @@ class Batches:
         if store.held < MEMORY:
             rows = [store.get(clip) for clip in clips]
             self.whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+        self.keys: dict[int, str] = {}  # of the clips that were read: working them out costs as much as reading
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[tuple[int, ...], Future] = {}
 
@@ -313,5 +318,6 @@ class Batches:
         return future.result() if future else self._read(indices)
 
     def _read(self, indices: Sequence[int]) -> Features:
-        rows = [self.store.get(self.clips[index]) for index in indices]
+        self.keys |= {index: self.store.key(self.clips[index]) for index in indices if index not in self.keys}
+        rows = [self.store.get(self.clips[index], self.keys[index]) for index in indices]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -138,6 +138,7 @@ class AudioVisualWork(OptimizedWork):
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()))
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.waited = math.inf, 0
+        self.loading = 0.0  # seconds that the last step waited for its batch
 
     def _class_weights(self, config: AudioVisualConfig, clips: Sequence[Clip]) -> Tensor:
         counts = Counter(clip.label for clip in clips)
@@ -155,8 +156,9 @@ class AudioVisualWork(OptimizedWork):
         patience = self.config.train.patience
         if patience and self.waited >= patience:
             raise EnoughError(f"no better joint validation loss in {patience} validations")
+        self.loading = 0.0
         values = super().step(step)
-        values["balancing"] = self.balancing
+        values |= {"balancing": self.balancing, "loading": self.loading}
         if (step + 1) % self.config.train.validate_every == 0 or step + 1 == self.config.train.steps:
             values |= self.validate()
         return values
@@ -166,7 +168,9 @@ class AudioVisualWork(OptimizedWork):
         seed = mix(self.config.seed, step, micro, 0)  # 0: the one process
         torch.manual_seed(seed)  # for dropout, and for noise that an objective draws
         chosen, following = (self._chosen(step * train.accumulate + micro + ahead, size) for ahead in (0, 1))
+        started = time.perf_counter()
         batch = self._augmented(self.batches["train"].get(chosen, following), torch.Generator().manual_seed(seed))
+        self.loading += time.perf_counter() - started
         labels = self.labels["train"][chosen].to(self.accelerator.device)
         self.model.train()
         with self.accelerator.autocast():
