@@ -27,7 +27,8 @@ Measure = Callable[[Train, Sequence[Cell]], list[Cell]]
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#6a737d", "#e4e8ec", "#ffffff"
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 _COLUMNS = 3
-_WORDS = str.maketrans({"κ": "kappa", "θ": "theta", "μ": "mu", "‖": "|", "×": "x", "↑": " up"})  # not in Pillow's font
+# what Pillow's font has not
+_WORDS = str.maketrans({"κ": "kappa", "λ": "lambda", "θ": "theta", "μ": "mu", "‖": "|", "×": "x", "↑": " up"})
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 430, 70, 24, 64, 56  # pixels, of a panel and its margins
 
 
