@@ -30,7 +30,7 @@ def write_video(
     import av
 
     with av.open(path, "w") as container:
-        video = container.add_stream("mpeg4", rate=10)
+        video = container.add_stream("flv" if path.suffix == ".flv" else "mpeg4", rate=10)
         video.width = video.height = 32
         video.pix_fmt = "yuv420p"
         audio = container.add_stream("aac", rate=16000, layout="mono") if pitch else None

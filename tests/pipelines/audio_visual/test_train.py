@@ -1,12 +1,14 @@
 """Runs of the audio-visual pipeline on a few small clips: what they learn, save, survive and leave behind."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,10 @@ from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
+
+spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("conftest.py"))
+made = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
 
 NAME = "audio_visual/demo"
 OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}"}
@@ -48,6 +54,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(tiny):
     records = run.metrics()
     per_step = {"loss", "loss_audio", "loss_visual", "gradient_norm_audio", "weight_visual", "balancing", "rate_heads"}
     assert per_step <= records[0].keys() and len(records) == 30
+    assert all(0 < r["loading"] < r["seconds"] for r in records)
     validated = {"val_accuracy_joint", "val_accuracy_audio", "val_f1_visual", "val_loss_joint"}
     assert [r["step"] for r in records if validated <= r.keys()] == [10, 20, 30]
     result = json.loads((run.folder / "result" / "result.json").read_text())
@@ -55,6 +62,27 @@ def test_a_run_learns_and_leaves_everything_it_promises(tiny):
     assert "accuracy_visual" in result["baselines"]["joint"]
     with (run.folder / "result" / "confusion-joint.csv").open() as file:
         assert list(csv.reader(file)) == [["true \\ predicted", "high", "low"], ["high", "3", "0"], ["low", "0", "3"]]
+
+
+def test_crema_d_from_the_published_layout_to_a_result(tmp_path, capfd):
+    """Real .wav and .flv files by name, OGM-GE's lists, and the configuration as shipped but for smaller encoders."""
+    lists: dict[str, list[str]] = {"train": [], "test": []}
+    for part in ("AudioWAV", "VideoFlash"):
+        (tmp_path / part).mkdir()
+    for actor in range(1001, 1009):
+        for emotion, pitch in (("ANG", 900.0), ("HAP", 300.0)):
+            name = f"{actor}_DFA_{emotion}_XX"
+            made.write_sound(tmp_path / "AudioWAV" / f"{name}.wav", pitch, 1.0)
+            made.write_video(tmp_path / "VideoFlash" / f"{name}.flv", 1.0, pitch=None)
+            lists["train" if actor < 1007 else "test"].append(f"{name},{emotion}\n")
+    for split, lines in lists.items():
+        (tmp_path / f"{split}.csv").write_text("".join(lines))
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 0
+    small = [f"model.{name}={{widths: [4, 8], depths: [1, 1]}}" for name in ("audio", "visual")]
+    words = [f"data={tmp_path / 'manifest.csv'}", f"runs={tmp_path / 'runs'}", "steps=2", "batch=4", *small]
+    assert main(["train", "audio_visual/crema_d", *words, "--id", "faces"]) == 0, capfd.readouterr().err
+    result = json.loads((tmp_path / "runs" / "faces" / "result" / "result.json").read_text())
+    assert result["objective"] == "mimo" and {"accuracy_joint", "accuracy_audio", "accuracy_visual"} <= result.keys()
 
 
 def test_the_result_loads_and_predicts_the_same(tiny, clips):
