@@ -183,18 +183,23 @@ def measure(
 
 
 def balance_of(base: Prediction, language: Tensor, encoder: Tensor) -> Balance:
-    """The measurement from its two distances, averaged over the processes where there are several."""
-    pair = torch.stack([language.detach().double(), encoder.detach().double()])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(pair)
-        pair /= torch.distributed.get_world_size()
-    moved_language, moved_encoder = pair.tolist()
-    known = base.media_norm > 0
+    """The measurement from its two distances; where there are several processes, that of all their batches together."""
+    values = [language.detach(), encoder.detach(), base.media_norm, base.text_norm, base.encoded_norm]
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several:
+        count = base.sample.unique().numel()  # means over samples: one without any says nothing
+        values = [count * value if count else 0.0 for value in values] + [count]
+    found = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=language.device) for value in values])
+    if several:
+        torch.distributed.all_reduce(found)
+        found = found[:-1] / found[-1]
+    moved_language, moved_encoder, media, text, encoded = found.tolist()
+    known = media > 0
     return Balance(
         moved_language,
         moved_encoder,
-        moved_language / base.media_norm if known else float("nan"),
-        moved_encoder / (base.text_norm + base.encoded_norm) if known else float("nan"),
+        moved_language / media if known else float("nan"),
+        moved_encoder / (text + encoded) if known else float("nan"),
     )
 
 

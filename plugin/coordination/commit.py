@@ -122,6 +122,9 @@ def look_ahead(
 ) -> Balance:
     """Adds −weight · ∇d(ŷ, ŷ^X) to the `.grad` of each side X's parameters; returns what κ is made of.
 
+    Under DistributedDataParallel, `predict` asks the module inside it: each process's gradients then wait in `.grad`,
+    and are averaged with those of the next step by its backward pass.
+
     Args:
         backward: What differentiates a scalar with respect to `inputs`; a loop passes `accelerator.backward`.
     """

@@ -1,5 +1,11 @@
 """Coordination in transformers' own Trainer, on a small BLIP-2: groups by component, rates, a log, and resuming."""
 
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -151,6 +157,71 @@ def test_mixed_precision_checkpointing_and_accumulation(make, arguments):
     logs = [record for record in trainer.state.log_history if "kappa" in record]
     assert len(logs) == 6 and all(record["kappa"] > 0 for record in logs)
     assert len({record["kappa"] for record in logs}) == 6 and all(p.grad is None for p in trainer.model.parameters())
+
+
+_PROCESS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from transformers import AutoModelForMultimodalLM, Trainer, TrainingArguments
+from equipoise.coordination.commit import CommitCLR
+from equipoise.hosts.coordination import coordinated
+from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.data import read_examples
+from equipoise.pipelines.instruction_tuning.model import load_processor
+from equipoise.pipelines.instruction_tuning.talk import Talk
+from pathlib import Path
+
+folder, data, out, size = *sys.argv[1:4], int(sys.argv[4])
+model = AutoModelForMultimodalLM.from_pretrained(folder)
+model.model.vision_tower.requires_grad_(False)
+settings = TrainingArguments(
+    out, max_steps=4, per_device_train_batch_size=size, learning_rate=1e-2, logging_steps=1, save_strategy="no",
+    report_to=[], use_cpu=True, remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
+)
+trainer = coordinated(Trainer)(
+    model=model, args=settings, train_dataset=read_examples(Path(data), None)[0],
+    data_collator=Talk(load_processor(ModelSection(path=folder)), "llava").training_batch,
+    coordinator=CommitCLR(measure_every=1, every=1),
+)
+trainer.train()
+seen = [[r["kappa"], r["rate_encoder"], r["rate_language"]] for r in trainer.state.log_history if "kappa" in r]
+Path(out).mkdir(exist_ok=True)
+Path(out, f"{settings.world_size}-{settings.process_index}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_on_the_joined_batch(checkpoints, pictures, tmp_path, monkeypatch):
+    """DistributedDataParallel, as torchrun starts it: κ and rates are the same in both, and those of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "train.py"
+    script.write_text(_PROCESS)
+    words = [str(checkpoints("llava")), str(pictures), str(tmp_path / "out")]
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, *words, "1"],
+            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "2"])
+    with warnings.catch_warnings():
+        runpy.run_path(str(script))
+    for process in started:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()
+    alone, first, second = (
+        json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+    )
+    assert len(alone) == 4 and first == second
+    for mine, other in zip(first, alone, strict=True):
+        assert mine == pytest.approx(other, rel=1e-3), "sums of float32 in another order"
+    assert alone[0][1] == alone[0][2] and alone[-1][1] != pytest.approx(alone[-1][2], rel=1e-2)
 
 
 def test_what_a_trainer_cannot_do_is_refused(make):
