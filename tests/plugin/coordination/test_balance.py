@@ -168,6 +168,56 @@ def test_measuring_leaves_everything_as_it_was():
     assert torch.equal(rng, torch.get_rng_state()) and model.training and model.dropout.training and model.norm.training
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_and_a_gradient_scaler(dtype):
+    """Autocast's copies of the weights are those of the weights swapped in; a step that the scaler skips has no κ."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Linear(8, 8), "language": nn.Linear(8, 4)})
+    x, index = torch.randn(6, 8), torch.arange(6)
+    components = {name: list(module.parameters()) for name, module in model.items()}
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.3), torch.amp.GradScaler("cpu", init_scale=64.0)
+    coordinator = CommitCLR(measure_every=1, every=1)
+
+    def logits():
+        return model["language"](model["encoder"](x).relu())
+
+    def predict():
+        return Prediction(logits(), index, 1.0, 1.0, 1.0)
+
+    def predict_afresh():
+        with torch.autocast("cpu", dtype):
+            return predict()
+
+    for spoiled in (False, True):
+        before = {name: [tensor.detach().clone() for tensor in inside] for name, inside in components.items()}
+        with torch.autocast("cpu", dtype):  # one context for all, so that its cache of cast weights would be stale
+            scaler.scale(logits().float().square().mean()).backward()
+            if spoiled:
+                model["encoder"].weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            found = measure(predict, components, before)
+        coordinator.observe(0, found)
+        if spoiled:
+            break
+        optimizer.zero_grad()
+        assert found == measure(predict_afresh, components, before) and found.kappa > 0
+        assert found.kappa == pytest.approx(measure(predict, components, before).kappa, rel=0.2), "float32"
+        base = Prediction(torch.zeros(6, 4), index)
+        gradients = []
+        for scale in (scaler.scale, lambda loss: loss):
+
+            def backward(loss, inputs, scale=scale):
+                scale(loss).backward(inputs=inputs)
+
+            look_ahead(predict_afresh, components, before, base, 1.0, backward=backward)
+            gradients.append([p.grad.clone() for p in model.parameters()])
+            optimizer.zero_grad()
+        for scaled, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(scaled / 64, plain, rtol=0.02, atol=1e-3)  # half precision's digits
+    assert (found.language, found.encoder) == (0.0, 0.0) and coordinator.skipped == 1 and len(coordinator.seen) == 1
+
+
 def test_what_raises_inside_is_swapped_back():
     weight, value = nn.Parameter(torch.zeros(2)), torch.ones(2)
     with pytest.raises(ZeroDivisionError), swapped([weight], [value]):
