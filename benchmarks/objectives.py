@@ -1,13 +1,20 @@
-"""Time of one batch's balancing, backward passes and update under each objective, beside plain joint training (MML).
+"""Time of one batch under each objective, beside plain joint training (MML) and beside MMPareto over NumPy.
 
     python benchmarks/objectives.py
     python benchmarks/objectives.py --model resnet18 --batch 8 --rounds 8
 
-What the papers call subroutine time: what is computed after the forward pass to balance the modalities and to update
-the weights. Objectives take turns, one batch each, so that whatever else the machine does falls on all alike. "without
-the first backward pass" takes off what every objective needs, the median backward pass of the joint loss: it is what
-balancing and update cost by themselves. "NumPy" is MMPareto as a loop over NumPy arrays: a backward pass per loss and
-one of their sum, gradients copied out, min-norm by iteration, and copied back.
+Four times of the same batches, for the paper's is that of "the subroutine used for balancing modalities (if any) and
+updating the model parameters", which leaves open whether the backward pass that every method needs is part of it:
+
+- step: everything, the forward pass too;
+- after forward: backward passes, balancing and update;
+- balancing and update: the same without the first backward pass, that of the joint loss (for MIMO and EW that of their
+  whole sum, which is the only one);
+- no passes: the same without any backward pass.
+
+Objectives take turns, one batch each, so that whatever else the machine does falls on all alike. What is compared is
+the median over the rounds of a round's ratio. "NumPy" is MMPareto as a loop over NumPy arrays: a backward pass per loss
+and one of their sum, gradients copied out, min-norm by iteration, and copied back.
 
 Prints a Markdown table. On a machine that others keep busy, `--clock cpu` counts this process's time alone.
 """
@@ -16,6 +23,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +35,20 @@ from equipoise import registry
 from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
 
 MODELS = {"small": ([16, 32, 64], [1, 1, 1], 32), "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 112)}
+HEADS = "joint and heads"  # unimodal heads learn beside it, on features that carry no gradient
+HEAD = "step | after forward | balancing and update | no passes |\n| --- | --- | --- | --- | --- |"
+COMPARED = (("mimo", HEADS), ("mmpareto", "mimo"), ("mgda", "mimo"), ("NumPy", "mmpareto"), ("NumPy", "mgda"))
 ROWS = ("joint", "equal_weight", "mimo", "ogm_ge", "agm", "mgda", "mmpareto")
 CLASSES = 6
+
+
+class Times(NamedTuple):
+    """Seconds."""
+
+    step: float
+    after_forward: float
+    balancing: float  # and update
+    no_passes: float
 
 
 class Net(torch.nn.Module):
@@ -66,7 +86,7 @@ class NumPyPareto(Objective):
             for parameters in self.encoders.values():
                 for p in parameters:
                     p.grad = None
-            loss.backward(retain_graph=True)
+            backward(loss, retain_graph=True)
             taken.append(
                 {
                     name: [
@@ -78,7 +98,7 @@ class NumPyPareto(Objective):
         for parameters in self.encoders.values():
             for p in parameters:
                 p.grad = None
-        torch.stack(every).sum().backward()
+        backward(torch.stack(every).sum())
         for index, (name, parameters) in enumerate(self.encoders.items(), start=1):
             pair = [taken[0][name], taken[index][name]]
             weights = self._min_norm(pair)
@@ -109,56 +129,47 @@ class NumPyPareto(Objective):
         return weight, 1 - weight
 
 
-def measure(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each batch's subroutine by objective; the first round is not counted."""
+def measure(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, list[Times]]:
+    """Seconds of each batch by objective; the first round is not counted."""
     widths, depths, side = MODELS[model]
     torch.manual_seed(0)
     data = {"audio": torch.randn(batch, 1, side, side), "visual": torch.randn(batch, 3, side, side)}
     labels = torch.arange(batch) % CLASSES
-    made: dict[str, tuple[Objective, bool]] = {name: (registry.load("objectives", name)(), True) for name in ROWS}
-    made["joint and heads"] = (registry.load("objectives", "joint")(), True)
-    made["NumPy"] = (NumPyPareto(), True)
+    made: dict[str, Objective] = {name: registry.load("objectives", name)() for name in ROWS}
+    made |= {HEADS: registry.load("objectives", "joint")(), "NumPy": NumPyPareto()}
     nets = {}
-    for name, (objective, _) in made.items():
+    for name, objective in made.items():
         torch.manual_seed(1)
         net = Net(widths, depths)
         objective.bind({part: list(net.encoders[part].parameters()) for part in net.names})
         nets[name] = (net, torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9))
-    times: dict[str, list[float]] = {name: [] for name in made}
+    times: dict[str, list[Times]] = {name: [] for name in made}
+    passes: list[float] = []
     for count in range(rounds + 1):
-        for name, (objective, _) in made.items():
+        for name, objective in made.items():
             net, optimizer = nets[name]
-            live = objective.uses_unimodal
-            losses = net(data, labels, live, objective.uses_responses)
-            beside = list(losses.unimodal.values()) if name == "joint and heads" else []
+            passes.clear()
+            started = clock()
+            losses = net(data, labels, objective.uses_unimodal, objective.uses_responses)
+            forward = clock()
+            beside = list(losses.unimodal.values()) if name == HEADS else []
 
             def backward(total: Tensor, /, *, retain_graph: bool = False, beside: list[Tensor] = beside) -> None:
-                torch.stack([total, *beside]).sum().backward(retain_graph=retain_graph)
+                total = torch.stack([total, *beside]).sum() if beside else total
+                before = clock()
+                total.backward(retain_graph=retain_graph)
+                passes.append(clock() - before)
 
-            started = clock()
             objective.backward(losses, backward)
             objective.before_step()
             optimizer.step()
-            taken = clock() - started
+            ended = clock()
             optimizer.zero_grad()
             if count:
-                times[name].append(taken)
+                times[name].append(
+                    Times(ended - started, ended - forward, ended - forward - passes[0], ended - forward - sum(passes))
+                )
     return times
-
-
-def first_backward(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> float:
-    """Median seconds of the joint loss's backward pass."""
-    widths, depths, side = MODELS[model]
-    torch.manual_seed(1)
-    net = Net(widths, depths)
-    data = {"audio": torch.randn(batch, 1, side, side), "visual": torch.randn(batch, 3, side, side)}
-    times = []
-    for _ in range(rounds + 1):
-        loss = net(data, torch.arange(batch) % CLASSES, False, False).joint
-        started = clock()
-        loss.backward()
-        times.append(clock() - started)
-    return statistics.median(times[1:])
 
 
 def main() -> None:
@@ -172,19 +183,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     times = measure(args.model, args.batch, args.rounds, clock)
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    pass_alone = first_backward(args.model, args.batch, args.rounds, clock)
     print(f"{args.model}, batch {args.batch}, {args.threads} thread(s), torch {torch.__version__}, {args.clock} time\n")
-    print("| objective | ms per batch | against joint and heads | ms without the first backward pass |")
-    print("| --- | --- | --- | --- |")
-    for name, value in middle.items():
-        alone = 1e3 * (value - pass_alone)
-        print(f"| {name} | {1e3 * value:.2f} | {value / middle['joint and heads']:.2f}× | {alone:.2f} |")
-    own = {name: value - pass_alone for name, value in middle.items()}
-    print(f"\nMIMO against MML with its heads: {middle['mimo'] / middle['joint and heads']:.2f}×")
-    print(f"MMPareto against MIMO: {middle['mmpareto'] / middle['mimo']:.2f}×; without the first backward pass "
-          f"{own['mmpareto'] / max(own['mimo'], 1e-9):.1f}×")  # fmt: skip
-    print(f"NumPy against our MMPareto: {middle['NumPy'] / middle['mmpareto']:.2f}×")
+    print(f"| ms per batch | {HEAD}")
+    for name, rounds in times.items():
+        cells = [f"{1e3 * statistics.median(values):.2f}" for values in zip(*rounds, strict=True)]
+        print(f"| {' | '.join([name, *cells])} |")
+    print(f"\n| median of the ratios | {HEAD}")
+    for one, other in COMPARED:
+        pairs = [zip(a, b, strict=True) for a, b in zip(times[one], times[other], strict=True)]
+        ratios = zip(*([a / b for a, b in pair] for pair in pairs), strict=True)
+        print(f"| {one} : {other} | {' | '.join(f'{statistics.median(values):.2f}×' for values in ratios)} |")
 
 
 if __name__ == "__main__":
