@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
 from equipoise.pipelines.sections import (
@@ -56,6 +56,16 @@ class EncoderSection(Section):
         ["connector"], min_length=1, description="what is trained before the language model"
     )
     method: Literal["full", "lora"] = Field("full", description="all weights of those parts, or LoRA factors on them")
+    targets: list[str] = Field(
+        [],
+        description="for `lora`: the layers of those parts that get factors, by the ends of their names; empty: linear ones",
+    )
+
+    @model_validator(mode="after")
+    def _lora_has_targets(self) -> "EncoderSection":
+        if self.targets and self.method != "lora":
+            raise ValueError("targets are of LoRA factors; add method: lora.")
+        return self
 
 
 class LoraSection(Section):

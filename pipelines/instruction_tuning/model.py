@@ -203,28 +203,35 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
     """The layers that get factors, by their full names.
 
     Raises:
-        InputError: a target names no layer of the language model.
+        InputError: a target names no layer of the language model, or of the encoder side's trained parts.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _LINEAR)}
     language = [name for name in layers if parts.part(name) == "language"]
     if config.lora.targets:
-        ends = config.lora.targets
-        found = [name for name in language if any(name == end or name.endswith(f".{end}") for end in ends)]
-        idle = [end for end in ends if not any(name == end or name.endswith(f".{end}") for name in language)]
-        if idle:
-            some = sorted({name.rsplit(".", 1)[-1] for name in language})
-            raise InputError(
-                f"lora.targets: {', '.join(idle)}: no layer of the language model has a name that ends so. It has "
-                f"{', '.join(some)}."
-            )
+        found = _ending(language, config.lora.targets, "lora", "language model")
     else:
         found = [n for n in language if isinstance(layers[n], nn.Linear) and not re.search(r"(^|\.)lm_head$", n)]
     if config.encoder.method == "lora":
-        found += [n for n, m in layers.items() if parts.part(n) in config.encoder.parts and isinstance(m, nn.Linear)]
+        encoder = [name for name in layers if parts.part(name) in config.encoder.parts]
+        if config.encoder.targets:
+            found += _ending(encoder, config.encoder.targets, "encoder", " and ".join(config.encoder.parts))
+        else:
+            found += [name for name in encoder if isinstance(layers[name], nn.Linear)]
     found = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
     if not found:
         raise InputError("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
     return found
+
+
+def _ending(layers: Iterable[str], ends: Iterable[str], section: str, what: str) -> list[str]:
+    layers, ends = list(layers), list(ends)
+    found = {end: [name for name in layers if name == end or name.endswith(f".{end}")] for end in ends}
+    if idle := [end for end in ends if not found[end]]:
+        raise InputError(
+            f"{section}.targets: {', '.join(idle)}: no layer of the {what} has a name that ends so. It has "
+            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
+        )
+    return list(dict.fromkeys(name for names in found.values() for name in names))
 
 
 def _check_frozen(names: Iterable[str], frozen: Iterable[str]) -> None:

@@ -215,6 +215,11 @@ def test_lora_on_the_encoder_too_and_frozen_parts(overrides, checkpoints):
     assert all("lora_" in name for name in tuned.named) and tuned.encoder_weights == {}
     assert {tuned.parts.part(name) for name in tuned.components["encoder"]} == {"tower"}
     assert tuned.named and not any(".layers.0." in name for name in tuned.named)
+    ends = ["encoder.targets=[fc1]", "lora.targets=[q_proj]"]
+    settings = config.load(NAME, [*overrides(), "encoder.method=lora", "encoder.parts=[tower]", *ends])
+    tuned = adapt(load_model(ModelSection(path=str(checkpoints("llava"))), "no"), settings)
+    assert all(".fc1.lora_" in name for name in tuned.components["encoder"]) and tuned.components["encoder"]
+    assert all(".q_proj.lora_" in name for name in tuned.components["language"])
 
 
 def test_mixed_precision_and_checkpointing(overrides):
@@ -240,6 +245,11 @@ def test_checkpointing_changes_no_number(overrides):
         (["components={encoder: [model], language: [language_model]}"], "trained parameters are in more than one: "),
         (["components={encoder: [vision_tower]}"], "must name `language` and at least one more, got encoder."),
         (["lora.targets=[q_proj, nothing]"], "lora.targets: nothing: no layer of the language model has a name"),
+        (
+            ["encoder={method: lora, targets: [q_proj]}"],
+            "encoder.targets: q_proj: no layer of the connector has a name",
+        ),
+        (["encoder.targets=[linear_1]"], "targets are of LoRA factors; add method: lora."),
         (["frozen=[nothing]"], "frozen: nothing: matches no parameter of the model."),
         (["frozen=[multi_modal_projector]"], "encoder.parts: nothing is trained of the connector"),
         (["optimizer.rates={tower: 1}"], "optimizer.rates: tower: no such component. There are encoder, language."),
