@@ -31,6 +31,7 @@ COMMANDS = {
     "wrap": ("wrap", "a program that starts its own workers, with one of these optimizers in each"),
     "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
     "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
+    "export": ("export", "a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load"),
     "prepare": ("prepare", "the manifest of a published audio-visual data set: equipoise prepare SET DIR"),
     "reproduce": ("reproduce", "a paper's table in small, beside the paper's numbers"),
     "ui": ("ui", "the web page: launch runs, watch them, compare what they draw"),

@@ -50,6 +50,7 @@ class Pipeline:
     title: ClassVar[str] = ""
     Config: ClassVar[type[RunConfig]] = RunConfig
     loading: ClassVar[str] = ""  # the line of code that loads a result elsewhere; {folder} stands for result/
+    formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -103,6 +104,20 @@ class Pipeline:
             InputError: the runs cannot be compared.
         """
         raise InputError(f"the pipeline {cls.name} has no comparison.")
+
+    @classmethod
+    def export(cls, result: Path, format: str, output: Path) -> None:
+        """Write what a run has learnt as one file in another app's format.
+
+        Args:
+            result: the run's folder of that name.
+            format: one of `formats`.
+            output: the file to write.
+
+        Raises:
+            InputError: there is no result, or the file cannot be written.
+        """
+        raise InputError(f"the pipeline {cls.name} exports nothing: its result loads as it is.")
 
 
 def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:

@@ -1,6 +1,7 @@
 """LoRA tuning of Stable Diffusion 1.x/2.x: config → check → train → a LoRA file that diffusers loads."""
 
 import os
+from pathlib import Path
 
 from equipoise.pipelines.comparison import Comparison
 from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
@@ -18,6 +19,7 @@ class TextToImage(Pipeline):
     title = "Text to image (LoRA)"
     Config = TextToImageConfig
     loading = "pipeline.load_lora_weights({folder!r})"
+    formats = ("diffusers", "kohya", "comfyui")
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:
@@ -48,3 +50,9 @@ class TextToImage(Pipeline):
         from equipoise.pipelines.text_to_image.compare import compare
 
         return compare(name, folder, runs, configs, samples, clip)
+
+    @classmethod
+    def export(cls, result: Path, format: str, output: Path) -> None:
+        from equipoise.pipelines.text_to_image.result import export
+
+        export(result, format, output)

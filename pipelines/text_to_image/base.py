@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 from equipoise.errors import InputError
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
+from equipoise.pipelines.text_to_image.formats import ADAPTER, Factors, factors_of, read_lora
 from equipoise.pipelines.text_to_image.layout import is_local, model_problems, model_source, unmatched
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ADAPTER = "default"
 
 
 @dataclass
@@ -59,9 +59,12 @@ class Base:
 
     @contextmanager
     def adapted(self, lora: LoraSection, seed: int) -> Iterator[dict[str, torch.nn.Module]]:
-        """Adds fresh LoRA factors, float32 and trainable, for the time of the block; yields the tuned parts by name.
+        """Adds LoRA factors, float32 and trainable, for the time of the block; yields the tuned parts by name.
 
-        Equal seeds give equal factors, whatever the optimizer. Raises InputError when a target names no layer.
+        They are those of the file `lora.start`, or fresh: equal seeds give equal factors, whatever the optimizer.
+
+        Raises:
+            InputError: a target names no layer; `lora.start` does not fit.
         """
         parts: dict[str, torch.nn.Module] = {"unet": self.unet}
         if lora.text_encoder:
@@ -84,10 +87,37 @@ class Base:
                 except ValueError as error:
                     raise InputError(f"{key}: {', '.join(targets)}: {str(error).splitlines()[0]}") from None
                 cast_training_params(part, torch.float32)
+            if lora.start:
+                self._start(lora, parts)
             yield parts
         finally:
             for part in parts.values():
                 self.restore(part)
+
+    def _start(self, lora: LoraSection, parts: dict[str, torch.nn.Module]) -> None:
+        """Puts the factors of the file `lora.start` where they belong; layers that it lacks keep their fresh ones."""
+        places: dict[str, Factors] = {}
+        for name, part in parts.items():
+            places |= factors_of(name, part)
+        given = read_lora(Path(lora.start or ""), places, self.unet.config, key="lora.start")
+        wrong = {f"rank {factors.rank}" for layer, factors in given.items() if factors.rank != places[layer].rank}
+        wrong |= {
+            f"alpha {factors.alpha:g}" for layer, factors in given.items() if factors.alpha != places[layer].alpha
+        }
+        if wrong:
+            raise InputError(
+                f"lora.start: {lora.start} has {', '.join(sorted(wrong))}, but lora.rank is {lora.rank} and lora.alpha "
+                f"{lora.alpha or lora.rank:g}. Set them to the file's."
+            )
+        with torch.no_grad():
+            for layer, factors in given.items():
+                for ours, theirs in ((places[layer].down, factors.down), (places[layer].up, factors.up)):
+                    if ours.shape != theirs.shape:
+                        raise InputError(
+                            f"lora.start: {lora.start}: a factor of {layer} is {tuple(theirs.shape)}, but here it is "
+                            f"{tuple(ours.shape)}. The file is for another base."
+                        )
+                    ours.copy_(theirs)
 
     def restore(self, part: torch.nn.Module) -> None:
         """Takes every LoRA layer off again: the base's own weights were never touched."""

@@ -35,6 +35,8 @@ def problems(config: TextToImageConfig) -> list[str]:
                 open_picture(example.path)
             except InputError as error:
                 found.append(str(error))
+    if (start := config.lora.start) and not Path(start).is_file():
+        found.append(f"lora.start: {start} does not exist. Give a .safetensors file, or leave it out.")
     if config.train.precision == "fp16":
         import torch
 

@@ -49,6 +49,9 @@ class LoraSection(Section):
     targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="U-Net layers that get factors"
     )
+    start: str | None = Field(
+        None, description="a LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty starts afresh"
+    )
     text_encoder: bool = Field(False, description="tune the text encoder too")
     text_encoder_targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1, description="text-encoder layers that get factors"

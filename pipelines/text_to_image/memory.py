@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from equipoise.pipelines.memory import CHECKPOINTED, DTYPES, PROGRAM, kept_for_backward, size, training
+from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
 from equipoise.pipelines.text_to_image.config import ModelSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.layout import PARTS, is_local, model_source
@@ -57,7 +57,7 @@ def memory(config: TextToImageConfig) -> Memory | None:
         noisy = torch.zeros(batch, unet.config.in_channels, side, side, dtype=dtype)
         unet(noisy, torch.zeros(batch, dtype=torch.long), spoken)
 
-    kept = kept_for_backward(step, weights) // (CHECKPOINTED if config.train.gradient_checkpointing else 1)
+    kept = activations(step, weights, config.train.gradient_checkpointing)
     return Memory(size(weights), training(trained, config.optimizer), kept, PROGRAM)
 
 

@@ -186,8 +186,9 @@ class TextToImageWork(OptimizedWork):
             "learning_rate": self.config.optimizer.learning_rate,
             "rank": self.config.lora.rank,
             "alpha": self.config.lora.alpha or self.config.lora.rank,
+            "trigger": self.config.data.instance_prompt,
             **facts,
         }
         fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
         more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
-        write_result(self.run.folder / "result", self.parts, described, more)
+        write_result(self.run.folder / "result", self.parts, self.base.unet.config, described, more)
