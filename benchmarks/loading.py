@@ -1,11 +1,11 @@
 """How much of an audio-visual training step is waiting for the batch, with features that are on disk already.
 
     python benchmarks/loading.py
-    python benchmarks/loading.py --batch 64 --steps 10 --threads 8
+    python benchmarks/loading.py --configuration crema_d --batch 8 --steps 3 --clips 48
 
-The features are of `audio_visual/crema_d`'s sizes (3 s of sound as 257 × 188 numbers, one picture of 224 × 224), of
-made clips, and so is the model, two ResNet-18s. "in memory": as they are kept where all of them fit; "from disk": every
-batch is read while the step before it is computed. Waiting includes flips and shifts. The last line is the reader by
+The configurations are those of `audio_visual/`: the demo's, on its drawn digits, whose steps are so short that waiting
+would show; or CREMA-D's, two ResNet-18s on 3 s of sound (257 × 188 numbers) and a picture of 224 × 224, on made clips.
+"in memory": as they are kept where all of them fit; "from disk": every batch is read while the step before it is computed. Waiting includes flips and shifts. The last line is the reader by
 itself: by it, one can tell from how fast a device on it would have to wait.
 
 Prints a Markdown table. Files that were written a moment ago come from the system's cache, not from the disk itself.
@@ -25,6 +25,7 @@ from PIL import Image
 
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.audio_visual import features
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.work import make_accelerator
@@ -51,11 +52,9 @@ class Quiet:
     def log(self, text: str) -> None: ...
 
 
-def measure(folder: Path, manifest: Path, memory: int, batch: int, steps: int) -> tuple[float, float]:
+def measure(config: AudioVisualConfig, memory: int, steps: int) -> tuple[float, float]:
     """Median seconds of a step, and of waiting in it."""
     features.MEMORY = memory
-    words = {"data.manifest": str(manifest), "runs": str(folder / "runs"), "train.batch": batch, "seed": 0}
-    config = configs.set_keys(configs.load("audio_visual/crema_d"), words, "loading")
     work = AudioVisualWork(config, Quiet(), make_accelerator("no"), prepare(config, keep=True))  # type: ignore[arg-type]
     times = []
     for step in range(steps + 1):
@@ -68,31 +67,34 @@ def measure(folder: Path, manifest: Path, memory: int, batch: int, steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="waiting for batches")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5, help="measured, after one that is not")
-    parser.add_argument("--clips", type=int, default=128)
+    parser.add_argument("--configuration", choices=("demo", "crema_d"), default="demo")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=40, help="measured, after one that is not")
+    parser.add_argument("--clips", type=int, default=128, help="to be made, for crema_d")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="equipoise-loading-") as place:
         folder = Path(place)
-        manifest = make_clips(folder, args.clips)
-        print(f"batch {args.batch}, {args.threads} thread(s), torch {torch.__version__}\n")
+        words = {"runs": str(folder / "runs"), "train.batch": args.batch, "seed": 0}
+        if args.configuration != "demo":
+            words["data.manifest"] = str(make_clips(folder, args.clips))
+        config = configs.set_keys(configs.load(f"audio_visual/{args.configuration}"), words, "loading")
+        print(f"{args.configuration}, batch {args.batch}, {args.threads} thread(s), torch {torch.__version__}\n")
         print("| features | ms per step | ms waiting | share |\n| --- | --- | --- | --- |")
         for name, memory in (("in memory", 2 << 30), ("from disk", 0)):
-            whole, waiting = measure(folder, manifest, memory, args.batch, args.steps)
+            whole, waiting = measure(config, memory, args.steps)
             print(f"| {name} | {1e3 * whole:.0f} | {1e3 * waiting:.1f} | {waiting / whole:.1%} |")
-        reading = read_alone(folder, manifest, args.batch, args.steps)
+        reading = read_alone(config, args.steps)
     print(f"\nThe reader alone: {1e3 * reading:.1f} ms per batch, {args.batch / reading:.0f} clips per second.")
 
 
-def read_alone(folder: Path, manifest: Path, batch: int, steps: int) -> float:
+def read_alone(config: AudioVisualConfig, steps: int) -> float:
     """Median seconds of reading a batch from disk."""
-    words = {"data.manifest": str(manifest), "runs": str(folder / "runs")}
-    prepared = prepare(configs.set_keys(configs.load("audio_visual/crema_d"), words, "loading"), keep=False)
+    prepared = prepare(config, keep=False)
     clips = prepared.manifest.split("train")
     batches = features.Batches(prepared.store, clips)
-    chosen = [index % len(clips) for index in range(batch)]
+    chosen = [index % len(clips) for index in range(config.train.batch)]
     times = []
     for _ in range(steps + 1):
         started = time.perf_counter()
