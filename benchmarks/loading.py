@@ -5,8 +5,9 @@
 
 The configurations are those of `audio_visual/`: the demo's, on its drawn digits, whose steps are so short that waiting
 would show; or CREMA-D's, two ResNet-18s on 3 s of sound (257 × 188 numbers) and a picture of 224 × 224, on made clips.
-"in memory": as they are kept where all of them fit; "from disk": every batch is read while the step before it is computed. Waiting includes flips and shifts. The last line is the reader by
-itself: by it, one can tell from how fast a device on it would have to wait.
+"in memory": as they are kept where all of them fit; "from disk": every batch is read while the step before it is
+computed. Waiting includes flips and shifts. The last line is the reader by itself: by it, one can tell from how fast a
+device on it would have to wait.
 
 Prints a Markdown table. Files that were written a moment ago come from the system's cache, not from the disk itself.
 """
