@@ -223,17 +223,21 @@ def test_min_norm_in_special_cases():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_joint_equal_weight_and_unimodal_are_their_sums(count, task):
+def test_objectives_of_one_pass_have_the_gradient_of_their_sum(count, task):
     net, batch, labels = task(count)
     losses = net(batch, labels)
     alone = losses.unimodal["m1"]
     total = losses.joint + sum(losses.unimodal.values())
-    made = (
+    made = [
         (Joint(), losses.joint),
         (EqualWeight(), total),
         (Unimodal(), total - losses.joint),
         (Unimodal("m1"), alone),
-    )
+        (MSES(), losses.joint),
+        (MSLR({"m0": 0.5}), losses.joint),  # their rates differ, not their gradients
+        (AGM(), losses.joint),  # modulated when the step's gradients are complete
+    ]
+    made += [(OGMGE(), losses.joint)] if count == 2 else []
     for objective, expected in made:
         net.zero_grad()
         objective.bind(net.own())
