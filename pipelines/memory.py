@@ -1,7 +1,7 @@
 """How much memory training will take, reasoned from shapes: models are built of tensors that hold nothing.
 
 What the backward pass needs is counted by running one forward pass on torch's meta device and adding up the tensors
-that autograd keeps. Working space of kernels and fragmentation are not counted, so it is an estimate from below.
+that autograd keeps. What cannot be counted so is a share of it that was measured on a CPU: docs/ui.md has the figures.
 """
 
 # torch and peft annotate too narrowly.
@@ -19,7 +19,8 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PROGRAM = 650_000_000  # bytes: Python with torch, transformers and the rest, before a model is loaded; measured
+PROGRAM = 500_000_000  # bytes: Python with torch, transformers and the rest, before a model is loaded; measured
+PEAK = 1.5  # times what autograd keeps: with gradients on their way and kernels' working space; measured, 1.3 to 1.7
 CHECKPOINTED = 4  # gradient checkpointing keeps about one part in that many: blocks' inputs, and one block at work
 _SIDE = 1024  # of the small matrix on which an optimizer shows what it remembers
 
@@ -42,6 +43,11 @@ def kept_for_backward(call: Callable[[], Any], weights: Iterable[Tensor]) -> int
     with torch.device("meta"), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def activations(call: Callable[[], Any], weights: Iterable[Tensor], checkpointing: bool = False) -> int:
+    """Bytes that a step takes beside weights and optimizer at its peak, about."""
+    return round(PEAK * kept_for_backward(call, weights) / (CHECKPOINTED if checkpointing else 1))
 
 
 def training(trained: Iterable[Tensor], optimizer: Any) -> int:

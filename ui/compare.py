@@ -4,24 +4,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import background, report
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.comparison import RATE, Cell, Comparison, Picture
 from equipoise.pipelines.config import flat
+from equipoise.pipelines.keys import section_at
 from equipoise.pipelines.robustness import shown_rate
+from equipoise.pipelines.run import Run
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.runs import ON_CLICK, open_run, sample_steps, url
 from equipoise.ui.safety import Site
 
+OWN = "as the runs are set"  # what the comparison of a run's or sweep's own settings is called
+ANSWERS = "answers.jsonl"  # where a pipeline that answers writes what it said
 ROW, COLUMN = "row", RATE  # the axes that are shown first: all that differs but the rate, and the rate
 END = "the end"
-MOST_PROMPT, MOST_COUNT = 1000, 16  # characters of a prompt, pictures of each
+MOST_PROMPT, MOST_COUNT = 1000, 1000  # characters of a prompt, pictures of each or questions
 POLL = 2.0  # seconds
 
 
@@ -47,11 +53,11 @@ def made(site: Site, refs: Sequence[str]) -> list[Made]:
     """The comparisons of exactly these runs, the one of their own prompts first, then the youngest."""
     found = []
     if len(refs) == 1 and (site.store.root / refs[0] / "comparison" / "table.json").is_file():
-        found.append(Made(f"{refs[0]}/comparison", "the runs' own prompts", None))
+        found.append(Made(f"{refs[0]}/comparison", OWN, None))
     for job in background.jobs(site.store.root):
         if set(job.runs) == set(refs) and job.state == "done":
             prompts = tuple(job.asked.get("prompts", ()))
-            words = [f"“{prompts[0][:50]}”" if prompts else "the runs' own prompts"]
+            words = [f"“{prompts[0][:50]}”" if prompts else OWN]
             words += [f"scale {job.asked['scale']:g}"] if "scale" in job.asked else []
             words.append(f"{datetime.fromtimestamp(job.created):%d %b %H:%M}")
             found.append(
@@ -67,6 +73,16 @@ def read(site: Site, id: str) -> Comparison:
         InputError: there is none.
     """
     return Comparison.read(site.file(f"{id}/table.json").parent)
+
+
+def asked(site: Site, refs: Sequence[str]) -> dict[str, str]:
+    """What a comparison of these runs can be told besides, of prompts, count and scale: key → help."""
+    try:
+        cls = registry.load("pipelines", open_run(site, refs[0]).status().pipeline).Config if refs else None
+    except EquipoiseError:
+        cls = None
+    fields = getattr(section_at(cls, "samples"), "model_fields", {}) if cls else {}
+    return {name: fields[name].description or "" for name in ("prompts", "count", "scale", "seed") if name in fields}
 
 
 def axes(comparison: Comparison) -> list[tuple[str, str]]:
@@ -117,11 +133,11 @@ def grid(
     comparison = read(site, id)
     down = list(dict.fromkeys(value(cell, rows) for cell in comparison.cells))
     across = list(dict.fromkeys(value(cell, columns) for cell in sorted(comparison.cells, key=lambda c: c.rate)))
-    head = "".join(f"<th scope='col'>{esc(label)}</th>" for label in ["", "base", *across])
+    head = "".join(f"<th scope='col'>{esc(label)}</th>" for label in ["", comparison.base.row, *across])
     body = []
     for label in down:
         line = [
-            f"<th scope='row'>{esc(label)}</th>",
+            f"<th scope='row'>{draw.breakable(label)}</th>",
             f"<td>{_cell(site, comparison, id, [comparison.base], prompt, None, chosen)}</td>",
         ]
         for other in across:
@@ -142,16 +158,22 @@ def _cell(
     ]
     if step is not None:
         images = [_image(name, f"step {step}") for name in _samples(site, cell.run, step, prompt)]
+    said = _answers(site, comparison, cell, prompt, step)
+    if said and not prompt:  # cards with so many words cannot be read that small
+        images = []
     many = " class='many'" if len(images) > 1 else ""
-    inside = f"<div{many}>{''.join(images)}</div>" if images else f"<div class='none'>{esc(cell.state)}</div>"
+    inside = f"<div{many}>{''.join(images)}</div>" if images else ""
+    inside += said
+    if not inside:
+        inside = f"<div class='none'>{'no samples' if step is not None else esc(cell.state)}</div>"
     kind = "" if not cell.run else "usable" if comparison.usable(cell.row, cell.rate) else "unusable"
     scores = [comparison.counted(one) for one in cells]
-    words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) else ""
+    words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) and step is None else ""
     if len(cells) > 1:
         words += f" of {len(cells)}"
     if cell.state not in ("done", "untouched"):
         words = f"{words} {cell.state}".strip()
-    marks = [picture.right for picture in shown if picture.right is not None]
+    marks = [picture.right for picture in shown if picture.right is not None and step is None]
     right = (
         f"<small class='{'right' if all(marks) else 'wrong'}'>{sum(marks)}/{len(marks)} right</small>" if marks else ""
     )
@@ -172,6 +194,31 @@ def _pictures(cell: Cell, prompt: int) -> list[Picture]:
     return list({picture.prompt: picture for picture in reversed(cell.pictures)}.values())[::-1][:4]
 
 
+def _nearest(run: Run, step: int) -> Path:
+    return run.samples / f"step-{min(sample_steps(run), key=lambda one: abs(one - step)):08d}"
+
+
+def _answers(site: Site, comparison: Comparison, cell: Cell, prompt: int, step: int | None) -> str:
+    """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
+    place = comparison.folder / "cells" / (cell.run.rpartition("/")[2] or "base")
+    try:
+        file = (place if step is None else _nearest(open_run(site, cell.run), step)) / ANSWERS
+        found = draw.records(file.read_text(encoding="utf-8", errors="replace"))
+    except (EquipoiseError, OSError, ValueError):  # gone, or no samples at all
+        return ""
+    marked = list(map(_answer, found[prompt - 1 : prompt] if prompt else found[:4]))
+    return f"<div class='answers'>{''.join(marked)}</div>" if marked else ""
+
+
+def _answer(record: dict[str, Any]) -> str:
+    """One answer, and what was wanted in its place."""
+    said, score = str(record.get("answer") or "(nothing)"), record.get("score")
+    kind, mark = ("", "") if score is None else ("right", "✓ ") if score >= 1 else ("wrong", "✗ ")
+    wanted = " or ".join(map(str, record.get("wanted") or ())) if kind == "wrong" else ""
+    more = f" <s>{esc(wanted)}</s>" if wanted else ""
+    return f"<span class='{kind}' title='{esc(record.get('question', ''))}'>{mark}{esc(said)}{more}</span>"
+
+
 def _samples(site: Site, run: str, step: int, prompt: int) -> list[str]:
     """Pictures drawn while training at the nearest step, as `_pictures` chooses them; names below the runs folder."""
     try:
@@ -181,7 +228,7 @@ def _samples(site: Site, run: str, step: int, prompt: int) -> list[str]:
     found = sample_steps(it)
     if not found:
         return []
-    folder = it.samples / f"step-{min(found, key=lambda one: abs(one - step)):08d}"
+    folder = _nearest(it, step)
     files = sorted(file for file in folder.glob("*.png"))
     if prompt:
         files = [file for file in files if file.name.startswith(f"{prompt - 1:02d}-")]
@@ -252,7 +299,8 @@ def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
     if last.message:
         told["how it ended"] = last.message
     if picture:
-        told |= {"prompt": comparison.prompts[picture.prompt], "noise": picture.seed}
+        told["prompt"] = comparison.prompts[picture.prompt]
+        told |= {"noise": picture.seed} if "seed" in asked(site, [cell.run for cell in comparison.cells[:1]]) else {}
         told |= {"seen": picture.note} if picture.note else {}
     told |= {name: draw.number(number) for name, number in last.metrics.items()}
     before = found[-2] if len(found) > 1 else None
@@ -303,12 +351,13 @@ def generate(site: Site, refs: Sequence[str], prompt: str, count: float | None, 
         parts = sweeps.cells(run) if run.status().kind == "sweep" else [run]
         if waiting := [one.id for one in parts if not one.status().over]:
             raise InputError(f"{waiting[0]}: is not finished yet; compare when it is.")
-    asked: dict[str, Any] = {"prompts": [prompt.strip()]} if prompt.strip() else {}
-    if count:
-        asked["count"] = max(1, min(MOST_COUNT, int(count)))
-    if scale is not None and (scale != 1 or asked):
-        asked["scale"] = round(float(scale), 3)
-    return background.compare(site.store.root, list(refs), asked)
+    takes = asked(site, refs)
+    told: dict[str, Any] = {"prompts": [prompt.strip()]} if prompt.strip() and "prompts" in takes else {}
+    if count and "count" in takes:
+        told["count"] = max(1, min(MOST_COUNT, int(count)))
+    if scale is not None and "scale" in takes and (scale != 1 or told):
+        told["scale"] = round(float(scale), 3)
+    return background.compare(site.store.root, list(refs), told)
 
 
 def working(site: Site, refs: Sequence[str]) -> str:
@@ -330,8 +379,8 @@ def working(site: Site, refs: Sequence[str]) -> str:
 def build(site: Site, tab: gr.Tab) -> None:
     """Draws the tab."""
     gr.HTML(
-        "<h2>Compare</h2><p class='lead'>The same prompts from the same noise for every cell, beside the untouched "
-        "base.</p>"
+        "<h2>Compare</h2><p class='lead'>The same prompts, noise, questions or clips for every cell, beside the "
+        "untouched base.</p>"
     )
     refs = gr.Dropdown(
         choices(site),
@@ -342,9 +391,10 @@ def build(site: Site, tab: gr.Tab) -> None:
         elem_id="compare-refs",
     )
     with gr.Row():
-        which = gr.Dropdown([], label="Comparison", interactive=True, elem_id="compare-which")
-        rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", interactive=True)
-        columns = gr.Dropdown([("learning rate", RATE)], value=RATE, label="Columns", interactive=True)
+        given: dict[str, Any] = {"interactive": True, "min_width": 220}
+        which = gr.Dropdown([], label="Comparison", elem_id="compare-which", **given)
+        rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", **given)
+        columns = gr.Dropdown([("learning rate", RATE)], value=RATE, label="Columns", **given)
     with gr.Row():
         prompt = gr.Slider(
             0,
@@ -354,6 +404,7 @@ def build(site: Site, tab: gr.Tab) -> None:
             label="Prompt",
             info="0: the first of each",
             interactive=True,
+            min_width=260,
             elem_id="compare-prompt",
         )
         step = gr.Slider(
@@ -365,6 +416,8 @@ def build(site: Site, tab: gr.Tab) -> None:
             info="samples while training; the last is the end",
             interactive=True,
             visible=False,
+            min_width=260,
+            elem_id="compare-step",
         )
         scale = gr.Slider(
             0,
@@ -374,6 +427,8 @@ def build(site: Site, tab: gr.Tab) -> None:
             label="LoRA scale",
             info="shows the comparison made at it, if there is one",
             interactive=True,
+            min_width=260,
+            elem_id="compare-scale",
         )
     title = gr.HTML(elem_id="compare-prompt-text")
     shown = gr.HTML(
@@ -382,13 +437,21 @@ def build(site: Site, tab: gr.Tab) -> None:
         elem_id="grid",
     )
     detail = gr.HTML(elem_id="cell-detail")
-    with gr.Accordion("New prompt", open=True):
-        with gr.Row():
+    with gr.Accordion("Compare anew", open=True):
+        with gr.Row(equal_height=False):
             words = gr.Textbox(
-                label="Prompt", placeholder="empty: the runs' own prompts", max_lines=3, scale=4, elem_id="new-prompt"
+                label="Prompt",
+                info="empty: the runs' own prompts",
+                max_lines=3,
+                scale=4,
+                min_width=260,
+                elem_id="new-prompt",
             )
-            count = gr.Number(1, label="Pictures each", minimum=1, maximum=MOST_COUNT, precision=0)
-            go = gr.Button("Generate", variant="primary", elem_id="generate")
+            count = gr.Number(
+                0, label="Count", minimum=0, maximum=MOST_COUNT, precision=0, min_width=200, elem_id="new-count"
+            )
+        with gr.Row(elem_classes=["actions"]):
+            go = gr.Button("Generate", variant="primary", size="md", elem_id="generate")
     message = gr.HTML(elem_id="compare-message")
     with gr.Row():
         robust = gr.HTML()
@@ -415,7 +478,10 @@ def build(site: Site, tab: gr.Tab) -> None:
     def pick(refs: list[str]) -> list[Any]:
         found = made(site, refs or [])
         options = gr.update(choices=[(item.label, item.id) for item in found], value=found[0].id if found else None)
-        return [options, *open_one(found[0].id if found else "", refs or [])]
+        takes = asked(site, refs or []) if refs else {"prompts": "", "count": "", "scale": ""}
+        count = gr.update(visible="count" in takes, info=f"{takes.get('count', '')}; 0: as the runs are set")
+        asks = [gr.update(visible="scale" in takes), gr.update(visible="prompts" in takes), count]
+        return [options, *open_one(found[0].id if found else "", refs or []), *asks]
 
     def open_one(id: str, refs: list[str]) -> list[Any]:
         nothing: list[Any] = [gr.skip()] * 4
@@ -423,7 +489,7 @@ def build(site: Site, tab: gr.Tab) -> None:
             return [*nothing, draw.empty("Nothing chosen", "Choose a sweep above."), "", "", "", "", "", [], "", ""]
         if not id:
             words = draw.empty(
-                "Not compared yet", "Generate draws these runs' prompts, or a new one, from all of them."
+                "Not compared yet", "Generate compares them all in one job, by their own settings or a new prompt."
             )
             return [*nothing, words, "", "", "", "", "", [], working(site, refs), ""]
         try:
@@ -501,7 +567,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     opened = [rows, columns, prompt, step, shown, title, detail, robust, numbers, links, chosen, message]
     last = gr.State("")
     tab.select(lambda: gr.update(choices=choices(site)), None, refs, **private)
-    refs.change(pick, refs, [which, *opened, last], **private)
+    refs.change(pick, refs, [which, *opened, last, scale, words, count], **private)
     which.change(
         lambda id, refs, last: open_one(id, refs) if id and id != last else [gr.skip()] * (len(opened) + 1),
         [which, refs, last],
@@ -518,7 +584,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     )
     shown.select(click, view, [chosen, detail, shown], **private)
     go.click(start, [refs, words, count, scale], message, **private)
-    scale.release(by_scale, [refs, which, scale], [which, message], **private)
+    scale.change(by_scale, [refs, which, scale], [which, message], **private)
     timer = gr.Timer(POLL)
     timer.tick(look, [refs, which, seen], [message, seen], trigger_mode="once", **private)
     seen.change(renew, [refs, which, seen], which, **private)

@@ -1,16 +1,26 @@
 """Pieces of HTML and SVG. Every text that comes from a file or a user is escaped here and nowhere else."""
 
 import html
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
+_DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _POINTS = 400  # of a line; more cannot be told apart on a screen
 
 
 def esc(text: object) -> str:
     return html.escape(str(text), quote=True)
+
+
+def breakable(text: object) -> str:
+    """A name of several parts, which may be broken between them where there is little room."""
+    return re.sub(r"(?<=[=,_/])(?=\w)", "<wbr>", esc(text))
 
 
 def notice(text: str, kind: str = "info") -> str:
@@ -40,12 +50,12 @@ def facts(pairs: Mapping[str, object]) -> str:
 
 
 def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: bool = False) -> str:
-    """Lines over steps as SVG; on a logarithmic axis where asked for and everything is positive."""
+    """Lines over steps as SVG; on a logarithmic axis where asked for, or decades apart, and everything is positive."""
     finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
     values = [y for points in finite.values() for _, y in points]
     if not values:
         return ""
-    log = log and min(values) > 0
+    log = (log or max(values) > _DECADES * abs(min(values))) and min(values) > 0
     scale = math.log10 if log else float
     low, high = scale(min(values)), scale(max(values))
     if high - low < 1e-12 * max(1.0, abs(high)):
@@ -75,8 +85,44 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: b
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in few)
         drawn.append(f'<polyline points="{path}" style="stroke:{INKS[index % len(INKS)]}"/>')
     legend = "".join(
-        f'<span><i style="background:{INKS[index % len(INKS)]}"></i>{esc(name)} <b>{number(points[-1][1])}</b></span>'
-        for index, (name, points) in enumerate(finite.items())
+        f'<span><i style="background:{INKS[index % len(INKS)]}"></i>{breakable(label)} '
+        f"<b>{number(points[-1][1])}</b></span>"
+        for index, (label, points) in enumerate(finite.items())
         if points
     )
     return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
+
+
+def records(text: str, most: int = 200) -> list[dict[str, Any]]:
+    """The records of lines of JSON, without such as are none or only half written."""
+    found = []
+    for line in text.splitlines()[:most]:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
+
+
+def table(text: str) -> str:
+    """Lines of JSON as a table, a column for each key; of paths only the files' names."""
+    found = records(text)
+    keys = list(dict.fromkeys(key for record in found for key in record))
+    head = "".join(f"<th>{breakable(key)}</th>" for key in keys)
+    shown = {"score": _mark}
+    cells = [[shown.get(key, _value)(record.get(key)) for key in keys] for record in found]
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def _mark(score: object) -> str:
+    """A score as a tick or a cross where it is all or nothing."""
+    words = {1.0: ("right", "✓"), 0.0: ("wrong", "✗")}
+    kind, mark = words.get(score, ("", _value(score))) if isinstance(score, float) else ("", _value(score))
+    return f"<span class='{kind}'>{mark}</span>"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    if isinstance(value, str):
+        return esc(value.rpartition("/")[2] if value.startswith("/") else value.strip())
+    return "" if value is None else esc(number(value)) if isinstance(value, float) else esc(value)

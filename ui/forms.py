@@ -136,6 +136,24 @@ def option_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given
     return rows
 
 
+def given_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given: RunConfig) -> list[list[str]]:
+    """Of the rows of `option_rows` those with a value, which can be told without importing any plugin."""
+    found = [(name, _given_options(given, key, name)) for key, names in chosen.items() for name in names]
+    return [[name, option, _text(value), "", "", ""] for name, some in found for option, value in some.items()]
+
+
+def kept(rows: list[list[str]], before: Sequence[Sequence[Any]]) -> list[list[str]]:
+    """Rows with the values that the table already held, where they say none themselves."""
+    held = {(str(row[0]), str(row[1])): _cell(row[2]) for row in before}
+    return [[*row[:2], row[2] or held.get((row[0], row[1]), ""), *row[3:]] for row in rows]
+
+
+def _cell(value: Any) -> str:
+    """What a cell of gradio's table holds; nothing may come as a NaN."""
+    text = "" if value is None else str(value).strip()
+    return "" if text == "nan" else text
+
+
 @cache
 def _options(kind: str, name: str) -> list[tuple[str, str, str, str]]:
     """(option, default, type and bounds, help); none of a plugin that cannot be loaded, which the check reports."""
@@ -225,8 +243,8 @@ def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence
 def _rows_of(rows: Sequence[Sequence[Any]], name: str, problems: list[str]) -> dict[str, Any]:
     found = {}
     for row in rows:
-        text = str(row[2] if row[2] is not None else "").strip()
-        if str(row[0]) == name and text and text != "nan":
+        text = _cell(row[2])
+        if str(row[0]) == name and text:
             found[str(row[1])] = configs.parse_value(text)
     return found
 

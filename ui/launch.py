@@ -229,6 +229,18 @@ def presets() -> dict[type[RunConfig], list[str]]:
     return found
 
 
+def beginning(cls: type[RunConfig]) -> tuple[dict[str, Any], list[list[str]]]:
+    """What a form shows first, which is the first shipped configuration: its fields, and its plugins' options."""
+    ready = presets().get(cls, [])
+    if not ready:
+        return {}, []
+    with trusting_options():  # checked when it is started; checking it here would import torch before the page is up
+        config = configs.load(ready[0])
+        shown = forms.show(config)
+        chosen = {item.key.key: shown[item.key.key] for item in forms.fields(cls) if item.kind == "plugin"}
+        return shown, forms.given_rows(cls, chosen, config)
+
+
 def read_yaml(file: str, pipeline: str) -> RunConfig:
     """A configuration that a user brings, which must be of this pipeline.
 
@@ -304,8 +316,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     cls = registry.load("pipelines", pipeline).Config
     items = forms.fields(cls)
     ready = presets().get(cls, [])
-    with trusting_options():  # checked when it is started; checking it here would import torch before the page is up
-        shown = forms.show(configs.load(ready[0])) if ready else {}
+    shown, rows = beginning(cls)
     with gr.Row():
         preset = gr.Dropdown(
             [("the pipeline's own defaults", ""), *((name, name) for name in ready)],
@@ -330,16 +341,18 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             with gr.Group(elem_classes=["fields"]):
                 for item in some:
                     widgets[item.key.key] = _widget(site, cls, item, shown)
-    with gr.Accordion("Options of what is chosen above", open=False):
+    with gr.Accordion("Options of what is chosen above", open=False) as opened:
         options = gr.DataFrame(
+            rows or None,
             headers=forms.OPTION_HEADERS,
             datatype="str",
             interactive=True,
             static_columns=[0, 1, 3, 4, 5],
-            column_widths=["12%", "12%", "14%", "12%", "20%", "30%"],
+            column_widths=["130px", "150px", "130px", "110px", "190px", "400px"],
             wrap=True,
             label="Edit the column value; empty means the default",
             buttons=[],
+            elem_classes=["fixed-rows"],
             max_height=360,
         )
     if cls.SHORT.get("data", "").endswith(".folder"):
@@ -348,8 +361,8 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     form = Form(pipeline, items, ordered, preset, options)
     message = gr.HTML(elem_classes=["message"])
     with gr.Row(elem_classes=["actions"]):
-        check = gr.Button("Check and show", elem_id=f"check-{pipeline}")
-        go = gr.Button("Start", variant="primary", elem_id=f"start-{pipeline}")
+        check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
+        go = gr.Button("Start", variant="primary", size="md", elem_id=f"start-{pipeline}")
     with gr.Column(visible=False, elem_classes=["plan"]) as shown_plan:
         facts = gr.HTML()
         command = gr.Code(
@@ -388,7 +401,10 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             return said(error)
 
     def on_preset(name: str) -> list[Any]:
-        return form.fill(configs.load(name)) if name else [gr.skip()] * (len(ordered) + 1)
+        try:
+            return form.fill(configs.load(name) if name else _plain(pipeline, cls, {}))
+        except EquipoiseError:  # of defaults, where something is required that has none
+            return [gr.skip()] * (len(ordered) + 1)
 
     def on_yaml(file: str) -> list[Any]:
         try:
@@ -396,9 +412,9 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         except EquipoiseError as error:
             return [said(error), *[gr.skip()] * (len(ordered) + 2)]
 
-    def on_plugins(*names: Any) -> Any:
+    def on_plugins(rows: Any, *names: Any) -> Any:
         chosen = {item.key.key: value or [] for item, value in zip(plugins, names, strict=True)}
-        return gr.update(value=forms.option_rows(cls, chosen, None))
+        return gr.update(value=forms.kept(forms.option_rows(cls, chosen, None), table_rows(rows)))
 
     private: dict[str, Any] = {"api_visibility": "private"}
     inputs = [preset, options, *ordered]
@@ -409,9 +425,9 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     bring.upload(on_yaml, bring, [message, preset, *ordered, options], **private)
     plugins = [item for item in items if item.kind == "plugin"]
     gr.on(
-        [widgets[item.key.key].input for item in plugins],
+        [opened.expand, *(widgets[item.key.key].input for item in plugins)],
         on_plugins,
-        [widgets[item.key.key] for item in plugins],
+        [options, *(widgets[item.key.key] for item in plugins)],
         options,
         show_progress="hidden",
         **private,
@@ -459,6 +475,7 @@ def _uploads(site: Site, data: gr.Dropdown) -> None:
             static_columns=[0],
             label="Captions, to be edited here",
             buttons=[],
+            elem_classes=["fixed-rows"],
         )
         with gr.Row():
             name = gr.Textbox("pictures", label="Name of the folder", max_lines=1)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from posixpath import commonpath
 from typing import Any
 
 import gradio as gr
@@ -24,6 +25,8 @@ LOG_LINES = 60
 SHOWN = 400  # rows of the table, and pictures of a run
 SORTS = ("youngest", "name", "state", "loss", "duration")
 _NOT_CURVES = ("step", "time", "seconds")
+_GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
+_SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight"}  # as the papers write them
 _LOG_SCALE = ("loss", "rate")  # what spans decades
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took")
@@ -76,7 +79,7 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "youngest
 
 def _row(item: Status, chosen: bool) -> str:
     cells = [
-        f"<button class='link' data-id='{esc(item.id)}'>{esc(item.id)}</button>"
+        f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(item.id)}</button>"
         f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>",
         badge(item),
         bar(item),
@@ -132,7 +135,7 @@ def heading(site: Site, id: str) -> str:
     }
     parts = [
         back,
-        f"<h3>{esc(run.id)} {badge(now)}</h3>",
+        f"<h3>{draw.breakable(run.id)} {badge(now)}</h3>",
         bar(now),
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in told.items() if value != ""}),
@@ -160,9 +163,9 @@ def _cells(sweep: Run) -> str:
     rows = []
     for cell in sweeps.cells(sweep):
         now = cell.status()
-        short = cell.folder.name
+        short = draw.breakable(cell.folder.name)
         rows.append(
-            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{esc(short)}</button></td><td>{badge(now)}</td>"
+            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now)}</td>"
             f"<td>{bar(now)}</td><td>{draw.number(now.loss)}</td></tr>"
         )
     head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
@@ -194,12 +197,19 @@ def charts(site: Site, id: str) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         if name not in _NOT_CURVES and isinstance(records[-1].get(name, records[0].get(name)), int | float):
-            groups.setdefault(name.split("_")[0], []).append(name)
+            groups.setdefault(_GROUP.match(name)[0], []).append(name)  # type: ignore[index]  # it matches every name
     drawn = [
-        draw.chart(group, {name: _curve(records, name) for name in some}, log=group in _LOG_SCALE)
+        draw.chart(_title(group, some), {name: _curve(records, name) for name in some}, log=group in _LOG_SCALE)
         for group, some in groups.items()
     ]
     return f"<div class='charts'>{''.join(drawn)}</div>"
+
+
+def _title(group: str, names: list[str]) -> str:
+    """What the names in a chart have in common, in words."""
+    title = commonpath(name.replace("_", "/") for name in names).replace("/", "_") or group
+    symbol = next((symbol for name, symbol in _SYMBOLS.items() if title.startswith(name)), "")
+    return symbol or title.replace("val_", "validation ").replace("_", " ")
 
 
 def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
@@ -228,7 +238,9 @@ def samples(site: Site, id: str, step: int | None = None) -> str:
         if file.suffix in _PICTURES:
             image = f"<img loading='lazy' src='{url(name)}' alt='{esc(file.stem)}'>"
             parts.append(f"<a href='{url(name)}' target='_blank'>{image}</a>")
-        elif file.suffix in (".txt", ".jsonl", ".json", ".md"):
+        elif file.suffix == ".jsonl":
+            parts.append(draw.table(file.read_text(errors="replace")))
+        elif file.suffix in (".txt", ".json", ".md"):
             parts.append(f"<pre>{esc(file.read_text(errors='replace')[:20_000])}</pre>")
     return f"<p class='hint'>step {near}</p><div class='samples'>{''.join(parts)}</div>"
 
@@ -281,6 +293,19 @@ def unchanged(outputs: Sequence[Any], seen: Sequence[str]) -> tuple[list[Any], l
     digests = [hashlib.blake2s(json.dumps(one, default=str).encode(), digest_size=8).hexdigest() for one in outputs]
     before = [*seen, *[""] * (len(outputs) - len(seen))]
     return [gr.skip() if a == b else out for out, a, b in zip(outputs, digests, before, strict=True)], digests
+
+
+def possible(site: Site, id: str) -> list[Any]:
+    """Updates of the buttons for stopping, sampling and resuming, by what a run allows now."""
+    try:
+        now = open_run(site, id).status() if id else None
+    except EquipoiseError:
+        now = None
+    if now is None:
+        return [gr.update(interactive=False)] * 3
+    resumes = now.over and (now.kind == "sweep" or (now.kind == "run" and now.state != "done"))
+    samples = now.state == "running" and now.kind != "sweep"
+    return [gr.update(interactive=can) for can in (not now.over, samples, resumes)]
 
 
 def detail(site: Site, id: str, step: int | None) -> list[Any]:
@@ -336,15 +361,15 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
     head = gr.HTML(heading(site, ""), js_on_load=ON_CLICK, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
     with gr.Row(elem_classes=["actions"], visible=False) as buttons:
-        stop = gr.Button("Stop (saves first)", elem_id="stop")
-        sample = gr.Button("Sample now")
-        resume = gr.Button("Resume", elem_id="resume")
-        again = gr.Button("Duplicate into Launch", elem_id="duplicate")
-        remove = gr.Button("Delete …", variant="stop", elem_id="delete")
+        stop = gr.Button("Stop (saves first)", size="md", elem_id="stop")
+        sample = gr.Button("Sample now", size="md", elem_id="sample")
+        resume = gr.Button("Resume", size="md", elem_id="resume")
+        again = gr.Button("Duplicate into Launch", size="md", elem_id="duplicate")
+        remove = gr.Button("Delete …", size="md", variant="stop", elem_id="delete")
     with gr.Row(elem_classes=["actions"], visible=False) as sure:
         gr.HTML("<p>Delete this run with all its files? It cannot be undone.</p>")
-        yes = gr.Button("Delete for good", variant="stop", elem_id="delete-yes")
-        no = gr.Button("Keep it")
+        yes = gr.Button("Delete for good", size="md", variant="stop", elem_id="delete-yes")
+        no = gr.Button("Keep it", size="md")
     with gr.Tabs(visible=False) as parts:
         with gr.Tab("Curves"):
             curves = gr.HTML()
@@ -357,11 +382,12 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
             yaml = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
         with gr.Tab("Files"):
             listed = gr.HTML()
-    shown = [listing, head, curves, drawn, text, yaml, listed]
+    shown = [listing, head, curves, drawn, text, yaml, listed, stop, sample, resume]
     inputs = [words, state, sort, chosen, step, seen]
 
     def refresh(words: str, state: str, sort: str, id: str, step: int | None, seen: list[str]) -> list[Any]:
-        outputs, digests = unchanged([table(site, words, state, sort, id), *detail(site, id, step)], seen)
+        parts = [table(site, words, state, sort, id), *detail(site, id, step), *possible(site, id)]
+        outputs, digests = unchanged(parts, seen)
         return [*outputs, digests if digests != seen else gr.skip()]
 
     def select(words: str, state: str, sort: str, event: gr.EventData) -> list[Any]:
@@ -369,13 +395,14 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
         try:
             steps = sample_steps(open_run(site, id))
         except EquipoiseError as error:
-            return [*[gr.skip()] * 8, draw.notice(str(error), "bad"), *[gr.skip()] * 5]
-        outputs, digests = unchanged([table(site, words, state, sort, id), *detail(site, id, None)], [])
+            return [*[gr.skip()] * len(outputs), draw.notice(str(error), "bad"), *[gr.skip()] * 5]
+        shown = [table(site, words, state, sort, id), *detail(site, id, None), *possible(site, id)]
+        drawn, digests = unchanged(shown, [])
         slider = gr.update(
             minimum=min(steps, default=0), maximum=max(steps, default=1) or 1, value=max(steps, default=1)
         )
         many = gr.update(visible=True)
-        return [*outputs, digests, "", id, slider, many, many, gr.update(visible=False)]
+        return [*drawn, digests, "", id, slider, many, many, gr.update(visible=False)]
 
     def do(what: str) -> Any:
         def handler(id: str) -> list[Any]:

@@ -7,7 +7,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.features import MEMORY
 from equipoise.pipelines.audio_visual.model import LateFusion
-from equipoise.pipelines.memory import DTYPES, PROGRAM, kept_for_backward, size, training
+from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
 
 _CLASSES = 32  # their number changes next to nothing
@@ -39,7 +39,7 @@ def memory(config: AudioVisualConfig) -> Memory | None:
         first, added = size(weights), training(weights, config.optimizer)
         given = clips(batch, dtype)
     # under autocast the weights stay float32 and what is computed from them does not
-    kept = kept_for_backward(lambda: model.to(dtype)(given), model.parameters())
+    kept = activations(lambda: model.to(dtype)(given), model.parameters())
     return Memory(first + held, added, kept, PROGRAM)
 
 

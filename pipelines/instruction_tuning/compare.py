@@ -13,7 +13,7 @@ from tqdm import tqdm
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
-from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn
+from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import load_examples
 from equipoise.pipelines.instruction_tuning.media import open_picture
@@ -78,7 +78,7 @@ def compare(
             tuned = load_result(base, run.folder / "result")
             _fill(folder, cell, answer(tuned, talk, asked, samples, bar.update))
     shown = [answered.turns[-1].question for answered in asked[:SHOWN]]
-    prompts = [question.replace(MARKS["image"], "").replace(MARKS["audio"], "").strip() for question in shown]
+    prompts = list(map(without_marks, shown))
     said = f"{METRICS[samples.metric]} ({len(asked)} held-out questions)"
     return Comparison(name, folder, prompts, said, untouched, cells)
 
@@ -110,7 +110,10 @@ def _fill(folder: Path, cell: Cell, answers: Sequence[Answer]) -> None:
         cell.metrics["score"] = score
     place = folder / "cells" / ("base" if not cell.run else cell.run.rsplit("/", 1)[-1])
     place.mkdir(parents=True, exist_ok=True)
-    table = [{"question": a.question, "answer": a.said, "wanted": list(a.wanted), "score": a.score} for a in answers]
+    table = [
+        {"question": without_marks(a.question), "answer": a.said, "wanted": list(a.wanted), "score": a.score}
+        for a in answers
+    ]
     (place / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))
     for index, answered in enumerate(answers[:SHOWN]):
         file = place / f"{index:02d}.png"
@@ -124,7 +127,7 @@ def _fill(folder: Path, cell: Cell, answers: Sequence[Answer]) -> None:
 def draw_card(answered: Answer) -> Image.Image:
     """The picture, its question, and the answer: green when right, red with what was wanted when wrong."""
     font, lines = ImageFont.load_default(13), []
-    question = answered.question.replace(MARKS["image"], "").replace(MARKS["audio"], "").strip()
+    question = without_marks(answered.question)
     lines += [(line, _INK) for line in textwrap.wrap(question, 26)[:2]]
     colour = _MUTED if answered.right is None else _GOOD if answered.right else _BAD
     mark = "" if answered.right is None else "right: " if answered.right else "wrong: "

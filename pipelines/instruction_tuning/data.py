@@ -25,6 +25,13 @@ HELD_OUT = 10  # every so many-th conversation is held out where no validation f
 _USERS, _ASSISTANTS = ("human", "user"), ("gpt", "assistant")
 
 
+def without_marks(text: str) -> str:
+    """A question as people read it."""
+    for mark in MARKS.values():
+        text = text.replace(mark, "")
+    return text.strip()
+
+
 @dataclass(frozen=True)
 class Turn:
     question: str  # with marks where the media stand

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.model import adapt, source
-from equipoise.pipelines.memory import CHECKPOINTED, DTYPES, PROGRAM, kept_for_backward, size, training
+from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
 
 TOKENS = 512  # of a sequence, where data.max_tokens says nothing
@@ -40,10 +40,9 @@ def memory(config: InstructionTuningConfig) -> Memory | None:
     weights = list(tuned.model.parameters())
     for mask in (True, False):  # some read values to make a mask, some to place tokens by it
         try:
-            kept = kept_for_backward(lambda mask=mask: step(mask), weights)
+            kept = activations(lambda mask=mask: step(mask), weights, config.train.gradient_checkpointing)
         except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
             continue
-        kept //= CHECKPOINTED if config.train.gradient_checkpointing else 1
         kept += _LOGITS * 4 * batch * length * text.vocab_size
         added = training(tuned.named.values(), config.optimizer)
         return Memory(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")

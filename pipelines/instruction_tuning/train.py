@@ -33,7 +33,7 @@ from equipoise.coordination.commit import look_ahead
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.data import Example
+from equipoise.pipelines.instruction_tuning.data import Example, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import load_examples
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
@@ -310,7 +310,7 @@ class InstructionTuningWork(OptimizedWork):
         lines = [
             {
                 "media": [str(path) for path in a.example.media],
-                "question": a.question,
+                "question": without_marks(a.question),
                 "answer": a.said,
                 "wanted": list(a.wanted),
                 "score": a.score,

@@ -17,14 +17,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
 from equipoise.pipelines.text_to_image.config import ModelSection, TextToImageConfig
-from equipoise.pipelines.text_to_image.layout import PARTS, is_local, model_source
+from equipoise.pipelines.text_to_image.families.stable_diffusion import StableDiffusion
+from equipoise.pipelines.text_to_image.layout import is_local, model_source, pipeline_class
 
 
 def memory(config: TextToImageConfig) -> Memory | None:
-    """None where the checkpoint is not on this machine."""
+    """None where the checkpoint is not on this machine, or of another family."""
     dtype = DTYPES[config.train.precision]
     try:
-        described = {part: _read(config.model, part) for part in PARTS}
+        if is_local(config.model.path) and pipeline_class(config.model.path) != StableDiffusion.pipeline:
+            return None
+        described = {part: _read(config.model, part) for part in StableDiffusion.parts}
     except (OSError, ValueError):
         return None
     words = CLIPTextConfig(**described["text_encoder"])

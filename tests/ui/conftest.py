@@ -104,6 +104,22 @@ def swept(site: Site, finish) -> Run:
     return made
 
 
+@pytest.fixture
+def answered(swept: Run) -> Run:
+    """The same, of a pipeline that answers questions."""
+    folder = swept.folder / "comparison"
+    lines = [
+        {"question": "which colour?", "answer": "red", "wanted": ["red"], "score": 1.0},
+        {"question": "how many?", "answer": "<two>", "wanted": ["three", "3"], "score": 0.0},
+    ]
+    for place in (folder / "cells").iterdir():
+        (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for cell in sweeps.cells(swept):
+        early = {"media": ["/data/a.png"], **lines[0], "answer": "blue", "score": 0.0}
+        (cell.samples / "step-00000002" / "answers.jsonl").write_text(json.dumps(early) + "\n{cut off")
+    return swept
+
+
 class Server:
     """`equipoise ui` in a process of its own, which can be started again at the same port."""
 

@@ -156,3 +156,26 @@ def test_a_file_of_another_pipeline(site, tmp_path):
     assert launch.read_yaml(str(file), "audio_visual").name == "demo"
     with pytest.raises(InputError, match="audio_visual"):
         launch.read_yaml(str(file), "text_to_image")
+
+
+@pytest.mark.parametrize("pipeline", ["text_to_image", "instruction_tuning", "audio_visual"])
+def test_the_first_page_starts_what_its_preset_says(site, pipeline):
+    """With the options of its plugins, which the table holds before it is ever opened."""
+    cls = registry.load("pipelines", pipeline).Config
+    (preset, *_), (shown, rows) = launch.presets()[cls], launch.beginning(cls)
+    made = launch.plan(site, pipeline, preset, shown, rows)
+    wanted = configs.set_keys(configs.load(preset), {"runs": str(site.store.root)})
+    before, after = ({repr(cell) for cell in expand(it).values()} for it in (wanted, made.config))
+    assert before == after and len(before) > 1
+
+
+def test_edited_options_outlive_the_choice_of_another_plugin():
+    cls = registry.load("pipelines", "audio_visual").Config
+    rows = forms.option_rows(cls, {"optimizer.name": ["sgd", "adamw"]}, None)
+    edited = [
+        ["sgd", "momentum", 0.9, "", "", ""],
+        ["gone", "momentum", "1", "", "", ""],
+        ["adamw", "eps", float("nan")],
+    ]
+    found = {(row[0], row[1]): row[2] for row in forms.kept(rows, edited)}
+    assert found["sgd", "momentum"] == "0.9" and found["adamw", "eps"] == "" and ("gone", "momentum") not in found

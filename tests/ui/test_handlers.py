@@ -41,9 +41,9 @@ def test_three_hundred_runs_in_a_blink(site, run):
 def test_one_run(site, run):
     heading, curves, samples, log, config, files = runs.detail(site, "one", None)
     assert "5 of 5" in heading and "done" in heading
-    for name in ("loss", "rate", "kappa", "gradient"):
+    for name in ("loss", "rate", "κ", "gradient norm"):
         assert f"<figcaption>{name}</figcaption>" in curves
-    assert curves.count("rate_encoder") == 1, "one chart has the rates of all components"
+    assert curves.count("rate_<wbr>encoder") == 1, "one chart has the rates of all components"
     assert "step-00000005/00-0.png" in samples
     assert "step-00000002/00-0.png" in runs.samples(site, "one", 3)
     assert configs.load(run.folder / "config.yaml").name in config and "nothing" in log
@@ -119,6 +119,60 @@ def test_the_grid(site, swept):
     turned = compare.grid(site, id, rows=RATE, columns="optimizer.name")
     assert turned.count("<button class='cell") == 2 * 3 and "<th scope='row'>1e-4</th>" in turned
     assert ("optimizer.name", "optimizer.name") in compare.axes(compare.read(site, id))
+
+
+def test_answers_are_read_in_the_grid(site, swept, answered):
+    """Right and wrong, and what was wanted; while training too."""
+    id = "grid/comparison"
+    shown = compare.grid(site, id)
+    assert shown.count("✓ red") == 3 * 2 and shown.count("✗ &lt;two&gt; <s>three or 3</s>") == 3 * 2
+    assert "<img" not in shown, "cards with words on them cannot be read that small"
+    one = compare.grid(site, id, prompt=2)
+    assert one.count("<img") == 6 and "✓ red" not in one and one.count("✗") == 6
+    while_training = compare.grid(site, id, step=2)
+    assert while_training.count("✗ blue") == 4 and while_training.count("right</small>") == 2, "the base's"
+    assert "step 2" in (drawn := runs.samples(site, sweeps.cells(swept)[0].id, 2)) and "blue" in drawn
+    assert ">question<" in drawn and "/data/" not in drawn and "✗" in drawn
+
+
+def test_what_a_comparison_can_be_told(site, run, finish):
+    """By the pipeline's own record: what draws has a scale, what answers has prompts, what classifies has neither."""
+    assert set(compare.asked(site, ["one"])) == {"prompts", "count", "scale", "seed"}
+    for pipeline, wanted in (("instruction_tuning", {"prompts", "count"}), ("audio_visual", set())):
+        config = configs.load(f"{pipeline}/demo", [f"runs={site.store.root}"])
+        finish(site.store.create(config, id=pipeline))
+        assert set(compare.asked(site, [pipeline])) == wanted
+    assert compare.asked(site, []) == compare.asked(site, ["../one"]) == {}
+    compare.generate(site, ["audio_visual"], "a cat", 3, 0.7)
+    (job,) = background.jobs(site.store.root)
+    assert job.asked == {}
+    while background.jobs(site.store.root)[0].state == "running":
+        time.sleep(0.1)
+
+
+def test_what_is_possible_now(site, run, swept):
+    def can(id: str) -> list[bool]:
+        return [update["interactive"] for update in runs.possible(site, id)]
+
+    assert can("") == can("nobody") == [False] * 3
+    assert can("one") == [False] * 3, "it is done"
+    assert can("grid") == [False, False, True], "of a sweep something may be left"
+    run.update(state="stopped")
+    assert can("one") == [False, False, True]
+    with run.session(signals=False):
+        assert can("one") == [True, True, False]
+
+
+def test_charts_of_every_kind(site):
+    """Modalities' accuracies apart from their losses, and α by its sign."""
+    made = site.store.create(configs.load("audio_visual/demo", [f"runs={site.store.root}"]), id="av")
+    names = ("val_accuracy_joint", "val_accuracy_audio", "val_loss_joint", "weight_audio", "joint_weight_audio")
+    with made.session(signals=False):
+        for step in (1, 2):
+            made.metric(step, loss=1.0, rate=0.1, **{name: step / 2 for name in names})
+    shown = runs.charts(site, "av")
+    for title in ("validation accuracy", "validation loss joint", "weight audio", "α"):
+        assert f"<figcaption>{title}" in shown
 
 
 def test_two_cells_under_a_slider(site, swept):
