@@ -58,7 +58,7 @@ class EncoderSection(Section):
     method: Literal["full", "lora"] = Field("full", description="all weights of those parts, or LoRA factors on them")
     targets: list[str] = Field(
         [],
-        description="for `lora`: the layers in those parts that get factors, by their names' ends; empty: all linear ones",
+        description="the layers in those parts that get factors, by the ends of their names; empty: all linear ones",
     )
 
     @model_validator(mode="after")
