@@ -87,13 +87,17 @@ class EncoderSection(Section):
         return self
 
 
+class TextEncoderSection(EncoderSection):
+    kind: Literal["resnet", "ast", "transformer"] = Field("transformer", description="transformer: text")
+
+
 class ModelSection(Section):
     fusion: Literal["sum", "concat", "gated", "film"] = Field(
         "concat", description="how the modalities' features become the joint prediction; gated and film take two"
     )
     audio: EncoderSection = Field(default_factory=EncoderSection)
     visual: EncoderSection = Field(default_factory=EncoderSection)
-    text: EncoderSection = Field(default_factory=lambda: EncoderSection(kind="transformer"))
+    text: TextEncoderSection = Field(default_factory=TextEncoderSection)
 
     @field_validator("audio", "visual", "text")
     @classmethod

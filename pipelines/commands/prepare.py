@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     splits, labels = Counter(row["split"] for row in rows), {row["label"] for row in rows}
     counts = ", ".join(f"{count} {split}" for split, count in sorted(splits.items()))
     print(f"{len(rows)} clips of {len(labels)} classes ({counts}) in {output}")
-    print(f"  next: equipoise train audio_visual/crema_d data={output}{NEXT.get(args.set, '')}")
+    start = "demo" if args.set == "spoken-digits" else "crema_d"  # sound of 8 kHz and small pictures, as the demo's
+    print(f"  next: equipoise train audio_visual/{start} {shlex.quote(f'data={output}')}{NEXT.get(args.set, '')}")
     return 0
 
 
@@ -194,7 +196,6 @@ NEXT = {  # what differs from CREMA-D: the papers' modalities, and their λ and 
     "vggsound": " objective.options.preset=vggsound",
     "ur-funny": " 'data.modalities=[audio, visual, text]' objective.options.preset=ur_funny",
     "cmu-mosei": " 'data.modalities=[audio, text]' objective.options.preset=cmu_mosei",
-    "spoken-digits": " objective.options.preset=av_mnist",
 }
 
 

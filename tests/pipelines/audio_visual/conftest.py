@@ -29,6 +29,7 @@ def write_video(
     """Frames that turn from black to white at 10 a second, with a tone unless `pitch` is None."""
     import av
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as container:
         video = container.add_stream("flv" if path.suffix == ".flv" else "mpeg4", rate=10)
         video.width = video.height = 32

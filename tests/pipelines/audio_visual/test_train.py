@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -83,6 +84,38 @@ def test_crema_d_from_the_published_layout_to_a_result(tmp_path, capfd):
     assert main(["train", "audio_visual/crema_d", *words, "--id", "faces"]) == 0, capfd.readouterr().err
     result = json.loads((tmp_path / "runs" / "faces" / "result" / "result.json").read_text())
     assert result["objective"] == "mimo" and {"accuracy_joint", "accuracy_audio", "accuracy_visual"} <= result.keys()
+
+
+def write_ur_funny(folder: Path) -> None:
+    lines = ["id,text,label,split"]
+    for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
+        made.write_video(folder / "urfunny2_videos" / f"{index}.mp4")
+        lines.append(f"{index},so they say {index},{index % 2},{split}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+
+
+def write_cmu_mosei(folder: Path) -> None:
+    lines = ["video_id,clip_id,text,label,annotation,mode"]
+    for index, split in enumerate(["train"] * 4 + ["valid"] * 2 + ["test"] * 2):
+        made.write_video(folder / "Raw" / f"v{index}" / "0.mp4")
+        lines.append(f"v{index},0,so they say {index},0.5,{('Positive', 'Negative')[index % 2]},{split}")
+    (folder / "label.csv").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "modalities"),
+    [("ur-funny", write_ur_funny, ["audio", "text", "visual"]), ("cmu-mosei", write_cmu_mosei, ["audio", "text"])],
+)
+def test_what_prepare_says_to_do_next_trains_on_videos_with_text(name, write, modalities, tmp_path, capfd):
+    folder = tmp_path / "a folder"
+    write(folder)
+    assert main(["prepare", name, str(folder)]) == 0
+    command = shlex.split(capfd.readouterr().out.split("next: equipoise ")[1])
+    small = [f"model.{kind}={{widths: [4, 8], depths: [1, 1]}}" for kind in modalities if kind != "text"]
+    small += ["model.text={width: 8, layers: 1, heads: 2}", "steps=2", "batch=4", f"runs={tmp_path / 'runs'}"]
+    assert main([*command, *small, "--id", "said"]) == 0, capfd.readouterr().err
+    result = json.loads((tmp_path / "runs" / "said" / "result" / "result.json").read_text())
+    assert sorted(key[9:] for key in result if key.startswith("accuracy_")) == sorted(["joint", *modalities])
 
 
 def test_the_result_loads_and_predicts_the_same(tiny, clips):
