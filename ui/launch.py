@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import secrets
 import shlex
@@ -247,7 +248,11 @@ def read_yaml(file: str, pipeline: str) -> RunConfig:
     Raises:
         ConfigError: what is wrong with it.
     """
-    config = configs.load(file)
+    try:
+        config = configs.load(file)
+    except ConfigError as error:  # by the name that the user knows, not by where the upload was put
+        lines = str(error).replace(f"{Path(file).parent}{os.sep}", "").splitlines()
+        raise ConfigError(lines) from None
     if config.pipeline != pipeline:
         raise InputError(f"{Path(file).name}: is for the pipeline {config.pipeline}; choose that one above first.")
     return config
@@ -326,7 +331,9 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             interactive=True,
             elem_id=f"preset-{pipeline}",
         )
-        bring = gr.UploadButton("Load YAML …", file_types=[".yaml", ".yml"], size="sm", scale=0, min_width=140)
+        bring = gr.UploadButton(
+            "Load YAML …", file_types=[".yaml", ".yml"], size="sm", scale=0, min_width=140, elem_id=f"load-{pipeline}"
+        )
     widgets: dict[str, Any] = {}
     with gr.Group(elem_classes=["fields"]):
         for item in sorted((i for i in items if i.basic), key=_rank):
@@ -352,7 +359,6 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             wrap=True,
             label="Edit the column value; empty means the default",
             buttons=[],
-            elem_classes=["fixed-rows"],
             max_height=360,
         )
     if cls.SHORT.get("data", "").endswith(".folder"):
@@ -374,7 +380,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             show_line_numbers=False,
         )
         text = gr.Code(label="Complete configuration", language="yaml", interactive=False, max_lines=24)
-        save = gr.DownloadButton("Save as YAML", size="md", elem_classes=["quiet"])
+        save = gr.DownloadButton("Save as YAML", size="md", elem_id=f"save-{pipeline}")
 
     def on_check(name: str, rows: Any, *values: Any) -> list[Any]:
         try:
@@ -467,7 +473,13 @@ def table_rows(table: Any) -> list[list[Any]]:
 
 def _uploads(site: Site, data: gr.Dropdown) -> None:
     with gr.Accordion("Pictures of your own", open=False):
-        files = gr.File(file_count="multiple", file_types=["image"], label="Pictures (PNG, JPEG, WebP)", height=140)
+        files = gr.File(
+            file_count="multiple",
+            file_types=["image"],
+            label="Pictures (PNG, JPEG, WebP)",
+            height=140,
+            elem_id="pictures",
+        )
         captions = gr.DataFrame(
             headers=["picture", "caption"],
             datatype="str",
@@ -475,15 +487,16 @@ def _uploads(site: Site, data: gr.Dropdown) -> None:
             static_columns=[0],
             label="Captions, to be edited here",
             buttons=[],
-            elem_classes=["fixed-rows"],
+            visible=False,
+            elem_id="captions",
         )
         with gr.Row():
             name = gr.Textbox("pictures", label="Name of the folder", max_lines=1)
-            use = gr.Button("Use these pictures")
-        message = gr.HTML()
+            use = gr.Button("Use these pictures", elem_id="use-pictures")
+        message = gr.HTML(elem_id="pictures-message")
 
     def on_upload(paths: list[str] | None) -> Any:
-        return gr.update(value=[[Path(path).name, ""] for path in paths or []])
+        return gr.update(value=[[Path(path).name, ""] for path in paths or []], visible=bool(paths))
 
     def on_use(word: str, paths: list[str] | None, rows: Any) -> list[Any]:
         try:

@@ -3,13 +3,17 @@
 EQUIPOISE_SCREENSHOTS=docs pytest tests/ui/test_browser.py
 """
 
+import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.store import Store
 
@@ -127,9 +131,12 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     shoot(page, "compare", full=True)
 
     page.locator("#new-prompt textarea").fill("a red <b>circle</b>")
+    page.locator("#compare-scale input[type=range]").fill("0.7")
+    page.locator("#new-count input").fill("1")
     page.locator("#generate").click()
     expect(page.locator("#compare-prompt-text")).to_contain_text("a red <b>circle</b>", timeout=PATIENCE)
     expect(page.locator("#grid button.cell")).to_have_count(3)
+    expect(page.locator("#compare-which input")).to_have_value(re.compile("scale 0.7"))
     with page.expect_download() as download:
         page.get_by_role("link", name="Table (CSV)").click()
     assert "adamw" in Path(download.value.path()).read_text()
@@ -138,9 +145,6 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
 def test_stop_resume_delete(tmp_path, serve, look):
     server = serve(tmp_path)
     page = look(server.url)
-    preset = page.locator("#preset-text_to_image input")
-    preset.click()
-    page.get_by_role("option", name="defaults").click()
     optimizer = page.locator("#field-text_to_image-optimizer-name input")
     optimizer.click()
     for _ in range(2):  # one run, no sweep
@@ -155,17 +159,91 @@ def test_stop_resume_delete(tmp_path, serve, look):
     expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
     steps = run.status().step
     assert steps and list(run.checkpoints.iterdir())
+    expect(page.locator("#stop")).to_be_disabled()
     page.locator("#resume").click()
     expect(page.locator("#run-head .badge")).to_have_text("running", timeout=PATIENCE)
     page.locator("#delete").click()
     page.locator("#delete-yes").click()
     expect(page.locator("#run-message")).to_contain_text("stop it first")
+
+    page.locator("#duplicate").click()  # a second one waits for the first
+    name = page.locator("#field-text_to_image-name").locator("textarea, input").first
+    expect(name).to_be_visible()
+    expect(name).to_have_value("long")
+    name.fill("later")
+    page.locator("#start-text_to_image").click()
+    expect(page.locator(".message .good:visible")).to_contain_text(f"begins when {id} has ended", timeout=PATIENCE)
+    tab(page, "Runs")
+    second = page.locator("#runs-table").get_by_role("button", name="later")
+    second.click()
+    expect(page.locator("#run-head")).to_contain_text(f"waits for {id} to end", timeout=PATIENCE)
+    expect(page.locator("#run-head .badge")).to_have_text("queued")
+    page.locator("#runs-table").get_by_role("button", name=id).click()
+    page.locator("#stop").click()
+    expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
+    second.click()
+    expect(page.locator("#run-head .badge")).to_have_text("running", timeout=PATIENCE)
     page.locator("#stop").click()
     expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
     page.locator("#delete").click()
     page.locator("#delete-yes").click()
+    expect(second).to_have_count(0, timeout=PATIENCE)
+    page.locator("#runs-table").get_by_role("button", name=id).click()
+    expect(page.locator("#run-head h3")).to_contain_text(id)
+    page.locator("#delete").click()
+    page.locator("#delete-yes").click()
     expect(page.locator("#runs-table")).to_contain_text("No runs yet", timeout=PATIENCE)
     assert not run.folder.exists()
+
+
+def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
+    """Saved as YAML and loaded again; pictures captioned in place."""
+    page = look(serve(tmp_path / "runs").url)
+    rate = page.locator("#field-text_to_image-optimizer-learning_rate").locator("textarea, input").first
+    rate.fill("0.007")
+    page.get_by_role("button", name="Options of what is chosen").click()
+    expect(page.locator(".accordion, .block").get_by_text("term added to the denominator").first).to_be_visible()
+
+    page.get_by_role("button", name="Pictures of your own").click()
+    for name, ink in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 64), ink).save(tmp_path / f"{name}.png")
+    page.locator("#pictures input[type=file]").set_input_files([tmp_path / "a.png", tmp_path / "b.png"])
+    cell = page.locator("#captions").get_by_test_id("cell-1-1")
+    cell.dblclick()
+    page.keyboard.type("a <b>blue</b> square")
+    page.keyboard.press("Enter")
+    expect(cell).to_contain_text("a <b>blue</b> square")
+    page.locator("#use-pictures").click()
+    expect(page.locator("#pictures-message")).to_contain_text("2 pictures are ready")
+    (folder,) = (tmp_path / "runs" / "uploads").iterdir()
+    expect(page.locator("#field-text_to_image-data-folder input")).to_have_value(str(folder))
+    said = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert said == ["pictures", "a <b>blue</b> square"]
+
+    page.locator("#check-text_to_image").click()
+    plan = page.locator(".plan:visible")
+    expect(plan).to_contain_text("An estimate from shapes", timeout=PATIENCE)
+    with page.expect_download() as download:
+        page.locator("#save-text_to_image").click()
+    saved = Path(download.value.path()).read_text()
+    assert configs.load(_file(tmp_path, saved)).data.folder == str(folder)
+    mine = _file(tmp_path, saved.replace("0.007", "0.009"))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load-text_to_image").click()
+    chooser.value.set_files(mine)
+    expect(rate).to_have_value("0.009")
+    broken = _file(tmp_path, saved.replace("0.007", "-1"))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load-text_to_image").click()
+    chooser.value.set_files(broken)
+    expect(page.locator(".message .bad:visible")).to_have_text(
+        "mine.yaml: optimizer.learning_rate: must be > 0, got -1."
+    )
+
+
+def _file(folder: Path, text: str) -> Path:
+    (folder / "mine.yaml").write_text(text)
+    return folder / "mine.yaml"
 
 
 def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, look):
@@ -193,6 +271,12 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         expect(page.locator("#grid button.cell")).to_have_count(6)
         assert fits(page)
         shoot(page, f"compare-{width}", full=True)
+        page.locator("#compare-step input[type=range]").fill("2")
+        expect(page.locator("#grid img[src*='samples/step-00000002']")).to_have_count(4)
+        page.locator("#compare-step input[type=range]").fill("5")
+        expect(page.locator("#grid img[src*='samples/']")).to_have_count(0)
+        page.locator("#compare-scale input[type=range]").fill("0.7")
+        expect(page.locator("#compare-message")).to_contain_text("Nothing is drawn at scale 0.7 yet")
         tab(page, "Plugins")
         page.locator(".plugins summary", has_text="scaled_adamw").click()
         expect(page.locator(".plugins details[open]")).to_contain_text("damping")
