@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.store import Store
-from equipoise.ui import compare, launch, plugins, runs, theme
+from equipoise.ui import api, compare, launch, plugins, runs, theme
 from equipoise.ui.quick import nothing_is_garbage
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Guard, Site
 
@@ -36,6 +36,7 @@ def page(site: Site, workers: int) -> gr.Blocks:
                 compare.build(site, comparing)
             with gr.Tab("Plugins", id="plugins") as installed:
                 plugins.build(installed)
+        api.build(site, workers)
     return blocks
 
 

@@ -242,8 +242,8 @@ def beginning(cls: type[RunConfig]) -> tuple[dict[str, Any], list[list[str]]]:
         return shown, forms.given_rows(cls, chosen, config)
 
 
-def read_yaml(file: str, pipeline: str) -> RunConfig:
-    """A configuration that a user brings, which must be of this pipeline.
+def read_yaml(file: str, pipeline: str | None = None) -> RunConfig:
+    """A configuration that a user brings, which must be of this pipeline, where one is given.
 
     Raises:
         ConfigError: what is wrong with it.
@@ -253,7 +253,7 @@ def read_yaml(file: str, pipeline: str) -> RunConfig:
     except ConfigError as error:  # by the name that the user knows, not by where the upload was put
         lines = str(error).replace(f"{Path(file).parent}{os.sep}", "").splitlines()
         raise ConfigError(lines) from None
-    if config.pipeline != pipeline:
+    if pipeline and config.pipeline != pipeline:
         raise InputError(f"{Path(file).name}: is for the pipeline {config.pipeline}; choose that one above first.")
     return config
 

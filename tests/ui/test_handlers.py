@@ -13,6 +13,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import background
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE, Comparison
 from equipoise.ui import compare, plugins, runs
 
@@ -216,17 +217,31 @@ def test_plugins_and_what_is_broken(distribution):
     assert "cannot be used" in page and "shelf" in page and "<b>no</b>" not in page
 
 
-def test_the_programming_interface(site, run, serve):
-    """What is named is harmless; what is not named does to crafted ids what the page would: it refuses them."""
+def test_the_programming_interface(site, run, swept, serve, tmp_path):
+    """What is named only reads; what is not named does to crafted ids what the page would: it refuses them."""
     server = serve(site.store.root)
     client = Client(server.url, verbose=False)
     try:
         named = client.view_api(return_format="dict")["named_endpoints"]
-        assert list(named) == ["/plugins"]
+        assert sorted(named) == ["/check", "/comparison", "/plugins", "/runs"]
         assert "scaled_adamw" in client.predict(api_name="/plugins")
+        yaml = configs.dump(run.config())
+        said = client.predict(yaml, api_name="/check")
+        assert said["runs"] == len(expand(run.config())) and "measured here" in said["time"] and said["yaml"] == yaml
+        secret = yaml.replace("folder: demo", "folder: /etc")
+        for text, words in (("a: [", "config.yaml"), (secret, "may read"), ("pipeline: nobody", "no pipeline")):
+            with pytest.raises(Exception, match=words):
+                client.predict(text, api_name="/check")
+        stands = {item["id"]: item["state"] for item in client.predict(api_name="/runs")}
+        assert stands == {"one": "done", "grid": "done"}
+        table = client.predict("grid", api_name="/comparison")
+        assert len(table["cells"]) == 5 and table["prompts"][0] == "a <i>cat</i>"
+        for id in ("one", "../grid", "/etc", "grid/comparison/..", ""):
+            with pytest.raises(Exception, match="no such file"):
+                client.predict(id, api_name="/comparison")
         refused = 0
         for number, endpoint in client.endpoints.items():
-            if endpoint.api_name == "/plugins":
+            if endpoint.api_name in named:
                 continue
             with pytest.raises(Exception, match=r".+"):
                 client.predict("../secret", fn_index=number)

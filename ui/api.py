@@ -1,0 +1,70 @@
+"""What programs may ask through gradio_client: one reader for each tab, which changes nothing and writes nothing."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.pipelines import status
+from equipoise.pipelines.axes import expand
+from equipoise.ui import launch
+from equipoise.ui.safety import Site
+
+
+def check(site: Site, workers: int, text: str) -> dict[str, Any]:
+    """What starting this YAML would come to: how many runs, the complete configuration, time and memory.
+
+    Raises:
+        ConfigError: everything that is wrong with it, one line each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(text, encoding="utf-8")
+        config = launch.read_yaml(str(file))
+    if problems := site.problems(config):
+        raise ConfigError(problems)
+    made = launch.Plan(config, len(expand(config)) if config.sweep else 1, "")
+    said = {"time": launch.estimate(site, made, workers), "memory": launch.memory(site, made, workers)}
+    return {"runs": made.cells, "yaml": made.yaml, **said}
+
+
+def runs(site: Site) -> list[dict[str, Any]]:
+    """How all runs and sweeps stand, youngest first."""
+    return [status.plain(asdict(item) | {"duration": item.duration}) for item in site.store.list()]
+
+
+def comparison(site: Site, id: str) -> dict[str, Any]:
+    """The comparison of a run's or sweep's own settings, as its table.json has it.
+
+    Raises:
+        InputError: there is none.
+    """
+    return json.loads(site.file(f"{id}/comparison/table.json").read_text(encoding="utf-8"))
+
+
+def build(site: Site, workers: int) -> None:
+    """Names the readers /check, /runs and /comparison."""
+
+    def asked_check(yaml: str) -> dict[str, Any]:
+        return _answer(lambda: check(site, workers, yaml))
+
+    def asked_runs() -> list[dict[str, Any]]:
+        return _answer(lambda: runs(site))
+
+    def asked_comparison(id: str) -> dict[str, Any]:
+        return _answer(lambda: comparison(site, id))
+
+    for function, name in ((asked_check, "check"), (asked_runs, "runs"), (asked_comparison, "comparison")):
+        gr.api(function, api_name=name)
+
+
+def _answer(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except EquipoiseError as error:  # in its own words; of anything else gradio tells nothing
+        raise gr.Error(str(error), print_exception=False) from None
