@@ -295,7 +295,7 @@ def test_sweep_and_compare(overrides, tmp_path, capfd):
     assert len(cards) == 5 and len(list(folder.glob("cells/*/answers.jsonl"))) == 5
     assert main(["compare", str(folder.parent), "--prompt", "Is it warm?", "--out", str(tmp_path / "own")]) == 0
     answers = (tmp_path / "own" / "cells" / "base" / "answers.jsonl").read_text().splitlines()
-    assert json.loads(answers[0])["question"] == "<image>\nIs it warm?"
+    assert json.loads(answers[0])["question"] == "Is it warm?", "without the marks of pictures"
 
 
 def test_the_batches_are_of_similar_length_and_cover_all(overrides, monkeypatch):
