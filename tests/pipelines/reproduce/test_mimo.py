@@ -8,6 +8,7 @@ import pytest
 
 from equipoise.pipelines.cli import main
 
+KINDS = ("visual", "audio")
 PLACE = Path(__file__).parents[1] / "audio_visual" / "conftest.py"
 spec = importlib.util.spec_from_file_location("clips", PLACE)
 made = importlib.util.module_from_spec(spec)
@@ -31,5 +32,10 @@ def test_mimo_in_small(tmp_path, capsys):
     assert "- MIMO over MML, joint: paper +15.7, here " in out and "λ = 100" in out
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["chart.png", "landscape.png", "results.json"]
     cells = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert len(cells) == 10 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
-    assert all(cell["balancing"] > 0 and len(cell["curve"]) == 10 for cell in cells)
+    assert len(cells) == 11 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
+    assert all(cell["balancing"] > 0 and len(cell[f"curve_{kind}"]) == 10 for cell in cells for kind in KINDS)
+    gaps = {kind: cells[0][f"accuracy_{kind}"] - cells[1][f"accuracy_{kind}"] for kind in KINDS}
+    assert (cells[0]["method"], cells[1]["method"]) == ("unimodal", "MML")
+    starved = max(KINDS, key=lambda kind: gaps[kind])
+    assert f"Furthest behind under MML: {starved}, {gaps[starved]:.1f} points" in out
+    assert f"- MIMO over MML, {starved}: paper +37.1, here " in out
