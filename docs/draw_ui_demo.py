@@ -1,0 +1,74 @@
+"""Draws ui-demo.png: what `make demo` made, in the page, in a real browser.
+
+    make demo
+    python docs/draw_ui_demo.py RUNS [--browser /usr/bin/chromium]
+
+RUNS is the runs folder that the demo wrote into; the youngest sweep there with a row `adamw` and one `bounded_adamw` is
+shown, their cells at the largest learning rate under the slider.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.store import Store
+
+ROWS = ("adamw", "bounded_adamw")
+WIDTH, HEIGHT = 1200, 1640  # pixels
+HERE = Path(__file__).parent
+
+
+def chosen(runs: Path) -> tuple[str, list[str]]:
+    """The sweep, and the two cells."""
+    for item in Store(runs).list(kinds=("sweep",)):
+        if (folder := runs / item.id / "comparison").is_dir():
+            found = Comparison.read(folder)
+            if set(ROWS) <= set(found.rows):
+                return item.id, [found.at(row, found.rates[-1])[0].run for row in ROWS]
+    sys.exit(f"{runs}: holds no sweep of {' and '.join(ROWS)} that was compared; `make demo` makes one.")
+
+
+def draw(url: str, sweep: str, cells: list[str], browser: str) -> None:
+    with sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+            viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light"
+        )
+        page.goto(url)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#compare-refs input").fill(sweep)
+        page.get_by_role("option", name=sweep).click()
+        page.keyboard.press("Escape")
+        for cell in cells:
+            page.locator(f'#grid button[data-id="{cell}"]').click()
+            page.locator(f'#grid button[data-id="{cell}"][aria-pressed=true]').wait_for()
+        page.locator(".before-after img").last.wait_for()
+        page.mouse.move(0, 0)
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        page.evaluate("window.scrollTo(0, 0)")
+        page.screenshot(path=HERE / "ui-demo.png", clip={"x": 0, "y": 0, "width": WIDTH, "height": HEIGHT})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--browser", default="/usr/bin/chromium", help="(default: %(default)s)")
+    given = parser.parse_args()
+    sweep, cells = chosen(given.runs)
+    command = [sys.executable, "-m", "equipoise.pipelines.cli", "ui", "--port=0", f"--runs={given.runs}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://\S+:\d+", server.stdout.readline())
+            assert found, "the server did not say where it is"
+            draw(found[0], sweep, cells, given.browser)
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
