@@ -20,6 +20,7 @@ from equipoise.pipelines.store import Store
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra dev brings it")
 expect = playwright.expect
 PATIENCE = 120_000  # milliseconds, for machines that are busy with other things
+expect.set_options(timeout=PATIENCE / 2)
 SHOTS = os.environ.get("EQUIPOISE_SCREENSHOTS")
 
 pytestmark = pytest.mark.slow
