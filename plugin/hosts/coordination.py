@@ -13,6 +13,7 @@ CoMMIT's regulariser wants further backward passes, which Trainer has no place f
 import json
 import os
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def coordinated(trainer: type) -> type:
             found = resume_from_checkpoint
             if found is True:
                 found = get_last_checkpoint(self.args.output_dir)
+            if found and not Path(found, STATE).is_file():
+                raise InputError(
+                    f"resume_from_checkpoint: {found} has no {STATE}, so that no coordinated trainer wrote it, and its "
+                    "optimizer's parameter groups are others. Load its weights into the model, and begin anew."
+                )
             self.coordination.resumed = Path(found) if found else None
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -140,12 +146,12 @@ class Coordination(TrainerCallback):
         self._rates: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.resumed and (self.resumed / STATE).is_file():
+        if self.resumed:
             self.coordinator.load_state_dict(_load(self.resumed / STATE))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if args.should_save and folder.is_dir():
             _save(self.coordinator.state_dict(), folder / STATE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -169,13 +175,23 @@ class Coordination(TrainerCallback):
         self.coordinator.stepped(self.components, state.global_step, state.max_steps)
 
     def _measure(self, model: nn.Module) -> Any:
-        labels = self.batch["labels"][:, 1:]
+        if "labels" not in self.batch:
+            raise InputError(
+                "coordinator: the batches have no labels, by which the answers' tokens are known. Use a data collator "
+                "that gives them, or the coordinator constant."
+            )
+        mask = self.batch["labels"][:, 1:] != IGNORED
         inputs = {name: value for name, value in self.batch.items() if name != "labels"}
-        mask = labels != IGNORED
+        places = mask.any(dim=0).nonzero()[:, 0]  # logits of all tokens would be the largest tensor of a step
+        plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        if "logits_to_keep" in signature(type(plain).forward).parameters:
+            inputs["logits_to_keep"] = places
 
         def predict() -> Prediction:
-            logits = model(**inputs).logits[:, :-1]
-            return Prediction(logits[mask], mask.nonzero()[:, 0])
+            logits = model(**inputs).logits
+            if "logits_to_keep" not in inputs:
+                logits = logits[:, places]
+            return Prediction(logits[mask[:, places]], mask.nonzero()[:, 0])
 
         with undisturbed(model):
             return measure(predict, self.components, self._before, self.coordinator.metric)

@@ -227,3 +227,12 @@ def test_two_processes_are_one_on_the_joined_batch(checkpoints, pictures, tmp_pa
 def test_what_a_trainer_cannot_do_is_refused(make):
     with pytest.raises(InputError, match="which a Trainer has no place for"):
         make("commit")
+    trainer = make("commit_clr")
+    with pytest.raises(InputError, match="the batches have no labels, by which the answers' tokens are known"):
+        trainer.coordination._measure(trainer.model)
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(make, tmp_path):
+    make(None, steps=3).train()
+    with pytest.raises(InputError, match=r"checkpoint-3 has no coordination\.safetensors, so that no coordinated"):
+        make("commit_clr").train(resume_from_checkpoint=True)

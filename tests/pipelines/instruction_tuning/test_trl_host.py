@@ -1,6 +1,7 @@
 """Coordination in trl's own SFTTrainer, on a small LLaVA with LoRA on its language model and its projector in full."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,13 +70,19 @@ def weights(trainer):
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_the_sides_of_a_model_that_trl_adapts(make, tmp_path):
+def test_the_sides_of_a_model_that_trl_adapts(make, tmp_path, monkeypatch):
     trainer = make(CommitCLR(measure_every=1, every=1))
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     sides = {side: {names[id(p)] for p in inside} for side, inside in trainer.coordination.components.items()}
     assert all("multi_modal_projector.modules_to_save" in name for name in sides["encoder"])
     assert all("lora_" in name for name in sides["language"]) and sides["language"]
+    shapes = []
+    trainer.model.get_output_embeddings().register_forward_hook(
+        lambda module, given, made: trainer.model.training or shapes.append(made.shape[1])
+    )
     trainer.train()
+    longest = max(len(colour) for colour in COLOURS) + len("<|im_end|>.")
+    assert len(shapes) == 18 and max(shapes) <= longest, "three passes a step, with the answers' logits alone"
     logs = [record for record in trainer.state.log_history if "kappa" in record]
     assert len(logs) == 6 and all(record["kappa"] > 0 and record["mean_token_accuracy"] >= 0 for record in logs)
     for record in logs[1:]:
@@ -86,6 +93,12 @@ def test_the_sides_of_a_model_that_trl_adapts(make, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     left, right = weights(trainer), weights(again)
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+    full = make(CommitCLR(measure_every=1, every=1))
+    monkeypatch.setattr("equipoise.hosts.coordination.signature", lambda _: SimpleNamespace(parameters=()))
+    full.train()
+    kappas = [record["kappa"] for record in full.state.log_history if "kappa" in record]
+    assert kappas == pytest.approx([record["kappa"] for record in logs], rel=1e-4), "as with the logits of all tokens"
 
 
 def test_constant_is_the_plain_sft_trainer(make):
