@@ -11,6 +11,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 # Of what lies around gradio's own frame, which its scoping keeps the stylesheet from.
 HEAD = """<style>
+.gradio-container, .gradio-container .main, .gradio-container .main > .wrap, main.contain { width: 100% !important }
 .gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100vw !important }
 @media (max-width: 640px) { .gradio-container .main { padding: 8px 10px !important } }
 </style>"""
