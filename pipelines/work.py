@@ -6,6 +6,7 @@ A pipeline's work is a subclass with `evaluate` and `evaluation_loss`; the loop 
 # accelerate annotates too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
+import copy
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ class OptimizedWork:
         raise NotImplementedError
 
     def again(self) -> AbstractContextManager:
-        """Around a second evaluation of a batch, which must leave no trace but gradients."""
+        """Around the second evaluation of a batch, which a subclass may have to count for nothing."""
         return nullcontext()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -103,10 +104,12 @@ class OptimizedWork:
             raise NonFiniteError("the loss was not finite")
         optimizer = self.optimizer.optimizer
         if hasattr(optimizer, "perturb") and optimizer.perturb():  # it wants the gradient at another point too
+            objective, self.objective = self.objective, copy.copy(self.objective)  # what it hears there is not counted
             try:
                 with self.again():
                     self._evaluate_all(step)
             finally:
+                self.objective = objective
                 optimizer.restore()
         started = self._now()
         logged |= self.objective.before_step()

@@ -10,13 +10,12 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -214,19 +213,6 @@ class AudioVisualWork(OptimizedWork):
 
     def _moved(self, batch: Features) -> Features:
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Running means of batch norms stay as the first evaluation left them."""
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum]
-        before = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, before, strict=True):
-                norm.momentum = momentum
 
     def gradients(self) -> dict[str, Tensor]:
         """The norm of every encoder's gradient."""

@@ -116,8 +116,12 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
 
 
 def _sooner(half: list[float], twice: list[float]) -> float:
-    """By how many % of the steps `twice` is sooner where `half` ends; 0: not before."""
-    return 100 - 100 * next((i + 1 for i, loss in enumerate(twice) if loss <= half[-1]), POINTS) / POINTS
+    """By how many % of the steps `twice` is sooner where `half` ends; below 0: by how many it is later."""
+
+    def share(losses: list[float], end: float) -> float:
+        return 100 * next((i + 1 for i, loss in enumerate(losses) if loss <= end), POINTS) / POINTS
+
+    return 100 - share(twice, half[-1]) if twice[-1] <= half[-1] else share(half, twice[-1]) - 100
 
 
 def train(cell: Cell) -> Cell:

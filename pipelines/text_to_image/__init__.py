@@ -1,4 +1,4 @@
-"""LoRA tuning of Stable Diffusion 1.x/2.x: config → check → train → a LoRA file that diffusers loads."""
+"""LoRA tuning of Stable Diffusion 1.x, 2.x and XL: config → check → train → a LoRA file that diffusers loads."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class TextToImage(Pipeline):
-    """LoRA tuning of Stable Diffusion 1.x and 2.x on captioned pictures."""
+    """LoRA tuning of Stable Diffusion 1.x, 2.x and XL on captioned pictures."""
 
     name = "text_to_image"
     title = "Text to image (LoRA)"

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from accelerate.state import PartialState
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -24,38 +27,52 @@ from transformers.utils import logging as transformers_logging
 
 from equipoise.errors import InputError
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
+from equipoise.pipelines.text_to_image.families import Family, family, shape_of
 from equipoise.pipelines.text_to_image.formats import ADAPTER, Factors, factors_of, read_lora
-from equipoise.pipelines.text_to_image.layout import is_local, model_problems, model_source, unmatched
+from equipoise.pipelines.text_to_image.layout import (
+    is_local,
+    model_problems,
+    model_source,
+    pipeline_class,
+    unmatched,
+)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class Latents(NamedTuple):
+    """What training reads in place of pictures, of every variant (cut, mirror image) of each."""
+
+    moments: Tensor  # (pictures, variants, 2, channels, height, width): the autoencoder's means and deviations
+    places: Tensor  # (pictures, variants, 6) pixels, as `Family.predict` reads them
+
+
 @dataclass
 class Base:
-    """A Stable Diffusion checkpoint with every parameter frozen."""
+    """A checkpoint with every parameter frozen, as a diffusers pipeline: to train, to sample, to load LoRA files."""
 
-    identity: str  # what the latents and embeddings computed with it depend on
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    scheduler: SchedulerMixin  # the checkpoint's noise schedule, read by training as DDPM and by sampling as DDIM
-    latents: dict[str, Tensor] = field(default_factory=dict)  # by cache key, shared by the runs of this process
+    identity: str  # what the latents computed with it depend on
+    family: Family
+    # Its scheduler has the checkpoint's noise schedule, read by training as DDPM and by sampling as DDIM.
+    pipeline: DiffusionPipeline
+    latents: dict[str, Latents] = field(default_factory=dict)  # by cache key, shared by the runs of this process
 
-    def pipeline(self) -> StableDiffusionPipeline:
-        """The same parts as a diffusers pipeline, for sampling and for loading LoRA files."""
-        pipeline = StableDiffusionPipeline(
-            self.vae,
-            self.text_encoder,
-            self.tokenizer,
-            self.unet,
-            self.scheduler,
-            None,
-            None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipeline.unet
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipeline.vae
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return shape_of(self.family.pipeline, self.unet.config)
+
+    @property
+    def tunable(self) -> dict[str, torch.nn.Module]:
+        """By name: the parts that can be given factors."""
+        return {name: getattr(self.pipeline, name) for name in ("unet", *self.family.text_encoders)}
 
     @contextmanager
     def adapted(self, lora: LoraSection, seed: int) -> Iterator[dict[str, torch.nn.Module]]:
@@ -66,9 +83,7 @@ class Base:
         Raises:
             InputError: a target names no layer; `lora.start` does not fit.
         """
-        parts: dict[str, torch.nn.Module] = {"unet": self.unet}
-        if lora.text_encoder:
-            parts["text_encoder"] = self.text_encoder
+        parts = self.tunable if lora.text_encoder else {"unet": self.unet}
         try:
             torch.manual_seed(seed)
             for name, part in parts.items():
@@ -99,7 +114,7 @@ class Base:
         places: dict[str, Factors] = {}
         for name, part in parts.items():
             places |= factors_of(name, part)
-        given = read_lora(Path(lora.start or ""), places, self.unet.config, key="lora.start")
+        given = read_lora(Path(lora.start or ""), places, self.shape, key="lora.start")
         wrong = {f"rank {factors.rank}" for layer, factors in given.items() if factors.rank != places[layer].rank}
         wrong |= {
             f"alpha {factors.alpha:g}" for layer, factors in given.items() if factors.alpha != places[layer].alpha
@@ -146,24 +161,30 @@ def load_base(model: ModelSection, precision: str) -> Base:
     wrong = model_problems(model.path, model.variant) if is_local(model.path) else []
     if wrong:
         raise InputError("\n".join(wrong))
-    transformers_logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
-    source, dtype = model_source(model.path), DTYPES[precision]
-    common = {"revision": model.revision}
-    weights = {**common, "variant": model.variant, "use_safetensors": True}
+    for logging in (transformers_logging, diffusers_logging):
+        logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
+    source, dtype, common = model_source(model.path), DTYPES[precision], {"revision": model.revision}
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **common)
-        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", **common)
-        text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **weights)
-        # The autoencoder stays in float32: in fp16 the one of Stable Diffusion 1.x overflows into black pictures.
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", dtype=torch.float32, **weights)
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype, **weights)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        kind = family(pipeline_class(model.path, model.revision))
+        pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
+            source,
+            scheduler=DDIMScheduler.from_pretrained(source, subfolder="scheduler", **common),
+            # The autoencoder stays in float32: those of Stable Diffusion overflow into black pictures in fp16.
+            dtype={"vae": torch.float32, "default": dtype},
+            variant=model.variant,
+            use_safetensors=True,
+            **dict.fromkeys(kind.left_out),
+            **common,
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {model.path} cannot be loaded as Stable Diffusion: {reason}") from None
-    _check_tokenizer(model.path, tokenizer, text_encoder)
-    for part in (text_encoder, vae, unet):
-        part.requires_grad_(False).eval().to(device)
-    base = Base(_identity(source, vae), tokenizer, text_encoder, vae, unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    for encoder, tokenizer in kind.text_encoders.items():
+        _check_tokenizer(model.path, getattr(pipeline, tokenizer), getattr(pipeline, encoder))
+    for part in kind.parts:
+        getattr(pipeline, part).requires_grad_(False).eval().to(device)
+    base = Base(_identity(source, pipeline.vae), kind, pipeline)
     _loaded[key] = base
     return base
 

@@ -8,6 +8,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples
+from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.layout import (
     hub_problems,
     is_local,
@@ -15,6 +16,7 @@ from equipoise.pipelines.text_to_image.layout import (
     model_problems,
     model_source,
     native_resolution,
+    pipeline_class,
     unmatched,
 )
 
@@ -68,7 +70,6 @@ def doubts(config: TextToImageConfig) -> list[str]:
 def _target_problems(config: TextToImageConfig) -> list[str]:
     folder, lora, variant = Path(model_source(config.model.path)), config.lora, config.model.variant
     found = unmatched(lora.targets, layers(folder, "unet", variant), "lora.targets")
-    if lora.text_encoder:
-        key = "lora.text_encoder_targets"
-        found += unmatched(lora.text_encoder_targets, layers(folder, "text_encoder", variant), key)
+    for part in family(pipeline_class(config.model.path)).text_encoders if lora.text_encoder else ():
+        found += unmatched(lora.text_encoder_targets, layers(folder, part, variant), "lora.text_encoder_targets")
     return found

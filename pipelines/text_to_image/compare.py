@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -82,7 +81,6 @@ def compare(
     results = [_result(run) for run in runs]
     scorer = ClipScore(clip) if clip else None
     base = load_base(bases[0], first.train.precision)
-    pipeline = base.pipeline()
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
     placed = lay_out(configs)
     total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
@@ -93,8 +91,8 @@ def compare(
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
         def fill(cell: Cell) -> None:
-            made = generate(pipeline, samples, first.data.resolution, bar.update)
-            metrics, verdicts = measure(made, drawn, pipeline.vae_scale_factor, plain)
+            made = generate(base.pipeline, samples, first.data.resolution, bar.update)
+            metrics, verdicts = measure(made, drawn, base.pipeline.vae_scale_factor, plain)
             plain.extend(made if not cell.run else ())
             if scorer:
                 metrics["clip"] = scorer(made)
@@ -118,7 +116,7 @@ def compare(
                 for key in ("loss_before", "loss_after", "seconds", "step")
                 if result.get(key) is not None
             }
-            with _worn(base, pipeline, run.folder / "result", samples.scale):
+            with _worn(base, run.folder / "result", samples.scale):
                 fill(cell)
     said = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
     beside = {"kept": KEPT} if "kept" in untouched.metrics else {}
@@ -143,8 +141,9 @@ def _result(run: Run) -> dict | None:
 
 
 @contextmanager
-def _worn(base: Base, pipeline: StableDiffusionPipeline, folder: Path, scale: float) -> Iterator[None]:
-    """A LoRA file on the pipeline for the time of the block."""
+def _worn(base: Base, folder: Path, scale: float) -> Iterator[None]:
+    """A LoRA file on the base for the time of the block."""
+    pipeline = base.pipeline
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # peft's only word on factors that fit nowhere
@@ -156,7 +155,7 @@ def _worn(base: Base, pipeline: StableDiffusionPipeline, folder: Path, scale: fl
         pipeline.set_adapters("run", scale)
         yield
     finally:
-        for part in (base.unet, base.text_encoder):
+        for part in base.tunable.values():
             base.restore(part)
 
 

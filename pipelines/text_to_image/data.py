@@ -151,15 +151,21 @@ def cut(image: Image.Image, resolution: int, position: tuple[float, float]) -> I
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=position)
 
 
-def variants(image: Image.Image, data: DataSection, generator) -> list[Image.Image]:
-    """Every cut and mirror image of one picture that training may draw."""
+def variants(image: Image.Image, data: DataSection, generator) -> list[tuple[Image.Image, tuple[int, int]]]:
+    """Every cut and mirror image of one picture that training may draw, and where it was cut: (top, left) pixels of the
+    picture with its shorter side scaled to the resolution."""
     import torch
 
     positions = [(0.5, 0.5)]
     if data.crop == "random":
         positions = [tuple(torch.rand(2, generator=generator).tolist()) for _ in range(RANDOM_CUTS)]
-    cuts = [cut(image, data.resolution, position) for position in positions]
-    return cuts + [ImageOps.mirror(picture) for picture in cuts] if data.flip else cuts
+    scale = data.resolution / min(image.size)
+    free = [max(0, round(side * scale) - data.resolution) for side in image.size]  # across, down
+    cuts = [
+        (cut(image, data.resolution, (x, y)), (round(y * free[1]), round(x * free[0])))  # (top, left)
+        for x, y in positions
+    ]
+    return cuts + [(ImageOps.mirror(picture), corner) for picture, corner in cuts] if data.flip else cuts
 
 
 def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 … 1

@@ -23,10 +23,11 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families.unet import original_name
 
 ADAPTER = "default"  # peft's name for the one that is trained
 FORMATS = ("diffusers", "kohya", "comfyui")
-UNET_KEYS = ("layers_per_block", "up_block_types", "cross_attention_dim")  # of a U-Net's config: the names follow them
 
 _ENDS = {  # of a tensor's name → what it is, in all formats, and in files that diffusers' own scripts write
     ".lora_A.weight": "down",
@@ -38,18 +39,6 @@ _ENDS = {  # of a tensor's name → what it is, in all formats, and in files tha
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
-}
-_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
 }
 
 
@@ -72,53 +61,18 @@ def canonical(part: str, module: str) -> str:
     return f"{part}.text_model.{module}" if lost else f"{part}.{module}"
 
 
-def name_in(format: str, layer: str, unet: Mapping[str, Any]) -> str:
+def name_in(format: str, layer: str, shape: Mapping[str, Any]) -> str:
     """What a format calls a layer.
 
     Args:
         format: one of FORMATS.
         layer: as diffusers calls it, such as unet.mid_block.attentions.0.proj_in.
-        unet: the entries UNET_KEYS of the U-Net's config.
+        shape: the base's, from `families.shape_of`.
     """
-    part, module = layer.split(".", 1)
     if format == "diffusers":
         return layer
-    if format == "kohya":
-        return f"{'lora_unet' if part == 'unet' else 'lora_te'}_{module.replace('.', '_')}"
-    if part == "unet":
-        return f"diffusion_model.{original_name(module, unet)}"
-    encoder = "clip_h" if unet["cross_attention_dim"] == 1024 else "clip_l"  # Stable Diffusion 2.x has OpenCLIP's
-    return f"text_encoders.{encoder}.transformer.{module}"
-
-
-def original_name(module: str, unet: Mapping[str, Any]) -> str:
-    """A U-Net module of diffusers under its name in the original code (CompVis latent-diffusion's openaimodel.py).
-
-    There the blocks are counted through: those of one resolution are `layers_per_block` and one that changes it.
-    """
-    if module in _OUTSIDE:
-        return _OUTSIDE[module]
-    stride = unet["layers_per_block"] + 1
-    words = module.split(".")
-    where, number = words[0], words[1]
-    if where == "mid_block":
-        kind, index, inner = words[1], int(words[2]), words[3:]
-        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{_inner(kind, inner)}"
-    block, kind, index, inner = int(number), words[2], int(words[3]), words[4:]
-    if kind == "downsamplers":
-        return f"input_blocks.{stride * (block + 1)}.0.op"
-    if kind == "upsamplers":
-        attention = "CrossAttn" in unet["up_block_types"][block]
-        return f"output_blocks.{stride * (block + 1) - 1}.{2 if attention else 1}.conv"
-    column = 1 if kind == "attentions" else 0
-    row = stride * block + index
-    place = f"input_blocks.{row + 1}" if where == "down_blocks" else f"output_blocks.{row}"
-    return f"{place}.{column}.{_inner(kind, inner)}"
-
-
-def _inner(kind: str, words: list[str]) -> str:
-    name = ".".join(words)
-    return _RESNET.get(name, name) if kind == "resnets" else name
+    part, module = layer.split(".", 1)
+    return getattr(family(shape["family"]), format)(part, module, shape)
 
 
 def factors_of(part: str, model: torch.nn.Module) -> dict[str, Factors]:
@@ -136,7 +90,7 @@ def write_lora(
     path: Path,
     format: str,  # one of FORMATS
     layers: Mapping[str, Factors],  # by their names in diffusers
-    unet: Mapping[str, Any],  # the entries UNET_KEYS of its config
+    shape: Mapping[str, Any],  # the base's, from `families.shape_of`
     metadata: Mapping[str, str],
 ) -> None:
     """Writes one file with the factors as they are; α stands beside them, except in diffusers' format: in its metadata.
@@ -149,7 +103,7 @@ def write_lora(
     )
     tensors: dict[str, Tensor] = {}
     for layer, factors in layers.items():
-        name = name_in(format, layer, unet)
+        name = name_in(format, layer, shape)
         tensors |= {name + down: factors.down, name + up: factors.up}
         if format != "diffusers":
             tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
@@ -170,18 +124,18 @@ def layer_names(path: Path) -> set[str]:
         return {name.removesuffix(end) for name in file.keys() for end in _ENDS if name.endswith(end)}
 
 
-def read_lora(path: Path, layers: Iterable[str], unet: Mapping[str, Any], key: str = "") -> dict[str, Factors]:
+def read_lora(path: Path, layers: Iterable[str], shape: Mapping[str, Any], key: str = "") -> dict[str, Factors]:
     """The factors in a file of any of the formats, by their layers' names in diffusers.
 
     Args:
         layers: all that may be in it, as diffusers names them.
-        unet: the entries UNET_KEYS of the U-Net's config.
+        shape: the base's, from `families.shape_of`.
         key: what stands before the path in errors, such as the configuration's key.
 
     Raises:
         InputError: it is not safetensors, or holds other layers, other kinds of adapters, or half a pair.
     """
-    known = {name: layer for layer in layers for name in _all_names(layer, unet)}
+    known = {name: layer for layer in layers for name in _all_names(layer, shape)}
     found: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
     with _opened(path, key) as file:
@@ -225,12 +179,12 @@ def _opened(path: Path, key: str = "") -> Iterator[Any]:
         raise InputError(f"{where}: cannot be read as safetensors ({error}).") from None
 
 
-def _all_names(layer: str, unet: Mapping[str, Any]) -> set[str]:
+def _all_names(layer: str, shape: Mapping[str, Any]) -> set[str]:
     """A layer's names in all formats, and in files of other versions of the apps."""
-    names = {name_in(format, layer, unet) for format in FORMATS}
+    names = {name_in(format, layer, shape) for format in FORMATS}
     part, module = layer.split(".", 1)
-    if part == "unet":
-        names.add(f"lora_unet_{original_name(module, unet).replace('.', '_')}")
+    if part == "unet":  # kohya's scripts of either kind of U-Net
+        names |= {f"lora_unet_{name.replace('.', '_')}" for name in (module, original_name(module, shape))}
     return names | {layer.replace(".text_model.", ".", 1)}
 
 

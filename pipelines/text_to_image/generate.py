@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
@@ -39,7 +39,7 @@ class Sample:
 
 
 @torch.no_grad()
-def generate(pipeline: StableDiffusionPipeline, samples: SamplesSection, size: int, progress=None) -> list[Sample]:
+def generate(pipeline: DiffusionPipeline, samples: SamplesSection, size: int, progress=None) -> list[Sample]:
     """Every prompt from every seed, prompts outermost.
 
     Args:
@@ -58,7 +58,7 @@ def generate(pipeline: StableDiffusionPipeline, samples: SamplesSection, size: i
         ]
         latents = pipeline(
             [prompt for prompt, _ in chunk],
-            negative_prompt=[samples.negative] * len(chunk),
+            negative_prompt=[samples.negative] * len(chunk) if samples.negative else None,  # XL has zeros for none
             latents=torch.stack(noise).to(
                 pipeline.device, pipeline.unet.dtype
             ),  # drawn on the CPU: equal on any device

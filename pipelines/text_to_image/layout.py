@@ -1,4 +1,4 @@
-"""What a Stable Diffusion 1.x/2.x checkpoint must hold, found out from names, JSON and headers: no weight is loaded."""
+"""What a checkpoint must hold, found out from names, JSON and headers: no weight is loaded."""
 
 import json
 import os
@@ -10,13 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from equipoise.pipelines import demo
+from equipoise.pipelines.text_to_image.families import FAMILIES, TITLES, Family, family
 
-PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-CONFIGS = (
-    *(f"{part}/config.json" for part in PARTS),
-    "scheduler/scheduler_config.json",
-    "tokenizer/tokenizer_config.json",
-)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a U-Net may have learnt to predict
 HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -32,7 +27,7 @@ def is_local(path: str) -> bool:
 
 
 def model_problems(path: str, variant: str | None = None) -> list[str]:
-    """Why a local path is not a Stable Diffusion 1.x/2.x checkpoint that can be loaded safely."""
+    """Why a local path is not a checkpoint of a known family that can be loaded safely."""
     folder = Path(model_source(path))
     if folder.is_file():
         if folder.suffix == ".safetensors":
@@ -53,10 +48,21 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
         return [f"model.path: {folder} has no model_index.json, so it is not a checkpoint in diffusers' layout."]
     if wrong := index_problems(index, str(folder)):
         return wrong
-    found = _config_problems(folder)
-    for part in PARTS:
+    kind = family(pipeline_class(path))
+    found = _config_problems(folder, kind)
+    for part in kind.parts:
         found += _weight_problems(folder / part, variant)
     return found
+
+
+def pipeline_class(path: str, revision: str | None = None) -> str:
+    """The class that a checkpoint's model_index.json names. Raises OSError or ValueError where it does not."""
+    from huggingface_hub import hf_hub_download
+
+    name = "model_index.json"
+    local = is_local(path)
+    index = Path(model_source(path), name) if local else Path(hf_hub_download(path, name, revision=revision))
+    return (_json(index) or {}).get("_class_name", "")
 
 
 def index_problems(index: Path, name: str) -> list[str]:
@@ -64,16 +70,13 @@ def index_problems(index: Path, name: str) -> list[str]:
     described = _json(index)
     if described is None:
         return [f"model.path: {index} is not a JSON object."]
-    if (kind := described.get("_class_name")) != "StableDiffusionPipeline":
-        return [
-            f"model.path: {name} is a {kind}; this pipeline tunes Stable Diffusion 1.x and 2.x "
-            "(StableDiffusionPipeline)."
-        ]
+    if (kind := described.get("_class_name")) not in FAMILIES:
+        return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(FAMILIES)})."]
     return []
 
 
 def hub_problems(path: str, revision: str | None = None) -> list[str]:
-    """Why a hub id is not a Stable Diffusion 1.x/2.x checkpoint, asked before gigabytes are fetched."""
+    """Why a hub id is not a checkpoint of a known family, asked before gigabytes are fetched."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     name = "model_index.json"
@@ -131,20 +134,22 @@ def unmatched(targets: Sequence[str], layers: Iterable[str], key: str) -> list[s
     ]
 
 
-def _config_problems(folder: Path) -> list[str]:
+def _config_problems(folder: Path, kind: Family) -> list[str]:
     found = []
-    for name in CONFIGS:
+    tokenizers = kind.text_encoders.values()
+    configs = [f"{part}/config.json" for part in kind.parts] + [f"{name}/tokenizer_config.json" for name in tokenizers]
+    for name in [*configs, "scheduler/scheduler_config.json"]:
         if not (folder / name).is_file():
             found.append(f"model.path: {folder / name} is missing.")
         elif _json(folder / name) is None:
             found.append(f"model.path: {folder / name} is not a JSON object.")
-    words = folder / "tokenizer"
-    if not (words / "tokenizer.json").is_file() and not all(
-        (words / name).is_file() for name in ("vocab.json", "merges.txt")
-    ):
-        found.append(
-            f"model.path: {words} has no vocabulary: neither tokenizer.json nor both vocab.json and merges.txt."
-        )
+    for words in (folder / name for name in tokenizers):
+        if not (words / "tokenizer.json").is_file() and not all(
+            (words / name).is_file() for name in ("vocab.json", "merges.txt")
+        ):
+            found.append(
+                f"model.path: {words} has no vocabulary: neither tokenizer.json nor both vocab.json and merges.txt."
+            )
     scheduler = folder / "scheduler" / "scheduler_config.json"
     kind = (_json(scheduler) or {}).get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
@@ -154,7 +159,8 @@ def _config_problems(folder: Path) -> list[str]:
 
 def _weights(part: Path, variant: str | None) -> list[Path]:
     """The files of a part's weights, whether or not they are there."""
-    stem, dot = PARTS[part.name], f".{variant}" if variant else ""
+    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    dot = f".{variant}" if variant else ""
     index = _json(part / f"{stem}.safetensors.index{dot}.json")
     shards = (index or {}).get("weight_map")
     if isinstance(shards, dict):

@@ -12,9 +12,9 @@ import torch
 
 from equipoise.errors import InputError
 from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats import (
     ADAPTER,
-    UNET_KEYS,
     Factors,
     factors_of,
     layer_names,
@@ -29,7 +29,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def write_result(
     folder: Path,  # the run's result/
     parts: dict[str, torch.nn.Module],  # the tuned parts by name, with their adapters
-    unet: Mapping[str, Any],  # the U-Net's config
+    shape: Mapping[str, Any],  # the base's, from `families.shape_of`
     described: dict[str, Any],  # goes into both files
     more: dict[str, Any],  # goes into result.json alone
 ) -> None:
@@ -44,11 +44,10 @@ def write_result(
         layers |= factors_of(name, part)
         settings = part.peft_config[ADAPTER].to_dict()
         adapters |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
-    shape = {key: unet[key] for key in UNET_KEYS}
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(adapters, default=str, sort_keys=True),  # read by diffusers
-        "equipoise": json.dumps(described | {"unet": shape}),
+        "equipoise": json.dumps(described | {"shape": shape}),
     }
     write_lora(folder / LORA_FILE, "diffusers", layers, shape, metadata)
     write_atomic(folder / "result.json", json.dumps(described | more, indent=1) + "\n")
@@ -70,27 +69,27 @@ def export(result: Path, format: str, output: Path) -> None:
         raise InputError(f"{source} is not there: the run has no result yet.")
     metadata = read_metadata(source)
     described = json.loads(metadata["equipoise"])
-    unet = described["unet"]
-    layers = read_lora(source, layer_names(source), unet)
+    shape = described["shape"]
+    layers = read_lora(source, layer_names(source), shape)
     if format != "diffusers":
         metadata = _elsewhere(described) | {"equipoise": metadata["equipoise"]}
-    write_lora(output, format, layers, unet, metadata)
+    write_lora(output, format, layers, shape, metadata)
 
 
 def _elsewhere(described: Mapping[str, Any]) -> dict[str, str]:
     """What kohya's scripts and Stability's ModelSpec call the same facts; ComfyUI's and other apps' menus show them."""
-    second = described["unet"]["cross_attention_dim"] == 1024
+    kohya, stability = family(described["shape"]["family"]).versions(described["shape"])
     facts = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": described["rank"],
         "ss_network_alpha": described["alpha"],
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+        "ss_base_model_version": kohya,
         "ss_sd_model_name": described["base"],
         "ss_optimizer": described["optimizer"],
         "ss_learning_rate": described["learning_rate"],
         "ss_steps": described["step"],
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-{'v2-512' if second else 'v1'}/lora",
+        "modelspec.architecture": f"{stability}/lora",
         "modelspec.title": Path(described["base"]).name,
         "modelspec.trigger_phrase": described["trigger"],
     }

@@ -1,4 +1,4 @@
-"""Tunes LoRA factors of a Stable Diffusion base: load → compute latents once → train → save a file diffusers loads."""
+"""Tunes LoRA factors of a base: load → compute latents once → train → save a file diffusers loads."""
 
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
@@ -19,7 +19,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.loop import train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
-from equipoise.pipelines.text_to_image.base import Base, load_base
+from equipoise.pipelines.text_to_image.base import Base, Latents, load_base
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import read_examples, unread_captions
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
@@ -78,9 +78,9 @@ class TextToImageWork(OptimizedWork):
         run: Run,
         accelerator: Accelerator,
         base: Base,
-        parts: dict[str, torch.nn.Module],  # the tuned parts by name: "unet", and "text_encoder" if asked
+        parts: dict[str, torch.nn.Module],  # the tuned parts by name: "unet", and the text encoders if asked
         captions: list[str],
-        latents: Tensor,  # (pictures, variants, 2, 4, height, width)
+        latents: Latents,
     ):
         self.base, self.parts, self.captions, self.latents = base, parts, captions, latents
         named = {
@@ -93,19 +93,19 @@ class TextToImageWork(OptimizedWork):
             base.unet.enable_gradient_checkpointing()
         else:
             base.unet.disable_gradient_checkpointing()
-        rates = {"unet": config.optimizer.learning_rate}
-        rates["text_encoder"] = config.optimizer.text_encoder_learning_rate or rates["unet"]
+        own = config.optimizer.learning_rate
+        words = config.optimizer.text_encoder_learning_rate or own
         groups = [
             {
                 "params": [(name, p) for name, p in named.items() if name.startswith(f"{part}.")],
-                "lr": rates[part],
+                "lr": own if part == "unet" else words,
                 "component": part,
             }
             for part in parts
         ]
         super().__init__(config, run, accelerator, named, groups)
-        self.embeddings: dict[str, Tensor] = {}
-        self.pipeline = base.pipeline()
+        self.embeddings: dict[str, dict[str, Tensor]] = {}
+        self.scheduler = base.pipeline.scheduler
 
     def evaluate(self, step: int, micro: int) -> Losses:
         for part in self.parts.values():
@@ -115,36 +115,37 @@ class TextToImageWork(OptimizedWork):
         torch.manual_seed(generator.initial_seed())  # for dropout
         first = (step * self.config.train.accumulate + micro) * size
         chosen = [place(index, len(self.captions), self.config.seed) for index in range(first, first + size)]
-        variant = torch.randint(self.latents.shape[1], (size,), generator=generator)
-        moments = self.latents[chosen, variant]
+        variant = torch.randint(self.latents.moments.shape[1], (size,), generator=generator)
+        moments = self.latents.moments[chosen, variant]
         clean = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 1].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(self.base.scheduler.config.num_train_timesteps, (size,), generator=generator)
-        return Losses(self._loss(clean, noise, times, [self.captions[index] for index in chosen]), {})
+        times = torch.randint(self.scheduler.config.num_train_timesteps, (size,), generator=generator)
+        return Losses(self._loss(clean, noise, times, chosen, variant), {})
 
-    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str]) -> Tensor:
-        device = self.accelerator.device
+    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, chosen: list[int], variant: Tensor | int) -> Tensor:
+        """Of the pictures `chosen`, in those variants."""
+        device, unet = self.accelerator.device, self.base.unet
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
-        noisy = self.base.scheduler.add_noise(clean, noise, times)
-        target = {"epsilon": noise, "sample": clean}.get(self.base.scheduler.config.prediction_type)
+        noisy = self.scheduler.add_noise(clean, noise, times)
+        target = {"epsilon": noise, "sample": clean}.get(self.scheduler.config.prediction_type)
         if target is None:  # v_prediction
-            target = self.base.scheduler.get_velocity(clean, noise, times)
+            target = self.scheduler.get_velocity(clean, noise, times)
+        places = self.latents.places[chosen, variant].to(device)
         with self.accelerator.autocast():
-            predicted = self.base.unet(noisy.to(self.base.unet.dtype), times, self._embed(captions)).sample
+            embedded = self._embed([self.captions[index] for index in chosen])
+            predicted = self.base.family.predict(unet, noisy.to(unet.dtype), times, embedded, places)
         return F.mse_loss(predicted.float(), target)
 
-    def _embed(self, captions: list[str]) -> Tensor:  # (batch, tokens, width)
-        encoder = self.base.text_encoder
-        if "text_encoder" in self.parts:
-            return encoder(self._tokens(captions))[0]
+    def _embed(self, captions: list[str]) -> dict[str, Tensor]:
+        """Of captions that nothing tunes the reading of, computed once."""
+        embed, pipeline = self.base.family.embed, self.base.pipeline
+        if self.config.lora.text_encoder:
+            return embed(pipeline, captions)
         for caption in set(captions) - self.embeddings.keys():
             with torch.no_grad():
-                self.embeddings[caption] = encoder(self._tokens([caption]))[0][0]
-        return torch.stack([self.embeddings[caption] for caption in captions])
-
-    def _tokens(self, captions: list[str]) -> Tensor:
-        tokens = self.base.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.accelerator.device)
+                self.embeddings[caption] = embed(pipeline, [caption])
+        known = [self.embeddings[caption] for caption in captions]
+        return {name: torch.cat([one[name] for one in known]) for name in known[0]}
 
     @torch.no_grad()
     def evaluation_loss(self) -> float:
@@ -152,16 +153,15 @@ class TextToImageWork(OptimizedWork):
         for part in self.parts.values():
             part.eval()
         generator = torch.Generator().manual_seed(mix(self.config.seed, "evaluation"))
-        noises = torch.randn((_EVALUATED, *self.latents.shape[3:]), generator=generator)
+        noises = torch.randn((_EVALUATED, *self.latents.moments.shape[3:]), generator=generator)
         # 37: every picture, all times
         spread = (torch.arange(_EVALUATED) * 37 % _EVALUATED + 0.5) / _EVALUATED
-        times = (spread * self.base.scheduler.config.num_train_timesteps).long()
+        times = (spread * self.scheduler.config.num_train_timesteps).long()
         total = 0.0
         # never more at a time than a step takes, which is what the device's memory is known to hold
         for indices in torch.arange(_EVALUATED).split(min(16, self.config.train.batch)):
             chosen = [int(index) % len(self.captions) for index in indices]
-            captions = [self.captions[index] for index in chosen]
-            loss = self._loss(self.latents[chosen, 0, 0], noises[indices], times[indices], captions)
+            loss = self._loss(self.latents.moments[chosen, 0, 0], noises[indices], times[indices], chosen, 0)
             total += loss.item() * len(chosen)
         return total / _EVALUATED
 
@@ -171,7 +171,7 @@ class TextToImageWork(OptimizedWork):
         for part in self.parts.values():
             part.eval()
         with lora_scale(self.parts, self.config.samples.scale):
-            made = generate(self.pipeline, self.config.samples, self.config.data.resolution)
+            made = generate(self.base.pipeline, self.config.samples, self.config.data.resolution)
         folder = self.run.folder / "samples" / f"step-{step:08d}"
         for index, picture in enumerate(made):
             prompt = index // self.config.samples.count
@@ -191,4 +191,4 @@ class TextToImageWork(OptimizedWork):
         }
         fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
         more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
-        write_result(self.run.folder / "result", self.parts, self.base.unet.config, described, more)
+        write_result(self.run.folder / "result", self.parts, self.base.shape, described, more)

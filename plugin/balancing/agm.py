@@ -48,7 +48,7 @@ class AGM(Objective):
         logged = super().backward(losses, backward)
         assert losses.responses is not None and losses.labels is not None  # asked for by uses_responses
         scores = [F.cross_entropy(losses.responses[name].float(), losses.labels) for name in self.encoders]
-        self._batch.append(torch.stack(scores).clamp(max=-math.log(1e-8)))
+        self._batch = [*self._batch, torch.stack(scores).clamp(max=-math.log(1e-8))]
         return logged
 
     @torch.no_grad()

@@ -72,6 +72,9 @@ class Objective:
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         """Adds the objective's gradient to the parameters' `.grad`.
 
+        What it remembers of a batch goes into attributes of its own that are replaced, not changed in place: the second
+        evaluation of a sharpness-aware optimizer is made with a shallow copy, and counts for nothing else.
+
         Args:
             losses: This batch's losses.
             backward: What differentiates a scalar; a training loop passes its own.

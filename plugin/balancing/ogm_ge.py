@@ -48,7 +48,7 @@ class OGMGE(Objective):
         assert losses.responses is not None and losses.labels is not None  # asked for by uses_responses
         for name, logits in losses.responses.items():
             true = torch.softmax(logits.float(), 1).gather(1, losses.labels[:, None]).sum()
-            self._scores[name] = self._scores.get(name, 0.0) + true
+            self._scores = {**self._scores, name: self._scores.get(name, 0.0) + true}
         return logged
 
     @torch.no_grad()

@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.arithmetic import Tensors, batches, narrow, rate, widen, widen_all
-from equipoise.optimizers.checks import check_adam, check_switches, fill_options, is_number, place
+from equipoise.optimizers.checks import (
+    check_adam,
+    check_dense,
+    check_switches,
+    fill_options,
+    is_number,
+    loss_of,
+    place,
+)
 from equipoise.optimizers.pair_optimizer import unpack
 from equipoise.optimizers.preconditioner import chunk_entries
 
@@ -127,27 +135,25 @@ class AlphaAdam(Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for saved in state.get("state", {}).values():
+            if missing := [name for name in ("step", "exp_avg", "exp_avg_sq") if saved and name not in saved]:
+                raise InputError(
+                    f"{type(self).__name__}: the state to load has no {', '.join(missing)}, so it is of another kind "
+                    "of optimizer. Load one of AdamW's kind, or begin with a new state."
+                )
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         self._seen = {}
         fill_options(self, before, self.defaults)
-        for group in self.param_groups:  # a state saved by AdamW may count on the device
-            for param in group["params"]:
-                if "step" in self.state.get(param, {}):
-                    self.state[param]["step"] = torch.as_tensor(self.state[param]["step"], dtype=torch.float32).cpu()
+        for saved in filter(None, self.state.values()):  # one saved by AdamW may count on the device
+            saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for index, group in enumerate(self.param_groups):  # before anything moves
+        loss = loss_of(self, closure)
+        for index in range(len(self.param_groups)):  # before anything moves
             _check_options(self, index)
-            if any(param.grad is not None and param.grad.layout is not torch.strided for param in group["params"]):
-                raise InputError(
-                    f"{type(self).__name__}: a gradient is sparse. Make it dense (sparse=False of nn.Embedding)."
-                )
+        check_dense(self)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             states = [self._state(param) for param in params]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.arithmetic import batches, narrow, rate, real, widen_all
-from equipoise.optimizers.checks import check_adam, fill_options, is_number, place
+from equipoise.optimizers.checks import check_adam, check_dense, fill_options, is_number, loss_of, place
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # m, v and v̂, by torch's names
 
@@ -80,12 +80,10 @@ class AMSGrad(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(self, closure)
         for index in range(len(self.param_groups)):  # before anything moves
             self._check(index)
+        check_dense(self)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             for batch in batches(params, [0] * len(params)):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,6 +13,35 @@ from equipoise.errors import InputError
 
 def place(optimizer: Optimizer, index: int) -> str:
     return f"{type(optimizer).__name__}: parameter group {index}"
+
+
+def loss_of(optimizer: Optimizer, closure: Any) -> Any:
+    """What the closure of `step(closure)` returns, evaluated with gradients; None without one.
+
+    Raises:
+        InputError: it is no function, or returns no loss.
+    """
+    if closure is None:
+        return None
+    if not callable(closure):
+        raise InputError(
+            f"{type(optimizer).__name__}: step() takes a function that clears the gradients, calls backward() and "
+            f"returns the loss; got {type(closure).__name__}."
+        )
+    with torch.enable_grad():
+        loss = closure()
+    if loss is None:
+        raise InputError(f"{type(optimizer).__name__}: the closure returned None. Let it return the loss.")
+    return loss
+
+
+def check_dense(optimizer: Optimizer) -> None:
+    """Raises InputError if a gradient is sparse."""
+    for group in optimizer.param_groups:
+        if any(param.grad is not None and param.grad.layout is not torch.strided for param in group["params"]):
+            raise InputError(
+                f"{type(optimizer).__name__}: a gradient is sparse. Make it dense (sparse=False of nn.Embedding)."
+            )
 
 
 def is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.arithmetic import real
-from equipoise.optimizers.checks import check_switches, fill_options, is_number, place
+from equipoise.optimizers.checks import check_switches, fill_options, is_number, loss_of, place
 from equipoise.optimizers.step_hook import is_nested, with_closure
 from equipoise.pairs import live_roots, sharding
 
@@ -148,8 +148,6 @@ class SharpOptimizer:
         devices = {param.device for group in self.param_groups for param in group["params"]}
         before = _random_states(devices)
         loss = self._evaluate(closure)
-        if loss is None:
-            raise InputError(f"{type(self).__name__}: the closure returned None. Let it return the loss.")
         if self.perturb():
             after = _random_states(devices)
             try:
@@ -161,8 +159,7 @@ class SharpOptimizer:
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad():
-            loss = closure()
+        loss = loss_of(self, closure)  # type: ignore[arg-type]
         if all(param.grad is None for group in self.param_groups for param in group["params"]):
             raise InputError(
                 f"{type(self).__name__}: the closure left no gradient on any parameter. Let it call backward() on a "
@@ -181,9 +178,8 @@ class SharpOptimizer:
                     f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is {what}, and the norm over "
                     "all parameters needs whole ones. Use plain data parallelism (DDP), or another optimizer."
                 )
-        mine = set(map(id, params))
-        roots = [root for root in live_roots() if any(id(param) in mine for param in root.parameters())]
-        keepers = [module for root in roots for module in root.modules() if hasattr(module, _STATISTICS[0])]
+        # all of them: a frozen part, or one that another optimizer trains, may be no child of what is trained here
+        keepers = [module for root in live_roots() for module in root.modules() if hasattr(module, _STATISTICS[0])]
         self._watched = params, list(map(weakref.ref, keepers))
 
 
@@ -199,6 +195,9 @@ def check_sharpness(optimizer: Any, given: Mapping[str, Any] | None = None) -> N
         if not (is_number(rho) and rho >= 0):
             raise InputError(f"{where}: rho must be a finite number, 0 or more; got {rho!r}. Try 0.05.")
         check_switches(where, group, "adaptive")
+        rate = group.get("lr", 0.0)  # torch's own optimizers let NaN through
+        if isinstance(rate, float) and not (is_number(rate) and rate >= 0):
+            raise InputError(f"{where}: lr must be a finite number, 0 or more; got {rate!r}.")
         if not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
             raise InputError(f"{where}: every must be a whole number, 1 or more; got {every!r}. Try 1.")
         if every != groups[0]["every"]:
@@ -272,6 +271,8 @@ def _random_states(devices: Iterable[torch.device]) -> list[tuple[Any, Any, Tens
         if device.type in ("cuda", "xpu"):
             module = torch.get_device_module(device)
             states.append((module, device, module.get_rng_state(device)))
+        elif device.type == "mps":
+            states.append((torch.mps, None, torch.mps.get_rng_state()))
     return states
 
 

@@ -76,9 +76,18 @@ class StepHook:
             return None
         _restore(self._hidden)  # left over if the last step raised
         self._remember(optimizer)
-        if not self._scales:
-            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not self._scales:
+            if closure is None:
+                _match_layout(optimizer)
+                return None
+
+            def matched_closure() -> Any:
+                loss = closure()
+                _match_layout(optimizer)
+                return loss
+
+            return with_closure(args, kwargs, matched_closure)
         if any(group["order"] == "sequential" for group in optimizer.param_groups):
             loss = None
             if closure is not None:

@@ -68,6 +68,71 @@ def _build_checkpoint(folder: Path, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
+def _build_xl_checkpoint(folder: Path) -> Path:
+    """A Stable Diffusion XL checkpoint as small, with both text encoders."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from equipoise.pipelines.demo.train_base import tokenizer
+
+    torch.manual_seed(0)
+    words = [tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+
+    def encoder(kind, width: int):
+        return kind(
+            CLIPTextConfig(
+                vocab_size=len(words[0]),
+                hidden_size=width,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=words[0].model_max_length,
+                bos_token_id=words[0].bos_token_id,
+                eos_token_id=words[0].eos_token_id,
+                pad_token_id=words[0].pad_token_id,
+                projection_dim=24,
+            )
+        )
+
+    vae = AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=16 + 32,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+        norm_num_groups=8,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
+    StableDiffusionXLPipeline(
+        vae, encoder(CLIPTextModel, 16), encoder(CLIPTextModelWithProjection, 32), *words, unet, scheduler
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl_checkpoint(tmp_path_factory) -> Path:
+    return _build_xl_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-xl")
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return _build_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")

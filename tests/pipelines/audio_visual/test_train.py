@@ -197,6 +197,17 @@ def test_a_second_evaluation_leaves_the_running_means_alone(tiny):
     assert means and all(torch.allclose(plain[key], twice[key]) for key in means)
 
 
+@pytest.mark.parametrize("objective", ["agm", "ogm_ge"])
+def test_a_second_evaluation_counts_for_no_objective(tiny, objective):
+    """At a rate of nearly 0 its coefficients are those of one evaluation per step."""
+    words = [*tiny, "learning_rate=1e-30", f"objective={objective}"]
+    plain = train(*words)[0].metrics()
+    twice = train(*words, "optimizer=sam", "optimizer.options={rho: 0.5}")[0].metrics()
+    names = [name for name in plain[-1] if name.startswith("coefficient_")]
+    assert names and [m[n] for m in plain for n in names] == pytest.approx([m[n] for m in twice for n in names])
+    assert any(m[name] != 1 for m in plain for name in names)
+
+
 def test_a_killed_run_resumes_exactly(tiny, tmp_path):
     """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
     overrides = [*tiny, "steps=60", "checkpoint_every=5", "objective=agm", "train.keep=best"]

@@ -116,6 +116,16 @@ def test_measuring_changes_nothing_but_the_log(overrides):
         assert "kappa" in seen.metrics()[0] and "kappa" not in plain.metrics()[0]
 
 
+@pytest.mark.parametrize("optimizer", ["alpha_adam", "ada_sam"])
+def test_optimizers_by_name(overrides, optimizer):
+    plain, learnt = (train(*overrides(), f"optimizer={name}") for name in ("adamw", optimizer))
+    assert learnt[1].state == "done" and not equal(weights(plain[0]), weights(learnt[0]))
+    losses = [
+        json.loads((learnt[0].folder / "result" / "result.json").read_text())[f"loss_{w}"] for w in ("before", "after")
+    ]
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("extra", [["train.accumulate=2"], ["optimizer=sam", "optimizer.options={rho: 0.5}"]])
 def test_the_training_pass_stands_for_the_base_prediction(overrides, extra, monkeypatch):
     """Without dropout it is the same, also where the optimizer evaluates the batch a second time elsewhere."""

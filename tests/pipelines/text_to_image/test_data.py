@@ -141,11 +141,15 @@ def test_cuts_are_square_scaled_and_mirrored():
     wide = Image.new("RGB", (40, 20), "black")
     wide.paste("white", (0, 0, 20, 20))
     data = DataSection(folder="x", resolution=16, flip=True)
-    left, mirrored = variants(wide, data, torch.Generator())
+    (left, where), (mirrored, same) = variants(wide, data, torch.Generator())
+    assert where == same == (0, 8), "the middle of 32 x 16"
     assert left.size == mirrored.size == (16, 16)
     assert left.getpixel((0, 8)) == (255, 255, 255) and mirrored.getpixel((15, 8)) == (255, 255, 255)
     random = variants(wide, DataSection(folder="x", resolution=16, crop="random"), torch.Generator().manual_seed(0))
-    assert len({picture.tobytes() for picture in random}) > 1
+    assert len({picture.tobytes() for picture, _ in random}) > 1
+    assert all(top == 0 and 0 <= left <= 16 for _, (top, left) in random)
+    for picture, (_, left) in random:  # white up to 16 of 32
+        assert (picture.getpixel((0, 8)) == (255, 255, 255)) is (left < 15)
 
 
 def test_tensors_span_minus_one_to_one():

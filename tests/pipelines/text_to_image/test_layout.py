@@ -54,11 +54,8 @@ def test_a_broken_index(tmp_path, text):
 
 def test_another_kind_of_model(copied):
     index = copied / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
-    assert (
-        "is a StableDiffusionXLPipeline; this pipeline tunes Stable Diffusion 1.x and 2.x"
-        in model_problems(str(copied))[0]
-    )
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "FluxPipeline"}))
+    assert "is a FluxPipeline; this pipeline tunes Stable Diffusion 1.x, 2.x and XL" in model_problems(str(copied))[0]
 
 
 def test_pickled_weights_are_never_opened(copied):
@@ -162,7 +159,7 @@ def test_every_target_must_name_a_layer(checkpoint):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("StableDiffusionPipeline", None), ("StableDiffusionXLPipeline", "owner/name is a StableDiffusionXLPipeline")],
+    [("StableDiffusionPipeline", None), ("FluxPipeline", "owner/name is a FluxPipeline")],
 )
 def test_the_kind_of_a_hub_checkpoint_is_asked_first(monkeypatch, tmp_path, kind, message):
     def fetch(repository, name, revision):

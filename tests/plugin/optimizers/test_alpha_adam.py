@@ -32,6 +32,11 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in SHAPES]
 
 
+def strided(tensor: Tensor) -> Tensor:
+    """Equal, but not contiguous: on the CPU AlphaAdam then takes the operations that it takes on a device."""
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
 def fill(params: list[nn.Parameter], index: int) -> None:
     generator = torch.Generator().manual_seed(100 + index)
     for param in params:
@@ -51,9 +56,9 @@ def furthest(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:
 # Against the golden trajectories and the slow twin
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(("foreach", "on_device"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("reading", GOLDEN["runs"])
-def test_golden_trajectories(reading: str, foreach: bool):
+def test_golden_trajectories(reading: str, foreach: bool, on_device: bool):
     mask, compensation, correction = reading.split("/")
     param = nn.Parameter(torch.tensor(GOLDEN["p"], dtype=torch.float64))
     names = {name: GOLDEN[name] for name in ("lr", "eps", "weight_decay")}
@@ -63,6 +68,7 @@ def test_golden_trajectories(reading: str, foreach: bool):
     assert len(GOLDEN["grads"]) == len(run["steps"]) == len(run["alpha"]) == 8
     for grad, wanted, alpha in zip(GOLDEN["grads"], run["steps"], run["alpha"], strict=True):
         param.grad = torch.tensor(grad, dtype=torch.float64)
+        param.grad = strided(param.grad) if on_device else param.grad
         optimizer.step()
         torch.testing.assert_close(param.data, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=EXACT)
         assert optimizer.alphas["p"] == pytest.approx(alpha, abs=EXACT)
@@ -97,6 +103,23 @@ def test_foreach_and_readable_agree(dtype, mask, compensation):
     # One unit in the last place of numbers below 8, for a rounding may go either way; in float32, of a few sums too.
     assert furthest(many, one) <= {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
     assert furthest(many, parameters(dtype)) > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "eps": 1e-3, "bias_correction": False}], ids=str)
+@pytest.mark.parametrize(("mask", "compensation"), READINGS)
+def test_on_a_device_it_is_the_same(mask, compensation, options):
+    ours, theirs = parameters(), parameters()
+    common = {"lr": 1e-2, "mask": mask, "compensation": compensation, "count_kept": True, **options}
+    here, there = AlphaAdam(ours, **common), AlphaAdam(theirs, **common)
+    for index in range(5):
+        fill(ours, index)
+        fill(theirs, index)
+        for param in theirs:
+            param.grad = strided(param.grad)
+        here.step()
+        there.step()
+    assert furthest(ours, theirs) < EXACT
+    assert here.alphas == pytest.approx(there.alphas, rel=1e-9) and here.kept == pytest.approx(there.kept, rel=1e-9)
 
 
 # The limit, and that it is one
@@ -445,6 +468,28 @@ def test_complex_parameters_and_sparse_gradients_are_refused():
     assert torch.equal(dense, torch.ones(3))
     with pytest.raises(InputError, match="no trainable parameter"):
         AlphaAdam(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_a_state_of_another_kind_is_refused_and_loses_nothing():
+    params = parameters()
+    other = SGD(params, 1e-2, momentum=0.9)
+    train(params, other, 1)
+    optimizer = AlphaAdam(params, 1e-2)
+    train(params, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        InputError, match=r"the state to load has no step, exp_avg, exp_avg_sq, so it is of another kind"
+    ):
+        optimizer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_closure_must_be_one_and_return_the_loss():
+    optimizer = AlphaAdam(parameters(), 1e-2)
+    with pytest.raises(InputError, match=r"step\(\) takes a function .* got Tensor"):
+        optimizer.step(torch.ones(()))
+    with pytest.raises(InputError, match=r"the closure returned None. Let it return the loss."):
+        optimizer.step(lambda: None)
 
 
 def test_options_are_read_from_text():

@@ -400,3 +400,23 @@ def test_refuses_what_makes_no_sense():
 def test_the_examples_in_the_docstrings_run():
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted >= 5 and results.failed == 0
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_gradients_of_other_strides_are_the_same_gradients(with_closure: bool):
+    """torch's fused kernel reads them as if they had the parameter's."""
+    ours, theirs = Lora(), Lora()
+    theirs.load_state_dict(ours.state_dict())
+    for model, turned in ((ours, False), (theirs, True)):
+        optimizer = BoundedAdamW(model, lr=1e-3)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(3):
+            grads = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trainable(model)]
+
+            def closure(model=model, grads=grads, turned=turned):
+                for param, grad in zip(trainable(model), grads, strict=True):
+                    param.grad = grad.T.contiguous().T if turned else grad
+                return 1.0
+
+            optimizer.step(closure) if with_closure else (closure(), optimizer.step())
+    assert same(ours, theirs)

@@ -739,6 +739,21 @@ def test_running_statistics_count_each_batch_once(loop):
     assert buffers["head.1.num_batches_tracked"] == 4
 
 
+def test_running_statistics_of_a_frozen_part_that_stands_apart_count_each_batch_once():
+    backbone, head = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).requires_grad_(False), nn.Linear(5, 3)
+    optimizer = SAM(head, lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = head(backbone(batch(0, torch.float32))).square().mean()
+        loss.backward()
+        return loss
+
+    for count in (1, 2):
+        optimizer.step(closure)
+        assert backbone[1].num_batches_tracked == count
+
+
 def test_the_random_numbers_are_the_same_in_both_evaluations_and_advance_once():
     """Dropout, and the noise of a diffusion loss."""
     model = nn.Sequential(net(), nn.Dropout(0.5))
@@ -1059,6 +1074,7 @@ def test_a_group_added_later():
         ({"betas": (float("nan"), 0.9)}, "betas must be two numbers"),
         ({"eps": 0.0}, "eps must be a finite number above 0; got 0.0"),
         ({"lr": -1.0}, "lr must be a finite number, 0 or more; got -1.0"),
+        ({"lr": float("nan")}, "lr must be a finite number, 0 or more; got nan"),
         ({"weight_decay": float("inf")}, "weight_decay must be a finite number"),
     ],
 )
@@ -1066,6 +1082,19 @@ def test_options_out_of_bounds(options, message):
     with pytest.raises(InputError, match="AdaSAM: parameter group 0: ") as caught:
         AdaSAM(net(), **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_a_rate_that_torchs_base_lets_through(rate: float):
+    with pytest.raises(InputError, match="lr must be a finite number, 0 or more"):
+        SAM(net(), lr=rate)
+
+
+def test_sparse_gradients_of_the_base_are_refused():
+    layer = nn.Embedding(5, 3, sparse=True)
+    layer(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(InputError, match="a gradient is sparse"):
+        AMSGrad(layer).step()
 
 
 def test_every_is_one_for_all_groups():
@@ -1129,6 +1158,8 @@ def test_closures_that_do_not_do_their_part():
     optimizer.zero_grad()
     with pytest.raises(InputError, match="the closure left no gradient on any parameter"):
         optimizer.step(lambda: loss_of(model, 0))
+    with pytest.raises(InputError, match=r"step\(\) takes a function .* got Tensor"):
+        optimizer.step(loss_of(model, 0))
     calls = []
 
     def once():
