@@ -83,7 +83,7 @@ class Base:
         Raises:
             InputError: a target names no layer; `lora.start` does not fit.
         """
-        parts = self.tunable if lora.text_encoder else {"unet": self.unet}
+        parts: dict[str, torch.nn.Module] = self.tunable if lora.text_encoder else {"unet": self.unet}
         try:
             torch.manual_seed(seed)
             for name, part in parts.items():

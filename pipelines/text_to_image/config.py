@@ -21,7 +21,7 @@ from equipoise.pipelines.sections import (
 class ModelSection(Section):
     path: str = Field(
         "demo",
-        description="Stable Diffusion 1, 2 or XL in diffusers' layout: a folder, a hub id, or `demo`, the embedded base",
+        description="Stable Diffusion 1, 2 or XL in diffusers' layout: a folder, a hub id, or `demo`, the embedded one",
     )
     revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
     variant: str | None = Field(None, description="the weights' variant, such as fp16")
