@@ -60,9 +60,10 @@ class OptimizedWork:
             made = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer.name: {chosen.name} does not take these {self.tensors}: {error}") from error
+        # Stepped once per optimizer step, also where a scaler skipped that one: not accelerate's wrapper. Before the
+        # optimizer is prepared, for accelerate puts back, after each scaled step, the `step` that it found.
+        self.schedule = make_schedule(config.schedule, made, config.train.steps)
         self.optimizer = accelerator.prepare_optimizer(made)
-        # stepped once per optimizer step, also where a scaler skipped that one: not accelerate's wrapper
-        self.schedule = make_schedule(config.schedule, self.optimizer.optimizer, config.train.steps)
         self.objective = registry.load("objectives", config.objective.name)(**config.objective.options)
         self.objective.bind(encoders or {})
         self.coordinator = registry.load("coordinators", config.coordinator.name)(**config.coordinator.options)
@@ -115,7 +116,8 @@ class OptimizedWork:
         logged |= self.objective.before_step()
         self.accelerator.unscale_gradients()
         logged |= self.gradients()
-        norm = float(self.accelerator.clip_grad_norm_(self.named.values(), self.config.train.clip or torch.inf))
+        # not accelerate's, which would divide by the scaler's factor again, and the scaler refuses
+        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.config.train.clip or torch.inf))
         if not finite(norm) and self.accelerator.scaler is None:  # with a scaler, it skips the step by itself
             self.optimizer.zero_grad()
             raise NonFiniteError("the gradient was not finite")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
+from equipoise.pipelines.work import make_accelerator
 
 spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("conftest.py"))
 made = importlib.util.module_from_spec(spec)
@@ -186,6 +188,25 @@ def test_heads_that_learn_beside_leave_the_encoders_alone(tiny, monkeypatch):
 def test_other_ways_to_train(words, tiny):
     run, outcome = train(*tiny, *words, "learning_rate=1e-3")
     assert outcome.state == "done" and all(torch.isfinite(w.float()).all() for w in weights(run).values())
+
+
+def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
+    """fp16 needs a scaler, which divides a step's gradients by its factor once; here it runs on the CPU in float32."""
+
+    def scaled(precision):
+        accelerator = make_accelerator(precision)
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.state._mixed_precision, accelerator.autocast = "fp16", nullcontext
+        return accelerator
+
+    words = [*tiny, "train.clip=0.5", "train.keep=last"]
+    plain = train(*words)[0]
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train.make_accelerator", scaled)
+    run, outcome = train(*words)
+    assert outcome.state == "done"
+    assert [m["gradient_norm"] for m in run.metrics()] == pytest.approx([m["gradient_norm"] for m in plain.metrics()])
+    one, other = weights(plain), weights(run)  # a power of two scales without rounding
+    assert all(torch.allclose(one[key].float(), other[key].float(), atol=1e-6) for key in one)
 
 
 def test_a_second_evaluation_leaves_the_running_means_alone(tiny):
