@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -59,12 +59,11 @@ class Run:
         return self._live or replace(status.read(self.folder), id=self.id)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of `metrics.jsonl`, oldest first; a last line that a crash cut off is left out."""
-        records = []
-        for line in self._metric_lines():
-            record = json.loads(line)
-            records.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in record.items()})
-        return records
+        """The records of `metrics.jsonl`, oldest first; lines that are damaged or cut off are left out."""
+        return [
+            {k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in record.items()}
+            for _, record in self._metric_lines()
+        ]
 
     def request(self, kind: str) -> None:
         """Ask the process that trains this run to "stop", "save" or "sample" after its current step."""
@@ -170,7 +169,7 @@ class Run:
 
     def rewind_metrics(self, step: int) -> None:
         """Forget the metrics after `step`, from which training goes on."""
-        lines = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
+        lines = [line for line, record in self._metric_lines() if record["step"] <= step]
         write_atomic(self.folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
 
     def forget_requests(self) -> None:
@@ -212,12 +211,17 @@ class Run:
         except InputError:  # nothing can be written; `error` itself is on its way to the user
             pass
 
-    def _metric_lines(self) -> list[str]:
+    def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The whole lines of `metrics.jsonl` with their records; what a crash or a bad disk left is no record."""
         try:
-            text = (self.folder / "metrics.jsonl").read_text()
+            text = (self.folder / "metrics.jsonl").read_text(errors="replace")
         except FileNotFoundError:
-            return []
-        return text[: text.rfind("\n") + 1].splitlines()
+            return
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield line, record
 
 
 def sentence(error: BaseException) -> str:
