@@ -193,10 +193,12 @@ def charts(site: Site, id: str) -> str:
     records = run.metrics()
     if not records:
         return draw.empty("Nothing measured yet", "Curves appear after the first steps.")
-    names = list(dict.fromkeys(name for record in (records[0], records[-1]) for name in record))
+    last: dict[str, Any] = {}
+    for record in records:  # all of them: some things are measured now and then
+        last.update(record)
     groups: dict[str, list[str]] = {}
-    for name in names:
-        if name not in _NOT_CURVES and isinstance(records[-1].get(name, records[0].get(name)), int | float):
+    for name, value in last.items():
+        if name not in _NOT_CURVES and isinstance(value, int | float):
             groups.setdefault(_GROUP.match(name)[0], []).append(name)  # type: ignore[index]  # it matches every name
     drawn = [
         draw.chart(_title(group, some), {name: _curve(records, name) for name in some}, log=group in _LOG_SCALE)
@@ -220,6 +222,21 @@ def sample_steps(run: Run) -> list[int]:
     """The steps at which a run drew or wrote samples."""
     found = [re.fullmatch(r"step-(\d+)", folder.name) for folder in run.samples.glob("step-*")]
     return sorted(int(match[1]) for match in found if match)
+
+
+def followed(steps: Sequence[int], at: float | None, end: int) -> tuple[int | None, int, int]:
+    """How a slider over steps goes on when there may be more of them.
+
+    Args:
+        steps: those that there are now.
+        at: where it stands.
+        end: where it ended until now.
+
+    Returns:
+        The step to show, None for the last; and the slider's first and last step.
+    """
+    shown = None if at is None or at >= end else round(at)
+    return shown, min(steps, default=0), max(steps, default=0) or 1
 
 
 def samples(site: Site, id: str, step: int | None = None) -> str:
@@ -257,7 +274,7 @@ def log(site: Site, id: str) -> str:
 
 
 def config_text(site: Site, id: str) -> str:
-    return (open_run(site, id).folder / "config.yaml").read_text() if id else ""
+    return (open_run(site, id).folder / "config.yaml").read_text(errors="replace") if id else ""
 
 
 def files(site: Site, id: str) -> str:
@@ -382,27 +399,37 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
             yaml = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
         with gr.Tab("Files"):
             listed = gr.HTML()
+    end = gr.State(1)  # the slider's last step
     shown = [listing, head, curves, drawn, text, yaml, listed, stop, sample, resume]
-    inputs = [words, state, sort, chosen, step, seen]
+    inputs = [words, state, sort, chosen, step, end, seen]
 
-    def refresh(words: str, state: str, sort: str, id: str, step: int | None, seen: list[str]) -> list[Any]:
-        parts = [table(site, words, state, sort, id), *detail(site, id, step), *possible(site, id)]
+    def slide(id: str, at: float | None, end: int) -> tuple[int | None, int, Any]:
+        """The step to show, the slider's end, and its update."""
+        try:
+            shown, first, last = followed(sample_steps(open_run(site, id)) if id else [], at, end)
+        except EquipoiseError:  # deleted since
+            return None, end, gr.skip()
+        if last == end and at is not None:
+            return shown, end, gr.skip()
+        return shown, last, gr.update(minimum=min(first, last - 1), maximum=last, value=last if shown is None else at)
+
+    def refresh(words: str, state: str, sort: str, id: str, at: float | None, end: int, seen: list[str]) -> list[Any]:
+        at, last, slider = slide(id, at, end)
+        parts = [table(site, words, state, sort, id), *detail(site, id, at), *possible(site, id)]
         outputs, digests = unchanged(parts, seen)
-        return [*outputs, digests if digests != seen else gr.skip()]
+        return [*outputs, digests if digests != seen else gr.skip(), slider, last if last != end else gr.skip()]
 
     def select(words: str, state: str, sort: str, event: gr.EventData) -> list[Any]:
         id = str(getattr(event, "id", ""))
         try:
-            steps = sample_steps(open_run(site, id))
+            open_run(site, id)
         except EquipoiseError as error:
-            return [*[gr.skip()] * len(outputs), draw.notice(str(error), "bad"), *[gr.skip()] * 5]
+            return [*[gr.skip()] * len(outputs), draw.notice(str(error), "bad"), *[gr.skip()] * 4]
+        _, last, slider = slide(id, None, 1)
         shown = [table(site, words, state, sort, id), *detail(site, id, None), *possible(site, id)]
         drawn, digests = unchanged(shown, [])
-        slider = gr.update(
-            minimum=min(steps, default=0), maximum=max(steps, default=1) or 1, value=max(steps, default=1)
-        )
         many = gr.update(visible=True)
-        return [*drawn, digests, "", id, slider, many, many, gr.update(visible=False)]
+        return [*drawn, digests, slider, last, "", id, many, many, gr.update(visible=False)]
 
     def do(what: str) -> Any:
         def handler(id: str) -> list[Any]:
@@ -430,11 +457,11 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     timer = gr.Timer(REFRESH)
-    outputs = [*shown, seen]
+    outputs = [*shown, seen, step, end]
     timer.tick(refresh, inputs, outputs, trigger_mode="once", **private)
     gr.on([words.change, state.input, sort.input, step.input], refresh, inputs, outputs, **private)
     for source in (listing, head):
-        source.select(select, [words, state, sort], [*outputs, message, chosen, step, buttons, parts, sure], **private)
+        source.select(select, [words, state, sort], [*outputs, message, chosen, buttons, parts, sure], **private)
     told = [message, chosen, buttons, parts, sure]
     for button, what in ((stop, "stop"), (resume, "resume"), (sample, "sample"), (yes, "delete")):
         button.click(do(what), chosen, told, **private).then(refresh, inputs, outputs, **private)

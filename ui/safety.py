@@ -5,7 +5,7 @@ import hmac
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from equipoise.errors import InputError
-from equipoise.pipelines.config import RunConfig, flat
+from equipoise.pipelines.config import Key, PluginSection, RunConfig, describe, flat
+from equipoise.pipelines.keys import section_at
 from equipoise.pipelines.store import Store
 
 PIXELS = 50_000_000  # of one uploaded picture; a camera's has 24 million
@@ -34,6 +35,19 @@ SUFFIXES = {  # what is served, and as what; everything else stays where it is
     ".html": "text/html",
     ".safetensors": "application/octet-stream",
 }
+# keys of words that are never opened, by their last parts: a prompt may well begin with a slash, or be a folder's name
+_WORDS = (
+    "prompt",
+    "prompts",
+    "negative",
+    "revision",
+    "variant",
+    "rules",
+    "targets",
+    "components",
+    "frozen",
+    "baselines",
+)
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -66,7 +80,7 @@ class Site:
         for name, root in self.data.items():
             found.append(name)
             for item in sorted(root.glob("*"))[:200]:
-                if item.name[0] != "." and item.resolve().is_relative_to(root):
+                if item.name[0] != "." and _inside(item, [root]):
                     found.append(f"{name}/{item.name}")
         return found
 
@@ -79,24 +93,43 @@ class Site:
         name, _, rest = choice.partition("/")
         if name not in self.data or "\0" in rest:
             return choice
-        target = (self.data[name] / rest).resolve()
-        if not target.is_relative_to(self.data[name]):
+        target = self.data[name] / rest
+        if not _inside(target, [self.data[name]]):
             raise InputError(f"{choice}: leads out of {name}, the folder that this page may read.")
-        return str(target)
+        return str(target.resolve())
 
     def problems(self, config: RunConfig) -> list[str]:
         """Paths in a configuration that lead out of the data roots, one sentence each."""
         roots = [self.store.root, *self.data.values()]
         found = []
+        words = {key.key for key in describe(type(config)) if _is_words(type(config), key)}
         for key, value in flat(config).items():
-            for text in _texts(value) if key != "runs" else ():
+            for text in _texts(value) if key not in words else ():
                 local = os.path.isabs(text) or text.startswith("~") or ".." in Path(text).parts
                 if not local and ("\0" in text or len(text) > 400 or not os.path.lexists(text)):
                     continue
-                if text != "demo" and not any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots):
+                if text != "demo" and not _inside(Path(text), roots):
                     hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
                     found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
         return found
+
+
+def _is_words(cls: type[RunConfig], key: Key) -> bool:
+    """Whether a key's value names a run, a plugin or one of a few choices, or is words that nothing opens."""
+    parent, _, last = key.key.rpartition(".")
+    section = section_at(cls, parent) if parent and last == "name" else None
+    plugin = section is not None and issubclass(section, PluginSection)
+    chosen = plugin or bool(key.choices) or "Literal" in key.type
+    return chosen or key.key in ("name", "runs") or last.rpartition("_")[2] in _WORDS
+
+
+def _inside(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether a path leads into one of the folders; one that cannot be followed leads nowhere."""
+    try:
+        target = path.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, no such user, a NUL
+        return False
+    return any(target.is_relative_to(root) for root in roots)
 
 
 def _texts(value: Any) -> Iterator[str]:

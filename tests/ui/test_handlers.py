@@ -51,6 +51,30 @@ def test_one_run(site, run):
     assert "metrics.jsonl" in files and "result/result.json" in files
 
 
+def test_damaged_lines_of_metrics_are_left_out(site, run):
+    before = run.metrics()
+    with open(run.folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{bad\n[1]\n{"loss": 1}\n\xff\xfe\n')
+    assert run.metrics() == before and "<figcaption>loss" in runs.detail(site, "one", None)[1]
+    run.rewind_metrics(3)
+    assert [record["step"] for record in run.metrics()] == [1, 2, 3]
+
+
+def test_curves_that_are_measured_now_and_then(site):
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="some")
+    with made.session(signals=False):
+        for step in range(1, 6):
+            made.metric(step, loss=1.0, **({"kappa": 0.5, "val_accuracy_joint": step / 9} if step in (2, 4) else {}))
+    assert "<figcaption>κ" in (shown := runs.charts(site, "some")) and "<figcaption>validation accuracy" in shown
+
+
+def test_live_samples_follow_until_one_is_chosen():
+    assert runs.followed([], 1, 1) == (None, 0, 1), "the last, whatever it will be"
+    assert runs.followed([5], 1, 1) == (None, 5, 5)
+    assert runs.followed([5, 10], 5, 5) == (None, 5, 10), "at the slider's end one stays at the end"
+    assert runs.followed([5, 10, 15], 5, 10) == (5, 5, 15), "elsewhere one stays there"
+
+
 def test_a_dead_run_says_its_last_words(site, run):
     run.log("the very last line")
     text = (run.folder / "status.json").read_text()

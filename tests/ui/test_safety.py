@@ -107,6 +107,28 @@ def test_data_is_confined_to_its_roots(site, tmp_path):
     assert "photos/out" not in site.choices()
 
 
+@pytest.mark.parametrize("text", ["vase", "/imagine a cat", "~ a cat ~", "~nobody/x", "../a cat"])
+def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
+    """A prompt may begin as a path does, and a run be called as a folder beside the server is."""
+    for name in ("vase", "text_to_image", "cosine"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    shown = launch.forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
+    words = {"samples.prompts": text, "samples.negative": text, "data.instance_prompt": text}
+    made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, **words}, [])
+    assert made.config.samples.prompts == [text] and made.config.name == "vase"
+    for key in ("data.folder", "model.path", "lora.start"):
+        with pytest.raises((ConfigError, InputError), match="may read"):
+            launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, key: text}, [])
+
+
+def test_links_in_a_circle_are_passed_over(site):
+    (site.data["photos"] / "loop").symlink_to("loop")
+    assert "photos/cats" in site.choices() and "photos/loop" not in site.choices()
+    with pytest.raises(InputError, match="leads out"):
+        site.place("photos/loop")
+
+
 def test_markup_is_shown_as_text(site, finish, swept):
     config = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
     finish(
