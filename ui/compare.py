@@ -17,7 +17,6 @@ from equipoise.pipelines.comparison import RATE, Cell, Comparison, Picture
 from equipoise.pipelines.config import flat
 from equipoise.pipelines.keys import section_at
 from equipoise.pipelines.robustness import shown_rate
-from equipoise.pipelines.run import Run
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.runs import ON_CLICK, open_run, sample_steps, url
@@ -27,6 +26,7 @@ OWN = "as the runs are set"  # what the comparison of a run's or sweep's own set
 ANSWERS = "answers.jsonl"  # where a pipeline that answers writes what it said
 ROW, COLUMN = "row", RATE  # the axes that are shown first: all that differs but the rate, and the rate
 END = "the end"
+CLOSE = 1e-6  # two scales that mean the same
 MOST_PROMPT, MOST_COUNT = 1000, 1000  # characters of a prompt, pictures of each or questions
 POLL = 2.0  # seconds
 
@@ -100,7 +100,10 @@ def value(cell: Cell, axis: str) -> str:
 
 
 def steps(site: Site, comparison: Comparison) -> list[int]:
-    """The steps at which any of the runs drew samples while training."""
+    """The steps at which any of the runs drew samples while training; none for prompts that they did not draw then."""
+    job = next((job for job in background.jobs(site.store.root) if job.name == comparison.folder.name), None)
+    if job and "prompts" in job.asked:
+        return []
     found = set()
     for cell in comparison.cells:
         try:
@@ -156,9 +159,12 @@ def _cell(
     images = [
         _image(f"{id}/{picture.thumbnail}", picture.note or comparison.prompts[picture.prompt]) for picture in shown
     ]
+    place, drawn = comparison.folder / "cells" / (cell.run.rpartition("/")[2] or "base"), ""
     if step is not None:
-        images = [_image(name, f"step {step}") for name in _samples(site, cell.run, step, prompt)]
-    said = _answers(site, comparison, cell, prompt, step)
+        place = _nearest(site, cell.run, step)
+        drawn = f"step {int(place.name.removeprefix('step-'))}" if place else ""  # perhaps not the one asked for
+        images = [_image(name, drawn) for name in _samples(site, place, prompt)] if place else []
+    said = _answers(place, prompt) if place else ""
     if said and not prompt:  # cards with so many words cannot be read that small
         images = []
     many = " class='many'" if len(images) > 1 else ""
@@ -168,7 +174,7 @@ def _cell(
         inside = f"<div class='none'>{'no samples' if step is not None else esc(cell.state)}</div>"
     kind = "" if not cell.run else "usable" if comparison.usable(cell.row, cell.rate) else "unusable"
     scores = [comparison.counted(one) for one in cells]
-    words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) and step is None else ""
+    words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) and step is None else drawn
     if len(cells) > 1:
         words += f" of {len(cells)}"
     if cell.state not in ("done", "untouched"):
@@ -194,17 +200,21 @@ def _pictures(cell: Cell, prompt: int) -> list[Picture]:
     return list({picture.prompt: picture for picture in reversed(cell.pictures)}.values())[::-1][:4]
 
 
-def _nearest(run: Run, step: int) -> Path:
-    return run.samples / f"step-{min(sample_steps(run), key=lambda one: abs(one - step)):08d}"
-
-
-def _answers(site: Site, comparison: Comparison, cell: Cell, prompt: int, step: int | None) -> str:
-    """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
-    place = comparison.folder / "cells" / (cell.run.rpartition("/")[2] or "base")
+def _nearest(site: Site, run: str, step: int) -> Path | None:
+    """The folder of what a run drew while training at the step nearest to this one."""
     try:
-        file = (place if step is None else _nearest(open_run(site, cell.run), step)) / ANSWERS
-        found = draw.records(file.read_text(encoding="utf-8", errors="replace"))
-    except (EquipoiseError, OSError, ValueError):  # gone, or no samples at all
+        it = open_run(site, run)
+        near = min(sample_steps(it), key=lambda one: abs(one - step))
+    except (EquipoiseError, ValueError):  # gone, or no samples at all
+        return None
+    return it.samples / f"step-{near:08d}"
+
+
+def _answers(folder: Path, prompt: int) -> str:
+    """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
+    try:
+        found = draw.records((folder / ANSWERS).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
         return ""
     marked = list(map(_answer, found[prompt - 1 : prompt] if prompt else found[:4]))
     return f"<div class='answers'>{''.join(marked)}</div>" if marked else ""
@@ -219,22 +229,14 @@ def _answer(record: dict[str, Any]) -> str:
     return f"<span class='{kind}' title='{esc(record.get('question', ''))}'>{mark}{esc(said)}{more}</span>"
 
 
-def _samples(site: Site, run: str, step: int, prompt: int) -> list[str]:
-    """Pictures drawn while training at the nearest step, as `_pictures` chooses them; names below the runs folder."""
-    try:
-        it = open_run(site, run)
-    except EquipoiseError:
-        return []
-    found = sample_steps(it)
-    if not found:
-        return []
-    folder = _nearest(it, step)
-    files = sorted(file for file in folder.glob("*.png"))
+def _samples(site: Site, folder: Path, prompt: int) -> list[str]:
+    """The pictures in a folder of samples, as `_pictures` chooses them; names below the runs folder."""
+    files = sorted(folder.glob("*.png"))
     if prompt:
         files = [file for file in files if file.name.startswith(f"{prompt - 1:02d}-")]
     else:
         files = list({file.name.partition("-")[0]: file for file in reversed(files)}.values())[::-1]
-    return [f"{it.id}/samples/{folder.name}/{file.name}" for file in files[:4]]
+    return [file.relative_to(site.store.root).as_posix() for file in files[:4]]
 
 
 def curve(site: Site, id: str) -> str:
@@ -304,7 +306,7 @@ def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
         told |= {"seen": picture.note} if picture.note else {}
     told |= {name: draw.number(number) for name, number in last.metrics.items()}
     before = found[-2] if len(found) > 1 else None
-    differs = _differences(site, last, before)
+    differs = _differences(site, last, before, comparison.cells)
     rows = "".join(f"<tr><td>{esc(key)}</td><td>{esc(a)}</td><td>{esc(b)}</td></tr>" for key, a, b in differs)
     names = f"<tr><th>configuration</th><th>this</th><th>{'the one before' if before else 'others have'}</th></tr>"
     lists = f"<div class='scroll'><table>{names}{rows}</table></div>" if rows else ""
@@ -323,12 +325,16 @@ def _before_after(id: str, before: tuple[Cell, Picture], after: tuple[Cell, Pict
     )
 
 
-def _differences(site: Site, cell: Cell, other: Cell | None) -> list[tuple[str, Any, Any]]:
-    """Where a cell's configuration differs from another's; without one, the keys in which the cells differ at all."""
+def _differences(site: Site, cell: Cell, other: Cell | None, cells: Sequence[Cell]) -> list[tuple[str, Any, Any]]:
+    """Where a cell's configuration differs from another's; without one, from all others' in what they differ in."""
     if not cell.run or (other and not other.run):
         return []
     if other is None:
-        return [(key, mine, "") for key, mine in cell.config.items()]
+        theirs = [one.config for one in cells if one.run != cell.run]
+        return [
+            (key, mine, ", ".join(dict.fromkeys(str(one[key]) for one in theirs if one.get(key, mine) != mine)))
+            for key, mine in cell.config.items()
+        ]
     try:
         mine, theirs = (flat(open_run(site, one.run).config()) for one in (cell, other))
     except EquipoiseError:
@@ -355,9 +361,25 @@ def generate(site: Site, refs: Sequence[str], prompt: str, count: float | None, 
     told: dict[str, Any] = {"prompts": [prompt.strip()]} if prompt.strip() and "prompts" in takes else {}
     if count and "count" in takes:
         told["count"] = max(1, min(MOST_COUNT, int(count)))
-    if scale is not None and "scale" in takes and (scale != 1 or told):
+    if scale is not None and "scale" in takes and (told or abs(scale - own_scale(site, refs)) > CLOSE):
         told["scale"] = round(float(scale), 3)
     return background.compare(site.store.root, list(refs), told)
+
+
+def own_scale(site: Site, refs: Sequence[str]) -> float:
+    """The LoRA's strength that runs draw with by their own settings."""
+    try:
+        value = flat(open_run(site, refs[0]).config()).get("samples.scale") if refs else None
+    except EquipoiseError:
+        value = None
+    return float(value) if isinstance(value, int | float) else 1.0
+
+
+def newest(site: Site, refs: Sequence[str], known: Sequence[str]) -> str | None:
+    """The youngest comparison of these runs that has come since those were known, or None."""
+    found = [item.id for item in made(site, refs)]
+    fresh = [id for id in found if id not in known]
+    return max(fresh, key=lambda id: (id.startswith(background.COMPARISONS), id), default=None)
 
 
 def working(site: Site, refs: Sequence[str]) -> str:
@@ -459,6 +481,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     links = gr.HTML(elem_id="export")
     chosen = gr.State([])
     seen = gr.State("")
+    known = gr.State([])  # the comparisons that the page has offered
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def draw_grid(id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str]) -> list[Any]:
@@ -480,8 +503,12 @@ def build(site: Site, tab: gr.Tab) -> None:
         options = gr.update(choices=[(item.label, item.id) for item in found], value=found[0].id if found else None)
         takes = asked(site, refs or []) if refs else {"prompts": "", "count": "", "scale": ""}
         count = gr.update(visible="count" in takes, info=f"{takes.get('count', '')}; 0: as the runs are set")
-        asks = [gr.update(visible="scale" in takes), gr.update(visible="prompts" in takes), count]
-        return [options, *open_one(found[0].id if found else "", refs or []), *asks]
+        asks = [
+            gr.update(visible="scale" in takes, value=own_scale(site, refs or [])),
+            gr.update(visible="prompts" in takes),
+            count,
+        ]
+        return [options, [item.id for item in found], *open_one(found[0].id if found else "", refs or []), *asks]
 
     def open_one(id: str, refs: list[str]) -> list[Any]:
         nothing: list[Any] = [gr.skip()] * 4
@@ -543,19 +570,22 @@ def build(site: Site, tab: gr.Tab) -> None:
             return [gr.skip(), gr.skip()]
         return [working(site, refs), state]
 
-    def renew(refs: list[str], id: str, state: str) -> Any:
-        """When another comparison has come, offers it, and shows it if it is the first or the youngest."""
-        found = made(site, refs or [])
+    def renew(refs: list[str], known: list[str]) -> list[Any]:
+        """When another comparison has come, offers and shows it; nothing else changes what is looked at."""
+        fresh = newest(site, refs or [], known)
+        if fresh is None:
+            return [gr.skip(), gr.skip()]
+        found = made(site, refs)
         options = [(item.label, item.id) for item in found]
-        jobs = [item for item in found if item.id.startswith(background.COMPARISONS)]
-        best = (jobs or found)[0].id if found else None
-        return gr.update(choices=options, value=best)
+        return [gr.update(choices=options, value=fresh), [item.id for item in found]]
 
     def by_scale(refs: list[str], id: str, scale: float) -> list[Any]:
         found = made(site, refs or [])
         now = next((item for item in found if item.id == id), None)
+        own = own_scale(site, refs or [])
         for item in found:
-            if now and item.prompts == now.prompts and abs((1.0 if item.scale is None else item.scale) - scale) < 1e-6:
+            drawn = own if item.scale is None else item.scale
+            if now and item.prompts == now.prompts and abs(drawn - scale) < CLOSE:
                 return [item.id if item.id != id else gr.skip(), ""]
         if now is None:
             return [gr.skip(), ""]
@@ -567,7 +597,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     opened = [rows, columns, prompt, step, shown, title, detail, robust, numbers, links, chosen, message]
     last = gr.State("")
     tab.select(lambda: gr.update(choices=choices(site)), None, refs, **private)
-    refs.change(pick, refs, [which, *opened, last, scale, words, count], **private)
+    refs.change(pick, refs, [which, known, *opened, last, scale, words, count], **private)
     which.change(
         lambda id, refs, last: open_one(id, refs) if id and id != last else [gr.skip()] * (len(opened) + 1),
         [which, refs, last],
@@ -587,4 +617,4 @@ def build(site: Site, tab: gr.Tab) -> None:
     scale.change(by_scale, [refs, which, scale], [which, message], **private)
     timer = gr.Timer(POLL)
     timer.tick(look, [refs, which, seen], [message, seen], trigger_mode="once", **private)
-    seen.change(renew, [refs, which, seen], which, **private)
+    seen.change(renew, [refs, known], [which, known], **private)

@@ -1,5 +1,6 @@
 """What the tabs' functions return, without a page; and the page's own programming interface."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from gradio_client import Client
 
 from equipoise.errors import InputError
-from equipoise.pipelines import background
+from equipoise.pipelines import background, status
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import expand
@@ -209,6 +210,50 @@ def test_two_cells_under_a_slider(site, swept):
     assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
     assert "optimizer.name" not in both, "they have the same one"
     assert "learning rates that worked" in compare.curve(site, id) and "Table (CSV)" in compare.export(site, id)
+
+
+@pytest.fixture
+def drawn_anew(site, swept) -> str:
+    """A comparison of the sweep with a prompt of its own; its id."""
+    name, place = "20260101-000000-aaaa", site.store.root / background.COMPARISONS
+    shutil.copytree(swept.folder / "comparison", place / name)
+    record = {"runs": ["grid"], "asked": {"prompts": ["a zebra"], "scale": 0.7}, "created": time.time()}
+    (place / f"{name}.json").write_text(json.dumps(record | status.process()))
+    return f"{background.COMPARISONS}/{name}"
+
+
+def test_samples_stand_under_the_prompt_and_step_that_they_are_of(site, swept, drawn_anew):
+    assert compare.steps(site, compare.read(site, "grid/comparison")) == [2, 5]
+    assert compare.steps(site, compare.read(site, drawn_anew)) == [], "that prompt was not drawn while training"
+    first = sweeps.cells(swept)[0]
+    (first.samples / "step-00000002").rename(first.samples / "step-00000004")
+    shown = compare.grid(site, "grid/comparison", step=3)
+    assert shown.count(">step 2<") == 3 and shown.count(">step 4<") == 1 and "step 3" not in shown
+
+
+def test_only_what_is_new_is_shown_unasked(site, swept, drawn_anew):
+    own = "grid/comparison"
+    assert compare.newest(site, ["grid"], [own, drawn_anew]) is None
+    assert compare.newest(site, ["grid"], [own]) == compare.newest(site, ["grid"], []) == drawn_anew
+    assert compare.newest(site, ["grid"], [drawn_anew]) == own
+    assert compare.newest(site, [], []) is None
+
+
+def test_the_scale_begins_where_the_runs_have_it(site, finish, monkeypatch):
+    told = {}
+    monkeypatch.setattr(background, "compare", lambda root, refs, words: told.update(words) or "name")
+    config = configs.load("text_to_image/demo", [f"runs={site.store.root}", "samples.scale=0.7"])
+    finish(site.store.create(config, id="weak"))
+    assert compare.own_scale(site, ["weak"]) == 0.7 and compare.own_scale(site, []) == 1
+    compare.generate(site, ["weak"], "", 0, 0.7)
+    assert told == {}, "that is how the run is set"
+    compare.generate(site, ["weak"], "", 0, 1.0)
+    assert told == {"scale": 1.0}
+
+
+def test_what_a_cell_has_and_others_have(site, swept):
+    shown = compare.cell_detail(site, "grid/comparison", [sweeps.cells(swept)[0].id], 0)
+    assert "<td>optimizer.name</td><td>adamw</td><td>scaled_adamw</td>" in shown
 
 
 def test_a_job_that_comes_to_nothing_says_why(site, swept):
