@@ -19,7 +19,8 @@ from equipoise.pipelines import yamlio
 from equipoise.pipelines.config import Key, PluginSection, RunConfig
 from equipoise.pipelines.keys import section_at
 
-NOT_ASKED = ("pipeline", "runs", "sweep")  # what the form itself settles
+NOT_ASKED = ("pipeline", "runs")  # what the form itself settles
+SWEEP = "sweep"  # holds the axes that no other field can show
 OPTION_HEADERS = ["plugin", "option", "value", "default", "must be", "what it does"]
 _NUMBERS = ("int", "float", "int or none", "float or none")
 
@@ -29,12 +30,14 @@ class Field:
     """How one key is asked for."""
 
     key: Key
-    kind: str  # plugin, choice, truth, number, lines, text
+    kind: str  # plugin, choice, truth, number, lines, text, axes
     choices: tuple[str, ...] = ()
     basic: bool = False  # shown before the sections are opened
 
     @property
     def label(self) -> str:
+        if self.kind == "axes":
+            return "other axes"
         return (self.key.short or self.key.key.rpartition(".")[2]).replace("_", " ")
 
     @property
@@ -44,6 +47,8 @@ class Field:
     @property
     def info(self) -> str:
         """Help, bounds and key on one line."""
+        if self.kind == "axes":
+            return "what else a sweep goes over, such as {schedule: [constant, cosine]} [sweep]"
         words = [self.key.help.rstrip(".")]
         if self.key.bounds:
             words.append(self.key.bounds)
@@ -56,6 +61,8 @@ def fields(cls: type[RunConfig]) -> list[Field]:
 
 
 def _field(cls: type[RunConfig], key: Key) -> Field:
+    if key.key == SWEEP:
+        return Field(key, "axes")
     basic = bool(key.short) or key.key in ("name", "seed") or key.key.endswith(".prompts")
     if kind := plugin_kind(cls, key.key):
         return Field(key, "plugin", tuple(entry.name for entry in registry.entries(kind) if not entry.error), basic)
@@ -83,11 +90,14 @@ def _is_options(cls: type[RunConfig], key: Key) -> bool:
 def show(config: RunConfig) -> dict[str, Any]:
     """What each field shows for a configuration, its sweep's axes included, by dotted key."""
     flat, cls = configs.flat(config), type(config)
-    axes = {_plugin_key(cls, cls.SHORT.get(key, key)): values for key, values in config.sweep.items()}
+    axes = {_canonical(cls, key): values for key, values in shown_axes(config).items()}
+    rest = {key: values for key, values in config.sweep.items() if _canonical(cls, key) not in axes}
     shown = {}
     for item in fields(cls):
-        values = axes.get(item.key.key, [flat[item.key.key]])
-        if item.kind == "plugin":
+        values = axes.get(item.key.key, [flat.get(item.key.key)])
+        if item.kind == "axes":
+            shown[item.key.key] = _text(rest) if rest else ""
+        elif item.kind == "plugin":
             shown[item.key.key] = [str(value["name"] if isinstance(value, dict) else value) for value in values]
         elif item.kind == "number":
             shown[item.key.key] = ", ".join(map(_text, values))
@@ -102,8 +112,24 @@ def show(config: RunConfig) -> dict[str, Any]:
     return shown
 
 
-def _plugin_key(cls: type[RunConfig], key: str) -> str:
-    """`optimizer` and `optimizer.name` mean the same axis."""
+def shown_axes(config: RunConfig) -> dict[str, list[Any]]:
+    """Of a configuration's axes those that a field of their own can show: plugins, each once, and numbers."""
+    kinds = {item.key.key: item.kind for item in fields(type(config))}
+
+    def fits(kind: str | None, values: list[Any]) -> bool:
+        if kind == "plugin":
+            names = [value.get("name") if isinstance(value, dict) else value for value in values]
+            return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        return kind == "number" and all(isinstance(value, int | float) for value in values)
+
+    return {
+        key: values for key, values in config.sweep.items() if fits(kinds.get(_canonical(type(config), key)), values)
+    }
+
+
+def _canonical(cls: type[RunConfig], key: str) -> str:
+    """An axis by its full key; `optimizer` and `optimizer.name` mean the same one."""
+    key = cls.SHORT.get(key, key)
     return f"{key}.name" if plugin_kind(cls, f"{key}.name") else key
 
 
@@ -174,7 +200,7 @@ def _options(kind: str, name: str) -> list[tuple[str, str, str, str]]:
 
 def _given_options(config: RunConfig, key: str, name: str) -> dict[str, Any]:
     parent = key.rpartition(".")[0]
-    for value in (item for axis, values in config.sweep.items() if axis in (parent, key) for item in values):
+    for value in (item for axis, values in shown_axes(config).items() if axis in (parent, key) for item in values):
         if isinstance(value, dict) and value.get("name") == name:
             return dict(value.get("options", {}))
     flat = configs.flat(config)
@@ -194,6 +220,7 @@ def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence
     """
     values: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
+    other: dict[str, list[Any]] = {}
     problems: list[str] = []
     for item in fields(cls):
         key, given = item.key.key, shown.get(item.key.key)
@@ -233,11 +260,19 @@ def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence
         elif item.kind == "choice":
             typed = {str(choice): choice for choice in item.key.choices}
             values[key] = typed.get(str(given), given or None)
+        elif item.kind == "axes":
+            other = _axes(str(given or "").strip(), problems)
         else:
             values[key] = bool(given)
+    taken = {_canonical(cls, key) for key in axes}
+    problems += [
+        f"sweep: {key} has several values in its own field too; give them once."
+        for key in other
+        if _canonical(cls, key) in taken
+    ]
     if problems:
         raise ConfigError(problems)
-    return {**values, "sweep": axes}
+    return {**values, SWEEP: {**axes, **other}}
 
 
 def _rows_of(rows: Sequence[Sequence[Any]], name: str, problems: list[str]) -> dict[str, Any]:
@@ -246,6 +281,14 @@ def _rows_of(rows: Sequence[Sequence[Any]], name: str, problems: list[str]) -> d
         text = _cell(row[2])
         if str(row[0]) == name and text:
             found[str(row[1])] = configs.parse_value(text)
+    return found
+
+
+def _axes(text: str, problems: list[str]) -> dict[str, list[Any]]:
+    found = _mapping(SWEEP, text, problems)
+    problems += [
+        f"sweep: {key} must have a list of values." for key, values in found.items() if not isinstance(values, list)
+    ]
     return found
 
 

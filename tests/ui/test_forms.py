@@ -59,6 +59,40 @@ def test_options_reach_the_cells():
     }
 
 
+AXES = [
+    {"schedule": ["constant", "cosine"], "learning_rate": [1e-4, 1e-3]},
+    {"samples.negative": ["", "blurred"], "optimizer": ["adamw", "scaled_adamw"]},
+    {"lora.text_encoder": [True, False]},
+    {"lora.targets": [["to_q"], ["to_k", "to_v"]]},
+    {"lora.alpha": [None, 8]},
+    {"optimizer.name": ["adamw"], "optimizer.options": [{}, {"weight_decay": 0.1}]},
+    {"optimizer": ["adamw", {"name": "adamw", "options": {"weight_decay": 0.5}}]},
+]
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_axes_that_have_no_field_are_kept(axes):
+    """Of choices, truths, texts, lists, and of one plugin with other options."""
+    config = configs.set_keys(configs.load("text_to_image/demo"), {"sweep": axes})
+    shown = forms.show(config)
+    chosen = {item.key.key: shown[item.key.key] for item in forms.fields(type(config)) if item.kind == "plugin"}
+    values = forms.read(type(config), shown, forms.option_rows(type(config), chosen, config))
+    again = configs.set_keys(config, values, source="form")
+    before, after = ({repr(cell) for cell in expand(it).values()} for it in (config, again))
+    assert before == after and len(before) > 1
+
+
+def test_other_axes_are_checked():
+    config, shown, rows = filled("text_to_image/demo")
+    for text, words in (
+        ("{optimizer: [adamw]}", "in its own field too"),
+        ("{seed: 3}", "list of values"),
+        ("[1]", "must be a mapping"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            forms.read(type(config), shown | {"sweep": text}, rows)
+
+
 def test_all_problems_at_once(site):
     _, shown, rows = filled("text_to_image/demo")
     with pytest.raises(ConfigError) as error:
