@@ -130,8 +130,9 @@ def partition(
         problems.append(f"components: {len(several)} trained parameters are in more than one: {_listed(several)}.")
     problems += [f"components.{name}: no trained parameter is in it." for name, inside in found.items() if not inside]
     idle = [(c, p) for c, some in patterns.items() for p in some if (c, p) not in used and found[c]]
+    problems += [f"components.{component}: {pattern}: matches nothing trained." for component, pattern in idle]
     if problems:
-        raise InputError("\n".join([*problems, *(f"components.{c}: {p}: matches nothing trained." for c, p in idle)]))
+        raise InputError("\n".join(problems))
     return found
 
 

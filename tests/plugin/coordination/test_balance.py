@@ -374,6 +374,13 @@ def test_the_contract(name):
             made.factors(["unet"])
 
 
+@pytest.mark.parametrize(("name", "side"), [("language_lr_up", "language"), ("vision_lr_up", "encoder")])
+def test_the_raised_side_is_the_one_of_the_name(name, side):
+    factors = registry.load("coordinators", name)().factors(["encoder", "language"])
+    assert factors == {"encoder": 1.0, "language": 1.0} | {side: 10.0}
+    assert registry.load("coordinators", name)(factor=3.0).factors(["encoder", "language"])[side] == 3.0
+
+
 @pytest.mark.parametrize(("name", "first"), [("feature_cd", "encoder"), ("language_cd", "language")])
 def test_coordinate_descent_changes_sides_at_rest_or_at_half_time(name, first):
     cls = registry.load("coordinators", name)

@@ -91,6 +91,12 @@ def test_a_partition_is_complete_or_refused_with_the_list():
     assert "components.none: no trained parameter is in it." in text
 
 
+def test_a_pattern_that_matches_nothing_is_refused_though_all_else_is_well():
+    patterns = {"encoder": ["tower", "merger", "extra", "typo"], "language": ["language_model"]}
+    with pytest.raises(InputError, match=r"^components.encoder: typo: matches nothing trained.$"):
+        partition(TRAINED, patterns)
+
+
 def test_the_presets_two_sides():
     for known in ARCHITECTURES.values():
         both = preset(known)
