@@ -3,14 +3,15 @@
 JSON: a list of `{"image": PATH or [PATHS], "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
 {"from": "gpt", "value": "A star."}, …]}`; JSONL: one of these a line; `audio` and `<audio>` in place of `image` and
 `<image>`. CSV: the columns image (or audio; several separated by `;`), question and answer; several acceptable
-answers, for VQA accuracy, are separated by `|`.
+answers, for VQA accuracy, are separated by `|`, and the commonest is trained on.
 """
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,12 @@ def without_marks(text: str) -> str:
 @dataclass(frozen=True)
 class Turn:
     question: str  # with marks where the media stand
-    answer: str
+    answer: str  # what is trained on
+    others: tuple[str, ...] = ()  # of several people's answers, all the rest
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        return (self.answer, *self.others)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ def read_examples(file: Path, folder: str | None, decode: bool = True) -> tuple[
                 continue
             example, wrong = _example(record, root, where)
             problems += [f"{where}: {sentence}" for sentence in wrong]
+            if example and file.suffix.lower() == ".csv":
+                example = replace(example, turns=tuple(map(_commonest, example.turns)))
             if example:
                 examples.append(example)
     except UnicodeDecodeError as error:
@@ -136,6 +144,14 @@ def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[
         elif count != len(media):
             problems.append(f"mentions {count} {mark}, but {len(media)} {'are' if len(media) > 1 else 'is'} given.")
     return (None if problems else Example(kind, media, turns, system, where)), problems
+
+
+def _commonest(turn: Turn) -> Turn:
+    """Of answers separated by `|`, the one that most people gave, or the first of those."""
+    answers = [part.strip() for part in turn.answer.split("|") if part.strip()]
+    chosen = Counter(answers).most_common(1)[0][0]
+    answers.remove(chosen)
+    return replace(turn, answer=chosen, others=tuple(answers))
 
 
 def _turns(given: Any) -> tuple[tuple[Turn, ...], str, list[str]]:
@@ -225,7 +241,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
                 }
                 record["conversations"] = [
                     {"from": "human", "value": row["question"]},
-                    {"from": "gpt", "value": row["answer"]},
+                    {"from": "gpt", "value": (row["answer"] or "").strip("| ")},
                 ]
                 yield reader.line_num, record
         except csv.Error as error:

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 import re
-import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +21,13 @@ METRICS = {
     "rouge_l": "ROUGE-L: how much of the right text's longest common subsequence an answer has (F-measure)",
 }
 RIGHT = 0.5  # from which score on an answer is marked as right
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\s+(?=\S)")  # the last word stays: A can be the answer
+_GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # 1,000
+_NUMERIC = re.compile(r"(?<=\d)[.,:/-](?=\d)|(?<![^\s(])(-\.|[-.])(?=\d)")  # 3.5, 12:30, -5, .5
+_MEANT = "#%&"  # punctuation to Unicode, but C# is not C
+_UNSPACED = re.compile(  # Han, kana, Thai, Lao, Burmese, Khmer: no spaces between words
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
 _NUMBERS = {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 
 
@@ -56,7 +62,7 @@ def answer(
         ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False)
         texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
         for example, text in zip(chosen, texts, strict=True):
-            wanted = tuple(part.strip() for part in example.turns[-1].answer.split("|")) if example.turns else ()
+            wanted = example.turns[-1].accepted if example.turns else ()
             score = judge(text, wanted, samples.metric) if any(wanted) else None
             found.append(Answer(example, example.turns[-1].question, text.strip(), wanted, score))
         tell(len(chosen))
@@ -74,7 +80,7 @@ def judge(said: str, wanted: Sequence[str], metric: str) -> float:
     if metric == "rouge_l":
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(["rougeL"])
+        scorer = RougeScorer(["rougeL"], tokenizer=Words())
         return max(scorer.score(right, said)["rougeL"].fmeasure for right in wanted)
     mine, theirs = plain(said), [plain(right) for right in wanted]
     if metric == "vqa" and len(theirs) > 1:
@@ -84,9 +90,27 @@ def judge(said: str, wanted: Sequence[str], metric: str) -> float:
 
 
 def plain(text: str) -> str:
-    """An answer without case, punctuation and articles, numbers as digits."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(_NUMBERS.get(word, word) for word in _ARTICLES.sub(" ", text).split())
+    """An answer without case, punctuation and articles, numbers as digits; signs and decimals stay, and so does what
+    would leave nothing."""
+    text = _GROUPS.sub("", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")).strip()
+    kept = {at for found in _NUMERIC.finditer(text) for at in range(*found.span())}
+    bare = "".join(c for at, c in enumerate(text) if at in kept or not _is_punctuation(c)).strip()
+    return " ".join(_NUMBERS.get(word, word) for word in _ARTICLES.sub("", bare or text).split())
+
+
+def _is_punctuation(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return (kind[0] == "P" or kind == "Sk") and character not in _MEANT
+
+
+class Words:
+    """ROUGE's words of any script: rouge-score's own, where the text is ASCII, and single characters where a script
+    puts no spaces between words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        text = unicodedata.normalize("NFC", text).lower()
+        words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
+        return _UNSPACED.sub(r" \1 ", words).split() or text.split()
 
 
 def mean(answers: Sequence[Answer]) -> float:

@@ -210,7 +210,7 @@ class InstructionTuningWork(OptimizedWork):
         media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
         heard, ids = self._heard, batch["input_ids"]
         placeholder = torch.isin(ids, torch.tensor(self._media_ids(), device=ids.device))
-        text = ~placeholder & batch["attention_mask"].bool()
+        text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
 
         def norm(tensors: Sequence[Tensor]) -> float:
             return sum(t.float().square().sum().item() for t in tensors) ** 0.5 / count**0.5

@@ -24,10 +24,33 @@ from equipoise.pipelines.instruction_tuning.evaluate import judge, plain
         ("a red star", ["a red star"], "rouge_l", 1),
         ("red star", ["a red big star"], "rouge_l", 2 / 3),  # recall 2/4, precision 2/2
         ("", ["star"], "rouge_l", 0),
+        ("", ["A"], "exact", 0),
+        ("A", ["A"], "exact", 1),
+        ("?", ["!"], "exact", 0),
+        ("35", ["3.5"], "exact", 0),
+        ("It is 3.5.", ["it is 3.5"], "exact", 1),
+        ("1,000", ["1000"], "exact", 1),
+        ("-5", ["5"], "exact", 0),
+        ("\u22125", ["-5"], "exact", 1),
+        ("C", ["C++"], "exact", 0),
+        ("C#", ["C++"], "exact", 0),
+        ("blue-green", ["bluegreen"], "exact", 1),
+        ("“Étoile”", ["étoile"], "exact", 1),
+        ("一只红色的猫", ["一只红色的猫。"], "rouge_l", 1),
+        ("红猫", ["红色的猫"], "rouge_l", 2 / 3),  # characters: recall 2/4, precision 2/2
+        ("Красная звезда", ["красная звезда"], "rouge_l", 1),
     ],
 )
 def test_judging(said, wanted, metric, score):
     assert judge(said, wanted, metric) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("said", ["A t-shirt, 3.5 m: it's red!", "", "...", "stars and the moon"])
+def test_rouge_of_ascii_is_rouge_scores_own(said):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    right = "the red t-shirt is 3.5 m of stars"
+    assert judge(said, [right], "rouge_l") == RougeScorer(["rougeL"]).score(right, said)["rougeL"].fmeasure
 
 
 def test_plain_words():

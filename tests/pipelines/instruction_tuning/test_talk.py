@@ -49,6 +49,20 @@ def _the_labels_are_the_answers(kind, made, some):
     assert all(example.turns[-1].question.split("\n")[-1] in text for example, text in zip(some, texts, strict=True))
 
 
+def test_of_several_answers_the_commonest_is_trained_on(talk, pictures):
+    """And all of them count when answers are judged; elsewhere than in CSV a | is a part of the text."""
+    file = pictures.with_name("vqa.csv")
+    file.write_text("image,question,answer\n0.png,Colour?,crimson|red | red\n1.png,Colour?,green\n2.png,Colour?, | \n")
+    (first, second), problems = read_examples(file, None)
+    assert problems == [f"{file}:4: has an empty answer."]
+    assert sorted(first.turns[-1].accepted) == ["crimson", "red", "red"] and second.turns[-1].accepted == ("green",)
+    made = talk("llava")
+    labels = made.training_batch([first])["labels"]
+    assert made.tokenizer.decode(labels[labels != IGNORED]) == "red<|im_end|>\n"
+    pictures.write_text(pictures.read_text().replace('"red"', '"a|b"'))
+    assert read_examples(pictures, None)[0][0].turns[-1].accepted == ("a|b",)
+
+
 def test_paligemma_sees_no_answer_before_it_is_given(talk, examples, checkpoints):
     """Its layout, and that an answer's logits depend on no later token: not on its own, nor on a later turn's."""
     from transformers import AutoModelForMultimodalLM

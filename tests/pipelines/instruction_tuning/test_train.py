@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,14 @@ from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, ModelSection
-from equipoise.pipelines.instruction_tuning.model import adapt, load_model, old_names
+from equipoise.pipelines.instruction_tuning.data import Turn
+from equipoise.pipelines.instruction_tuning.examples import load_examples
+from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor, old_names
+from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
+from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
+from equipoise.pipelines.work import make_accelerator
 
 NAME = "instruction_tuning/demo"
 KINDS = ["blip-2", "instructblip", "llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "paligemma", "qwen2_audio"]
@@ -86,6 +92,38 @@ def test_every_architecture_learns_and_comes_back(kind, overrides, checkpoints):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(tuned.parts.part(name) == "language" for name in changed)
     assert {tuned.parts.part(name) for name in changed} == {"language", "connector"}, "the tower stays frozen"
+
+
+@pytest.fixture
+def begun(overrides):
+    """A run's work as training begins."""
+
+    def get(*words: str, kind: str = "llava"):
+        settings = config.load(NAME, [*overrides(kind), *words])
+        model = load_model(settings.model, "no")
+        talk = Talk(load_processor(settings.model), kind)
+        kept, held, _ = load_examples(settings, talk)
+        run = Store(settings.runs).create(settings)
+        return InstructionTuningWork(settings, run, make_accelerator("no"), adapt(model, settings), talk, kept, held)
+
+    return get
+
+
+@torch.no_grad()
+def test_the_norms_of_h_are_of_instructions_and_media(begun):
+    """Eq. 5's I^T is the instruction: a longer answer changes nothing."""
+    work = begun()
+    found = []
+    for answer in ("red", "red and nothing else"):
+        example = replace(work.kept_examples[0], turns=(Turn("<image>\nWhat colour?", answer),))
+        batch = work._batch([example])
+        logits, _, sample = work._forward(batch)
+        found.append(work._prediction(batch, logits, sample))
+    ids = batch["input_ids"][batch["labels"] == IGNORED]
+    ids = ids[ids != work.tuned.plain.config.image_token_id]
+    by_hand = work.tuned.plain.get_input_embeddings()(ids).square().sum().sqrt().item()
+    assert found[0].text_norm == pytest.approx(by_hand) == found[1].text_norm and by_hand > 0
+    assert found[0].encoded_norm == pytest.approx(found[1].encoded_norm) and found[0].encoded_norm > 0
 
 
 def test_the_presets_have_a_place_for_every_parameter(kinds, checkpoints):
