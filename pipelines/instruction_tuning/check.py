@@ -1,9 +1,7 @@
 """What is wrong with the world a configuration points to, found before anything is written or a model is loaded."""
 
-import json
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
@@ -12,7 +10,7 @@ from equipoise.pipelines.instruction_tuning.data import read_all
 
 
 def problems(config: InstructionTuningConfig) -> list[str]:
-    from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, source
+    from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, model_type
 
     found = model_problems(config.model)
     drawn = config.data.file == demo.NAME
@@ -20,16 +18,13 @@ def problems(config: InstructionTuningConfig) -> list[str]:
     found += wrong
     if not found and not drawn:
         try:
-            processor = load_processor(config.model)
-            local = Path(source(config.model.path)) / "config.json"
-            if local.is_file():
-                from equipoise.pipelines.instruction_tuning.examples import too_long
-                from equipoise.pipelines.instruction_tuning.talk import Talk
+            from equipoise.pipelines.instruction_tuning.examples import unusable
+            from equipoise.pipelines.instruction_tuning.talk import Talk
 
-                kind = json.loads(local.read_text())["model_type"]
-                talk = Talk(processor, kind, config.data.prompt, config.data.max_tokens)
-                found += [sentence for example in [*kept, *held] for sentence in talk.problems(example)]
-                found += [] if found else too_long([*kept, *held], talk, lambda text: None)
+            processor, every = load_processor(config.model), [*kept, *held]
+            talk = Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
+            found += [sentence for example in every for sentence in talk.problems(example)]
+            found += [] if found else unusable(every, talk, lambda text: None)
         except InputError as error:
             found.append(str(error))
     if config.train.precision == "fp16":

@@ -8,6 +8,7 @@ answers, for VQA accuracy, are separated by `|`, and the commonest is trained on
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from equipoise.pipelines.instruction_tuning.config import DataSection
 from equipoise.pipelines.instruction_tuning.media import media_problem
 
@@ -23,6 +26,7 @@ Kind = Literal["image", "audio", "text"]
 MARKS = {"image": "<image>", "audio": "<audio>"}
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 HELD_OUT = 10  # every so many-th conversation is held out where no validation file is given
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can name halves of a UTF-16 pair, which are no text
 _USERS, _ASSISTANTS = ("human", "user"), ("gpt", "assistant")
 
 
@@ -57,7 +61,7 @@ def read_all(data: DataSection, decode: bool = True) -> tuple[list[Example], lis
     """(training examples, held-out ones, everything that is wrong). `decode`: whether media are opened, too."""
     train, problems = read_examples(Path(data.file), data.folder, decode)
     if data.validation is not None:
-        held, more = read_examples(Path(data.validation), data.folder, decode)
+        held, more = read_examples(Path(data.validation), data.folder, decode, "data.validation")
         return train, held, problems + more
     if len(train) < HELD_OUT:  # too few to judge anything by; one must be enough
         return train[:-1] or train, train[-1:], problems
@@ -66,11 +70,13 @@ def read_all(data: DataSection, decode: bool = True) -> tuple[list[Example], lis
     return kept, held, problems
 
 
-def read_examples(file: Path, folder: str | None, decode: bool = True) -> tuple[list[Example], list[str]]:
+def read_examples(
+    file: Path, folder: str | None, decode: bool = True, key: str = "data.file"
+) -> tuple[list[Example], list[str]]:
     """The examples of a file, and all that is wrong with it and its media, line by line."""
     if not file.is_file():
         what = "is a folder; give the file of conversations in it" if file.is_dir() else "does not exist"
-        return [], [f"data.file: {file} {what}."]
+        return [], [f"{key}: {file} {what}."]
     root = Path(folder) if folder else file.parent
     if not root.is_dir():
         return [], [f"data.folder: {root} does not exist. Give the folder that the media's paths start in."]
@@ -79,7 +85,7 @@ def read_examples(file: Path, folder: str | None, decode: bool = True) -> tuple[
     try:
         reader = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}.get(file.suffix.lower())
         if reader is None:
-            return [], [f"data.file: {file} is not .json, .jsonl or .csv."]
+            return [], [f"{key}: {file} is not .json, .jsonl or .csv."]
         for line, record in reader(file):
             where = f"{file}:{line}"
             if isinstance(record, str):
@@ -111,7 +117,8 @@ def _media_problems(examples: Sequence[Example]) -> list[str]:
     first = {path: example for example in reversed(examples) for path in example.media}
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda item: media_problem(item[0], item[1].kind), first.items())
-        named = zip(first.items(), found, strict=True)
+        shown = tqdm(found, total=len(first), desc="reading", unit="file", dynamic_ncols=True, disable=None)
+        named = zip(first.items(), shown, strict=True)
         wrong = {path: f"{example.where}: {problem}" for (path, example), problem in named if problem}
     order = dict.fromkeys(path for example in examples for path in example.media)
     return [wrong[path] for path in order if path in wrong]
@@ -164,6 +171,8 @@ def _turns(given: Any) -> tuple[tuple[Turn, ...], str, list[str]]:
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         if not isinstance(who, str) or not isinstance(text, str):
             return (), "", [f"turn {number} needs `from` and `value`, both text."]
+        if _HALF.search(text):
+            return (), "", [f"turn {number} has half a character (a lone surrogate, such as \\ud83d). Write it whole."]
         if who == "system" and number == 1:
             system = text
         elif who in _USERS or who in _ASSISTANTS:

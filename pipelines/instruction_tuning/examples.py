@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Example, read_all
@@ -21,26 +22,32 @@ def load_examples(
     kept, held, problems = read_all(data, decode=config.data.file != demo.NAME)
     if problems:
         return kept, held, problems
-    problems = [sentence for example in [*kept, *held] for sentence in talk.problems(example)]
-    return kept, held, problems or too_long([*kept, *held], talk, tell)
+    every = [*kept, *held]
+    problems = [sentence for example in every for sentence in talk.problems(example)]
+    return kept, held, problems or (unusable(every, talk, tell) if talk.max_tokens else [])
 
 
-def too_long(examples: list[Example], talk: Talk, tell: Callable[[str], object]) -> list[str]:
-    """Which conversations lose all their answers to data.max_tokens, a sentence each; `tell` hears of other losses."""
+def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object]) -> list[str]:
+    """Which conversations the processor refuses, or lose all their answers to data.max_tokens, a sentence each; `tell`
+    hears of other losses. Processes each of them."""
     most = talk.max_tokens
-    if most is None:
-        return []
     problems, cut = [], []
     for example in tqdm(examples, desc="measuring", unit="conversation", dynamic_ncols=True, disable=None):
-        length = talk.full_length(example)
-        if length <= most:
-            continue
-        cut.append(example)
-        if length - talk.spans(example)[0][0] >= most:
-            problems.append(
-                f"{example.where}: has {length} tokens, and data.max_tokens={most} cuts its answers away entirely. "
-                "Raise it, or shorten what comes before."
-            )
+        try:
+            length = talk.full_length(example)
+            if most is None or length <= most:
+                continue
+            cut.append(example)
+            if length - talk.spans(example)[0][0] >= most:
+                problems.append(
+                    f"{example.where}: has {length} tokens, and data.max_tokens={most} cuts its answers away entirely. "
+                    "Raise it, or shorten what comes before."
+                )
+        except InputError as error:
+            problems.append(str(error))
     if cut and not problems:
-        tell(f"{len(cut)} of {len(examples)} conversations are longer than {most} tokens and are cut at their ends.")
+        tell(
+            f"{len(cut)} of {len(examples)} conversations are longer than {most} tokens and are cut at their ends, "
+            "before a picture or sound that does not fit."
+        )
     return problems

@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 LARGEST_PICTURE = Image.MAX_IMAGE_PIXELS or 1 << 26  # pixels: from here on Pillow warns, and from twice that refuses
-LONGEST_SOUND = 3600.0  # seconds
+SHORTEST_SOUND, LONGEST_SOUND = 0.05, 3600.0  # seconds; a few of the frames that models hear in, 10 ms each
 
 
 def media_problem(path: Path, kind: str) -> str:
     """A sentence on why a file cannot be used as a picture (`image`) or a sound (`audio`); empty if it can."""
+    if problem := _file_problem(path, kind):
+        return problem
+    return _sound_problem(path) if kind == "audio" else _picture_problem(path)
+
+
+def _file_problem(path: Path, kind: str) -> str:
     try:
         if not path.exists():
             return f"{kind} {path} does not exist."
@@ -23,23 +29,39 @@ def media_problem(path: Path, kind: str) -> str:
             return f"{kind} {path} is no file."
         if path.stat().st_size == 0:
             return f"{kind} {path} is empty (0 bytes)."
-        return _sound_problem(path) if kind == "audio" else _picture_problem(path)
     except OSError as error:
         return f"{kind} {path} cannot be read: {error.strerror or error}."
+    return ""
 
 
 def _picture_problem(path: Path) -> str:
     try:
+        _decoded(path)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _decoded(path: Path) -> Image.Image:
+    try:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > LARGEST_PICTURE:
-                return f"image {path} is enormous ({width} × {height} pixels). Make it smaller."
+                raise InputError(f"image {path} is enormous ({width} × {height} pixels). Make it smaller.")
             image.load()
+            if image.mode.startswith("I"):  # 16 bits, of which Pillow would take 255 for white
+                return ImageOps.exif_transpose(_eight_bits(image)).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return f"image {path} is enormous (over {LARGEST_PICTURE} pixels). Make it smaller."
+        raise InputError(f"image {path} is enormous (over {LARGEST_PICTURE} pixels). Make it smaller.") from None
     except (OSError, SyntaxError, ValueError) as error:
-        return f"image {path} cannot be read as a picture ({error})."
-    return ""
+        raise InputError(f"image {path} cannot be read as a picture ({error}).") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    import numpy as np
+
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
 
 
 def _sound_problem(path: Path) -> str:
@@ -52,10 +74,14 @@ def _sound_problem(path: Path) -> str:
                 return f"audio {path} is enormous ({seconds / 60:.0f} minutes). Cut it into pieces."
             if not sound.frames:
                 return f"audio {path} has zero length."
+            if seconds < SHORTEST_SOUND:
+                return (
+                    f"audio {path} is too short ({1000 * seconds:.2g} ms) to be heard. Give {SHORTEST_SOUND} s or more."
+                )
             sound.seek(sound.frames - 1)
             if len(sound.read(1)) != 1:
                 return f"audio {path} is cut off."
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # LibsndfileError is a RuntimeError
         return f"audio {path} cannot be read as a sound ({error})."
     return ""
 
@@ -66,10 +92,19 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         InputError: it cannot be decoded.
     """
-    if problem := media_problem(path, "image"):
+    if problem := _file_problem(path, "image"):
         raise InputError(problem)
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return _decoded(path)
+
+
+def sound_seconds(path: Path) -> float:
+    """How long a sound lasts; NaN where it cannot be read, which `media_problem` says."""
+    import soundfile
+
+    try:
+        return soundfile.info(path).duration
+    except (OSError, RuntimeError):
+        return float("nan")
 
 
 def open_sound(

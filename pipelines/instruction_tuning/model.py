@@ -72,7 +72,10 @@ def model_problems(model: ModelSection) -> list[str]:
     if not (folder / "config.json").is_file():
         return [f"model.path: {model.path} has no config.json; give the folder of a model saved by transformers."]
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        settings = json.loads((folder / "config.json").read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"must be an object, is a {type(settings).__name__}")
+        kind = settings.get("model_type")
     except (OSError, ValueError) as error:
         return [f"model.path: {folder / 'config.json'} cannot be read ({error})."]
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as known
@@ -87,6 +90,27 @@ def model_problems(model: ModelSection) -> list[str]:
     return []
 
 
+def _where(model: ModelSection) -> dict[str, Any]:
+    """What from_pretrained is told. Without the last, it asks on the terminal whether to run a hub's own code."""
+    return {
+        "pretrained_model_name_or_path": source(model.path),
+        "revision": model.revision,
+        "trust_remote_code": False,
+    }
+
+
+def model_type(model: ModelSection) -> str:
+    """A model's kind, such as `llava`.
+
+    Raises:
+        InputError: its configuration cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(**_where(model)).model_type
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
+
+
 def load_processor(model: ModelSection) -> Any:
     """The processor that belongs to a model.
 
@@ -95,7 +119,7 @@ def load_processor(model: ModelSection) -> Any:
     """
     transformers_logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
     try:
-        where = {"pretrained_model_name_or_path": source(model.path), "revision": model.revision}
+        where = _where(model)
         loader = AutoProcessor
         if not find_spec("torchvision"):
             kind = AutoConfig.from_pretrained(**where).model_type
@@ -146,7 +170,7 @@ def load_model(model: ModelSection, precision: str) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         loaded = AutoModelForMultimodalLM.from_pretrained(
-            source(model.path), revision=model.revision, dtype=DTYPES[precision], use_safetensors=True
+            **_where(model), dtype=DTYPES[precision], use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.path: {model.path} cannot be loaded: {_short(error)}") from None

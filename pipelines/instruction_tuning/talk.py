@@ -1,6 +1,10 @@
 """Conversations as a processor's text and a model's tokens: chat templates, media, and which tokens are answers."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +12,7 @@ from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Example
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound, sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
 _PROMPTS = {  # model types without chat templates, as their authors prompt them
@@ -17,7 +21,7 @@ _PROMPTS = {  # model types without chat templates, as their authors prompt them
     "paligemma": "{question}\n",
 }
 _PROMPT = "USER: {question} ASSISTANT:"  # LLaVA's
-_NESTED = ("idefics2", "idefics3", "smolvlm")  # want the pictures of each conversation in a list of its own
+_NESTED = ("gemma3", "idefics2", "idefics3", "smolvlm")  # want the pictures of each conversation in a list of its own
 
 
 class Talk:
@@ -43,7 +47,13 @@ class Talk:
         self.prefixed = model_type == "paligemma"
         if self.prefixed:
             self.prompt = self.prompt.rstrip("\n") + "\n"
-        self._spans: dict[int, list[tuple[int, int]]] = {}
+        # the longest sound, where the extractor cuts longer ones off without a word
+        samples: int | None = getattr(listener, "n_samples", None)
+        self.window = samples / self.rate if samples else None  # seconds
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        marks = sorted({token.content for token in added if token.special} | {""}, key=len, reverse=True)[:-1]
+        self._marks = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+        self._spans: dict[Example, list[tuple[int, int]]] = {}
 
     def problems(self, example: Example) -> list[str]:
         """Why this model cannot take a conversation."""
@@ -56,6 +66,20 @@ class Talk:
             return [f"{example.where}: has {len(example.media)} pictures, but {self.model_type} takes exactly one."]
         if self.prefixed and not example.media:
             return [f"{example.where}: has no picture, but {self.model_type} takes no text alone."]
+        said = [example.system, *(_unmarked(t.question, example.kind) for t in example.turns)]
+        said += [turn.answer for turn in example.turns]
+        if found := list(dict.fromkeys(mark for text in said for mark in self._marks.findall(text))):
+            return [
+                f"{example.where}: has {', '.join(found)} in its text, which {self.model_type} reads as a mark of its "
+                "own. Write it otherwise."
+            ]
+        if example.kind == "audio" and self.window is not None:
+            for path in example.media:
+                if (seconds := sound_seconds(path)) > self.window:
+                    return [
+                        f"{example.where}: audio {path} lasts {seconds:.1f} s, and {self.model_type} hears only the "
+                        f"first {self.window:g}. Cut it into pieces."
+                    ]
         return []
 
     def _has(self, part: str) -> bool:
@@ -92,7 +116,7 @@ class Talk:
 
         From the end, for how many tokens a picture before them takes only the processor knows.
         """
-        if (known := self._spans.get(id(example))) is not None:
+        if (known := self._spans.get(example)) is not None:
             return known
         whole, found = self.text(example), []
         tokens = self._tokens(whole)
@@ -110,7 +134,7 @@ class Talk:
             begin = self._tokens(opened)
             shared = next((i for i, (a, b) in enumerate(zip(begin, tokens, strict=False)) if a != b), len(begin))
             found.append((len(tokens) - shared, len(tokens) - len(self._tokens(closed))))
-        self._spans[id(example)] = found
+        self._spans[example] = found
         return found
 
     def _tokens(self, text: str) -> list[int]:
@@ -131,6 +155,7 @@ class Talk:
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Tokens, media and labels; every token that is no answer's has the label −100."""
+        examples = [self._within(example) for example in examples]
         self.tokenizer.padding_side = "right"
         batch = self._process([self.text(example) for example in examples], examples)
         lengths = batch["attention_mask"].sum(dim=1)
@@ -146,6 +171,18 @@ class Talk:
                 if tensor.ndim == 2 and tensor.shape[1] == width and not tensor.is_floating_point():
                     batch[name] = tensor[:, : self.max_tokens]
         return batch
+
+    def _within(self, example: Example) -> Example:
+        """Without the turns whose media data.max_tokens would cut, and what follows them: half a picture is none."""
+        for number, turn in enumerate(example.turns):
+            marked = any(mark in turn.question for mark in MARKS.values())
+            if self.max_tokens is None or number == 0 or not marked:
+                continue
+            if self.full_length(example) - self.spans(example)[number][0] >= self.max_tokens:
+                turns = example.turns[:number]
+                count = sum(turn.question.count(MARKS[example.kind]) for turn in turns)
+                return replace(example, turns=turns, media=example.media[:count])
+        return example
 
     def question_batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Each conversation up to its last answer, padded on the left, for generation."""
@@ -170,17 +207,23 @@ class Talk:
         kind = next((example.kind for example in examples if example.media), "text")
         given: dict[str, Any] = {}
         if kind == "image":
-            pictures = [[open_picture(path) for path in some] for some in media]
+            pictures = [[_opened(open_picture, e, p) for p in some] for e, some in zip(examples, media, strict=True)]
             nested = self.model_type in _NESTED
             given["images"] = pictures if nested else [picture for some in pictures for picture in some]
         elif kind == "audio":
-            given["audio"] = [open_sound(path, self.rate) for some in media for path in some]
+            hear = partial(open_sound, rate=self.rate)
+            given["audio"] = [_opened(hear, e, p) for e, some in zip(examples, media, strict=True) for p in some]
             given["sampling_rate"] = self.rate
         if not any(given.get(name) for name in ("images", "audio")):
             given = {}
         closed = self.prefixed and not texts[0].endswith("\n")  # else the line break is the question's own
         texts = [text.removesuffix("\n") for text in texts] if self.prefixed else texts
-        batch = dict(self.processor(text=texts, return_tensors="pt", padding=True, **given))
+        try:
+            batch = dict(self.processor(text=texts, return_tensors="pt", padding=True, **given))
+        except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            where = ", ".join(example.where for example in examples)
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise InputError(f"{where}: the processor of {self.model_type} does not take this ({reason}).") from error
         if self.prefixed:
             del batch["labels"]
         if closed:
@@ -199,6 +242,17 @@ class Talk:
         batch["input_ids"] = batch["input_ids"].where(kept, self.tokenizer.pad_token_id)[:, :-count]
         batch["attention_mask"] = kept.to(mask)[:, :-count]
         batch["token_type_ids"] = batch["token_type_ids"][:, :-count]
+
+
+def _unmarked(question: str, kind: str) -> str:
+    return question.replace(MARKS.get(kind, "\0"), "")
+
+
+def _opened(opener: Callable[[Path], Any], example: Example, path: Path) -> Any:
+    try:
+        return opener(path)
+    except InputError as error:
+        raise InputError(f"{example.where}: {error}") from None
 
 
 def _content(question: str) -> list[dict[str, str]]:

@@ -130,23 +130,23 @@ class InstructionTuningWork(OptimizedWork):
             and not any(p.requires_grad for p in module.parameters())
             and not has_dropout(module)
         ]
-        # this step's batches, if it is measured: with the prediction and the towers' outputs that training gave
-        self._probed: list[tuple[dict[str, Tensor], Prediction | None, Memory]] = []
+        # The last of this step's batches, if it is measured, with the prediction and the towers' outputs that training
+        # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
+        self._probed: tuple[dict[str, Tensor], Prediction | None, Memory] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
         size = self.config.train.batch
         torch.manual_seed(mix(self.config.seed, step, micro))  # for dropout
         batch = self._batch(self._chosen(step * self.config.train.accumulate + micro, size))
         self.model.train()
-        probed = self.coordinator.measures(step) and not self._moved
+        last = micro == self.config.train.accumulate - 1
+        probed = last and self.coordinator.measures(step) and not self._moved
         memory = Memory(self.still if probed else [])
         with memory.used():
             logits, labels, sample = self._forward(batch)
         if probed:
-            if micro == 0:
-                self._probed.clear()
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
-            self._probed.append((batch, base, memory))
+            self._probed = batch, base, memory
         return Losses(_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
@@ -173,27 +173,23 @@ class InstructionTuningWork(OptimizedWork):
         return values, logged
 
     def _measure(self, step: int) -> Balance:
-        """κ of this step, from its own batches; with a regulariser, whose gradient then waits for the next step."""
+        """κ of this step, from its last batch; with a regulariser, whose gradient then waits for the next step."""
         old = dict(zip(self.named, self.good, strict=True))  # the weights before the step, which are kept in any case
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
-        weight, found = self.coordinator.weight(step), []
-        metric = self.coordinator.metric
+        weight, metric = self.coordinator.weight(step), self.coordinator.metric
+        assert self._probed is not None
+        (batch, base, memory), self._probed = self._probed, None
+
+        def predict() -> Prediction:
+            with memory.used():
+                logits, _, sample = self._forward(batch)
+            return Prediction(logits, sample)
+
         with undisturbed(self.model, checkpointing=weight > 0):
-            for batch, base, memory in self._probed:
-
-                def predict(batch: dict[str, Tensor] = batch, memory: Memory = memory) -> Prediction:
-                    with memory.used():
-                        logits, _, sample = self._forward(batch)
-                    return Prediction(logits, sample)
-
-                base = base or self._before(batch, before)
-                if weight:
-                    share, backward = weight / len(self._probed), self.accelerator.backward
-                    found.append(look_ahead(predict, self.components, before, base, share, metric, backward))
-                else:
-                    found.append(measure(predict, self.components, before, metric, base))
-        self._probed.clear()
-        return Balance(*(sum(values) / len(found) for values in zip(*(vars(b).values() for b in found), strict=True)))
+            base = base or self._before(batch, before)
+            if weight:
+                return look_ahead(predict, self.components, before, base, weight, metric, self.accelerator.backward)
+            return measure(predict, self.components, before, metric, base)
 
     @torch.no_grad()
     def _before(self, batch: dict[str, Tensor], before: dict[str, list[Tensor]]) -> Prediction:

@@ -10,7 +10,7 @@ from PIL import Image
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning.config import DataSection
 from equipoise.pipelines.instruction_tuning.data import Turn, read_all, read_examples
-from equipoise.pipelines.instruction_tuning.media import open_sound
+from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
 
 ASK, SAY = {"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "yes"}
 
@@ -70,6 +70,7 @@ BAD = [
     ({"image": "red.png", "conversations": [{"from": "human", "value": "<image><image>?"}, SAY]}, "mentions 2 <image>"),
     ({"image": "red.png", "audio": "a.wav", "conversations": [ASK, SAY]}, "has both an image and an audio"),
     ({"image": 3, "conversations": [ASK, SAY]}, "image must be a path or a list of paths, got 3."),
+    ({"image": "red.png", "conversations": [ASK, {"from": "gpt", "value": "red \ud83d"}]}, "has half a character"),
     ("{not json", "is not JSON"),
     ("[1, 2]", "must be an object with conversations, got list."),
 ]
@@ -114,16 +115,31 @@ def test_sounds(folder):
     time = np.arange(8000) / 8000
     soundfile.write(folder / "tone.flac", np.stack([np.sin(2 * np.pi * 440 * time)] * 2, axis=1), 8000)
     soundfile.write(folder / "none.wav", np.zeros(0), 8000)
+    soundfile.write(folder / "click.wav", np.zeros(1), 48000)
     (folder / "text.wav").write_text("hello")
     samples = open_sound(folder / "tone.flac", 16000)
     assert samples.shape == (16000,) and samples.dtype == np.float32
     peak = np.abs(np.fft.rfft(samples)).argmax()
     assert peak == 440, "one second, resampled without changing the pitch"
-    rows = "audio,question,answer\n" + "".join(f"{name},What?,x\n" for name in ("tone.flac", "none.wav", "text.wav"))
+    named = ("tone.flac", "none.wav", "text.wav", "click.wav")
+    rows = "audio,question,answer\n" + "".join(f"{name},What?,x\n" for name in named)
     (folder / "talk.csv").write_text(rows)
     _, problems = read_examples(folder / "talk.csv", None)
-    assert len(problems) == 2 and "none.wav has zero length." in problems[0]
+    assert len(problems) == 3 and "none.wav has zero length." in problems[0]
     assert "text.wav cannot be read as a sound" in problems[1]
+    assert "click.wav is too short (0.021 ms) to be heard." in problems[2]
+
+
+def test_sixteen_bits_are_not_all_white(folder):
+    for name, kind in (("deep.png", np.uint16), ("deep.tiff", np.int32)):
+        Image.fromarray(np.array([[0, 30000, 65535]] * 3, kind)).save(folder / name)
+        assert np.asarray(open_picture(folder / name))[0, :, 0].tolist() == [0, 117, 255]
+
+
+def test_a_missing_file_is_named_by_its_key(folder):
+    file = written(folder, {"image": "red.png", "conversations": [ASK, SAY]})
+    _, _, problems = read_all(DataSection(file=str(file), validation="gone.csv"))
+    assert problems == ["data.validation: gone.csv does not exist."]
 
 
 def test_what_is_held_out(folder):
@@ -148,6 +164,18 @@ def test_the_command_lists_all_and_leaves_nothing(folder, checkpoints, capfd):
         f"{file}:2: has no answer." in error[1] and f"{file}:1: image {folder / 'no.png'} does not exist." in error[2]
     )
     assert not (folder / "runs").exists()
+
+
+def test_what_the_processor_refuses_is_found_before(folder, checkpoints, capfd):
+    """All of it, with file and line."""
+    Image.new("RGB", (2, 900)).save(folder / "thin.png")
+    good = {"image": "red.png", "conversations": [ASK, SAY]}
+    file = written(folder, {"image": "thin.png", "conversations": [ASK, SAY]}, good, good)
+    words = ["train", "instruction_tuning/demo", f"data={file}", f"model={checkpoints('qwen2_vl')}"]
+    assert main([*words, f"runs={folder / 'runs'}"]) == 2
+    error = capfd.readouterr().err
+    assert f"{file}:1: the processor of qwen2_vl does not take this (absolute aspect ratio" in error
+    assert f"{file}:2" not in error and not (folder / "runs").exists()
 
 
 def test_answers_that_are_cut_away(folder, checkpoints, capfd):

@@ -1,11 +1,14 @@
 """What of a conversation is trained on, in every architecture: the answers' tokens and no others."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import ModelSection
-from equipoise.pipelines.instruction_tuning.data import read_examples
+from equipoise.pipelines.instruction_tuning.data import Turn, read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk, _content
 
@@ -114,6 +117,50 @@ def test_what_is_too_long_is_cut_at_its_end(talk, examples):
     cut = made.training_batch([example])
     assert cut["input_ids"].shape[1] == 60 < whole["input_ids"].shape[1] == made.full_length(example)
     assert torch.equal(cut["labels"], whole["labels"][:, :60])
+
+
+def test_half_a_picture_is_none(talk, examples):
+    """A turn whose picture would be cut is left out whole; one that fits stays."""
+    first, second = examples("llava")[:2]
+    both = type(first)("image", first.media + second.media, first.turns + second.turns, "", "here:1")
+    whole = talk("llava").training_batch([both])
+    answers = (whole["labels"][0] != IGNORED).nonzero()[:, 0]
+    place = int((whole["input_ids"][0] == talk("llava").tokenizer.convert_tokens_to_ids("<image>")).nonzero()[-1])
+    cut = talk("llava", max_tokens=place).training_batch([both])
+    assert len(cut["pixel_values"]) == 1 and cut["input_ids"].shape[1] <= place
+    said = cut["labels"][0][cut["labels"][0] != IGNORED]
+    assert talk("llava").tokenizer.decode(said) == "red<|im_end|>\n"
+    kept = talk("llava", max_tokens=int(answers[-1])).training_batch([both])
+    assert len(kept["pixel_values"]) == 2 and kept["input_ids"].shape[1] == int(answers[-1])
+
+
+def test_marks_of_a_models_own_are_no_text(talk, examples):
+    first = examples("llava")[0]
+    for kind, turn, found in (
+        ("llava", Turn("<image>\nWhat?", "see <image> here"), "<image>"),
+        ("qwen2_vl", Turn("<image>\nWhat is <|image_pad|>?", "red</s>"), "<|image_pad|>, </s>"),
+        ("blip-2", Turn("<image>\nWhat?", "red</s>"), "</s>"),
+    ):
+        (problem,) = talk(kind).problems(replace(first, turns=(turn,)))
+        assert f"talk.jsonl:1: has {found} in its text, which {kind} reads as a mark of its own." in problem
+    assert talk("qwen2_vl").problems(replace(first, turns=(Turn("<image>\nWhat?", "an <image> tag"),))) == []
+
+
+def test_a_sound_longer_than_the_window_is_refused(talk, sounds):
+    import soundfile
+
+    soundfile.write(sounds.with_name("0.wav"), np.zeros(5 * 8000) + 0.1, 8000)
+    long, right = read_examples(sounds, None)[0][:2]
+    (problem,) = talk("qwen2_audio").problems(long)
+    assert problem.endswith("0.wav lasts 5.0 s, and qwen2_audio hears only the first 1. Cut it into pieces.")
+    assert talk("qwen2_audio").problems(right) == []
+
+
+def test_a_medium_that_vanished_is_named_with_its_line(talk, examples):
+    first = examples("llava")[0]
+    first.media[0].unlink()
+    with pytest.raises(InputError, match=r"talk.jsonl:1: image .*0.png does not exist"):
+        talk("llava").training_batch([first])
 
 
 def test_a_prompt_of_ones_own(talk, examples):

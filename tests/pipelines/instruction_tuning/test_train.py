@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,35 @@ def test_the_norms_of_h_are_of_instructions_and_media(begun):
     by_hand = work.tuned.plain.get_input_embeddings()(ids).square().sum().sqrt().item()
     assert found[0].text_norm == pytest.approx(by_hand) == found[1].text_norm and by_hand > 0
     assert found[0].encoded_norm == pytest.approx(found[1].encoded_norm) and found[0].encoded_norm > 0
+
+
+def test_what_is_kept_to_measure_does_not_grow_with_accumulation(begun):
+    for count in (1, 4):
+        work = begun(f"train.accumulate={count}", OFTEN)
+        last = work._batch(work._chosen(count - 1, 2))
+        work._evaluate_all(0)
+        batch, base, _ = work._probed
+        assert all(torch.equal(batch[name], last[name]) for name in last) and base is not None
+        assert "kappa" in work.after_step(0) and work._probed is None
+
+
+def test_hub_code_is_never_run(monkeypatch, checkpoints):
+    """Nor is it asked for on the terminal."""
+    from equipoise.pipelines.instruction_tuning import model
+
+    seen = []
+
+    def spied(plain, *args, **kwargs):
+        seen.append(kwargs.get("trust_remote_code"))
+        return plain(*args, **kwargs)
+
+    for cls in (model.AutoConfig, model.AutoProcessor, model.AutoModelForMultimodalLM):
+        monkeypatch.setattr(cls, "from_pretrained", partial(spied, cls.from_pretrained))
+    section = ModelSection(path=str(checkpoints("llava")))
+    load_processor(section)
+    load_model(section, "no")
+    model.model_type(section)
+    assert len(seen) >= 3 and all(value is False for value in seen)
 
 
 def test_the_presets_have_a_place_for_every_parameter(kinds, checkpoints):
@@ -318,10 +348,13 @@ def test_models_that_are_no_multimodal_ones(tmp_path, overrides, capfd):
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "list"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
     for name, message in (
         ("gpt2", "is a gpt2, which is no multimodal language model."),
         ("empty", "has no config.json"),
+        ("list", "cannot be read (must be an object, is a list)."),
         ("nowhere", "does not exist"),
     ):
         assert main(["train", NAME, *overrides(), f"model={tmp_path / name}"]) == 2
