@@ -56,7 +56,7 @@ class Quiet:
 def measure(config: AudioVisualConfig, memory: int, steps: int) -> tuple[float, float]:
     """Median seconds of a step, and of waiting in it."""
     features.MEMORY = memory
-    work = AudioVisualWork(config, Quiet(), make_accelerator("no"), prepare(config, keep=True))  # type: ignore[arg-type]
+    work = AudioVisualWork(config, Quiet(), make_accelerator("no"), prepare(config))  # type: ignore[arg-type]
     times = []
     for step in range(steps + 1):
         started = time.perf_counter()
@@ -92,7 +92,7 @@ def main() -> None:
 
 def read_alone(config: AudioVisualConfig, steps: int) -> float:
     """Median seconds of reading a batch from disk."""
-    prepared = prepare(config, keep=False)
+    prepared = prepare(config)
     clips = prepared.manifest.split("train")
     batches = features.Batches(prepared.store, clips)
     chosen = [index % len(clips) for index in range(config.train.batch)]

@@ -12,15 +12,22 @@ from equipoise.pipelines.text_to_image.layout import is_local
 
 def problems(config: AudioVisualConfig) -> list[str]:
     found = _objective_problems(config)
+    missing = False
     for name in config.data.modalities:
         path = getattr(config.model, name).path
         if path and is_local(path) and not Path(path).is_dir():
             found.append(f"model.{name}.path: {path} does not exist. Give a folder of transformers' own, or a hub id.")
-    if config.data.manifest != demo.NAME:
+            missing = True
+    if not missing:
+        found += _model_problems(config)
+    if config.data.manifest != demo.NAME and not missing:
         from equipoise.pipelines.audio_visual.prepared import prepare
 
-        prepared = prepare(config, keep=False)
-        found += prepared.manifest.problems if config.data.skip_bad else prepared.problems
+        try:
+            prepared = prepare(config)
+            found += prepared.manifest.problems if config.data.skip_bad else prepared.problems
+        except InputError as error:
+            found.append(str(error))
     if config.train.precision == "fp16":
         import torch
 
@@ -32,6 +39,24 @@ def problems(config: AudioVisualConfig) -> list[str]:
             "launch or torchrun."
         )
     return found
+
+
+def _model_problems(config: AudioVisualConfig) -> list[str]:
+    """What the model says of features of these sizes; nothing is computed or downloaded but a configuration."""
+    import torch
+
+    from equipoise.pipelines.audio_visual.features import bins, blank
+    from equipoise.pipelines.audio_visual.model import LateFusion
+
+    try:
+        with torch.device("meta"):
+            LateFusion(config, 2, bins(config.data.audio), pretrained=False)(blank(config.data, 2))
+    except InputError as error:
+        return [str(error)]
+    except Exception as error:  # of any encoder
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        return [f"model: its encoders cannot take what data gives, or their own sizes do not fit: {reason}."]
+    return []
 
 
 def _objective_problems(config: AudioVisualConfig) -> list[str]:

@@ -45,7 +45,9 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
             for key, value in result.items()
             if isinstance(value, int | float) and key.split("_")[0] in ("accuracy", "f1", "loss", "seconds", "step")
         }
-        cell.metrics["score"] = result.get("accuracy_joint") or max(result[f"accuracy_{m}"] for m in first.modalities)
+        joint = result.get("accuracy_joint")
+        best = max(result[f"accuracy_{m}"] for m in first.modalities)
+        cell.metrics["score"] = best if joint is None else joint
         for index, kind in enumerate(kinds):
             if (table := run.folder / "result" / f"confusion-{kind}.csv").is_file():
                 note = f"{kind}: accuracy {result[f'accuracy_{kind}']:.1%}"

@@ -6,6 +6,9 @@ picture), `video` (a file that gives what the other two do not), `text`, each as
 """
 
 import csv
+import hashlib
+import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,6 +49,12 @@ class Manifest:
     def split(self, name: str) -> list[Clip]:
         return [clip for clip in self.clips if clip.split == name]
 
+    @property
+    def digest(self) -> str:
+        """Of the clips' names, classes and splits: what decides which batches there are."""
+        told = [(clip.name, clip.label, clip.split) for clip in self.clips]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
     def sentences(self) -> list[str]:
         """Everything that is wrong, in the order of the lines."""
         return self.problems + [f"{self.path}:{line}: {text}" for line, text in sorted(self.bad.items())]
@@ -58,8 +67,8 @@ class Manifest:
 def read_manifest(data: DataSection, path: Path) -> Manifest:
     """The clips, and everything about them that can be said without decoding."""
     found = Manifest(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # unlike pathlib's, False also where no path can be so long
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         found.problems.append(
             f"data.manifest: {path} {what}. Give a CSV file, such as `equipoise prepare` writes, or demo."
         )
@@ -126,7 +135,7 @@ def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: Dat
         given = [column for column in NEEDED[modality] if row.get(column)]
         if not given:
             problems.append(f"has nothing in {' or '.join(NEEDED[modality])} for the modality {modality}.")
-        elif modality != "text" and not (folder / row[given[0]]).exists():
+        elif modality != "text" and not os.path.exists(folder / row[given[0]]):
             problems.append(f"{row[given[0]]} does not exist.")
     return clip, " ".join(dict.fromkeys(problems))
 

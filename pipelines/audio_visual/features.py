@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from equipoise.pipelines.files import explained
 
 SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
 APART = 0.5  # seconds by which sound and picture of a clip may differ in length, or a tenth where that is more
-MEMORY = 2 << 30  # bytes of features that are kept in memory; beyond, batches are read from disk ahead of their step
+MEMORY = 2 << 30  # bytes of features that are kept in memory; the rest is read from disk ahead of its step
 _VERSION = 1  # of what these functions give for a file
 
 Features = dict[
@@ -90,7 +91,8 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
 def _sound_formats() -> set[str]:
     import soundfile
 
-    return {name.lower() for name in soundfile.available_formats()} | {"aif", "oga", "opus"}
+    # of raw samples nobody can tell the rate
+    return {name.lower() for name in soundfile.available_formats()} - {"raw"} | {"aif", "oga", "opus"}
 
 
 def _sound_of_video(path: Path) -> tuple[np.ndarray, int]:
@@ -144,7 +146,7 @@ def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, siz
     Raises:
         InputError: There are none, or one cannot be read.
     """
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
+    files = pictures(path)
     if not files:
         raise InputError(f"{path.name} holds no pictures ({', '.join(sorted(PICTURES))}).")
     made = []
@@ -155,6 +157,11 @@ def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, siz
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{files[index].name} cannot be read as a picture ({_brief(error)}).") from None
     return torch.stack(made)
+
+
+def pictures(path: Path) -> list[Path]:
+    """A folder's in the order of their names, or the one."""
+    return [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
 
 
 def _middles(total: int, count: int) -> list[int]:
@@ -176,6 +183,8 @@ def spectrogram(samples: np.ndarray, rate: int, settings: AudioSection) -> Tenso
 
     if rate != settings.sample_rate:
         samples = soxr.resample(samples, rate, settings.sample_rate)
+    if not len(samples):
+        raise InputError("its sound is too short to be resampled.")
     length = max(settings.window, round(settings.seconds * settings.sample_rate))
     samples = np.tile(samples, -(-length // len(samples)))[:length].clip(-1, 1)
     window = torch.hann_window(settings.window)
@@ -190,6 +199,23 @@ def spectrogram(samples: np.ndarray, rate: int, settings: AudioSection) -> Tenso
     if not made.isfinite().all():
         raise InputError("its spectrogram is not finite.")
     return made[None].contiguous()  # the transform's own layout is another, which safetensors refuses
+
+
+def bins(settings: AudioSection) -> tuple[int, int]:
+    """The spectrogram's height and its windows."""
+    height = settings.mels if settings.scale == "log_mel" else settings.window // 2 + 1
+    return height, 1 + max(settings.window, round(settings.seconds * settings.sample_rate)) // settings.hop
+
+
+def blank(data: DataSection, count: int, dtype: torch.dtype = torch.float32) -> Features:
+    """Features of `count` clips, all zero: for their shapes."""
+    side = data.visual.size
+    every = {
+        "audio": torch.zeros(count, 1, *bins(data.audio), dtype=dtype),
+        "visual": torch.zeros(count, data.visual.frames, 3, side, side, dtype=torch.uint8),
+        "text": torch.zeros(count, data.text.length, dtype=torch.long),
+    }
+    return {name: every[name] for name in data.modalities}
 
 
 @lru_cache
@@ -226,20 +252,23 @@ class Store:
         cache: Path | None,  # a folder; none: nothing is looked for on disk
         tokenizer: Any = None,
         identity: str = "",  # of the tokenizer
-        write: bool = True,  # into the cache
     ):
-        self.data, self.cache, self.tokenizer, self.write = data, cache, tokenizer, write
+        self.data, self.cache, self.tokenizer = data, cache, tokenizer
         self.settings = [_VERSION, identity, sorted(data.modalities)]
         self.settings += [getattr(data, name).model_dump(mode="json") for name in sorted(data.modalities)]
         self.memory: dict[str, Features] = {}
         self.held = 0  # bytes
+        self.full = False  # whether there was a clip that did not fit
+        self.lock = Lock()
 
     def key(self, clip: Clip) -> str:
+        """By the clip's files as far as the modalities read them, and the settings."""
         facts: list[Any] = [self.settings, clip.text if "text" in self.data.modalities else None]
-        for path in (clip.audio, clip.frames, clip.video):
-            if path:
-                stat = path.stat()
-                facts.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+        read = {"audio": clip.audio or clip.video, "visual": clip.frames or clip.video}
+        for path in dict.fromkeys(path for name in self.data.modalities if (path := read.get(name))):
+            for file in pictures(path) if path == clip.frames else [path]:
+                stat = file.stat()
+                facts.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def prepare(self, clips: Sequence[Clip]) -> dict[int, str]:
@@ -272,9 +301,12 @@ class Store:
                 found = extract(clip, self.data, self.tokenizer)
                 self._save(key, found)
             size = sum(tensor.nbytes for tensor in found.values())
-            if self.held + size <= MEMORY:
-                self.held += size
-                self.memory[key] = found
+            with self.lock:
+                if self.held + size > MEMORY:
+                    self.full = True
+                elif key not in self.memory:
+                    self.held += size
+                    self.memory[key] = found
         return found
 
     def _file(self, key: str) -> Path | None:
@@ -288,7 +320,7 @@ class Store:
             return None
 
     def _save(self, key: str, found: Features) -> None:
-        if self.write and (file := self._file(key)):
+        if file := self._file(key):
             with explained(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
@@ -297,22 +329,18 @@ class Store:
 
 
 class Batches:
-    """Batches of some clips' features; those that come from disk are read while the step before is computed."""
+    """Batches of some clips' features; where not all are in memory, read while the step before is computed."""
 
     def __init__(self, store: Store, clips: Sequence[Clip]):
         self.store, self.clips = store, clips
-        self.whole: Features | None = None
-        if store.held < MEMORY:
-            rows = [store.get(clip) for clip in clips]
-            self.whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
         self.keys: dict[int, str] = {}  # of the clips that were read: working them out costs as much as reading
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[tuple[int, ...], Future] = {}
 
     def get(self, indices: Sequence[int], following: Sequence[int] = ()) -> Features:
         """The clips at `indices`, stacked; `following` are those that will be asked for next."""
-        if self.whole is not None:
-            return {name: tensor[list(indices)] for name, tensor in self.whole.items()}
+        if not self.store.full:
+            return self._read(indices)
         future = self.ahead.pop(tuple(indices), None)
         self.ahead = {tuple(following): self.reader.submit(self._read, following)} if following else {}
         return future.result() if future else self._read(indices)

@@ -139,10 +139,11 @@ def _backbone(section: EncoderSection, settings: Any, pretrained: bool, name: st
 
     if not section.path:
         return AutoModel.from_config(settings)
+    where: dict[str, Any] = {"revision": section.revision, "trust_remote_code": False}
     try:
         if not pretrained:  # its weights come from elsewhere
-            return AutoModel.from_config(AutoConfig.from_pretrained(section.path, revision=section.revision))
-        return AutoModel.from_pretrained(section.path, revision=section.revision, use_safetensors=True)
+            return AutoModel.from_config(AutoConfig.from_pretrained(section.path, **where), trust_remote_code=False)
+        return AutoModel.from_pretrained(section.path, use_safetensors=True, **where)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model.{name}.path: {section.path} cannot be loaded: {reason}") from error
@@ -175,7 +176,7 @@ class ResNet(nn.Module):
 
 
 class SpectrogramTransformer(nn.Module):
-    """AST on the spectrogram."""
+    """AST on the spectrogram; pretrained ones were made for a deviation of 0.5."""
 
     def __init__(self, section: EncoderSection, name: str, config, bins: tuple[int, int], pretrained):
         from transformers import ASTConfig
@@ -197,9 +198,10 @@ class SpectrogramTransformer(nn.Module):
                 f"data.audio gives {bins[0]} × {bins[1]}. Set data.audio.mels, seconds and hop."
             )
         self.features = self.net.config.hidden_size
+        self.deviation = 0.5 if section.path else 1.0
 
     def forward(self, given: Tensor) -> Tensor:  # (batch, 1, bins, windows)
-        return self.net(given[:, 0].transpose(1, 2)).pooler_output
+        return self.net(self.deviation * given[:, 0].transpose(1, 2)).pooler_output
 
 
 class Text(nn.Module):
@@ -218,6 +220,12 @@ class Text(nn.Module):
             max_position_embeddings=config.data.text.length,
         )
         self.net = _backbone(section, settings, pretrained, name)
+        most = getattr(self.net.config, "max_position_embeddings", None)
+        if most and most < config.data.text.length:
+            raise InputError(
+                f"model.{name}.path: {section.path} takes {most} tokens, and data.text.length is "
+                f"{config.data.text.length}. Set data.text.length={most}."
+            )
         self.features = self.net.config.hidden_size
 
     def forward(self, given: Tensor) -> Tensor:  # (batch, length) tokens

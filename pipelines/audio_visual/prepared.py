@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
 from equipoise.pipelines.audio_visual.data import Clip, Manifest, read_manifest, settle, with_validation
 from equipoise.pipelines.audio_visual.features import Store
 from equipoise.pipelines.demo import digits
@@ -23,24 +25,38 @@ class Prepared:
         return with_validation(self.manifest, config.data.validation, config.seed)
 
 
-def prepare(config: AudioVisualConfig, keep: bool) -> Prepared:
-    """Reads the manifest and every clip; `keep` writes the features to disk.
+def prepare(config: AudioVisualConfig) -> Prepared:
+    """Reads the manifest and every clip; the features go into the runs folder's cache, so that this is done once.
 
     With `data.skip_bad`, clips that cannot be used are left out and named by `manifest.bad`; without it they are
     problems.
+
+    Raises:
+        InputError: The text encoder's tokenizer cannot be used.
     """
     runs = Path(config.runs)
     path = digits.manifest(runs) if config.data.manifest == demo.NAME else Path(config.data.manifest)
     section = config.model.text
     tokenizer = identity = None
     if "text" in config.data.modalities and section.path:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
+        tokenizer = _tokenizer(section)
         identity = f"{section.path}@{section.revision}"
-    store = Store(config.data, runs / ".cache" / "features", tokenizer, identity or "", write=keep)
+    store = Store(config.data, runs / ".cache" / "features", tokenizer, identity or "")
     manifest = read_manifest(config.data, path)
     if not manifest.problems:
         manifest.leave_out(store.prepare(manifest.clips))
         settle(manifest)
     return Prepared(manifest, store)
+
+
+def _tokenizer(section: EncoderSection) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(section.path, revision=section.revision, trust_remote_code=False)
+    except Exception as error:  # of the tokenizers library, which raises what it likes
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model.text.path: {section.path} has no tokenizer that can be loaded: {reason}") from error
+    if made.pad_token_id is None:
+        raise InputError(f"model.text.path: the tokenizer of {section.path} has no token to pad with.")
+    return made

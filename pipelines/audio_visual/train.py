@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import Batches, Features
@@ -41,7 +41,7 @@ _EVALUATED = 256  # clips of a batch when evaluating, at most
 
 def train(config: AudioVisualConfig, run: Run) -> Outcome:
     accelerator = make_accelerator(config.train.precision)
-    prepared = prepare(config, keep=True)
+    prepared = prepare(config)
     _tell_skipped(prepared, config, run)
     work = AudioVisualWork(config, run, accelerator, prepared)
     started = time.perf_counter()
@@ -59,12 +59,15 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         **work.figures(found),
     }
     if config.train.baselines:
-        facts["baselines"] = {
-            name: _baseline(config, run, accelerator, prepared, name) for name in config.train.baselines
-        }
+        made = {name: _baseline(config, run, accelerator, prepared, name) for name in config.train.baselines}
+        facts["baselines"] = {name: figures for name, figures in made.items() if figures}
     work.save_result(found, facts)
     said = [f"{config.objective.name}: {_said(facts)}."]
-    said += [f"{name} instead: {_said(figures)}." for name, figures in facts.get("baselines", {}).items()]
+    for name, figures in facts.get("baselines", {}).items():
+        when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
+        said.append(f"{name} instead{when}: {_said(figures)}.")
+    if missing := [name for name in config.train.baselines if name not in facts["baselines"]]:
+        said.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
     message = " ".join([outcome.message, "Test accuracy,", *said])
     run.log(message)
     return Outcome(outcome.state, message, outcome.step)
@@ -84,19 +87,23 @@ def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> No
 
 
 def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
-    """Another objective in this one's place: its figures. Nothing of it is kept."""
+    """Another objective in this one's place: its figures; none where it was stopped. Nothing of it is kept."""
     other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
     work = AudioVisualWork(other, run, accelerator, prepared)
-    steps = range(config.train.steps)
+    steps, step, state = range(config.train.steps), 0, "done"
     try:
         for step in tqdm(steps, f"{name} instead", unit="step", dynamic_ncols=True, leave=False, disable=None):
             if "stop" in run.requested():
-                break
+                return {}
             work.step(step)
-    except (ArithmeticError, EnoughError) as error:
+    except ArithmeticError as error:
+        state = "diverged"
+        run.log(f"{name}: {error} at step {step + 1}")
+        work.rewind()
+    except EnoughError as error:
         run.log(f"{name}: {error}")
     work.settle()
-    return work.figures(work.test())
+    return {"state": state, "step": step + 1, **work.figures(work.test())}
 
 
 def _said(figures: dict[str, Any]) -> str:
@@ -111,6 +118,7 @@ class AudioVisualWork(OptimizedWork):
 
     def __init__(self, config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared):
         splits = prepared.splits(config)
+        self.digest = prepared.manifest.digest
         self.classes = prepared.manifest.classes
         index = {label: number for number, label in enumerate(self.classes)}
         self.labels = {split: torch.tensor([index[clip.label] for clip in clips]) for split, clips in splits.items()}
@@ -223,17 +231,22 @@ class AudioVisualWork(OptimizedWork):
         return norms
 
     @torch.no_grad()
-    def predict(self, split: str) -> dict[str, Scores]:
+    def predict(
+        self,
+        split: str,
+        clips: Tensor | None = None,  # (count,) their indices; none: all
+    ) -> dict[str, Scores]:
         """How good the joint prediction and every modality's own are on a split."""
         self.model.eval()
         outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        labels = self.labels[split]
-        for chosen in torch.arange(len(labels)).split(min(_EVALUATED, 4 * self.config.train.batch)):
+        clips = torch.arange(len(self.labels[split])) if clips is None else clips
+        labels = self.labels[split][clips]
+        for chosen in clips.split(min(_EVALUATED, 4 * self.config.train.batch)):
             with self.accelerator.autocast():
                 joint, unimodal = self.model(self._moved(self.batches[split].get(chosen.tolist())))
             for name, logits in {JOINT: joint, **unimodal}.items():
                 said = logits.float().cpu()
-                loss = F.cross_entropy(said, labels[chosen], reduction="none")
+                loss = F.cross_entropy(said, self.labels[split][chosen], reduction="none")
                 outputs.setdefault(name, []).append((loss, said.argmax(1)))
         return {
             name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), labels, len(self.classes))
@@ -274,9 +287,15 @@ class AudioVisualWork(OptimizedWork):
         return self.predict("test")
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "best": self.best, "best_loss": number(self.best_loss), "waited": self.waited}
+        watched = {"best": self.best, "best_loss": number(self.best_loss), "waited": self.waited}
+        return {**super().state(), **watched, "clips": self.digest}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if state.get("clips", self.digest) != self.digest:
+            raise InputError(
+                f"{self.config.data.manifest}: its usable clips, their classes or splits are not those that this run "
+                "was trained on so far. Put them back, or train anew."
+            )
         super().restore(weights, state)
         self.best = {name: tensor.to(self.accelerator.device) for name, tensor in state["best"].items()}
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]

@@ -6,6 +6,7 @@ manifest of your own, with the small model of `audio_visual/demo`. All objective
 and the learning rate of a seed.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -50,7 +51,9 @@ PAPER = {  # Table 1, CREMA-D: joint, audio, visual in %, subroutine seconds
 }
 LAMBDAS, MUS = (1.0, 10.0, 100.0), (0.001, 0.01, 0.1, 1.0)  # the paper's grid
 REACH, SIDE = 0.6, 7  # of the landscape, in units of each filter's norm; points along a side
-SHOWN = 120  # clips of each split behind a point of the landscape
+SHOWN = 120  # clips of each split, drawn by chance, behind a point of the landscape
+LARGE = 1e6  # a loss beyond is drawn as this
+POINTS = 10  # of a curve, at most
 
 
 def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None = None) -> Reproduction:
@@ -103,6 +106,13 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
     found = {(c["options"]["lam"], c["options"]["mu"]): c["accuracy_joint"] for c in cells if c["extra"] == "ablation"}
     ablation = [[f"λ = {lam:g}", *(f"{found[lam, mu]:.1f}" for mu in MUS)] for lam in LAMBDAS]
     lines.append(table(["", *(f"μ = {mu:g}" for mu in MUS)], ablation))
+    for c in cells:
+        if c["diverged"] is not None:
+            settings = "".join(f", {key} = {value}" for key, value in c["options"].items())
+            lines.append(
+                f"DIVERGED after {c['diverged']} steps: {c['method']}{settings}, seed {c['seed']}; its figures are "
+                "those of the weights before."
+            )
     lines.append(
         "\nFigure 2: landscape.png, joint loss (light: low) around the end of training, and which modality leads:"
     )
@@ -119,7 +129,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
     sheet = Image.fromarray(np.concatenate([_paint(land, pictures) for land in pictures.values()], 1))
     curves = {name: zip(*got(name, f"curve_{starved}"), strict=True) for name in ("MML", "MIMO", "EW")}
     rising = {name: [median(seeds) for seeds in curve] for name, curve in curves.items()}
-    places = [str((i + 1) * steps // 10) for i in range(10)]
+    places = [str(min(steps, (i + 1) * _validate_every(steps))) for i in range(_points(steps))]
     by_rate = {f"λ = {lam:g}": [found[lam, mu] for mu in MUS] for lam in LAMBDAS}
     panels = [
         Panel(f"{starved.capitalize()} validation accuracy in %", "steps", rising, places),
@@ -151,7 +161,7 @@ def _check(runs: str, data: str | None) -> None:
     """
     from equipoise.pipelines.audio_visual.prepared import prepare
 
-    prepared = prepare(_config({"data": data or "demo", "runs": runs, "seed": 0, "steps": 1}), keep=True)
+    prepared = prepare(_config({"data": data or "demo", "runs": runs, "seed": 0, "steps": 1}))
     if prepared.problems:
         raise InputError("\n".join(prepared.problems))
 
@@ -160,17 +170,26 @@ def _config(cell: Cell) -> Any:
     from equipoise.pipelines import config
 
     words = {"data.manifest": cell["data"], "runs": cell["runs"], "seed": cell["seed"], "train.steps": cell["steps"]}
-    words |= {"train.baselines": [], "train.validate_every": max(1, cell["steps"] // 10), "sweep": {}}
+    words |= {"train.baselines": [], "train.validate_every": _validate_every(cell["steps"]), "sweep": {}}
     if "objective" in cell:
         words |= {"objective.name": cell["objective"], "objective.options": cell["options"]}
     return config.set_keys(config.load("audio_visual/demo"), words, "reproduce")
+
+
+def _validate_every(steps: int) -> int:
+    return math.ceil(steps / POINTS)
+
+
+def _points(steps: int) -> int:
+    """Validations: the last is at the end, also where that is no full stretch after the one before."""
+    return math.ceil(steps / _validate_every(steps))
 
 
 @cache
 def _prepared(runs: str, data: str):
     from equipoise.pipelines.audio_visual.prepared import prepare
 
-    return prepare(_config({"data": data, "runs": runs, "seed": 0, "steps": 1}), keep=True)
+    return prepare(_config({"data": data, "runs": runs, "seed": 0, "steps": 1}))
 
 
 class _Quiet:
@@ -180,15 +199,23 @@ class _Quiet:
 
 
 def train(cell: Cell) -> Cell:
-    """Trains one model: test accuracies in %, seconds per batch of balancing, a validation curve."""
+    """Trains one model: test accuracies in %, seconds per batch of balancing, a validation curve, and the step at which
+    it diverged, if it did."""
     from equipoise.pipelines.audio_visual.train import AudioVisualWork
+    from equipoise.pipelines.loop import NonFiniteError
     from equipoise.pipelines.work import make_accelerator
 
     work = AudioVisualWork(_config(cell), _Quiet(), make_accelerator("no"), _prepared(cell["runs"], cell["data"]))  # type: ignore[arg-type]
     times: list[float] = []
     curves: dict[str, list[float]] = {"audio": [], "visual": []}
+    diverged = None
     for step in range(cell["steps"]):
-        values = work.step(step)
+        try:
+            values = work.step(step)
+        except NonFiniteError:  # as a run ends there: with the last weights that gave a finite loss
+            diverged = step
+            work.rewind()
+            break
         times.append(values["balancing"])
         for kind, curve in curves.items():
             if (accuracy := values.get(f"val_accuracy_{kind}")) is not None:
@@ -198,16 +225,18 @@ def train(cell: Cell) -> Cell:
     made: Cell = {f"accuracy_{k}": 100 * found[f"accuracy_{k}"] if f"accuracy_{k}" in found else None for k in kinds}  # type: ignore
     if cell["extra"] == "landscape":
         made |= _landscape(work)
-    made |= {f"curve_{kind}": (curve + curve[-1:] * 10)[:10] for kind, curve in curves.items()}
-    return made | {"balancing": median(times)}
+    count = _points(cell["steps"])
+    for kind, curve in curves.items():
+        made[f"curve_{kind}"] = (curve + [made[f"accuracy_{kind}"]] * count)[:count]
+    return made | {"balancing": median(times or [0.0]), "diverged": diverged}
 
 
 @torch.no_grad()
 def _landscape(work: Any) -> Cell:
     """Along two random directions, each filter's as long as the filter itself: joint loss of training and test, and by
-    how much audio leads visual in training accuracy."""
-    for split in ("train", "test"):
-        work.labels[split] = work.labels[split][:SHOWN]
+    how much audio leads visual in training accuracy, on some clips of each split; at the end, on all."""
+    chosen = {split: _some(len(work.labels[split])) for split in ("train", "test")}
+    end = {split: work.predict(split) for split in chosen}
     weights = [p for p in work.model.parameters() if p.ndim > 1]
     start = [p.clone() for p in weights]
     generator = torch.Generator().manual_seed(0)
@@ -226,25 +255,28 @@ def _landscape(work: Any) -> Cell:
     for a, b in product(ends, ends):
         for p, base, x, y in zip(weights, start, one, other, strict=True):
             p.copy_(base + a * x + b * y)
-        train, test = work.predict("train"), work.predict("test")
+        train, test = (work.predict(split, clips) for split, clips in chosen.items())
         points.append([train["joint"].loss, test["joint"].loss, train["audio"].accuracy - train["visual"].accuracy])
-    middle = points[len(points) // 2]
     for p, base in zip(weights, start, strict=True):
         p.copy_(base)
-    end = work.predict("train")
     return {
         "landscape": points,
-        "train_audio": 100 * end["audio"].accuracy,
-        "train_visual": 100 * end["visual"].accuracy,
-        "train_joint_loss": middle[0],
-        "test_joint_loss": middle[1],
+        "train_audio": 100 * end["train"]["audio"].accuracy,
+        "train_visual": 100 * end["train"]["visual"].accuracy,
+        "train_joint_loss": end["train"]["joint"].loss,
+        "test_joint_loss": end["test"]["joint"].loss,
     }
+
+
+def _some(count: int) -> torch.Tensor:
+    """Indices of at most SHOWN clips, by chance and always the same: a manifest is often sorted by class."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SHOWN]
 
 
 def _paint(points: list[list[float]], all_of_them: dict[str, list[list[float]]]) -> np.ndarray:
     """A square of the landscape: blue where audio leads, green where visual does, darker where the loss is higher."""
-    losses = np.log([p[0] for p in points])
-    every = np.log([p[0] for other in all_of_them.values() for p in other])
+    losses = np.log(np.nan_to_num([p[0] for p in points], nan=LARGE).clip(1e-9, LARGE))
+    every = np.log(np.nan_to_num([p[0] for other in all_of_them.values() for p in other], nan=LARGE).clip(1e-9, LARGE))
     level = ((losses - every.min()) / max(1e-9, np.ptp(every))).reshape(SIDE, SIDE)
     gap = np.clip([p[2] for p in points], -1, 1).reshape(SIDE, SIDE)
     tint = np.where(gap[..., None] > 0, np.array([60, 110, 230]), np.array([40, 160, 80]))

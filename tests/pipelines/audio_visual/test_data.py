@@ -1,6 +1,7 @@
 """Manifests and features: real sound and video read back, and everything that can be wrong, said at once."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,9 @@ def test_everything_wrong_with_a_manifest_is_said_at_once(messy, tmp_path, capfd
     assert main(words) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == len(expected)
+    assert [p.name for p in Path("runs").iterdir()] == [".cache"], "the good clips' features, for the next try"
     for line, (number, text) in zip(lines, expected.items(), strict=True):
         assert line.startswith(f"{path}:{number}: ") and text in line, line
-    assert not Path("runs").exists()
 
 
 def test_skip_bad_goes_on_and_says_what_it_left_out(messy, tmp_path, capfd, tiny):
@@ -209,12 +210,44 @@ def test_batches_are_the_same_from_memory_and_from_disk(clips, tmp_path, monkeyp
     data = DataSection(manifest=str(clips), **SMALL)
     chosen = read_manifest(data, clips).split("train")
     held = Batches(Store(data, tmp_path / "cache"), chosen)
-    monkeypatch.setattr("equipoise.pipelines.audio_visual.features.MEMORY", 0)
+    assert not held.store.prepare(chosen) and not held.store.full
+    size = held.store.held // len(chosen)
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.features.MEMORY", int(2.5 * size))
     read = Batches(Store(data, tmp_path / "cache"), chosen)
-    assert held.whole is not None and read.whole is None
+    assert not read.store.prepare(chosen) and read.store.full
+    assert len(read.store.memory) == 2 and read.store.held == 2 * size, "of twelve"
     for indices, following in (([0, 3], [5, 1]), ([5, 1], [2, 2]), ([4, 4], ())):
         one, other = held.get(indices, following), read.get(indices, following)
         assert all(torch.equal(one[name], other[name]) for name in ("audio", "visual"))
+
+
+def test_features_are_made_anew_when_a_file_changes_that_is_read(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    made.write_picture(folder / "0.png", (255, 0, 0))
+    row = {"audio": "gone.wav", "frames": "frames", "label": "a", "split": "train"}
+    path = made.write_manifest(tmp_path / "m.csv", [row])
+    data = DataSection(manifest=str(path), modalities=["visual"], visual={"size": 8})
+    (clip,) = read_manifest(data, path).clips
+    assert Store(data, tmp_path / "cache").prepare([clip]) == {}, "a column that is not used may name what is not there"
+    assert Store(data, tmp_path / "cache").get(clip)["visual"][0, :, 0, 0].tolist() == [255, 0, 0]
+    made.write_picture(folder / "0.png", (0, 0, 255))
+    os.utime(folder / "0.png", ns=(1, 1))
+    assert Store(data, tmp_path / "cache").get(clip)["visual"][0, :, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_clips_that_no_decoder_foresaw_are_problems_too(tmp_path):
+    soundfile.write(tmp_path / "one.wav", np.array([0.5]), 44100)
+    (tmp_path / "x.raw").write_bytes(b"\0\1" * 1000)
+    names = ("one.wav", "x.raw", "a" * 300 + ".wav")
+    rows = [{"audio": name, "label": "a", "split": "train"} for name in names]
+    path = made.write_manifest(tmp_path / "m.csv", rows)
+    data = DataSection(manifest=str(path), modalities=["audio"], **SMALL)
+    manifest = read_manifest(data, path)
+    assert "does not exist." in manifest.bad[4]
+    wrong = Store(data, None).prepare(manifest.clips)
+    assert "too short to be resampled" in wrong[2] and "x.raw has no sound track." in wrong[3]
+    assert "does not exist" in read_manifest(data, tmp_path / ("b" * 300)).problems[0]
 
 
 def test_a_file_that_goes_away_is_a_problem_of_its_clip(clips, tmp_path):

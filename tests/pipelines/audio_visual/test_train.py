@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import checkpoints, config
-from equipoise.pipelines.audio_visual import AudioVisual
+from equipoise.pipelines.audio_visual import AudioVisual, features
 from equipoise.pipelines.audio_visual.model import FUSIONS, load
 from equipoise.pipelines.audio_visual.scores import scores
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.loop import NonFiniteError
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
 from equipoise.pipelines.work import make_accelerator
@@ -273,6 +274,63 @@ def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
     assert all(torch.isfinite(w.float()).all() for w in weights(run).values())
 
 
+def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
+    counted, real = [], features.extract
+    monkeypatch.setattr(features, "extract", lambda *given: counted.append(1) or real(*given))
+    assert main(["train", NAME, *tiny, "steps=1", "train.baselines=[joint]"]) == 0
+    assert len(counted) == 22
+
+
+def test_baselines_that_were_stopped_or_diverged_are_said_to_be(tiny, monkeypatch):
+    steps = AudioVisualWork.step
+
+    def step(self, number):
+        if self.config.objective.name == "joint" and number == 3:
+            raise NonFiniteError("the loss was not finite")
+        if self.config.objective.name == "equal_weight":
+            self.run.request("stop")
+        return steps(self, number)
+
+    monkeypatch.setattr(AudioVisualWork, "step", step)
+    run, outcome = train(*tiny, "train.baselines=[joint, equal_weight, agm]")
+    assert outcome.state == "done" and "joint instead (diverged at step 4): joint " in outcome.message
+    assert "Stopped before equal_weight and agm had been trained instead." in outcome.message
+    made = json.loads((run.folder / "result" / "result.json").read_text())["baselines"]
+    assert made.keys() == {"joint"} and (made["joint"]["state"], made["joint"]["step"]) == ("diverged", 4)
+
+
+def test_a_run_does_not_go_on_with_other_clips(tiny, clips):
+    path = clips.with_name("changing.csv")
+    path.write_text(clips.read_text())
+    settings = config.load(NAME, [*tiny, f"data.manifest={path}", "checkpoint_every=2"])
+    run = Store(settings.runs).create(settings)
+    metric = type(run).metric
+
+    def stop_after_three(self, step, **values):
+        metric(self, step, **values)
+        if step == 3:
+            self.request("stop")
+
+    run.metric = stop_after_three.__get__(run)
+    assert execute(AudioVisual, settings, run).state == "stopped"
+    del run.metric
+    lines = clips.read_text().splitlines()
+    for text in ("\n".join(lines[:1] + lines[4:]), clips.read_text().replace("low,train", "new,train", 1)):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"changing.csv: its usable clips, their classes or splits are not those"):
+            execute(AudioVisual, settings, run)
+    path.write_text(clips.read_text())
+    assert execute(AudioVisual, settings, run).state == "done"
+
+
+def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
+    run, _ = train(*tiny)
+    file = run.folder / "result" / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "accuracy_joint": 0.0}))
+    (cell,) = AudioVisual.compare("one", tmp_path, [run], [config.load(NAME, tiny)], "fixed").cells
+    assert cell.metrics["score"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -285,6 +343,10 @@ def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
         (["data.modalities=[audio, audio]"], "must name each modality once"),
         (["objective.options={f_star: {sound: 1}}"], "f_star: sound is no modality here; there are audio, visual."),
         (["model.visual.path=./nowhere"], "model.visual.path: ./nowhere does not exist."),
+        (["data.modalities=[audio, text]", "model.text.path=./nowhere"], "model.text.path: ./nowhere does not exist."),
+        (["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "data.audio.mels=8"], "model: its encoders cannot"),
+        (["model.visual={widths: [0, 8], depths: [1, 1]}"], "model: its encoders cannot"),
+        (["objective.options={f_star: {audio: .nan}}"], "f_star: must give a number for each modality, got"),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):
@@ -293,6 +355,70 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_pa
     assert message in error and "Traceback" not in error
     runs = tmp_path / "runs"
     assert not runs.exists() or not [p for p in runs.iterdir() if not p.name.startswith((".", "index"))]
+
+
+def write_bert(folder: Path, padding: bool = True) -> Path:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=12, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "high", "low"]
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    named = {"pad_token": "[PAD]"} if padding else {}
+    split = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=split, unk_token="[UNK]", **named).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_text_encoder_from_a_folder(tiny, tmp_path, capfd):
+    words = [*tiny, "data.modalities=[visual, text]", f"model.text.path={write_bert(tmp_path / 'bert')}"]
+    assert main(["train", NAME, *words]) == 2
+    assert "takes 16 tokens, and data.text.length is 128. Set data.text.length=16." in capfd.readouterr().err
+    run, outcome = train(*words, "data.text.length=16", "learning_rate=1e-30", "train.keep=last")
+    assert outcome.state == "done"
+    wanted, key = load_file(tmp_path / "bert" / "model.safetensors"), "embeddings.word_embeddings.weight"
+    assert torch.equal(weights(run)[f"encoders.text.net.{key}"], wanted[key])
+    other = write_bert(tmp_path / "unpadded", padding=False)
+    assert main(["train", NAME, *words, f"model.text.path={other}", "data.text.length=16"]) == 2
+    assert "has no token to pad with." in capfd.readouterr().err
+
+
+def test_a_pretrained_ast_hears_what_it_was_made_for(tiny, tmp_path):
+    from transformers import ASTConfig, ASTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    net = ASTModel(ASTConfig(num_mel_bins=16, max_length=16, **sizes))
+    net.save_pretrained(tmp_path / "ast")
+    words = [*tiny, f"model.audio={{kind: ast, path: {tmp_path / 'ast'}}}", "learning_rate=1e-30", "train.keep=last"]
+    run, _ = train(*words)
+    model, _ = load(run.folder / "result")
+    sound = model.sound[0] + model.sound[1] * torch.randn(2, 1, 16, 16)
+    heard = (sound - model.sound[0]) / (2 * model.sound[1])
+    with torch.no_grad():
+        wanted = net.eval()(heard[:, 0].transpose(1, 2)).pooler_output
+        assert torch.allclose(model.encoders["audio"]((sound - model.sound[0]) / model.sound[1]), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_no_code_from_a_models_folder_runs(part, tiny, tmp_path, capfd, monkeypatch):
+    """Not even where the question whether to trust it would be answered with yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = write_bert(tmp_path / "net")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    if part == "config":
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}})
+        )
+    else:
+        told = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(told))
+        (folder / "tokenizer.json").unlink()
+    words = ["data.modalities=[visual, text]", f"model.text.path={folder}", "data.text.length=16"]
+    assert main(["train", NAME, *tiny, *words]) == 2
+    assert "model.text.path: " in capfd.readouterr().err and not (tmp_path / "ran").exists()
 
 
 def test_a_pretrained_encoder_from_a_folder(tiny, tmp_path):
@@ -328,8 +454,10 @@ def test_scores_by_hand():
     assert found.confusion.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
 
 
-def test_the_loader_takes_little_of_a_step(tiny, monkeypatch):
-    """With cached features, at the demo's sizes: under a tenth of a step."""
+@pytest.mark.parametrize("memory", [features.MEMORY, 0])
+def test_the_loader_takes_little_of_a_step(memory, clips, tmp_path, monkeypatch):
+    """With cached features, at the demo's sizes of clips and model, in memory or on disk: under a tenth of a step."""
+    monkeypatch.setattr(features, "MEMORY", memory)
     caught = []
 
     def one_step(_, work, *rest):
@@ -352,7 +480,8 @@ def test_the_loader_takes_little_of_a_step(tiny, monkeypatch):
         return Outcome("stopped")
 
     monkeypatch.setattr("equipoise.pipelines.audio_visual.train.train_loop", one_step)
-    train(*tiny, "steps=1000", "train.validate_every=1000", "batch=12")
+    words = [f"data.manifest={clips}", f"runs={tmp_path / 'runs'}", "train.baselines=[]"]
+    train(*words, "steps=1000", "train.validate_every=1000", "batch=12")
     assert caught[0] < 0.1
 
 
