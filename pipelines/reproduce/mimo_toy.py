@@ -53,6 +53,8 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
             f"  Conditions (16), (18): ‖C_y1‖ > ‖C_y2‖: {found['y1']:.3g} and {found['y2']:.3g}, "
             f"{_verdict(found['y1'] > found['y2'])}; C_y1·C_1⁻¹·C_y1ᵀ < C_y2·C_2⁻¹·C_y2ᵀ: {found['gain1']:.3g} and "
             f"{found['gain2']:.3g}, {_verdict(found['gain1'] < found['gain2'])}.",
+            f"  Condition (17): f(M₁) > f(M₂), the least loss with one modality alone: {found['alone1']:.3g} and "
+            f"{found['alone2']:.3g}, {_verdict(found['alone1'] > found['alone2'])}; and m₁ is learned first, below.",
         ]
         rows = []
         for method in METHODS:
@@ -104,12 +106,15 @@ def data(label: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def conditions(x1: Tensor, x2: Tensor, y: Tensor) -> dict[str, float]:
-    """The two sides of both inequalities in (16)."""
+    """The two sides of the inequalities in (16), (18) and (17): in that, the least losses that one modality alone
+    reaches."""
     found = {}
     for name, x in (("1", x1), ("2", x2)):
         own, with_label = x.T @ x / len(x), y @ x / len(x)
         found[f"y{name}"] = with_label.norm().item()
         found[f"gain{name}"] = (with_label @ torch.linalg.solve(own, with_label)).item()
+        best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+        found[f"alone{name}"] = (y - x @ best).square().mean().item()
     return found
 
 

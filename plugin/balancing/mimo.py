@@ -80,7 +80,7 @@ class MIMO(Objective):
             raise InputError(f"f_star: must give a number for each modality, as {{audio: 0.3}}, got {self.f_star!r}.")
         if unknown := [name for name in self.f_star if name not in encoders]:
             raise InputError(f"f_star: {', '.join(unknown)} is no modality here; there are {', '.join(encoders)}.")
-        if not all(isinstance(value, int | float) for value in self.f_star.values()):
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in self.f_star.values()):
             raise InputError(f"f_star: must give a number for each modality, got {self.f_star}.")
 
     def combine(self, losses: Losses) -> Tensor:
@@ -105,7 +105,10 @@ class MIMO(Objective):
         return losses.joint + self.lam * mu * largest, heights, mu
 
     def _doubled(self, gaps: Tensor) -> Tensor:
-        """μ·2ⁿ with the least n for which no exponential, nor their sum, overflows: without asking the device."""
-        largest = math.log(torch.finfo(gaps.dtype).max / len(gaps))
-        times = (gaps.max() / (self.mu * largest)).clamp(min=1).log2().ceil()
+        """μ·2ⁿ with the least n for which no exponential, nor their sum, overflows, and not all of them vanish, as they
+        would for losses below f*: without asking the device."""
+        kind = torch.finfo(gaps.dtype)
+        largest, least = math.log(kind.max / len(gaps)), math.log(kind.tiny)
+        top = gaps.max()
+        times = (torch.maximum(top / largest, top / least) / self.mu).clamp(min=1).log2().ceil()
         return self.mu * 2**times

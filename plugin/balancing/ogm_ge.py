@@ -23,8 +23,8 @@ class OGMGE(Objective):
     Args:
         alpha: How strongly the dominant modality is slowed, α. (>= 0)
         noise: Add the noise (GE).
-        tensors: "convolutions": the gradients of convolution weights alone, as the authors do. "all": every gradient of
-            the encoder, for encoders of another kind.
+        tensors: "convolutions": the gradients of convolution weights alone, as the authors do, and every gradient of an
+            encoder that has no convolutions, as those of text. "all": every gradient of both encoders.
 
     References:
         Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, eq. 8 to 12.
@@ -60,8 +60,11 @@ class OGMGE(Objective):
         for name, ahead in ((one, ratio), (other, 1 / ratio)):
             coefficient = torch.where(ahead > 1, 1 - torch.tanh(self.alpha * torch.relu(ahead)), 1.0)
             logged[f"coefficient_{name}"] = coefficient
-            for parameter in self.encoders[name]:
-                if parameter.grad is None or (self.tensors == "convolutions" and parameter.ndim != 4):
+            parameters = self.encoders[name]
+            if self.tensors == "convolutions":
+                parameters = [parameter for parameter in parameters if parameter.ndim == 4] or parameters
+            for parameter in parameters:
+                if parameter.grad is None:
                     continue
                 deviation = parameter.grad.std(correction=min(1, parameter.numel() - 1)) + 1e-8  # of the raw gradient
                 parameter.grad.mul_(coefficient.to(parameter.grad.dtype))

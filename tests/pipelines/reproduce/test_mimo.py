@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.reproduce import mimo
 
 KINDS = ("visual", "audio")
 PLACE = Path(__file__).parents[1] / "audio_visual" / "conftest.py"
@@ -15,16 +16,44 @@ made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 
-@pytest.mark.slow
-def test_mimo_in_small(tmp_path, capsys):
+def write_clips(folder: Path) -> Path:
     rows = []
     for split, count in (("train", 6), ("val", 2), ("test", 4)):
         for index in range(count):
             name = f"{split}{index}"
-            made.write_sound(tmp_path / f"{name}.wav", 1200 if index % 2 else 300)
-            made.write_picture(tmp_path / f"{name}.png", (200, 0, 0) if index % 2 else (0, 0, 200))
+            made.write_sound(folder / f"{name}.wav", 1200 if index % 2 else 300)
+            made.write_picture(folder / f"{name}.png", (200, 0, 0) if index % 2 else (0, 0, 200))
             rows.append({"audio": f"{name}.wav", "frames": f"{name}.png", "label": "ab"[index % 2], "split": split})
-    manifest = made.write_manifest(tmp_path / "m.csv", rows)
+    return made.write_manifest(folder / "m.csv", rows)
+
+
+def test_a_training_that_diverges_is_marked_and_stops_nothing(tmp_path):
+    cell = {"objective": "mimo", "options": {"lam": 1e8, "mu": 0.1}, "seed": 0, "steps": 20, "extra": "landscape"}
+    found = mimo.train({**cell, "data": str(write_clips(tmp_path)), "runs": str(tmp_path / "runs")})
+    assert found["diverged"] < 20 and 0 <= found["accuracy_joint"] <= 100
+    assert len(found["curve_audio"]) == 10 and len(found["landscape"]) == mimo.SIDE**2
+    picture = mimo._paint(found["landscape"], {"MIMO": found["landscape"]})
+    assert picture.shape == (376, 376, 3)
+
+
+def test_a_curves_points_are_where_validations_are():
+    for steps in (1, 7, 12, 25, 300):
+        every = mimo._validate_every(steps)
+        validated = [step for step in range(1, steps + 1) if step % every == 0 or step == steps]
+        assert mimo._points(steps) == len(validated) <= 10
+        assert [min(steps, (i + 1) * every) for i in range(len(validated))] == validated
+
+
+def test_a_landscape_is_of_clips_from_everywhere():
+    chosen = mimo._some(1200)
+    assert len(chosen) == len(set(chosen.tolist())) == 120 and chosen.tolist() == mimo._some(1200).tolist()
+    assert all((chosen // 120 == tenth).any() for tenth in range(10)), "a manifest may be sorted by class"
+    assert sorted(mimo._some(5).tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_mimo_in_small(tmp_path, capsys):
+    manifest = write_clips(tmp_path)
     words = ["reproduce", "mimo", "--data", str(manifest), "--seeds", "1", "--steps", "2", "--workers", "1"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out

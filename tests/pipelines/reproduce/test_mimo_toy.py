@@ -18,9 +18,12 @@ def test_the_conditions_of_superficial_preference_hold_for_both_labels():
         for seed in range(3):
             found = conditions(*data(label, seed))
             assert found["y1"] > found["y2"] and found["gain1"] < found["gain2"]
+            assert found["alone1"] > found["alone2"]
     x1, x2, y = data("mean", 0)
     swapped = conditions(x2, x1, y)
-    assert swapped["y1"] < swapped["y2"], "and they are no tautology"
+    assert swapped["y1"] < swapped["y2"] and swapped["alone1"] < swapped["alone2"], "and they are no tautology"
+    explained = y.square().mean() - conditions(x1, x2, y)["gain1"]
+    assert torch.allclose(explained, torch.tensor(conditions(x1, x2, y)["alone1"], dtype=torch.float64), rtol=1e-8)
 
 
 def test_joint_training_learns_the_first_modality_first_and_mimo_is_sooner_at_a_small_loss():

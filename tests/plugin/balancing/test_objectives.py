@@ -186,6 +186,8 @@ def test_mimo_survives_losses_whose_exponential_does_not_fit():
     small = Losses(torch.tensor(0.0), {"a": torch.tensor(0.02), "b": torch.tensor(0.01)})
     again = MIMO(1.0, 0.001, overflow="doubling").combine(small)
     assert again == pytest.approx(MIMO(1.0, 0.001).combine(small).item()), "where it fits, μ is the nominal one"
+    below = MIMO(1.0, 0.001, f_star={"a": 1.0, "b": 1.0}, overflow="doubling").combine(small)
+    assert float(below) == pytest.approx(-0.98, abs=0.016 * math.log(2)), "nor do losses far below f* vanish"
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -360,6 +362,11 @@ def test_ogm_ge_coefficients_by_hand():
     assert float(logged["coefficient_a"]) == pytest.approx(expected) and float(logged["coefficient_b"]) == 1
     assert conv.grad.unique().tolist() == pytest.approx([expected]), "the dominant one's convolutions"
     assert line.grad.unique().tolist() == other.grad.unique().tolist() == [1.0], "and nothing else"
+    line.grad = None
+    objective.bind({"a": [line], "b": [other]})  # an encoder of text
+    objective.backward(Losses(line.sum(), {}, labels, responses))
+    objective.before_step()
+    assert line.grad.unique().tolist() == pytest.approx([expected]), "one without convolutions is slowed as a whole"
 
 
 def test_ogm_ges_noise_is_as_wide_as_the_gradient():
@@ -461,6 +468,7 @@ def test_mslr_sets_the_rates_it_is_told():
         (MIMO, "", r"MIMO takes at least 1 modalities .* there are 0 \(none\). Use another objective, such as `joint`"),
         (lambda: MIMO(f_star={"c": 1.0}), "ab", "f_star: c is no modality here; there are a, b"),
         (lambda: MIMO(f_star={"a": "low"}), "ab", "must give a number for each modality"),
+        (lambda: MIMO(f_star={"a": math.nan}), "ab", "must give a number for each modality"),
         (lambda: Unimodal("c"), "ab", "modality: c is no modality here; there are a, b"),
     ],
 )
