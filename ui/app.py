@@ -1,6 +1,10 @@
 """The page put together, the files beside it, and the server."""
 
+import os
+import signal
 import socket
+import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -98,10 +102,18 @@ def serve(
     try:
         mine.bind((host, port))
         mine.listen(128)  # who comes before everything is ready waits
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         mine.close()
-        raise InputError(f"--port {port}: cannot be used on {host}: {error.strerror}. Give another one.") from error
+        words = getattr(error, "strerror", None) or "ports go from 0 to 65535"
+        raise InputError(f"--port {port}: cannot be used on {host}: {words}. Give another one.") from error
     port = mine.getsockname()[1]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it tidies up after itself, as after Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="equipoise-ui-") as uploaded:
+        os.environ[launch.UPLOADED] = uploaded
+        _serve(mine, host, port, site, workers, auth)
+
+
+def _serve(mine: socket.socket, host: str, port: int, site: Site, workers: int, auth: tuple[str, str] | None) -> None:
     with nothing_is_garbage():
         app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
     warm = threading.Timer(1.0, _warm)  # when the page has been sent

@@ -30,7 +30,10 @@ from equipoise.pipelines.status import Status
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import PICTURES, Site, check_picture
 
+PROMPT = "data.instance_prompt"  # where a pipeline has it, one caption that goes before the pictures' own
+UPLOADED = "GRADIO_TEMP_DIR"  # names the folder of what a server keeps only while it runs
 FEW = 5  # finished runs that the estimate looks at
+_WORLD = ("model.", "data.")  # sections that name what lies outside of a configuration
 _SIZES = ("train.batch", "lora.rank", "data.resolution")  # by which the largest cell of a sweep is found
 
 
@@ -118,6 +121,19 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
     return run.id, f"Started {run.id}. The tab Runs shows how it goes."
 
 
+def doubts(made: Plan) -> list[str]:
+    """What is unlikely to be meant, in the pipeline's words."""
+    cells = expand(made.config) if made.config.sweep else {"": made.config}
+    pipeline = registry.load("pipelines", made.config.pipeline)
+    worlds = {
+        repr([(k, v) for k, v in configs.flat(cell).items() if k.startswith(_WORLD)]): cell for cell in cells.values()
+    }
+    try:
+        return list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.doubts(cell)))
+    except (EquipoiseError, OSError, ValueError):  # of a world that is not as it should be, which starting says
+        return []
+
+
 def alike(site: Site, made: Plan) -> list[Status]:
     """The youngest finished runs whose steps cost what these will: the same but for rate, length, data and samples."""
     cells = expand(made.config) if made.config.sweep else {"": made.config}
@@ -150,15 +166,19 @@ def _cost(config: RunConfig) -> list[tuple[str, Any]]:
 
 def estimate(site: Site, made: Plan, workers: int) -> str:
     """How long it may take, from what earlier runs like it measured here."""
-    steps = configs.flat(made.config).get("train.steps")
+    cells = expand(made.config).values() if made.config.sweep else [made.config]
+    steps = [count for count in (configs.flat(cell).get("train.steps") for cell in cells) if isinstance(count, int)]
     runs = f"{made.cells} runs" if made.cells > 1 else "1 run"
+    long = " to ".join(map(str, dict.fromkeys([min(steps, default=0), max(steps, default=0)])))
     paces = sorted(item.duration / item.step for item in alike(site, made))
-    if not paces or not isinstance(steps, int):
+    if not paces or not steps:
         each = " each" if made.cells > 1 else ""
-        return f"{runs} of {steps} steps{each}. How long a step takes is not known yet: nothing like it has run here."
+        return f"{runs} of {long} steps{each}. How long a step takes is not known yet: nothing like it has run here."
     pace = paces[len(paces) // 2]
-    total = pace * steps * -(-made.cells // max(1, workers))
-    return f"{runs} of {steps} steps, about {draw.span(total)} in all ({pace:.3g} s per step, measured here)."
+    busy = [0] * max(1, workers)  # steps of each worker, who takes the next run when it is done with one
+    for count in steps:
+        busy[busy.index(min(busy))] += count
+    return f"{runs} of {long} steps, about {draw.span(pace * max(busy))} in all ({pace:.3g} s per step, measured here)."
 
 
 def memory(site: Site, made: Plan, workers: int) -> str:
@@ -207,13 +227,12 @@ def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequenc
         raise InputError(f"the name must be one word of letters, digits, _ and -, got {name[:60]!r}.")
     if not 0 < len(files) <= PICTURES:
         raise InputError(f"choose 1 to {PICTURES} pictures, got {len(files)}.")
-    for file in files:
-        check_picture(Path(file), Path(file).name)
+    suffixes = [check_picture(Path(file), Path(file).name) for file in files]
     folder = site.store.root / "uploads" / f"{name}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     lines = []
-    for index, file in enumerate(files):
-        kept = f"{index:03d}{Path(file).suffix.lower()}"
+    for index, (file, suffix) in enumerate(zip(files, suffixes, strict=True)):
+        kept = f"{index:03d}{suffix}"
         shutil.copyfile(file, folder / kept)
         caption = str(captions[index][1] or "").strip() if index < len(captions) else ""
         lines.append(json.dumps({"file_name": kept, "text": caption or name}, ensure_ascii=False))
@@ -362,7 +381,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             max_height=360,
         )
     if cls.SHORT.get("data", "").endswith(".folder"):
-        _uploads(site, widgets[cls.SHORT["data"]])
+        _uploads(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
     ordered = [widgets[item.key.key] for item in items]
     form = Form(pipeline, items, ordered, preset, options)
     message = gr.HTML(elem_classes=["message"])
@@ -387,22 +406,23 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
         except EquipoiseError as error:
             return [said(error), gr.update(visible=False), *[gr.skip()] * 4]
-        folder = Path(tempfile.mkdtemp(prefix="equipoise-ui-"))
-        (folder / f"{made.config.name}.yaml").write_text(made.yaml)
+        file = Path(tempfile.mkdtemp(dir=os.environ.get(UPLOADED)), f"{made.config.name}.yaml")
+        file.write_text(made.yaml)
         words = draw.notice(f"{estimate(site, made, workers)}\nMemory: being worked out …")
-        return ["", gr.update(visible=True), words, made.command, made.yaml, str(folder / f"{made.config.name}.yaml")]
+        return ["", gr.update(visible=True), words, made.command, made.yaml, str(file)]
 
     def on_checked(name: str, rows: Any, *values: Any) -> Any:
         try:
             made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
-            return draw.notice(f"{estimate(site, made, workers)}\n{memory(site, made, workers)}")
+            lines = [estimate(site, made, workers), memory(site, made, workers), *doubts(made)]
+            return draw.notice("\n".join(lines))
         except EquipoiseError:
             return gr.skip()  # said above
 
     def on_start(name: str, rows: Any, *values: Any) -> str:
         try:
             made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
-            return draw.notice(launch(site, made, workers)[1], "good")
+            return draw.notice(launch(site, made, workers)[1], "good") + draw.notice("\n".join(doubts(made)))
         except EquipoiseError as error:
             return said(error)
 
@@ -471,7 +491,13 @@ def table_rows(table: Any) -> list[list[Any]]:
     return table.values.tolist() if hasattr(table, "values") else [list(row) for row in table]
 
 
-def _uploads(site: Site, data: gr.Dropdown) -> None:
+def caption_rows(paths: Sequence[str], before: Sequence[Sequence[Any]]) -> list[list[str]]:
+    """A row for each picture, with the caption that it had already."""
+    held = {str(row[0]): row[1] for row in before}
+    return [[name, str(held.get(name) or "")] for name in (Path(path).name for path in paths)]
+
+
+def _uploads(site: Site, data: gr.Dropdown, prompt: Any = None) -> None:
     with gr.Accordion("Pictures of your own", open=False):
         files = gr.File(
             file_count="multiple",
@@ -495,18 +521,19 @@ def _uploads(site: Site, data: gr.Dropdown) -> None:
             use = gr.Button("Use these pictures", elem_id="use-pictures")
         message = gr.HTML(elem_id="pictures-message")
 
-    def on_upload(paths: list[str] | None) -> Any:
-        return gr.update(value=[[Path(path).name, ""] for path in paths or []], visible=bool(paths))
+    def on_upload(paths: list[str] | None, rows: Any) -> Any:
+        return gr.update(value=caption_rows(paths or [], table_rows(rows)), visible=bool(paths))
 
     def on_use(word: str, paths: list[str] | None, rows: Any) -> list[Any]:
         try:
             folder = save_pictures(site, word, paths or [], table_rows(rows))
         except EquipoiseError as error:
-            return [said(error), gr.skip()]
-        return [
-            draw.notice(f"{len(paths or [])} pictures are ready; `data` names them.", "good"),
-            gr.update(value=folder),
-        ]
+            return [said(error), *[gr.skip()] * len(outputs[1:])]
+        words = f"{len(paths or [])} pictures are ready; `data` names them."
+        if prompt is not None:
+            words += " `instance prompt` is empty now, so that their captions are read."
+        return [draw.notice(words, "good"), gr.update(value=folder), *[gr.update(value="")] * len(outputs[2:])]
 
-    files.change(on_upload, files, captions, api_visibility="private")
-    use.click(on_use, [name, files, captions], [message, data], api_visibility="private")
+    outputs = [message, data, *([prompt] if prompt is not None else [])]
+    files.change(on_upload, [files, captions], captions, api_visibility="private")
+    use.click(on_use, [name, files, captions], outputs, api_visibility="private")

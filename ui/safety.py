@@ -49,7 +49,7 @@ _WORDS = (
     "baselines",
 )
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")
-_FORMATS = ("PNG", "JPEG", "WEBP")
+_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def check_picture(path: Path, name: str) -> None:
-    """Decodes an uploaded picture within bounds.
+def check_picture(path: Path, name: str) -> str:
+    """Decodes an uploaded picture within bounds; returns the suffix of its format, whatever it is called.
 
     Raises:
         InputError: It is too large, or none.
@@ -154,10 +154,11 @@ def check_picture(path: Path, name: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, before anything is decoded
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=list(_FORMATS)) as image:
                 if image.width * image.height > PIXELS:
                     raise InputError(f"{name}: has {image.width} × {image.height} pixels; make it smaller.")
                 image.load()
+                return _FORMATS[image.format or ""]
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -212,10 +213,14 @@ class Guard:
     def _refusal(self, scope: Any) -> tuple[int, str] | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
-        if self.hosts and (urlsplit(f"//{host}").hostname or "") not in self.hosts:
-            return 403, "This server answers by another name."  # a name that was made to point here
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).netloc != host:
+        try:
+            name, sender = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc
+        except ValueError:
+            return 400, "Host or Origin is no address."
+        if self.hosts and name not in self.hosts:
+            return 403, "This server answers by another name."  # a name that was made to point here
+        if origin and sender != host:
             return 403, "Requests from other sites are refused."
         if self.wanted is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from equipoise.ui.quick import import_gradio
     from equipoise.ui.safety import read_password
 
+    if args.workers < 1:
+        raise InputError(f"--workers: must be at least 1, got {args.workers}.")
     auth, data = read_password(args.auth), dict(map(_root, args.data))
     import_gradio()
     from equipoise.ui.app import serve

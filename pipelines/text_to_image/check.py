@@ -7,7 +7,7 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import open_picture, read_examples
+from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.layout import (
     hub_problems,
@@ -57,13 +57,16 @@ def problems(config: TextToImageConfig) -> list[str]:
 
 
 def doubts(config: TextToImageConfig) -> list[str]:
-    """A sentence if the pictures are far larger or smaller than those the base was made for."""
+    """A sentence if captions stay unread, and one if the pictures are far larger or smaller than the base's were."""
+    pictures = [example.path for example in read_examples(config.data)[0]]
+    found = [warning] if (warning := unread_captions(config.data, pictures)) else []
     made_for, given = native_resolution(config.model.path, config.model.revision), config.data.resolution
     if made_for is None or made_for / FAR < given < made_for * FAR:
-        return []
+        return found
     return [
+        *found,
         f"data.resolution: {given} pixels, but {config.model.path} was made for {made_for}; what it learns may be of "
-        f"little use. data.resolution={made_for} fits."
+        f"little use. data.resolution={made_for} fits.",
     ]
 
 

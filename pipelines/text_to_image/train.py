@@ -3,7 +3,6 @@
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
         raise ConfigError(wrong)
     if warning := unread_captions(data, [example.path for example in examples]):
         run.log(warning)
-        print(warning, file=sys.stderr)
     latents = prepare_latents(base, examples, data, runs / ".cache")
     with base.adapted(config.lora, config.seed) as parts:
         work = TextToImageWork(

@@ -1,6 +1,7 @@
 """A form says what the records say, and gives back what they hold; for every pipeline that is installed."""
 
 import pytest
+from PIL import Image
 
 from equipoise import registry
 from equipoise.errors import ConfigError, InputError
@@ -8,6 +9,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.shipped import shipped
+from equipoise.pipelines.status import Status
 from equipoise.ui import forms, launch
 
 
@@ -173,6 +175,34 @@ def test_the_estimate_measures(site, run):
     other = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "train.batch": "1"}, rows)
     assert "not known yet" in launch.estimate(site, other, 2)
     assert "An estimate from shapes" in launch.memory(site, other, 2)
+
+
+def test_the_estimate_adds_up_runs_of_different_lengths(site, monkeypatch):
+    _, shown, rows = filled("text_to_image/demo")
+    lone = {**shown, "optimizer.name": ["adamw"], "optimizer.learning_rate": "1e-3", "train.steps": "10, 20, 30"}
+    made = launch.plan(site, "text_to_image", "text_to_image/demo", lone, rows)
+    assert "3 runs of 10 to 30 steps each" in launch.estimate(site, made, 1)
+    monkeypatch.setattr(launch, "alike", lambda *_: [Status(id="a", step=10, seconds=10.0, started=1.0, ended=11.0)])
+    assert "about 0:01:00 in all" in launch.estimate(site, made, 1)
+    assert "about 0:00:40 in all" in launch.estimate(site, made, 2), "the first worker takes the third run too"
+
+
+def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    folder = launch.save_pictures(site, "mine", [str(picture)], [["a.png", "a caption"]])
+    config = configs.load("text_to_image/dreambooth", ["model=demo"])
+    shown = forms.show(config) | {"data.folder": folder}
+    made = launch.plan(site, "text_to_image", "text_to_image/dreambooth", shown, [])
+    assert "the 1 caption files of" in "\n".join(launch.doubts(made))
+    shown[launch.PROMPT] = ""  # as `Use these pictures` leaves it
+    made = launch.plan(site, "text_to_image", "text_to_image/dreambooth", shown, [])
+    assert "caption files" not in "\n".join(launch.doubts(made))
+
+
+def test_captions_outlive_the_choice_of_another_picture():
+    before = [["a.png", "one"], ["b.png", "two"]]
+    assert launch.caption_rows(["/x/b.png", "/x/c.png"], before) == [["b.png", "two"], ["c.png", ""]]
 
 
 @pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])

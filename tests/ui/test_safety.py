@@ -69,6 +69,8 @@ def test_what_is_served_and_to_whom(site, run, secret, serve):
             assert client.post("/gradio_api/queue/join", json={}, headers={"origin": origin}).status_code == 403
         for host in ("evil.example", "evil.example:7860", ""):  # a name that was made to point at this machine
             assert client.get("/config", headers={"host": host}).status_code == 403
+        for crooked in ({"host": "["}, {"origin": "http://["}):
+            assert client.get("/config", headers=crooked).status_code == 400
         mine = client.post("/gradio_api/queue/join", json={}, headers={"origin": str(client.base_url).rstrip("/")})
         assert mine.status_code == 422, "reached gradio, which misses the body"
 
@@ -180,6 +182,24 @@ def test_uploads(site, tmp_path):
     assert str(folder) in site.choices() and site.store.list() == []
 
 
+def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
+    """Whatever it is called: pipelines find pictures by their suffixes."""
+    for name, kind in (("a.jfif", "JPEG"), ("b.html", "PNG"), ("c.png", "WEBP")):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format=kind)
+    kept = launch.save_pictures(site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], [])
+    assert sorted(file.name for file in Path(kept).iterdir()) == ["000.jpg", "001.png", "002.webp", "metadata.jsonl"]
+
+
+def test_nothing_is_left_in_the_temporary_folder(site, serve, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    server = serve(site.store.root, TMPDIR=str(tmp_path / "temporary"))
+    files = [("files", ("a.png", b"x"))]
+    (kept,) = httpx.post(f"{server.url}/gradio_api/upload", files=files).json()
+    assert Path(kept).is_relative_to(tmp_path / "temporary") and Path(kept).is_file()
+    server.stop()
+    assert not any(path.is_file() for path in (tmp_path / "temporary").rglob("*"))
+
+
 def basic(word: str) -> dict[str, str]:
     return {"authorization": f"Basic {base64.b64encode(word.encode()).decode()}"}
 
@@ -210,6 +230,9 @@ def test_no_other_address_without_a_password(tmp_path, monkeypatch, capsys):
     assert "give --auth FILE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["ui", "--share"])
+    for words, said in ((["--port", "99999"], "0 to 65535"), (["--port", "0", "--workers", "-2"], "at least 1")):
+        assert main(["ui", *words, "--runs", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_passwords(tmp_path, monkeypatch):
