@@ -13,9 +13,9 @@ from tqdm import tqdm
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
-from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, without_marks
+from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
-from equipoise.pipelines.instruction_tuning.examples import load_examples
+from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.media import open_picture
 from equipoise.pipelines.instruction_tuning.model import load_model, load_processor
 from equipoise.pipelines.instruction_tuning.result import ADAPTER, load_result
@@ -54,7 +54,7 @@ def compare(
     _, held, problems = load_examples(first, talk, lambda text: print(text, file=sys.stderr))
     if problems:
         raise ConfigError(problems)
-    asked = _asked(held, samples)
+    asked = asked_of(held, samples, SHOWN)
     results = [_result(run) for run in runs]
     placed = lay_out(configs)
     total = len(asked) * (1 + sum(result is not None for result in results))
@@ -81,18 +81,6 @@ def compare(
     prompts = list(map(without_marks, shown))
     said = f"{METRICS[samples.metric]} ({len(asked)} held-out questions)"
     return Comparison(name, folder, prompts, said, untouched, cells)
-
-
-def _asked(held: list[Example], samples: SamplesSection) -> list[Example]:
-    """Held-out conversations; or prompts of one's own asked of the first held-out media, to be judged by eye."""
-    if not samples.prompts:
-        return held[: samples.count]
-    few = held[: max(1, SHOWN // len(samples.prompts))]
-    return [
-        Example(e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where)
-        for prompt in samples.prompts
-        for e in few
-    ]
 
 
 def _result(run: Run) -> dict | None:

@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.data import Example, read_all
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
+from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, read_all
 from equipoise.pipelines.instruction_tuning.talk import Talk
 
 
@@ -51,3 +51,16 @@ def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object])
             "before a picture or sound that does not fit."
         )
     return problems
+
+
+def asked_of(held: list[Example], samples: SamplesSection, most: int) -> list[Example]:
+    """Held-out conversations; or prompts of one's own asked of the first held-out media, about `most` in all, to be
+    judged by eye."""
+    if not samples.prompts:
+        return held[: samples.count]
+    few = held[: max(1, most // len(samples.prompts))]
+    return [
+        Example(e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where)
+        for prompt in samples.prompts
+        for e in few
+    ]

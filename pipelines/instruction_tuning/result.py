@@ -3,7 +3,7 @@
 Five lines load it, here with `folder` for the run's result/ and `base` for the model that was tuned:
 
     model = AutoModelForMultimodalLM.from_pretrained(base)
-    model.load_state_dict(load_file(f"{folder}/encoder.safetensors"), strict=False)
+    model.load_state_dict(load_file(f"{folder}/encoder.safetensors"), strict=False)  # none with encoder.method=lora
     model = PeftModel.from_pretrained(model, folder)
     processor = AutoProcessor.from_pretrained(base)
     model = model.merge_and_unload()  # if wanted: plain weights again, to be saved with save_pretrained

@@ -35,7 +35,7 @@ from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Example, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
-from equipoise.pipelines.instruction_tuning.examples import load_examples
+from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
 from equipoise.pipelines.instruction_tuning.result import write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
@@ -73,7 +73,8 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     seconds = time.perf_counter() - started
     answers = work.answers("answers of the tuned model")
     after = mean(answers)
-    work.write_answers(outcome.step or 0, answers)
+    own = work.answers("answers to samples.prompts", work.prompted) if work.prompted else []
+    work.write_answers(outcome.step or 0, [*own, *answers])
     facts = {
         "state": outcome.state,
         "step": outcome.step,
@@ -108,6 +109,11 @@ class InstructionTuningWork(OptimizedWork):
     ):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
         super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned))
+        if config.optimizer.weight_decays and "weight_decay" not in self.optimizer.optimizer.defaults:
+            raise InputError(
+                f"optimizer.weight_decays: {config.optimizer.name} has no weight decay. Leave them out, or use another "
+                "optimizer, such as adamw."
+            )
         if config.train.gradient_checkpointing:
             enable = getattr(tuned.plain, "activation_checkpointing_enable", tuned.plain.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
@@ -285,9 +291,9 @@ class InstructionTuningWork(OptimizedWork):
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
 
-    def answers(self, what: str, count: int | None = None) -> list[Answer]:
+    def answers(self, what: str, chosen: list[Example] | None = None) -> list[Answer]:
         """Answers to held-out questions, with a progress bar."""
-        chosen = self.held[: count or self.config.samples.count]
+        chosen = self.held[: self.config.samples.count] if chosen is None else chosen
         with (
             tqdm(total=len(chosen), desc=what, unit="answer", dynamic_ncols=True, disable=None) as bar,
             self.accelerator.autocast() if self.config.train.precision != "no" else nullcontext(),
@@ -296,8 +302,15 @@ class InstructionTuningWork(OptimizedWork):
             return answer(self.model, self.talk, chosen, self.config.samples, bar.update)
 
     def sample(self, step: int) -> None:
+        shown = self.config.samples.shown
+        chosen = self.prompted or self.held[:shown]
+        self.write_answers(step, self.answers("sample", chosen))
+
+    @property
+    def prompted(self) -> list[Example]:
+        """samples.prompts asked of the first held-out media; empty without any."""
         samples = self.config.samples
-        self.write_answers(step, self.answers("sample", samples.shown))
+        return asked_of(self.held, samples, samples.shown) if samples.prompts else []
 
     def write_answers(self, step: int, answers: list[Answer]) -> None:
         """Writes samples/step-…/answers.jsonl."""
@@ -314,7 +327,9 @@ class InstructionTuningWork(OptimizedWork):
             for a in answers
         ]
         write_atomic(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        self.run.log(f"answered {len(answers)} questions at step {step}, mean score {mean(answers):.3f}")
+        judged = [a for a in answers if a.score is not None]
+        said = f", mean score {mean(judged):.3f}" if judged else ""
+        self.run.log(f"answered {len(answers)} questions at step {step}{said}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
         chosen = self.config.optimizer

@@ -74,8 +74,8 @@ def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequenc
                 method,
                 spread([100 * value for value in got("accuracy", task, method)], ".1f"),
                 *(f"{median(losses[i] for losses in got('losses', task, method)):.3f}" for i in (1, 4, 9)),
-                f"{median(got('kappa_mean', task, method)):.2f}",
-                f"{median(got('kappa_deviation', task, method)):.2f}",
+                kappa(median(got("kappa_mean", task, method)), median(got("kappa_mean", task, method))),
+                kappa(median(got("kappa_mean", task, method)), median(got("kappa_deviation", task, method))),
                 f"{median(got('milliseconds', task, method)):.0f}",
                 f"{PAPER[method][task]:.2f}" if method in PAPER else "",
             ]
@@ -113,13 +113,18 @@ def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequenc
 
     panels = [
         panel("Pictures: training loss (Figure 3c)", "losses"),
-        panel("log10 of κ (Figures 2c and 6)", "kappas", lambda kappa: log10(kappa) if kappa else 0.0),
+        panel("log10 of κ (Figures 2c and 6)", "kappas", lambda value: log10(value) if value else 0.0),
         panel("H of the encoder side × 1000 (Figure 2a)", "h_encoder"),
         panel("H of the language side × 1000 (Figure 2b)", "h_language"),
         panel("‖G‖/‖θ‖ of the encoder side (Figure 3a)", "gradient_encoder"),
         panel("‖G‖/‖θ‖ of the language side (Figure 3b)", "gradient_language"),
     ]
     return Reproduction("\n".join(text), panels, cells)
+
+
+def kappa(mean: float, value: float) -> str:
+    """Coordinate descent has none: one side stands still, and nothing is measured."""
+    return f"{value:.2f}" if mean else "none"
 
 
 def cell_key(cell: Cell) -> tuple:

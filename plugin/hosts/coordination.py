@@ -53,6 +53,11 @@ def coordinated(trainer: type) -> type:
             **kwargs: Any,
         ):
             super().__init__(*args, **kwargs)
+            if self.lr_scheduler is not None:  # it counts the parameter groups that it was made with
+                raise InputError(
+                    "optimizers: a scheduler of your own does not fit parameter groups that are split by component. "
+                    "Give (optimizer, None), and the schedule as lr_scheduler_type in TrainingArguments."
+                )
             if isinstance(coordinator, str):
                 coordinator = registry.load("coordinators", coordinator)()
             assert isinstance(coordinator, Coordinator)

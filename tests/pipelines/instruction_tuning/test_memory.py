@@ -12,8 +12,8 @@ FLOAT = 4  # bytes
 
 
 def test_a_7b_run_fits_wherever_plain_lora_fits():
-    """Beyond weights, gradients and Adam's moments, a run keeps the trained weights of the step before, and that is all
-    that κ needs."""
+    """Counted, not run: beyond weights, gradients and Adam's moments, a run keeps the trained weights of the step
+    before, and that is all that κ needs."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig()).to(torch.bfloat16).requires_grad_(False)
     tuned = adapt(model, config.load("instruction_tuning/demo", ["rank=16"]))
@@ -21,7 +21,7 @@ def test_a_7b_run_fits_wherever_plain_lora_fits():
     frozen = sum(p.numel() * p.element_size() for p in every if not p.requires_grad)
     assert 13.5e9 < frozen < 14.5e9 and all(p.dtype == torch.float32 for p in trained)
     numbers = sum(p.numel() for p in trained)
-    assert len({p.data_ptr() for p in trained}) >= 1 and 20e6 < numbers < 80e6
+    assert 20e6 < numbers < 80e6
     plain = frozen + 4 * FLOAT * numbers  # weight, gradient, two moments
     kept = FLOAT * numbers  # the weights before the step, which a run keeps in any case, to go back to
     assert kept / plain < 0.02 and plain + kept < 16e9, "on a card of 16 GB, before activations"

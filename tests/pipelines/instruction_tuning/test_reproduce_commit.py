@@ -10,6 +10,10 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.reproduce import commit
 
 
+def test_what_has_no_kappa_says_so():
+    assert (commit.kappa(0.0, 0.0), commit.kappa(1.5, 0.0)) == ("none", "0.00")
+
+
 @pytest.mark.slow
 def test_commit_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

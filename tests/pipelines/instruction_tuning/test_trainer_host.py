@@ -32,7 +32,7 @@ def make(checkpoints, pictures, tmp_path):
     talk = Talk(load_processor(ModelSection(path=str(folder))), "blip-2")
     examples, _ = read_examples(pictures, None)
 
-    def get(coordinator="commit_clr", steps=6, rank=0, optimizer_cls_and_kwargs=None, **arguments):
+    def get(coordinator="commit_clr", steps=6, rank=0, optimizer_cls_and_kwargs=None, optimizers=None, **arguments):
         torch.manual_seed(0)
         model = AutoModelForMultimodalLM.from_pretrained(folder)
         model.vision_model.requires_grad_(False)
@@ -54,6 +54,8 @@ def make(checkpoints, pictures, tmp_path):
             **arguments,
         )
         host, own = (coordinated(Trainer), {"coordinator": coordinator}) if coordinator else (Trainer, {})
+        if optimizers is not None:
+            own["optimizers"] = optimizers(model)
         return host(
             model=model,
             args=settings,
@@ -84,6 +86,18 @@ def test_rates_by_component_in_a_trainer(make):
         rates = record["rate_encoder"], record["rate_language"]
         assert sum(rates) == pytest.approx(2e-2 * (7 - record["step"]) / 6), "both together as the schedule has them"
         assert rates[0] != pytest.approx(rates[1])
+
+
+def test_an_optimizer_of_ones_own_is_taken_and_a_scheduler_refused(make):
+    def both(model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    with pytest.raises(InputError, match=r"a scheduler of your own does not fit .* Give \(optimizer, None\)"):
+        make(optimizers=both)
+    trainer = make(CommitCLR(measure_every=1, every=1), steps=2, optimizers=lambda model: (both(model)[0], None))
+    trainer.train()
+    assert {g["component"] for g in trainer.optimizer.param_groups} == {"encoder", "language"}
 
 
 @pytest.mark.parametrize("scaled", [False, True])
