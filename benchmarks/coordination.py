@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="turns of ten steps per case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the LoRA factors (default: %(default)s)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), help="cases; constant rates among them"
@@ -78,6 +79,7 @@ def main() -> None:
             coordinator, options = CASES[name]
             words = [f"model={model}", f"coordinator={coordinator}", f"coordinator.options={options}", f"runs={place}"]
             words += [f"batch={arguments.batch}", f"steps={TURN * arguments.rounds}", "learning_rate=1e-4"]
+            words.append(f"lora.dropout={arguments.dropout}")
             settings = configs.load("instruction_tuning/demo", words)
             loaded = load_model(settings.model, "no")
             talk = Talk(load_processor(settings.model), "blip-2")
