@@ -198,6 +198,7 @@ def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optim
     from torch.optim import Optimizer
 
     from equipoise.optimizers.bounded import BoundedAdamW
+    from equipoise.optimizers.fused_adamw import FusedAdamW
     from equipoise.optimizers.pair_optimizer import PairOptimizer
     from equipoise.optimizers.scaled import ScaledAdamW
 
@@ -224,7 +225,8 @@ def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optim
         method = next((method for method in methods if name.startswith(f"{method}_")), None)
         if method is None or not issubclass(cls, PairOptimizer):
             return Choice(name, None, None, cls, _checked(name, cls, given, called[1]), {})
-        base = next(c for c in cls.__mro__[1:] if issubclass(c, Optimizer) and not issubclass(c, PairOptimizer))
+        own = (PairOptimizer, FusedAdamW)  # the latter is AdamW, and a script's is torch's
+        base = next(c for c in cls.__mro__[1:] if issubclass(c, Optimizer) and not issubclass(c, own))
     ours = methods[method]._OPTIONS
     unknown = [key for key in given if key not in ours]
     if unknown:

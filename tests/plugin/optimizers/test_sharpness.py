@@ -1094,7 +1094,7 @@ def test_sparse_gradients_of_the_base_are_refused():
     layer = nn.Embedding(5, 3, sparse=True)
     layer(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(InputError, match="a gradient is sparse"):
-        AMSGrad(layer).step()
+        AMSGrad(layer.parameters()).step()
 
 
 def test_every_is_one_for_all_groups():
