@@ -52,7 +52,7 @@ def _model_problems(config: AudioVisualConfig) -> list[str]:
         with torch.device("meta"):
             model = LateFusion(config, 2, bins(config.data.audio), pretrained=False)
             # a text encoder's attention asks for its mask's values, which meta tensors have not
-            model.modalities = [name for name in model.modalities if name != "text"]
+            model.modalities = [name for name in model.modalities if name != "text"]  # type: ignore[assignment]
             model.features(blank(config.data, 2))
     except InputError as error:
         return [str(error)]
