@@ -147,3 +147,40 @@ def test_it_comes_back_when_the_second_evaluation_raises(make):
     with pytest.raises(RuntimeError):
         optimizer.step(closure)
     assert torch.equal(flat(model), before)
+
+
+def test_a_closure_of_several_micro_batches_is_one_of_all(make):
+    models = net(), net()
+    for model, parts in zip(models, (1, 3), strict=True):
+        optimizer = make(model.parameters(), lr=1e-2, rho=0.3)
+        inputs = torch.randn(6, 6, generator=torch.Generator().manual_seed(9))
+
+        def closure(model=model, optimizer=optimizer, parts=parts, inputs=inputs):
+            optimizer.zero_grad()
+            losses = [model(part).square().mean() / parts for part in inputs.chunk(parts)]
+            for loss in losses:
+                loss.backward()
+            return sum(losses)
+
+        optimizer.step(closure)
+    torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=0, atol=1e-6)
+
+
+def test_schedulers_of_torch_drive_it(make):
+    """Where the loop calls backward itself, they must see its steps: else they warn, which here is an error."""
+    model = net()
+    optimizer = make(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for index in range(2):
+        by_hand(model, optimizer, range(index, index + 1))
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 2.5e-3
+
+
+def test_a_zero_gradient_perturbs_nothing(make):
+    """Also where 1e-12 is 0."""
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = make([weight], lr=1e-2)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.perturb()
+    assert torch.equal(weight, torch.ones_like(weight))
