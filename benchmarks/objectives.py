@@ -14,7 +14,7 @@ updating the model parameters", which leaves open whether the backward pass that
 
 Objectives take turns, one batch each, so that whatever else the machine does falls on all alike. What is compared is
 the median over the rounds of a round's ratio. "NumPy" is MMPareto as a loop over NumPy arrays: a backward pass per loss
-and one of their sum, gradients copied out, min-norm by iteration, and copied back.
+and one of their sum, gradients copied out, their inner products once, min-norm by iteration on those, and copied back.
 
 Prints a Markdown table. On a machine that others keep busy, `--clock cpu` counts this process's time alone.
 """
@@ -111,22 +111,25 @@ class NumPyPareto(Objective):
 
     @staticmethod
     def _min_norm(pair: list[list[np.ndarray]]) -> tuple[float, float]:
-        """Frank and Wolfe's algorithm, inner products over all arrays anew in each of its iterations."""
-        weight = 0.5
+        """Frank and Wolfe's algorithm on the inner products, which are computed once."""
+        one, other = pair
+        square, between, rest = (
+            sum(float(np.vdot(a, b)) for a, b in zip(x, y, strict=True))
+            for x, y in ((one, one), (one, other), (other, other))
+        )
+        gram = np.array([[square, between], [between, rest]])
+        weights = np.array([0.5, 0.5])
         for _ in range(25):
-            point = [weight * a + (1 - weight) * b for a, b in zip(*pair, strict=True)]
-            products = [sum(float((g * p).sum()) for g, p in zip(one, point, strict=True)) for one in pair]
-            step = 0 if products[0] < products[1] else 1
-            target = pair[step]
-            gap = [t - p for t, p in zip(target, point, strict=True)]
-            size = sum(float((g**2).sum()) for g in gap)
+            slopes = gram @ weights
+            gap = np.eye(2)[slopes.argmin()] - weights
+            size = gap @ gram @ gap
             if size < 1e-20:
                 break
-            share = min(1.0, max(0.0, -sum(float((g * p).sum()) for g, p in zip(gap, point, strict=True)) / size))
-            weight = weight + share * ((1.0 if step == 0 else 0.0) - weight)
+            share = np.clip(-(gap @ slopes) / size, 0, 1)
+            weights = weights + share * gap
             if share < 1e-6:
                 break
-        return weight, 1 - weight
+        return float(weights[0]), float(weights[1])
 
 
 def measure(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, list[Times]]:
