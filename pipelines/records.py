@@ -78,6 +78,8 @@ class PluginSection(Section):
         problems = [f"{option}: is set by the key {key!r}." for option, key in cls.OWN.items() if option in given]
         values, found = read_options(plugin, given)
         problems += [line for line in found if line.partition(":")[0] not in cls.OWN]
+        if any(": no such option." in line for line in found):  # often the file's, of the plugin that it names itself
+            problems[-1] += " Where another plugin is named than the file's, options={} leaves out the file's options."
         if problems:
             raise Problems(problems)
         return {option: list(value) if isinstance(value, tuple) else value for option, value in values.items()}

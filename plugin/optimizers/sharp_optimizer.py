@@ -33,6 +33,7 @@ class SharpOptimizer:
     calls backward and returns the loss. It is called twice, with torch's random numbers (noise, dropout) the same both
     times, and the loss of the first is returned. A loop that calls backward itself goes
 
+        optimizer.zero_grad()
         loss(batch).backward()
         if optimizer.perturb():           # which clears the gradients
             loss(batch).backward()        # the same batch, noise and all its micro-batches
