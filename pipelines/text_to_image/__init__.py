@@ -1,4 +1,4 @@
-"""LoRA tuning of Stable Diffusion 1.x, 2.x and XL: config → check → train → a LoRA file that diffusers loads."""
+"""LoRA tuning of Stable Diffusion, FLUX.1 and Z-Image: config → check → train → a LoRA file that diffusers loads."""
 
 import os
 from pathlib import Path
@@ -7,19 +7,21 @@ from equipoise.pipelines.comparison import Comparison
 from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.families import FORMATS
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class TextToImage(Pipeline):
-    """LoRA tuning of Stable Diffusion 1.x, 2.x and XL on captioned pictures."""
+    """LoRA tuning of Stable Diffusion 1.x to 3.5, FLUX.1 and Z-Image on captioned pictures."""
 
     name = "text_to_image"
     title = "Text to image (LoRA)"
     Config = TextToImageConfig
+    comparing = "draws it beside the untouched base"
     loading = "pipeline.load_lora_weights({folder!r})"
-    formats = ("diffusers", "kohya", "comfyui")
+    formats = FORMATS
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:
@@ -46,13 +48,19 @@ class TextToImage(Pipeline):
         return train(config, run)
 
     @classmethod
-    def compare(cls, name, folder, runs, configs, samples, clip=None) -> Comparison:
+    def compare(cls, name, folder, runs, configs, samples, judges=None) -> Comparison:
         from equipoise.pipelines.text_to_image.compare import compare
 
-        return compare(name, folder, runs, configs, samples, clip)
+        return compare(name, folder, runs, configs, samples, judges)
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:
         from equipoise.pipelines.text_to_image.result import export
 
         export(result, format, output)
+
+    @classmethod
+    def publish(cls, run: Path, config: TextToImageConfig, folder: Path) -> None:
+        from equipoise.pipelines.text_to_image.card import publish
+
+        publish(run, config, folder)

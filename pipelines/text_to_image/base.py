@@ -6,45 +6,62 @@
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from accelerate.state import PartialState
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from equipoise.coordination.components import matches
 from equipoise.errors import InputError
-from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
+from equipoise.pipelines.layers import named_by, unmatched
+from equipoise.pipelines.memory import DTYPES
+from equipoise.pipelines.run import memory_full
+from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection, NoiseSection
 from equipoise.pipelines.text_to_image.families import Family, family, shape_of
+from equipoise.pipelines.text_to_image.families.noise import Noise, load_scheduler, make_noise, scheduler_with
 from equipoise.pipelines.text_to_image.formats import ADAPTER, Factors, factors_of, read_lora
 from equipoise.pipelines.text_to_image.layout import (
+    encoders_of,
     is_local,
     model_problems,
     model_source,
-    pipeline_class,
-    unmatched,
+    read_index,
 )
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Latents(NamedTuple):
     """What training reads in place of pictures, of every variant (cut, mirror image) of each."""
 
-    moments: Tensor  # (pictures, variants, 2, channels, height, width): the autoencoder's means and deviations
+    moments: list[
+        Tensor
+    ]  # (variants, 2, channels, height, width) of each picture: the mean and deviation it encodes to
     places: Tensor  # (pictures, variants, 6) pixels, as `Family.predict` reads them
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each picture's latents (channels, height, width)."""
+        return [tuple(moments.shape[2:]) for moments in self.moments]
+
+    def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, deviations (n, channels, height, width) and places (n, 6) of pictures of one shape."""
+        found = torch.stack([self.moments[picture][which] for picture, which in zip(chosen, variant, strict=True)])
+        return found[:, 0], found[:, 1], self.places[list(chosen), list(variant)]
 
 
 @dataclass
@@ -53,26 +70,86 @@ class Base:
 
     identity: str  # what the latents computed with it depend on
     family: Family
-    # Its scheduler has the checkpoint's noise schedule, read by training as DDPM and by sampling as DDIM.
-    pipeline: DiffusionPipeline
+    encoders: tuple[str, ...]  # the text encoders that it has
+    pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `noise`
+    schedule: dict[str, Any]  # the checkpoint's own
     latents: dict[str, Latents] = field(default_factory=dict)  # by cache key, shared by the runs of this process
+    embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by caption, as the untouched encoders read
 
     @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.pipeline.unet
+    def denoiser(self) -> ModelMixin:
+        return getattr(self.pipeline, self.family.denoiser)
 
     @property
     def vae(self) -> AutoencoderKL:
         return self.pipeline.vae
 
     @property
+    def stride(self) -> int:
+        """Pixels: sides of pictures are multiples of it."""
+        return self.pipeline.vae_scale_factor * self.family.patch
+
+    @property
     def shape(self) -> dict[str, Any]:
-        return shape_of(self.family.pipeline, self.unet.config)
+        return shape_of(self.family.pipeline, self.denoiser.config)
 
     @property
     def tunable(self) -> dict[str, torch.nn.Module]:
         """By name: the parts that can be given factors."""
-        return {name: getattr(self.pipeline, name) for name in ("unet", *self.family.text_encoders)}
+        return {
+            name: getattr(self.pipeline, name)
+            for name in (self.family.denoiser, *self.family.tuned_encoders)
+            if name not in self.family.text_encoders or name in self.encoders
+        }
+
+    def noise(self, section: NoiseSection) -> Noise:
+        """How a run adds noise. From here on, the pipeline samples accordingly.
+
+        Raises:
+            InputError: the schedule asked for is none for this base.
+        """
+        self.pipeline.scheduler = scheduler_with(self.family, self.schedule, section)
+        return make_noise(self.family, self.pipeline.scheduler, section)
+
+    @torch.no_grad()
+    def read(self, captions: Sequence[str]) -> None:
+        """Computes what the untouched text encoders make of captions that are not known yet."""
+        for caption in sorted(set(captions) - self.embeddings.keys()):
+            made = self.family.embed(self.pipeline, [caption])
+            self.embeddings[caption] = {name: tensor.to(self.denoiser.device) for name, tensor in made.items()}
+
+    def known(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What `read` has made of captions, each tensor (captions, …)."""
+        rows = [self.embeddings[caption] for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """For the time of the block, the text encoders are in the computer's memory, not in the device's."""
+        device = self.denoiser.device
+        try:
+            self._move_encoders(torch.device("cpu"))
+            yield
+        finally:
+            self._move_encoders(device)
+
+    @contextmanager
+    def woken(self) -> Iterator[None]:
+        """The other way around: back on the device for the time of the block, where they are not there."""
+        before = getattr(self.pipeline, self.encoders[0]).device
+        try:
+            self._move_encoders(self.denoiser.device)
+            yield
+        finally:
+            self._move_encoders(before)
+
+    def _move_encoders(self, device: torch.device) -> None:
+        for name in self.encoders:
+            encoder = getattr(self.pipeline, name)
+            if encoder.device != device:
+                encoder.to(device)
+                if device.type == "cpu" and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
     @contextmanager
     def adapted(self, lora: LoraSection, seed: int) -> Iterator[dict[str, torch.nn.Module]]:
@@ -81,20 +158,30 @@ class Base:
         They are those of the file `lora.start`, or fresh: equal seeds give equal factors, whatever the optimizer.
 
         Raises:
-            InputError: a target names no layer; `lora.start` does not fit.
+            InputError: a target or a pattern of `lora.ranks` names no layer; `lora.start` does not fit.
         """
-        parts: dict[str, torch.nn.Module] = self.tunable if lora.text_encoder else {"unet": self.unet}
+        own = self.family.denoiser
+        parts: dict[str, torch.nn.Module] = self.tunable if lora.text_encoder else {own: self.denoiser}
+        unused = set(lora.ranks)
         try:
             torch.manual_seed(seed)
             for name, part in parts.items():
-                key = "lora.targets" if name == "unet" else "lora.text_encoder_targets"
-                targets = lora.targets if name == "unet" else lora.text_encoder_targets
-                if wrong := unmatched(targets, _layers(part), key):
+                key = "lora.targets" if name == own else "lora.text_encoder_targets"
+                targets = lora.targets or self.family.targets if name == own else lora.text_encoder_targets
+                layers = _layers(part)
+                if wrong := unmatched(targets, layers, key):
                     raise InputError("\n".join(wrong))
+                ranks = _own_ranks(lora, name, [layer for layer in layers if named_by(targets, layer)])
+                unused -= {pattern for pattern, _ in ranks.values()}
+                pattern = {f"^{re.escape(layer)}": rank for layer, (_, rank) in ranks.items()}
                 adapter = LoraConfig(
                     r=lora.rank,
                     lora_alpha=lora.alpha or lora.rank,
+                    rank_pattern=pattern,
+                    alpha_pattern={} if lora.alpha else dict(pattern),
                     lora_dropout=lora.dropout,
+                    use_rslora=lora.rslora,
+                    use_dora=lora.dora,
                     target_modules=list(targets),
                 )
                 try:
@@ -102,6 +189,8 @@ class Base:
                 except ValueError as error:
                     raise InputError(f"{key}: {', '.join(targets)}: {str(error).splitlines()[0]}") from None
                 cast_training_params(part, torch.float32)
+            if unused:
+                raise InputError(f"lora.ranks: {', '.join(sorted(unused))}: found in no name of a layer with factors.")
             if lora.start:
                 self._start(lora, parts)
             yield parts
@@ -117,7 +206,9 @@ class Base:
         given = read_lora(Path(lora.start or ""), places, self.shape, key="lora.start")
         wrong = {f"rank {factors.rank}" for layer, factors in given.items() if factors.rank != places[layer].rank}
         wrong |= {
-            f"alpha {factors.alpha:g}" for layer, factors in given.items() if factors.alpha != places[layer].alpha
+            f"alpha {factors.alpha:g}"
+            for layer, factors in given.items()
+            if not math.isclose(factors.alpha, places[layer].alpha, rel_tol=1e-6)  # float32 in kohya's files
         }
         if wrong:
             raise InputError(
@@ -126,13 +217,19 @@ class Base:
             )
         with torch.no_grad():
             for layer, factors in given.items():
-                for ours, theirs in ((places[layer].down, factors.down), (places[layer].up, factors.up)):
-                    if ours.shape != theirs.shape:
+                own = places[layer]
+                pairs = [(own.down, factors.down), (own.up, factors.up)]
+                if (own.magnitude is None) != (factors.magnitude is None):
+                    raise InputError(f"lora.start: {lora.start}: only one of it and lora.dora is of DoRA.")
+                if own.magnitude is not None:
+                    pairs.append((own.magnitude, factors.magnitude))
+                for ours, theirs in pairs:
+                    if ours.shape != theirs.shape and not (ours is own.magnitude and ours.numel() == theirs.numel()):
                         raise InputError(
                             f"lora.start: {lora.start}: a factor of {layer} is {tuple(theirs.shape)}, but here it is "
                             f"{tuple(ours.shape)}. The file is for another base."
                         )
-                    ours.copy_(theirs)
+                    ours.copy_(theirs.view_as(ours))
 
     def restore(self, part: torch.nn.Module) -> None:
         """Takes every LoRA layer off again: the base's own weights were never touched."""
@@ -144,6 +241,7 @@ class Base:
 
 
 _loaded: dict[str, Base] = {}
+_FILLED = 0.9  # of a text encoder's rows, the least share that its tokenizer uses
 
 
 def load_base(model: ModelSection, precision: str) -> Base:
@@ -155,6 +253,7 @@ def load_base(model: ModelSection, precision: str) -> Base:
     device = PartialState().device
     key = json.dumps([model.model_dump(), precision, str(device)])
     if key in _loaded:
+        _loaded[key].noise(NoiseSection())  # a run before may have sampled in another way
         return _loaded[key]
     _loaded.clear()  # one base in memory at a time
     gc.collect()
@@ -165,28 +264,58 @@ def load_base(model: ModelSection, precision: str) -> Base:
         logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
     source, dtype, common = model_source(model.path), DTYPES[precision], {"revision": model.revision}
     try:
-        kind = family(pipeline_class(model.path, model.revision))
+        index = read_index(model.path, model.revision)
+        kind = family(index.get("_class_name", ""))
+        encoders = encoders_of(kind, index)
+        absent = [name for name in kind.text_encoders if name not in encoders]
+        scheduler = load_scheduler(kind, source, **common)
         pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
             source,
-            scheduler=DDIMScheduler.from_pretrained(source, subfolder="scheduler", **common),
+            scheduler=scheduler,
             # The autoencoder stays in float32: those of Stable Diffusion overflow into black pictures in fp16.
             dtype={"vae": torch.float32, "default": dtype},
             variant=model.variant,
             use_safetensors=True,
-            **dict.fromkeys(kind.left_out),
+            **_quantized(kind, model, dtype),
+            **dict.fromkeys([*kind.left_out, *absent, *(kind.text_encoders[name] for name in absent)]),
             **common,
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged one makes of diffusers and transformers
+        if memory_full(error):
+            raise
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model.path: {model.path} cannot be loaded as Stable Diffusion: {reason}") from None
+        raise InputError(f"model.path: {model.path} cannot be loaded: {reason}") from None
     pipeline.set_progress_bar_config(disable=True)
-    for encoder, tokenizer in kind.text_encoders.items():
-        _check_tokenizer(model.path, getattr(pipeline, tokenizer), getattr(pipeline, encoder))
-    for part in kind.parts:
-        getattr(pipeline, part).requires_grad_(False).eval().to(device)
-    base = Base(_identity(source, pipeline.vae), kind, pipeline)
+    for encoder in encoders:
+        _check_tokenizer(model.path, getattr(pipeline, kind.text_encoders[encoder]), getattr(pipeline, encoder))
+    for part in (kind.denoiser, "vae", *encoders):
+        frozen = getattr(pipeline, part).requires_grad_(False).eval()
+        if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
+            frozen.to(device)
+    base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
     _loaded[key] = base
     return base
+
+
+def _quantized(kind: Family, model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is to be told. `check` has made sure that the package is there."""
+    if model.quantize is None:
+        return {}
+    if model.quantize == "int8":
+        how = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
+    else:
+        how = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping={kind.denoiser: how})}
+
+
+def _own_ranks(lora: LoraSection, part: str, layers: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """By layer: the first pattern of `lora.ranks` that is found in its name, and its rank."""
+    found = {}
+    for layer in layers:
+        fits = [(pattern, rank) for pattern, rank in lora.ranks.items() if matches(pattern, f"{part}.{layer}")]
+        if fits:
+            found[layer] = fits[0]
+    return found
 
 
 def _layers(part: torch.nn.Module) -> list[str]:
@@ -194,13 +323,20 @@ def _layers(part: torch.nn.Module) -> list[str]:
     return [name for name, module in part.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) > 1]
 
 
-def _check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> None:
     """Without its files, transformers makes an empty tokenizer, and every caption would read the same."""
-    words, length = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
-    if len(tokenizer) != words or tokenizer.model_max_length > length:
+    given, words = len(tokenizer), text_encoder.config.vocab_size
+    if text_encoder.config.model_type.startswith("clip"):
+        length = text_encoder.config.max_position_embeddings
+        fits = given == words and tokenizer.model_max_length <= length
+        longest = tokenizer.model_max_length
+        reads = f"gives up to {longest} tokens, but the text encoder reads {words} words and {length} tokens"
+    else:  # others have rows to spare, and no end of places
+        fits = _FILLED * words <= given <= words
+        reads = f"but the text encoder reads {words}"
+    if not fits:
         raise InputError(
-            f"model.path: {path}: the tokenizer has {len(tokenizer)} words and gives up to "
-            f"{tokenizer.model_max_length} tokens, but the text encoder reads {words} words and {length} tokens. "
+            f"model.path: {path}: the tokenizer has {given} words and {reads}. "
             "Put the tokenizer that belongs to this text encoder into the checkpoint's folder tokenizer."
         )
 

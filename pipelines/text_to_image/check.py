@@ -1,14 +1,15 @@
 """What is wrong with the world a configuration points to, found before anything is written."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
+from equipoise.pipelines.layers import unmatched
+from equipoise.pipelines.sections import one_sided
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
-from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family, unread
 from equipoise.pipelines.text_to_image.layout import (
     hub_problems,
     is_local,
@@ -16,19 +17,31 @@ from equipoise.pipelines.text_to_image.layout import (
     model_problems,
     model_source,
     native_resolution,
-    pipeline_class,
-    unmatched,
+    prediction,
+    read_index,
+    stride,
 )
+from equipoise.pipelines.text_to_image.prior import read_class
 
 FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are tuned at 768, and those of 768 at 512
 _DECODED = 2_000  # pictures decoded beforehand; in larger folders the rest is found out while latents are computed
 
 
 def problems(config: TextToImageConfig) -> list[str]:
-    if is_local(config.model.path):
-        found = model_problems(config.model.path, config.model.variant) or _target_problems(config)
-    else:
-        found = hub_problems(config.model.path, config.model.revision)
+    model = config.model
+    local = is_local(model.path)
+    found = model_problems(model.path, model.variant) if local else hub_problems(model.path, model.revision)
+    if not found:
+        kind = family(read_index(model.path, model.revision)["_class_name"])
+        found = unread(config, kind) + (_target_problems(config, kind) if local else [])
+        answer = config.noise.prediction or (prediction(model.path, model.revision) if local else "")
+        if config.noise.zero_terminal_snr and kind.noise == "diffusion" and answer == "epsilon":
+            found.append(NOTHING_TO_SEE)
+        pixels = stride(model.path, model.revision) if local else None
+        if pixels and config.data.resolution % pixels:
+            found.append(
+                f"data.resolution: must be a multiple of {pixels} for {kind.title}, got {config.data.resolution}."
+            )
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
         found += wrong
@@ -37,21 +50,31 @@ def problems(config: TextToImageConfig) -> list[str]:
                 open_picture(example.path)
             except InputError as error:
                 found.append(str(error))
+        if (word := config.token.name) and not wrong and not any(word in example.caption for example in examples):
+            found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
+    found += read_class(config)[1]
     if (start := config.lora.start) and not Path(start).is_file():
         found.append(f"lora.start: {start} does not exist. Give a .safetensors file, or leave it out.")
+    for judge, path in config.judges:
+        if path and is_local(path) and not (Path(model_source(path)) / "config.json").is_file():
+            found.append(f"judges.{judge}: {path} is no folder with a model's config.json, and no hub id.")
+    found += one_sided(config)
     if config.train.precision == "fp16":
         import torch
 
         if not torch.cuda.is_available():
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
+    needed = {"int8": "torchao", "nf4": "bitsandbytes"}.get(model.quantize or "")
+    if needed and not find_spec(needed):
+        found.append(f"model.quantize: {model.quantize} needs the package {needed}. pip install {needed}.")
+    if model.quantize == "nf4":
+        import torch
+
+        if not torch.cuda.is_available():
+            found.append("model.quantize: nf4 needs a CUDA device, and none is here. Use int8, or leave it out.")
     if "8bit" in config.optimizer.name and not find_spec("bitsandbytes"):
         found.append(
             f"optimizer.name: {config.optimizer.name} needs the package bitsandbytes. pip install bitsandbytes."
-        )
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # set by accelerate launch and torchrun
-        found.append(
-            f"WORLD_SIZE: a run trains in one process, and this is one of {processes}. Start it without accelerate "
-            "launch or torchrun."
         )
     return found
 
@@ -60,6 +83,24 @@ def doubts(config: TextToImageConfig) -> list[str]:
     """A sentence if captions stay unread, and one if the pictures are far larger or smaller than the base's were."""
     pictures = [example.path for example in read_examples(config.data)[0]]
     found = [warning] if (warning := unread_captions(config.data, pictures)) else []
+    found += [
+        f"{section}.{key}: has no effect without {other}."
+        for section, keys, on, other in (
+            ("data", ("keep_tags",), config.data.shuffle_tags, "data.shuffle_tags"),
+            ("data", ("bucket_step", "bucket_limit"), config.data.buckets, "data.buckets"),
+            ("token", ("start", "vectors", "learning_rate"), config.token.name, "token.name"),
+            (
+                "prior",
+                ("count",),
+                config.prior.prompt and not config.prior.folder,
+                "prior.prompt, or with prior.folder",
+            ),
+            ("lora", ("text_encoder_targets",), config.lora.text_encoder, "lora.text_encoder"),
+            ("optimizer", ("text_encoder_learning_rate",), config.lora.text_encoder, "lora.text_encoder"),
+        )
+        for key in keys
+        if not on and getattr(part := getattr(config, section), key) != type(part).model_fields[key].default
+    ]
     made_for, given = native_resolution(config.model.path, config.model.revision), config.data.resolution
     if made_for is None or made_for / FAR < given < made_for * FAR:
         return found
@@ -70,9 +111,9 @@ def doubts(config: TextToImageConfig) -> list[str]:
     ]
 
 
-def _target_problems(config: TextToImageConfig) -> list[str]:
+def _target_problems(config: TextToImageConfig, kind: Family) -> list[str]:
     folder, lora, variant = Path(model_source(config.model.path)), config.lora, config.model.variant
-    found = unmatched(lora.targets, layers(folder, "unet", variant), "lora.targets")
-    for part in family(pipeline_class(config.model.path)).text_encoders if lora.text_encoder else ():
+    found = unmatched(lora.targets or kind.targets, layers(folder, kind.denoiser, variant), "lora.targets")
+    for part in kind.tuned_encoders if lora.text_encoder else ():
         found += unmatched(lora.text_encoder_targets, layers(folder, part, variant), "lora.text_encoder_targets")
     return found

@@ -10,24 +10,26 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo, environment
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out, means
+from equipoise.pipelines.progress import progress
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
-from equipoise.pipelines.text_to_image.config import ModelSection, SamplesSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, SamplesSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.generate import Sample, generate
+from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, taught
+from equipoise.pipelines.text_to_image.judges import MEANINGS, Judges
 from equipoise.pipelines.text_to_image.metrics import (
     DRAWN_SCORE,
     KEPT,
     LOSS_SCORE,
-    ClipScore,
     drawn_subject,
     measure,
     score,
@@ -48,7 +50,7 @@ def compare(
     runs: Sequence[Run],
     configs: Sequence[TextToImageConfig],
     samples: SamplesSection | None = None,
-    clip: str | None = None,
+    judges: JudgesSection | None = None,
 ) -> Comparison:
     """Generates, measures and writes every picture of a comparison into `folder`.
 
@@ -58,11 +60,11 @@ def compare(
         runs: Finished, diverged or failed runs; a run without a result becomes a cell without pictures.
         configs: Theirs, in the same order.
         samples: What to generate; the first run's own samples unless told.
-        clip: A CLIP model (folder or hub id) to score pictures against their prompts with.
+        judges: The models to score pictures by; the first run's own unless told.
 
     Raises:
-        InputError: the runs tuned different bases, there is no prompt, a LoRA file is missing, or the CLIP model
-            cannot be loaded.
+        InputError: the runs tuned different bases, there is no prompt, a LoRA file is missing, or a judge cannot be
+            loaded.
     """
     first = configs[0]
     samples = samples or first.samples
@@ -79,33 +81,34 @@ def compare(
                     f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base."
                 )
     results = [_result(run) for run in runs]
-    scorer = ClipScore(clip) if clip else None
+    scorer = Judges(**(judges or first.judges).model_dump())
+    taught = [_taught(run, config) if scorer else [] for run, config in zip(runs, configs, strict=True)]
     base = load_base(bases[0], first.train.precision)
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
     placed = lay_out(configs)
     total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
-    pause = 0.1 if sys.stderr.isatty() else 10
-    with tqdm(
-        total=total, desc="pictures", unit="picture", dynamic_ncols=True, file=sys.stderr, mininterval=pause
-    ) as bar:
+    with progress("pictures", "picture", total=total) as bar:
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
-        def fill(cell: Cell) -> None:
+        def fill(cell: Cell, taught: list[Path]) -> None:
             made = generate(base.pipeline, samples, first.data.resolution, bar.update)
-            metrics, verdicts = measure(made, drawn, base.pipeline.vae_scale_factor, plain)
+            metrics, verdicts, scores = measure(made, drawn, base.pipeline.vae_scale_factor, plain)
             plain.extend(made if not cell.run else ())
-            if scorer:
-                metrics["clip"] = scorer(made)
-            cell.metrics |= metrics
+            judged = scorer(made, taught)
+            cell.metrics |= metrics | means(judged)
             cell.metrics["score"] = score(cell.metrics)
             cell.pictures = _write(folder, cell, samples, made, verdicts)
+            for picture, *found in zip(cell.pictures, scores, judged, strict=True):
+                picture.scores = found[0] | found[1]
 
         untouched = Cell("", "base", math.nan, first.seed, "untouched")
         losses = [result["loss_before"] for result in results if result]
         untouched.metrics = {"loss_before": losses[0], "loss_after": losses[0]} if losses else {}
-        fill(untouched)
+        fill(untouched, taught[0])
         cells = []
-        for run, config, result, (row, rate, differs) in zip(runs, configs, results, placed, strict=True):
+        for run, config, result, files, (row, rate, differs) in zip(
+            runs, configs, results, taught, placed, strict=True
+        ):
             status = run.status()
             cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
             cells.append(cell)
@@ -116,11 +119,13 @@ def compare(
                 for key in ("loss_before", "loss_after", "seconds", "step")
                 if result.get(key) is not None
             }
+            base.noise(config.noise)  # what its factors were taught to answer; the untouched base answers as ever
             with _worn(base, run.folder / "result", samples.scale):
-                fill(cell)
+                fill(cell, files)
     said = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
     beside = {"kept": KEPT} if "kept" in untouched.metrics else {}
-    return Comparison(name, folder, list(samples.prompts), said, untouched, cells, beside)
+    scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
+    return Comparison(name, folder, list(samples.prompts), said, untouched, cells, beside, scored)
 
 
 def _located(run: Run, config: TextToImageConfig) -> ModelSection:
@@ -129,6 +134,19 @@ def _located(run: Run, config: TextToImageConfig) -> ModelSection:
     path = where and where / config.model.path
     local = path and path.is_dir() and config.model.path != demo.NAME
     return config.model.model_copy(update={"path": str(path)}) if local else config.model
+
+
+def _taught(run: Run, config: TextToImageConfig) -> list[Path]:
+    """The pictures that a run was trained on; none, with a word about it, where they are gone."""
+    data = config.data
+    if data.folder == demo.NAME:
+        data = data.model_copy(update={"folder": str(demo.pictures_folder(run.root))})
+    with environment.there(run.folder / "environment.json"):
+        examples, problems = read_examples(data)
+        if problems:
+            print(f"{run.id}: no likeness to the training pictures is scored. {problems[0]}", file=sys.stderr)
+            return []
+        return sorted({example.path.resolve() for example in examples})
 
 
 def _result(run: Run) -> dict | None:
@@ -153,7 +171,9 @@ def _worn(base: Base, folder: Path, scale: float) -> Iterator[None]:
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"{folder / LORA_FILE}: cannot be loaded on this base: {reason}") from error
         pipeline.set_adapters("run", scale)
-        yield
+        word = folder / WORD_FILE
+        with taught(base, *read_word(word, base)) if word.is_file() else nullcontext():
+            yield
     finally:
         for part in base.tunable.values():
             base.restore(part)

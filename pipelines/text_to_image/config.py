@@ -3,9 +3,10 @@
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-from typing import Any, ClassVar, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
 from equipoise.pipelines.sections import (
@@ -20,11 +21,13 @@ from equipoise.pipelines.sections import (
 
 class ModelSection(Section):
     path: str = Field(
-        "demo",
-        description="Stable Diffusion 1, 2 or XL in diffusers' layout: a folder, a hub id, or `demo`, the embedded one",
+        "demo", description="a base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion"
     )
     revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
     variant: str | None = Field(None, description="the weights' variant, such as fp16")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        None, description="the frozen denoiser in 8 bits (needs torchao) or 4 bits (bitsandbytes and a CUDA device)"
+    )
 
 
 class DataSection(Section):
@@ -40,14 +43,60 @@ class DataSection(Section):
     )
     crop: Literal["center", "random"] = Field("center", description="random keeps four different cuts of every picture")
     flip: bool = Field(False, description="mirror half of the pictures, left to right")
+    buckets: bool = Field(
+        False, description="cut pictures to the nearest of several shapes of one area, not to the square; one a batch"
+    )
+    bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] | None = Field(
+        None, description="pixels, what the buckets' sides are multiples of; empty: 64, or an eighth of the resolution"
+    )
+    bucket_limit: float = Field(2.0, ge=1, le=8, description="longer side of a bucket by the shorter, at most")
+    repeats: dict[str, Annotated[int, Field(ge=1, le=100_000)]] = Field(
+        {},
+        description="folder in data.folder → times its pictures come in an epoch; a name such as 10_vase says it too",
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="share of the captions left empty in training, for classifier-free guidance"
+    )
+    shuffle_tags: bool = Field(False, description="what stands between a caption's commas changes places at each step")
+    keep_tags: int = Field(0, ge=0, le=1000, description="with shuffle_tags: the first tags that stay where they are")
+
+
+class PriorSection(Section):
+    prompt: str | None = Field(
+        None, description="what the subject is one of, such as a photo of a vase: learnt beside it, so that it is kept"
+    )
+    folder: str | None = Field(None, description="pictures of that class; empty: the untouched base draws them, once")
+    count: int = Field(100, ge=1, le=100_000, description="class pictures that the base draws")
+    weight: float = Field(1.0, ge=0, le=100, description="of the class pictures' loss beside the subject's")
+
+
+class TokenSection(Section):
+    name: str | None = Field(
+        None, description="a new word for the subject, such as <vase>, which captions use and whose meaning is learnt"
+    )
+    start: str = Field("object", description="what the new word means at first")
+    vectors: int = Field(1, ge=1, le=64, description="of the new word; more hold more, and take more of a prompt")
+    learning_rate: Rate = Field(5e-4, description="of the new word's vectors")
+
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, name: str | None) -> str | None:
+        if name is not None and (not name or re.search(r"\s|,", name)):
+            raise ValueError(f"must be one word, such as <vase>, got {name!r}.")
+        return name
 
 
 class LoraSection(Section):
     rank: int = Field(4, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
     alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
+    ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {}, description="layers' own ranks: a pattern in their names → rank, such as {up_blocks.1: 16}; the first fits"
+    )
+    rslora: bool = Field(False, description="scale by alpha / √rank instead: a higher rank then learns as fast")
+    dora: bool = Field(False, description="learn each output's size apart from its direction (DoRA); slower")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
-    targets: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="U-Net layers that get factors"
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="the denoiser's layers that get factors, by their names' ends; empty: its family's attention"
     )
     start: str | None = Field(
         None, description="a LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty starts afresh"
@@ -67,7 +116,50 @@ class OptimizerSection(PluginSection):
     text_encoder_learning_rate: Rate | None = Field(
         None, description="of the text encoder's factors; empty means learning_rate"
     )
+    rates: dict[str, Rate] = Field(
+        {},
+        description="a pattern in layers' names → their learning rate, such as {mid_block: 1e-5}; first fits",
+    )
     options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
+
+
+class NoiseSection(Section):
+    offset: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how much of the noise is the same all over a channel; lets pictures be darker, brighter",
+    )
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None, description="diffusion: what the denoiser is taught to answer; empty: what it was taught before"
+    )
+    zero_terminal_snr: bool = Field(
+        False, description="diffusion: the last step is nothing but noise, and samples start there; not with epsilon"
+    )
+    snr_gamma: Rate | None = Field(
+        None, description="diffusion: min-SNR weights of the loss, 5 in the paper; empty: all times count the same"
+    )
+    times: Literal["uniform", "logit_normal", "mode"] | None = Field(
+        None, description="flow matching: how times are drawn; empty: as is usual for the family"
+    )
+    mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal; below 0, more noise")
+    std: Rate = Field(1.0, description="of logit_normal")
+    mode_scale: float = Field(
+        1.29, ge=-1, le=1.75, description="of mode; above 0, times in the middle, below, the ends"
+    )
+    shift: Rate | None = Field(
+        None, description="flow matching: above 1, more noise in training; empty: as the base's scheduler has it"
+    )
+    guidance: float = Field(3.5, ge=0, description="what a guidance-distilled base (FLUX.1-dev) is told in training")
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """What diffusers' scheduler is told of it, for training and for whoever samples with the result."""
+        told: dict[str, Any] = {"prediction_type": self.prediction} if self.prediction else {}
+        if self.zero_terminal_snr:
+            # Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv:2305.08891, 2023, §3.1–3.3
+            told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return told
 
 
 class TrainSection(Section):
@@ -77,6 +169,14 @@ class TrainSection(Section):
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
     precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="of the frozen base and the forward pass; the factors stay float32"
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="samples and result are of the weights' moving average with this decay; 0 is none"
+    )
+    give_up: float = Field(
+        4.0,
+        ge=0,
+        description="diverged: a mean loss over 20 steps that is this many times the untouched base's; 0: never",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
 
@@ -88,9 +188,23 @@ class SamplesSection(Section):
     seed: int = Field(0, ge=0, description="of the noise: equal seeds give equal noise in every run")
     every: int = Field(0, ge=0, description="steps between samples while training; 0 samples only at the end")
     steps: int = Field(50, ge=1, le=1000, description="denoising steps")
-    guidance: float = Field(7.0, ge=0, description="classifier-free guidance scale")
+    guidance: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="classifier-free guidance scale; empty: what is usual for the family"
+    )
     scale: float = Field(1.0, ge=0, description="of the LoRA when generating (fusion coefficient)")
     batch: int = Field(8, ge=1, description="pictures generated at a time")
+
+
+class JudgesSection(Section):
+    clip: str | None = Field(
+        None,
+        description="a CLIP model (folder or hub id) that scores a comparison's pictures: how well they fit their "
+        "prompts, and how like the training pictures they are",
+    )
+    dino: str | None = Field(
+        None,
+        description="a DINO model (folder or hub id), such as facebook/dinov2-small: likeness to the training pictures",
+    )
 
 
 class TextToImageConfig(RunConfig):
@@ -107,11 +221,15 @@ class TextToImageConfig(RunConfig):
     pipeline: Literal["text_to_image"] = Field("text_to_image", description="the pipeline this configuration is for")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
+    prior: PriorSection = Field(default_factory=PriorSection)
+    token: TokenSection = Field(default_factory=TokenSection)
     lora: LoraSection = Field(default_factory=LoraSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    noise: NoiseSection = Field(default_factory=NoiseSection)
     train: TrainSection = Field(default_factory=TrainSection)
     samples: SamplesSection = Field(default_factory=SamplesSection)
+    judges: JudgesSection = Field(default_factory=JudgesSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

@@ -1,14 +1,18 @@
 """Captioned pictures in a folder: which there are, what they say, and how they are cut.
 
 Captions come from, in this order: `data.instance_prompt` for all; `metadata.jsonl` or `metadata.csv` (columns
-`file_name` and `text`, as the datasets library's image folders have them); a `.txt` file beside each picture.
+`file_name` and `text`, as the datasets library's image folders have them); a `.txt` file beside each picture; the name
+of its folder, where that is a number and words (`10_sks vase`), as kohya's scripts have it: the number says how often
+its pictures come in an epoch.
 """
 
 import csv
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +27,44 @@ if TYPE_CHECKING:
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 RANDOM_CUTS = 4  # per picture, where data.crop is random
+_TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
+_ORIENTATION = 0x0112
+_REPEATED = re.compile(r"(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
 class Example:
     path: Path
     caption: str
+    repeats: int = 1  # times in an epoch
 
 
 def read_examples(data: DataSection) -> tuple[list[Example], list[str]]:
     """The folder's examples in a fixed order, and all that is wrong with it. Decodes no picture."""
     folder = Path(data.folder)
-    if not folder.is_dir():
-        what = "is a file" if folder.is_file() else "does not exist"
+    if not os.path.isdir(folder):  # unlike pathlib's, False also where no path can be so long
+        what = "is a file" if os.path.isfile(folder) else "does not exist"
         return [], [f"data.folder: {folder} {what}. Give a folder of pictures."]
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not pictures:
         return [], [f"data.folder: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})."]
     if data.instance_prompt is not None:
-        return [Example(path, data.instance_prompt) for path in pictures], []
-    for name, reader in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
-        if (folder / name).is_file():
-            return _from_metadata(folder / name, reader, pictures)
-    return _from_text_files(folder, pictures)
+        examples, problems = [Example(path, data.instance_prompt) for path in pictures], []
+    else:
+        tables = ((folder / "metadata.jsonl", _read_jsonl), (folder / "metadata.csv", _read_csv))
+        found = next(((table, reader) for table, reader in tables if table.is_file()), None)
+        examples, problems = _from_metadata(*found, pictures) if found else _from_text_files(folder, pictures)
+    folders = {path.relative_to(folder).parent.as_posix() for path in pictures}
+    for name in data.repeats.keys() - folders:
+        there = ", ".join(sorted(folders - {"."})) or "no folders"
+        problems.append(f"data.repeats: {name} is no folder with pictures in {folder}. There are {there}.")
+    return [replace(example, repeats=_repeats(example.path, folder, data)) for example in examples], problems
+
+
+def _repeats(path: Path, folder: Path, data: DataSection) -> int:
+    place = path.relative_to(folder).parent
+    named = [int(found[1]) for name in reversed(place.parts) if (found := _REPEATED.fullmatch(name))]
+    return data.repeats.get(place.as_posix(), max(1, named[0]) if named else 1)
 
 
 def unread_captions(data: DataSection, pictures: Sequence[Path]) -> str:
@@ -76,7 +95,7 @@ def _from_metadata(table: Path, reader, pictures: list[Path]) -> tuple[list[Exam
                 problems.append(f"{table}:{line}: a caption for {name}, which is not in {table.parent}.")
             else:
                 examples.append(Example(table.parent / name, text))
-    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{table}: cannot be read ({error}).")
     if not examples and not problems:
         problems.append(f"{table}: holds no captions.")
@@ -94,7 +113,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from None
             yield number, row if isinstance(row, dict) else {}
 
@@ -109,14 +128,19 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _from_text_files(folder: Path, pictures: list[Path]) -> tuple[list[Example], list[str]]:
     examples, missing, problems = [], [], []
     for path in pictures:
-        text = path.with_suffix(".txt")
+        text, named = path.with_suffix(".txt"), _REPEATED.fullmatch(path.parent.name if path.parent != folder else "")
         if not text.is_file():
+            if named:
+                examples.append(Example(path, named[2]))
+                continue
             missing.append(path)
             continue
         try:
             examples.append(Example(path, text.read_text(encoding=ENCODING).strip()))
         except UnicodeDecodeError:
             problems.append(f"{text}: is not UTF-8 text.")
+        except OSError as error:
+            problems.append(f"{text}: cannot be read: {error.strerror or error}.")
     if missing:
         name = missing[0].relative_to(folder).as_posix()
         problems.append(
@@ -142,30 +166,50 @@ def open_picture(path: Path) -> Image.Image:
                 white = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(white, upright)
             return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a damaged one makes of its decoder
         raise InputError(f"{path}: cannot be read as a picture ({error}). Remove or replace it.") from None
 
 
-def cut(image: Image.Image, resolution: int, position: tuple[float, float]) -> Image.Image:
-    """The shorter side scaled to `resolution`, then a square at `position` (0 … 1 across and down)."""
-    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=position)
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture when it is upright; decodes nothing. Raises InputError if it is no picture."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(_ORIENTATION) in _TURNED else (width, height)
+    except Exception as error:  # whatever a damaged one makes of its decoder
+        raise InputError(f"{path}: cannot be read as a picture ({error}). Remove or replace it.") from None
 
 
-def variants(image: Image.Image, data: DataSection, generator) -> list[tuple[Image.Image, tuple[int, int]]]:
+def cut(image: Image.Image, size: tuple[int, int], position: tuple[float, float]) -> Image.Image:
+    """Scaled so that it just covers `size` (width, height), then cut at `position` (0 … 1 across and down)."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=position)
+
+
+def variants(
+    image: Image.Image, data: DataSection, generator, size: tuple[int, int] | None = None
+) -> list[tuple[Image.Image, tuple[int, int]]]:
     """Every cut and mirror image of one picture that training may draw, and where it was cut: (top, left) pixels of the
-    picture with its shorter side scaled to the resolution."""
+    picture when it just covers the cut.
+
+    Args:
+        generator: of the places of random cuts.
+        size: width and height of the cut; the square of `data.resolution` unless told.
+    """
     import torch
 
     positions = [(0.5, 0.5)]
     if data.crop == "random":
         positions = [tuple(torch.rand(2, generator=generator).tolist()) for _ in range(RANDOM_CUTS)]
-    scale = data.resolution / min(image.size)
-    free = [max(0, round(side * scale) - data.resolution) for side in image.size]  # across, down
+    size = size or (data.resolution, data.resolution)
+    scale = max(wanted / side for wanted, side in zip(size, image.size, strict=True))
+    free = [max(0, round(side * scale) - wanted) for wanted, side in zip(size, image.size, strict=True)]  # across, down
     cuts = [
-        (cut(image, data.resolution, (x, y)), (round(y * free[1]), round(x * free[0])))  # (top, left)
+        (cut(image, size, (x, y)), (round(y * free[1]), round(x * free[0])))  # (top, left)
         for x, y in positions
     ]
-    return cuts + [(ImageOps.mirror(picture), corner) for picture, corner in cuts] if data.flip else cuts
+    if not data.flip:
+        return cuts
+    return cuts + [(ImageOps.mirror(picture), (top, free[0] - left)) for picture, (top, left) in cuts]
 
 
 def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 … 1
@@ -177,7 +221,9 @@ def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 …
 
 def cache_key(examples: list[Example], data: DataSection, base: str) -> str:
     """Names the latents of these files, cut this way, under this autoencoder."""
-    facts = [base, data.resolution, data.crop, data.flip]
+    facts: list[Any] = [base, data.resolution, data.crop, data.flip]
+    if data.buckets:
+        facts.append((data.bucket_step, data.bucket_limit))
     for example in examples:
         stat = example.path.stat()
         facts.append((str(example.path.resolve()), stat.st_size, stat.st_mtime_ns))

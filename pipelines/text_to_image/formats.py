@@ -9,9 +9,9 @@ from before diffusers renamed them.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained
-from equipoise.pipelines.text_to_image.families import family
-from equipoise.pipelines.text_to_image.families.unet import original_name
+from equipoise.pipelines.text_to_image.factors import Factors, halves_exchanged, join, split
+from equipoise.pipelines.text_to_image.families import FORMATS, family
 
 ADAPTER = "default"  # peft's name for the one that is trained
-FORMATS = ("diffusers", "kohya", "comfyui")
 
 _ENDS = {  # of a tensor's name → what it is, in all formats, and in files that diffusers' own scripts write
     ".lora_A.weight": "down",
@@ -39,20 +38,9 @@ _ENDS = {  # of a tensor's name → what it is, in all formats, and in files tha
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
+    ".lora_magnitude_vector": "magnitude",  # DoRA's, in diffusers' files
+    ".dora_scale": "magnitude",  # in the others, (m, 1…)
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """One layer's update of its weight: alpha / r · up @ down."""
-
-    down: Tensor  # A (r, n…)
-    up: Tensor  # B (m, r…)
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
 
 def canonical(part: str, module: str) -> str:
@@ -79,7 +67,10 @@ def factors_of(part: str, model: torch.nn.Module) -> dict[str, Factors]:
     """The factors on a tuned part, the very tensors, by their layers' names in diffusers."""
     return {
         canonical(part, name): Factors(
-            layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data, float(layer.lora_alpha[ADAPTER])
+            layer.lora_A[ADAPTER].weight.data,
+            layer.lora_B[ADAPTER].weight.data,
+            _alpha(layer.lora_alpha[ADAPTER], layer.r[ADAPTER], layer.use_rslora[ADAPTER]),
+            layer.lora_magnitude_vector[ADAPTER].weight.data if ADAPTER in layer.lora_magnitude_vector else None,
         )
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
@@ -96,15 +87,18 @@ def write_lora(
     """Writes one file with the factors as they are; α stands beside them, except in diffusers' format: in its metadata.
 
     Raises:
-        InputError: it cannot be written (a full disk, say).
+        InputError: it cannot be written (a full disk, say), or the format has no names for what these are.
     """
     down, up = (
         (".lora_A.weight", ".lora_B.weight") if format == "diffusers" else (".lora_down.weight", ".lora_up.weight")
     )
     tensors: dict[str, Tensor] = {}
-    for layer, factors in layers.items():
-        name = name_in(format, layer, shape)
+    for name, factors in _named(format, layers, shape).items():
         tensors |= {name + down: factors.down, name + up: factors.up}
+        if factors.magnitude is not None and format == "diffusers":
+            tensors[f"{name}.lora_magnitude_vector"] = factors.magnitude
+        elif factors.magnitude is not None:
+            tensors[f"{name}.dora_scale"] = factors.magnitude.reshape(-1, *[1] * (factors.down.ndim - 1))
         if format != "diffusers":
             tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
     with explained(path):
@@ -112,15 +106,40 @@ def write_lora(
         save_tensors(path, tensors, dict(metadata))
 
 
+def _named(format: str, layers: Mapping[str, Factors], shape: Mapping[str, Any]) -> dict[str, Factors]:
+    """By their names in a file; where kohya's scripts have one layer for several of ours, those as one."""
+    if format != "kohya":
+        return {name_in(format, layer, shape): factors for layer, factors in layers.items()}
+    kind = family(shape["family"])
+    joint = _joint(layers, shape) if kind.writes_fused else {}
+    made = {name: join([layers.get(layer) for layer in ours], rows) for name, (ours, rows) in joint.items()}
+    for layer, factors in layers.items():
+        swapped = kind.swapped(*layer.split(".", 1), shape)
+        made.setdefault(name_in(format, layer, shape), halves_exchanged(factors) if swapped else factors)
+    return made
+
+
+def _joint(layers: Iterable[str], shape: Mapping[str, Any]) -> dict[str, tuple[list[str], tuple[int, ...]]]:
+    """kohya's layers that are several of ours: ours in order ("" for one without factors), and the rows of each."""
+    kind = family(shape["family"])
+    found: dict[str, tuple[list[str], tuple[int, ...]]] = {}
+    for layer in layers:
+        if at := kind.fused(*layer.split(".", 1), shape):
+            place, rows = at
+            ours, _ = found.setdefault(kind.joint(*layer.split(".", 1), shape), ([""] * len(rows), rows))
+            ours[place] = layer
+    return found
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Raises InputError if the file is no safetensors file."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return file.metadata() or {}
 
 
 def layer_names(path: Path) -> set[str]:
     """The layers, as diffusers names them, in a file of its format. Raises InputError if it is no safetensors file."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return {name.removesuffix(end) for name in file.keys() for end in _ENDS if name.endswith(end)}
 
 
@@ -135,10 +154,13 @@ def read_lora(path: Path, layers: Iterable[str], shape: Mapping[str, Any], key: 
     Raises:
         InputError: it is not safetensors, or holds other layers, other kinds of adapters, or half a pair.
     """
-    known = {name: layer for layer in layers for name in _all_names(layer, shape)}
+    layers = list(layers)
+    joint = _joint(layers, shape)
+    known = {name: layer for layer in layers for name in _all_names(layer, shape)} | {name: name for name in joint}
     found: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
-    with _opened(path, key) as file:
+    kind, swapped = family(shape["family"]), set()
+    with opened(path, key) as file:
         metadata = file.metadata() or {}
         for name in file.keys():
             end = next((end for end in _ENDS if name.endswith(end)), "")
@@ -146,31 +168,51 @@ def read_lora(path: Path, layers: Iterable[str], shape: Mapping[str, Any], key: 
             if layer is None:
                 strange.append(name)
             else:
+                own = layer not in joint and name.removesuffix(end) == name_in("kohya", layer, shape)
+                if own and kind.swapped(*layer.split(".", 1), shape):
+                    swapped.add(layer)
                 found.setdefault(layer, {})[_ENDS[end]] = file.get_tensor(name)
     where = f"{key}: {path}" if key else str(path)
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise InputError(
             f"{where}: {', '.join(strange[:3])}{more} are no LoRA factors of layers that are tuned here. Are "
-            "lora.targets the file's? Is it for another base, or of another kind, such as LoHa or DoRA?"
+            "lora.targets the file's? Is it for another base, or of another kind, such as LoHa?"
         )
     half = [layer for layer, tensors in found.items() if not {"down", "up"} <= tensors.keys()]
     if half or not found:
         what = f"one of both factors of {', '.join(half[:3])} is missing" if half else "holds no factors"
         raise InputError(f"{where}: {what}. Is it the whole file?")
-    alphas = _described_alphas(metadata)
-    return {
-        layer: Factors(
-            tensors["down"],
-            tensors["up"],
-            float(tensors["alpha"]) if "alpha" in tensors else alphas.get(layer.split(".")[0], len(tensors["down"])),
-        )
-        for layer, tensors in found.items()
-    }
+    described = _described(metadata)
+    made: dict[str, Factors] = {}
+    for layer, tensors in found.items():
+        pair, alpha = (tensors["down"], tensors["up"]), tensors.get("alpha", torch.ones(1))
+        fits = layer not in joint or len(tensors["up"]) == sum(joint[layer][1])
+        fits = fits and ("magnitude" not in tensors or tensors["magnitude"].numel() == len(tensors["up"]))
+        if not all(tensor.ndim > 1 and tensor.numel() for tensor in pair) or alpha.numel() != 1 or not fits:
+            raise InputError(f"{where}: {layer}: its tensors have not the shapes of LoRA factors. Is the file damaged?")
+        if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
+            raise InputError(f"{where}: {layer} holds numbers that are not finite. Take an earlier file.")
+        rank = len(tensors["down"])
+        alpha = float(tensors["alpha"]) if "alpha" in tensors else _described_alpha(described, layer, rank)
+        factors = Factors(tensors["down"], tensors["up"], alpha, tensors.get("magnitude"))
+        if layer not in joint:
+            made[layer] = halves_exchanged(factors) if layer in swapped else factors
+            continue
+        ours, rows = joint[layer]
+        for one, own in zip(ours, split(factors, rows), strict=True):
+            if one:
+                made[one] = own
+            elif own.up.any():
+                raise InputError(
+                    f"{where}: {layer} changes a layer that is not tuned here. Are lora.targets the file's?"
+                )
+    return made
 
 
 @contextmanager
-def _opened(path: Path, key: str = "") -> Iterator[Any]:
+def opened(path: Path, key: str = "") -> Iterator[Any]:
+    """A safetensors file. Raises InputError, with `key` before the path, if it is none."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -180,22 +222,42 @@ def _opened(path: Path, key: str = "") -> Iterator[Any]:
 
 
 def _all_names(layer: str, shape: Mapping[str, Any]) -> set[str]:
-    """A layer's names in all formats, and in files of other versions of the apps."""
-    names = {name_in(format, layer, shape) for format in FORMATS}
+    """A layer's names in all formats and in files of other versions of the apps, but for one that it shares."""
     part, module = layer.split(".", 1)
-    if part == "unet":  # kohya's scripts of either kind of U-Net
-        names |= {f"lora_unet_{name.replace('.', '_')}" for name in (module, original_name(module, shape))}
-    return names | {layer.replace(".text_model.", ".", 1)}
+    kind = family(shape["family"])
+    shared = kind.writes_fused and kind.fused(part, module, shape) is not None
+    names = {name_in(format, layer, shape) for format in FORMATS if format != "kohya" or not shared}
+    return names | kind.aliases(part, module, shape) | {layer.replace(".text_model.", ".", 1)}
 
 
-def _described_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """By part, as diffusers' metadata has them; it leaves α out of the tensors."""
+def _described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What diffusers' metadata says; it leaves α out of the tensors."""
     try:
         described = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        return {
-            key.removesuffix(".lora_alpha"): float(value)
-            for key, value in described.items()
-            if key.endswith(".lora_alpha")
-        }
-    except (ValueError, TypeError, AttributeError):  # another program's, not as diffusers writes it
+        return described if isinstance(described, dict) else {}
+    except (ValueError, RecursionError):  # another program's, not as diffusers writes it
         return {}
+
+
+def _described_alpha(described: Mapping[str, Any], layer: str, rank: int) -> float:
+    """A layer's α, as it is read with α / rank; the rank where nothing is said."""
+    part, _, module = layer.replace(".text_model.", ".", 1).partition(".")
+    alpha, patterns = described.get(f"{part}.lora_alpha", rank), described.get(f"{part}.alpha_pattern") or {}
+    try:
+        own = next((value for key, value in patterns.items() if _matches(key, module)), alpha)
+        return _alpha(float(own), rank, bool(described.get(f"{part}.use_rslora")))
+    except (ValueError, TypeError, AttributeError, re.error):
+        return float(rank)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a file's pattern is that of a layer. Raises InputError for those that could take for ever to find out."""
+    repeats = re.sub(r"\\.", "", pattern)
+    if re.search(r"\)[*+?{]", repeats) or len(re.findall(r"[*+?{]", repeats)) > 2:
+        raise InputError(f"alpha_pattern: {pattern[:80]!r} is too intricate; write out the layers' names.")
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _alpha(alpha: float, rank: int, rslora: bool) -> float:
+    """Of a layer whose factors count by alpha / rank, as all apps but peft have it: rsLoRA divides by √rank."""
+    return float(alpha) * (rank**0.5 if rslora else 1.0)

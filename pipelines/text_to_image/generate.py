@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
 from equipoise.pipelines.text_to_image.config import SamplesSection
+from equipoise.pipelines.text_to_image.families import family
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,29 @@ def generate(pipeline: DiffusionPipeline, samples: SamplesSection, size: int, pr
         size: pixels, both ways.
         progress: called with the number of pictures after each batch.
     """
+    kind, vae = family(type(pipeline).__name__), pipeline.vae
     wanted = [(prompt, samples.seed + index) for prompt in samples.prompts for index in range(samples.count)]
     side = size // pipeline.vae_scale_factor
-    channels = pipeline.unet.config.in_channels
+    guidance = kind.guidance if samples.guidance is None else samples.guidance
     made: list[Sample] = []
     for start in range(0, len(wanted), samples.batch):
         chunk = wanted[start : start + samples.batch]
-        noise = [
-            torch.randn((channels, side, side), generator=torch.Generator().manual_seed(seed)) for _, seed in chunk
+        noise = [  # drawn on the CPU: equal on any device
+            torch.randn((vae.config.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
+            for _, seed in chunk
         ]
-        latents = pipeline(
+        latents = kind.draw(
+            pipeline,
             [prompt for prompt, _ in chunk],
-            negative_prompt=[samples.negative] * len(chunk) if samples.negative else None,  # XL has zeros for none
-            latents=torch.stack(noise).to(
-                pipeline.device, pipeline.unet.dtype
-            ),  # drawn on the CPU: equal on any device
-            height=size,
-            width=size,
-            num_inference_steps=samples.steps,
-            guidance_scale=samples.guidance,
-            output_type="latent",
-        ).images
-        decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor).sample
+            samples.negative,
+            torch.stack(noise).to(vae.device),
+            (size, size),
+            samples.steps,
+            guidance,
+        )
+        decoded = vae.decode(
+            latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        ).sample
         for (prompt, seed), pixels in zip(chunk, decoded.float().cpu(), strict=True):
             made.append(Sample(prompt, seed, _to_image(pixels), bool(torch.isfinite(pixels).all())))
         if progress:

@@ -6,12 +6,14 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.progress import progress
 from equipoise.pipelines.text_to_image.base import Base, Latents
+from equipoise.pipelines.text_to_image.buckets import nearest, sizes
 from equipoise.pipelines.text_to_image.config import DataSection
 from equipoise.pipelines.text_to_image.data import Example, cache_key, open_picture, to_tensor, variants
 
@@ -24,27 +26,43 @@ def prepare_latents(base: Base, examples: list[Example], data: DataSection, cach
     """
     key = cache_key(examples, data, base.identity)
     if key not in base.latents:
-        base.latents.clear()
+        for old in list(base.latents)[:-1]:  # those of the last pictures stay: a run may have class pictures beside
+            del base.latents[old]
         file = cache / f"moments-{key}.safetensors"
-        if file.is_file():
-            base.latents[key] = Latents(**load_file(file))
-        else:
-            base.latents[key] = _encode(base, examples, data)
+        base.latents[key] = _kept(file, len(examples)) or _encode(base, examples, data)
+        if not file.is_file():
             with explained(file):
                 cache.mkdir(parents=True, exist_ok=True)
-                save_tensors(file, base.latents[key]._asdict())
+                made = base.latents[key]
+                numbered = {f"moments.{index}": moments for index, moments in enumerate(made.moments)}
+                save_tensors(file, numbered | {"places": made.places})
     return base.latents[key]
+
+
+def _kept(file: Path, count: int) -> Latents | None:
+    """What an earlier process has computed; a file that was damaged since is no more."""
+    try:
+        found = load_file(file)
+        return Latents([found[f"moments.{index}"] for index in range(count)], found["places"])
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError):
+        file.unlink(missing_ok=True)
+        return None
 
 
 @torch.no_grad()
 def _encode(base: Base, examples: list[Example], data: DataSection) -> Latents:
     rows, places = [], []
     cuts = torch.Generator().manual_seed(0)
-    for example in tqdm(examples, desc="latents", unit="picture", dynamic_ncols=True, leave=False, disable=None):
+    among = sizes(data, base.stride)
+    for example in progress("latents", "picture", examples, leave=False):
         whole = open_picture(example.path)
-        cut = variants(whole, data, cuts)
+        cut = variants(whole, data, cuts, nearest(whole.size, among))
         pictures = [to_tensor(picture) for picture, _ in cut]
         places.append(torch.tensor([[whole.height, whole.width, *corner, *pictures[0].shape[1:]] for _, corner in cut]))
         posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
-        rows.append(torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors]))
-    return Latents(torch.stack(rows) * base.vae.config.scaling_factor, torch.stack(places).float())
+        moments = torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors])
+        moments[:, 0] -= base.vae.config.shift_factor or 0.0  # of the means; deviations have none
+        rows.append(moments * base.vae.config.scaling_factor)
+    return Latents(rows, torch.stack(places).float())

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from equipoise.pipelines import demo
 from equipoise.pipelines.text_to_image.families import FAMILIES, TITLES, Family, family
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a U-Net may have learnt to predict
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
 HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -23,54 +23,67 @@ def model_source(path: str) -> str:
 
 
 def is_local(path: str) -> bool:
-    return path == demo.NAME or Path(model_source(path)).exists() or not _HUB_ID.fullmatch(path)
+    return path == demo.NAME or os.path.exists(model_source(path)) or not _HUB_ID.fullmatch(path)
 
 
 def model_problems(path: str, variant: str | None = None) -> list[str]:
     """Why a local path is not a checkpoint of a known family that can be loaded safely."""
     folder = Path(model_source(path))
-    if folder.is_file():
+    if os.path.isfile(folder):  # unlike pathlib's, False also where no path can be so long
         if folder.suffix == ".safetensors":
             return [
-                f"model.path: {folder} is a single-file checkpoint. Convert it once: StableDiffusionPipeline."
-                f'from_single_file("{folder}").save_pretrained(FOLDER), then give FOLDER.'
+                f"model.path: {folder} is a single-file checkpoint. Convert it once, by the pipeline that it is for "
+                f'({", ".join(FAMILIES)}): StableDiffusionPipeline.from_single_file("{folder}")'
+                ".save_pretrained(FOLDER), then give FOLDER."
             ]
         return [
             f"model.path: {folder} is not a checkpoint folder; pickles (.ckpt, .bin, .pt) are never opened. "
             "Give a folder in diffusers' layout with safetensors weights."
         ]
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return [
             f"model.path: {folder} does not exist. Give a checkpoint folder, a hub id such as owner/name, or `demo`."
         ]
     index = folder / "model_index.json"
     if not index.is_file():
         return [f"model.path: {folder} has no model_index.json, so it is not a checkpoint in diffusers' layout."]
-    if wrong := index_problems(index, str(folder)):
+    described = _json(index)
+    if wrong := _index_problems(described, index, str(folder)):
         return wrong
-    kind = family(pipeline_class(path))
-    found = _config_problems(folder, kind)
-    for part in kind.parts:
+    described = described or {}
+    kind = family(described["_class_name"])
+    encoders = encoders_of(kind, described)
+    parts = (kind.denoiser, "vae", *encoders)
+    found = _config_problems(folder, kind, parts, [kind.text_encoders[name] for name in encoders])
+    for part in parts:
         found += _weight_problems(folder / part, variant)
     return found
 
 
-def pipeline_class(path: str, revision: str | None = None) -> str:
-    """The class that a checkpoint's model_index.json names. Raises OSError or ValueError where it does not."""
-    from huggingface_hub import hf_hub_download
+def read_index(path: str, revision: str | None = None, fetch: bool = True) -> dict[str, Any]:
+    """A checkpoint's model_index.json; empty where it is no JSON object. Raises OSError or ValueError without one.
 
-    name = "model_index.json"
-    local = is_local(path)
-    index = Path(model_source(path), name) if local else Path(hf_hub_download(path, name, revision=revision))
-    return (_json(index) or {}).get("_class_name", "")
+    Args:
+        fetch: ask the hub where it was not fetched before.
+    """
+    return _json(_file(path, "model_index.json", revision, fetch)) or {}
 
 
-def index_problems(index: Path, name: str) -> list[str]:
+def encoders_of(kind: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The text encoders that a checkpoint has: all of its family's, but for the optional that its index leaves out."""
+
+    def there(name: str) -> bool:
+        entry = index.get(name)  # [library, class]
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+    return tuple(name for name in kind.text_encoders if name not in kind.optional or there(name))
+
+
+def _index_problems(described: Mapping[str, Any] | None, index: Path, name: str) -> list[str]:
     """Why the checkpoint that this model_index.json describes is of another kind."""
-    described = _json(index)
     if described is None:
         return [f"model.path: {index} is not a JSON object."]
-    if (kind := described.get("_class_name")) not in FAMILIES:
+    if (kind := str(described.get("_class_name"))) not in FAMILIES:
         return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(FAMILIES)})."]
     return []
 
@@ -92,27 +105,56 @@ def hub_problems(path: str, revision: str | None = None) -> list[str]:
             f"model.path: {path} is no folder here, and the hub gave no model_index.json of that name ({reason}). "
             "Check the spelling, the revision and the connection."
         ]
-    return index_problems(Path(index), path)
+    return _index_problems(_json(Path(index)), Path(index), path)
 
 
 def native_resolution(path: str, revision: str | None = None) -> int | None:
-    """Pixels, the side of the pictures that a checkpoint's U-Net was made for; None where its files do not say."""
-    from huggingface_hub import hf_hub_download
-
-    described = []
-    for name in ("unet/config.json", "vae/config.json"):  # both are fetched later in any case
-        try:
-            local = is_local(path)
-            described.append(
-                _json(Path(model_source(path), name) if local else Path(hf_hub_download(path, name, revision=revision)))
-            )
-        except (OSError, ValueError):
-            return None
+    """Pixels, the side of the pictures that a checkpoint's denoiser was made for; None where its files do not say."""
     try:
-        unet, vae = described
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (KeyError, TypeError, ValueError):  # sample_size may be missing, or a pair
+        kind = family(read_index(path, revision).get("_class_name", ""))
+        denoiser = read_config(path, kind.denoiser, revision)
+        return int(denoiser["sample_size"]) * _factor(read_config(path, "vae", revision))
+    except KeyError:  # another family, or one whose config leaves it out
+        return kind.native if "kind" in locals() else None
+    except (OSError, TypeError, ValueError, OverflowError, RecursionError):  # sample_size may be missing, or a pair
         return None
+
+
+def stride(path: str, revision: str | None = None) -> int | None:
+    """Pixels: sides of pictures must be multiples of it; None where the checkpoint's files do not say."""
+    try:
+        kind = family(read_index(path, revision).get("_class_name", ""))
+        return _factor(read_config(path, "vae", revision)) * kind.patch
+    except (KeyError, OSError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def read_config(path: str, part: str, revision: str | None = None, fetch: bool = True) -> dict[str, Any]:
+    """A part's config.json, likewise."""
+    return json.loads(_file(path, f"{part}/config.json", revision, fetch).read_text(encoding="utf-8"))
+
+
+def prediction(path: str, revision: str | None = None) -> str:
+    """What a base that was trained by diffusion answers. Raises OSError or ValueError where no scheduler is."""
+    file = _file(path, "scheduler/scheduler_config.json", revision, fetch=True)
+    return json.loads(file.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+
+
+def _file(path: str, name: str, revision: str | None, fetch: bool) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if is_local(path):
+        return Path(model_source(path), name)
+    if fetch:  # it is fetched later in any case
+        return Path(hf_hub_download(path, name, revision=revision))
+    if isinstance(known := try_to_load_from_cache(path, name, revision=revision), str):
+        return Path(known)
+    raise OSError(f"{path} was not fetched yet")
+
+
+def _factor(vae: Mapping[str, Any]) -> int:
+    """Pixels to a side of a latent cell."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def layers(folder: Path, part: str, variant: str | None = None) -> list[str]:
@@ -123,21 +165,9 @@ def layers(folder: Path, part: str, variant: str | None = None) -> list[str]:
     return [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and len(shape) > 1]
 
 
-def unmatched(targets: Sequence[str], layers: Iterable[str], key: str) -> list[str]:
-    """A sentence for each target that names no layer; a target is a layer's name or the end of one, as in PEFT."""
-    known = list(layers)
-    ends = sorted({re.sub(r"^.*\.(?=[^.\d][^.]*(\.\d+)?$)", "", name) for name in known})
-    return [
-        f"{key}: {target}: no layer has a name that ends so. There are {', '.join(ends)}."
-        for target in targets
-        if not any(name == target or name.endswith(f".{target}") for name in known)
-    ]
-
-
-def _config_problems(folder: Path, kind: Family) -> list[str]:
+def _config_problems(folder: Path, kind: Family, parts: Iterable[str], tokenizers: Sequence[str]) -> list[str]:
     found = []
-    tokenizers = kind.text_encoders.values()
-    configs = [f"{part}/config.json" for part in kind.parts] + [f"{name}/tokenizer_config.json" for name in tokenizers]
+    configs = [f"{part}/config.json" for part in parts] + [f"{name}/tokenizer_config.json" for name in tokenizers]
     for name in [*configs, "scheduler/scheduler_config.json"]:
         if not (folder / name).is_file():
             found.append(f"model.path: {folder / name} is missing.")
@@ -151,9 +181,16 @@ def _config_problems(folder: Path, kind: Family) -> list[str]:
                 f"model.path: {words} has no vocabulary: neither tokenizer.json nor both vocab.json and merges.txt."
             )
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    kind = (_json(scheduler) or {}).get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
-        found.append(f"model.path: {scheduler}: prediction_type must be {' or '.join(PREDICTIONS)}, got {kind!r}.")
+    described = _json(scheduler) or {}
+    if kind.noise == "diffusion" and (answer := described.get("prediction_type", "epsilon")) not in PREDICTIONS:
+        found.append(f"model.path: {scheduler}: prediction_type must be {' or '.join(PREDICTIONS)}, got {answer!r}.")
+    if kind.noise == "diffusion" and str(described.get("_class_name")).startswith(("EDM", "FlowMatch")):
+        found.append(
+            f"model.path: {scheduler}: {described['_class_name']} has another noise schedule than {kind.title} is "
+            "trained with here. Use a base with a scheduler of betas, such as DDIM or Euler."
+        )
+    if kind.noise == "flow" and not str(described.get("_class_name", "FlowMatch")).startswith("FlowMatch"):
+        found.append(f"model.path: {scheduler}: must be a flow-matching scheduler, got {described['_class_name']}.")
     return found
 
 
@@ -171,7 +208,7 @@ def _weights(part: Path, variant: str | None) -> list[Path]:
 def _weight_problems(part: Path, variant: str | None) -> list[str]:
     found = []
     for weights in _weights(part, variant):
-        if not weights.is_file():
+        if not os.path.isfile(weights):
             found.append(_missing(weights))
             continue
         try:
@@ -206,6 +243,6 @@ def _shapes(weights: Path) -> dict[str, list[int]]:
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return read if isinstance(read, dict) else None

@@ -1,75 +1,101 @@
-"""How much memory a tuning of Stable Diffusion will take: see `equipoise.pipelines.memory`."""
+"""How much memory a tuning will take: see `equipoise.pipelines.memory`."""
 
 # diffusers, peft and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
-import json
-from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import transformers
 from diffusers.training_utils import cast_training_params
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import BatchEncoding
 
 from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
-from equipoise.pipelines.text_to_image.config import ModelSection, TextToImageConfig
-from equipoise.pipelines.text_to_image.families.stable_diffusion import StableDiffusion
-from equipoise.pipelines.text_to_image.layout import is_local, model_source, pipeline_class
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.layout import encoders_of, read_config, read_index
+
+_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a quantised weight
 
 
 def memory(config: TextToImageConfig) -> Memory | None:
     """None where the checkpoint is not on this machine, or of another family."""
-    dtype = DTYPES[config.train.precision]
+    dtype, model, lora = DTYPES[config.train.precision], config.model, config.lora
     try:
-        if is_local(config.model.path) and pipeline_class(config.model.path) != StableDiffusion.pipeline:
-            return None
-        described = {part: _read(config.model, part) for part in StableDiffusion.parts}
-    except (OSError, ValueError):
+        index = read_index(model.path, model.revision, fetch=False)
+        kind = family(index.get("_class_name", ""))
+        encoders = encoders_of(kind, index)
+        names = (kind.denoiser, "vae", *encoders)
+        described = {part: read_config(model.path, part, model.revision, fetch=False) for part in names}
+    except (KeyError, OSError, ValueError):
         return None
-    words = CLIPTextConfig(**described["text_encoder"])
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(described["unet"])
-        text_encoder = CLIPTextModel._from_config(words, dtype=dtype)
-        vae = AutoencoderKL.from_config(described["vae"])
-    parts = {unet: config.lora.targets}
-    if config.lora.text_encoder:
-        parts[text_encoder] = config.lora.text_encoder_targets
+    parts: dict[str, Any] = {part: _empty(index[part], described[part]) for part in names}
+    for part in names:
+        parts[part].requires_grad_(False).train()
+        for parameter in parts[part].parameters() if part != "vae" else ():
+            parameter.data = parameter.data.to(dtype)
+    saved = 0
+    if model.quantize:  # the linear layers' weights
+        linear = [layer.weight for layer in parts[kind.denoiser].modules() if isinstance(layer, torch.nn.Linear)]
+        saved = round(size(linear) - sum(weight.numel() for weight in linear) * _BYTES[model.quantize])
+    targets = {kind.denoiser: lora.targets or kind.targets}
+    if lora.text_encoder:
+        targets |= dict.fromkeys((name for name in kind.tuned_encoders if name in encoders), lora.text_encoder_targets)
     trained = []
-    for parameter in unet.parameters():
-        parameter.data = parameter.data.to(dtype)
-    for part in (unet, text_encoder):
-        part.requires_grad_(False).train()
-        if part in parts:
-            with torch.device("meta"):
-                part.add_adapter(
-                    LoraConfig(r=config.lora.rank, lora_dropout=config.lora.dropout, target_modules=list(parts[part]))
-                )
-            cast_training_params(part, torch.float32)
-            trained += [parameter for parameter in part.parameters() if parameter.requires_grad]
-    batch = config.train.batch
-    side = config.data.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    weights = [*unet.parameters(), *text_encoder.parameters(), *vae.parameters()]
+    for part, layers in targets.items():
+        with torch.device("meta"):
+            parts[part].add_adapter(LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=list(layers)))
+        cast_training_params(parts[part], torch.float32)
+        trained += [parameter for parameter in parts[part].parameters() if parameter.requires_grad]
+    left = [*kind.left_out, *(name for name in kind.text_encoders if name not in encoders)]
+    pipeline = getattr(diffusers, kind.pipeline)(
+        **parts,
+        **dict.fromkeys([*left, *(kind.text_encoders[name] for name in left if name in kind.text_encoders)]),
+        **{kind.text_encoders[name]: _Lengths(parts[name].config) for name in encoders},
+        **({"requires_safety_checker": False} if "safety_checker" in left else {}),
+        scheduler=None,
+    )
+    batch, side = config.train.batch, config.data.resolution // pipeline.vae_scale_factor
+    weights = [tensor for part in names for tensor in (*parts[part].parameters(), *parts[part].buffers())]
+    captions = ["a picture"] * batch
+    with torch.device("meta"):
+        read = {} if lora.text_encoder else kind.embed(pipeline, captions)
 
     def step() -> None:
-        tokens = torch.zeros(batch, words.max_position_embeddings, dtype=torch.long)
-        spoken = text_encoder(tokens)[0]
-        noisy = torch.zeros(batch, unet.config.in_channels, side, side, dtype=dtype)
-        unet(noisy, torch.zeros(batch, dtype=torch.long), spoken)
+        embedded = read or kind.embed(pipeline, captions)
+        noisy = torch.zeros(batch, parts["vae"].config.latent_channels, side, side, dtype=dtype)
+        kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     kept = activations(step, weights, config.train.gradient_checkpointing)
-    return Memory(size(weights), training(trained, config.optimizer), kept, PROGRAM)
+    return Memory(size(weights) - saved, training(trained, config.optimizer), kept, PROGRAM)
 
 
-def _read(model: ModelSection, part: str) -> dict[str, Any]:
-    """A part's config.json, from the folder or from what was fetched from the hub before."""
-    name = f"{part}/config.json"
-    if is_local(model.path):
-        return json.loads(Path(model_source(model.path), name).read_text(encoding="utf-8"))
-    file = try_to_load_from_cache(model.path, name, revision=model.revision)
-    if not isinstance(file, str):
-        raise OSError(f"{model.path} was not fetched yet")
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+def _empty(named: list[str], config: dict[str, Any]) -> Any:
+    """A part without its values, of the class that model_index.json names."""
+    library, name = named
+    with torch.device("meta"):
+        if library == "diffusers":
+            return getattr(diffusers, name).from_config(config)
+        kind = getattr(transformers, name)
+        return kind._from_config(kind.config_class(**config))
+
+
+class _Lengths:
+    """In place of a tokenizer: as many tokens as there may be of any text, without the words."""
+
+    def __init__(self, config: Any):
+        self.model_max_length = getattr(config, "max_position_embeddings", 512)
+
+    def __call__(self, texts: list[str], padding: str, max_length: int | None = None, **_: Any) -> BatchEncoding:
+        count = 1 if padding == "longest" else max_length or self.model_max_length
+        empty = torch.zeros(len(texts), count, dtype=torch.long, device="cpu")
+        return BatchEncoding({"input_ids": empty, "attention_mask": torch.ones_like(empty)})
+
+    def tokenize(self, text: str) -> list[str]:
+        return []
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        return ""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from equipoise.errors import InputError
+from equipoise.pipelines.comparison import means
 from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.text_to_image.generate import Sample
 
@@ -20,6 +20,8 @@ LOSS_SCORE = "share of the base's loss on the training pictures that tuning remo
 # 255) added at least 0.66. One picture may fall on the wrong side, and so most of a cell's have to: see
 # comparison.MOSTLY.
 NOISE = 0.5
+BLACK = 16  # mean level, of 255, below which a flat picture counts as black: what an autoencoder overflows into
+FAULTS = ("black", "flat", "not_finite", "noise")  # a picture has one of them at most; `broken` is any
 
 
 def drawn_subject(prompt: str) -> shapes.Subject | None:
@@ -51,13 +53,14 @@ def roughness(image: Image.Image, cell: int) -> float:
 
 def measure(
     samples: Sequence[Sample], drawn: bool, cell: int, base: Sequence[Sample] = ()
-) -> tuple[dict[str, float], list[tuple[bool | None, str]]]:
-    """Metrics of one cell's pictures, and a verdict with a note for each picture.
+) -> tuple[dict[str, float], list[tuple[bool | None, str]], list[dict[str, float]]]:
+    """Metrics of one cell's pictures, and for each picture a verdict with a note, and its own part in the metrics.
 
-    `broken` is the share of pictures that are flat, not finite, or noise: rougher than NOISE and than whatever the
-    untouched base drew for the same prompt, which may ask for gravel; `roughness` is the pictures' mean. Where the
-    domain is drawn: `object` is the share of right pictures among prompts for the taught object (with `colour` and
-    `shape` apart, and the mean `overlap`), `kept` the share among prompts the base already knew.
+    `broken` is the share of pictures that are black, flat, not finite, or noise (FAULTS, of which each has its share
+    too): rougher than NOISE and than whatever the untouched base drew for the same prompt, which may ask for gravel;
+    `roughness` is the pictures' mean. Where the domain is drawn: `object` is the share of right pictures among prompts
+    for the taught object (with `colour` and `shape` apart, and the mean `overlap`), `kept` the share among prompts the
+    base already knew.
 
     Args:
         samples: The cell's pictures.
@@ -68,12 +71,18 @@ def measure(
     known = [(sample.prompt, roughness(sample.image, cell)) for sample in base if not sample.broken]
     rough = [0.0 if sample.broken else roughness(sample.image, cell) for sample in samples]
     verdicts: list[tuple[bool | None, str]] = []
+    scores: list[dict[str, float]] = []
     for sample, value in zip(samples, rough, strict=True):
         noise = value > max([NOISE, *(usual for prompt, usual in known if prompt == sample.prompt)])
-        verdicts.append((None, "broken: flat" if sample.broken else f"broken: noise {value:.2f}" if noise else ""))
-    metrics = {"broken": float(np.mean([bool(note) for _, note in verdicts])), "roughness": float(np.mean(rough))}
+        fault = _fault(sample) or ("noise" if noise else "")
+        said = f" {value:.2f}" if fault == "noise" else ""
+        verdicts.append((None, f"broken: {fault.replace('_', ' ')}{said}" if fault else ""))
+        scores.append(
+            {"broken": float(bool(fault)), "roughness": value} | {name: float(name == fault) for name in FAULTS}
+        )
+    metrics = means(scores)
     if not drawn:
-        return metrics, verdicts
+        return metrics, verdicts, scores
     taught, known = [], []
     for index, sample in enumerate(samples):
         if subject := drawn_subject(sample.prompt):
@@ -82,6 +91,7 @@ def measure(
             seen = f"colour {'right' if verdict.colour else 'wrong'}, shape {'right' if verdict.shape else 'wrong'}"
             note = ", ".join(filter(None, [verdicts[index][1], seen, f"overlap {verdict.overlap:.2f}"]))
             verdicts[index] = (verdict.right, note)
+            scores[index]["right"] = float(verdict.right)
     if taught:
         metrics["object"] = float(np.mean([verdict.right for verdict in taught]))
         metrics["colour"] = float(np.mean([verdict.colour for verdict in taught]))
@@ -89,7 +99,13 @@ def measure(
         metrics["overlap"] = float(np.mean([verdict.overlap for verdict in taught]))
     if known:
         metrics["kept"] = float(np.mean([verdict.right for verdict in known]))
-    return metrics, verdicts
+    return metrics, verdicts, scores
+
+
+def _fault(sample: Sample) -> str:
+    if not sample.broken:
+        return ""
+    return "not_finite" if not sample.finite else "black" if np.mean(np.asarray(sample.image)) < BLACK else "flat"
 
 
 def score(metrics: dict[str, float]) -> float:
@@ -100,35 +116,3 @@ def score(metrics: dict[str, float]) -> float:
     if before is None or after is None:
         return 0.0
     return (before - after) / before * (1 - metrics["broken"]) if np.isfinite(after) else float("-inf")
-
-
-class ClipScore:
-    """100 · cosine of picture and prompt under a CLIP model, as in Hessel et al., CLIPScore, arXiv:2104.08718, 2021.
-
-    Raises:
-        InputError: the path or hub id holds no CLIP model with safetensors weights.
-    """
-
-    def __init__(self, path: str):
-        from transformers import AutoProcessor, CLIPModel
-
-        try:
-            self.model = CLIPModel.from_pretrained(path, use_safetensors=True).eval()
-            self.processor = AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--clip: {path} cannot be loaded as CLIP: {' '.join(str(error).split())[:300]}") from None
-
-    def __call__(self, samples: Sequence[Sample]) -> float:
-        import torch
-
-        inputs = self.processor(
-            text=[sample.prompt for sample in samples],
-            images=[sample.image for sample in samples],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-        )
-        with torch.no_grad():
-            made = self.model(**inputs)
-        cosine = (made.image_embeds * made.text_embeds).sum(-1)  # both of unit length
-        return 100 * cosine.clamp(min=0).mean().item()

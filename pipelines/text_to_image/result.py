@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from equipoise.errors import InputError
 from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats import (
     ADAPTER,
@@ -22,8 +24,40 @@ from equipoise.pipelines.text_to_image.formats import (
     read_metadata,
     write_lora,
 )
+from equipoise.pipelines.text_to_image.layout import is_local, model_source
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def facts_of(config: TextToImageConfig, pictures: int) -> dict[str, Any]:
+    """What others want to know of how a LoRA was made. Of a base on this machine, the folder's name alone."""
+    lora, optimizer, train = config.lora, config.optimizer, config.train
+    return {
+        "base": Path(model_source(config.model.path)).name if is_local(config.model.path) else config.model.path,
+        "revision": config.model.revision,
+        "optimizer": optimizer.name,
+        "optimizer_options": optimizer.options,
+        "learning_rate": optimizer.learning_rate,
+        "text_encoder_learning_rate": (optimizer.text_encoder_learning_rate or optimizer.learning_rate)
+        if lora.text_encoder
+        else None,
+        "schedule": config.schedule.name,
+        "warmup": config.schedule.warmup,
+        "rank": lora.rank,
+        "alpha": lora.alpha or lora.rank,
+        "dropout": lora.dropout,
+        "trigger": config.data.instance_prompt or config.token.name,
+        "resolution": config.data.resolution,
+        "pictures": pictures,
+        "batch": train.batch,
+        "accumulate": train.accumulate,
+        "precision": train.precision,
+        "noise": config.noise.model_dump(exclude_defaults=True),
+        "average": train.ema or None,
+        "seed": config.seed,
+        "steps": train.steps,
+        "equipoise": version("equipoise"),
+    }
 
 
 def write_result(
@@ -58,7 +92,7 @@ def export(result: Path, format: str, output: Path) -> None:
 
     Args:
         result: the run's result/.
-        format: one of `formats.FORMATS`.
+        format: one of `families.FORMATS`.
         output: the file to write.
 
     Raises:
@@ -66,31 +100,52 @@ def export(result: Path, format: str, output: Path) -> None:
     """
     source = result / LORA_FILE
     if not source.is_file():
-        raise InputError(f"{source} is not there: the run has no result yet.")
+        raise InputError(f"{source} is not there: the run has no result yet. `equipoise resume` goes on with it.")
     metadata = read_metadata(source)
     described = json.loads(metadata["equipoise"])
     shape = described["shape"]
     layers = read_lora(source, layer_names(source), shape)
     if format != "diffusers":
-        metadata = _elsewhere(described) | {"equipoise": metadata["equipoise"]}
+        metadata = _elsewhere(described, output.stem) | {"equipoise": metadata["equipoise"]}
     write_lora(output, format, layers, shape, metadata)
 
 
-def _elsewhere(described: Mapping[str, Any]) -> dict[str, str]:
+def _elsewhere(described: Mapping[str, Any], name: str) -> dict[str, str]:
     """What kohya's scripts and Stability's ModelSpec call the same facts; ComfyUI's and other apps' menus show them."""
-    kohya, stability = family(described["shape"]["family"]).versions(described["shape"])
+    kind = family(described["shape"]["family"])
+    kohya, stability = kind.versions(described["shape"])
+    known = described.get  # an earlier version's results tell less
+    side, noise = known("resolution"), known("noise") or {}
     facts = {
-        "ss_network_module": "networks.lora",
+        "ss_output_name": name,
+        "ss_network_module": kind.network,
+        "ss_noise_offset": noise.get("offset"),
+        "ss_min_snr_gamma": noise.get("snr_gamma"),
+        "ss_zero_terminal_snr": noise.get("zero_terminal_snr"),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(answer := noise.get("prediction"), answer),
         "ss_network_dim": described["rank"],
         "ss_network_alpha": described["alpha"],
         "ss_base_model_version": kohya,
         "ss_sd_model_name": described["base"],
         "ss_optimizer": described["optimizer"],
         "ss_learning_rate": described["learning_rate"],
+        "ss_unet_lr": described["learning_rate"],
+        "ss_text_encoder_lr": known("text_encoder_learning_rate"),
+        "ss_lr_scheduler": known("schedule"),
+        "ss_lr_warmup_steps": known("warmup"),
+        "ss_network_dropout": known("dropout"),
+        "ss_resolution": side and f"({side}, {side})",
+        "ss_batch_size_per_device": known("batch"),
+        "ss_gradient_accumulation_steps": known("accumulate"),
+        "ss_num_train_images": known("pictures"),
+        "ss_mixed_precision": known("precision"),
+        "ss_seed": known("seed"),
+        "ss_max_train_steps": known("steps"),
         "ss_steps": described["step"],
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{stability}/lora",
-        "modelspec.title": Path(described["base"]).name,
+        "modelspec.title": name,
+        "modelspec.resolution": side and f"{side}x{side}",
         "modelspec.trigger_phrase": described["trigger"],
     }
     return {"format": "pt"} | {key: str(value) for key, value in facts.items() if value is not None}

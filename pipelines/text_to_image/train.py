@@ -4,28 +4,38 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
 from equipoise.balancing.objective import Losses
-from equipoise.errors import ConfigError
-from equipoise.pipelines import demo
-from equipoise.pipelines.loop import train_loop
+from equipoise.coordination.components import matches
+from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines import demo, processes
+from equipoise.pipelines.loop import DivergedError, train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, Latents, load_base
-from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import read_examples, unread_captions
+from equipoise.pipelines.text_to_image.buckets import Batches
+from equipoise.pipelines.text_to_image.captions import spoken
+from equipoise.pipelines.text_to_image.card import write_card
+from equipoise.pipelines.text_to_image.config import DataSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.data import Example, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
+from equipoise.pipelines.text_to_image.inversion import fresh_rows, taught, write_word
 from equipoise.pipelines.text_to_image.latents import prepare_latents
-from equipoise.pipelines.text_to_image.result import write_result
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, place
+from equipoise.pipelines.text_to_image.prior import class_examples
+from equipoise.pipelines.text_to_image.result import facts_of, write_result
+from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number
 
+_PLAIN = DataSection()  # class pictures' captions are read as they are
+_RECENT = 20  # steps over which a loss has to be high for a run to be given up
 _EVALUATED = 64  # fixed draws behind "loss before" and "loss after"
 
 
@@ -35,34 +45,63 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     runs = Path(config.runs)
     data = config.data
     if data.folder == demo.NAME:
-        data = data.model_copy(update={"folder": str(demo.pictures_folder(runs))})
+        with accelerator.main_process_first():
+            drawn = demo.pictures_folder(runs)
+        data = data.model_copy(update={"folder": str(drawn)})
     examples, wrong = read_examples(data)
     if wrong:  # since the check
         raise ConfigError(wrong)
     if warning := unread_captions(data, [example.path for example in examples]):
         run.log(warning)
-    latents = prepare_latents(base, examples, data, runs / ".cache")
-    with base.adapted(config.lora, config.seed) as parts:
-        work = TextToImageWork(
-            config, run, accelerator, base, parts, [example.caption for example in examples], latents
-        )
-        before = work.evaluation_loss()
+    prior = None
+    with accelerator.main_process_first():  # the others find what it has made on disk
+        own = Pictures.of(examples, prepare_latents(base, examples, data, runs / ".cache"), config)
+        if classed := class_examples(base, config, runs / ".cache"):
+            prior = Pictures.of(classed, prepare_latents(base, classed, data, runs / ".cache"), config)
+    word = fresh_rows(base, config.token) if config.token.name else {}
+    live = config.lora.text_encoder or data.shuffle_tags or bool(word)
+    if not live:
+        base.read([*own.captions, *(prior.captions if prior else []), *([""] if data.caption_dropout else [])])
+    with (
+        taught(base, config.token.name or "", word) if word else nullcontext(),
+        base.adapted(config.lora, config.seed) as parts,
+        nullcontext() if live else base.resting(),
+    ):
+        work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word)
+        before = work.untouched = work.evaluation_loss()
         started = time.perf_counter()
         outcome = train_loop(
             run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
         )
-        if outcome.state != "stopped":
-            facts = {
-                "state": outcome.state,
-                "step": outcome.step,
-                "loss_before": number(before),
-                "loss_after": number(work.evaluation_loss()),
-                "seconds": time.perf_counter() - started,
-            }
-            work.save_result(facts)
+        if outcome.state != "stopped" and processes.leads():
+            with work.averaged():
+                facts = {
+                    "state": outcome.state,
+                    "step": outcome.step,
+                    "loss_before": number(before),
+                    "loss_after": number(work.evaluation_loss()),
+                    "seconds": time.perf_counter() - started,
+                }
+                work.save_result(facts)
             if not run.sweep:  # the comparison of a sweep draws its cells' samples
                 work.sample(outcome.step or 0)
+            write_card(run.folder, config)
     return outcome
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained on, of one kind: the subject's, or those of the class beside it."""
+
+    captions: list[str]
+    latents: Latents
+    batches: Batches
+
+    @classmethod
+    def of(cls, examples: list[Example], latents: Latents, config: TextToImageConfig) -> "Pictures":
+        repeats = [example.repeats for example in examples]
+        batches = Batches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
+        return cls([example.caption for example in examples], latents, batches)
 
 
 class TextToImageWork(OptimizedWork):
@@ -76,74 +115,125 @@ class TextToImageWork(OptimizedWork):
         run: Run,
         accelerator: Accelerator,
         base: Base,
-        parts: dict[str, torch.nn.Module],  # the tuned parts by name: "unet", and the text encoders if asked
-        captions: list[str],
-        latents: Latents,
+        parts: dict[str, torch.nn.Module],  # the tuned parts by name: the denoiser, and the text encoders if asked
+        own: Pictures,
+        prior: Pictures | None = None,  # of the class, where that is preserved
+        word: dict[str, Tensor] | None = None,  # by text encoder: a new word's rows
     ):
-        self.base, self.parts, self.captions, self.latents = base, parts, captions, latents
+        self.base, self.parts, self.own, self.prior, self.word = base, parts, own, prior, word or {}
+        self.captions, self.latents, self.prior_loss = own.captions, own.latents, 0.0
+        self.untouched = torch.inf  # the base's loss, once it is known
+        self.recent: list[float] = []  # the last steps' losses
+        self.noise, self.dtype = base.noise(config.noise), base.denoiser.dtype  # which looks through all its parameters
         named = {
             f"{part}.{name}": parameter
             for part, module in parts.items()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+        groups = _groups(config, named, list(parts), base.family.denoiser)
+        if rows := {f"word.{encoder}": tensor for encoder, tensor in self.word.items()}:
+            named |= rows
+            groups.append({"params": list(rows.items()), "lr": config.token.learning_rate, "component": "word"})
         if config.train.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
+            base.denoiser.enable_gradient_checkpointing()
         else:
-            base.unet.disable_gradient_checkpointing()
-        own = config.optimizer.learning_rate
-        words = config.optimizer.text_encoder_learning_rate or own
-        groups = [
-            {
-                "params": [(name, p) for name, p in named.items() if name.startswith(f"{part}.")],
-                "lr": own if part == "unet" else words,
-                "component": part,
-            }
-            for part in parts
-        ]
-        super().__init__(config, run, accelerator, named, groups)
-        self.embeddings: dict[str, dict[str, Tensor]] = {}
-        self.scheduler = base.pipeline.scheduler
+            base.denoiser.disable_gradient_checkpointing()
+        self.average = {f"average.{name}": p.detach().clone() for name, p in named.items()} if config.train.ema else {}
+        super().__init__(
+            config,
+            run,
+            accelerator,
+            named,
+            groups,
+            buffers=self.average,
+            frozen=[parameter for parameter in base.denoiser.parameters() if not parameter.requires_grad],
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        usual = self.untouched * (1 + self.config.prior.weight * bool(self.prior))
+        mean, limit = sum(self.recent) / _RECENT, self.config.train.give_up
+        if limit and len(self.recent) == _RECENT and mean > limit * usual:
+            raise DivergedError(
+                f"the mean loss of {_RECENT} steps, {mean:.3g}, was more than {limit:g} times the untouched base's, "
+                f"{usual:.3g},"
+            )
+        values = super().step(step)
+        self.recent = [*self.recent[1 - _RECENT :], values["loss"]]
+        return values
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"recent": list(self.recent)}
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        super().restore(weights, state)
+        self.recent = state.get("recent", [])  # an earlier version's checkpoints have none
 
     def evaluate(self, step: int, micro: int) -> Losses:
         for part in self.parts.values():
-            part.train()
-        size = self.config.train.batch
-        generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro, 0))  # 0: the one process
-        torch.manual_seed(generator.initial_seed())  # for dropout
-        first = (step * self.config.train.accumulate + micro) * size
-        chosen = [place(index, len(self.captions), self.config.seed) for index in range(first, first + size)]
-        variant = torch.randint(self.latents.moments.shape[1], (size,), generator=generator)
-        moments = self.latents.moments[chosen, variant]
-        clean = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 1].shape, generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(self.scheduler.config.num_train_timesteps, (size,), generator=generator)
-        return Losses(self._loss(clean, noise, times, chosen, variant), {})
+            if not part.training:  # telling all its modules takes as long as many a step's arithmetic
+                part.train()
+        generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro, 0))
+        torch.manual_seed(mix(self.config.seed, step, micro, processes.rank()))  # for dropout
+        number = step * self.config.train.accumulate + micro
+        loss = self._drawn(self.own, number, generator, self.config.data)
+        if self.prior:
+            other = torch.Generator().manual_seed(mix(self.config.seed, step, micro, "prior"))
+            beside = self._drawn(self.prior, number, other, _PLAIN)
+            self.prior_loss = beside.item()
+            loss = loss + self.config.prior.weight * beside
+        return Losses(loss, {})
 
-    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, chosen: list[int], variant: Tensor | int) -> Tensor:
-        """Of the pictures `chosen`, in those variants."""
-        device, unet = self.accelerator.device, self.base.unet
+    def _drawn(self, pictures: Pictures, number: int, generator: torch.Generator, data: DataSection) -> Tensor:
+        """The loss of a batch, by its number, with all that is drawn for it; each of several processes draws for all
+        of them and evaluates its share."""
+        chosen = pictures.batches[number]
+        variant = torch.randint(pictures.latents.places.shape[1], (len(chosen),), generator=generator).tolist()
+        clean, deviation, places = pictures.latents.take(chosen, variant)
+        if not self.base.family.mean_latents:
+            clean = clean + deviation * torch.randn(clean.shape, generator=generator)
+        noise, times = self.noise.draw(clean.shape, generator)
+        captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
+        mine = slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
+        return self._loss(clean[mine], noise[mine], times[mine], captions[mine], places[mine])
+
+    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], places: Tensor) -> Tensor:
+        device, denoiser = self.accelerator.device, self.base.denoiser
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
-        noisy = self.scheduler.add_noise(clean, noise, times)
-        target = {"epsilon": noise, "sample": clean}.get(self.scheduler.config.prediction_type)
-        if target is None:  # v_prediction
-            target = self.scheduler.get_velocity(clean, noise, times)
-        places = self.latents.places[chosen, variant].to(device)
+        noisy = self.noise.add(clean, noise, times).to(self.dtype)
         with self.accelerator.autocast():
-            embedded = self._embed([self.captions[index] for index in chosen])
-            predicted = self.base.family.predict(unet, noisy.to(unet.dtype), times, embedded, places)
-        return F.mse_loss(predicted.float(), target)
+            embedded = self._embed(captions)
+            told = self.config.noise.guidance
+            predicted = self.base.family.predict(denoiser, noisy, times, embedded, places.to(device), told)
+        return self.noise.losses(predicted, clean, noise, times).mean()
 
     def _embed(self, captions: list[str]) -> dict[str, Tensor]:
-        """Of captions that nothing tunes the reading of, computed once."""
-        embed, pipeline = self.base.family.embed, self.base.pipeline
-        if self.config.lora.text_encoder:
-            return embed(pipeline, captions)
-        for caption in set(captions) - self.embeddings.keys():
+        if self.config.lora.text_encoder or self.word:
+            return self.base.family.embed(self.base.pipeline, captions)
+        if self.config.data.shuffle_tags:  # more captions than could be kept
             with torch.no_grad():
-                self.embeddings[caption] = embed(pipeline, [caption])
-        known = [self.embeddings[caption] for caption in captions]
-        return {name: torch.cat([one[name] for one in known]) for name in known[0]}
+                return self.base.family.embed(self.base.pipeline, captions)
+        return self.base.known(captions)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        if self.average:  # a mean at first, for the decay would keep the first weights too long; as diffusers' EMAModel
+            decay = min(self.config.train.ema, (1 + step) / (10 + step)) if step else 0.0
+            torch._foreach_lerp_(
+                list(self.average.values()), [tensor.detach() for tensor in self.named.values()], 1 - decay
+            )
+        return {"loss_prior": self.prior_loss} if self.prior else {}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The factors are their average for the time of the block, where one is kept."""
+        own = list(self.named.values()) if self.average else []
+        trained = [tensor.detach().clone() for tensor in own]
+        with torch.no_grad():
+            try:
+                torch._foreach_copy_(own, list(self.average.values())) if own else None
+                yield
+            finally:
+                torch._foreach_copy_(own, trained) if own else None
 
     @torch.no_grad()
     def evaluation_loss(self) -> float:
@@ -151,16 +241,21 @@ class TextToImageWork(OptimizedWork):
         for part in self.parts.values():
             part.eval()
         generator = torch.Generator().manual_seed(mix(self.config.seed, "evaluation"))
-        noises = torch.randn((_EVALUATED, *self.latents.moments.shape[3:]), generator=generator)
+        shapes = self.latents.shapes
+        drawn = [index % len(self.captions) for index in range(_EVALUATED)]
+        noises = [torch.randn(shapes[picture], generator=generator) for picture in drawn]
         # 37: every picture, all times
         spread = (torch.arange(_EVALUATED) * 37 % _EVALUATED + 0.5) / _EVALUATED
-        times = (spread * self.scheduler.config.num_train_timesteps).long()
-        total = 0.0
-        # never more at a time than a step takes, which is what the device's memory is known to hold
-        for indices in torch.arange(_EVALUATED).split(min(16, self.config.train.batch)):
-            chosen = [int(index) % len(self.captions) for index in indices]
-            loss = self._loss(self.latents.moments[chosen, 0, 0], noises[indices], times[indices], chosen, 0)
-            total += loss.item() * len(chosen)
+        times = self.noise.at(spread)
+        total, most = 0.0, min(16, self.config.train.batch)  # no more than a step takes, which the memory holds
+        for shape in dict.fromkeys(shapes):
+            alike = [index for index in range(_EVALUATED) if shapes[drawn[index]] == shape]
+            for some in (alike[start : start + most] for start in range(0, len(alike), most)):
+                chosen = [drawn[index] for index in some]
+                clean, _, places = self.latents.take(chosen, [0] * len(some))
+                captions = [self.captions[picture] for picture in chosen]
+                noise = torch.stack([noises[index] for index in some])
+                total += self._loss(clean, noise, times[some], captions, places).item() * len(some)
         return total / _EVALUATED
 
     def sample(self, step: int) -> None:
@@ -168,7 +263,7 @@ class TextToImageWork(OptimizedWork):
             return
         for part in self.parts.values():
             part.eval()
-        with lora_scale(self.parts, self.config.samples.scale):
+        with self.base.woken(), self.averaged(), lora_scale(self.parts, self.config.samples.scale):
             made = generate(self.base.pipeline, self.config.samples, self.config.data.resolution)
         folder = self.run.folder / "samples" / f"step-{step:08d}"
         for index, picture in enumerate(made):
@@ -178,15 +273,34 @@ class TextToImageWork(OptimizedWork):
 
     def save_result(self, facts: dict[str, Any]) -> None:
         """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
-        described = {
-            "base": self.config.model.path,
-            "optimizer": self.config.optimizer.name,
-            "learning_rate": self.config.optimizer.learning_rate,
-            "rank": self.config.lora.rank,
-            "alpha": self.config.lora.alpha or self.config.lora.rank,
-            "trigger": self.config.data.instance_prompt,
-            **facts,
-        }
+        described = facts_of(self.config, len(self.captions)) | facts
         fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
         more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
+        if self.word:
+            write_word(self.run.folder / "result", self.config.token.name or "", self.word)
         write_result(self.run.folder / "result", self.parts, self.base.shape, described, more)
+
+
+def _groups(
+    config: TextToImageConfig, named: dict[str, Tensor], parts: list[str], denoiser: str
+) -> list[dict[str, Any]]:
+    """Of parameters with one rate: a part's own, or that of the first pattern of `optimizer.rates` in their names.
+
+    Raises:
+        InputError: a pattern is found in no name.
+    """
+    own, rates = config.optimizer.learning_rate, config.optimizer.rates
+    words = config.optimizer.text_encoder_learning_rate or own
+    found: dict[tuple[str, float], list[tuple[str, Tensor]]] = {
+        (part, own if part == denoiser else words): [] for part in parts
+    }
+    unused = set(rates)
+    for name, parameter in named.items():
+        part = name.partition(".")[0]
+        fits = next((pattern for pattern in rates if matches(pattern, name)), None)
+        unused.discard(fits or "")
+        rate = rates[fits] if fits else own if part == denoiser else words
+        found.setdefault((part, rate), []).append((name, parameter))
+    if unused:
+        raise InputError(f"optimizer.rates: {', '.join(sorted(unused))}: found in no name of a layer with factors.")
+    return [{"params": pairs, "lr": rate, "component": part} for (part, rate), pairs in found.items() if pairs]

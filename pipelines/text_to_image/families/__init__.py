@@ -6,16 +6,33 @@ A new family is a subclass of `Family` in a file of its own here, and its line i
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from equipoise.pipelines.text_to_image.config import TextToImageConfig
+
 FAMILIES = {  # the class in a checkpoint's model_index.json → the module here and the class in it
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "ZImagePipeline": ("z_image", "ZImage"),
 }
-TITLES = "Stable Diffusion 1.x, 2.x and XL"
+FORMATS = ("diffusers", "kohya", "comfyui")  # of LoRA files: what layers are called in them
+TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"
+
+READ = {  # by the way of adding noise, which of the section `noise` it reads
+    "diffusion": ("offset", "prediction", "zero_terminal_snr", "snr_gamma"),
+    "flow": ("offset", "times", "mean", "std", "mode_scale", "shift"),
+}
+
+
+NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in nothing but noise where the noise is what is learnt
+    "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
+    "the last step of such a schedule there is nothing else to see."
+)
 
 
 class Family(ABC):
@@ -23,9 +40,31 @@ class Family(ABC):
 
     pipeline: ClassVar[str]  # diffusers' class for sampling
     title: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]  # the folders with weights
+    denoiser: ClassVar[str]  # the part that is trained, and its folder
     text_encoders: ClassVar[dict[str, str]]  # each with the folder of its tokenizer
-    left_out: ClassVar[tuple[str, ...]]  # components of the pipeline class that neither training nor sampling needs
+    tuned_encoders: ClassVar[tuple[str, ...]] = ()  # those that diffusers' LoRA loader knows
+    optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a checkpoint may be without
+    left_out: ClassVar[tuple[str, ...]] = ()  # components of the pipeline class that nobody needs here
+    targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors unless told
+    shape: ClassVar[tuple[str, ...]] = ()  # keys of the denoiser's config that other apps' names depend on
+
+    noise: ClassVar[Literal["diffusion", "flow"]]  # how it is added: see `families.noise`
+    times: ClassVar[str] = "uniform"  # flow: how they are drawn unless told, as diffusers' script does
+    preconditioned: ClassVar[bool] = False  # flow: the loss is of the picture that is predicted, not of the velocity
+    mean_latents: ClassVar[bool] = False  # trained on the autoencoder's means, not on draws from what it gives
+    distilled: ClassVar[bool] = False  # may be told the guidance in place of being guided
+    negative: ClassVar[bool] = True  # reads negative prompts
+    words: ClassVar[bool] = False  # diffusers loads textual inversions for it, into the tuned encoders
+
+    network: ClassVar[str] = "networks.lora"  # the module of kohya's scripts that reads such a file
+    patch: ClassVar[int] = 1  # cells of the latents to a side of one token
+    native: ClassVar[int | None] = None  # pixels, where the denoiser's config does not say
+    guidance: ClassVar[float] = 7.0  # for samples, unless told
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The folders with weights."""
+        return (self.denoiser, "vae", *self.text_encoders)
 
     @abstractmethod
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
@@ -33,9 +72,15 @@ class Family(ABC):
 
     @abstractmethod
     def predict(
-        self, denoiser: Any, noisy: "Tensor", times: "Tensor", embedded: "Mapping[str, Tensor]", places: "Tensor"
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        places: "Tensor",
+        guidance: float = 3.5,
     ) -> "Tensor":
-        """The denoiser's answer.
+        """The denoiser's answer, of the shape of `noisy`.
 
         Args:
             noisy: (batch, channels, height, width), of the denoiser's dtype.
@@ -43,7 +88,30 @@ class Family(ABC):
             embedded: from `embed`.
             places: (batch, 6) pixels: height and width of the picture before it was cut, top and left of the cut, and
                 height and width of the cut.
+            guidance: what a distilled model is told.
         """
+
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        negative: str,
+        noise: "Tensor",  # (prompts, channels, height, width) float32: the latents to start from
+        size: tuple[int, int],  # pixels: height, width
+        steps: int,
+        guidance: float,
+    ) -> "Tensor":
+        """The latents of pictures, by the family's own sampling in diffusers."""
+        return pipeline(
+            list(prompts),
+            negative_prompt=[negative] * len(prompts) if negative else None,  # XL has zeros for none
+            latents=noise.to(getattr(pipeline, self.denoiser).dtype),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
 
     @abstractmethod
     def kohya(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
@@ -52,6 +120,25 @@ class Family(ABC):
     @abstractmethod
     def comfyui(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
         """ComfyUI's name for a layer."""
+
+    def aliases(self, part: str, module: str, shape: Mapping[str, Any]) -> set[str]:
+        """Other names that a layer may have in files that are read."""
+        return set()
+
+    def fused(self, part: str, module: str, shape: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
+        """Where kohya's layer of that name is several of ours, one below the other: this one's place among them, and
+        the rows of each."""
+        return None
+
+    writes_fused: ClassVar[bool] = True  # kohya's scripts have it so; if not, such a layer is only read
+
+    def joint(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
+        """That layer's name."""
+        return self.kohya(part, module, shape)
+
+    def swapped(self, part: str, module: str, shape: Mapping[str, Any]) -> bool:
+        """Whether kohya's layer has the halves of its rows, shift and scale, the other way round."""
+        return False
 
     @abstractmethod
     def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
@@ -66,5 +153,31 @@ def family(pipeline: str) -> Family:
 
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:
     """What other apps' names depend on: the family, and some of the denoiser's config."""
-    keys = ("layers_per_block", "up_block_types", "cross_attention_dim")
-    return {"family": pipeline} | {key: denoiser[key] for key in keys}
+    return {"family": pipeline} | {key: denoiser[key] for key in family(pipeline).shape}
+
+
+def unread(config: "TextToImageConfig", kind: Family) -> list[str]:
+    """A sentence for everything that is set and that a base of this family would not read."""
+    found = []
+    known = (*READ[kind.noise], *(["guidance"] if kind.distilled else []))
+    for key, field in type(config.noise).model_fields.items():
+        if key not in known and getattr(config.noise, key) != field.default:
+            others = ", ".join(f"noise.{name}" for name in known)
+            found.append(f"noise.{key}: has no effect on {kind.title}, which reads {others}.")
+    times = config.noise.times or kind.times
+    for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
+        if (
+            key in known
+            and times != only
+            and getattr(config.noise, key) != type(config.noise).model_fields[key].default
+        ):
+            found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
+    if config.lora.text_encoder and not kind.tuned_encoders:
+        found.append(
+            f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."
+        )
+    if config.token.name and not kind.words:
+        found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
+    if config.samples.negative and not kind.negative:
+        found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")
+    return found

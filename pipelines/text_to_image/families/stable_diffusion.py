@@ -3,36 +3,41 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from equipoise.pipelines.text_to_image.families import Family
-from equipoise.pipelines.text_to_image.families.unet import original_name
+from equipoise.pipelines.text_to_image.families.unet import UNetFamily
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class StableDiffusion(Family):
+class StableDiffusion(UNetFamily):
     pipeline = "StableDiffusionPipeline"
     title = "Stable Diffusion"
-    parts = ("unet", "vae", "text_encoder")
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
+    tuned_encoders = ("text_encoder",)
+    words = True
     left_out = ("safety_checker", "feature_extractor", "image_encoder")
 
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
-        tokens = pipeline.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+        captions = pipeline.maybe_convert_prompt(list(captions), pipeline.tokenizer)  # new words of several vectors
+        tokens = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"encoder_hidden_states": pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))[0]}
 
     def predict(
-        self, denoiser: Any, noisy: "Tensor", times: "Tensor", embedded: "Mapping[str, Tensor]", places: "Tensor"
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        places: "Tensor",
+        guidance: float = 0,
     ) -> "Tensor":
         return denoiser(noisy, times, **embedded).sample
 
     def kohya(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
         return f"{'lora_unet' if part == 'unet' else 'lora_te'}_{module.replace('.', '_')}"
 
-    def comfyui(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
-        if part == "unet":
-            return f"diffusion_model.{original_name(module, shape)}"
-        return f"text_encoders.{'clip_h' if _second(shape) else 'clip_l'}.transformer.{module}"
+    def encoder(self, part: str, shape: Mapping[str, Any]) -> str:
+        return "clip_h" if _second(shape) else "clip_l"
 
     def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
         return ("sd_v2", "stable-diffusion-v2-512") if _second(shape) else ("sd_v1", "stable-diffusion-v1")

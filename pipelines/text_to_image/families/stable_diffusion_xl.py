@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from equipoise.pipelines.text_to_image.families import Family
-from equipoise.pipelines.text_to_image.families.unet import original_name
+from equipoise.pipelines.text_to_image.families.unet import UNetFamily, original_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(UNetFamily):
     pipeline = "StableDiffusionXLPipeline"
     title = "Stable Diffusion XL"
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    tuned_encoders = ("text_encoder", "text_encoder_2")
+    words = True
     left_out = ("feature_extractor", "image_encoder")
 
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
@@ -22,7 +22,13 @@ class StableDiffusionXL(Family):
         return {"encoder_hidden_states": words, "text_embeds": pooled}
 
     def predict(
-        self, denoiser: Any, noisy: "Tensor", times: "Tensor", embedded: "Mapping[str, Tensor]", places: "Tensor"
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        places: "Tensor",
+        guidance: float = 0,
     ) -> "Tensor":
         added = {"text_embeds": embedded["text_embeds"], "time_ids": places.to(noisy.dtype)}
         return denoiser(noisy, times, embedded["encoder_hidden_states"], added_cond_kwargs=added).sample
@@ -32,10 +38,8 @@ class StableDiffusionXL(Family):
             return f"lora_unet_{original_name(module, shape).replace('.', '_')}"
         return f"lora_te{'2' if part == 'text_encoder_2' else '1'}_{module.replace('.', '_')}"
 
-    def comfyui(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
-        if part == "unet":
-            return f"diffusion_model.{original_name(module, shape)}"
-        return f"text_encoders.{'clip_g' if part == 'text_encoder_2' else 'clip_l'}.transformer.{module}"
+    def encoder(self, part: str, shape: Mapping[str, Any]) -> str:
+        return "clip_g" if part == "text_encoder_2" else "clip_l"
 
     def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"

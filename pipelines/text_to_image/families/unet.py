@@ -1,7 +1,9 @@
-"""Names of a U-Net's modules in the code that Stable Diffusion was published with (CompVis, later Stability)."""
+"""What the families with a U-Net share, and its names in the code that Stable Diffusion was published with."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from equipoise.pipelines.text_to_image.families import Family
 
 _RESNET = {
     "conv1": "in_layers.2",
@@ -17,6 +19,27 @@ _OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+
+
+class UNetFamily(Family):
+    denoiser = "unet"
+    noise = "diffusion"
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+    shape = ("layers_per_block", "up_block_types", "cross_attention_dim")
+
+    def encoder(self, part: str, shape: Mapping[str, Any]) -> str:
+        """What ComfyUI calls a text encoder."""
+        raise NotImplementedError
+
+    def comfyui(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
+        if part == "unet":
+            return f"diffusion_model.{original_name(module, shape)}"
+        return f"text_encoders.{self.encoder(part, shape)}.transformer.{module}"
+
+    def aliases(self, part: str, module: str, shape: Mapping[str, Any]) -> set[str]:
+        if part != "unet":
+            return set()
+        return {f"lora_unet_{name.replace('.', '_')}" for name in (module, original_name(module, shape))}
 
 
 def original_name(module: str, unet: Mapping[str, Any]) -> str:

@@ -148,6 +148,9 @@ def test_cuts_are_square_scaled_and_mirrored():
     random = variants(wide, DataSection(folder="x", resolution=16, crop="random"), torch.Generator().manual_seed(0))
     assert len({picture.tobytes() for picture, _ in random}) > 1
     assert all(top == 0 and 0 <= left <= 16 for _, (top, left) in random)
+    both = variants(wide, DataSection(folder="x", resolution=16, crop="random", flip=True), torch.Generator())
+    for (_, (_, left)), (_, (_, other)) in zip(both[: len(both) // 2], both[len(both) // 2 :], strict=True):
+        assert left + other == 16, "where the cut is in the mirrored picture"
     for picture, (_, left) in random:  # white up to 16 of 32
         assert (picture.getpixel((0, 8)) == (255, 255, 255)) is (left < 15)
 

@@ -3,9 +3,10 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,7 +40,10 @@ def xl(short, xl_checkpoint) -> list[str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_says_of_itself(name):
     known = family(name)
-    assert known.pipeline == name and {"unet", "vae", *known.text_encoders} == set(known.parts)
+    assert known.pipeline == name and known.parts == (known.denoiser, "vae", *known.text_encoders)
+    assert known.targets and set(known.tuned_encoders) <= set(known.text_encoders) >= set(known.optional)
+    theirs = getattr(diffusers, name)
+    assert set(theirs._lora_loadable_modules) == {known.denoiser, *known.tuned_encoders}
 
 
 @pytest.mark.parametrize("words", ["lora.text_encoder=true", "lora.text_encoder=false"])
@@ -57,8 +61,7 @@ def test_xl_learns_and_draws_the_very_same_picture_in_diffusers(xl, xl_checkpoin
         ours = torch.tensor(list(sample.convert("RGB").tobytes())).int()
     noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
     for folder, name in ((run.folder / "result", LORA_FILE), (tmp_path, kohya.name)):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(xl_checkpoint)
-        pipeline.scheduler = load_base(ModelSection(path=str(xl_checkpoint)), "no").pipeline.scheduler
+        pipeline = StableDiffusionXLPipeline.from_pretrained(xl_checkpoint)  # and its own scheduler, Euler's
         pipeline.set_progress_bar_config(disable=True)
         pipeline.load_lora_weights(folder, weight_name=name)
         drawn = pipeline(
@@ -106,9 +109,16 @@ def test_xl_is_told_how_pictures_were_cut(xl, xl_checkpoint, tmp_path):
     embedded = base.family.embed(base.pipeline, ["red"])
     noisy, times = torch.randn(1, 4, 4, 4), torch.tensor([500])
     with torch.no_grad():
-        said = [base.family.predict(base.unet, noisy, times, embedded, p[None]) for p in latents.places[0]]
-        other = base.family.predict(base.unet, noisy, times, embedded, torch.tensor([[60, 120, 0, 0, 32, 32.0]]))
+        said = [base.family.predict(base.denoiser, noisy, times, embedded, p[None]) for p in latents.places[0]]
+        other = base.family.predict(base.denoiser, noisy, times, embedded, torch.tensor([[60, 120, 0, 0, 32, 32.0]]))
     assert torch.equal(*said) and not torch.equal(said[0], other)
+
+
+def test_schedules_that_are_not_of_betas_are_refused(xl_checkpoint, tmp_path):
+    copied = shutil.copytree(xl_checkpoint, tmp_path / "copy")
+    EDMEulerScheduler().save_pretrained(copied / "scheduler")
+    (problem,) = model_problems(str(copied))
+    assert "EDMEulerScheduler has another noise schedule than Stable Diffusion XL is trained with" in problem
 
 
 def test_a_second_text_encoder_that_is_missing(xl_checkpoint, tmp_path):

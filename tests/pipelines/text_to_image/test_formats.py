@@ -17,10 +17,9 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.families import shape_of
+from equipoise.pipelines.text_to_image.families import FORMATS, shape_of
 from equipoise.pipelines.text_to_image.families.unet import original_name
 from equipoise.pipelines.text_to_image.formats import (
-    FORMATS,
     canonical,
     factors_of,
     name_in,
@@ -133,7 +132,7 @@ def test_every_bit_comes_back(tuned, format, tmp_path, capsys):
     assert {factors.alpha for factors in found.values()} == {2.0}, "not the rank"
 
 
-def test_alpha_and_what_is_known_stand_in_the_files(tuned, tmp_path):
+def test_alpha_and_what_is_known_stand_in_the_files(tuned, checkpoint, tmp_path):
     run, _ = tuned
     for format in ("kohya", "comfyui"):
         file = tmp_path / f"{format}.safetensors"
@@ -145,6 +144,9 @@ def test_alpha_and_what_is_known_stand_in_the_files(tuned, tmp_path):
         assert known["ss_network_dim"] == "4" and known["ss_network_alpha"] == "2.0"
         assert known["modelspec.trigger_phrase"] == "a photo of sks object"
         assert known["modelspec.architecture"] == "stable-diffusion-v1/lora"
+        assert known["ss_steps"] == known["ss_max_train_steps"] == "3" and known["ss_optimizer"] == "adamw"
+        assert known["ss_resolution"] == "(32, 32)" and known["ss_num_train_images"] == "6"
+        assert known["ss_sd_model_name"] == checkpoint.name, "not where it lies on this machine"
         assert json.loads(known["equipoise"])["learning_rate"] == 0.05
 
 

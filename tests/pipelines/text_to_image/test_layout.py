@@ -8,6 +8,7 @@ import time
 import pytest
 
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.layers import unmatched
 from equipoise.pipelines.text_to_image import layout
 from equipoise.pipelines.text_to_image.check import doubts
 from equipoise.pipelines.text_to_image.layout import (
@@ -16,7 +17,6 @@ from equipoise.pipelines.text_to_image.layout import (
     layers,
     model_problems,
     native_resolution,
-    unmatched,
 )
 
 
@@ -54,8 +54,9 @@ def test_a_broken_index(tmp_path, text):
 
 def test_another_kind_of_model(copied):
     index = copied / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "FluxPipeline"}))
-    assert "is a FluxPipeline; this pipeline tunes Stable Diffusion 1.x, 2.x and XL" in model_problems(str(copied))[0]
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "LattePipeline"}))
+    (problem,) = model_problems(str(copied))
+    assert "is a LattePipeline; this pipeline tunes Stable Diffusion 1.x, 2.x, XL, 3 and 3.5" in problem
 
 
 def test_pickled_weights_are_never_opened(copied):
@@ -159,7 +160,7 @@ def test_every_target_must_name_a_layer(checkpoint):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("StableDiffusionPipeline", None), ("FluxPipeline", "owner/name is a FluxPipeline")],
+    [("StableDiffusionPipeline", None), ("LattePipeline", "owner/name is a LattePipeline")],
 )
 def test_the_kind_of_a_hub_checkpoint_is_asked_first(monkeypatch, tmp_path, kind, message):
     def fetch(repository, name, revision):

@@ -1,12 +1,7 @@
 """Runs of the text-to-image pipeline on a small checkpoint: what they learn, save, survive and leave behind."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,14 +9,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from equipoise.errors import InputError
-from equipoise.pipelines import checkpoints, config
+from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
+from equipoise.pipelines.text_to_image import base as bases
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
 from equipoise.pipelines.text_to_image.result import LORA_FILE
@@ -104,7 +100,7 @@ def test_the_base_is_left_as_it_was(short, checkpoint):
     after = fingerprint()
     assert equal(before, after)
     base = load_base(ModelSection(path=str(checkpoint)), "no")
-    assert not any(p.requires_grad for p in base.unet.parameters())
+    assert not any(p.requires_grad for p in base.denoiser.parameters())
 
 
 @pytest.mark.parametrize(
@@ -116,47 +112,32 @@ def test_the_base_is_left_as_it_was(short, checkpoint):
         ["optimizer=alpha_adam"],
     ],
 )
-def test_a_stopped_run_resumes_exactly(short, extra):
+def test_a_stopped_run_resumes_exactly(short, extra, stopped_run):
     whole, _ = train(*short, *extra)
     settings = config.load(NAME, [*short, *extra])
-    run = Store(settings.runs).create(settings)
-    work_metric = type(run).metric
-
-    def stop_after_three(self, step, **values):
-        work_metric(self, step, **values)
-        if step == 3:
-            self.request("stop")
-
-    run.metric = stop_after_three.__get__(run)
-    assert execute(TextToImage, settings, run).state == "stopped"
+    run = stopped_run(TextToImage, settings, at=3)
     assert run.status().step == 3 and not (run.folder / "result" / LORA_FILE).exists()
-    del run.metric
     assert execute(TextToImage, settings, run).state == "done"
     assert equal(lora(whole), lora(run))
     assert [record["step"] for record in run.metrics()] == list(range(1, 7))
 
 
-def test_a_killed_run_resumes_exactly(short, tmp_path):
+def test_a_run_does_not_go_on_with_another_base(short, checkpoint, tmp_path, stopped_run):
+    folder = shutil.copytree(checkpoint, tmp_path / "base")
+    settings = config.load(NAME, [*short, f"model={folder}"])
+    run = stopped_run(TextToImage, settings, at=3)
+    file = next((folder / "unet").glob("*.safetensors"))
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    bases._loaded.clear()  # as in a new process
+    with pytest.raises(InputError, match="model: its frozen weights are not those that this run was trained on so far"):
+        execute(TextToImage, settings, run)
+
+
+def test_a_killed_run_resumes_exactly(short, killed_run):
     """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
     overrides = [*short, "steps=40", "checkpoint_every=4"]
     whole, _ = train(*overrides)
-    command = [sys.executable, "-m", "equipoise.pipelines.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([*command, "train", NAME, *overrides, "--id", "killed"], env=environment)
-    run = tmp_path / "runs" / "killed"
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step-00000008").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    store = Store(tmp_path / "runs")
-    assert store.get("killed").status().state == "dead"
-    killed_at = checkpoints.complete(run / "checkpoints")[-1]
-    assert killed_at.name < "step-00000040"
-    resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step-0000" in (run / "log.txt").read_text()
-    assert equal(lora(whole), lora(store.get("killed")))
+    assert equal(lora(whole), lora(killed_run(NAME, overrides, "step-00000008", "step-00000040")))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(short, capfd):
@@ -189,7 +170,7 @@ def test_a_last_step_that_blows_up_is_no_success(short):
 
 
 def test_v_prediction_and_bf16(short, build_checkpoint, tmp_path):
-    other = build_checkpoint(tmp_path / "v", prediction_type="v_prediction")
+    other = build_checkpoint(prediction_type="v_prediction")
     run, outcome = train(*short, f"model={other}", "train.precision=bf16")
     assert outcome.state == "done"
     assert {tensor.dtype for tensor in lora(run).values()} == {torch.float32}
@@ -233,13 +214,6 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(short, override, message, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_of_several_processes_is_refused(short, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", NAME, *short]) == 2
-    assert "a run trains in one process, and this is one of 2" in capfd.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_target_that_a_loaded_base_lacks(checkpoint):
     """A hub checkpoint's layers are known only when it is there."""
     base = load_base(ModelSection(path=str(checkpoint)), "no")
@@ -269,22 +243,6 @@ def test_an_optimizer_that_takes_no_such_factors(short):
     """Muon takes matrices alone, and the factors of a convolution have four dimensions."""
     with pytest.raises(InputError, match=r"optimizer.name: muon does not take these LoRA factors"):
         train(*short, "optimizer=muon", "lora.targets=[conv1]")
-
-
-@pytest.fixture
-def work(short, monkeypatch):
-    """The work of a run, as its loop gets it."""
-
-    def make(*overrides):
-        caught = []
-        monkeypatch.setattr(
-            "equipoise.pipelines.text_to_image.train.train_loop",
-            lambda _, work, *rest: caught.append(work) or Outcome("stopped"),
-        )
-        train(*short, *overrides)
-        return caught[0]
-
-    return make
 
 
 def test_a_second_evaluation_is_of_the_same_micro_batches_noise_and_dropout(short, monkeypatch):
@@ -347,13 +305,14 @@ def test_the_target_is_what_the_u_net_predicts(work, build_checkpoint, tmp_path)
     """The loss of a model whose prediction is known to be 0 is the target's mean square."""
     clean, noise = torch.full((1, 4, 4, 4), 2.0), torch.full((1, 4, 4, 4), 3.0)
     for kind, expected in (("epsilon", 9.0), ("sample", 4.0), ("v_prediction", None)):
-        made = work(f"model={build_checkpoint(tmp_path / kind, prediction_type=kind)}")
-        torch.nn.init.zeros_(made.base.unet.conv_out.weight)
-        torch.nn.init.zeros_(made.base.unet.conv_out.bias)
+        made = work(f"model={build_checkpoint(prediction_type=kind)}")
+        torch.nn.init.zeros_(made.base.denoiser.conv_out.weight)
+        torch.nn.init.zeros_(made.base.denoiser.conv_out.bias)
         times = torch.tensor([500])
         if expected is None:
-            expected = made.scheduler.get_velocity(clean, noise, times).square().mean().item()
-        assert made._loss(clean, noise, times, [0], 0).item() == pytest.approx(expected)
+            expected = made.noise.scheduler.get_velocity(clean, noise, times).square().mean().item()
+        loss = made._loss(clean, noise, times, made.captions[:1], made.latents.places[:1, 0])
+        assert loss.item() == pytest.approx(expected)
 
 
 def test_an_objectives_state_is_saved(work):

@@ -1,0 +1,81 @@
+"""Prior preservation (Ruiz et al., DreamBooth, arXiv:2208.12242, 2022, §3.3): the class is learnt beside the subject.
+
+Each step's loss is of pictures of yours + weight × of pictures of the class, such as "a photo of a vase", so that the
+tuned model goes on drawing other vases. Where there are none, the untouched base draws them, once.
+"""
+
+# pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
+# pyright: reportCallIssue=false
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from equipoise.errors import InputError
+from equipoise.pipelines.files import explained, write_atomic
+from equipoise.pipelines.progress import progress
+from equipoise.pipelines.text_to_image.base import Base
+from equipoise.pipelines.text_to_image.config import DataSection, NoiseSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.data import Example, read_examples
+from equipoise.pipelines.text_to_image.generate import generate
+
+
+def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
+    """The class pictures of `prior.folder`, if it is given, and all that is wrong with the section."""
+    prior = config.prior
+    if not prior.prompt:
+        return [], ["prior.folder: needs prior.prompt, what the class is called."] if prior.folder else []
+    if not prior.folder:
+        return [], []
+    examples, problems = read_examples(DataSection(folder=prior.folder, instance_prompt=prior.prompt))
+    return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
+
+
+def class_examples(base: Base, config: TextToImageConfig, cache: Path) -> list[Example]:
+    """The pictures that the class is learnt from: those of `prior.folder`, or drawn by the untouched base.
+
+    Args:
+        base: without factors.
+        cache: where drawn pictures are kept for the next run.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    found, problems = read_class(config)
+    if problems:
+        raise InputError("\n".join(problems))
+    prompt, count, samples = config.prior.prompt, config.prior.count, config.samples
+    if found or not prompt:
+        return found
+    facts = [_fingerprint(base), prompt, config.data.resolution, samples.steps, samples.guidance]
+    folder = cache / f"prior-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{seed:05d}.png" for seed in range(count)]
+    base.noise(NoiseSection())  # an earlier run of this process may have sampled by another schedule
+    with progress("class pictures", "picture", total=count, leave=False) as bar:
+        for start in range(0, count, samples.batch):
+            some = paths[start : start + samples.batch]
+            if not all(path.is_file() for path in some):
+                wanted = {"prompts": [prompt], "negative": "", "count": len(some), "seed": start}
+                asked = samples.model_copy(update=wanted)
+                for path, sample in zip(some, generate(base.pipeline, asked, config.data.resolution), strict=True):
+                    png = io.BytesIO()
+                    sample.image.save(png, "PNG")
+                    write_atomic(path, png.getvalue())
+            bar.update(len(some))
+    return [Example(path, prompt) for path in paths]
+
+
+def _fingerprint(base: Base) -> str:
+    """Changes when the denoiser does, wherever the checkpoint lies."""
+    digest = hashlib.sha256(base.identity.encode())
+    for name, tensor in base.denoiser.state_dict().items():
+        if type(tensor) is not torch.Tensor:  # quantised weights do not show theirs
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.flatten()[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

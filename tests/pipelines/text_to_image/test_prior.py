@@ -1,0 +1,78 @@
+"""Prior preservation: class pictures given or drawn by the untouched base, and what they do to the loss."""
+
+import pytest
+from PIL import Image
+
+from equipoise.pipelines import config
+from equipoise.pipelines.pipeline import execute
+from equipoise.pipelines.store import Store
+from equipoise.pipelines.text_to_image import TextToImage, prior
+from equipoise.pipelines.text_to_image.base import load_base
+from equipoise.pipelines.text_to_image.generate import generate
+
+NAME = "text_to_image/dreambooth"
+
+
+def train(*overrides):
+    settings = config.load(NAME, overrides)
+    assert TextToImage.check(settings) == []
+    run = Store(settings.runs).create(settings)
+    assert execute(TextToImage, settings, run).state == "done"
+    return run
+
+
+def losses(run) -> list[dict]:
+    return run.metrics()
+
+
+def test_the_untouched_base_draws_them_once(short, tmp_path, monkeypatch):
+    words = ["prior.prompt=a vase", "prior.count=5", "samples.batch=2", "samples.negative=x"]
+    settings = config.load(NAME, [*short, *words])
+    base = load_base(settings.model, "no")
+    examples = prior.class_examples(base, settings, tmp_path)
+    (folder,) = tmp_path.glob("prior-*")
+    drawn = sorted(folder.iterdir())
+    assert [(e.path, e.caption, e.repeats) for e in examples] == [(path, "a vase", 1) for path in drawn]
+    assert [path.name for path in drawn] == [f"{seed:05d}.png" for seed in range(5)]
+    asked = settings.samples.model_copy(update={"prompts": ["a vase"], "negative": "", "count": 2, "seed": 2})
+    for path, sample in zip(drawn[2:4], generate(base.pipeline, asked, 32), strict=True):
+        with Image.open(path) as picture:
+            assert picture.tobytes() == sample.image.tobytes()
+
+    seeds = []
+    monkeypatch.setattr(prior, "generate", lambda *args: seeds.append(args[1].seed) or generate(*args))
+    assert prior.class_examples(base, settings, tmp_path) == examples and seeds == []
+    drawn[3].unlink()
+    prior.class_examples(base, settings, tmp_path)
+    assert seeds == [2], "the batch that it was of"
+    more = config.load(NAME, [*short, *words, "prior.count=7"])
+    assert len(prior.class_examples(base, more, tmp_path)) == 7 and seeds == [2, 4, 6]
+    other = config.load(NAME, [*short, *words, "samples.steps=1"])
+    prior.class_examples(base, other, tmp_path)
+    assert len(list(tmp_path.glob("prior-*"))) == 2
+
+
+def test_the_loss_is_of_both_and_the_weight_counts(short, tmp_path):
+    """By the first step's loss, before which the factors change nothing: own + weight × class."""
+    given = ["samples.prompts=[]", "samples.steps=1", "steps=2", "learning_rate=0.01"]
+    classed = ["prior.prompt=a vase", "prior.count=2"]
+    alone, nothing, half = (
+        losses(train(*short, *given, *words))
+        for words in ([], [*classed, "prior.weight=0"], [*classed, "prior.weight=0.5"])
+    )
+    beside = [record["loss_prior"] for record in half]
+    own = [record["loss"] for record in alone]
+    assert half[0]["loss"] == pytest.approx(own[0] + 0.5 * beside[0], rel=1e-5) and beside[0] > 0
+    assert half[1]["loss"] != pytest.approx(own[1] + 0.5 * beside[1], rel=1e-6), "it has taught something"
+    assert [record["loss"] for record in nothing] == pytest.approx(own, rel=1e-6)
+
+
+def test_what_is_wrong_is_said_before(short, tmp_path):
+    def said(*words):
+        return TextToImage.check(config.load(NAME, [*short, *words]))
+
+    assert said("prior.folder=x") == ["prior.folder: needs prior.prompt, what the class is called."]
+    assert any(
+        "prior.folder: nowhere does not exist" in line for line in said("prior.prompt=x", "prior.folder=nowhere")
+    )
+    assert said("prior.prompt=x") == []
