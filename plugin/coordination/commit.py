@@ -52,7 +52,7 @@ class CommitCLR(Measured):
         return split(components, language, 2 - language)  # 2κ̃/(κ̃+1) = 2 − 2/(κ̃+1)
 
     def measures(self, step: int) -> bool:
-        # the last step before the rates change is measured, whatever the spacing: the newest value counts most
+        # the last of its steps, not the first: where `every` is a multiple, the rates change right after a measurement
         return step % self.measure_every == self.measure_every - 1
 
     def observe(self, step: int, balance: Balance) -> dict[str, float]:

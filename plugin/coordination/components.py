@@ -63,16 +63,26 @@ ARCHITECTURES: dict[str, Architecture] = {  # by config.model_type
     "qwen2_audio": _PROJECTED,
     "voxtral": _PROJECTED,
 }
-_ALL = [*dict.fromkeys(ARCHITECTURES.values())]
+# What other models of that shape call them (DeepSeek-VL, MiniCPM-V, Kimi-VL, PaddleOCR-VL, Granite Speech, …).
+_OTHERS = Architecture(
+    ("vision_encoder", "image_tower", "video_tower", "embed_vision", "embed_audio", "model.encoder"),
+    ("aligner", "projector", "mm_projector", "vision_projection", "vision_adapter", "resampler_model", "merger"),
+    (),
+)
+_ALL = [*dict.fromkeys(ARCHITECTURES.values()), _OTHERS]
 _SHAPE = Architecture(*(tuple(dict.fromkeys(n for a in _ALL for n in getattr(a, part))) for part in get_args(Part)))
 
 
-def architecture(model_type: str, names: Iterable[str]) -> Architecture:
+def architecture(
+    model_type: str, names: Iterable[str], components: Mapping[str, Sequence[str]] | None = None
+) -> Architecture:
     """The parts of a model.
 
     Args:
         model_type: As its configuration has it, such as `llava`.
         names: Its parameters' names, as `named_parameters` gives them.
+        components: Component → patterns, one of them `language`: they stand in for the names where those are not known;
+            what the other components name is then the connector.
 
     Raises:
         InputError: The model has no tower or no language model under any known name, or parameters outside all parts.
@@ -80,6 +90,9 @@ def architecture(model_type: str, names: Iterable[str]) -> Architecture:
     names = list(names)
     known = ARCHITECTURES.get(model_type, _SHAPE)
     parts = {name: known.part(name) for name in names}
+    if components and not ({"tower", "language"} <= set(parts.values()) and all(parts.values())):
+        before = [pattern for name, some in components.items() for pattern in some if name != "language"]
+        return Architecture((), tuple(before), tuple(components["language"]))
     if not {"tower", "language"} <= set(parts.values()):
         missing = " and no ".join(sorted({"tower", "language"} - {part for part in parts.values() if part}))
         raise InputError(

@@ -41,9 +41,13 @@ def main(words: Sequence[str]) -> int:
     try:
         if os.name == "nt":  # exec there starts another process and ends this one at once
             return subprocess.call(command, env=env)
-        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and what is ignored stays so across exec
-            signal.signal(ignored, signal.SIG_DFL)
-        os.execvpe(command[0], command, env)
+        # Python ignores these, and what is ignored stays so across exec.
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGPIPE, signal.SIGXFSZ)}
+        try:
+            os.execvpe(command[0], command, env)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     except OSError as error:
         raise InputError(f"{command[0]}: {error.strerror or error}. Is it installed, and executable, here?") from error
 

@@ -20,6 +20,7 @@ from equipoise.optimizers.arithmetic import Tensors, batches, narrow, rate, wide
 from equipoise.optimizers.checks import (
     check_adam,
     check_dense,
+    check_not_negative,
     check_switches,
     fill_options,
     is_number,
@@ -333,8 +334,7 @@ def _scalar(value: Any, like: Tensor) -> Any:
 def _check_options(optimizer: Optimizer, index: int) -> None:
     group, where = optimizer.param_groups[index], place(optimizer, index)
     check_adam(where, group)
-    if not (is_number(group["eps"]) and group["eps"] >= 0):
-        raise InputError(f"{where}: eps must be a finite number, 0 or more; got {group['eps']!r}.")
+    check_not_negative(where, "eps", group["eps"])
     for name, choices in (("mask", get_args(Mask)), ("compensation", get_args(Compensation))):
         if group[name] not in choices:
             raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {group[name]!r}.")

@@ -64,12 +64,16 @@ def check_adam(where: str, group: Mapping[str, Any]) -> None:
             )
         rate = rate.item() if rate.device.type == "cpu" else 0.0  # reading it would wait for the device
     for name, value in (("lr", rate), ("weight_decay", group["weight_decay"])):
-        if not (is_number(value) and value >= 0):
-            raise InputError(f"{where}: {name} must be a finite number, 0 or more; got {value!r}.")
+        check_not_negative(where, name, value)
     betas = group["betas"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
         raise InputError(f"{where}: betas must be two numbers, each 0 or more and below 1; got {betas!r}.")
     check_switches(where, group, "maximize")
+
+
+def check_not_negative(where: str, name: str, value: Any, advice: str = "") -> None:
+    if not (is_number(value) and value >= 0):
+        raise InputError(f"{where}: {name} must be a finite number, 0 or more; got {value!r}.{advice}")
 
 
 def check_switches(where: str, group: Mapping[str, Any], *names: str) -> None:

@@ -115,6 +115,8 @@ def attach(
     from equipoise.optimizers.scaled import scaled
 
     inner = unwrap(optimizer)
+    if isinstance(optimizer, nn.Module):
+        raise InputError(f"attach(optimizer, model) takes the optimizer first; got a {type(optimizer).__name__}.")
     if isinstance(inner, PairOptimizer):
         raise InputError(f"This {type(inner).__name__} treats its LoRA pairs already; change its param_groups.")
     options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.arithmetic import real
-from equipoise.optimizers.checks import check_switches, fill_options, is_number, loss_of, place
+from equipoise.optimizers.checks import check_not_negative, check_switches, fill_options, loss_of, place
 from equipoise.optimizers.step_hook import is_nested, with_closure
 from equipoise.pairs import live_roots, sharding
 
@@ -193,12 +193,11 @@ def check_sharpness(optimizer: Any, given: Mapping[str, Any] | None = None) -> N
     groups = [{**(given or {}), **group} for group in optimizer.param_groups]
     for index, group in enumerate(groups):
         where, rho, every = place(optimizer, index), group["rho"], group["every"]
-        if not (is_number(rho) and rho >= 0):
-            raise InputError(f"{where}: rho must be a finite number, 0 or more; got {rho!r}. Try 0.05.")
+        check_not_negative(where, "rho", rho, " Try 0.05.")
         check_switches(where, group, "adaptive")
         rate = group.get("lr", 0.0)  # torch's own optimizers let NaN through
-        if isinstance(rate, float) and not (is_number(rate) and rate >= 0):
-            raise InputError(f"{where}: lr must be a finite number, 0 or more; got {rate!r}.")
+        if isinstance(rate, float):
+            check_not_negative(where, "lr", rate)
         if not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
             raise InputError(f"{where}: every must be a whole number, 1 or more; got {every!r}. Try 1.")
         if every != groups[0]["every"]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.frozen import weight_norms
-from equipoise.optimizers.checks import is_number, place
+from equipoise.optimizers.checks import check_not_negative, is_number, place
 from equipoise.optimizers.preconditioner import Preconditioner, Side
 from equipoise.optimizers.product_bound import ProductBound
 from equipoise.pairs import PairReport, find_pairs
@@ -77,18 +77,7 @@ class StepHook:
         _restore(self._hidden)  # left over if the last step raised
         self._remember(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not self._scales:
-            if closure is None:
-                _match_layout(optimizer)
-                return None
-
-            def matched_closure() -> Any:
-                loss = closure()
-                _match_layout(optimizer)
-                return loss
-
-            return with_closure(args, kwargs, matched_closure)
-        if any(group["order"] == "sequential" for group in optimizer.param_groups):
+        if self._scales and any(group["order"] == "sequential" for group in optimizer.param_groups):
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -97,16 +86,17 @@ class StepHook:
             # All is done: the step proper finds no gradients and only returns the loss.
             self._hidden = _hide(_params(optimizer))
             return None if closure is None else with_closure(args, kwargs, lambda: loss)
+        prepare = self._scale_early if self._scales else _match_layout
         if closure is None:
-            self._scale_early(optimizer)
+            prepare(optimizer)
             return None
 
-        def scaled_closure() -> Any:
+        def prepared_closure() -> Any:
             loss = closure()
-            self._scale_early(optimizer)
+            prepare(optimizer)
             return loss
 
-        return with_closure(args, kwargs, scaled_closure)
+        return with_closure(args, kwargs, prepared_closure)
 
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not is_nested(optimizer):
@@ -235,9 +225,7 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
             raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
         if "damping" not in options:
             continue
-        damping = options["damping"]
-        if not (is_number(damping) and damping >= 0):
-            raise InputError(f"{where}: damping must be a finite number, 0 or more; got {damping!r}. Try 1e-6.")
+        check_not_negative(where, "damping", options["damping"], " Try 1e-6.")
         for name, choices in _CHOICES.items():
             if options[name] not in choices:
                 raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {options[name]!r}.")

@@ -65,6 +65,17 @@ def test_what_has_another_shape_is_refused():
         architecture("llava", [*names, "model.extra.weight"])
 
 
+def test_components_stand_in_for_names_that_nobody_knows():
+    names = ["eyes.conv.weight", "bridge.weight", "mind.layers.0.weight", "spare.weight"]
+    with pytest.raises(InputError, match=r"Name the parts by patterns in components"):
+        architecture("unheard_of", names)
+    found = architecture("unheard_of", names, {"seeing": ["eyes", "bridge"], "language": ["mind"]})
+    assert [found.part(name) for name in names] == ["connector", "connector", "language", None]
+    llava = [name for some in LAYOUTS["llava"].values() for name in some]
+    own = {"encoder": ["multi_modal_projector"], "language": ["language_model"]}
+    assert architecture("llava", llava, own) == ARCHITECTURES["llava"], "known names keep tower and connector apart"
+
+
 def test_patterns_are_whole_segments():
     assert matches("visual.merger", "model.visual.merger.mlp.0.weight") and matches("visual", "model.visual.a")
     assert not matches("visual", "model.visuals.a") and not matches("erger", "model.visual.merger")

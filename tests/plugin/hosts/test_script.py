@@ -17,10 +17,10 @@ SCRIPT = """
 import argparse, itertools, sys
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, inject_adapter_in_model
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--style", default="iterator")
+parser.add_argument("--peft", action="store_true")  # as scripts do, which takes seconds to import
 parser.add_argument("--output", default=None)
 parser.add_argument("--resume", default=None)
 parser.add_argument("--steps", type=int, default=4)
@@ -31,8 +31,19 @@ assert __name__ == "__main__" and sys.argv[0].endswith("script.py")
 torch.manual_seed(0)
 accelerator = Accelerator(cpu=True)
 net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4)).requires_grad_(False)
-config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
-inject_adapter_in_model(config, net)
+if args.peft:
+    from peft import LoraConfig, inject_adapter_in_model
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False), net)
+else:
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+            self.lora_A = torch.nn.Linear(layer.in_features, 2, bias=False)
+            self.lora_B = torch.nn.Linear(2, layer.out_features, bias=False)
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_B(self.lora_A(x))
+    net[0], net[2] = Adapted(net[0]), Adapted(net[2])
 optimizer_class = torch.optim.AdamW
 trainable = filter(lambda p: p.requires_grad, net.parameters())
 if args.style == "iterator":
@@ -80,11 +91,11 @@ def run(tmp_path: Path, *words: str, flags: str = "", launched: bool = True) -> 
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
 
-def by_hand(style: str, make) -> None:
+def by_hand(make, *words: str) -> None:
     """Print what the script prints, with an optimizer of ours made by hand in AdamW's place."""
     space: dict = {"__name__": "__main__"}
     source = SCRIPT.replace("{flags}", "").replace("optimizer_class = torch.optim.AdamW", "optimizer_class = make")
-    argv, sys.argv = sys.argv, ["script.py", "--style", style]
+    argv, sys.argv = sys.argv, ["script.py", *words]
     try:
         exec(compile(source, "script.py", "exec"), space | {"make": make})
     finally:
@@ -95,13 +106,14 @@ def by_hand(style: str, make) -> None:
 def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, tmp_path, capsys):
     from equipoise import ScaledAdamW
 
-    plain = run(tmp_path, "--style", style, launched=False)
-    untouched = run(tmp_path, "--style", style)
-    ours = run(tmp_path, "--style", style, "--optimizer", "scaled_adamw", "--optimizer-args", "damping=1e-2")
+    words = ["--style", style, *(["--peft"] if style == "iterator" else [])]
+    plain = run(tmp_path, *words, launched=False)
+    untouched = run(tmp_path, *words)
+    ours = run(tmp_path, *words, "--optimizer", "scaled_adamw", "--optimizer-args", "damping=1e-2")
     assert plain.returncode == untouched.returncode == ours.returncode == 0, ours.stderr
     assert untouched.stdout == plain.stdout and "equipoise" not in untouched.stderr
     assert ours.stdout != plain.stdout
-    by_hand(style, lambda params, **given: ScaledAdamW(params, damping=1e-2, fused=False, foreach=False, **given))
+    by_hand(lambda params, **more: ScaledAdamW(params, damping=1e-2, fused=False, foreach=False, **more), *words)
     assert ours.stdout == capsys.readouterr().out
     assert "equipoise: scaled (damping 0.01, damping_mode absolute, order simultaneous) on AdamW." in ours.stderr
     assert "2 LoRA pairs of rank 2, found by modules." in ours.stderr
@@ -141,9 +153,9 @@ def test_an_update_rule_takes_adamws_place_with_all_that_the_script_hands_it(sty
     ours = run(tmp_path, *words)
     assert ours.returncode == 0 and "alpha_adam takes AdamW's place" in ours.stderr, ours.stderr
     assert "warning: alpha_adam" not in ours.stderr
-    by_hand(style, lambda params, **given: AlphaAdam(params, mask="sync", max_alpha=2.0, **given))
+    by_hand(lambda params, **given: AlphaAdam(params, mask="sync", max_alpha=2.0, **given), "--style", style)
     assert ours.stdout == capsys.readouterr().out
-    by_hand(style, AdamW)
+    by_hand(AdamW, "--style", style)
     assert ours.stdout != capsys.readouterr().out
 
 

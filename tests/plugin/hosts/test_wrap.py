@@ -197,6 +197,7 @@ def test_what_cannot_work_is_one_sentence_before_the_start(words, message, folde
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
     assert not (folder / "started").exists()
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN, "as before: else a full disk would kill this process"
 
 
 def test_words_and_environment():

@@ -429,6 +429,8 @@ def test_attach_equals_the_scaled_class_and_keeps_state():
     assert same(model, other)
     with pytest.raises(InputError, match="already"):
         attach(attached)
+    with pytest.raises(InputError, match="takes the optimizer first; got a "):
+        attach(model, optimizer)
 
 
 def test_attach_without_a_model_finds_the_live_one():
