@@ -2,14 +2,18 @@
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from equipoise.errors import ConfigError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.keys import show
 from equipoise.pipelines.records import RunConfig
 from equipoise.pipelines.store import LONGEST
+
+MOST = 10_000  # cells of a sweep
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -43,6 +47,10 @@ def expand(config: RunConfig) -> dict[str, RunConfig]:
     if not config.sweep:
         raise ConfigError(
             ["sweep: has no axes. Give some: --axis learning_rate=1e-4,1e-3, or a section `sweep` in the file."]
+        )
+    if (count := math.prod(map(len, config.sweep.values()))) > MOST:
+        raise ConfigError(
+            [f"sweep: has {show(count)} cells, and {MOST} are the most. Give fewer values or fewer axes."]
         )
     cells: dict[str, RunConfig] = {}
     problems: list[str] = []

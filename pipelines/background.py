@@ -63,7 +63,7 @@ def start(made: Run, workers: int | None = None, in_turn: bool = False) -> int:
 
 def ahead(made: Run) -> Status | None:
     """Who keeps a run or sweep waiting for its turn: one at work, or else one made before it that waits, too."""
-    mine, others = made.status(), Store(made.root).list(states=("running", "queued"))
+    mine, others = made.status(), Store(made.root).at_work()
     for item in sorted(others, key=lambda item: (item.state != "running", item.created, item.id)):
         waits = item.pid and (item.created, item.id) < (mine.created, mine.id)
         if item.id != mine.id and (item.state == "running" or waits):

@@ -1,8 +1,9 @@
 """Training state on disk: tensors as safetensors, the rest as JSON. No pickle, and never half a checkpoint.
 
 A checkpoint is a folder `step-00000100` holding weights.safetensors, state.safetensors and state.json. It is
-written under another name, flushed to disk, and renamed when it is whole. state.json has the other files' digests, so
-that what was damaged afterwards is noticed, and the checkpoint before it is taken.
+written under another name, flushed to disk, and renamed when it is whole. state.json has the other files' digests and
+its own, so that what was damaged afterwards is noticed, and the run's token, so that another run's is; the checkpoint
+before it is then taken.
 """
 
 import hashlib
@@ -14,10 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import format
 from equipoise.pipelines.files import explained, write_atomic
 
 _PREFIX = "step-"
@@ -30,6 +33,7 @@ def save(
     weights: Mapping[str, Tensor],
     state: Mapping[str, Any],  # whatever else resuming needs: nested dicts, lists, tensors, numbers, strings
     keep: int = 2,
+    run: str = "",  # the run's token
 ) -> Path:
     """Writes a complete checkpoint, then deletes all but the `keep` newest.
 
@@ -51,7 +55,8 @@ def save(
             for name, part in zip(_TENSORS, (weights, tensors), strict=True):
                 save_tensors(partial / name, part)
             digests = {name: _digest(partial / name) for name in _TENSORS}
-            write_atomic(partial / "state.json", json.dumps({"step": step, "state": rest, "digests": digests}))
+            record = {format.KEY: format.FORMAT, "run": run, "step": step, "state": rest, "digests": digests}
+            write_atomic(partial / "state.json", json.dumps({**record, "seal": _seal(record)}))
             shutil.rmtree(final, ignore_errors=True)  # not complete, or it would have been kept
             os.replace(partial, final)
             _sync(folder)
@@ -70,20 +75,31 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if all((path / name).is_file() for name in files))
 
 
-def load(checkpoint: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+def load(checkpoint: Path, run: str = "") -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """Steps taken, weights and state, as they were given to `save`, to the bit.
 
+    Args:
+        checkpoint: its folder.
+        run: the run's token; empty takes any run's.
+
     Raises:
-        InputError: a file is missing or is not what was saved.
+        InputError: a file is missing or is not what was saved, or another run saved it.
+        NewerError: a later version of Equipoise did.
     """
     try:
         saved = json.loads((checkpoint / "state.json").read_text())
+        seal = saved.pop("seal", None)
+        if (seal or format.KEY in saved) and _seal(saved) != seal:  # the first versions had neither
+            raise ValueError("state.json is not what was saved")
+        format.check_format(saved.get(format.KEY, 1), checkpoint)
+        if run and saved.get("run", run) not in ("", run):
+            raise ValueError("another run saved it")
         for name in _TENSORS:
             if _digest(checkpoint / name) != saved["digests"][name]:
                 raise ValueError(f"{name} is not what was saved")
         state = unflatten(load_file(checkpoint / "state.safetensors"), saved["state"])
         return saved["step"], load_file(checkpoint / "weights.safetensors"), state
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise InputError(f"{checkpoint}: is damaged ({reason}).") from None
 
@@ -91,14 +107,20 @@ def load(checkpoint: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
 def load_newest(
     folder: Path,  # the run's checkpoints/
     tell: Callable[[str], object],  # called with a sentence about each one that is damaged
+    run: str = "",  # the run's token
 ) -> tuple[Path, tuple[int, dict[str, Tensor], dict[str, Any]]] | None:
     """The newest checkpoint that can be loaded, and what `load` returns of it; None if there is none.
 
     The damaged are renamed to `damaged-step-…`: they must not count among the newest when new ones are saved.
+
+    Raises:
+        NewerError: a later version of Equipoise saved the newest.
     """
     for path in sorted(folder.glob(f"{_PREFIX}*"), reverse=True):
         try:
-            return path, load(path)
+            return path, load(path, run)
+        except format.NewerError:
+            raise
         except InputError as error:
             aside = path.with_name(f"damaged-{path.name}")
             tell(f"{error} It is kept as {aside.name}; training goes on from the one before it, or from the start.")
@@ -160,6 +182,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """A digest of what stands in state.json, however it is spaced there."""
+    return hashlib.blake2b(json.dumps(record).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

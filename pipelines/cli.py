@@ -46,8 +46,10 @@ class _Parser(argparse.ArgumentParser):
         found = re.match(r"unrecognized arguments: --(\w[\w.-]*)(?:[= ](\S+))?", message)
         if found and any(action.dest == "overrides" for action in self._actions):
             key, value = found[1].replace("-", "_"), found[2] or "VALUE"
+            if "=" in value:  # --set key=value, as others have it
+                key, _, value = value.partition("=")
             message += f". A key of the configuration is given without dashes: {key}={value}"
-        super().error(message)
+        super().error(message.replace("required: CONFIG, key=value", "required: CONFIG"))
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:

@@ -34,6 +34,7 @@ class Picture:
     thumbnail: str
     right: bool | None = None  # the judge's verdict, where the domain is drawn
     note: str = ""  # what the judge saw
+    scores: dict[str, float] = field(default_factory=dict)  # shares are 0 or 1 of one picture
 
 
 @dataclass
@@ -54,6 +55,10 @@ class Cell:
     def score(self) -> float:
         return self.metrics.get("score", math.nan)
 
+    def of_prompt(self, prompt: int) -> dict[str, float]:
+        """The means of a prompt's pictures' scores; the cell's own metrics are those of all prompts."""
+        return means([picture.scores for picture in self.pictures if picture.prompt == prompt])
+
 
 @dataclass
 class Comparison:
@@ -64,6 +69,7 @@ class Comparison:
     base: Cell
     cells: list[Cell]
     beside: dict[str, str] = field(default_factory=dict)  # metrics told beside the score: shares, and what they are
+    scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, told after them
 
     @classmethod
     def read(cls, folder: Path) -> "Comparison":
@@ -84,7 +90,8 @@ class Comparison:
                 )
                 for it in data["cells"]
             ]
-            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, data["beside"])
+            told = data["beside"], data.get("scored", {})
+            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *told)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
 
@@ -132,23 +139,34 @@ class Comparison:
         line = self.line
         return {row: usable_range(self.points(row), line) if line is not None else None for row in self.rows}
 
+    @property
+    def picture_scores(self) -> list[str]:
+        """What single pictures are scored by."""
+        pictures = [picture for cell in [self.base, *self.cells] for picture in cell.pictures]
+        return list(dict.fromkeys(name for picture in pictures for name in picture.scores))
+
     def write_tables(self) -> list[Path]:
-        """Writes table.csv and table.json; returns their paths."""
+        """Writes table.csv, prompts.csv (the same prompt by prompt, where pictures have scores) and table.json; returns
+        the paths of the first and the last."""
         names = list(dict.fromkeys(name for cell in [self.base, *self.cells] for name in cell.metrics))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", "learning_rate", "seed", "run", "state", *names])
-        for cell in [self.base, *self.cells]:
-            numbers = [_shown(cell.metrics.get(name)) for name in names]
-            writer.writerow(
-                [cell.row, "" if math.isnan(cell.rate) else repr(cell.rate), cell.seed, cell.run, cell.state, *numbers]
-            )
-        write_atomic(self.folder / "table.csv", text.getvalue())
+        facts = ["row", "learning_rate", "seed", "run", "state"]
+        cells = [(_facts(cell), cell) for cell in [self.base, *self.cells]]
+        rows = [[*known, *(_shown(cell.metrics.get(name)) for name in names)] for known, cell in cells]
+        _write_csv(self.folder / "table.csv", [[*facts, *names], *rows])
+        if names := self.picture_scores:
+            rows = [
+                [*known, prompt, *(_shown(cell.of_prompt(index).get(name)) for name in names)]
+                for index, prompt in enumerate(self.prompts)
+                for known, cell in cells
+                if cell.of_prompt(index)
+            ]
+            _write_csv(self.folder / "prompts.csv", [[*facts, "prompt", *names], *rows])
         document = {
             "name": self.name,
             "score": self.score,
             "prompts": self.prompts,
             "beside": self.beside,
+            "scored": self.scored,
             "usable_from": self.line,
             "usable_ranges": {
                 row: None
@@ -179,6 +197,12 @@ class Comparison:
         }
         write_atomic(self.folder / "table.json", json.dumps(document, indent=1) + "\n")
         return [self.folder / "table.csv", self.folder / "table.json"]
+
+
+def means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Name by name, over those that have it."""
+    found = {name: [one[name] for one in scores if name in one] for name in dict.fromkeys(n for s in scores for n in s)}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, Any]]]:
@@ -215,6 +239,16 @@ def _brief(value: Any) -> str:
     """A value in a label; a long one is cut, and told apart from others by a digest."""
     text = str(value)
     return text if len(text) <= _LONG else f"{text[: _LONG - 6]}…{hashlib.sha256(text.encode()).hexdigest()[:5]}"
+
+
+def _facts(cell: Cell) -> list[Any]:
+    return [cell.row, "" if math.isnan(cell.rate) else repr(cell.rate), cell.seed, cell.run, cell.state]
+
+
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 def _finite(value: float) -> float | None:

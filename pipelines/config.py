@@ -6,6 +6,7 @@ A pipeline's `Config` is a `RunConfig` made of `Section`s. `load` reads a YAML f
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines import yamlio
+from equipoise.pipelines import format, yamlio
 from equipoise.pipelines.keys import Key, Problems, describe, explain, section_at, show
 from equipoise.pipelines.records import PluginSection, RunConfig, Section
 from equipoise.pipelines.shipped import shipped
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 COMMAND_LINE = "command line"
+DEEPEST = 32  # parts of a dotted key
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file's name and no text holds any of these
 
 
 class _Given(NamedTuple):
@@ -89,7 +92,7 @@ def set_keys(config: RunConfig, values: Mapping[str, Any], source: str = "set_ke
 
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included, so that it can be replayed."""
-    return yamlio.render(config.model_dump(mode="json"))
+    return yamlio.render({format.KEY: format.FORMAT, **config.model_dump(mode="json")})
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -136,6 +139,10 @@ def _read(source: str | Path) -> tuple[str, dict]:
         raise ConfigError([f"{text}: is empty. `equipoise train NAME --dry-run` shows what a complete one looks like."])
     if not isinstance(data, dict):
         raise ConfigError([f"{text}: must be lines of `key: value`, got {show(data)}."])
+    try:
+        format.check_format(data.pop(format.KEY, 1), text)
+    except ValueError as error:
+        raise ConfigError([f"{text}: {error}."]) from None
     return text, {str(key): value for key, value in data.items()}
 
 
@@ -194,8 +201,11 @@ def _put(given: dict[str, _Given], key: str, value: Any, source: str) -> None:
 
 def _validated(cls: type[RunConfig], given: Mapping[str, _Given], label: str, problems: list[str]) -> Any:
     tree: dict[str, Any] = {}
-    for key, (value, _) in given.items():
+    for key, (value, source) in given.items():
         *parents, last = key.split(".")
+        if len(parents) >= DEEPEST:
+            problems.append(f"{source}: {show(key)}: unknown key: it has {len(parents)} dots.")
+            continue
         node = tree
         for part in parents:
             below = node.get(part)
@@ -207,9 +217,24 @@ def _validated(cls: type[RunConfig], given: Mapping[str, _Given], label: str, pr
     except ValidationError as error:
         sources = {key: item.source for key, item in given.items()}
         raise ConfigError(problems + explain(cls, error, tree, sources, label)) from None
+    for key, (value, source) in given.items():
+        if any(_UNWRITABLE.search(text) for text in _texts(value)):
+            problems.append(
+                f"{source}: {key}: holds a character that no text or file's name can have, got {show(value)}."
+            )
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for one in pair for text in _texts(one))
+    elif isinstance(value, list | tuple):
+        yield from (text for one in value for text in _texts(one))
 
 
 def _open_sections(cls: type[BaseModel], tree: dict[str, Any]) -> None:

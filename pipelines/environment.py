@@ -58,7 +58,7 @@ def renew(file: Path, first: bool) -> None:
 def working_folder(file: Path) -> Path | None:
     """Where the run was started, as its `environment.json` says."""
     folder = _recorded(file).get("working_folder")
-    return Path(folder) if folder else None
+    return Path(folder) if folder and isinstance(folder, str) else None
 
 
 def there(file: Path) -> AbstractContextManager[None]:
@@ -70,7 +70,7 @@ def there(file: Path) -> AbstractContextManager[None]:
 def _recorded(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -7,32 +7,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from equipoise.errors import InputError
+from equipoise.errors import EquipoiseError, InputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether that was the disk; libraries written in Rust or C++ say so in words only."""
-    return getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
+    """Whether that was the disk; SQLite and libraries written in Rust or C++ say so in words only."""
+    words = ("No space left on device", "database or disk is full")
+    return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in words)
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an operating system error met while writing `path` into one sentence.
+    """Turn an error of the operating system's, or of a full disk, met while writing `path` into one sentence.
 
     Raises:
         InputError: the disk is full, the folder is read-only, a parent is missing, …
     """
     try:
         yield
-    except OSError as error:
-        if disk_full(error):
+    except Exception as error:
+        if disk_full(error) and not isinstance(error, EquipoiseError):
             raise InputError(
                 f"{path}: the disk is full (or a quota or file size limit is reached); nothing half-written was left. "
                 f"Free some space, or choose another place with runs=FOLDER, and start again."
             ) from error
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> None:

@@ -3,9 +3,11 @@
 The folders are the truth. A table that is missing, damaged or of another version is made anew from them.
 """
 
+import errno
 import fcntl
 import json
 import logging
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -33,6 +35,9 @@ _PUT = (
     f"INSERT INTO runs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)}) "
     f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = :{name}' for name in _COLUMNS[1:])}"
 )
+_NO_DAMAGE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
+_ROOM = 100_000  # bytes that it takes to open a table: its journal's own index has 32 KiB
+_KINDS = ("run", "sweep", "cell")
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -53,7 +58,11 @@ class Index:
         here = {folder.name for folder in run_folders(self.root)}
 
         def look(db: sqlite3.Connection) -> list[tuple[str, str]]:
-            return db.execute("SELECT id, kind FROM runs ORDER BY created DESC, id DESC").fetchall()
+            rows = db.execute("SELECT id, kind, state FROM runs ORDER BY created DESC, id DESC").fetchall()
+            sound = all(isinstance(id, str) and kind in _KINDS and state in statuses.STATES for id, kind, state in rows)
+            if not sound or len({id for id, *_ in rows}) < len(rows):  # bytes went bad where SQLite does not notice
+                raise sqlite3.DatabaseError("holds what nobody wrote")
+            return [(id, kind) for id, kind, _ in rows]
 
         known = {id for id, _ in self._with(look)}
         gone = [id for id in known if id.split("/")[0] not in here or not (self.root / id).is_dir()]
@@ -63,6 +72,11 @@ class Index:
             self.put(*(item for name in new for item in scan(self.root / name)))
         wanted = "" if sweep is None else f"{sweep}/"
         return [id for id, kind in self._with(look) if kind in kinds and id.startswith(wanted)]
+
+    def at_work(self) -> list[str]:
+        """Ids of the runs and sweeps that were queued or running when they last said how they stand."""
+        asked = "SELECT id FROM runs WHERE state IN ('queued', 'running') AND kind <> 'cell'"
+        return [id for (id,) in self._with(lambda db: db.execute(asked).fetchall())]
 
     def offer(self, id: str) -> None:
         """Let workers claim a run again that was claimed before."""
@@ -80,7 +94,7 @@ class Index:
                     "AND (:sweep IS NULL OR sweep = :sweep) ORDER BY queued, id",
                     {"sweep": sweep},
                 )
-                free = next((id for id, worker in waiting if not worker or statuses.gone(**json.loads(worker))), None)
+                free = next((id for id, worker in waiting if _free(worker)), None)
                 db.execute("UPDATE runs SET worker = ? WHERE id = ?", (me, free))
                 return free
 
@@ -100,11 +114,19 @@ class Index:
             problem = error
         try:
             with self._building():
-                if not self._usable():  # else another process has just made it
-                    self._build()
-            with self._connection() as db:
-                return work(db)
+                try:
+                    with self._connection() as db:
+                        return work(db)  # another process has just made it anew
+                except sqlite3.DatabaseError as again:
+                    if getattr(again, "sqlite_errorcode", 0) & 0xFF in _NO_DAMAGE:
+                        raise
+                self._build()
+                with self._connection() as db:
+                    return work(db)
         except sqlite3.DatabaseError as error:  # locked for too long, on a full disk, in a read-only folder
+            if shutil.disk_usage(self.root).free < _ROOM:  # of which SQLite speaks in several ways
+                with explained(self.file):
+                    raise OSError(errno.ENOSPC, str(error)) from error
             raise EquipoiseError(f"{self.file}: cannot be used: {error}.") from problem
 
     @contextmanager
@@ -116,14 +138,6 @@ class Index:
             if db.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
                 raise sqlite3.DatabaseError("made by another version")
             yield db
-
-    def _usable(self) -> bool:
-        try:
-            with self._connection() as db:
-                db.execute(f"SELECT {', '.join(_COLUMNS)}, worker FROM runs LIMIT 1")
-                return db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
-        except sqlite3.DatabaseError:
-            return False
 
     @contextmanager
     def _building(self) -> Iterator[None]:
@@ -141,6 +155,14 @@ class Index:
         for tail in ("-wal", "-shm"):  # those of the old table
             self.file.with_name(self.file.name + tail).unlink(missing_ok=True)
         new.replace(self.file)
+
+
+def _free(worker: str | None) -> bool:
+    """Whether no living process has claimed a run."""
+    try:
+        return not worker or statuses.gone(**json.loads(worker))
+    except (ValueError, TypeError):
+        return True
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+_GUESSED = 20  # unknown keys that others are looked for that are spelt alike; a file of another kind has thousands
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -84,11 +85,13 @@ def explain(
     label: str,  # where keys that were not given should have been
 ) -> list[str]:
     """One line per problem: `source: key: sentence.`"""
-    keys = describe(cls)
+    keys, strangers = describe(cls), 0
     lines: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         key = _key(item, tree)
-        for sentence in _sentences(item, key, keys):
+        strangers += item["type"] == "extra_forbidden"
+        guessed = item["type"] != "extra_forbidden" or strangers <= _GUESSED
+        for sentence in _sentences(item, key, keys if guessed else []):
             below = re.match(r"(\w+): ", sentence) if isinstance(item.get("ctx", {}).get("error"), Problems) else None
             lines.setdefault(f"{key}.{below[1]}" if below else key, []).append(sentence[below.end() if below else 0 :])
     return [
@@ -183,7 +186,9 @@ def _sentences(item: Any, key: str, keys: list[Key]) -> list[str]:
         below = ", ".join(k.key for k in keys if k.key.startswith(f"{key}."))
         return [f"is a section, got {show(item['input'])}. Its keys are {below}."]
     text = item["msg"].split(", unable to parse")[0].replace("Input should be ", "must be ")
-    return [f"{text[0].lower()}{text[1:]}, got {show(item['input'])}."]
+    several = isinstance(item["input"], str) and "," in item["input"] and "number" in text
+    hint = " Several values are for a sweep: --axis KEY=VALUE,VALUE." if several else ""
+    return [f"{text[0].lower()}{text[1:]}, got {show(item['input'])}.{hint}"]
 
 
 def _merged(sentences: list[str]) -> list[str]:
@@ -195,6 +200,8 @@ def _merged(sentences: list[str]) -> list[str]:
 
 
 def _close(key: str, keys: list[Key]) -> str:
+    if len(key) > 200:
+        return ""
     names = [k.key for k in keys] + [k.short for k in keys if k.short]
     last = key.rpartition(".")[2]
     found = difflib.get_close_matches(key, names, 2, 0.7)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import processes
 from equipoise.pipelines.comparison import Comparison
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import disk_full
-from equipoise.pipelines.run import Run, sentence
+from equipoise.pipelines.lock import stop_signals
+from equipoise.pipelines.run import Following, Run, memory_full, sentence
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Pipeline:
     title: ClassVar[str] = ""
     Config: ClassVar[type[RunConfig]] = RunConfig
     loading: ClassVar[str] = ""  # the line of code that loads a result elsewhere; {folder} stands for result/
+    comparing: ClassVar[str] = "lays it beside other runs"  # what `equipoise compare RUN` does with one
     formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows
 
     @classmethod
@@ -88,7 +91,7 @@ class Pipeline:
         runs: Sequence[Run],
         configs: Sequence[Any],
         samples: Any,
-        clip: str | None = None,
+        judges: Any = None,
     ) -> Comparison:
         """Generate and measure the same things from every run, into `folder`.
 
@@ -98,7 +101,7 @@ class Pipeline:
             runs: finished ones; one without a result becomes a cell without pictures.
             configs: theirs, in the same order.
             samples: what to generate.
-            clip: a CLIP model (folder or hub id) to score pictures against their prompts with, where there are any.
+            judges: the models to score pictures by, as the first configuration's section `judges` has them.
 
         Raises:
             InputError: the runs cannot be compared.
@@ -119,6 +122,20 @@ class Pipeline:
         """
         raise InputError(f"the pipeline {cls.name} exports nothing: its result loads as it is.")
 
+    @classmethod
+    def publish(cls, run: Path, config: Any, folder: Path) -> None:
+        """Fill a folder with what other people need of a result: its weights, and a model card in README.md.
+
+        Args:
+            run: the run's folder.
+            config: its configuration.
+            folder: an empty one, which is uploaded as a repository.
+
+        Raises:
+            InputError: there is no result.
+        """
+        raise InputError(f"the pipeline {cls.name} publishes nothing.")
+
 
 def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
     """Run `pipeline` inside `run`'s session, so that the folder tells at any time what happened.
@@ -136,6 +153,25 @@ def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
     except EquipoiseError:
         raise
     except Exception as error:
+        if missing := processes.lost(error):
+            raise missing from error
         if disk_full(error):
             raise InputError(f"{run.folder}: {sentence(error)}") from error
+        if memory_full(error):
+            raise EquipoiseError(f"{run.id}: {sentence(error)}") from error
         raise EquipoiseError(f"{run.id}: {sentence(error)} The traceback is in {run.log_file}.") from error
+
+
+def follow(pipeline: type[Pipeline], config: RunConfig, folder: Path) -> None:
+    """Take part in a run that another process leads; see `equipoise.pipelines.processes`.
+
+    Raises:
+        EquipoiseError: This process cannot go on, for a reason of its own or because another one has ended.
+    """
+    try:
+        with stop_signals(lambda number: None):  # the leader hears them too, and tells after which step to stop
+            pipeline.run(config, Following(folder))
+    except EquipoiseError:
+        raise
+    except Exception as error:
+        raise processes.lost(error) or EquipoiseError(f"process {processes.rank()}: {sentence(error)}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from equipoise.pipelines.comparison import Cell, Comparison, Picture
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, means
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.robustness import GAIN, shown_rate
 
@@ -19,6 +19,7 @@ CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
 _MOST = 6  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
+_APART = 44  # units of the curve's width that a rate's number takes
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
 
@@ -44,7 +45,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     rows, rates = comparison.rows, comparison.rates
     width = _LEFT + (CELL + _GAP) * (len(rates) + 1) + _GAP
     columns, tall = _tiles(comparison, prompt)
-    foot = _FOOT + 16 * bool(comparison.beside)
+    foot = _FOOT + 16 * bool(comparison.beside or comparison.scored)
     pitch = tall + foot + _GAP
     said = explanations(comparison)
     if prompt is None:
@@ -80,7 +81,9 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
             text = _said(comparison, cells)
             size = 14 if pen.textlength(text, _font(14)) <= CELL else 11
             pen.text((x + CELL / 2, y + tall + 12), text, frame, font=_font(size), anchor="mm")
-            pen.text((x + CELL / 2, y + tall + 28), _said_beside(comparison, cells), _MUTED, _font(12), anchor="mm")
+            text = _said_beside(comparison, cells)
+            size = 12 if pen.textlength(text, _font(12)) <= CELL else 9
+            pen.text((x + CELL / 2, y + tall + 28), text, _MUTED, _font(size), anchor="mm")
     for number, words in enumerate(legend):
         pen.text((_GAP, _HEAD + pitch * len(rows) + 18 * number), words, _MUTED, font=_font(13))
     return sheet
@@ -88,7 +91,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
 
 def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
-    beside = [f"{name}: {words}." for name, words in comparison.beside.items()]
+    beside = [f"{name}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
     return [
         f"Coloured %: {comparison.score}.",
         *beside,
@@ -116,8 +119,9 @@ def _said(comparison: Comparison, cells: list[Cell]) -> str:
 
 def _said_beside(comparison: Comparison, cells: list[Cell]) -> str:
     """What is told of a place beside its score: means over the seeds."""
-    found = {name: [cell.metrics[name] for cell in cells if name in cell.metrics] for name in comparison.beside}
-    return " · ".join(f"{name} {sum(values) / len(values):.0%}" for name, values in found.items() if values)
+    found = means([cell.metrics for cell in cells])
+    shares = [f"{name} {found[name]:.0%}" for name in comparison.beside if name in found]
+    return " · ".join([*shares, *(f"{name} {found[name]:.3g}" for name in comparison.scored if name in found)])
 
 
 def _chosen(cell: Cell, prompt: int | None) -> list[Picture]:
@@ -138,7 +142,10 @@ def draw_curve(comparison: Comparison) -> str:
     """The robustness curve as SVG: score against learning rate, a line per row; the bar to clear is dashed."""
     width, height, left, right, top, bottom = 720, 300, 60, 20, 16, 44
     points = {row: [p for p in comparison.points(row) if math.isfinite(p.score)] for row in comparison.rows}
-    scores = [p.score for some in points.values() for p in some] + [comparison.base.score]
+    scores = [p.score for some in points.values() for p in some]
+    scores += [comparison.base.score] if math.isfinite(comparison.base.score) else []
+    if not scores:  # nothing was judged, as with questions of one's own
+        return ""
     low, high = min([*scores, 0.0]), max([*scores, 0.01])
     first, last = math.log10(comparison.rates[0]), math.log10(comparison.rates[-1])
 
@@ -150,15 +157,17 @@ def draw_curve(comparison: Comparison) -> str:
         return height - bottom - (score - low) / (high - low) * (height - top - bottom)
 
     drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="score against learning rate">']
+    written = -math.inf
     for rate in comparison.rates:
-        drawn.append(f'<text x="{x(rate):.1f}" y="{height - 24}" text-anchor="middle">{shown_rate(rate)}</text>')
-    for share in (0, 0.5, 1):
-        value = low + share * (high - low)
-        drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+        if x(rate) - written >= _APART:  # where rates are many, some go without their number
+            written = x(rate)
+            drawn.append(f'<text x="{written:.1f}" y="{height - 24}" text-anchor="middle">{shown_rate(rate)}</text>')
+    for value in ticks(low, high):
+        drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
         drawn.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
     drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">learning rate</text>')
     for label, score in (("base", comparison.base.score), ("usable", comparison.line)):
-        if score is not None:
+        if score is not None and math.isfinite(score):
             drawn.append(
                 f'<line class="{label}" x1="{left}" x2="{width - right}" y1="{y(score):.1f}" y2="{y(score):.1f}"/>'
             )
@@ -171,6 +180,14 @@ def draw_curve(comparison: Comparison) -> str:
             title = f"<title>{html.escape(row)} at {shown_rate(p.rate)}: {p.score:.3f}</title>"
             drawn.append(f'<circle cx="{x(p.rate):.1f}" cy="{y(p.score):.1f}" r="4" fill="{colour}">{title}</circle>')
     return "".join([*drawn, "</svg>"])
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers from `low` to `high`, at equal distances, not many more or fewer than `about`."""
+    rough = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = unit * next(some for some in (1, 2, 5, 10) if some * unit >= rough * 0.99)
+    return [float(f"{index * step:.12g}") for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def line_colour(index: int) -> str:
@@ -213,11 +230,30 @@ def render_html(comparison: Comparison) -> str:
         else "",
         "CURVE": draw_curve(comparison) if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
+        "PROMPTS": _prompt_table(comparison),
         "DATA": json.dumps(document).replace("<", "\\u003c"),  # no tag can end the script early
     }
     for name, value in parts.items():
         page = page.replace(f"{{{{{name}}}}}", value)
     return page
+
+
+def _prompt_table(comparison: Comparison) -> str:
+    """The pictures' scores, prompt by prompt, to be opened; nothing where they have none."""
+    if not (names := comparison.picture_scores):
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["prompt", "row", "learning rate", "seed", *names])
+    rows = [
+        f"<tr><td>{html.escape(prompt)}</td><td>{html.escape(c.row)}</td>"
+        f"<td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
+        + "".join(f"<td>{found[name]:.4g}</td>" if name in found else "<td></td>" for name in names)
+        + "</tr>"
+        for index, prompt in enumerate(comparison.prompts)
+        for c in [comparison.base, *comparison.cells]
+        if (found := c.of_prompt(index))
+    ]
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<details><summary>Prompt by prompt</summary><div style="overflow-x:auto">{table}</div></details>'
 
 
 def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
@@ -243,6 +279,7 @@ def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
                         "file": p.file,
                         "note": p.note,
                         "right": p.right,
+                        "scores": " · ".join(f"{name} {value:.3g}" for name, value in p.scores.items()),
                         "data": _data_uri(comparison.folder / p.thumbnail),
                     }
                     for p in cell.pictures

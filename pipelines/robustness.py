@@ -37,6 +37,8 @@ class UsableRange:
         return math.log10(self.high / self.low)
 
     def __str__(self) -> str:
+        if self.low == self.high and self.open_low and self.open_high:
+            return f"{shown_rate(self.low, 2)} (no other rate was tried)"
         at_least = "at least " if self.open_low or self.open_high else ""
         return f"{shown_rate(self.low, 2)} to {shown_rate(self.high, 2)} ({at_least}{self.decades:.1f} decades)"
 

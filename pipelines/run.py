@@ -43,6 +43,7 @@ class Run:
         self.log_file = self.folder / "log.txt"
         self.samples, self.checkpoints, self.result, _ = (self.folder / name for name in FOLDERS)
         self.signal: int | None = None  # the signal that asked this session to stop
+        self.indexed = True  # whether the runs folder's index is told of changes
         self._requests = {kind: str(self.folder / "requests" / kind) for kind in REQUESTS}
         self._stop = False
         self._live: Status | None = None  # this session's record, ahead of the file by a heartbeat
@@ -124,6 +125,8 @@ class Run:
             over = threading.Event()
             beat = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
             try:
+                for name in FOLDERS:  # the empty ones are lost where a folder goes through git or an object store
+                    (self.folder / name).mkdir(exist_ok=True)
                 self.update(state="running", message="", ended=None, exit_code=None, queued=None, heartbeat=time.time())
                 environment.renew(self.folder / "environment.json", first=before.started is None)
                 beat.start()
@@ -179,7 +182,7 @@ class Run:
 
     def _write(self, record: Status, changes: dict[str, Any]) -> None:
         write_atomic(self.folder / "status.json", json.dumps(status.plain(asdict(record)), indent=2))
-        if "state" in changes and (index := Index(self.root)).file.exists():
+        if self.indexed and "state" in changes and (index := Index(self.root)).file.exists():
             try:
                 index.put(replace(record, id=self.id))
             except EquipoiseError as error:  # the folder is the truth; the index can be made anew
@@ -213,19 +216,49 @@ class Run:
 
     def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The whole lines of `metrics.jsonl` with their records; what a crash or a bad disk left is no record."""
-        try:
-            text = (self.folder / "metrics.jsonl").read_text(errors="replace")
-        except FileNotFoundError:
-            return
-        for line in text[: text.rfind("\n") + 1].splitlines():
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    yield line, record
+        with suppress(FileNotFoundError):
+            yield from metric_lines((self.folder / "metrics.jsonl").read_text(errors="replace"))
+
+
+class Following(Run):
+    """A run as the processes see it that train it beside the first one, which alone writes and hears requests."""
+
+    def log(self, text: str) -> None: ...
+
+    def update(self, **changes: Any) -> None: ...
+
+    def metric(self, step: int, **values: Any) -> None: ...
+
+    def rewind_metrics(self, step: int) -> None: ...
+
+    def requested(self) -> set[str]:
+        return set()
+
+
+def metric_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of (a part of) `metrics.jsonl` that are whole, with their records."""
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
+
+
+def memory_full(error: BaseException) -> bool:
+    """Whether that was the memory of a device, or of the machine; torch's error is known by its name."""
+    named = {kind.__name__ for kind in type(error).__mro__}
+    words = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")  # other ways in which torch says so
+    return bool(named & {"OutOfMemoryError", "MemoryError"}) or any(word in str(error) for word in words)
 
 
 def sentence(error: BaseException) -> str:
     """What went wrong, on one line."""
+    if memory_full(error) and not isinstance(error, EquipoiseError):
+        said = " ".join(str(error).split())[:120].rstrip(". ") or type(error).__name__
+        return (
+            f"the memory is full ({said}). The last checkpoint stays: end what else uses the memory and resume, or "
+            "start a run that needs less, with a smaller train.batch and more train.accumulate, for instance."
+        )
     if disk_full(error):
         return "the disk is full. Free some space, or choose another place with runs=FOLDER, and resume."
     text = " ".join(str(error).split())

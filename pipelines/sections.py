@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from equipoise import registry
 from equipoise.pipelines.records import PluginSection, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -99,3 +100,14 @@ class CoordinatorSection(PluginSection):
 class CheckpointSection(Section):
     every: int = Field(250, ge=0, description="steps between checkpoints; 0 keeps none but the one at a stop")
     keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+
+
+def one_sided(config: Any) -> list[str]:
+    """What is wrong with a coordinator of language and encoder for a pipeline that has not both."""
+    name = config.coordinator.name
+    if not getattr(registry.load("coordinators", name), "two_sided", False):
+        return []
+    return [
+        f"coordinator.name: {name} sets a language model's rate against an encoder's, and {config.pipeline} has not "
+        "both. Use constant."
+    ]

@@ -2,18 +2,21 @@
 
 import json
 import math
+import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import psutil
 
 from equipoise.errors import InputError
+from equipoise.pipelines.format import FORMAT, KEY, check_format
 
 STATES = ("queued", "running", "done", "stopped", "failed", "diverged", "dead")  # dead is derived, never written
 HEARTBEAT = 2.0  # seconds between two signs of life
@@ -47,6 +50,8 @@ class Status:
     exit_code: int | None = None
     memory: int | None = None  # bytes, the most that its process has held
     device_memory: int | None = None  # bytes, the most that tensors have taken on its accelerator
+    token: str = ""  # drawn when it was made; its checkpoints bear it
+    format: int = FORMAT
 
     @property
     def duration(self) -> float:
@@ -62,24 +67,53 @@ class Status:
         return self.state not in ("queued", "running")
 
 
+_FIELDS = {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Status).items()}  # name → types
+_TIMES = ("created", "queued", "started", "ended", "heartbeat", "pid_started")
+_LATEST = 1e11  # seconds; the year 5138
+_LARGEST_PID = 2**31 - 1
+_MOST = 2**53  # of any number but a loss and a rate: what every reader can hold, in seconds, steps and bytes
+
+
 def read(folder: Path, as_written: bool = False) -> Status:
     """The status in a run's folder; unless wanted as written, `dead` where the process it speaks of is no more.
 
     Raises:
-        InputError: there is no status, or it is not readable.
+        InputError: there is no status, or it is not readable; NewerError where a later version wrote it.
     """
+    file = os.path.join(folder, "status.json")
     try:
-        data = json.loads((folder / "status.json").read_bytes())
-        known = {field.name for field in fields(Status)}
-        status = Status(**{key: value for key, value in data.items() if key in known})
-        for name in ("loss", "rate"):  # NaN is a word in the file
-            if (value := getattr(status, name)) is not None:
-                status = replace(status, **{name: float(value)})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        about = os.stat(file)
+        status = _parsed(file, about.st_ino, about.st_mtime_ns, about.st_size)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{folder}: is not a run: its status.json cannot be read ({error}).") from error
     if not as_written and status.pid is not None and not status.over and _dead(status):
         return replace(status, state="dead", message=f"process {status.pid} is gone; it may be resumed")
     return status
+
+
+@lru_cache(10_000)  # who lists a thousand runs, and does so again and again, reads those that have changed
+def _parsed(file: str, *version: int) -> Status:
+    data = json.loads(Path(file).read_bytes())
+    check_format(data.get(KEY, 1), Path(file).parent)
+    for name in ("loss", "rate"):  # NaN is a word in the file
+        if data.get(name) is not None:
+            data[name] = float(data[name])
+    known = {key: value for key, value in data.items() if key in _FIELDS}
+    for key, value in known.items():
+        if not _fits(key, value):
+            raise TypeError(f"{key} is {str(value)[:40]!r}")
+    return Status(**known)
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a field can hold a value."""
+    kinds = _FIELDS[key]
+    if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else kinds):
+        return False
+    if value is None or isinstance(value, str) or key in ("loss", "rate"):
+        return True
+    most = _LATEST if key in _TIMES else _LARGEST_PID if key == "pid" else _MOST
+    return (-most if key == "exit_code" else 0) <= value <= most
 
 
 def process(pid: int | None = None) -> dict[str, Any]:

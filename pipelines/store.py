@@ -114,6 +114,11 @@ class Store:
         hint = f"Did you mean {' or '.join(close)}?" if close else "`equipoise runs` shows those that are there."
         raise InputError(f"{self.root}: no run {ref!r}. {hint}")
 
+    def at_work(self) -> list[Status]:
+        """The runs and sweeps that are queued or running, by the index: who waits asks for them twice a second."""
+        found = [look(self.root / id, id) for id in self.index.at_work()]
+        return [item for item in found if not item.over]
+
     def list(
         self, states: Collection[str] | None = None, kinds: Collection[str] = TOP, sweep: str | None = None
     ) -> list[Status]:
@@ -166,13 +171,14 @@ def find(ref: str, root: Path | str | None = None, kinds: Collection[str] = TOP)
     Raises:
         InputError: there is none, or there are several.
     """
-    if (Path(ref) / "status.json").is_file():
+    if os.path.isfile(os.path.join(ref, "status.json")):  # unlike pathlib's, False also where no path can be so long
         return Run(ref)
     return Store(root).get(ref.rstrip("/"), kinds)
 
 
 def _record(config: configs.RunConfig, id: str, kind: str, sweep: str | None, queued: float | None = None) -> Status:
-    return Status(id, kind, sweep, config.name, config.pipeline, created=time.time(), queued=queued)
+    about = (id, kind, sweep, config.name, config.pipeline)
+    return Status(*about, created=time.time(), queued=queued, token=secrets.token_hex(8))
 
 
 def _fill(folder: Path, config: configs.RunConfig, record: Status) -> None:

@@ -1,20 +1,19 @@
 """A sweep: one configuration, trained over the product of some keys' values.
 
-Every combination is a run of its own (a cell) in the sweep's folder and in the queue. Worker processes take cells from
-the queue until it is empty; each loads the base once. A cell that diverges or fails is recorded and the rest goes on.
+Every combination is a run of its own (a cell) in the sweep's folder and in the queue. An executor has them trained, by
+processes of this machine or of a cluster. A cell that diverges or fails is recorded and the rest goes on; one whose
+process is lost is tried again, from its last checkpoint.
 """
 
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
-import psutil
 from tqdm import tqdm
 
 from equipoise import registry
@@ -23,12 +22,12 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import environment
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE
+from equipoise.pipelines.executors import GRACE, Executor, Local, Where, end_processes
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.records import RunConfig
 from equipoise.pipelines.store import Run, Store
 
 POLL = 0.5  # seconds between looks at the cells
-GRACE = 4.0  # seconds that a process has after being asked, and after being interrupted, before it is killed
 _AGAIN = ("queued", "stopped", "failed", "dead")  # a restarted sweep tries these again; done and diverged are results
 
 
@@ -54,13 +53,43 @@ def create(config: RunConfig, id: str | None = None) -> Run:
 
 def cells(sweep: Run) -> list[Run]:
     """The sweep's cells in the order of its axes."""
-    order = {name: index for index, name in enumerate(expand(sweep.config()))}
+    order = _order(sweep.folder / "config.yaml")
     found = [Run(folder) for folder in sweep.folder.iterdir() if (folder / "status.json").is_file()]
     return sorted(found, key=lambda run: order.get(run.folder.name, len(order)))
 
 
-def train(sweep: Run, workers: int) -> Outcome:
+@lru_cache(64)  # nobody changes a run's configuration, and checking every cell's takes a second or two
+def _order(file: Path) -> dict[str, int]:
+    with registry.looked_up_once():
+        return {name: index for index, name in enumerate(expand(configs.load(file)))}
+
+
+@contextmanager
+def opened(where: Where) -> Iterator[Executor]:
+    """The executor that is asked for.
+
+    Raises:
+        InputError: Ray is not installed, or does not answer; there are not the devices that are asked for; ….
+    """
+    if where.executor == "local":
+        yield Local(where)
+        return
+    from equipoise.pipelines.on_ray import OnRay
+
+    executor = OnRay(where)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def train(sweep: Run, executor: Executor, retries: int) -> Outcome:
     """Trains what is left of a sweep, showing its progress; a stop request reaches every cell.
+
+    Args:
+        sweep: which.
+        executor: who trains its cells.
+        retries: how often a cell is tried again whose process was lost.
 
     Raises:
         InputError: the sweep is being trained by another process.
@@ -72,17 +101,18 @@ def train(sweep: Run, workers: int) -> Outcome:
         for name, config in expand(sweep.config()).items():
             if not (sweep.folder / name).exists():  # deleted since
                 store.create(config, kind="cell", sweep=sweep.id, id=name)
+        executor.look(cells(sweep))
         for cell in cells(sweep):
             if cell.status().state in _AGAIN:
                 with suppress(InputError):  # a worker of an earlier session, still alive, has just taken it
                     store.enqueue(cell)
                     cell.forget_requests()
-        outcome = _watch(sweep, workers)
+        outcome = _watch(sweep, executor, retries)
         sweep.finish(outcome.state, outcome.message, outcome.step)
     return outcome
 
 
-def _watch(sweep: Run, workers: int) -> Outcome:
+def _watch(sweep: Run, executor: Executor, retries: int) -> Outcome:
     mine = cells(sweep)
     totals = {cell.id: cell.config().train.steps for cell in mine}
     total, stopping = sum(totals.values()), False
@@ -100,39 +130,55 @@ def _watch(sweep: Run, workers: int) -> Outcome:
                 mininterval=0.1 if watched else 10,
             )
         )
-        processes: list[subprocess.Popen] = []
-        stack.push(lambda kind, *_: _end(mine, processes, kind))
-        spawned = 0
+        stack.push(lambda kind, *_: _end(mine, executor, kind))
+        lost: dict[str, str] = {}  # cells whose process is gone → what is known of that
+        tries: Counter[str] = Counter()  # cell → how many of its processes were lost
         while True:
+            lost |= executor.look(mine)
+            for cell in [cell for cell in mine if cell.id in lost]:
+                with suppress(InputError):  # a dead host's locks outlive it for a while; the next look tries again
+                    left = 0 if stopping else retries - tries[cell.id]
+                    _recover(cell, lost[cell.id], left, stopping)
+                    tries[cell.id] += 1
+                    del lost[cell.id]
             now = {cell.id: cell.status() for cell in mine}
             states = Counter(status.state for status in now.values())
             finished = sum(totals[id] if s.over and s.state != "stopped" else s.step for id, s in now.items())
             bar.update(finished - bar.n)
             bar.set_postfix_str(_counted(states), refresh=watched)
             sweep.update(step=finished)
-            processes[:] = [process for process in processes if process.poll() is None]
             if stopping := stopping or "stop" in sweep.requested():
                 stop(mine)  # each time: a worker may have taken a cell meanwhile
-            if not processes and not states["running"] and (stopping or not states["queued"]):
+            if not executor.busy and not lost and not states["running"] and (stopping or not states["queued"]):
                 break
-            # Workers of an earlier session that was killed are at work beside ours, and count.
-            others = {s.pid for s in now.values() if s.state == "running"} - {process.pid for process in processes}
-            wanted = min(workers - len(others), states["queued"])
-            # A worker that died leaves the queue to a new one; a limit, in case every worker dies at once.
-            while not stopping and len(processes) < wanted and spawned < workers + len(mine):
-                processes.append(_spawn(sweep, spawned % workers, workers))
-                spawned += 1
-            if not processes and not others and not stopping and spawned >= workers + len(mine):
-                raise EquipoiseError(
-                    f"{sweep.id}: the workers die as soon as they start. {sweep.folder}/workers.txt says why."
-                )
+            if not stopping:
+                executor.start(sweep, mine, now, tries.total())
             time.sleep(POLL)
     said = f"{len(mine)} cells: {_counted(states)}."
     if stopping or states["done"]:
-        return Outcome("stopped" if stopping else "done", said, sum(s.step for s in now.values()))
+        return Outcome("stopped" if stopping else "done", said, finished)
     if states["diverged"]:
-        return Outcome("diverged", said, sum(s.step for s in now.values()))
+        return Outcome("diverged", said, finished)
     raise EquipoiseError("\n".join([f"{sweep.id}: no cell came to a result. {said}", *troubles(mine)]))
+
+
+def _recover(cell: Run, why: str, left: int, stopping: bool) -> None:
+    """Gives a cell whose process is lost back to the queue, if it may be tried again.
+
+    Raises:
+        InputError: its lock is still held.
+    """
+    now = cell.status()
+    if now.over and now.state != "dead":  # it had ended before its process did
+        return
+    if left > 0:
+        Store(cell.root).enqueue(cell)
+        cell.log(f"{why}; tried again, {left} time{'s' * (left > 1)} at most")
+        return
+    state, code = ("stopped", 143) if stopping else ("failed", 1)
+    message = f"{why}; its last checkpoint stays" if stopping else f"{why}, and no retry is left"
+    cell.update(state=state, message=f"{message}.", queued=None, ended=time.time(), exit_code=code)
+    cell.log(message)
 
 
 def _counted(states: Counter[str]) -> str:
@@ -149,36 +195,27 @@ def troubles(mine: Iterable[Run]) -> list[str]:
     ]
 
 
-def _end(mine: Iterable[Run], processes: Iterable[subprocess.Popen], why: type[BaseException] | None) -> None:
+def _end(mine: Iterable[Run], executor: Executor, why: type[BaseException] | None) -> None:
     """However watching ends, nothing goes on training that nobody watches."""
     if why is not None:
-        interrupt(mine, [process.pid for process in processes], 0.5 if why is KeyboardInterrupt else GRACE)
+        patience = 0.5 if why is KeyboardInterrupt else GRACE
+        stop(mine)  # so that no worker takes another cell
+        try:
+            executor.end(patience)
+        finally:
+            interrupt(mine, patience)
 
 
-def interrupt(mine: Iterable[Run], pids: Iterable[int] = (), patience: float = 0.5) -> None:
-    """Ends the cells in work, and other processes: asks, after `patience` seconds interrupts, and in the end kills.
+def interrupt(mine: Iterable[Run], patience: float = 0.5) -> None:
+    """Ends the cells in work: asks, after `patience` seconds interrupts, and in the end kills.
 
     Raises:
         InputError: a cell runs on another host.
     """
     mine = list(mine)
-    stop(mine)  # so that no worker takes another cell
+    stop(mine)
     at_work = [status for cell in mine if (status := cell.status()).state == "running" and status.pid]
-    alive = []
-    for pid in {*pids, *(status.pid for status in at_work if status.host == platform.node())}:
-        with suppress(psutil.NoSuchProcess):
-            alive.append(psutil.Process(pid))
-    try:
-        for seconds in (patience, GRACE):
-            for process in alive:
-                with suppress(psutil.NoSuchProcess):
-                    process.terminate()
-            _, alive = psutil.wait_procs(alive, seconds)
-    finally:  # also when this is interrupted in its turn
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, GRACE)
+    end_processes([status.pid for status in at_work if status.pid and status.host == platform.node()], patience)
     if away := [f"{status.id} on {status.host}" for status in at_work if status.host != platform.node()]:
         raise InputError(f"{', '.join(away)}: cannot be interrupted from here; the request to stop is left by file.")
 
@@ -194,35 +231,6 @@ def stop(mine: Iterable[Run]) -> None:
             pass
         if cell.status().state == "running":
             cell.request("stop")
-
-
-def _spawn(sweep: Run, index: int, workers: int) -> subprocess.Popen:
-    """A process of its own session: the terminal's Ctrl-C reaches the sweep, and the sweep asks the cells."""
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    if devices := _cuda_devices():
-        environment["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
-    with open(sweep.folder / "workers.txt", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "equipoise.pipelines.sweep", str(sweep.folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=environment,
-        )
-
-
-def _cuda_devices() -> list[str]:
-    """The devices workers are dealt out over, without importing torch; none on a machine without CUDA."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [device for device in visible.split(",") if device]
-    return [str(index) for index, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*")))]
-
-
-def default_workers() -> int:
-    """One per CUDA device, or one."""
-    return max(1, len(_cuda_devices()))
 
 
 def work(folder: str) -> None:

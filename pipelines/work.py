@@ -9,19 +9,22 @@ A pipeline's work is a subclass with `evaluate` and `evaluation_loss`; the loop 
 import copy
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.nn import Parameter
 
 from equipoise import registry
 from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
+from equipoise.pipelines import processes
 from equipoise.pipelines.loop import NonFiniteError
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.schedule import make_schedule
@@ -51,7 +54,9 @@ class OptimizedWork:
         groups: list[dict[str, Any]],  # of named parameters, each with a `component` and an `lr`
         encoders: Mapping[str, Sequence[Tensor]] | None = None,  # modality → parameters that it has to itself
         buffers: dict[str, Tensor] | None = None,  # what changes with the weights and is saved with them
+        frozen: Iterable[Tensor] = (),  # what the run stands on: it resumes only on the same
     ):
+        self.frozen = _fingerprint(frozen)
         self.config, self.run, self.accelerator, self.named = config, run, accelerator, named
         self.kept = {**named, **(buffers or {})}
         chosen = config.optimizer
@@ -72,12 +77,38 @@ class OptimizedWork:
 
     def evaluate(self, step: int, micro: int) -> Losses:
         """The losses of one forward pass. All it draws must come from (seed, step, micro): asked again, it is the same
-        batch and the same noise, and so it is after a resume and in every cell of a sweep."""
+        batch and the same noise, and so it is after a resume and in every cell of a sweep. Of several processes each
+        evaluates its `share` of the batch."""
         raise NotImplementedError
 
     def evaluation_loss(self) -> float:
         """A loss that is comparable between runs and steps."""
         raise NotImplementedError
+
+    def share(self, number: int) -> range:
+        """The positions of this process's examples, of forward pass `number`, in the endless sequence of examples."""
+        size = self.config.train.batch
+        first = (number * processes.count() + processes.rank()) * size
+        return range(first, first + size)
+
+    def backward(self, total: Tensor, /, **options: Any) -> None:
+        """Adds a scalar's gradient to what is there; that of all processes' examples where there are several.
+
+        Args:
+            options: Those of `Tensor.backward`.
+        """
+        if processes.count() == 1:
+            self.accelerator.backward(total, **options)
+            return
+        parameters = list(self.named.values())
+        before = [parameter.grad for parameter in parameters]  # averaged already
+        for parameter in parameters:
+            parameter.grad = None
+        self.accelerator.backward(total, **options)
+        processes.average_gradients(parameters)
+        for parameter, earlier in zip(parameters, before, strict=True):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
 
     def again(self) -> AbstractContextManager:
         """Around the second evaluation of a batch, which a subclass may have to count for nothing."""
@@ -113,6 +144,8 @@ class OptimizedWork:
                 self.objective = objective
                 optimizer.restore()
         started = self._now()
+        if processes.count() > 1:  # each has its own random numbers until here
+            torch.manual_seed(mix(self.config.seed, step, "step"))
         logged |= self.objective.before_step()
         self.accelerator.unscale_gradients()
         logged |= self.gradients()
@@ -127,7 +160,10 @@ class OptimizedWork:
         self.optimizer.step()
         self.balancing += self._now() - started
         self.optimizer.zero_grad()
+        processes.average([t for name, t in self.kept.items() if name not in self.named and t.is_floating_point()])
         values |= {"gradient_norm": norm}
+        if alphas := getattr(optimizer, "alphas", None):  # of AlphaAdam and its like, a number for each tensor
+            values["alpha"] = median(alphas.values())
         values |= {name: float(value) for name, value in logged.items() if name not in values}
         values["rate"] = self.optimizer.param_groups[0]["lr"]
         if len(components) > 1:
@@ -141,15 +177,15 @@ class OptimizedWork:
         seen, logged, count = [], {}, self.config.train.accumulate
         names: list[str] = []
         for micro in range(count):
-            losses = self.evaluate(step, micro)
+            losses = _of_all(self.evaluate(step, micro))
             names = ["loss", *(f"loss_{name}" for name in losses.unimodal)]
             seen.append(torch.stack([loss.detach().float() for loss in (losses.joint, *losses.unimodal.values())]))
             heads = [] if self.objective.uses_unimodal else list(losses.unimodal.values())
 
-            def backward(total: Tensor, /, *, retain_graph: bool = False, heads: list[Tensor] = heads) -> None:
+            def backward(total: Tensor, /, heads: list[Tensor] = heads, **options: bool) -> None:
                 for loss in heads:  # they share no parameter with the rest, and their features carry no gradient
                     total = total + loss
-                self.accelerator.backward(total / count, retain_graph=retain_graph)
+                self.backward(total / count, **options)
 
             started = self._now()
             logged = self.objective.backward(losses, backward)
@@ -172,12 +208,18 @@ class OptimizedWork:
             "coordinator": self.coordinator.state_dict(),
             "objective": self.objective.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "frozen": self.frozen,
             # the weights above may be those of a step that went wrong, which only the next loss will tell
             "good": dict(zip(self.kept, self.good, strict=True)),
         }
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if state.get("frozen", self.frozen) != self.frozen:
+            raise InputError(
+                "model: its frozen weights are not those that this run was trained on so far. Put them back, or train "
+                "anew."
+            )
         for name, tensor in self.kept.items():
             tensor.copy_(weights[name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -196,6 +238,28 @@ class OptimizedWork:
     @torch.no_grad()
     def rewind(self) -> None:
         torch._foreach_copy_(list(self.kept.values()), self.good)
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Tells weights from others by the beginning of each tensor: all of them would take long."""
+    plain = [tensor for tensor in tensors if type(tensor) in (Tensor, Parameter)]  # not those of quantised weights
+    begins = [tensor.detach().reshape(-1)[:64].float() for tensor in plain]
+    if not begins:
+        return ""
+    return hashlib.blake2b(torch.cat(begins).cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _of_all(losses: Losses) -> Losses:
+    """The losses of all processes' examples together."""
+    if processes.count() == 1:
+        return losses
+    joint, *unimodal = processes.mean(torch.stack([losses.joint, *losses.unimodal.values()])).unbind()
+    return Losses(
+        joint,
+        dict(zip(losses.unimodal, unimodal, strict=True)),
+        None if losses.labels is None else processes.gathered(losses.labels),
+        losses.responses and {name: processes.gathered(said) for name, said in losses.responses.items()},
+    )
 
 
 def finite(value: float) -> bool:

@@ -27,8 +27,14 @@ _RESOLVERS = (
 )
 
 
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")  # no dates, sets, bytes
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # none of YAML 1.1's; ours are added below
+    yaml_constructors: ClassVar[dict] = {
+        tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items() if not tag or tag.split(":")[-1] in _PLAIN
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -81,6 +87,8 @@ def parse(text: str) -> Any:
         raise ValueError(f"is not a text file: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+    except (KeyError, IndexError, TypeError):  # of PyYAML's constructors
+        raise ValueError("has a tag (!!…) that does not fit what it stands before") from None
 
 
 def render(data: Any) -> str:

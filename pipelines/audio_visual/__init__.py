@@ -44,7 +44,7 @@ class AudioVisual(Pipeline):
         return train(config, run)
 
     @classmethod
-    def compare(cls, name, folder, runs, configs, samples, clip=None) -> Comparison:
+    def compare(cls, name, folder, runs, configs, samples, judges=None) -> Comparison:
         from equipoise.pipelines.audio_visual.compare import compare
 
         return compare(name, folder, runs, configs)

@@ -1,12 +1,12 @@
 """What is wrong with the world a configuration points to, found before anything is written."""
 
-import os
 from pathlib import Path
 
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
+from equipoise.pipelines.sections import one_sided
 from equipoise.pipelines.text_to_image.layout import is_local
 
 
@@ -28,16 +28,12 @@ def problems(config: AudioVisualConfig) -> list[str]:
             found += prepared.manifest.problems if config.data.skip_bad else prepared.problems
         except InputError as error:
             found.append(str(error))
+    found += one_sided(config)
     if config.train.precision == "fp16":
         import torch
 
         if not torch.cuda.is_available():
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # set by accelerate launch and torchrun
-        found.append(
-            f"WORLD_SIZE: a run trains in one process, and this is one of {processes}. Start it without accelerate "
-            "launch or torchrun."
-        )
     return found
 
 

@@ -77,9 +77,18 @@ class EncoderSection(Section):
     width: int = Field(192, ge=8, description="ast, transformer: channels")
     layers: int = Field(4, ge=1, description="ast, transformer: layers")
     heads: int = Field(4, ge=1, description="ast, transformer: attention heads")
+    rank: int = Field(0, ge=0, le=1024, description="of LoRA factors on a pretrained encoder; 0: all its weights train")
+    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
+    targets: list[str] = Field(
+        [], description="layers that get factors, by the ends of their names; empty: all linear and convolutional ones"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "EncoderSection":
+        if self.rank and not self.path:
+            raise ValueError("rank is for pretrained weights, which stay as they are; give their path, or rank 0.")
+        if not self.rank and (self.targets or self.alpha is not None):
+            raise ValueError("targets and alpha are of LoRA factors; give a rank above 0.")
         if len(self.widths) != len(self.depths):
             raise ValueError(f"needs as many depths as widths, got {len(self.depths)} and {len(self.widths)}.")
         if self.width % self.heads:
@@ -119,7 +128,7 @@ class OptimizerSection(PluginSection):
 
 class TrainSection(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch: int = Field(64, ge=2, description="clips per forward pass")
+    batch: int = Field(64, ge=2, description="clips per process and forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the forward pass; weights stay float32")

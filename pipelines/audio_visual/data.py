@@ -177,7 +177,9 @@ def with_validation(manifest: Manifest, share: float, seed: int) -> dict[str, li
         return splits
     order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
     wanted = {
-        label: max(1, round(share * n)) for label, n in Counter(c.label for c in splits["train"]).items() if n > 1
+        label: min(n - 1, max(1, round(share * n)))
+        for label, n in Counter(c.label for c in splits["train"]).items()
+        if n > 1
     }
     chosen = set()
     for index in order:

@@ -22,12 +22,12 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
 from equipoise.pipelines.audio_visual.data import PICTURES, Clip
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.progress import progress
 
 SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
 APART = 0.5  # seconds by which sound and picture of a clip may differ in length, or a tenth where that is more
@@ -154,7 +154,7 @@ def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, siz
         try:
             with Image.open(files[index]) as image:
                 made.append(_square(ImageOps.exif_transpose(image), size))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever a damaged one makes of its decoder
             raise InputError(f"{files[index].name} cannot be read as a picture ({_brief(error)}).") from None
     return torch.stack(made)
 
@@ -286,7 +286,7 @@ class Store:
         # decoders release Python's lock
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             done = pool.map(make, clips)
-            list(tqdm(done, "features", len(clips), unit="clip", dynamic_ncols=True, leave=False, disable=None))
+            list(progress("features", "clip", done, len(clips), leave=False))
         return wrong
 
     def get(

@@ -23,7 +23,7 @@ def memory(config: AudioVisualConfig) -> Memory | None:
             return None
         held = min(MEMORY, _count(data.manifest) * size(blank(data, 1).values()))
         weights = list(model.parameters())
-        first, added = size(weights), training(weights, config.optimizer)
+        first, added = size(weights), training([p for p in weights if p.requires_grad], config.optimizer)
         given = blank(data, batch, dtype)
     # under autocast the weights stay float32 and what is computed from them does not
     kept = activations(lambda: model.to(dtype)(given), model.parameters())

@@ -4,15 +4,18 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
+from equipoise.pipelines.layers import named_by, unmatched
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, which pretrained encoders expect
@@ -25,15 +28,23 @@ class LateFusion(nn.Module):
         config: The model section and the modalities.
         classes: How many.
         bins: Of the spectrogram, and windows.
-        pretrained: Load the encoders' pretrained weights, where the configuration names some.
+        pretrained: Load the encoders' pretrained weights, where the configuration names some; or, modality → the
+            settings of its pretrained encoder, from `described`, to which weights will be given.
     """
 
-    def __init__(self, config: AudioVisualConfig, classes: int, bins: tuple[int, int] = (0, 0), pretrained=True):
+    def __init__(
+        self,
+        config: AudioVisualConfig,
+        classes: int,
+        bins: tuple[int, int] = (0, 0),
+        pretrained: bool | Mapping[str, dict[str, Any]] = True,
+    ):
         super().__init__()
         self.modalities = list(config.data.modalities)
         sections = {name: getattr(config.model, name) for name in self.modalities}
         encoders = {name: _encoder(name, section, config, bins, pretrained) for name, section in sections.items()}
         self.encoders = nn.ModuleDict(encoders)
+        self.come = {name: bool(section.path) for name, section in sections.items()}
         widths: dict[str, int] = {name: encoder.features for name, encoder in encoders.items()}
         self.fusion = FUSIONS[config.model.fusion](widths, classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
@@ -51,6 +62,10 @@ class LateFusion(nn.Module):
                 given = (given.float() / 255 - mean) / std
             made[name] = self.encoders[name](given)
         return made
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """The settings of encoders that come pretrained, by modality; a result then needs no place they came from."""
+        return {name: self.encoders[name].net.config.to_dict() for name in self.modalities if self.come[name]}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The joint logits, (batch, classes), and every modality's own."""
@@ -128,25 +143,55 @@ class Film(nn.Module):
 FUSIONS: dict[str, Any] = {"sum": Sum, "concat": Concat, "gated": Gated, "film": Film}
 
 
-def _encoder(name: str, section: EncoderSection, config: AudioVisualConfig, bins, pretrained: bool) -> Any:
-    made = {"resnet": ResNet, "ast": SpectrogramTransformer, "transformer": Text}[section.kind]
-    return made(section, name, config, bins, pretrained)
+def _encoder(name: str, section: EncoderSection, config: AudioVisualConfig, bins, pretrained) -> Any:
+    kinds = {"resnet": ResNet, "ast": SpectrogramTransformer, "transformer": Text}
+    made = kinds[section.kind](section, name, config, bins, pretrained)
+    if section.rank:
+        _add_factors(made.net, section, f"model.{name}.targets")
+    return made
 
 
-def _backbone(section: EncoderSection, settings: Any, pretrained: bool, name: str) -> Any:
+def _add_factors(net: nn.Module, section: EncoderSection, key: str) -> None:
+    """Puts LoRA factors beside a net's layers, in place, and freezes the rest."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("pooler.")  # which nothing asks
+    ]
+    if wrong := unmatched(section.targets, layers, key):
+        raise InputError("\n".join(wrong))
+    chosen = [name for name in layers if not section.targets or named_by(section.targets, name)]
+    alpha = section.rank if section.alpha is None else section.alpha
+    inject_adapter_in_model(LoraConfig(r=section.rank, lora_alpha=alpha, target_modules=chosen), net)
+
+
+def _backbone(section: EncoderSection, settings: Any, pretrained: bool | Mapping[str, Any], name: str) -> Any:
     """transformers' model of these settings, or the pretrained one that the section names."""
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
 
     if not section.path:
         return AutoModel.from_config(settings)
     where: dict[str, Any] = {"revision": section.revision, "trust_remote_code": False}
+    logging.disable_progress_bar()  # a second bar, gone in an instant, would break up ours
     try:
-        if not pretrained:  # its weights come from elsewhere
+        if isinstance(pretrained, Mapping) and name in pretrained:
+            return AutoModel.from_config(AutoConfig.for_model(**pretrained[name]), trust_remote_code=False)
+        if pretrained is not True:  # its weights come from elsewhere
             return AutoModel.from_config(AutoConfig.from_pretrained(section.path, **where), trust_remote_code=False)
-        return AutoModel.from_pretrained(section.path, use_safetensors=True, **where)
-    except (OSError, ValueError) as error:
+        net, told = AutoModel.from_pretrained(section.path, use_safetensors=True, output_loading_info=True, **where)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model.{name}.path: {section.path} cannot be loaded: {reason}") from error
+    # a masked language model comes without the pooler, which is not asked here
+    if missing := sorted(key for key in told["missing_keys"] if not key.startswith("pooler.")):
+        raise InputError(
+            f"model.{name}.path: {section.path} lacks {len(missing)} weights of a {net.config.model_type}, such as "
+            f"{missing[0]}; they would be random. Give a folder that holds them all."
+        )
+    return net
 
 
 class ResNet(nn.Module):
@@ -191,6 +236,11 @@ class SpectrogramTransformer(nn.Module):
             max_length=bins[1],
         )
         self.net = _backbone(section, settings, pretrained, name)
+        if not section.path:
+            # zeros, as transformers leaves them, come out of the first layer norm with gradients of 1e6
+            places = self.net.embeddings
+            for tokens in (places.cls_token, places.distillation_token, places.position_embeddings):
+                nn.init.trunc_normal_(tokens, std=self.net.config.initializer_range)
         made_for = (self.net.config.num_mel_bins, self.net.config.max_length)
         if made_for != tuple(bins):
             raise InputError(
@@ -246,7 +296,9 @@ def load(folder: str | Path) -> tuple[LateFusion, list[str]]:
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         config = AudioVisualConfig.model_validate(described["config"])
-        model = LateFusion(config, len(described["classes"]), tuple(described["bins"]), pretrained=False)
+        model = LateFusion(
+            config, len(described["classes"]), tuple(described["bins"]), described.get("pretrained", False)
+        )
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses
 from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines import processes
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import Batches, Features
@@ -41,7 +42,8 @@ _EVALUATED = 256  # clips of a batch when evaluating, at most
 
 def train(config: AudioVisualConfig, run: Run) -> Outcome:
     accelerator = make_accelerator(config.train.precision)
-    prepared = prepare(config)
+    with accelerator.main_process_first():  # the others find its features on disk
+        prepared = prepare(config)
     _tell_skipped(prepared, config, run)
     work = AudioVisualWork(config, run, accelerator, prepared)
     started = time.perf_counter()
@@ -61,7 +63,8 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
     if config.train.baselines:
         made = {name: _baseline(config, run, accelerator, prepared, name) for name in config.train.baselines}
         facts["baselines"] = {name: figures for name, figures in made.items() if figures}
-    work.save_result(found, facts)
+    if processes.leads():
+        work.save_result(found, facts)
     said = [f"{config.objective.name}: {_said(facts)}."]
     for name, figures in facts.get("baselines", {}).items():
         when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
@@ -83,7 +86,8 @@ def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> No
         lines = [f"skipped {len(manifest.bad)} of {total} clips:", *manifest.sentences()]
         for line in lines:
             run.log(line)
-            print(line, file=sys.stderr)
+            if processes.leads():
+                print(line, file=sys.stderr)
 
 
 def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
@@ -91,9 +95,10 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
     other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
     work = AudioVisualWork(other, run, accelerator, prepared)
     steps, step, state = range(config.train.steps), 0, "done"
+    silent = None if processes.leads() else True
     try:
-        for step in tqdm(steps, f"{name} instead", unit="step", dynamic_ncols=True, leave=False, disable=None):
-            if "stop" in run.requested():
+        for step in tqdm(steps, f"{name} instead", unit="step", dynamic_ncols=True, leave=False, disable=silent):
+            if "stop" in processes.requests(run):
                 return {}
             work.step(step)
     except ArithmeticError as error:
@@ -131,8 +136,10 @@ class AudioVisualWork(OptimizedWork):
             model.sound.copy_(_spread(self.batches["train"], len(splits["train"])))
         self.model: LateFusion = model.to(accelerator.device)
         self.weights_of_classes = self._class_weights(config, splits["train"]).to(accelerator.device)
-        encoders = {name: list(part.parameters()) for name, part in self.model.encoders.items()}
-        named = dict(self.model.named_parameters())
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        encoders = {
+            name: [p for p in part.parameters() if p.requires_grad] for name, part in self.model.encoders.items()
+        }
         parts = {**{name: f"encoders.{name}." for name in encoders}, "heads": ("fusion.", "heads.")}
         groups = [
             {
@@ -142,7 +149,8 @@ class AudioVisualWork(OptimizedWork):
             }
             for part, prefix in parts.items()
         ]
-        super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()))
+        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+        super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.waited = math.inf, 0
         self.loading = 0.0  # seconds that the last step waited for its batch
@@ -171,10 +179,10 @@ class AudioVisualWork(OptimizedWork):
         return values
 
     def evaluate(self, step: int, micro: int) -> Losses:
-        train, size = self.config.train, self.config.train.batch
-        seed = mix(self.config.seed, step, micro, 0)  # 0: the one process
+        train = self.config.train
+        seed = mix(self.config.seed, step, micro, processes.rank())
         torch.manual_seed(seed)  # for dropout, and for noise that an objective draws
-        chosen, following = (self._chosen(step * train.accumulate + micro + ahead, size) for ahead in (0, 1))
+        chosen, following = (self._chosen(step * train.accumulate + micro + ahead) for ahead in (0, 1))
         started = time.perf_counter()
         batch = self._augmented(self.batches["train"].get(chosen, following), torch.Generator().manual_seed(seed))
         self.loading += time.perf_counter() - started
@@ -190,12 +198,18 @@ class AudioVisualWork(OptimizedWork):
             with torch.no_grad(), self.accelerator.autocast():
                 responses = {name: self.model.fusion.alone(name, features) for name in features}
         weigh = self.weights_of_classes
-        losses = {name: F.cross_entropy(logits.float(), labels, weigh) for name, logits in unimodal.items()}
-        return Losses(F.cross_entropy(joint.float(), labels, weigh), losses, labels, responses)
+        share: Tensor | float = 1.0  # of the weight of all processes' clips, if those had each the same
+        if processes.count() > 1:
+            share = weigh[labels].sum() / processes.mean(weigh[labels].sum())
 
-    def _chosen(self, batch: int, size: int) -> list[int]:
+        def loss(logits: Tensor) -> Tensor:
+            return share * F.cross_entropy(logits.float(), labels, weigh)
+
+        return Losses(loss(joint), {name: loss(logits) for name, logits in unimodal.items()}, labels, responses)
+
+    def _chosen(self, number: int) -> list[int]:
         count = len(self.labels["train"])
-        return [place(index, count, self.config.seed) for index in range(batch * size, (batch + 1) * size)]
+        return [place(index, count, self.config.seed) for index in self.share(number)]
 
     def _augmented(self, batch: Features, generator: torch.Generator) -> Features:
         data = self.config.data
@@ -256,15 +270,15 @@ class AudioVisualWork(OptimizedWork):
     def validate(self) -> dict[str, float]:
         """Validation figures for the log; remembers the best weights and tells the objective."""
         found = self.predict("val")
-        watched = found[JOINT].loss
-        if not self.objective.trains_joint:
-            watched = sum(found[name].loss for name in self.model.modalities)
+        # the first process's numbers, for what follows from them must be the same in all
+        shown = processes.first({name: score.loss for name, score in found.items()})
+        watched = shown[JOINT] if self.objective.trains_joint else sum(shown[name] for name in self.model.modalities)
         if watched < self.best_loss:
             self.best_loss, self.waited = watched, 0
             self.best = {name: tensor.detach().clone() for name, tensor in self.kept.items()}
         else:
             self.waited += 1
-        if said := self.objective.after_validation({name: found[name].loss for name in self.model.modalities}):
+        if said := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
             self.run.log(said)
         return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
 
@@ -308,6 +322,7 @@ class AudioVisualWork(OptimizedWork):
             "config": self.config.model_dump(mode="json", exclude={"sweep"}),
             "classes": self.classes,
             "bins": self.bins,
+            "pretrained": self.model.described(),
         }
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,16 @@
 """`equipoise compare`: the same prompts from the same noise for every run, side by side."""
 
 import argparse
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from equipoise import registry
 from equipoise.errors import InputError
@@ -21,6 +24,8 @@ from equipoise.pipelines.robustness import GAIN, shown_rate
 from equipoise.pipelines.store import Run, find
 from equipoise.pipelines.tables import table
 
+_MAKER = ".pid"  # in a folder that is being filled: who does it
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs_or_sweeps", nargs="+", metavar="SWEEP|RUN", help="ids, folders, or latest")
@@ -31,7 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, help="strength of the LoRA, such as 0.7")
     parser.add_argument("--sample-steps", type=int, help="denoising steps")
     parser.add_argument(
-        "--clip", metavar="MODEL", help="a CLIP model (folder or hub id) to score pictures against prompts with"
+        "--clip",
+        metavar="MODEL",
+        help="a CLIP model (folder or hub id) to score pictures against prompts and training pictures with",
+    )
+    parser.add_argument(
+        "--dino",
+        metavar="MODEL",
+        help="a DINO model (folder or hub id) to score the likeness to training pictures with",
     )
     parser.add_argument("--out", type=Path, help="a new folder for the comparison")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
@@ -41,12 +53,15 @@ def run(args: argparse.Namespace) -> int:
     found = [find(ref, args.runs) for ref in args.runs_or_sweeps]
     keys = {"prompts": args.prompt, "count": args.count, "scale": args.scale, "steps": args.sample_steps}
     changes = {f"samples.{key}": value for key, value in keys.items() if value is not None}
-    compare_and_report(found, changes, args.clip, args.out)
+    for name in ("clip", "dino"):
+        if path := getattr(args, name):
+            changes[f"judges.{name}"] = str(Path(path).resolve()) if Path(path).exists() else path
+    compare_and_report(found, changes, args.out)
     return 0
 
 
 def compare_and_report(
-    found: Sequence[Run], changes: dict[str, Any] | None = None, clip: str | None = None, out: Path | None = None
+    found: Sequence[Run], changes: dict[str, Any] | None = None, out: Path | None = None
 ) -> Comparison:
     """Compares runs and the cells of sweeps, writes the report, and prints where it is and what it says.
 
@@ -66,10 +81,10 @@ def compare_and_report(
         raise InputError(f"comparison: runs of different pipelines ({', '.join(sorted(kinds))}) cannot be compared.")
     first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
     pipeline = registry.load("pipelines", loaded[0].pipeline)
-    clip = str(Path(clip).resolve()) if clip and Path(clip).exists() else clip
-    folder, name = _place(found, out, own=bool(changes or clip))
+    folder, name = _place(found, out, own=bool(changes))
     with _swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
-        comparison = pipeline.compare(name, staging, runs, loaded, getattr(first, "samples", None), clip)
+        asked = getattr(first, "samples", None), getattr(first, "judges", None)
+        comparison = pipeline.compare(name, staging, runs, loaded, *asked)
         paths = write_report(comparison)
     comparison.folder = folder
     _say(comparison, {what: folder / path.name for what, path in paths.items()})
@@ -100,8 +115,10 @@ def _swapped_in(folder: Path) -> Iterator[Path]:
     try:
         with explained(folder):
             staging.mkdir(parents=True)
+            (staging / _MAKER).write_text(str(os.getpid()))
         yield staging
         with explained(folder):
+            (staging / _MAKER).unlink()
             if folder.exists():
                 folder.rename(old)
             try:
@@ -114,11 +131,30 @@ def _swapped_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def being_made(folder: Path) -> int | None:
+    """How many files a living process has made so far of the comparison that is to be `folder`; None: none makes it."""
+    for staging in folder.parent.glob(f".{folder.name}.new-*"):
+        with suppress(OSError, ValueError):
+            if psutil.pid_exists(int((staging / _MAKER).read_text())):
+                return sum(path.is_file() for path in staging.rglob("*")) - 1
+    return None
+
+
 def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
     shown = [
         name
         for name in dict.fromkeys(
-            ("score", "object", "colour", "shape", "kept", "broken", "clip", "loss_after", *comparison.beside)
+            (
+                "score",
+                "object",
+                "colour",
+                "shape",
+                "kept",
+                "broken",
+                *comparison.scored,
+                "loss_after",
+                *comparison.beside,
+            )
         )
         if any(name in cell.metrics for cell in [comparison.base, *comparison.cells])
     ]
@@ -135,7 +171,7 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
     ]
     print(table(["", "RATE", *(["SEED"] if seeds else []), *(name.upper() for name in shown), "STATE"], rows))
     print(f"\nScore: {comparison.score}.")
-    for name, words in comparison.beside.items():
+    for name, words in (comparison.beside | comparison.scored).items():
         print(f"{name.capitalize()}: {words}.")
     print("Learning rates that worked:")
     for row, found in comparison.ranges().items():

@@ -1,17 +1,26 @@
-"""`equipoise export`: what a run has learnt, as a file for another app."""
+"""`equipoise export`: what a run has learnt, as a file for another app, or as a repository on the hub."""
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from equipoise import registry
 from equipoise.errors import InputError
+from equipoise.pipelines import hub
 from equipoise.pipelines.store import TOP, find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="an id (a sweep's cell: SWEEP/CELL), a folder, or latest")
-    parser.add_argument("--format", required=True, metavar="NAME", help="diffusers, kohya or comfyui")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a new .safetensors file")
+    parser.add_argument("--format", metavar="NAME", help="diffusers (unless told), kohya or comfyui")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a new .safetensors file")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload the result with its model card to this repository on the Hugging Face hub, which is made if it is "
+        f"not there; with --format, a file of that format too. The token is read from the environment, {hub.TOKEN}",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
 
@@ -19,14 +28,27 @@ def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs, (*TOP, "cell"))
     if found.status().kind == "sweep":
         raise InputError(f"{found.id} is a sweep, and one of its cells is wanted. `equipoise runs --all` lists them.")
-    pipeline = registry.load("pipelines", found.config().pipeline)
-    if pipeline.formats and args.format not in pipeline.formats:
+    config = found.config()
+    pipeline = registry.load("pipelines", config.pipeline)
+    if args.format and pipeline.formats and args.format not in pipeline.formats:
         raise InputError(f"--format: {args.format!r} is none of {', '.join(pipeline.formats)}.")
-    output: Path = args.output
-    if output.suffix != ".safetensors":
-        raise InputError(f"--output: {output} must end in .safetensors.")
-    if output.exists():
-        raise InputError(f"--output: {output} is there already. Give a new name, or delete it first.")
-    pipeline.export(found.folder / "result", args.format, output)
-    print(output)
+    if not args.output and not args.push_to_hub:
+        raise InputError("--output: give a new .safetensors file, or --push-to-hub REPO.")
+    if args.push_to_hub:
+        hub.token()  # before anything is written
+    output: Path | None = args.output
+    result = found.folder / "result"
+    if output:
+        if output.suffix != ".safetensors":
+            raise InputError(f"--output: {output} must end in .safetensors.")
+        if output.exists():
+            raise InputError(f"--output: {output} is there already. Give a new name, or delete it first.")
+        pipeline.export(result, args.format or "diffusers", output)
+        print(output)
+    if args.push_to_hub:
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.publish(found.folder, config, Path(folder))
+            if args.format not in (None, "diffusers"):
+                pipeline.export(result, args.format, Path(folder, f"{args.format}.safetensors"))
+            print(hub.push(Path(folder), args.push_to_hub, args.private, f"{found.id}, by equipoise"))
     return 0

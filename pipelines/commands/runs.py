@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import status
 from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.executors import remembered
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.status import Status
 from equipoise.pipelines.store import TOP, Store, find
@@ -105,7 +106,9 @@ def _cells_logs(found: Run, args: argparse.Namespace) -> int:
         print(f"{cell.id}: {_ending(stands)}")
         for line in "".join(_chunks(cell, follow=False)).splitlines()[-_ENDS:]:
             print(f"    {line}")
-    print(f"\nAll of one: equipoise logs {chosen}\nWhat the workers printed: {found.folder / 'workers.txt'}")
+    print(f"\nAll of one: equipoise logs {chosen}")
+    if remembered(found).executor == "local":
+        print(f"What the workers printed: {found.folder / 'workers.txt'}")
     return 0
 
 

@@ -2,18 +2,21 @@
 
 import argparse
 import sys
+from dataclasses import fields, replace
 
 from equipoise.errors import InputError
 from equipoise.pipelines import background
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import parse_axes
+from equipoise.pipelines.executors import NAMES, Executor, Where, remembered
 from equipoise.pipelines.store import Run, find
 
 EPILOG = """examples:
   equipoise sweep text_to_image/demo
   equipoise sweep my.yaml --axis optimizer=adamw,scaled_adamw --axis learning_rate=1e-5,1e-4,1e-3 --axis seed=0,1
-  equipoise sweep latest        continues a sweep where it stopped"""
+  equipoise sweep latest        continues a sweep where it stopped
+  equipoise sweep my.yaml --executor ray --address HEAD:6379 --gpus 1      on a cluster; see docs/distributed.md"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--axis", action="append", default=[], metavar="KEY=V,V", help="a key and its values; replaces the file's axes"
     )
+    parser.add_argument("--executor", choices=NAMES, help="who trains the cells: processes here (local), or Ray's")
     parser.add_argument(
-        "--workers", type=int, help="processes that train cells (by default one per CUDA device, or one)"
+        "--address", help="of a Ray cluster, HOST:PORT or ray://HOST:PORT (by default one that is here)"
+    )
+    parser.add_argument(
+        "--max-parallel", type=int, metavar="N", help="cells in work at once (by default as many as there are devices)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="the same")
+    parser.add_argument(
+        "--retries",
+        type=int,
+        metavar="N",
+        help="of a cell whose process is lost (by default 2); it goes on where it was",
+    )
+    parser.add_argument("--cpus", type=float, metavar="N", help="of each cell (Ray: by default 1)")
+    parser.add_argument(
+        "--gpus", type=float, metavar="N", help="of each cell, 0.5 for two on one (by default 1 where there are any)"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL", help="Ray: where cells travel through if nodes share no disk, s3://…"
     )
     parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
@@ -39,11 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
-    found = _continued(args) or _new(args)
-    if args.in_turn and not background.wait_for_turn(found):
+    found = _continued(args)
+    where = _where(args, remembered(found) if found else Where())
+    if found and args.in_turn and not background.wait_for_turn(found):
         print(f"{found.id}: was cancelled before it began.")
         return found.status().exit_code or 0
-    return resume(found, args.workers, not args.no_compare)
+    with sweeps.opened(where) as executor:  # before a new sweep is made
+        sweep = found or _new(args)
+        where.remember(sweep)
+        code = _train(sweep, executor, where.retries)
+    return _compared(sweep, code, not args.no_compare)
 
 
 def check_workers(workers: int | None) -> None:
@@ -51,12 +77,22 @@ def check_workers(workers: int | None) -> None:
         raise InputError(f"--workers: must be at least 1, got {workers}.")
 
 
-def resume(sweep: Run, workers: int | None = None, compare: bool = True) -> int:
+def resume(sweep: Run, workers: int | None = None) -> int:
     """Trains what is left of a sweep, which is all of a new one, and compares; returns the exit code."""
+    where = remembered(sweep)
+    if workers:
+        where = replace(where, max_parallel=workers)
+    with sweeps.opened(where) as executor:
+        code = _train(sweep, executor, where.retries)
+    return _compared(sweep, code)
+
+
+def _train(sweep: Run, executor: Executor, retries: int) -> int | None:
+    """The exit code where it did not come to its end."""
     mine = sweeps.cells(sweep)
     print(f"{sweep.id}: {len(mine)} cells in {sweep.folder}", flush=True)
     try:
-        outcome = sweeps.train(sweep, workers or sweeps.default_workers())
+        outcome = sweeps.train(sweep, executor, retries)
     except KeyboardInterrupt:
         print(f"{sweep.id}: interrupted. `equipoise resume {sweep.id}` continues it.", file=sys.stderr)
         return sweep.status().exit_code or 130
@@ -66,11 +102,42 @@ def resume(sweep: Run, workers: int | None = None, compare: bool = True) -> int:
         return sweep.status().exit_code or 0
     for line in sweeps.troubles(mine):
         print(line, file=sys.stderr, flush=True)
-    if compare:
+    return None
+
+
+def _compared(sweep: Run, code: int | None, wanted: bool = True) -> int:
+    if code is not None:
+        return code
+    if wanted:
         from equipoise.pipelines.commands.compare import compare_and_report
 
         compare_and_report([sweep])
     return sweep.status().exit_code or 0
+
+
+def _where(args: argparse.Namespace, before: Where) -> Where:
+    """What is asked for now, and else what was before.
+
+    Raises:
+        InputError: A number is out of its bounds, or an option has no use.
+    """
+    asked = {it.name: getattr(args, it.name) for it in fields(Where)}
+    if args.workers is not None:
+        if args.max_parallel is not None:
+            raise InputError("--workers and --max-parallel are the same. Give one.")
+        asked["max_parallel"] = args.workers
+    if asked["executor"] not in (None, before.executor):
+        before = Where()
+    where = replace(before, **{name: value for name, value in asked.items() if value is not None})
+    for name, least in (("max_parallel", 1), ("retries", 0), ("cpus", 0), ("gpus", 0)):
+        value = getattr(where, name)
+        if value is not None and not least <= value < 2**31:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least {least}, got {value:g}.")
+    if where.gpus is not None and where.gpus > 1 and where.gpus % 1:
+        raise InputError(f"--gpus: a cell has a share of one GPU, or whole ones, got {where.gpus:g}.")
+    if where.executor != "ray" and (useless := [f"--{name}" for name in ("address", "storage") if asked[name]]):
+        raise InputError(f"{', '.join(useless)}: only --executor ray has a use for it.")
+    return where
 
 
 def _continued(args: argparse.Namespace) -> Run | None:

@@ -6,14 +6,15 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines import background, environment
+from equipoise.pipelines import background, environment, processes
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.files import disk_full, write_atomic
 from equipoise.pipelines.keys import show
-from equipoise.pipelines.pipeline import Pipeline, execute
+from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.run import Run, sentence
 from equipoise.pipelines.store import Store, find
 
@@ -47,7 +48,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _resume(args) if args.command == "resume" else _train(args)
+    command = _resume if args.command == "resume" else _train
+    return command(args) if processes.count() == 1 else _together(command, args)
+
+
+def _together(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """One run in several processes: the first does as if it were alone, the others follow it."""
+    if args.detach:
+        raise InputError("--detach: starts one process; accelerate launch and torchrun have started several. Leave it.")
+    if getattr(args, "keys", False) or getattr(args, "dry_run", False):
+        return command(args) if processes.leads() else 0
+    processes.join()
+    if processes.leads():
+        try:
+            return command(args)
+        finally:
+            processes.begin("")  # heard only where nothing has begun
+    if not (folder := processes.hear()):
+        return 0
+    found = Run(folder)
+    where = environment.working_folder(found.folder / "environment.json")
+    if where and where.is_dir():
+        os.chdir(where)
+    config = found.config()
+    follow(_pipeline(config), config, found.folder)
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -129,6 +154,7 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
         print(f"{made.id}: training in the background as process {pid}, in {made.folder}")
         print(_AFTERWARDS.format(ref=ref, where="" if ref == made.id else f" --runs {made.root}"))
         return 0
+    processes.begin(str(made.folder))
     try:
         print(f"{made.id}: training in {made.folder}", flush=True)
         outcome = execute(pipeline, config, made)
@@ -147,7 +173,7 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
         if pipeline.loading:
             print(f"  load it: {pipeline.loading.format(folder=str(made.result))}")
         if pipeline.compare.__func__ is not Pipeline.compare.__func__:
-            print(f"  next:    `equipoise compare {ref}` draws it beside the untouched base")
+            print(f"  next:    `equipoise compare {ref}` {pipeline.comparing}")
     return made.status().exit_code or 0
 
 

@@ -17,6 +17,7 @@ class InstructionTuning(Pipeline):
     name = "instruction_tuning"
     title = "Instruction tuning (pictures or sounds, and language)"
     Config = InstructionTuningConfig
+    comparing = "asks it what it asks the untouched base"
     loading = "PeftModel.from_pretrained(model, {folder!r})  # after encoder.safetensors: docs/instruction_tuning.md"
 
     @classmethod
@@ -38,7 +39,7 @@ class InstructionTuning(Pipeline):
         return train(config, run)
 
     @classmethod
-    def compare(cls, name, folder, runs, configs, samples, clip=None) -> Comparison:
+    def compare(cls, name, folder, runs, configs, samples, judges=None) -> Comparison:
         from equipoise.pipelines.instruction_tuning.compare import compare
 
         return compare(name, folder, runs, configs, samples)

@@ -1,8 +1,8 @@
 """What is wrong with the world a configuration points to, found before anything is written or a model is loaded."""
 
-import os
 from importlib.util import find_spec
 
+from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
@@ -10,21 +10,28 @@ from equipoise.pipelines.instruction_tuning.data import read_all
 
 
 def problems(config: InstructionTuningConfig) -> list[str]:
-    from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, model_type
+    from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, model_type, outline
 
     found = model_problems(config.model)
+    known = not found
+    if known:
+        try:
+            outline(config)  # layers, parts and components, before any weight is read
+        except InputError as error:
+            found.append(str(error))
+    found += _coordination_problems(config)
     drawn = config.data.file == demo.NAME
     kept, held, wrong = ([], [], []) if drawn else read_all(config.data)
     found += wrong
-    if not found and not drawn:
+    if known and not wrong and not drawn:
         try:
             from equipoise.pipelines.instruction_tuning.examples import unusable
             from equipoise.pipelines.instruction_tuning.talk import Talk
 
             processor, every = load_processor(config.model), [*kept, *held]
             talk = Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
-            found += [sentence for example in every for sentence in talk.problems(example)]
-            found += [] if found else unusable(every, talk, lambda text: None)
+            odd = [sentence for example in every for sentence in talk.problems(example)]
+            found += odd or unusable(every, talk, lambda text: None)
         except InputError as error:
             found.append(str(error))
     if config.train.precision == "fp16":
@@ -38,9 +45,16 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         )
     if config.samples.metric == "rouge_l" and not find_spec("rouge_score"):
         found.append("samples.metric: rouge_l needs the package rouge-score. pip install rouge-score.")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # set by accelerate launch and torchrun
-        found.append(
-            f"WORLD_SIZE: a run trains in one process, and this is one of {processes}. Start it without accelerate "
-            "launch or torchrun."
-        )
     return found
+
+
+def _coordination_problems(config: InstructionTuningConfig) -> list[str]:
+    chosen = config.coordinator
+    coordinator = registry.load("coordinators", chosen.name)(**chosen.options)
+    twice = hasattr(registry.load("optimizers", config.optimizer.name), "perturb")
+    if twice and any(coordinator.weight(step) for step in range(config.train.steps)):
+        return [
+            f"coordinator.name: {chosen.name} with a regularizer and {config.optimizer.name} both want further "
+            "evaluations of a step, and cannot be combined. Use commit_clr, or another optimizer."
+        ]
+    return []

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
@@ -20,6 +19,7 @@ from equipoise.pipelines.instruction_tuning.media import open_picture
 from equipoise.pipelines.instruction_tuning.model import load_model, load_processor
 from equipoise.pipelines.instruction_tuning.result import ADAPTER, load_result
 from equipoise.pipelines.instruction_tuning.talk import Talk
+from equipoise.pipelines.progress import progress
 from equipoise.pipelines.run import Run
 
 SHOWN = 6  # questions with a card in the grid
@@ -58,8 +58,7 @@ def compare(
     results = [_result(run) for run in runs]
     placed = lay_out(configs)
     total = len(asked) * (1 + sum(result is not None for result in results))
-    pause = 0.1 if sys.stderr.isatty() else 10
-    with tqdm(total=total, desc="answers", unit="answer", dynamic_ncols=True, mininterval=pause) as bar:
+    with progress("answers", "answer", total=total) as bar:
         untouched = Cell("", "base", math.nan, first.seed, "untouched")
         _fill(folder, untouched, answer(base, talk, asked, samples, bar.update))
         cells = []

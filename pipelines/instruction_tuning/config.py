@@ -93,7 +93,9 @@ class OptimizerSection(PluginSection):
 
 class TrainSection(Section):
     steps: int = Field(500, ge=1, description="optimizer steps")
-    batch: int = Field(4, ge=1, description="conversations per forward pass; those of similar length go together")
+    batch: int = Field(
+        4, ge=1, description="conversations per process and forward pass; those of similar length go together"
+    )
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
     precision: Literal["no", "fp16", "bf16"] = Field(

@@ -8,6 +8,7 @@ answers, for VQA accuracy, are separated by `|`, and the commonest is trained on
 
 import csv
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from equipoise.pipelines.instruction_tuning.config import DataSection
 from equipoise.pipelines.instruction_tuning.media import media_problem
+from equipoise.pipelines.progress import progress
 
 Kind = Literal["image", "audio", "text"]
 MARKS = {"image": "<image>", "audio": "<audio>"}
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 HELD_OUT = 10  # every so many-th conversation is held out where no validation file is given
+_COLUMNS = ("id", *MARKS, "question", "answer")  # of a CSV file; ids are for people
+_MISNAMED = ("images", "audios", "picture", "pictures", "sound", "sounds", "video", "videos")
+_SPACE = re.compile(r"\s*")
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can name halves of a UTF-16 pair, which are no text
 _USERS, _ASSISTANTS = ("human", "user"), ("gpt", "assistant")
 
@@ -74,11 +77,11 @@ def read_examples(
     file: Path, folder: str | None, decode: bool = True, key: str = "data.file"
 ) -> tuple[list[Example], list[str]]:
     """The examples of a file, and all that is wrong with it and its media, line by line."""
-    if not file.is_file():
-        what = "is a folder; give the file of conversations in it" if file.is_dir() else "does not exist"
+    if not os.path.isfile(file):  # unlike pathlib's, False also where no path can be so long
+        what = "is a folder; give the file of conversations in it" if os.path.isdir(file) else "does not exist"
         return [], [f"{key}: {file} {what}."]
     root = Path(folder) if folder else file.parent
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return [], [f"data.folder: {root} does not exist. Give the folder that the media's paths start in."]
     examples: list[Example] = []
     problems: list[str] = []
@@ -117,7 +120,7 @@ def _media_problems(examples: Sequence[Example]) -> list[str]:
     first = {path: example for example in reversed(examples) for path in example.media}
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda item: media_problem(item[0], item[1].kind), first.items())
-        shown = tqdm(found, total=len(first), desc="reading", unit="file", dynamic_ncols=True, disable=None)
+        shown = progress("reading", "file", found, len(first))
         named = zip(first.items(), shown, strict=True)
         wrong = {path: f"{example.where}: {problem}" for (path, example), problem in named if problem}
     order = dict.fromkeys(path for example in examples for path in example.media)
@@ -127,6 +130,8 @@ def _media_problems(examples: Sequence[Example]) -> list[str]:
 def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[str]]:
     if not isinstance(record, dict):
         return None, [f"must be an object with conversations, got {type(record).__name__}."]
+    if wrong := [name for name in _MISNAMED if record.get(name) not in (None, "", [])]:
+        return None, [f"has {wrong[0]}; media are named under {' or '.join(MARKS)}, a path or a list of paths."]
     given = [kind for kind in MARKS if record.get(kind) not in (None, "", [])]
     if len(given) > 1:
         return None, ["has both an image and an audio; one model takes one of them."]
@@ -141,6 +146,8 @@ def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[
     problems += wrong
     marks = {mark: sum(turn.question.count(mark) for turn in turns) for mark in MARKS.values()}
     for other, mark in MARKS.items():
+        if any(mark in text for text in (system, *(turn.answer for turn in turns))):
+            problems.append(f"mentions {mark} in an answer or the system's words; media stand in questions.")
         if other != kind and marks[mark]:
             problems.append(f"mentions {mark}, but no {other} is given.")
     if kind != "text" and not problems:
@@ -201,7 +208,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"is not JSON ({error})."
 
 
@@ -214,18 +221,17 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
         return
     decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
     while True:
-        at += len(text[at:]) - len(text[at:].lstrip()) if text[at : at + 1].isspace() else 0
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it always matches
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             return
         try:
             record, at = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield line, f"is not JSON from here on ({error})."
             return
         yield line, record
-        while text[at : at + 1].isspace():
-            at += 1
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] == ",":
             at += 1
         elif text[at : at + 1] != "]":
@@ -236,13 +242,26 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
 def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
     with file.open(newline="", encoding=ENCODING) as opened:
         reader = csv.DictReader(opened)
-        columns = reader.fieldnames or []
+        try:
+            columns = reader.fieldnames or []
+        except csv.Error as error:
+            yield 1, f"cannot be read as CSV ({error})."
+            return
         missing = [name for name in ("question", "answer") if name not in columns]
         if missing:
             yield 1, f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}."
             return
+        if strange := [name for name in columns if name not in _COLUMNS or columns.count(name) > 1]:
+            yield 1, f"has the column {strange[0]!r} twice or unknown; there are {', '.join(_COLUMNS)}, each once."
+            return
         try:
             for row in reader:
+                if None in row:
+                    yield (
+                        reader.line_num,
+                        f"has more cells than the {len(columns)} columns. Put text with commas in quotes.",
+                    )
+                    continue
                 record: dict[str, Any] = {
                     kind: [part.strip() for part in row[kind].split(";") if part.strip()]
                     for kind in MARKS

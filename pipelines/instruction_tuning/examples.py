@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
 from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, read_all
 from equipoise.pipelines.instruction_tuning.talk import Talk
+from equipoise.pipelines.progress import progress
 
 
 def load_examples(
@@ -32,7 +31,7 @@ def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object])
     hears of other losses. Processes each of them."""
     most = talk.max_tokens
     problems, cut = [], []
-    for example in tqdm(examples, desc="measuring", unit="conversation", dynamic_ncols=True, disable=None):
+    for example in progress("measuring", "conversation", examples):
         try:
             length = talk.full_length(example)
             if most is None or length <= most:

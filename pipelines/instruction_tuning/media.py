@@ -1,5 +1,6 @@
 """Pictures and sounds from files: what is wrong with one, and what is in it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def media_problem(path: Path, kind: str) -> str:
 
 def _file_problem(path: Path, kind: str) -> str:
     try:
-        if not path.exists():
+        if not os.path.exists(path):  # unlike pathlib's, False also where no path can be so long
             return f"{kind} {path} does not exist."
         if not path.is_file():
             return f"{kind} {path} is no file."
@@ -54,7 +55,9 @@ def _decoded(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"image {path} is enormous (over {LARGEST_PICTURE} pixels). Make it smaller.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged one makes of its decoder
         raise InputError(f"image {path} cannot be read as a picture ({error}).") from None
 
 

@@ -4,10 +4,10 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM
 
+from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.model import adapt, source
+from equipoise.pipelines.instruction_tuning.model import outline
 from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
 
@@ -20,15 +20,10 @@ def memory(config: InstructionTuningConfig) -> Memory | None:
     more than shapes to run."""
     dtype = DTYPES[config.train.precision]
     try:
-        described = AutoConfig.from_pretrained(
-            source(config.model.path), revision=config.model.revision, local_files_only=True
-        )
-    except (OSError, ValueError):
+        tuned = outline(config, local=True)
+    except InputError:
         return None
-    with torch.device("meta"):
-        model = AutoModelForMultimodalLM.from_config(described, dtype=dtype).requires_grad_(False)
-        tuned = adapt(model, config)
-    text, decoder = described.get_text_config(), model.get_decoder()
+    text, decoder = tuned.plain.config.get_text_config(), tuned.plain.get_decoder()
     length = min(config.data.max_tokens or TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
     batch = config.train.batch
 

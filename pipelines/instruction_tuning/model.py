@@ -4,9 +4,10 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 import json
+import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +19,6 @@ import torch
 import transformers
 from accelerate.state import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -28,8 +28,10 @@ from equipoise.coordination.components import Architecture, architecture, matche
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.instruction_tuning.config import EncoderSection, InstructionTuningConfig, ModelSection
+from equipoise.pipelines.layers import named_by, unmatched
+from equipoise.pipelines.memory import DTYPES
+from equipoise.pipelines.run import memory_full
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
@@ -65,7 +67,7 @@ def source(path: str) -> str:
 def model_problems(model: ModelSection) -> list[str]:
     """What is wrong with a local folder, found without loading its weights."""
     folder = Path(source(model.path))
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike pathlib's, False also where no path can be so long
         if model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
             return [f"model.path: {model.path} does not exist. Give a folder, or a hub id such as owner/name."]
         return []
@@ -76,11 +78,11 @@ def model_problems(model: ModelSection) -> list[str]:
         if not isinstance(settings, dict):
             raise ValueError(f"must be an object, is a {type(settings).__name__}")
         kind = settings.get("model_type")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"model.path: {folder / 'config.json'} cannot be read ({error})."]
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as known
 
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         return [
             f"model.path: {model.path} is a {kind or 'model of unknown kind'}, which is no multimodal language model. "
             "transformers has BLIP-2, LLaVA, Qwen2-VL, SmolVLM, Qwen2-Audio and others."
@@ -107,7 +109,7 @@ def model_type(model: ModelSection) -> str:
     """
     try:
         return AutoConfig.from_pretrained(**_where(model)).model_type
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a damaged one raises
         raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
 
 
@@ -127,7 +129,7 @@ def load_processor(model: ModelSection) -> Any:
             if found and "video_processor" in found.get_attributes():
                 loader = without_videos(found)
         processor = loader.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a damaged one raises
         raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
     if not hasattr(processor, "tokenizer") or not (
         getattr(processor, "image_processor", None) or getattr(processor, "feature_extractor", None)
@@ -169,12 +171,39 @@ def load_model(model: ModelSection, precision: str) -> Any:
         raise InputError("\n".join(wrong))
     transformers_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForMultimodalLM.from_pretrained(
-            **_where(model), dtype=DTYPES[precision], use_safetensors=True
+        loaded, told = AutoModelForMultimodalLM.from_pretrained(
+            **_where(model), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged one makes of transformers
+        if memory_full(error):
+            raise
         raise InputError(f"model.path: {model.path} cannot be loaded: {_short(error)}") from None
+    if missing := sorted(told["missing_keys"]):
+        raise InputError(
+            f"model.path: {model.path} lacks {len(missing)} weights of a {loaded.config.model_type}, such as "
+            f"{missing[0]}; they would be random. Give a folder that holds them all."
+        )
     return loaded.requires_grad_(False).eval().to(PartialState().device)
+
+
+def outline(config: InstructionTuningConfig, *, local: bool = False) -> Tuned:
+    """A model as `adapt` makes it, of shapes alone: neither its weights nor memory for them are needed.
+
+    Args:
+        local: Whether a hub's model may only come from this machine's cache.
+
+    Raises:
+        InputError: its configuration cannot be read or made into a model, or `adapt` refuses it.
+    """
+    model = config.model
+    try:
+        described = AutoConfig.from_pretrained(**_where(model), local_files_only=local)
+        with torch.device("meta"):
+            made = AutoModelForMultimodalLM.from_config(described, dtype=DTYPES[config.train.precision])
+    except Exception as error:  # whatever a model makes of sizes that do not fit
+        raise InputError(f"model.path: the configuration of {model.path} makes no model: {_short(error)}") from None
+    with torch.device("meta"):
+        return adapt(made.requires_grad_(False), config)
 
 
 def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
@@ -187,7 +216,12 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     """
     names = [name for name, _ in model.named_parameters()]
     kind = model.config.model_type
-    parts = architecture(kind, names)
+    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
+        raise InputError(
+            f"model.path: this {kind} has a language model with an encoder of its own, as T5 and BART have; here "
+            "answers follow their questions in one text, as in OPT, LLaMA and Qwen. Use such a model."
+        )
+    parts = architecture(kind, names, config.components)
     chosen = targets(model, parts, config)
     torch.manual_seed(config.seed)
     lora = config.lora
@@ -212,7 +246,13 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
         patterns = {side: _used(some, trained) for side, some in preset(parts).items()}
         first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
         patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
-    return Tuned(wrapped, parts, partition(trained, patterns))
+    components = partition(trained, patterns)
+    for key, given in (("rates", config.optimizer.rates), ("weight_decays", config.optimizer.weight_decays)):
+        if strangers := [name for name in given if name not in components]:
+            raise InputError(
+                f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(components)}."
+            )
+    return Tuned(wrapped, parts, components)
 
 
 @contextmanager
@@ -247,15 +287,11 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
     return found
 
 
-def _ending(layers: Iterable[str], ends: Iterable[str], section: str, what: str) -> list[str]:
-    layers, ends = list(layers), list(ends)
-    found = {end: [name for name in layers if name == end or name.endswith(f".{end}")] for end in ends}
-    if idle := [end for end in ends if not found[end]]:
-        raise InputError(
-            f"{section}.targets: {', '.join(idle)}: no layer of the {what} has a name that ends so. It has "
-            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
-        )
-    return list(dict.fromkeys(name for names in found.values() for name in names))
+def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str) -> list[str]:
+    layers = list(layers)
+    if wrong := unmatched(ends, layers, f"{section}.targets", what):
+        raise InputError("\n".join(wrong))
+    return [name for name in layers if named_by(ends, name)]
 
 
 def _check_frozen(names: Iterable[str], frozen: Iterable[str]) -> None:

@@ -97,7 +97,10 @@ class Talk:
             said.append({"role": "user", "content": _content(turn.question)})
             if index < turns:
                 said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        return self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=ask)
+        try:
+            return self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=ask)
+        except Exception as error:  # a template is a program
+            raise InputError(f"{example.where}: the chat template of {self.model_type} fails: {error}") from None
 
     def _plain(self, example: Example, turns: int, ask: bool) -> str:
         text = f"{example.system} " if example.system else ""

@@ -3,6 +3,7 @@
 # peft, accelerate and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
+import hashlib
 import json
 import sys
 import time
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses
 from equipoise.coordination.balance import (
@@ -31,6 +31,7 @@ from equipoise.coordination.balance import (
 )
 from equipoise.coordination.commit import look_ahead
 from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines import processes
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Example, without_marks
@@ -41,6 +42,7 @@ from equipoise.pipelines.instruction_tuning.result import write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.loop import train_loop
 from equipoise.pipelines.pipeline import Outcome
+from equipoise.pipelines.progress import progress
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number
 
@@ -56,19 +58,23 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
 
     def tell(text: str) -> None:
         run.log(text)
-        print(text, file=sys.stderr)
+        if processes.leads():
+            print(text, file=sys.stderr)
 
-    kept, held, problems = load_examples(config, talk, tell)
+    with accelerator.main_process_first():  # it may have to draw them
+        kept, held, problems = load_examples(config, talk, tell)
     if problems:  # since the check
         raise ConfigError(problems)
     tuned = adapt(model, config)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
-    before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
+    leads = processes.leads()
+    if leads:
+        before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
     outcome = train_loop(
         run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
     )
-    if outcome.state == "stopped":
+    if outcome.state == "stopped" or not leads:
         return outcome
     seconds = time.perf_counter() - started
     answers = work.answers("answers of the tuned model")
@@ -108,7 +114,8 @@ class InstructionTuningWork(OptimizedWork):
         held: list[Example],
     ):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
-        super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned))
+        frozen = [parameter for parameter in tuned.model.parameters() if not parameter.requires_grad]
+        super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned), frozen=frozen)
         if config.optimizer.weight_decays and "weight_decay" not in self.optimizer.optimizer.defaults:
             raise InputError(
                 f"optimizer.weight_decays: {config.optimizer.name} has no weight decay. Leave them out, or use another "
@@ -118,15 +125,17 @@ class InstructionTuningWork(OptimizedWork):
             enable = getattr(tuned.plain, "activation_checkpointing_enable", tuned.plain.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
             tuned.plain.enable_input_require_grads()
+        if len(kept) < (whole := config.train.batch * processes.count()) and processes.count() > 1:
+            raise InputError(
+                f"train.batch: {processes.count()} processes take {whole} conversations a step, and there are "
+                f"{len(kept)} to train on. Use a smaller batch or fewer processes."
+            )
         self.lengths = torch.tensor([talk.length(example) for example in kept])
         self.components = {name: list(inside.values()) for name, inside in tuned.components.items()}
         if self.coordinator.two_sided:
             sides(self.components)
-        if hasattr(self.optimizer.optimizer, "perturb") and any(self.coordinator.weight(s) for s in range(10_000)):
-            raise InputError(
-                f"coordinator.name: {config.coordinator.name} with a regularizer and {config.optimizer.name} both want "
-                "further evaluations of a step, and cannot be combined. Use commit_clr, or another optimizer."
-            )
+        words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
+        self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
         self.random = has_dropout(tuned.model)
         self.hears = [m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")]
         self.still = [
@@ -141,9 +150,9 @@ class InstructionTuningWork(OptimizedWork):
         self._probed: tuple[dict[str, Tensor], Prediction | None, Memory] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
-        size = self.config.train.batch
-        torch.manual_seed(mix(self.config.seed, step, micro))  # for dropout
-        batch = self._batch(self._chosen(step * self.config.train.accumulate + micro, size))
+        own = [processes.rank()] if processes.rank() else []
+        torch.manual_seed(mix(self.config.seed, step, micro, *own))  # for dropout
+        batch = self._batch(self._chosen(step * self.config.train.accumulate + micro))
         self.model.train()
         last = micro == self.config.train.accumulate - 1
         probed = last and self.coordinator.measures(step) and not self._moved
@@ -194,7 +203,7 @@ class InstructionTuningWork(OptimizedWork):
         with undisturbed(self.model, checkpointing=weight > 0):
             base = base or self._before(batch, before)
             if weight:
-                return look_ahead(predict, self.components, before, base, weight, metric, self.accelerator.backward)
+                return look_ahead(predict, self.components, before, base, weight, metric, self.backward)
             return measure(predict, self.components, before, metric, base)
 
     @torch.no_grad()
@@ -252,9 +261,10 @@ class InstructionTuningWork(OptimizedWork):
     def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
         return {name: value.to(self.accelerator.device) for name, value in self.talk.training_batch(examples).items()}
 
-    def _chosen(self, number: int, size: int) -> list[Example]:
-        """The examples of a batch. An epoch is a permutation, cut into batches of similar length in random order, and
-        known from the seed and its number."""
+    def _chosen(self, number: int) -> list[Example]:
+        """The examples of a batch, or this process's share of them. An epoch is a permutation, cut into batches of
+        similar length in random order, and known from the seed and its number."""
+        size = self.config.train.batch * processes.count()
         each = max(1, len(self.kept_examples) // size)
         epoch, index = divmod(number, each)
         if self._epoch[0] != epoch:
@@ -266,7 +276,8 @@ class InstructionTuningWork(OptimizedWork):
             batches = [batch for batch in batches if len(batch) == size] or short or batches
             self._epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         batches = self._epoch[1]
-        return [self.kept_examples[i] for i in batches[index % len(batches)]]
+        batch = batches[index % len(batches)]
+        return [self.kept_examples[i] for i in batch[processes.rank() :: processes.count()]]
 
     _epoch: tuple[int, list[Tensor]] = (-1, [])
 
@@ -284,9 +295,14 @@ class InstructionTuningWork(OptimizedWork):
     def state(self) -> dict[str, Any]:
         # the regulariser's gradient of the last step, which the next one takes
         waiting = {name: tensor.grad for name, tensor in self.named.items() if tensor.grad is not None}
-        return super().state() | {"waiting": waiting}
+        return super().state() | {"waiting": waiting, "conversations": self.digest}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if state.get("conversations", self.digest) != self.digest:
+            raise InputError(
+                f"{self.config.data.file}: its conversations are not those that this run was trained on so far. "
+                "Put them back, or train anew."
+            )
         super().restore(weights, state)
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
@@ -295,7 +311,7 @@ class InstructionTuningWork(OptimizedWork):
         """Answers to held-out questions, with a progress bar."""
         chosen = self.held[: self.config.samples.count] if chosen is None else chosen
         with (
-            tqdm(total=len(chosen), desc=what, unit="answer", dynamic_ncols=True, disable=None) as bar,
+            progress(what, "answer", total=len(chosen)) as bar,
             self.accelerator.autocast() if self.config.train.precision != "no" else nullcontext(),
             torch.random.fork_rng(),
         ):
@@ -379,11 +395,6 @@ def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any
         if component in chosen.weight_decays:
             group["weight_decay"] = chosen.weight_decays[component]
         groups.append(group)
-    for key, names in (("rates", chosen.rates), ("weight_decays", chosen.weight_decays)):
-        if strangers := [name for name in names if name not in tuned.components]:
-            raise InputError(
-                f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(tuned.components)}."
-            )
     return groups
 
 

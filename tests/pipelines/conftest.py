@@ -1,6 +1,12 @@
-"""Small checkpoints in the real Stable Diffusion layout, with random weights, and pictures to train on."""
+"""Small checkpoints of every family in their real layouts, pictures to train on, and runs that are interrupted."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,49 +14,106 @@ import pytest
 import torch
 from PIL import Image
 
+from equipoise.pipelines import checkpoints
 from equipoise.pipelines.demo import shapes
+from equipoise.pipelines.pipeline import execute
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.store import Store
+
+CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+)
 
 
-def _build_checkpoint(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A Stable Diffusion 1.x checkpoint of some 200,000 random weights, saved by diffusers itself."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+class _Parts:
+    """Random parts of a checkpoint, some thousands of weights each, and their tokenizers, which know real words."""
 
-    from equipoise.pipelines.demo.train_base import tokenizer
+    def __init__(self, folder: Path):
+        from equipoise.pipelines.demo.train_base import tokenizer
 
-    torch.manual_seed(0)
-    words = tokenizer(folder / "tokenizer")
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
+        torch.manual_seed(0)
+        self.folder, self.clip_words = folder, tokenizer
+
+    def clip(self, suffix: str = "", width: int = 16, layers: int = 1, projected: bool = False) -> dict:
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        words = self.clip_words(self.folder / f"tokenizer{suffix}")
+        config = CLIPTextConfig(
             vocab_size=len(words),
-            hidden_size=16,
+            hidden_size=width,
             intermediate_size=32,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=words.model_max_length,
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,
+            projection_dim=24,
         )
-    )
-    vae = AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 32),
+        made = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+        return {f"text_encoder{suffix}": made, f"tokenizer{suffix}": words}
+
+    def t5(self, suffix: str) -> dict:
+        from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+        words = T5Tokenizer(vocab=pieces + [(chr(code), -3.0) for code in range(33, 127)], extra_ids=0)
+        config = T5Config(
+            vocab_size=len(words) + 2, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False
+        )
+        return {f"text_encoder{suffix}": T5EncoderModel(config), f"tokenizer{suffix}": words}
+
+    def qwen(self) -> dict:
+        from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+        clip = self.clip_words(self.folder.parent / "letters").get_vocab()
+        letters = [piece for piece in clip if len(piece) == 1]
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        vocab = {piece: index for index, piece in enumerate([*letters, *special])}
+        words = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special[1:], chat_template=CHAT)
+        config = Qwen3Config(
+            vocab_size=len(words) + 2,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+        return {"text_encoder": Qwen3Model(config), "tokenizer": words}
+
+    def vae(self, **more):
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL(
+            sample_size=32,
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            **more,
+        )
+
+    def unet(self, **more):
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel(
+            sample_size=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, **more
+        )
+
+
+def _stable_diffusion(parts: _Parts, prediction_type: str = "epsilon"):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    words, vae = parts.clip(), parts.vae()
+    unet = parts.unet(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
         cross_attention_dim=16,
         attention_head_dim=2,
-        norm_num_groups=8,
     )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -61,55 +124,25 @@ def _build_checkpoint(folder: Path, prediction_type: str = "epsilon") -> Path:
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, words, unet, scheduler, None, None, requires_safety_checker=False
+    return StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **words,
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
-def _build_xl_checkpoint(folder: Path) -> Path:
-    """A Stable Diffusion XL checkpoint as small, with both text encoders."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def _stable_diffusion_xl(parts: _Parts):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    from equipoise.pipelines.demo.train_base import tokenizer
-
-    torch.manual_seed(0)
-    words = [tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
-
-    def encoder(kind, width: int):
-        return kind(
-            CLIPTextConfig(
-                vocab_size=len(words[0]),
-                hidden_size=width,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=words[0].model_max_length,
-                bos_token_id=words[0].bos_token_id,
-                eos_token_id=words[0].eos_token_id,
-                pad_token_id=words[0].pad_token_id,
-                projection_dim=24,
-            )
-        )
-
-    vae = AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.13025,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 32),
+    words = parts.clip(layers=2) | parts.clip("_2", 32, layers=2, projected=True)
+    vae = parts.vae(scaling_factor=0.13025)
+    unet = parts.unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
         transformer_layers_per_block=(1, 2),
         cross_attention_dim=16 + 32,
         attention_head_dim=(2, 4),
@@ -117,30 +150,113 @@ def _build_xl_checkpoint(folder: Path) -> Path:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 24,
-        norm_num_groups=8,
     )
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
-    StableDiffusionXLPipeline(
-        vae, encoder(CLIPTextModel, 16), encoder(CLIPTextModelWithProjection, 32), *words, unet, scheduler
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
+    return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **words)
+
+
+def _stable_diffusion_3(parts: _Parts, t5: bool = True):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    words = parts.clip(layers=2, projected=True) | parts.clip("_2", layers=2, projected=True)
+    words |= parts.t5("_3") if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    vae = parts.vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=48,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(vae=vae, transformer=transformer, scheduler=scheduler, **words)
+
+
+def _flux(parts: _Parts, guidance_embeds: bool = True):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    words = parts.clip() | parts.t5("_2")
+    vae = parts.vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return FluxPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **words)
+
+
+def _z_image(parts: _Parts):
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    words = parts.qwen()
+    vae = parts.vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 64, 64],
+    )
+    for name in ("x_pad_token", "cap_pad_token"):  # made without values
+        torch.nn.init.normal_(getattr(transformer, name), std=0.02)
+    return ZImagePipeline(
+        vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **words
+    )
+
+
+BUILDERS = {
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "FluxPipeline": _flux,
+    "ZImagePipeline": _z_image,
+}
 
 
 @pytest.fixture(scope="session")
-def xl_checkpoint(tmp_path_factory) -> Path:
-    return _build_xl_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-xl")
+def build_checkpoint(tmp_path_factory):
+    """Makes a small checkpoint of a family, in the layout that diffusers saves: once for the same words."""
+    made: dict[str, Path] = {}
+
+    def build(name: str = "StableDiffusionPipeline", **options) -> Path:
+        key = f"{name}{options}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+            BUILDERS[name](_Parts(folder), **options).save_pretrained(folder, safe_serialization=True)
+            made[key] = folder
+        return made[key]
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    return _build_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+def checkpoint(build_checkpoint) -> Path:
+    return build_checkpoint()
 
 
 @pytest.fixture(scope="session")
-def build_checkpoint():
-    return _build_checkpoint
+def xl_checkpoint(build_checkpoint) -> Path:
+    return build_checkpoint("StableDiffusionXLPipeline")
 
 
 @pytest.fixture
@@ -185,3 +301,116 @@ def place(distribution, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
     return folder
+
+
+@pytest.fixture
+def stopped_run():
+    """Starts a run that is asked to stop at a step, and gives it stopped."""
+
+    def stopped(pipeline, settings, at: int) -> Run:
+        run = Store(settings.runs).create(settings)
+        metric = type(run).metric
+
+        def then_stop(self, step, **values):
+            metric(self, step, **values)
+            if step == at:
+                self.request("stop")
+
+        run.metric = then_stop.__get__(run)
+        assert execute(pipeline, settings, run).state == "stopped"
+        del run.metric
+        return run
+
+    return stopped
+
+
+@pytest.fixture
+def killed_run(tmp_path):
+    """Trains by the command line, kills that (SIGKILL) once a checkpoint is there, resumes it, and gives the run."""
+
+    def killed(name: str, words: list[str], checkpoint: str, last: str) -> Run:
+        command = [sys.executable, "-m", "equipoise.pipelines.cli"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        process = subprocess.Popen([*command, "train", name, *words, "--id", "killed"], env=environment)
+        run = tmp_path / "runs" / "killed"
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / checkpoint).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        store = Store(tmp_path / "runs")
+        assert store.get("killed").status().state == "dead"
+        assert checkpoints.complete(run / "checkpoints")[-1].name < last
+        resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resumed from step-0000" in (run / "log.txt").read_text()
+        return store.get("killed")
+
+    return killed
+
+
+@pytest.fixture
+def launch():
+    """Starts the command line in two processes that train together, which do not outlive the test."""
+    begun: list[subprocess.Popen] = []
+
+    def started(*words: str, **options) -> subprocess.Popen:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command += ["-m", "equipoise.pipelines.cli", *words]
+        begun.append(subprocess.Popen(command, env=environment, **pipes, **options))
+        return begun[-1]
+
+    yield started
+    for process in begun:
+        process.terminate()  # torchrun then ends its own
+        process.communicate()
+
+
+@pytest.fixture
+def launched(launch):
+    """Runs the command line in two processes to its end; gives what it prints."""
+
+    def done(*words: str) -> str:
+        out, err = (process := launch(*words)).communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+        return out
+
+    return done
+
+
+@pytest.fixture
+def command():
+    """Starts the command line in a process of its own, which does not outlive the test."""
+    begun: list[subprocess.Popen] = []
+
+    def started(*words: str, **options) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        begun.append(subprocess.Popen([sys.executable, "-m", "equipoise.pipelines.cli", *words], **pipes, **options))
+        return begun[-1]
+
+    yield started
+    for process in begun:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def until():
+    """Waits until something is so."""
+
+    def waited(condition, what: str, seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds  # for machines that are busy with other things
+        while not condition():
+            assert time.monotonic() < end, f"{what} did not happen in {seconds:g} s"
+            time.sleep(0.05)
+
+    return waited

@@ -38,7 +38,7 @@ def sweep(distribution, tmp_path, monkeypatch) -> Run:
     return made
 
 
-def draw(cls, name, folder, runs, configs, samples, clip=None):
+def draw(cls, name, folder, runs, configs, samples, judges=None):
     if samples.count == 3:
         raise InputError("comparison: three are too many.")
     if samples.count == 4:

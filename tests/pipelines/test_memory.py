@@ -70,7 +70,9 @@ def test_of_the_shipped_configurations(name):
 
 def test_weights_are_those_of_the_files():
     """The embedded base is on disk in half the precision that it is trained in."""
-    files = [file for part in StableDiffusion.parts for file in Path(model_source("demo"), part).glob("*.safetensors")]
+    files = [
+        file for part in StableDiffusion().parts for file in Path(model_source("demo"), part).glob("*.safetensors")
+    ]
     on_disk = sum(file.stat().st_size for file in files)
     config = configs.load("text_to_image/demo", ["rank=1", "lora.targets=[to_q]", "lora.text_encoder=false"])
     found = registry.load("pipelines", "text_to_image").memory(config)

@@ -19,6 +19,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import environment as environments
 from equipoise.pipelines import status
+from equipoise.pipelines.cli import main
 from equipoise.pipelines.files import append, write_atomic
 from equipoise.pipelines.index import Index
 from equipoise.pipelines.pipeline import Outcome, Pipeline, execute
@@ -328,6 +329,25 @@ def test_a_reused_process_number_is_no_sign_of_life(store):
     assert run.status().state == "dead"
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("started", value) for value in ("yesterday", 1e300, -5.0, float("nan"), True)),
+        *(("step", value) for value in ("5", None, 1.5, 2**60)),
+        *(("total", "x"), ("message", None), ("seconds", None), ("state", 3), ("pid", 2**40), ("loss", "much")),
+    ],
+)
+def test_a_status_with_a_field_of_another_kind_is_damaged(store, capsys, field, value):
+    """It is listed as one that is cut off is: with what is wrong with it."""
+    good, bad = (store.create(CONFIG, id=id) for id in ("good", "bad"))
+    data = json.loads((bad.folder / "status.json").read_text())
+    (bad.folder / "status.json").write_text(json.dumps({**data, field: value}))
+    with pytest.raises(InputError, match=r"its status\.json cannot be read"):
+        bad.status()
+    assert {item.id: item.state for item in store.list()} == {good.id: "queued", bad.id: "failed"}
+    assert main(["runs", f"--runs={store.root}"]) == 0 and "good" in capsys.readouterr().out
+
+
 def test_requests_are_met_once_and_stop_stays(store):
     run = store.create(CONFIG)
     assert run.requested() == set()
@@ -445,18 +465,20 @@ def test_what_a_dead_worker_had_claimed_is_given_to_another(store):
 def test_no_run_is_claimed_twice(store):
     for number in range(20):
         store.enqueue(store.create(CONFIG, id=f"r{number}"))
-    code = (
+    code = (  # each lives until all have looked: what a dead one had claimed would be given again
         "import sys; from equipoise.pipelines.store import Store\n"
-        "store = Store(sys.argv[1]); sys.stdin.readline()\n"
-        "while run := store.claim(): print(run.id)"
+        "store = Store(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()\n"
+        "while run := store.claim(): print(run.id)\n"
+        "print('', flush=True); sys.stdin.read()"
     )
     workers = [python(code, store.root) for _ in range(3)]
-    answers: list[str] = []
-    threads = [threading.Thread(target=lambda w=w: answers.extend(w.communicate("go\n")[0].split())) for w in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 3
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    answers = [line.strip() for worker in workers for line in iter(worker.stdout.readline, "\n")]
+    for worker in workers:
+        worker.communicate()
     assert sorted(answers) == sorted(f"r{number}" for number in range(20))
     assert [worker.returncode for worker in workers] == [0, 0, 0]
 

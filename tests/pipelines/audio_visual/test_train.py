@@ -3,18 +3,15 @@
 import csv
 import importlib.util
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from equipoise import registry
 from equipoise.errors import InputError
@@ -130,22 +127,12 @@ def test_the_result_loads_and_predicts_the_same(tiny, clips):
 
 
 @pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
-def test_every_objective_trains_and_resumes_exactly(name, tiny):
+def test_every_objective_trains_and_resumes_exactly(name, tiny, stopped_run):
     words = [*tiny, f"objective={name}", f"objective.options={OPTIONS.get(name, '{}')}", "train.accumulate=2"]
     whole, outcome = train(*words)
     assert outcome.state == "done"
     settings = config.load(NAME, words)
-    run = Store(settings.runs).create(settings)
-    metric = type(run).metric
-
-    def stop_after_three(self, step, **values):
-        metric(self, step, **values)
-        if step == 3:
-            self.request("stop")
-
-    run.metric = stop_after_three.__get__(run)
-    assert execute(AudioVisual, settings, run).state == "stopped"
-    del run.metric
+    run = stopped_run(AudioVisual, settings, at=3)
     assert execute(AudioVisual, settings, run).state == "done"
     assert equal(weights(whole), weights(run))
     result = json.loads((run.folder / "result" / "result.json").read_text())
@@ -230,26 +217,23 @@ def test_a_second_evaluation_counts_for_no_objective(tiny, objective):
     assert any(m[name] != 1 for m in plain for name in names)
 
 
-def test_a_killed_run_resumes_exactly(tiny, tmp_path):
+def test_two_processes_train_as_one(tiny, launched, tmp_path):
+    """With class weights and baselines; without dropout, batch norms and augmentation, which each has for itself."""
+    words = [NAME, *tiny, "data.modalities=[audio]", "model.audio={kind: ast, width: 8, layers: 1, heads: 2}"]
+    words += ["train.baselines=[joint]", "train.keep=last", "data.class_weights=balanced"]
+    out = launched("train", *words, "batch=2", "--id", "two")
+    assert out.count("two: done.") == 1 and "joint instead: joint " in out
+    assert main(["train", *words, "batch=4", "--id", "one"]) == 0
+    two, one = (weights(Store(tmp_path / "runs").get(name)) for name in ("two", "one"))
+    assert all(torch.allclose(two[key], one[key], atol=1e-5) for key in one)
+
+
+@pytest.mark.soak
+def test_a_killed_run_resumes_exactly(tiny, killed_run):
     """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
     overrides = [*tiny, "steps=60", "checkpoint_every=5", "objective=agm", "train.keep=best"]
     whole, _ = train(*overrides)
-    command = [sys.executable, "-m", "equipoise.pipelines.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([*command, "train", NAME, *overrides, "--id", "killed"], env=environment)
-    run = tmp_path / "runs" / "killed"
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    store = Store(tmp_path / "runs")
-    assert store.get("killed").status().state == "dead"
-    assert checkpoints.complete(run / "checkpoints")[-1].name < "step-00000060"
-    resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step-0000" in (run / "log.txt").read_text()
-    assert equal(weights(whole), weights(store.get("killed")))
+    assert equal(weights(whole), weights(killed_run(NAME, overrides, "step-00000010", "step-00000060")))
 
 
 def test_training_ends_early_where_nothing_gets_better(tiny):
@@ -299,21 +283,11 @@ def test_baselines_that_were_stopped_or_diverged_are_said_to_be(tiny, monkeypatc
     assert made.keys() == {"joint"} and (made["joint"]["state"], made["joint"]["step"]) == ("diverged", 4)
 
 
-def test_a_run_does_not_go_on_with_other_clips(tiny, clips):
+def test_a_run_does_not_go_on_with_other_clips(tiny, clips, stopped_run):
     path = clips.with_name("changing.csv")
     path.write_text(clips.read_text())
     settings = config.load(NAME, [*tiny, f"data.manifest={path}", "checkpoint_every=2"])
-    run = Store(settings.runs).create(settings)
-    metric = type(run).metric
-
-    def stop_after_three(self, step, **values):
-        metric(self, step, **values)
-        if step == 3:
-            self.request("stop")
-
-    run.metric = stop_after_three.__get__(run)
-    assert execute(AudioVisual, settings, run).state == "stopped"
-    del run.metric
+    run = stopped_run(AudioVisual, settings, at=3)
     lines = clips.read_text().splitlines()
     for text in ("\n".join(lines[:1] + lines[4:]), clips.read_text().replace("low,train", "new,train", 1)):
         path.write_text(text)
@@ -421,17 +395,100 @@ def test_no_code_from_a_models_folder_runs(part, tiny, tmp_path, capfd, monkeypa
     assert "model.text.path: " in capfd.readouterr().err and not (tmp_path / "ran").exists()
 
 
-def test_a_pretrained_encoder_from_a_folder(tiny, tmp_path):
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
     from transformers import ResNetConfig, ResNetModel
 
     torch.manual_seed(3)
     net = ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic"))
     net.save_pretrained(tmp_path / "net")
-    paths = [f"model.{part}.path={tmp_path / 'net'}" for part in ("audio", "visual")]
+    return tmp_path / "net"
+
+
+def test_a_pretrained_encoder_from_a_folder(tiny, pretrained):
+    paths = [f"model.{part}.path={pretrained}" for part in ("audio", "visual")]
     run, _ = train(*tiny, *paths, "learning_rate=1e-30", "train.keep=last")
     found, key = weights(run), "embedder.embedder.convolution.weight"
-    assert torch.equal(found[f"encoders.audio.net.{key}"], net.state_dict()[key]), "three channels see the sound"
-    assert torch.equal(found[f"encoders.visual.net.{key}"], net.state_dict()[key])
+    wanted = load_file(pretrained / "model.safetensors")[key]
+    assert torch.equal(found[f"encoders.audio.net.{key}"], wanted), "three channels see the sound"
+    assert torch.equal(found[f"encoders.visual.net.{key}"], wanted)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "scaled_adamw", "bounded_adamw"])
+def test_lora_on_a_pretrained_encoder(optimizer, tiny, pretrained, stopped_run):
+    """Only its factors are trained, beside the other encoder; a stopped run resumes exactly; the result loads."""
+    lora = f"model.visual={{path: {pretrained}, rank: 2, alpha: 4}}"
+    words = [*tiny, lora, f"optimizer={optimizer}", "optimizer.options={}", "learning_rate=1e-2", "train.keep=last"]
+    run, outcome = train(*words)
+    assert outcome.state == "done"
+    found, start = weights(run), load_file(pretrained / "model.safetensors")
+    frozen = {key: value for key, value in found.items() if "visual" in key and "base_layer.weight" in key}
+    assert len(frozen) == 6 and all(
+        torch.equal(value, start[key.removeprefix("encoders.visual.net.").replace("base_layer.", "")])
+        for key, value in frozen.items()
+    )
+    assert all(value.any() for key, value in found.items() if "lora_B" in key)
+    settings = config.load(NAME, words)
+    again = stopped_run(AudioVisual, settings, at=3)
+    saved = load_file(checkpoints.complete(again.folder / "checkpoints")[-1] / "weights.safetensors")
+    assert not any("base_layer.weight" in key for key in saved), "what is frozen is where it came from"
+    assert execute(AudioVisual, settings, again).state == "done" and equal(found, weights(again))
+    shutil.rmtree(pretrained)
+    model, _ = load(run.folder / "result")
+    assert equal(dict(model.state_dict()), found), "without what was pretrained at hand"
+
+
+@pytest.mark.parametrize("harm", ["damaged", "foreign", "misshapen"])
+def test_pretrained_weights_that_cannot_be(harm, tiny, pretrained, capfd):
+    file, key = pretrained / "model.safetensors", "embedder.embedder.convolution.weight"
+    if harm == "damaged":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        found = load_file(file)
+        changed = (
+            {f"other.{k}": v for k, v in found.items()} if harm == "foreign" else found | {key: torch.ones(1, 3, 7, 7)}
+        )
+        save_file(changed, file, {"format": "pt"})
+    assert main(["train", NAME, *tiny, f"model.visual.path={pretrained}"]) == 2
+    error = capfd.readouterr().err
+    assert ("lacks 36 weights of a resnet, such as " if harm == "foreign" else "cannot be loaded: ") in error
+    assert "Traceback" not in error
+
+
+def test_a_run_does_not_go_on_with_another_encoder(tiny, pretrained, stopped_run):
+    settings = config.load(NAME, [*tiny, f"model.visual={{path: {pretrained}, rank: 2}}", "optimizer.options={}"])
+    run = stopped_run(AudioVisual, settings, at=3)
+    file = pretrained / "model.safetensors"
+    save_file({name: 3 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="model: its frozen weights are not those that this run was trained on so far"):
+        execute(AudioVisual, settings, run)
+
+
+def test_what_needs_a_language_model_is_refused_before_the_run(tiny, tmp_path, capfd):
+    assert main(["train", NAME, *tiny, "coordinator=commit_clr", "--dry-run"]) == 2
+    assert (
+        "commit_clr sets a language model's rate against an encoder's, and audio_visual has not"
+        in capfd.readouterr().err
+    )
+
+
+def test_however_much_is_validated_something_is_left_to_train(tiny, clips):
+    path = clips.with_name("unsplit.csv")
+    path.write_text(clips.read_text().replace(",val", ",train"))
+    assert train(*tiny, f"data.manifest={path}", "data.validation=0.95", "batch=2")[1].state == "done"
+
+
+def test_lora_that_cannot_be(tiny, pretrained, capfd):
+    for words, message in (
+        ("model.visual={rank: 2}", "rank is for pretrained weights, which stay as they are; give their path"),
+        (f"model.visual={{path: {pretrained}, alpha: 2}}", "targets and alpha are of LoRA factors; give a rank"),
+        (
+            f"model.visual={{path: {pretrained}, rank: 2, targets: [to_q]}}",
+            "model.visual.targets: to_q: no layer has a name that ends so. There are convolution.",
+        ),
+    ):
+        assert main(["train", NAME, *tiny, words]) == 2
+        assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -503,5 +560,5 @@ def test_epochs_are_permutations_of_the_clips(tiny, monkeypatch):
         lambda _, work, *rest: caught.append(work) or Outcome("stopped"),
     )
     train(*tiny)
-    seen = [index for batch in range(6) for index in caught[0]._chosen(batch, 4)]
+    seen = [index for batch in range(6) for index in caught[0]._chosen(batch)]
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]

@@ -54,61 +54,47 @@ _TEMPLATE = (
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def _blip2(folder: Path):
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, OPTConfig
+def _blip(config, model, words: PreTrainedTokenizerFast, qformer: dict):
+    """The model and image processor of BLIP-2 or InstructBLIP, which differ in what the Q-Former reads."""
+    from transformers import OPTConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    words = _tokenizer(image="<image>")
-    config = Blip2Config(
-        vision_config=_TOWER | {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.02},
-        qformer_config=_TOWER | {"vocab_size": 8},
-        text_config=OPTConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            ffn_dim=48,
-            word_embed_proj_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            dropout=0.1,
-        ).to_dict(),
-        num_query_tokens=4,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
+    made = model(
+        config(
+            vision_config=_TOWER | {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.02},
+            qformer_config=_TOWER | qformer,
+            text_config=OPTConfig(
+                vocab_size=len(words),
+                hidden_size=32,
+                ffn_dim=48,
+                word_embed_proj_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=256,
+                dropout=0.1,
+            ).to_dict(),
+            num_query_tokens=4,
+            image_token_index=words.convert_tokens_to_ids("<image>"),
+        )
     )
-    model = Blip2ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.query_tokens, std=0.5)
-    looks = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    torch.nn.init.normal_(made.query_tokens, std=0.5)
+    return made, BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+
+
+def _blip2(folder: Path):
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+
+    words = _tokenizer(image="<image>")
+    model, looks = _blip(Blip2Config, Blip2ForConditionalGeneration, words, {"vocab_size": 8})
     return model, Blip2Processor(looks, words, num_query_tokens=4)
 
 
 def _instructblip(folder: Path):
-    from transformers import (
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-        InstructBlipProcessor,
-        OPTConfig,
-    )
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
 
     words, reads = _tokenizer(image="<image>"), _tokenizer()
-    config = InstructBlipConfig(
-        vision_config=_TOWER | {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.02},
-        qformer_config=_TOWER | {"vocab_size": len(reads), "pad_token_id": 256},
-        text_config=OPTConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            ffn_dim=48,
-            word_embed_proj_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-        ).to_dict(),
-        num_query_tokens=4,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-    )
-    model = InstructBlipForConditionalGeneration(config)
-    torch.nn.init.normal_(model.query_tokens, std=0.5)
-    looks = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    qformer = {"vocab_size": len(reads), "pad_token_id": 256}
+    model, looks = _blip(InstructBlipConfig, InstructBlipForConditionalGeneration, words, qformer)
     return model, InstructBlipProcessor(looks, words, reads, num_query_tokens=4)
 
 

@@ -71,7 +71,13 @@ BAD = [
     ({"image": "red.png", "audio": "a.wav", "conversations": [ASK, SAY]}, "has both an image and an audio"),
     ({"image": 3, "conversations": [ASK, SAY]}, "image must be a path or a list of paths, got 3."),
     ({"image": "red.png", "conversations": [ASK, {"from": "gpt", "value": "red \ud83d"}]}, "has half a character"),
+    ({"images": ["red.png"], "conversations": [ASK, SAY]}, "has images; media are named under image or audio"),
+    (
+        {"image": "red.png", "conversations": [ASK, {"from": "gpt", "value": "<image>"}]},
+        "mentions <image> in an answer",
+    ),
     ("{not json", "is not JSON"),
+    ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
     ("[1, 2]", "must be an object with conversations, got list."),
 ]
 
@@ -96,6 +102,9 @@ def test_everything_that_is_wrong_is_found_at_once(folder):
     ("name", "text", "sentence"),
     [
         ("talk.csv", "picture,text\n", "talk.csv:1: lacks the column question and answer; it has picture, text."),
+        ("talk.csv", "image,question,answer,picture\n", "talk.csv:1: has the column 'picture' twice or unknown; there"),
+        ("talk.csv", "question,answer,answer\n", "talk.csv:1: has the column 'answer' twice or unknown; there are id"),
+        ("talk.csv", "question,answer\nWhat, sir?,red\n", "talk.csv:2: has more cells than the 2 columns. Put text"),
         ("talk.json", '{"a": 1}', "talk.json:1: must be a list of conversations"),
         ("talk.json", '[\n{"a": }]', "talk.json:2: is not JSON from here on"),
         ("talk.json", '[{"conversations": 1}\n{}]', "talk.json:2: is not JSON from here on (a comma or ] is missing)"),

@@ -1,11 +1,8 @@
 """Runs of the instruction-tuning pipeline on small checkpoints: what they learn, save, survive and leave behind."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMultimodalLM, PretrainedConfig
 
-from equipoise.coordination.components import architecture
+from equipoise.coordination.components import ARCHITECTURES, architecture
 from equipoise.errors import InputError
-from equipoise.pipelines import checkpoints as saved
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
@@ -131,7 +127,7 @@ def test_the_norms_of_h_are_of_instructions_and_media(begun):
 def test_what_is_kept_to_measure_does_not_grow_with_accumulation(begun):
     for count in (1, 4):
         work = begun(f"train.accumulate={count}", OFTEN)
-        last = work._batch(work._chosen(count - 1, 2))
+        last = work._batch(work._chosen(count - 1))
         work._evaluate_all(0)
         batch, base, _ = work._probed
         assert all(torch.equal(batch[name], last[name]) for name in last) and base is not None
@@ -246,48 +242,35 @@ EXTRA = [
 
 
 @pytest.mark.parametrize("extra", EXTRA)
-def test_a_stopped_run_resumes_exactly(overrides, extra):
+def test_a_stopped_run_resumes_exactly(overrides, extra, stopped_run):
     words = [*overrides("blip-2" if "lora.dropout=0.5" in extra else "llava"), *extra]
     whole, _ = train(*words)
     settings = config.load(NAME, words)
-    run = Store(settings.runs).create(settings)
-    work_metric = type(run).metric
-
-    def stop_after_four(self, step, **values):
-        work_metric(self, step, **values)
-        if step == 4:
-            self.request("stop")
-
-    run.metric = stop_after_four.__get__(run)
-    assert execute(InstructionTuning, settings, run).state == "stopped"
-    del run.metric
+    run = stopped_run(InstructionTuning, settings, at=4)
     assert execute(InstructionTuning, settings, run).state == "done"
     assert equal(weights(whole), weights(run))
     kept = [{k: v for k, v in record.items() if k not in ("time", "seconds")} for record in run.metrics()]
     assert kept == [{k: v for k, v in r.items() if k not in ("time", "seconds")} for r in whole.metrics()]
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_exactly(overrides, tmp_path):
+def test_two_processes_train_as_one(overrides, launched, tmp_path):
+    """With the regularizer, whose gradient is both processes' too."""
+    words = [NAME, *overrides("llava"), "coordinator=commit", OFTEN, "samples.count=4"]
+    out = launched("train", *words, "batch=1", "--id", "two")
+    assert out.count("two: done.") == 1
+    assert main(["train", *words, "batch=2", "--id", "one"]) == 0
+    two, one = (Store(tmp_path / "runs").get(name) for name in ("two", "one"))
+    assert all(torch.allclose(weights(two)[key], value, atol=1e-4) for key, value in weights(one).items())
+    for name in ("loss", "kappa", "rate_encoder"):
+        assert [m[name] for m in two.metrics()] == pytest.approx([m[name] for m in one.metrics()], rel=1e-2)
+
+
+@pytest.mark.soak
+def test_a_killed_run_resumes_exactly(overrides, killed_run):
     """SIGKILL somewhere after the second checkpoint; what is trained again is trained the same way."""
     words = [*overrides(), "steps=60", "checkpoint_every=4", "coordinator=commit"]
     whole, _ = train(*words)
-    command = [sys.executable, "-m", "equipoise.pipelines.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([*command, "train", NAME, *words, "--id", "killed"], env=environment)
-    run = tmp_path / "runs" / "killed"
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step-00000008").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    store = Store(tmp_path / "runs")
-    assert store.get("killed").status().state == "dead"
-    assert saved.complete(run / "checkpoints")[-1].name < "step-00000060"
-    resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step-0000" in (run / "log.txt").read_text()
-    assert equal(weights(whole), weights(store.get("killed")))
+    assert equal(weights(whole), weights(killed_run(NAME, words, "step-00000008", "step-00000060")))
 
 
 def test_components_of_ones_own_have_rates_of_their_own(overrides):
@@ -359,6 +342,100 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(overrides, words, message,
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("2*"))
 
 
+def test_all_is_said_before_a_weight_is_read(overrides, checkpoints, tmp_path, capfd):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoints("llava"), folder)
+    next(folder.glob("*.safetensors")).write_bytes(b"no weights")
+    words = [
+        "components={encoder: [multi_modal_projector], language: [language_model, nothing]}",
+        "samples.metric=exact",
+    ]
+    lines = tmp_path / "talk.jsonl"
+    lines.write_text('{"image": "missing.png", "conversations": []}\n')
+    assert main(["train", NAME, *overrides(), f"model={folder}", f"data={lines}", *words]) == 2
+    error = capfd.readouterr().err
+    assert "components.language: nothing: matches nothing trained." in error and "talk.jsonl" in error
+
+
+def harmed(folder: Path, to: Path, change) -> Path:
+    """A copy of a checkpoint with its weights changed."""
+    shutil.copytree(folder, to)
+    file = next(to.glob("*.safetensors"))
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return to
+
+
+def test_weights_that_are_not_there_are_not_made_up(overrides, checkpoints, tmp_path, capfd):
+    def without_a_layer(weights):
+        return {name: tensor for name, tensor in weights.items() if "layers.1." not in name or "vision" in name}
+
+    folder = harmed(checkpoints("llava"), tmp_path / "short", without_a_layer)
+    assert main(["train", NAME, *overrides(), f"model={folder}"]) == 2
+    assert re.search(r"short lacks \d+ weights of a llava, such as .*layers.1.", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("what", ["conversations", "weights"])
+def test_a_run_does_not_go_on_with_other_data_or_another_base(
+    what, overrides, checkpoints, tmp_path, stopped_run, pictures
+):
+    folder, file = shutil.copytree(checkpoints("llava"), tmp_path / "base"), pictures.with_name("other.jsonl")
+    file.write_text(pictures.read_text())
+    settings = config.load(NAME, [*overrides(), f"model={folder}", f"data={file}", "steps=6"])
+    run = stopped_run(InstructionTuning, settings, at=3)
+    if what == "weights":
+        harmed(folder, tmp_path / "copy", lambda weights: {k: 1.5 * v for k, v in weights.items()})
+        shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+    else:
+        file.write_text("\n".join(pictures.read_text().splitlines()[::-1]))
+    with pytest.raises(InputError, match=f"(its|frozen) {what} are not those that this run was trained on so far"):
+        execute(InstructionTuning, settings, run)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"pad_token_id": 10**6}, {"num_hidden_layers": "2"}],
+)
+def test_a_configuration_that_makes_no_model(settings, overrides, checkpoints, tmp_path, capfd):
+    folder = shutil.copytree(checkpoints("llava"), tmp_path / "odd")
+    described = json.loads((folder / "config.json").read_text())
+    described["text_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(described))
+    assert main(["train", NAME, *overrides(), f"model={folder}"]) == 2
+    error = capfd.readouterr().err
+    assert "model.path: the configuration of " in error and "fault" not in error
+
+
+def test_a_chat_template_that_fails(overrides, checkpoints, tmp_path, capfd):
+    folder = shutil.copytree(checkpoints("llava"), tmp_path / "odd")
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    assert main(["train", NAME, *overrides(), f"model={folder}"]) == 2
+    assert "the chat template of llava fails: " in capfd.readouterr().err
+
+
+def test_language_models_with_an_encoder_of_their_own_are_refused(overrides, tmp_path, capfd):
+    from transformers import Blip2Config, T5Config
+
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    described = Blip2Config(vision_config=small, qformer_config=small, text_config=text.to_dict())
+    described.save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").touch()
+    assert main(["train", NAME, *overrides(), f"model={tmp_path / 't5'}"]) == 2
+    assert "this blip-2 has a language model with an encoder of its own" in capfd.readouterr().err
+
+
+# Those that no small checkpoint here stands for.
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES.keys() - set(KINDS)))
+def test_the_parts_of_architectures_in_their_real_sizes(kind):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with torch.device("meta"):
+        model = AutoModelForMultimodalLM.from_config(CONFIG_MAPPING[kind]()).requires_grad_(False)
+        tuned = adapt(model, config.load(NAME))
+    assert all("lora_" in name for name in tuned.components["language"]) and tuned.components["encoder"]
+    assert {tuned.parts.part(name) for name in tuned.encoder_weights} == {"connector"}
+
+
 def test_models_that_are_no_multimodal_ones(tmp_path, overrides, capfd):
     from transformers import GPT2Config
 
@@ -403,17 +480,17 @@ def test_the_batches_are_of_similar_length_and_cover_all(overrides, monkeypatch)
     train(*overrides(), "batch=3")
     (work,) = caught
     each = len(work.kept_examples) // 3
-    seen = [[work.talk.length(e) for e in work._chosen(number, 3)] for number in range(each)]
-    chosen = [e.where for number in range(each) for e in work._chosen(number, 3)]
+    seen = [[work.talk.length(e) for e in work._chosen(number)] for number in range(each)]
+    chosen = [e.where for number in range(each) for e in work._chosen(number)]
     assert len(set(chosen)) == 3 * each and max(max(batch) - min(batch) for batch in seen) < max(work.lengths.tolist())
-    again = [e.where for number in range(each, 2 * each) for e in work._chosen(number, 3)]
-    assert again != chosen and [e.where for number in range(each) for e in work._chosen(number, 3)] == chosen
+    again = [e.where for number in range(each, 2 * each) for e in work._chosen(number)]
+    assert again != chosen and [e.where for number in range(each) for e in work._chosen(number)] == chosen
 
 
 def test_what_is_not_multimodal_in_its_parts():
     settings = InstructionTuningConfig(name="x", pipeline="instruction_tuning")
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    model.config = type("C", (), {"model_type": "strange"})()
+    model.config = type("C", (PretrainedConfig,), {"model_type": "strange"})()
     with pytest.raises(
         InputError, match="strange is no multimodal language model of a known shape: it has no language"
     ):

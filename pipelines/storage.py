@@ -1,0 +1,274 @@
+"""A run's folder and its copy in a storage that fsspec knows: how a run gets to a machine that shares no disk.
+
+The copy is plain files below a URL, and a list of them with their digests, which is written last. Who brings the copy
+back takes all of what the list has, or nothing: a copy that is just changing, or was left half-written, is none.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.files import explained
+from equipoise.pipelines.run import FOLDERS, REQUESTS, Run
+
+EVERY = 5.0  # seconds between two looks at what is new, while a run is trained
+_LIST = "files.json"
+_BLOCK = 1 << 20  # bytes
+_TRIES = 3
+_LAST = ("metrics.jsonl", "log.txt", "status.json")  # they tell of the other files, and are copied after them
+
+
+class Copy:
+    """A run's folder here, which may be none yet, and its copy."""
+
+    def __init__(self, folder: Path, url: str):
+        """
+        Raises:
+            InputError: fsspec does not know this kind of storage, or lacks the package for it.
+        """
+        self.folder, self.url = folder, url
+        self.files, self.place = _opened(url)
+        self._seen: dict[str, tuple[tuple[int, ...], str]] = {}  # file here → its version, and its digest
+        self._there: dict[str, str] = {}  # file in the storage → its digest, as far as that is known
+        self._made: set[str] = set()  # folders in the storage
+
+    def send(self) -> None:
+        """Makes a copy to begin with: all of it, and no requests."""
+        for kind in REQUESTS:
+            with suppress(FileNotFoundError):
+                self.files.rm_file(f"{self.place}/requests/{kind}")
+        self._there = {}
+        self.push()
+
+    def push(self) -> None:
+        """Makes the copy what the folder is.
+
+        Raises:
+            OSError: The storage does not take it.
+        """
+        here: dict[str, str] = {}
+        for name in _names(self.folder):
+            with suppress(FileNotFoundError):  # removed meanwhile, as old checkpoints are
+                here[name] = self._sent(name)
+        if here == self._there:
+            return
+        self._write(_LIST, json.dumps(_told(self.folder) | {"files": here}).encode())
+        for name in self._there.keys() - here.keys():
+            with suppress(FileNotFoundError):
+                self.files.rm_file(f"{self.place}/{name}")
+        self._there = here
+
+    def pull(self, after: float = 0.0) -> bool:
+        """Makes the folder what the copy is; False where that is not whole, of another run, or not there.
+
+        Args:
+            after: Copies of sessions that began earlier are left alone.
+
+        Raises:
+            OSError: The storage does not answer.
+            InputError: The folder cannot be written, or what is in the storage is no copy of a run.
+        """
+        try:
+            said = json.loads(self.files.cat_file(f"{self.place}/{_LIST}"))
+            there, made, session = dict(said["files"]), float(said["made"]), float(said["session"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+        if session < after or (self.folder.exists() and made != Run(self.folder).status().created):
+            return False
+        if bad := [name for name in there if not _proper(name)]:
+            raise InputError(f"{self.place}: {bad[0]!r} is no file of a run; is something else kept there?")
+        staging = self.folder / f".brought-{secrets.token_hex(4)}"
+        with explained(self.folder):
+            staging.mkdir(parents=True)
+        try:
+            new = [name for name, digest in there.items() if self._digest(name) != digest]
+            if not all(self._fetched(name, there[name], staging / name) for name in new):
+                return False
+            with explained(self.folder):
+                for name in sorted(new, key=_rank):
+                    (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (staging / name).replace(self.folder / name)
+                for name in _names(self.folder):
+                    if name.startswith("checkpoints/") and name not in there:  # an older one
+                        (self.folder / name).unlink(missing_ok=True)
+                        with suppress(OSError):  # while there are others in it
+                            (self.folder / name).parent.rmdir()
+                for name in FOLDERS:  # storages keep no empty ones
+                    (self.folder / name).mkdir(exist_ok=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._there = there
+        return True
+
+    def ask(self) -> None:
+        """Passes requests on that are in the folder."""
+        for kind in REQUESTS:
+            if (file := self.folder / "requests" / kind).exists():
+                self._write(f"requests/{kind}", b"")
+                file.unlink(missing_ok=True)
+
+    def hear(self) -> None:
+        """Fetches requests that were passed on."""
+        for kind in REQUESTS:
+            if self.files.exists(f"{self.place}/requests/{kind}"):
+                self.files.rm_file(f"{self.place}/requests/{kind}")
+                Run(self.folder).request(kind)
+
+    @contextmanager
+    def kept(self, every: float) -> Iterator[None]:
+        """Copies the folder while it is worked on, and, when that ends, once more; requests come the other way.
+
+        Args:
+            every: Seconds between two copies. A tenth of the time at most is spent on them.
+
+        Raises:
+            EquipoiseError: The last state could not be copied.
+        """
+        over = threading.Event()
+
+        def keep() -> None:
+            pause = every
+            while not over.wait(pause):
+                began = time.monotonic()
+                try:
+                    self.hear()
+                    self.push()
+                except Exception as error:  # a network may come back; the last copy tells where it does not
+                    print(f"{self.place}: {error}", file=sys.stderr, flush=True)
+                pause = max(every, 9 * (time.monotonic() - began))
+
+        thread = threading.Thread(target=keep, name="copy", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            for left in reversed(range(_TRIES)):
+                try:
+                    self.push()
+                    break
+                except Exception as error:
+                    if not left:
+                        raise EquipoiseError(
+                            f"{self.place}: the last state could not be brought there: {error}."
+                        ) from error
+                    time.sleep(every)
+
+    def _sent(self, name: str) -> str:
+        """Copies a file, unless this version of it is there; returns the digest of what was copied."""
+        version = _version(self.folder / name)
+        known, digest = self._seen.get(name, ((), ""))
+        if known != version or self._there.get(name) != digest:
+            found = hashlib.blake2b(digest_size=16)
+            with open(self.folder / name, "rb") as source, self._open(name) as target:
+                while block := source.read(_BLOCK):
+                    found.update(block)
+                    target.write(block)
+            digest = found.hexdigest()
+            self._seen[name] = version, digest
+        return digest
+
+    def _fetched(self, name: str, digest: str, path: Path) -> bool:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = hashlib.blake2b(digest_size=16)
+        try:
+            with self.files.open(f"{self.place}/{name}", "rb") as source, open(path, "wb") as target:
+                while block := source.read(_BLOCK):
+                    found.update(block)
+                    target.write(block)
+        except FileNotFoundError:
+            return False
+        return found.hexdigest() == digest
+
+    def _digest(self, name: str) -> str | None:
+        """Of the file here."""
+        try:
+            version = _version(self.folder / name)
+            if self._seen.get(name, ((), ""))[0] != version:
+                with open(self.folder / name, "rb") as file:
+                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+                self._seen[name] = version, digest
+            return self._seen[name][1]
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, data: bytes) -> None:
+        with self._open(name) as target:
+            target.write(data)
+
+    def _open(self, name: str) -> Any:
+        path = f"{self.place}/{name}"
+        parent = path.rpartition("/")[0]
+        if parent not in self._made:
+            self.files.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+        return self.files.open(path, "wb")
+
+
+def check(url: str) -> None:
+    """Writes into a storage and reads from it.
+
+    Raises:
+        InputError: It is of a kind that fsspec does not know, or cannot be written.
+    """
+    files, place = _opened(url)
+    path, word = f"{place}/.equipoise-{secrets.token_hex(4)}", b"a test"
+    try:
+        files.makedirs(place, exist_ok=True)
+        files.pipe_file(path, word)
+        if files.cat_file(path) != word:
+            raise OSError("what was written there is not what is read")
+        files.rm_file(path)
+    except Exception as error:  # each kind of storage has its own
+        raise InputError(
+            f"--storage {url}: cannot be used: {' '.join(str(error).split()) or type(error).__name__}."
+        ) from error
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        files, place = url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--storage {url}: {' '.join(str(error).split())}") from error
+    return files, place.rstrip("/")
+
+
+def _names(folder: Path) -> list[str]:
+    """The files that are the run, in the order in which they are to be copied."""
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(filter(_proper, found), key=_rank)
+
+
+def _proper(name: str) -> bool:
+    """Whether this is a file of a run that others need: no lock, no request, nothing half-written, no way out."""
+    parts = PurePosixPath(name).parts
+    inside = re.fullmatch(r"[^\\\0]+", name) and not name.startswith("/") and all(part[0] != "." for part in parts)
+    return bool(inside and parts) and parts[0] not in ("lock", "requests", _LIST)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return (1 + _LAST.index(name) if name in _LAST else 0), name
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def _told(folder: Path) -> dict[str, float]:
+    """Which run this is, and which of its sessions."""
+    now = Run(folder).status()
+    return {"made": now.created, "session": now.started or 0.0}
