@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import status
 from equipoise.pipelines.axes import expand
 from equipoise.ui import launch
@@ -22,13 +22,17 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
     Raises:
         ConfigError: everything that is wrong with it, one line each.
     """
+    try:
+        written = text.encode()
+    except (AttributeError, UnicodeEncodeError):  # a program may send anything
+        raise InputError("config.yaml: must be the text of a configuration.") from None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(written)
         config = launch.read_yaml(str(file))
     if problems := site.problems(config):
         raise ConfigError(problems)
-    made = launch.Plan(config, len(expand(config)) if config.sweep else 1, "")
+    made = launch.Plan(config, len(expand(config)) if config.sweep else 1, "", workers)
     said = {"time": launch.estimate(site, made, workers), "memory": launch.memory(site, made, workers)}
     return {"runs": made.cells, "yaml": made.yaml, **said}
 

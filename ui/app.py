@@ -34,8 +34,8 @@ def page(site: Site, workers: int) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Launch", id="launch"):
                 forms, pipelines = launch.build(site, workers)
-            with gr.Tab("Runs", id="runs"):
-                runs.build(site, workers, forms, pipelines, tabs)
+            with gr.Tab("Runs", id="runs") as watching:
+                runs.build(site, workers, forms, pipelines, tabs, watching)
             with gr.Tab("Compare", id="compare") as comparing:
                 compare.build(site, comparing)
             with gr.Tab("Plugins", id="plugins") as installed:
@@ -81,7 +81,8 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         pwa=False,
         enable_monitoring=False,
     )
-    return Guard(mounted, auth, hosts)
+    uploads = os.environ.get(launch.UPLOADED)
+    return Guard(mounted, auth, hosts, Path(uploads) if uploads else None)
 
 
 def serve(

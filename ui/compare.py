@@ -1,6 +1,7 @@
 """The tab Compare: what runs draw or answer, side by side, from the same prompts and the same noise."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +14,7 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import background, report
 from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.commands.compare import being_made
 from equipoise.pipelines.comparison import RATE, Cell, Comparison, Picture
 from equipoise.pipelines.config import flat
 from equipoise.pipelines.keys import section_at
@@ -21,11 +23,14 @@ from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.runs import ON_CLICK, open_run, sample_steps, url
 from equipoise.ui.safety import Site
+from equipoise.ui.widgets import Slider
 
 OWN = "as the runs are set"  # what the comparison of a run's or sweep's own settings is called
 ANSWERS = "answers.jsonl"  # where a pipeline that answers writes what it said
 ROW, COLUMN = "row", RATE  # the axes that are shown first: all that differs but the rate, and the rate
 END = "the end"
+COUNT_OF_RUNS = "0: as the runs are set"
+MOST_SCALE = 10  # of a LoRA: far beyond what still draws anything
 CLOSE = 1e-6  # two scales that mean the same
 MOST_PROMPT, MOST_COUNT = 1000, 1000  # characters of a prompt, pictures of each or questions
 POLL = 2.0  # seconds
@@ -72,7 +77,10 @@ def read(site: Site, id: str) -> Comparison:
     Raises:
         InputError: there is none.
     """
-    return Comparison.read(site.file(f"{id}/table.json").parent)
+    try:
+        return Comparison.read(site.file(f"{id}/table.json").parent)
+    except InputError as error:
+        raise InputError(site.told(error)) from None
 
 
 def asked(site: Site, refs: Sequence[str]) -> dict[str, str]:
@@ -83,6 +91,14 @@ def asked(site: Site, refs: Sequence[str]) -> dict[str, str]:
         cls = None
     fields = getattr(section_at(cls, "samples"), "model_fields", {}) if cls else {}
     return {name: fields[name].description or "" for name in ("prompts", "count", "scale", "seed") if name in fields}
+
+
+def pictured(site: Site, comparison: Comparison) -> dict[str, Any]:
+    """What the slider over a comparison's pictures is called, and what its numbers mean."""
+    if "prompts" in asked(site, [cell.run for cell in comparison.cells[:1]]):
+        return {"label": "Prompt", "info": "0: the first of each"}
+    words = [f"{index}: {text}" for index, text in enumerate(comparison.prompts[:6], 1)]
+    return {"label": "Picture", "info": "; ".join(["0: the first of each", *words])}
 
 
 def axes(comparison: Comparison) -> list[tuple[str, str]]:
@@ -171,7 +187,8 @@ def _cell(
     inside = f"<div{many}>{''.join(images)}</div>" if images else ""
     inside += said
     if not inside:
-        inside = f"<div class='none'>{'no samples' if step is not None else esc(cell.state)}</div>"
+        none = "no samples" if step is not None else cell.state if cell.run else "the base has none"
+        inside = f"<div class='none'>{esc(none)}</div>"
     kind = "" if not cell.run else "usable" if comparison.usable(cell.row, cell.rate) else "unusable"
     scores = [comparison.counted(one) for one in cells]
     words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) and step is None else drawn
@@ -223,8 +240,11 @@ def _answers(folder: Path, prompt: int) -> str:
 def _answer(record: dict[str, Any]) -> str:
     """One answer, and what was wanted in its place."""
     said, score = str(record.get("answer") or "(nothing)"), record.get("score")
-    kind, mark = ("", "") if score is None else ("right", "✓ ") if score >= 1 else ("wrong", "✗ ")
-    wanted = " or ".join(map(str, record.get("wanted") or ())) if kind == "wrong" else ""
+    kind, mark = ("right", "✓ ") if isinstance(score, int | float) and score >= 1 else ("wrong", "✗ ")
+    if not isinstance(score, int | float):
+        kind, mark = "", ""
+    wanted = record.get("wanted") or ()
+    wanted = " or ".join(map(str, wanted if isinstance(wanted, list) else [wanted])) if kind == "wrong" else ""
     more = f" <s>{esc(wanted)}</s>" if wanted else ""
     return f"<span class='{kind}' title='{esc(record.get('question', ''))}'>{mark}{esc(said)}{more}</span>"
 
@@ -270,8 +290,11 @@ def table(site: Site, id: str) -> str:
 
 def export(site: Site, id: str) -> str:
     """Links to the comparison's files."""
-    folder = read(site, id).folder
-    names = {"grid.png": "Grid (PNG)", "report.html": "Report (HTML)", "table.csv": "Table (CSV)", "table.json": "JSON"}
+    comparison = read(site, id)
+    folder, names = comparison.folder, {"grid.png": "Grid (PNG)"}
+    names |= {f"grid-{index:02d}.png": f"Grid {index + 1} (PNG)" for index in range(len(comparison.prompts))}
+    names |= {"report.html": "Report (HTML)", "table.csv": "Table (CSV)", "prompts.csv": "Prompts (CSV)"}
+    names |= {"table.json": "JSON"}
     links = [
         f"<li><a href='{url(f'{id}/{file}')}?download=1' download>{label}</a></li>"
         for file, label in names.items()
@@ -297,6 +320,9 @@ def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
             shown = _before_after(id, (found[-2], other), (last, picture))
         else:
             shown = f"<img src='{url(f'{id}/{picture.file}')}' alt='{esc(comparison.prompts[picture.prompt])}'>"
+    without = [cell.run or "the untouched base" for cell in found[-2:] if not _pictures(cell, prompt)]
+    if without:
+        shown += f"<p class='hint'>There is no picture of {esc(' and '.join(without))}.</p>"
     told: dict[str, object] = {"run": last.run or "the untouched base", "state": last.state}
     if last.message:
         told["how it ended"] = last.message
@@ -352,6 +378,10 @@ def generate(site: Site, refs: Sequence[str], prompt: str, count: float | None, 
         raise InputError("Choose a sweep, or some runs, first.")
     if len(prompt) > MOST_PROMPT:
         raise InputError(f"The prompt has {len(prompt)} characters; {MOST_PROMPT} are the most.")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") and not letter.isspace() for letter in prompt):
+        raise InputError("The prompt has characters that are no text; leave them out.")
+    if count is not None and not (0 <= count <= MOST_COUNT and count == int(count)):
+        raise InputError(f"Count must be a whole number from 0 to {MOST_COUNT}, got {count:g}.")
     for ref in refs:
         run = open_run(site, ref)
         parts = sweeps.cells(run) if run.status().kind == "sweep" else [run]
@@ -360,7 +390,7 @@ def generate(site: Site, refs: Sequence[str], prompt: str, count: float | None, 
     takes = asked(site, refs)
     told: dict[str, Any] = {"prompts": [prompt.strip()]} if prompt.strip() and "prompts" in takes else {}
     if count and "count" in takes:
-        told["count"] = max(1, min(MOST_COUNT, int(count)))
+        told["count"] = int(count)
     if scale is not None and "scale" in takes and (told or abs(scale - own_scale(site, refs)) > CLOSE):
         told["scale"] = round(float(scale), 3)
     return background.compare(site.store.root, list(refs), told)
@@ -384,6 +414,9 @@ def newest(site: Site, refs: Sequence[str], known: Sequence[str]) -> str | None:
 
 def working(site: Site, refs: Sequence[str]) -> str:
     """The comparison of these runs that is being made, or that failed last."""
+    count = being_made(site.store.root / refs[0] / "comparison") if len(refs) == 1 else None
+    if count is not None:
+        return draw.notice(f"They are being compared: {count} files so far. Choose them again when that is done.")
     for job in background.jobs(site.store.root):
         if set(job.runs) == set(refs):
             if job.state == "running":
@@ -418,7 +451,7 @@ def build(site: Site, tab: gr.Tab) -> None:
         rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", **given)
         columns = gr.Dropdown([("learning rate", RATE)], value=RATE, label="Columns", **given)
     with gr.Row():
-        prompt = gr.Slider(
+        prompt = Slider(
             0,
             1,
             value=0,
@@ -429,7 +462,7 @@ def build(site: Site, tab: gr.Tab) -> None:
             min_width=260,
             elem_id="compare-prompt",
         )
-        step = gr.Slider(
+        step = Slider(
             0,
             1,
             value=1,
@@ -441,9 +474,9 @@ def build(site: Site, tab: gr.Tab) -> None:
             min_width=260,
             elem_id="compare-step",
         )
-        scale = gr.Slider(
+        scale = Slider(
             0,
-            2,
+            MOST_SCALE,
             value=1,
             step=0.05,
             label="LoRA scale",
@@ -469,9 +502,7 @@ def build(site: Site, tab: gr.Tab) -> None:
                 min_width=260,
                 elem_id="new-prompt",
             )
-            count = gr.Number(
-                0, label="Count", minimum=0, maximum=MOST_COUNT, precision=0, min_width=200, elem_id="new-count"
-            )
+            count = gr.Number(0, label="Count", info=COUNT_OF_RUNS, step=1, min_width=200, elem_id="new-count")
         with gr.Row(elem_classes=["actions"]):
             go = gr.Button("Generate", variant="primary", size="md", elem_id="generate")
     message = gr.HTML(elem_id="compare-message")
@@ -502,7 +533,8 @@ def build(site: Site, tab: gr.Tab) -> None:
         found = made(site, refs or [])
         options = gr.update(choices=[(item.label, item.id) for item in found], value=found[0].id if found else None)
         takes = asked(site, refs or []) if refs else {"prompts": "", "count": "", "scale": ""}
-        count = gr.update(visible="count" in takes, info=f"{takes.get('count', '')}; 0: as the runs are set")
+        help = "; ".join(filter(None, (takes.get("count"), COUNT_OF_RUNS)))
+        count = gr.update(visible="count" in takes, info=help)
         asks = [
             gr.update(visible="scale" in takes, value=own_scale(site, refs or [])),
             gr.update(visible="prompts" in takes),
@@ -515,21 +547,25 @@ def build(site: Site, tab: gr.Tab) -> None:
         if not refs:
             return [*nothing, draw.empty("Nothing chosen", "Choose a sweep above."), "", "", "", "", "", [], "", ""]
         if not id:
+            now = working(site, refs)
             words = draw.empty(
-                "Not compared yet", "Generate compares them all in one job, by their own settings or a new prompt."
+                "Not compared yet",
+                "Generate compares them all in one job, by their own settings or a new prompt." if not now else "",
             )
-            return [*nothing, words, "", "", "", "", "", [], working(site, refs), ""]
+            return [*nothing, words, "", "", "", "", "", [], now, ""]
         try:
             comparison = read(site, id)
             found = steps(site, comparison)
-            slider = gr.update(minimum=0, maximum=max(len(comparison.prompts), 1), value=0)
+            many = max(len(comparison.prompts), 1)
+            slider = gr.update(minimum=0, maximum=many, value=0, **pictured(site, comparison))
             last = max(found, default=1)
+            first = found[0] if len(found) > 1 else 0  # a slider has two ends, hidden or not
             options = axes(comparison)
             return [
                 gr.update(choices=options, value=ROW),
                 gr.update(choices=options, value=RATE),
                 slider,
-                gr.update(visible=len(found) > 1, minimum=min(found, default=0), maximum=last, value=last),
+                gr.update(visible=len(found) > 1, minimum=first, maximum=max(last, 1), value=last),
                 *draw_grid(id, ROW, RATE, 0, last, []),
                 cell_detail(site, id, [], 0),
                 curve(site, id),
@@ -605,14 +641,20 @@ def build(site: Site, tab: gr.Tab) -> None:
         **private,
     )
     view = [which, rows, columns, prompt, step, chosen]
-    gr.on([rows.input, columns.input, prompt.change, step.change], draw_grid, view, [shown, title], **private)
+    moved = [
+        rows.input,
+        columns.input,
+        prompt.change,
+        step.change,
+    ]  # while one is drawn, others may come: the last counts
+    gr.on(moved, draw_grid, view, [shown, title], trigger_mode="always_last", **private)
     prompt.change(
         lambda id, picked, number: cell_detail(site, id, picked, int(number or 0)) if id else "",
         [which, chosen, prompt],
         detail,
         **private,
     )
-    shown.select(click, view, [chosen, detail, shown], **private)
+    shown.select(click, view, [chosen, detail, shown], trigger_mode="multiple", **private)
     go.click(start, [refs, words, count, scale], message, **private)
     scale.change(by_scale, [refs, which, scale], [which, message], **private)
     timer = gr.Timer(POLL)

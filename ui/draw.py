@@ -9,6 +9,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+from equipoise.pipelines.report import ticks
+
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _POINTS = 400  # of a line; more cannot be told apart on a screen
@@ -71,26 +73,61 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: b
         return height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom)
 
     drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{esc(title)}">']
-    for share in (0, 0.5, 1):
-        at = low + share * (high - low)
-        y = height - bottom - share * (height - top - bottom)
+    for value in marks(low, high, log):
+        y = down(value)
         drawn.append(f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{number(10**at if log else at, 3)}</text>'
-        )
-    for x, anchor in ((first, "start"), (last, "end")):
+        drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+    for x, anchor in {first: "start", last: "end"}.items():
         drawn.append(f'<text x="{across(x):.1f}" y="{height - 8}" text-anchor="{anchor}">{x:g}</text>')
     for index, points in enumerate(finite.values()):
-        few = points[:: max(1, len(points) // _POINTS)] + points[-1:]
+        few = [*thinned(points, 2 * len(points) // _POINTS), *points[-1:]]
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in few)
-        drawn.append(f'<polyline points="{path}" style="stroke:{INKS[index % len(INKS)]}"/>')
+        ink = _ink(index, len(finite))
+        drawn.append(f'<polyline points="{path}" style="stroke:{ink}"/>')
+        for x, y in points[-1:]:  # all there is to see of what was measured once
+            drawn.append(f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" style="fill:{ink}"/>')
     legend = "".join(
-        f'<span><i style="background:{INKS[index % len(INKS)]}"></i>{breakable(label)} '
+        f'<span><i style="background:{_ink(index, len(finite))}"></i>{breakable(label)} '
         f"<b>{number(points[-1][1])}</b></span>"
         for index, (label, points) in enumerate(finite.items())
         if points
     )
     return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
+
+
+def _ink(index: int, count: int) -> str:
+    """A line's colour among so many, each another one."""
+    return INKS[index] if count <= len(INKS) else f"hsl({360 * index / count:.0f} 60% {(40, 58)[index % 2]}%)"
+
+
+def thinned(points: Sequence[tuple[float, float]], size: int) -> list[tuple[float, float]]:
+    """The lowest and the highest of each `size` neighbours, so that no spike is lost; all where `size` is 2 or less."""
+    if size <= 2:
+        return list(points)
+    groups = (points[index : index + size] for index in range(0, len(points), size))
+    return [p for group in groups for p in sorted({f(group, key=_height) for f in (min, max)})]
+
+
+def _height(point: tuple[float, float]) -> float:
+    return point[1]
+
+
+def marks(low: float, high: float, log: bool) -> list[float]:
+    """The values beside an axis from `low` to `high`, which are exponents where it is logarithmic."""
+    if not log:
+        return ticks(low, high)
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    every = max(1, round((high - low) / 4))
+    for digits in ((1,), (1, 3), (1, 2, 5)):  # few decades want marks between them
+        found = [float(f"{d}e{n}") for n in decades if n % every == 0 for d in digits]
+        if len(inside := [value for value in found if low - 1e-9 <= math.log10(value) <= high + 1e-9]) > 2:
+            return inside
+    return [float(f"{value:.3g}") for value in ticks(10**low, 10**high)]
+
+
+def short(value: float) -> str:
+    """A mark's number, with exponents as rates have them: 1e-5."""
+    return re.sub(r"e([+-])0*", lambda it: "e-" if it[1] == "-" else "e", f"{value:.4g}")
 
 
 def records(text: str, most: int = 200) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def show(config: RunConfig) -> dict[str, Any]:
         elif item.kind == "truth":
             shown[item.key.key] = bool(values[0])
         elif item.kind == "lines":
-            shown[item.key.key] = "\n".join(map(_text, values[0]))
+            shown[item.key.key] = "\n".join(map(_text, values[0] or ()))
         else:
             shown[item.key.key] = _text(values[0])
     return shown
@@ -207,16 +207,19 @@ def _given_options(config: RunConfig, key: str, name: str) -> dict[str, Any]:
     return dict(flat[f"{parent}.options"]) if flat[key] == name else {}
 
 
-def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def read(
+    cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence[Any]], wrong: list[str] | None = None
+) -> dict[str, Any]:
     """The values of a filled-in form by dotted key, `sweep` among them.
 
     Args:
         cls: the configuration record.
         shown: what the fields hold, by dotted key.
         rows: the table of options.
+        wrong: is given what cannot be read, one line each, and the values are those of the rest.
 
     Raises:
-        ConfigError: what cannot be read, one line each.
+        ConfigError: what cannot be read, where `wrong` is not given.
     """
     values: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
@@ -251,6 +254,8 @@ def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence
         elif item.kind == "lines":
             lines = [line.strip() for line in str(given or "").splitlines() if line.strip()]
             values[key] = lines if "str" in item.key.type else [configs.parse_value(line) for line in lines]
+            if not lines and "none" in item.key.type:
+                values[key] = None
         elif item.kind == "text":
             text = str(given or "").strip()
             if item.key.type.startswith(("mapping", "dict")):
@@ -270,7 +275,9 @@ def read(cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence
         for key in other
         if _canonical(cls, key) in taken
     ]
-    if problems:
+    if wrong is not None:
+        wrong += problems
+    elif problems:
         raise ConfigError(problems)
     return {**values, SWEEP: {**axes, **other}}
 

@@ -8,10 +8,13 @@ import secrets
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import gradio as gr
@@ -25,15 +28,19 @@ from equipoise.pipelines.axes import expand
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.records import trusting_options
+from equipoise.pipelines.run import metric_lines
 from equipoise.pipelines.shipped import shipped
 from equipoise.pipelines.status import Status
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import PICTURES, Site, check_picture
+from equipoise.ui.widgets import Table
 
 PROMPT = "data.instance_prompt"  # where a pipeline has it, one caption that goes before the pictures' own
 UPLOADED = "GRADIO_TEMP_DIR"  # names the folder of what a server keeps only while it runs
-FEW = 5  # finished runs that the estimate looks at
+FEW = 5  # finished runs that the estimate is made from
+LOOKED_AT = 200  # finished runs among which they are sought
 _WORLD = ("model.", "data.")  # sections that name what lies outside of a configuration
+_READ = 2**20  # characters of a run's metrics, enough for its pace
 _SIZES = ("train.batch", "lora.rank", "data.resolution")  # by which the largest cell of a sweep is found
 
 
@@ -44,6 +51,7 @@ class Plan:
     config: RunConfig
     cells: int  # runs it will train
     preset: str  # the shipped configuration it began with, or ""
+    workers: int | None = None  # processes that train a sweep; None: as many as the command line would take
 
     @property
     def yaml(self) -> str:
@@ -53,8 +61,9 @@ class Plan:
     def command(self) -> str:
         """What does the same in a terminal."""
         verb = "sweep" if self.config.sweep else "train"
+        more = [f"--workers={self.workers}"] if self.config.sweep and self.workers else []
         if not self.preset:
-            return f"equipoise {verb} FILE.yaml   # the YAML below"
+            return f"{' '.join(['equipoise', verb, 'FILE.yaml', *more])}   # the YAML below"
         before = configs.flat(configs.load(self.preset))
         words = ["equipoise", verb, self.preset]
         for key, value in configs.flat(self.config).items():
@@ -63,14 +72,21 @@ class Plan:
         if self.config.sweep and self.config.sweep != before["sweep"]:
             for key, values in self.config.sweep.items():
                 words += ["--axis", f"{key}={json.dumps(values)}"]
-        return " ".join(map(shlex.quote, [*words, f"--runs={self.config.runs}"]))
+        return " ".join(map(shlex.quote, [*words, *more, f"--runs={self.config.runs}"]))
 
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def plan(site: Site, pipeline: str, preset: str, shown: dict[str, Any], rows: Sequence[Sequence[Any]]) -> Plan:
+def plan(
+    site: Site,
+    pipeline: str,
+    preset: str,
+    shown: dict[str, Any],
+    rows: Sequence[Sequence[Any]],
+    workers: int | None = None,
+) -> Plan:
     """Checks a filled-in form.
 
     Raises:
@@ -80,13 +96,19 @@ def plan(site: Site, pipeline: str, preset: str, shown: dict[str, Any], rows: Se
     for short in ("data", "model"):
         if (key := cls.Config.SHORT.get(short)) in shown:
             shown = {**shown, key: site.place(str(shown[key] or ""))}
-    values = forms.read(cls.Config, shown, rows)
-    base = configs.load(preset) if preset else _plain(pipeline, cls.Config, values)
-    config = configs.set_keys(base, {**values, "runs": str(site.store.root)}, source="form")
+    wrong: list[str] = []
+    values = forms.read(cls.Config, shown, rows, wrong)
+    try:
+        base = configs.load(preset) if preset else _plain(pipeline, cls.Config, values)
+        config = configs.set_keys(base, {**values, "runs": str(site.store.root)}, source="form")
+    except ConfigError as error:
+        raise ConfigError([*wrong, *error.problems]) from None
+    if wrong:
+        raise ConfigError(wrong)
     cells = expand(config) if config.sweep else {"": config}
-    if problems := [*site.problems(config), *(line for cell in cells.values() for line in site.problems(cell))]:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return Plan(config, len(cells), preset)
+    if problems := site.problems(config, *cells.values()):
+        raise ConfigError(problems)
+    return Plan(config, len(cells), preset, workers)
 
 
 def _plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
@@ -138,19 +160,21 @@ def alike(site: Site, made: Plan) -> list[Status]:
     """The youngest finished runs whose steps cost what these will: the same but for rate, length, data and samples."""
     cells = expand(made.config) if made.config.sweep else {"": made.config}
     wanted = {repr(_cost(cell)) for cell in cells.values()}
-    found = []
-    for item in site.store.list(states=("done",), kinds=("run", "cell")):
-        if item.pipeline != made.config.pipeline or not item.step or item.duration <= 0:
-            continue
-        try:
-            theirs = site.store.get(item.id, kinds=("run", "cell")).config()
-        except EquipoiseError:
-            continue
-        if repr(_cost(theirs)) in wanted:
-            found.append(item)
-        if len(found) == FEW:
-            break
-    return found
+    able = [
+        item
+        for item in site.store.list(states=("done",), kinds=("run", "cell"))
+        if item.pipeline == made.config.pipeline and item.step and item.duration > 0
+    ]
+    same = (item for item in able[:LOOKED_AT] if _cost_of(site.store.root / item.id / "config.yaml") in wanted)
+    return list(islice(same, FEW))
+
+
+@lru_cache(2 * LOOKED_AT)  # nobody changes a run's configuration
+def _cost_of(file: Path) -> str:
+    try:
+        return repr(_cost(configs.load(file)))
+    except EquipoiseError:
+        return ""
 
 
 def _cost(config: RunConfig) -> list[tuple[str, Any]]:
@@ -170,15 +194,30 @@ def estimate(site: Site, made: Plan, workers: int) -> str:
     steps = [count for count in (configs.flat(cell).get("train.steps") for cell in cells) if isinstance(count, int)]
     runs = f"{made.cells} runs" if made.cells > 1 else "1 run"
     long = " to ".join(map(str, dict.fromkeys([min(steps, default=0), max(steps, default=0)])))
-    paces = sorted(item.duration / item.step for item in alike(site, made))
-    if not paces or not steps:
+    costs = [_took(site.store.root / item.id, item) for item in alike(site, made)]
+    if not costs or not steps:
         each = " each" if made.cells > 1 else ""
         return f"{runs} of {long} steps{each}. How long a step takes is not known yet: nothing like it has run here."
-    pace = paces[len(paces) // 2]
-    busy = [0] * max(1, workers)  # steps of each worker, who takes the next run when it is done with one
+    pace, rest = (median(values) for values in zip(*costs, strict=True))
+    busy = [0.0] * max(1, workers)  # seconds of each worker, who takes the next run when it is done with one
     for count in steps:
-        busy[busy.index(min(busy))] += count
-    return f"{runs} of {long} steps, about {draw.span(pace * max(busy))} in all ({pace:.3g} s per step, measured here)."
+        busy[busy.index(min(busy))] += pace * count + rest
+    besides = f", and {rest:.3g} s for the rest of each run" if rest else ""
+    words = f"{pace:.3g} s per step{besides}, measured here"
+    return f"{runs} of {long} steps, about {draw.span(max(busy))} in all ({words})."
+
+
+def _took(folder: Path, item: Status) -> tuple[float, float]:
+    """Seconds of a finished run's steps, each, and of all else: loading, samples and checkpoints."""
+    text = ""
+    with suppress(OSError), open(folder / "metrics.jsonl", errors="replace") as file:  # deleted since, perhaps
+        text = file.read(_READ)
+    measured = [record.get("seconds") for _, record in metric_lines(text)]
+    seconds = [value for value in measured if isinstance(value, int | float) and 0 <= value < math.inf]
+    if not seconds:
+        return item.duration / item.step, 0.0
+    pace = median(seconds)  # a first step may take long
+    return pace, max(0.0, item.duration - pace * item.step)
 
 
 def memory(site: Site, made: Plan, workers: int) -> str:
@@ -224,7 +263,7 @@ def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequenc
         InputError: no word, no pictures, too many, or one that is none.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,40}", name or ""):
-        raise InputError(f"the name must be one word of letters, digits, _ and -, got {name[:60]!r}.")
+        raise InputError(f"the name must be one word of letters, digits, _ and -, got {(name or '')[:60]!r}.")
     if not 0 < len(files) <= PICTURES:
         raise InputError(f"choose 1 to {PICTURES} pictures, got {len(files)}.")
     suffixes = [check_picture(Path(file), Path(file).name) for file in files]
@@ -234,10 +273,18 @@ def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequenc
     for index, (file, suffix) in enumerate(zip(files, suffixes, strict=True)):
         kept = f"{index:03d}{suffix}"
         shutil.copyfile(file, folder / kept)
-        caption = str(captions[index][1] or "").strip() if index < len(captions) else ""
+        caption = str(captions[index][1] or "").strip() if index < len(captions) and len(captions[index]) > 1 else ""
         lines.append(json.dumps({"file_name": kept, "text": caption or name}, ensure_ascii=False))
     write_atomic(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return str(folder)
+
+
+def forget(files: Sequence[str]) -> None:
+    """Removes what an upload left in the server's own folder and is not needed any more."""
+    own = os.environ.get(UPLOADED)
+    for file in map(Path, files):
+        if own and file.resolve().is_relative_to(Path(own).resolve()):
+            file.unlink(missing_ok=True)
 
 
 @cache
@@ -346,7 +393,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
             [("the pipeline's own defaults", ""), *((name, name) for name in ready)],
             value=ready[0] if ready else "",
             label="Begin with",
-            info="a configuration that comes with Equipoise",
+            info="a configuration that comes with Equipoise; empty after another one was loaded",
             interactive=True,
             elem_id=f"preset-{pipeline}",
         )
@@ -368,7 +415,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
                 for item in some:
                     widgets[item.key.key] = _widget(site, cls, item, shown)
     with gr.Accordion("Options of what is chosen above", open=False) as opened:
-        options = gr.DataFrame(
+        options = Table(
             rows or None,
             headers=forms.OPTION_HEADERS,
             datatype="str",
@@ -388,7 +435,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
         go = gr.Button("Start", variant="primary", size="md", elem_id=f"start-{pipeline}")
-    with gr.Column(visible=False, elem_classes=["plan"]) as shown_plan:
+    with gr.Column(elem_id=f"plan-{pipeline}"), gr.Column(visible=False, elem_classes=["plan"]) as shown_plan:
         facts = gr.HTML()
         command = gr.Code(
             label="The same in a terminal",
@@ -401,27 +448,24 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         text = gr.Code(label="Complete configuration", language="yaml", interactive=False, max_lines=24)
         save = gr.DownloadButton("Save as YAML", size="md", elem_id=f"save-{pipeline}")
 
-    def on_check(name: str, rows: Any, *values: Any) -> list[Any]:
+    def on_check(name: str | None, rows: Any, *values: Any) -> Iterator[list[Any]]:
+        """The plan at once, and then what may first have to import the model's libraries."""
         try:
-            made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
+            made = plan(site, pipeline, name or "", form.shown(values), table_rows(rows), workers)
         except EquipoiseError as error:
-            return [said(error), gr.update(visible=False), *[gr.skip()] * 4]
+            yield [said(error), gr.update(visible=False), *[gr.skip()] * 4]
+            return
         file = Path(tempfile.mkdtemp(dir=os.environ.get(UPLOADED)), f"{made.config.name}.yaml")
         file.write_text(made.yaml)
-        words = draw.notice(f"{estimate(site, made, workers)}\nMemory: being worked out …")
-        return ["", gr.update(visible=True), words, made.command, made.yaml, str(file)]
+        time = estimate(site, made, workers)
+        words = draw.notice(f"{time}\nMemory: being worked out …")
+        yield ["", gr.update(visible=True), words, made.command, made.yaml, str(file)]
+        words = draw.notice("\n".join([time, memory(site, made, workers), *doubts(made)]))
+        yield [gr.skip(), gr.skip(), words, *[gr.skip()] * 3]
 
-    def on_checked(name: str, rows: Any, *values: Any) -> Any:
+    def on_start(name: str | None, rows: Any, *values: Any) -> str:
         try:
-            made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
-            lines = [estimate(site, made, workers), memory(site, made, workers), *doubts(made)]
-            return draw.notice("\n".join(lines))
-        except EquipoiseError:
-            return gr.skip()  # said above
-
-    def on_start(name: str, rows: Any, *values: Any) -> str:
-        try:
-            made = plan(site, pipeline, name, form.shown(values), table_rows(rows))
+            made = plan(site, pipeline, name or "", form.shown(values), table_rows(rows), workers)
             return draw.notice(launch(site, made, workers)[1], "good") + draw.notice("\n".join(doubts(made)))
         except EquipoiseError as error:
             return said(error)
@@ -432,11 +476,15 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         except EquipoiseError:  # of defaults, where something is required that has none
             return [gr.skip()] * (len(ordered) + 1)
 
-    def on_yaml(file: str) -> list[Any]:
+    def on_yaml(file: str | None) -> list[Any]:
         try:
-            return ["", gr.update(value=""), *form.fill(read_yaml(file, pipeline))]
+            if not file:
+                raise InputError("Choose a YAML file.")
+            return ["", gr.update(value=None), *form.fill(read_yaml(file, pipeline))]
         except EquipoiseError as error:
             return [said(error), *[gr.skip()] * (len(ordered) + 2)]
+        finally:
+            forget([file] if file else [])
 
     def on_plugins(rows: Any, *names: Any) -> Any:
         chosen = {item.key.key: value or [] for item, value in zip(plugins, names, strict=True)}
@@ -444,8 +492,14 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
 
     private: dict[str, Any] = {"api_visibility": "private"}
     inputs = [preset, options, *ordered]
-    checked = check.click(on_check, inputs, [message, shown_plan, facts, command, text, save], **private)
-    checked.then(on_checked, inputs, facts, show_progress="hidden", **private)  # may first have to import the model's
+    outputs = [message, shown_plan, facts, command, text, save]
+    # What is shown of a form that has changed since is not what would be started. The browser hides it by itself: the
+    # server would come too late, and after the next click.
+    place = f"document.getElementById('plan-{pipeline}').dataset"
+    fresh = f"(...values) => {{ delete {place}.stale; return values }}"
+    check.click(on_check, inputs, outputs, js=fresh, show_progress="minimal", trigger_mode="always_last", **private)
+    changes = [preset.change, options.input, *(widget.change for widget in ordered)]
+    gr.on(changes, None, None, None, js=f"() => {{ {place}.stale = '' }}", **private)
     go.click(on_start, inputs, message, **private)
     preset.input(on_preset, preset, [*ordered, options], **private)
     bring.upload(on_yaml, bring, [message, preset, *ordered, options], **private)
@@ -456,6 +510,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         [options, *(widgets[item.key.key] for item in plugins)],
         options,
         show_progress="hidden",
+        trigger_mode="always_last",
         **private,
     )
     return form
@@ -480,8 +535,24 @@ def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str
     if item.kind == "lines":
         return gr.Textbox(lines=3, max_lines=8, elem_classes=["wide"], **given)
     if item.key.key in (cls.SHORT.get("data"), cls.SHORT.get("model")):
-        return gr.Dropdown(["demo", *site.choices()], allow_custom_value=True, **given)
+        offered = gr.State(["demo", *site.choices()])
+        places = gr.Dropdown(offered.value, allow_custom_value=True, **given)
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # What lies there may have changed since the page was made; and a folder that is chosen offers what is in it.
+        both = [places, offered]
+        gr.on([places.focus, places.change], lambda at, before: _offered(site, at, before), both, both, **options)
+        return places
     return gr.Textbox(max_lines=1, **given)
+
+
+def _offered(site: Site, at: Any, before: list[Any]) -> tuple[Any, list[Any]]:
+    """The places around one, then of those offered before as many as keep the list from getting shorter.
+
+    Gradio's list, when it is open and gets shorter, looks for an entry which it no longer has, and fails.
+    """
+    fresh = ["demo", *site.choices(str(at or ""))]
+    fresh += [place for place in before if place not in fresh][: max(0, len(before) - len(fresh))]
+    return gr.update(choices=fresh), fresh
 
 
 def table_rows(table: Any) -> list[list[Any]]:
@@ -493,7 +564,7 @@ def table_rows(table: Any) -> list[list[Any]]:
 
 def caption_rows(paths: Sequence[str], before: Sequence[Sequence[Any]]) -> list[list[str]]:
     """A row for each picture, with the caption that it had already."""
-    held = {str(row[0]): row[1] for row in before}
+    held = {str(row[0]): row[1] for row in before if len(row) > 1}
     return [[name, str(held.get(name) or "")] for name in (Path(path).name for path in paths)]
 
 
@@ -506,7 +577,7 @@ def _uploads(site: Site, data: gr.Dropdown, prompt: Any = None) -> None:
             height=140,
             elem_id="pictures",
         )
-        captions = gr.DataFrame(
+        captions = Table(
             headers=["picture", "caption"],
             datatype="str",
             interactive=True,
@@ -529,11 +600,12 @@ def _uploads(site: Site, data: gr.Dropdown, prompt: Any = None) -> None:
             folder = save_pictures(site, word, paths or [], table_rows(rows))
         except EquipoiseError as error:
             return [said(error), *[gr.skip()] * len(outputs[1:])]
+        forget(paths or [])
         words = f"{len(paths or [])} pictures are ready; `data` names them."
         if prompt is not None:
             words += " `instance prompt` is empty now, so that their captions are read."
-        return [draw.notice(words, "good"), gr.update(value=folder), *[gr.update(value="")] * len(outputs[2:])]
+        return [draw.notice(words, "good"), folder, None, *[gr.update(value="")] * len(outputs[3:])]
 
-    outputs = [message, data, *([prompt] if prompt is not None else [])]
+    outputs = [message, data, files, *([prompt] if prompt is not None else [])]
     files.change(on_upload, [files, captions], captions, api_visibility="private")
     use.click(on_use, [name, files, captions], outputs, api_visibility="private")

@@ -2,31 +2,43 @@
 
 import hashlib
 import json
+import math
 import re
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from posixpath import commonpath
 from typing import Any
 
 import gradio as gr
 import psutil
 
+from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import background
 from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.commands.compare import being_made
+from equipoise.pipelines.keys import section_at
+from equipoise.pipelines.run import Run, metric_lines
 from equipoise.pipelines.status import STATES, Status
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import SUFFIXES, Site
+from equipoise.ui.widgets import Slider
 
 REFRESH = 2.0  # seconds
 LOG_LINES = 60
 SHOWN = 400  # rows of the table, and pictures of a run
 SORTS = ("youngest", "name", "state", "loss", "duration")
+MOST_READ = 200  # runs whose curves are kept in memory
+MOST_POINTS = 8_000  # of a curve; of a longer one, the lowest and the highest of so many steps that it has no more
+Curves = dict[str, list[tuple[float, float]]]
 _NOT_CURVES = ("step", "time", "seconds")
 _GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
-_SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight"}  # as the papers write them
+_SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight", "alpha": "α"}  # as papers write
+_SECONDS = ("balancing", "loading")
 _LOG_SCALE = ("loss", "rate")  # what spans decades
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took")
@@ -71,19 +83,19 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "youngest
     if sort in keys:
         shown.sort(key=keys[sort])
     head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "".join(_row(item, item.id == chosen.split("/")[0]) for item in shown[:SHOWN])
+    rows = "".join(_row(site, item, item.id == chosen.split("/")[0]) for item in shown[:SHOWN])
     more = f"<p class='hint'>{len(shown) - SHOWN} more: filter to see them.</p>" if len(shown) > SHOWN else ""
     inside = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     return f"<div class='scroll'><table class='runs'>{inside}</table></div>{more}"
 
 
-def _row(item: Status, chosen: bool) -> str:
+def _row(site: Site, item: Status, chosen: bool) -> str:
     cells = [
         f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(item.id)}</button>"
         f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>",
         badge(item),
         bar(item),
-        left(item),
+        left(site, item),
         draw.number(item.loss),
         draw.number(item.rate, 3),
         f"{datetime.fromtimestamp(item.started):%d %b %H:%M}" if item.started else "",
@@ -106,11 +118,19 @@ def bar(item: Status) -> str:
     )
 
 
-def left(item: Status) -> str:
-    """The time that is left, by the pace so far."""
+def left(site: Site, item: Status) -> str:
+    """The time that is left, by the pace of the steps since the run was loaded."""
     if item.state != "running" or not item.total or not item.step or item.duration <= 0:
         return ""
-    return draw.span((item.total - item.step) * item.duration / item.step)
+    pace = item.duration / item.step
+    if item.kind != "sweep":  # whose steps are its cells'
+        times = _read_metrics(Run(site.store.root / item.id)).times.points()
+        first = next((index for index, (_, time) in enumerate(times) if time >= (item.started or 0)), len(times))
+        if len(times) - first < 2:
+            return ""
+        (before, began), (step, now) = times[first], times[-1]
+        pace = (now - began) / max(1, step - before)
+    return draw.span(max(0, item.total - item.step) * pace)
 
 
 # One run
@@ -126,7 +146,7 @@ def heading(site: Site, id: str) -> str:
     told = {
         "pipeline": now.pipeline,
         "step": f"{now.step} of {now.total}" if now.total else now.step,
-        "left": left(now),
+        "left": left(site, now),
         "loss": draw.number(now.loss),
         "rate": draw.number(now.rate, 3),
         "took": draw.span(now.duration) if now.started else "",
@@ -140,6 +160,8 @@ def heading(site: Site, id: str) -> str:
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in told.items() if value != ""}),
     ]
+    if now.over and (count := being_made(run.folder / "comparison")) is not None:
+        parts.append(draw.notice(f"Trained; being compared now: {count} files so far."))
     if now.state == "dead":
         parts.append(f"<pre class='log'>{esc(background.tail(run.log_file, 8))}</pre>")
     if now.kind == "sweep":
@@ -153,7 +175,10 @@ def open_run(site: Site, id: str) -> Run:
     Raises:
         InputError: there is none.
     """
-    run = site.store.get(id, kinds=("run", "sweep", "cell"))
+    try:
+        run = site.store.get(id, kinds=("run", "sweep", "cell"))
+    except InputError as error:
+        raise InputError(site.told(error)) from None
     if run.id != id:
         raise InputError(f"{id[:200]}: there is no such run.")
     return run
@@ -188,34 +213,103 @@ def charts(site: Site, id: str) -> str:
         return ""
     run = open_run(site, id)
     if run.status().kind == "sweep":
-        lines = {cell.folder.name: _curve(cell.metrics(), "loss") for cell in sweeps.cells(sweep=run)}
+        lines = {cell.folder.name: read_curves(cell).get("loss", []) for cell in sweeps.cells(sweep=run)}
         return f"<div class='charts wide'>{draw.chart('loss of each cell', lines, log=True)}</div>" or ""
-    records = run.metrics()
-    if not records:
+    lines = read_curves(run)
+    if not lines:
         return draw.empty("Nothing measured yet", "Curves appear after the first steps.")
-    last: dict[str, Any] = {}
-    for record in records:  # all of them: some things are measured now and then
-        last.update(record)
     groups: dict[str, list[str]] = {}
-    for name, value in last.items():
-        if name not in _NOT_CURVES and isinstance(value, int | float):
-            groups.setdefault(_GROUP.match(name)[0], []).append(name)  # type: ignore[index]  # it matches every name
+    for name in lines:
+        start = _GROUP.match(name)
+        groups.setdefault(start[0] if start else name, []).append(name)
     drawn = [
-        draw.chart(_title(group, some), {name: _curve(records, name) for name in some}, log=group in _LOG_SCALE)
+        draw.chart(_title(group, some), {name: lines[name] for name in some}, log=group in _LOG_SCALE)
         for group, some in groups.items()
     ]
     return f"<div class='charts'>{''.join(drawn)}</div>"
+
+
+class _Curve:
+    """A line that grows, and of which little is kept however long it is."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[float, float]] = []
+        self._new: list[tuple[float, float]] = []  # less than a group
+        self._last: list[tuple[float, float]] = []  # which is shown as what is the case now
+        self._size = 2  # of a group, of which two points are kept
+
+    def add(self, point: tuple[float, float]) -> None:
+        if not math.isfinite(point[1]):
+            return
+        self._last = [point]
+        self._new.append(point)
+        if len(self._new) == self._size:
+            self._kept += draw.thinned(self._new, self._size)
+            self._new.clear()
+        if len(self._kept) >= MOST_POINTS:
+            self._kept, self._size = draw.thinned(self._kept, 4), 2 * self._size
+
+    def points(self) -> list[tuple[float, float]]:
+        known = [*self._kept, *self._new]
+        return known if known[-1:] == self._last else known + self._last
+
+
+@dataclass
+class _Read:
+    """What has been read of a file of metrics."""
+
+    size: int = 0
+    end: bytes = b""  # what stood before there, which tells a file that has grown from another one
+    lines: dict[str, "_Curve"] = field(default_factory=dict)
+    times: "_Curve" = field(default_factory=lambda: _Curve())  # step, when it ended in seconds since 1970
+
+
+def read_curves(run: Run) -> Curves:
+    """What a run measured: name → (step, value)."""
+    known = _read_metrics(run)
+    with _reading:
+        return {name: curve.points() for name, curve in known.lines.items()}
+
+
+def _read_metrics(run: Run) -> _Read:
+    """What a run measured, and when. Of a file that has grown only what is new is read."""
+    with _reading:
+        known = _read.pop(run.folder, _Read())
+        try:
+            with open(run.folder / "metrics.jsonl", "rb") as file:
+                file.seek(known.size - len(known.end))
+                if file.read(len(known.end)) != known.end:  # it was rewound
+                    known = _Read()
+                    file.seek(0)
+                new = file.read()
+        except FileNotFoundError:
+            return _Read()
+        new = new[: new.rfind(b"\n") + 1]
+        for _, record in metric_lines(new.decode(errors="replace")):
+            if isinstance(time := record.get("time"), int | float):
+                known.times.add((record["step"], time))
+            for name, value in record.items():
+                number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+                if name not in _NOT_CURVES and isinstance(number, int | float):
+                    known.lines.setdefault(name, _Curve()).add((record["step"], number))
+        if new:
+            known.size, known.end = known.size + len(new), new[-100:]
+        _read[run.folder] = known  # as the youngest
+        while len(_read) > MOST_READ:
+            del _read[next(iter(_read))]
+        return known
+
+
+_read: dict[Path, _Read] = {}
+_reading = threading.Lock()  # several pages may be open
 
 
 def _title(group: str, names: list[str]) -> str:
     """What the names in a chart have in common, in words."""
     title = commonpath(name.replace("_", "/") for name in names).replace("/", "_") or group
     symbol = next((symbol for name, symbol in _SYMBOLS.items() if title.startswith(name)), "")
-    return symbol or title.replace("val_", "validation ").replace("_", " ")
-
-
-def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
+    unit = ", seconds" if title in _SECONDS else ""
+    return symbol or title.replace("val_", "validation ").replace("_", " ") + unit
 
 
 def sample_steps(run: Run) -> list[int]:
@@ -246,7 +340,7 @@ def samples(site: Site, id: str, step: int | None = None) -> str:
     run = open_run(site, id)
     steps = sample_steps(run)
     if not steps:
-        return draw.empty("No samples yet", "samples.every sets how often they are drawn; Sample now asks for some.")
+        return draw.empty(*_none_drawn(run.status()))
     near = steps[-1] if step is None else min(steps, key=lambda one: abs(one - step))
     folder = run.samples / f"step-{near:08d}"
     parts = []
@@ -262,6 +356,28 @@ def samples(site: Site, id: str, step: int | None = None) -> str:
     return f"<p class='hint'>step {near}</p><div class='samples'>{''.join(parts)}</div>"
 
 
+def _none_drawn(now: Status) -> tuple[str, str]:
+    """Why there are no samples, and what to do."""
+    if now.kind == "sweep":
+        return "A sweep draws none itself", "Choose one of its cells above, or see them side by side in Compare."
+    if not draws(now.pipeline):
+        return "No samples", "This pipeline draws none; its results are among the files, and in Compare."
+    if now.over:
+        return (
+            "No samples",
+            "samples.every would have had some drawn while it was trained; Compare draws from its result.",
+        )
+    return "No samples yet", "samples.every sets how often they are drawn; Sample now asks for some."
+
+
+def draws(pipeline: str) -> bool:
+    """Whether a pipeline draws or writes samples while it trains."""
+    try:
+        return section_at(registry.load("pipelines", pipeline).Config, "samples") is not None
+    except EquipoiseError:  # not installed here
+        return False
+
+
 def log(site: Site, id: str) -> str:
     """The end of a run's log, of a sweep its own and its workers'."""
     if not id:
@@ -274,7 +390,12 @@ def log(site: Site, id: str) -> str:
 
 
 def config_text(site: Site, id: str) -> str:
-    return (open_run(site, id).folder / "config.yaml").read_text(errors="replace") if id else ""
+    if not id:
+        return ""
+    try:
+        return (open_run(site, id).folder / "config.yaml").read_text(errors="replace")
+    except OSError as error:
+        return f"# {id}/config.yaml cannot be read: {error.strerror}. Without it the run can be shown, but not resumed."
 
 
 def files(site: Site, id: str) -> str:
@@ -315,14 +436,18 @@ def unchanged(outputs: Sequence[Any], seen: Sequence[str]) -> tuple[list[Any], l
 def possible(site: Site, id: str) -> list[Any]:
     """Updates of the buttons for stopping, sampling and resuming, by what a run allows now."""
     try:
-        now = open_run(site, id).status() if id else None
+        run = open_run(site, id) if id else None
+        now = run.status() if run else None
     except EquipoiseError:
-        now = None
-    if now is None:
+        run = now = None
+    if run is None or now is None:
         return [gr.update(interactive=False)] * 3
-    resumes = now.over and (now.kind == "sweep" or (now.kind == "run" and now.state != "done"))
+    resumes = now.over and now.kind != "cell" and now.state != "done"
+    if now.over and now.kind == "sweep":  # whose cells may have failed although it is done
+        resumes = any(cell.status().state not in ("done", "diverged") for cell in sweeps.cells(run))
     samples = now.state == "running" and now.kind != "sweep"
-    return [gr.update(interactive=can) for can in (not now.over, samples, resumes)]
+    stop, sample, resume = (gr.update(interactive=can) for can in (not now.over, samples, resumes))
+    return [stop, {**sample, "visible": now.kind != "sweep" and draws(now.pipeline)}, resume]
 
 
 def detail(site: Site, id: str, step: int | None) -> list[Any]:
@@ -337,7 +462,10 @@ def detail(site: Site, id: str, step: int | None) -> list[Any]:
             files(site, id),
         ]
     except (EquipoiseError, OSError) as error:
-        words = str(error) if isinstance(error, EquipoiseError) else f"{id}: is being changed; wait a moment."
+        if isinstance(error, OSError):
+            file = Path(str(error.filename or "a file")).name
+            error = f"{id}: {file} cannot be read ({error.strerror}). If the run is being changed, wait a moment."
+        words = str(error)
         return [draw.notice(words, "bad"), "", "", "", "", ""]
 
 
@@ -365,7 +493,7 @@ def act(site: Site, id: str, what: str, workers: int) -> str:
     return f"{id}: deleted."
 
 
-def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, tabs: gr.Tabs) -> gr.State:
+def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, tabs: gr.Tabs, tab: gr.Tab) -> gr.State:
     """Draws the tab; returns the state that holds the chosen run's id."""
     gr.HTML("<h2>Runs</h2>")
     with gr.Row(elem_classes=["filters"]):
@@ -391,7 +519,7 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
         with gr.Tab("Curves"):
             curves = gr.HTML()
         with gr.Tab("Samples"):
-            step = gr.Slider(0, 1, value=1, step=1, label="Step", interactive=True)
+            step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
             drawn = gr.HTML()
         with gr.Tab("Log"):
             text = gr.HTML()
@@ -406,12 +534,14 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
     def slide(id: str, at: float | None, end: int) -> tuple[int | None, int, Any]:
         """The step to show, the slider's end, and its update."""
         try:
-            shown, first, last = followed(sample_steps(open_run(site, id)) if id else [], at, end)
+            steps = sample_steps(open_run(site, id)) if id else []
+            shown, first, last = followed(steps, at, end)
         except EquipoiseError:  # deleted since
             return None, end, gr.skip()
         if last == end and at is not None:
             return shown, end, gr.skip()
-        return shown, last, gr.update(minimum=min(first, last - 1), maximum=last, value=last if shown is None else at)
+        value = last if shown is None else at
+        return shown, last, gr.update(visible=len(steps) > 1, minimum=min(first, last - 1), maximum=last, value=value)
 
     def refresh(words: str, state: str, sort: str, id: str, at: float | None, end: int, seen: list[str]) -> list[Any]:
         at, last, slider = slide(id, at, end)
@@ -451,7 +581,7 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
             return [draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad"), *[gr.skip()] * (count + 2)]
         updates = []
         for name, other in forms.items():
-            mine = [gr.update(value=""), *form.fill(config)] if name == config.pipeline else None
+            mine = [gr.update(value=None), *form.fill(config)] if name == config.pipeline else None
             updates += mine or [gr.skip()] * (len(other.widgets) + 2)
         return ["", gr.update(selected="launch"), config.pipeline, *updates]
 
@@ -459,9 +589,12 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
     timer = gr.Timer(REFRESH)
     outputs = [*shown, seen, step, end]
     timer.tick(refresh, inputs, outputs, trigger_mode="once", **private)
-    gr.on([words.change, state.input, sort.input, step.input], refresh, inputs, outputs, **private)
+    tab.select(refresh, inputs, outputs, **private)  # what it shows until then is of when the server started
+    moved = [words.change, state.input, sort.input, step.input]
+    gr.on(moved, refresh, inputs, outputs, trigger_mode="always_last", **private)
     for source in (listing, head):
-        source.select(select, [words, state, sort], [*outputs, message, chosen, buttons, parts, sure], **private)
+        all_of_it = [*outputs, message, chosen, buttons, parts, sure]
+        source.select(select, [words, state, sort], all_of_it, trigger_mode="multiple", **private)
     told = [message, chosen, buttons, parts, sure]
     for button, what in ((stop, "stop"), (resume, "resume"), (sample, "sample"), (yes, "delete")):
         button.click(do(what), chosen, told, **private).then(refresh, inputs, outputs, **private)

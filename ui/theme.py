@@ -13,6 +13,10 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 HEAD = """<style>
 .gradio-container, .gradio-container .main, .gradio-container .main > .wrap, main.contain { width: 100% !important }
 .gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100vw !important }
+[data-stale] { display: none !important }
+.gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }
+.gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
+.gradio-container .prose code { font-size: .95em !important; color: inherit !important }
 @media (max-width: 640px) { .gradio-container .main { padding: 8px 10px !important } }
 </style>"""
 
@@ -36,7 +40,12 @@ def theme() -> gr.themes.Base:
         block_border_color_dark="#263340",
         block_label_text_weight="600",
         block_title_text_weight="600",
-        block_info_text_size="*text_xs",
+        block_info_text_size="*text_sm",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        color_accent="*primary_700",
+        slider_color="*primary_700",
+        slider_color_dark="*primary_400",
         input_background_fill="white",
         input_border_width="1px",
         input_border_color="*neutral_300",

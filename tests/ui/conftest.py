@@ -1,5 +1,6 @@
 """Runs and comparisons made by the store's own functions, a server in a process of its own, and a browser."""
 
+import asyncio
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +29,11 @@ with warnings.catch_warnings():  # its own import warns of what its dependencies
     warnings.simplefilter("ignore")
     import_gradio()
 
+import gradio as gr
+from gradio.events import EventData
+from gradio.state_holder import SessionState
+
+from equipoise.ui.app import page
 from equipoise.ui.safety import Site
 
 BROWSER = [
@@ -120,6 +127,32 @@ def answered(swept: Run) -> Run:
     return swept
 
 
+@pytest.fixture
+def ask(site: Site):
+    """Calls a handler of the page by its name with what a browser sent: Gradio's own checks before and after it too.
+
+    A session goes on from call to call, as an open page does; what is no input of the page (states) is None.
+    """
+    pages: list[tuple[gr.Blocks, SessionState]] = []
+    loop = asyncio.Runner()
+
+    async def opened() -> tuple[gr.Blocks, SessionState]:  # where no loop runs, gradio makes some that nobody closes
+        blocks = page(site, 1)
+        return blocks, SessionState(blocks)
+
+    def call(name: str, *sent: Any, event: Any = None) -> list[Any]:
+        if not pages:
+            pages.append(loop.run(opened()))
+        (blocks, state), *_ = pages
+        handler = next(one for one in blocks.fns.values() if one.name == name)
+        assert len(sent) == len(handler.inputs), handler.inputs
+        told = EventData(handler.inputs[0], event) if event else None
+        return loop.run(blocks.process_api(handler, list(sent), state=state, event_data=told))["data"]
+
+    with loop:
+        yield call
+
+
 class Server:
     """`equipoise ui` in a process of its own, which can be started again at the same port."""
 
@@ -169,7 +202,7 @@ def serve():
                     psutil.Process(item.pid).kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it lasts, its event loop is the only one that this thread may have
 def browser(chromium: str):
     """A real browser."""
     from playwright.sync_api import sync_playwright

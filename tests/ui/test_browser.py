@@ -38,7 +38,7 @@ def look(browser):
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda m: said.append(m.text) if m.type == "error" and "ERR_" not in m.text else None)
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("pageerror", lambda error: said.append(error.stack or str(error)))
         page.on("request", lambda r: said.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
         page.goto(url)
         page.get_by_role("tab", name="Launch").wait_for()
@@ -81,6 +81,8 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     """A sweep is launched, watched over a reload and a restart of the server, compared, asked for more, exported."""
     server = serve(tmp_path)
     page = look(server.url)
+    expect(page.locator("#start-text_to_image")).to_be_visible()
+    expect(page.get_by_text("Loading...", exact=True)).to_have_count(0)
     shoot(page, "launch")
     optimizer = page.locator("#field-text_to_image-optimizer-name input")
     optimizer.click()
@@ -143,9 +145,9 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     assert "adamw" in Path(download.value.path()).read_text()
 
 
-def test_stop_resume_delete(tmp_path, serve, look):
+def test_stop_resume_delete_on_a_phone_in_the_dark(tmp_path, serve, look):
     server = serve(tmp_path)
-    page = look(server.url)
+    page = look(server.url, 390, 844, dark=True)
     optimizer = page.locator("#field-text_to_image-optimizer-name input")
     optimizer.click()
     for _ in range(2):  # one run, no sweep
@@ -156,6 +158,7 @@ def test_stop_resume_delete(tmp_path, serve, look):
     page.locator("#runs-table").get_by_role("button", name=id).click()
     run = Store(tmp_path).get(id)
     expect(page.locator("#run-head .facts")).to_contain_text("loss", timeout=PATIENCE)  # it trains
+    assert fits(page)
     page.locator("#stop").click()
     expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
     steps = run.status().step
@@ -199,7 +202,15 @@ def test_stop_resume_delete(tmp_path, serve, look):
 
 def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
     """Saved as YAML and loaded again; pictures captioned in place."""
-    page = look(serve(tmp_path / "runs").url)
+    (tmp_path / "photos" / "cats" / "black").mkdir(parents=True)
+    page = look(serve(tmp_path / "runs", f"--data=photos={tmp_path / 'photos'}").url)
+    data = page.locator("#field-text_to_image-data-folder input")
+    (tmp_path / "photos" / "cats" / "white").mkdir()  # since the page was made
+    for place in ("photos/cats/", "photos/cats/white/", "photos/", "photos/cats/", "photos/cats/black/"):
+        data.click()
+        page.get_by_role("option", name=place, exact=True).click()
+        expect(data).to_have_value(place)
+        page.get_by_role("heading", name="Launch").click()
     rate = page.locator("#field-text_to_image-optimizer-learning_rate").locator("textarea, input").first
     rate.fill("0.007")
     page.get_by_role("button", name="Options of what is chosen").click()
@@ -211,13 +222,14 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
     page.locator("#pictures input[type=file]").set_input_files([tmp_path / "a.png", tmp_path / "b.png"])
     cell = page.locator("#captions").get_by_test_id("cell-1-1")
     cell.dblclick()
+    expect(page.locator("#captions :is(textarea, input):focus")).to_be_visible()  # what is typed sooner is lost
     page.keyboard.type("a <b>blue</b> square")
     page.keyboard.press("Enter")
     expect(cell).to_contain_text("a <b>blue</b> square")
     page.locator("#use-pictures").click()
     expect(page.locator("#pictures-message")).to_contain_text("2 pictures are ready")
     (folder,) = (tmp_path / "runs" / "uploads").iterdir()
-    expect(page.locator("#field-text_to_image-data-folder input")).to_have_value(str(folder))
+    expect(data).to_have_value(f"uploads/{folder.name}")
     said = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert said == ["pictures", "a <b>blue</b> square"]
 
@@ -228,11 +240,17 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
         page.locator("#save-text_to_image").click()
     saved = Path(download.value.path()).read_text()
     assert configs.load(_file(tmp_path, saved)).data.folder == str(folder)
+    rate.fill("0.008")
+    expect(page.locator(".plan:visible")).to_have_count(0)  # it is not what would be started
+    page.locator("#check-text_to_image").click()
+    expect(plan).to_contain_text("An estimate from shapes", timeout=PATIENCE)
     mine = _file(tmp_path, saved.replace("0.007", "0.009"))
     with page.expect_file_chooser() as chooser:
         page.locator("#load-text_to_image").click()
     chooser.value.set_files(mine)
     expect(rate).to_have_value("0.009")
+    expect(page.locator("#preset-text_to_image input")).to_have_value("")  # these are no preset's values
+    expect(page.locator(".plan:visible")).to_have_count(0)
     broken = _file(tmp_path, saved.replace("0.007", "-1"))
     with page.expect_file_chooser() as chooser:
         page.locator("#load-text_to_image").click()
@@ -252,7 +270,7 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         shutil.copytree(run.folder, site.store.root / f"old-{index:03d}")
     server = serve(site.store.root)
     assert server.seconds < 30  # five on a machine with nothing else to do
-    for width, height, dark in ((1280, 900, True), (390, 844, False)):
+    for width, height, dark in ((1280, 900, False), (390, 844, True)):
         page = look(server.url, width, height, dark)
         assert fits(page)
         shoot(page, f"launch-{width}")
@@ -272,6 +290,23 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         expect(page.locator("#grid button.cell")).to_have_count(6)
         assert fits(page)
         shoot(page, f"compare-{width}", full=True)
+        cells = page.locator("#grid button.cell")
+        cells.nth(1).click()
+        cells.nth(2).click()  # at once: none of the clicks is lost
+        page.locator(".before-after input").fill("25")
+        assert page.locator(".before-after").evaluate("it => it.style.getPropertyValue('--at')") == "25%"
+        step = page.locator("#compare-step")
+        step.locator("input[type=range]").fill("2")  # while the page still fills itself in
+        expect(page.locator("#grid img[src*='samples/step-00000002']")).to_have_count(4)
+        step.locator("input[type=range]").press("End")
+        expect(page.locator("#grid img[src*='samples/']")).to_have_count(0)
+        step.locator("input[type=range]").press("ArrowLeft")  # to 4, which is nearer to 5
+        expect(page.locator("#grid img[src*='samples/step-00000005']")).to_have_count(4)
+        step.locator("input[type=number]").fill("3")
+        step.locator("input[type=number]").press("Tab")
+        expect(page.locator("#grid img[src*='samples/step-00000002']")).to_have_count(4)
+        page.locator("#compare-scale input[type=range]").fill("0.7")
+        expect(page.locator("#compare-message")).to_contain_text("Nothing is drawn at scale 0.7 yet")
         tab(page, "Plugins")
         page.locator(".plugins summary", has_text="scaled_adamw").click()
         expect(page.locator(".plugins details[open]")).to_contain_text("damping")

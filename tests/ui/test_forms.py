@@ -1,5 +1,7 @@
 """A form says what the records say, and gives back what they hold; for every pipeline that is installed."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -10,7 +12,7 @@ from equipoise.pipelines.axes import expand
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.shipped import shipped
 from equipoise.pipelines.status import Status
-from equipoise.ui import forms, launch
+from equipoise.ui import draw, forms, launch
 
 
 def filled(name: str):
@@ -152,6 +154,11 @@ def test_the_command_does_the_same(site, capsys):
     assert configs.flat(configs.load("text_to_image/demo"))["sweep"]  # which `train` leaves alone
     before, after = made.yaml.replace("sweep: {}\n", ""), printed
     assert [line for line in before.splitlines() if line not in after.splitlines()] == []
+    assert "--workers" not in made.command, "one run has no use for it"
+    shown["optimizer.learning_rate"] = "1e-3, 2e-3"
+    for preset, last in (("text_to_image/demo", None), ("", "FILE.yaml")):
+        words = launch.plan(site, "text_to_image", preset, shown, rows, 3).command
+        assert words.startswith("equipoise sweep") and " --workers=3" in words and (last is None or last in words)
 
 
 def test_a_plan_without_a_preset(site):
@@ -185,6 +192,19 @@ def test_the_estimate_adds_up_runs_of_different_lengths(site, monkeypatch):
     monkeypatch.setattr(launch, "alike", lambda *_: [Status(id="a", step=10, seconds=10.0, started=1.0, ended=11.0)])
     assert "about 0:01:00 in all" in launch.estimate(site, made, 1)
     assert "about 0:00:40 in all" in launch.estimate(site, made, 2), "the first worker takes the third run too"
+
+
+def test_loading_and_samples_are_no_part_of_a_step(site, run, monkeypatch):
+    """A step of 0.1 s, whose run took a minute longer."""
+    _, shown, rows = filled("text_to_image/demo")
+    made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "train.steps": "1000"}, rows)
+    with open(run.folder / "metrics.jsonl", "w") as file:
+        for step, seconds in enumerate((40.0, 0.1, 0.1, "x", 0.1), 1):
+            file.write(json.dumps({"step": step, "seconds": seconds}) + "\n")
+    run.update(seconds=60.5)
+    said = launch.estimate(site, made, 1)
+    assert "0.1 s per step, and 60 s for the rest of each run, measured here" in said
+    assert draw.span(made.cells * (1000 * 0.1 + 60)) in said
 
 
 def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):

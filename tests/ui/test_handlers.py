@@ -1,10 +1,12 @@
 """What the tabs' functions return, without a page; and the page's own programming interface."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import gradio as gr
 import httpx
@@ -17,7 +19,8 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE, Comparison
-from equipoise.ui import compare, plugins, runs
+from equipoise.pipelines.files import append
+from equipoise.ui import compare, draw, plugins, runs
 
 
 def test_the_table_filters_and_sorts(site, run, finish):
@@ -60,6 +63,51 @@ def test_damaged_lines_of_metrics_are_left_out(site, run):
     assert run.metrics() == before and "<figcaption>loss" in runs.detail(site, "one", None)[1]
     run.rewind_metrics(3)
     assert [record["step"] for record in run.metrics()] == [1, 2, 3]
+
+
+def test_curves_grow_and_are_rewound(site):
+    """As another process writes them, a line sometimes cut in the middle: what is kept is what the file has."""
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="some")
+
+    def agree(steps: int) -> None:
+        wanted = [(record["step"], record["loss"]) for record in made.metrics()]
+        assert runs.read_curves(made).get("loss", []) == wanted and len(wanted) == steps
+
+    agree(0)
+    with made.session(signals=False):
+        for step in range(1, 400):
+            made.metric(step, loss=1 / step)
+            if step % 100 == 0:
+                agree(step)
+        with open(made.folder / "metrics.jsonl", "a") as file:
+            file.write('{"step": 400, "lo')
+            file.flush()
+            agree(399)
+            file.write('ss": 0.5}\n')
+        agree(400)
+        made.rewind_metrics(50)
+        agree(50)
+        made.rewind_metrics(20)
+        for step in range(21, 90):
+            made.metric(step, loss=2 / step)
+        agree(89)
+        made.rewind_metrics(0)
+        agree(0)
+
+
+def test_what_is_left_is_told_by_the_steps_alone(site):
+    """Loading came before them, and another session's before that."""
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="some")
+    now = time.time()
+    with made.session(signals=False):
+        made.update(total=100, started=now - 600)
+        for step, ended in ((1, now - 9000), (2, now - 8000), (3, now - 20)):
+            append(made.folder / "metrics.jsonl", json.dumps({"step": step, "time": ended}) + "\n")
+            made.update(step=step)
+        assert runs.left(site, made.status()) == "", "not known yet"
+        append(made.folder / "metrics.jsonl", json.dumps({"step": 5, "time": now}) + "\n")
+        made.update(step=5)
+        assert runs.left(site, made.status()) == draw.span(95 * 10)
 
 
 def test_curves_that_are_measured_now_and_then(site):
@@ -162,6 +210,16 @@ def test_answers_are_read_in_the_grid(site, swept, answered):
     assert ">question<" in drawn and "/data/" not in drawn and "✗" in drawn
 
 
+def test_odd_records_stop_nothing(site, run, swept, answered):
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "": 1.0, "_": 2.0, "val_": 3.0, "loss": "x"}\n')
+    assert runs.charts(site, "one").count("<figcaption>") > 4
+    for place in (swept.folder / "comparison" / "cells").iterdir():
+        odd = [{"answer": 5, "score": "x"}, {"answer": "no", "score": 0, "wanted": 7}, {"score": [], "wanted": "y"}]
+        (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
+    assert "✗ no <s>7</s>" in (shown := compare.grid(site, "grid/comparison")) and ">5</span>" in shown
+
+
 def test_what_a_comparison_can_be_told(site, run, finish):
     """By the pipeline's own record: what draws has a scale, what answers has prompts, what classifies has neither."""
     assert set(compare.asked(site, ["one"])) == {"prompts", "count", "scale", "seed"}
@@ -183,7 +241,9 @@ def test_what_is_possible_now(site, run, swept):
 
     assert can("") == can("nobody") == [False] * 3
     assert can("one") == [False] * 3, "it is done"
-    assert can("grid") == [False, False, True], "of a sweep something may be left"
+    assert can("grid") == [False] * 3, "all its cells are done"
+    sweeps.cells(swept)[0].update(state="failed")
+    assert can("grid") == [False, False, True], "although the sweep is done, something is left"
     run.update(state="stopped")
     assert can("one") == [False, False, True]
     with run.session(signals=False):
@@ -193,13 +253,48 @@ def test_what_is_possible_now(site, run, swept):
 def test_charts_of_every_kind(site):
     """Modalities' accuracies apart from their losses, and α by its sign."""
     made = site.store.create(configs.load("audio_visual/demo", [f"runs={site.store.root}"]), id="av")
-    names = ("val_accuracy_joint", "val_accuracy_audio", "val_loss_joint", "weight_audio", "joint_weight_audio")
+    names = (
+        "val_accuracy_joint",
+        "val_accuracy_audio",
+        "val_loss_joint",
+        "weight_audio",
+        "joint_weight_audio",
+        "alpha",
+    )
     with made.session(signals=False):
         for step in (1, 2):
             made.metric(step, loss=1.0, rate=0.1, **{name: step / 2 for name in names})
     shown = runs.charts(site, "av")
-    for title in ("validation accuracy", "validation loss joint", "weight audio", "α"):
+    for title in ("validation accuracy", "validation loss joint", "weight audio", "α, the joint gradient", "α<"):
         assert f"<figcaption>{title}" in shown
+
+
+def test_long_curves_keep_their_spikes_and_little_else(site):
+    """A million steps of a run: a few thousand points, and of the drawing a few hundred."""
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="long")
+    values = [1.0] * 100_000
+    values[77_777] = 9.0
+    lines = (f'{{"step": {step}, "time": {step}, "loss": {value}}}\n' for step, value in enumerate(values, 1))
+    (made.folder / "metrics.jsonl").write_text("".join(lines))
+    points = runs.read_curves(made)["loss"]
+    assert len(points) <= runs.MOST_POINTS and (77_778, 9.0) in points and points[-1] == (100_000, 1.0)
+    steps = [step for step, _ in points]
+    assert steps == sorted(set(steps)) and max(b - a for a, b in pairwise(steps)) < 200, "evenly"
+    path = draw.chart("loss", {"loss": points}).split('points="')[1].split('"')[0].split()
+    assert len(path) < 1000 and len({place.split(",")[1] for place in path}) == 2, "the spike is drawn"
+
+
+def test_marks_beside_an_axis_are_round():
+    for low, high, log, wanted in (
+        (0.009, 0.377, False, ["0.1", "0.2", "0.3"]),
+        (-2.05, -0.43, True, ["0.01", "0.03", "0.1", "0.3"]),
+        (-9, 3, True, ["1e-9", "1e-6", "0.001", "1", "1000"]),
+        (-4.2, -3.8, True, ["0.0001", "0.00015"]),
+        (0.95, 1.05, False, ["0.95", "1", "1.05"]),
+    ):
+        assert list(map(draw.short, draw.marks(low, high, log))) == wanted
+    once = draw.chart("a", {"b": [(5, 1.0)]})
+    assert once.count("<circle") == 1 and once.count(">5<") == 1
 
 
 def test_two_cells_under_a_slider(site, swept):
@@ -211,6 +306,41 @@ def test_two_cells_under_a_slider(site, swept):
     assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
     assert "optimizer.name" not in both, "they have the same one"
     assert "learning rates that worked" in compare.curve(site, id) and "Table (CSV)" in compare.export(site, id)
+
+
+def test_a_comparison_of_runs_that_drew_once_is_opened(site, swept, ask):
+    for cell in sweeps.cells(swept):
+        shutil.rmtree(cell.samples / "step-00000002")
+    opened = ask("pick", ["grid"])
+    assert sum("<button class='cell" in str(part) for part in opened) == 1
+    slider = next(part for part in opened if isinstance(part, dict) and part.get("maximum") == 5)
+    assert slider["minimum"] == 0 and not slider["visible"]
+
+
+def test_numbers_out_of_bounds_are_taken_for_the_nearest(site, run, swept, ask):
+    """An event may be of before the bounds changed, and boxes take what is typed, or are emptied."""
+    ask("pick", ["grid"])
+    for step, drawn in ((1, "step-00000002"), (-5, "step-00000002"), (99, "cells/"), (None, "cells/"), ("x", "cells/")):
+        shown = str(ask("draw_grid", "grid/comparison", "row", RATE, 0, step, None))
+        assert drawn in shown and "<button class='cell" in shown
+    for prompt, seen in ((77, "01-0.png"), (-1, "00-0.png"), (None, "00-0.png"), (math.nan, "00-0.png")):
+        assert seen in str(ask("draw_grid", "grid/comparison", "row", RATE, prompt, 5, None)), prompt
+    for scale in (99, -1, None):
+        assert "drawn at scale" in (said := str(ask("by_scale", ["grid"], "grid/comparison", scale))) or scale is None
+        assert scale != 99 or "scale 10 yet" in said
+    ask("select", "", "all", "youngest", event={"id": "one"})
+    assert "step 2<" in str(ask("refresh", "", "all", "youngest", None, 1, None, None))
+
+
+def test_count_is_a_whole_number_of_some_size(site, swept, ask, monkeypatch):
+    told: list[dict] = []
+    monkeypatch.setattr(background, "compare", lambda root, refs, words: told.append(words) or "name")
+    for count in (-3, 1e9, 0.5, math.inf):
+        assert "Count must be a whole number from 0 to 1000" in str(ask("start", ["grid"], "a cat", count, 1))
+    assert not told
+    for count in (None, 0, 2):
+        ask("start", ["grid"], "a cat", count, None)
+    assert [words.get("count") for words in told] == [None, None, 2] and told[0]["scale"] == 1
 
 
 @pytest.fixture
@@ -269,6 +399,55 @@ def test_a_job_that_comes_to_nothing_says_why(site, swept):
     assert "came to nothing" in compare.working(site, ["grid"])
 
 
+def test_what_cannot_be_is_not_promised(site, run, swept, finish):
+    config = configs.load("audio_visual/demo", [f"runs={site.store.root}"])
+    heard = site.store.create(config, id="heard")
+    for made in (finish(heard), run):
+        shutil.rmtree(made.samples)
+        made.samples.mkdir()
+    for id, words in (("grid", "one of its cells"), ("heard", "draws none"), ("one", "Compare draws")):
+        assert words in (shown := runs.samples(site, id)) and "Sample now" not in shown
+    seen = {id: runs.possible(site, id)[1]["visible"] for id in ("one", "grid", "heard")}
+    assert seen == {"one": True, "grid": False, "heard": False}
+
+
+def test_what_is_missing_is_named(site, run, swept):
+    """By the run's id and the file's name, and never by where on the server it lies."""
+    (run.folder / "config.yaml").unlink()
+    heading, curves, *_, config, _ = runs.detail(site, "one", None)
+    assert "5 of 5" in heading and "<svg" in curves and "one/config.yaml cannot be read: No such file" in config
+    shutil.rmtree(run.folder)
+    gone = runs.detail(site, "one", None)[0]
+    assert "no run &#x27;one&#x27;" in gone and str(site.store.root) not in gone
+    (swept.folder / "comparison" / "table.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^grid/comparison: holds no comparison"):
+        compare.read(site, "grid/comparison")
+
+
+def test_a_comparison_speaks_of_its_own_pictures(site, swept, finish):
+    """Of classification these are confusion matrices, of which the base has none."""
+    assert compare.pictured(site, compare.read(site, "grid/comparison"))["label"] == "Prompt"
+    config = configs.load("audio_visual/demo", [f"runs={site.store.root}"])
+    finish(site.store.create(config, id="heard"))
+    file = swept.folder / "comparison" / "table.json"
+    table = json.loads(file.read_text()) | {"prompts": ["confusion, joint", "confusion, audio"]}
+    for cell in table["cells"]:
+        cell["run"] = "heard" if cell["run"] else ""
+        cell["pictures"] *= bool(cell["run"])
+    file.write_text(json.dumps(table))
+    said = compare.pictured(site, compare.read(site, "grid/comparison"))
+    assert said == {"label": "Picture", "info": "0: the first of each; 1: confusion, joint; 2: confusion, audio"}
+    assert compare.grid(site, "grid/comparison").count("the base has none") == 2
+    for chosen in (["base"], ["heard", "base"], ["base", "heard"]):
+        assert "no picture of the untouched base" in compare.cell_detail(site, "grid/comparison", chosen, 0)
+
+
+def test_all_that_a_comparison_wrote_is_linked(site, swept):
+    links = compare.export(site, "grid/comparison")
+    for name in ("grid.png", "grid-00.png", "grid-01.png", "report.html", "table.csv", "table.json"):
+        assert (swept.folder / "comparison" / name).is_file() and f"/{name}?download=1" in links
+
+
 def test_unfinished_runs_are_not_compared(site, run):
     with run.session(signals=False), pytest.raises(InputError, match="not finished yet"):
         compare.generate(site, ["one"], "", 1, 1.0)
@@ -299,7 +478,8 @@ def test_the_programming_interface(site, run, swept, serve, tmp_path):
         said = client.predict(yaml, api_name="/check")
         assert said["runs"] == len(expand(run.config())) and "measured here" in said["time"] and said["yaml"] == yaml
         secret = yaml.replace("folder: demo", "folder: /etc")
-        for text, words in (("a: [", "config.yaml"), (secret, "may read"), ("pipeline: nobody", "no pipeline")):
+        odd = [(None, "must be the text"), (5, "must be the text"), ({"a": 1}, "must be the text")]
+        for text, words in (*odd, ("a: [", "config.yaml"), (secret, "may read"), ("pipeline: nobody", "no pipeline")):
             with pytest.raises(Exception, match=words):
                 client.predict(text, api_name="/check")
         stands = {item["id"]: item["state"] for item in client.predict(api_name="/runs")}

@@ -4,6 +4,7 @@ import base64
 import json
 import struct
 import zlib
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
 from equipoise.ui import compare, draw, launch, runs
-from equipoise.ui.safety import PICTURES, Site, check_picture, read_password
+from equipoise.ui.safety import OFFERED, PICTURES, ROOM, UPLOAD, Site, check_picture, make_room, read_password
 
 NAMES = [
     "../secret.txt",
@@ -75,6 +76,34 @@ def test_what_is_served_and_to_whom(site, run, secret, serve):
         assert mine.status_code == 422, "reached gradio, which misses the body"
 
 
+def test_nothing_is_fetched_for_a_form(site, serve):
+    """A file of a form is what was uploaded: of an address gradio would take what it finds there."""
+    server = serve(site.store.root)
+    with httpx.Client(base_url=server.url) as client:
+        event = next(one for one in client.get("/config").json()["dependencies"] if one["api_name"] == "on_upload")
+        for path in ("http://127.0.0.1:1/a.png", " HTTPS://example.org/a.png", "file:///etc/passwd", "ftp://a/b"):
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            for data in ([[file], None], [{"deep": [file]}, None]):
+                asked = {"data": data, "fn_index": event["id"], "session_hash": "s"}
+                answer = client.post("/gradio_api/queue/join", json=asked)
+                assert answer.status_code == 400 and "not fetched from addresses" in answer.text, path
+        assert client.post("/gradio_api/queue/join", content=b"[" * 100_000).status_code in (400, 422)
+        asked = {"data": [None, None], "fn_index": event["id"], "session_hash": "s"}
+        assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
+        fetched = [f"{it}{server.url}/config" for it in ("/gradio_api/file=", "/file=", "/gradio_api/proxy=")]
+        closed = ["/openapi.json", "/gradio_api/openapi.json", "/gradio_api/dev/reload", "/dev/reload/"]
+        for path in (*closed, *fetched, "/gradio_api/file=https%3A//example.org/"):
+            answer = client.get(path, timeout=5)
+            assert (answer.status_code, answer.text) == (404, "There is nothing here."), path
+
+
+def test_what_a_page_would_never_send_gets_a_sentence(site, run, ask):
+    assert "Choose a YAML file" in str(ask("on_yaml", None))
+    assert "must be one word" in str(ask("on_use", None, None, None)) and ask("on_upload", None, None)
+    for prompt in ("a\0b", "a\ud800b"):
+        assert "characters that are no text" in str(ask("start", ["one"], prompt, 1, 1))
+
+
 def test_ids_are_ids(site, run, secret):
     for id in ("../one", "/etc", str(run.folder), "one/../one", "o", "latest", "one/result", "<b>"):
         with pytest.raises(InputError):
@@ -97,6 +126,51 @@ def test_a_run_that_is_a_link_is_not_opened(site, run, tmp_path):
     assert other.is_dir()
 
 
+def choices(site: Site, at: str = "") -> list[str]:
+    return [choice for _, choice in site.choices(at)]
+
+
+def test_one_walks_through_folders_and_not_out(site):
+    deep = site.data["photos"] / "cats" / "black"
+    (deep / "kittens").mkdir(parents=True)
+    (deep / "list.csv").touch()
+    (deep / "a.png").touch()
+    (deep / "away").symlink_to("/etc")
+    assert choices(site) == ["photos", "photos/cats"]
+    assert choices(site, "photos/cats") == ["photos", "photos/cats", "photos/cats/black"]
+    here = "photos/cats/black"
+    there = ["photos", "photos/cats", here, f"{here}/kittens", f"{here}/list.csv"]
+    assert choices(site, here) == choices(site, f"{here}/list.csv") == choices(site, f"{here}/gone") == there
+    for at in ("photos/..", "photos/../photos/out", "photos/out", "/etc", "demo", "photos/\0"):
+        assert choices(site, at) == ["photos", "photos/cats"], at
+    for index in range(OFFERED + 3):
+        (deep / "kittens" / f"{index:03d}").mkdir()
+    (*_, last), words = choices(site, f"{here}/kittens"), site.choices(f"{here}/kittens")[-1][0]
+    assert last == f"{here}/kittens" and words.startswith("… 3 more in")
+
+
+def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
+    """Neither those of files nor those of folders, nor those behind links within the root."""
+    cats, shown = site.data["photos"] / "cats", launch.forms.show(configs.load("text_to_image/demo"))
+    (site.data["photos"] / "dogs").mkdir()
+    (tmp_path / "private.png").touch()
+
+    def made() -> launch.Plan:
+        place = {"data.folder": "photos/cats"}
+        return launch.plan(site, "text_to_image", "text_to_image/demo", shown | place, [])
+
+    (cats / "dogs").symlink_to("../dogs")
+    (site.data["photos"] / "dogs" / "cats").symlink_to("../cats")
+    assert made().config.data.folder == str(cats), "within the root they may lead anywhere, in circles too"
+    link = site.data["photos"] / "dogs" / "a.png"
+    for target in (tmp_path / "private.png", "/etc"):
+        link.symlink_to(target)
+        with pytest.raises(ConfigError, match=f"data.folder: {link} is a link that leads out"):
+            made()
+        link.unlink()
+    assert made()
+
+
 def test_data_is_confined_to_its_roots(site, tmp_path):
     (tmp_path / "private").mkdir()
     shown = launch.forms.show(configs.load("text_to_image/demo"))
@@ -106,7 +180,7 @@ def test_data_is_confined_to_its_roots(site, tmp_path):
     made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "data.folder": "photos/cats"}, [])
     assert made.config.data.folder == str(site.data["photos"] / "cats")
     assert made.config.runs == str(site.store.root)
-    assert "photos/out" not in site.choices()
+    assert "photos/out" not in choices(site)
 
 
 @pytest.mark.parametrize("text", ["vase", "/imagine a cat", "~ a cat ~", "~nobody/x", "../a cat"])
@@ -126,7 +200,7 @@ def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
 
 def test_links_in_a_circle_are_passed_over(site):
     (site.data["photos"] / "loop").symlink_to("loop")
-    assert "photos/cats" in site.choices() and "photos/loop" not in site.choices()
+    assert "photos/cats" in choices(site) and "photos/loop" not in choices(site)
     with pytest.raises(InputError, match="leads out"):
         site.place("photos/loop")
 
@@ -179,7 +253,7 @@ def test_uploads(site, tmp_path):
         "file_name": "000.png",
         "text": "a <b>red</b> square",
     }
-    assert str(folder) in site.choices() and site.store.list() == []
+    assert str(folder) in choices(site) and site.store.list() == []
 
 
 def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
@@ -198,6 +272,45 @@ def test_nothing_is_left_in_the_temporary_folder(site, serve, tmp_path):
     assert Path(kept).is_relative_to(tmp_path / "temporary") and Path(kept).is_file()
     server.stop()
     assert not any(path.is_file() for path in (tmp_path / "temporary").rglob("*"))
+
+
+def test_uploads_do_not_pile_up(site, serve, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    server = serve(site.store.root, TMPDIR=str(tmp_path / "temporary"))
+    (place,) = (tmp_path / "temporary").glob("equipoise-ui-*")
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for count, wanted in ((PICTURES, 200), (PICTURES + 1, 413), (1000, 413)):
+            files = [("files", (f"{index}.png", bytes(300))) for index in range(count)]
+            answer = client.post("/gradio_api/upload", files=files)
+            assert answer.status_code == wanted, answer.text
+        assert client.post("/gradio_api/upload", content=iter([b"x"])).status_code == 411
+    for path, length in (("/gradio_api/upload", ROOM + 1), ("/gradio_api/queue/join", UPLOAD + 1)):
+        said = HTTPConnection("127.0.0.1", server.port, timeout=60)
+        said.putrequest("POST", path)
+        said.putheader("Content-Length", str(length))
+        said.endheaders()  # that is all: it is refused before anything is read
+        assert said.getresponse().status == 413
+        said.close()
+    kept = make_room(place)
+    assert kept and make_room(place, age=-1) == 0 and not [file for file in place.rglob("*") if file.is_file()]
+
+
+def test_used_pictures_are_not_kept_twice(site, tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setenv(launch.UPLOADED, str(tmp_path / "kept"))
+    for place in (tmp_path / "kept", tmp_path):
+        (place / "a.png").touch()
+    launch.forget([str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")])
+    assert not (tmp_path / "kept" / "a.png").exists() and (tmp_path / "a.png").exists(), "only what lies there"
+
+
+def test_no_page_shows_this_one_in_a_frame(site, run, serve):
+    server = serve(site.store.root, EQUIPOISE_UI_AUTH="me:correct horse")
+    for path in ("/", "/config", "/runs-file/one/config.yaml", "/none"):
+        for headers in ({}, basic("me:correct horse")):
+            answer = httpx.get(server.url + path, headers=headers)
+            assert answer.headers["x-frame-options"] == "DENY", path
+            assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
 
 
 def basic(word: str) -> dict[str, str]:

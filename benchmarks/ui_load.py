@@ -1,0 +1,185 @@
+"""What the page costs with many runs in the folder: its first paint, and the server's time for a refresh.
+
+    python benchmarks/ui_load.py                 # 300 runs, and a browser if one is installed
+    python benchmarks/ui_load.py --runs 1000 --queued 100 --finishing 10
+    python benchmarks/ui_load.py --runs 1 --steps 1000000
+
+The runs are copies of one that was written by the run's own functions, with --steps records of metrics each; beside
+them is a sweep of 25 such cells. Times are medians, the server's of processor time, which says the same on a busy
+machine; a refresh is what the tab Runs asks for every two seconds. With --finishing another process takes so many runs
+a second from a queue of --queued, begins, ends and replaces them meanwhile.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from select import select
+from typing import Any
+
+from PIL import Image
+
+from equipoise.pipelines import background
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.run import Run
+from equipoise.pipelines.store import Store
+from equipoise.ui.quick import import_gradio
+
+import_gradio()
+
+from equipoise.ui import compare, launch, runs  # noqa: E402  gradio is imported in its own way first
+from equipoise.ui.safety import Site  # noqa: E402
+
+BROWSER = ["--headless", "--no-sandbox", "--disable-gpu"]
+AXES = {
+    "optimizer": ["adamw", "scaled_adamw", "bounded_adamw", "ada_sam", "alpha_adam"],
+    "learning_rate": [1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
+}
+
+
+def fill(run: Run, steps: int) -> Run:
+    """Trains a run without training."""
+    with run.session(signals=False):
+        run.update(total=steps)
+        lines = [f'{{"step": {i}, "time": 0, "loss": {1 / i}, "rate": 0.001, "kappa": 0.5}}\n' for i in range(1, steps)]
+        (run.folder / "metrics.jsonl").write_text("".join(lines))
+        run.metric(steps, loss=1 / steps, rate=1e-3, kappa=0.5)
+        folder = run.samples / f"step-{steps:08d}"
+        folder.mkdir()
+        for index in range(8):
+            Image.new("RGB", (64, 64), (10 * index, 0, 0)).save(folder / f"{index:02d}-0.png")
+        run.finish("done", f"{steps} steps.", steps)
+    return run
+
+
+def store(root: Path, count: int, steps: int) -> Site:
+    """A runs folder with so many runs, and a sweep."""
+    site = Site(Store(root))
+    config = configs.load("text_to_image/demo", [f"runs={root}"])
+    one = fill(site.store.create(configs.set_keys(config, {"sweep": {}}), id="one"), steps)
+    for index in range(count - 1):
+        shutil.copytree(one.folder, root / f"old-{index:04d}")
+    made = sweeps.create(configs.set_keys(config, {"sweep": AXES}), id="grid")
+    for cell in sweeps.cells(made):
+        fill(cell, steps)
+    made.update(state="done")
+    return site
+
+
+def busy(root: Path, queued: int, rate: float) -> None:
+    """In a process of its own: so many runs wait, and so many a second are taken, end, and are followed by others."""
+    made, finished, begun = Store(root), 0, time.monotonic()
+    config = configs.load("text_to_image/demo", [f"runs={root}"])
+    for _ in range(queued):
+        made.enqueue(made.create(config))
+    print("ready", flush=True)
+    while not select([sys.stdin], [], [], 0)[0]:  # until the other end is closed
+        run = made.claim()
+        assert run is not None
+        with run.session(signals=False):
+            run.metric(1, loss=1.0)
+            run.finish("done", "1 step.", 1)
+        made.enqueue(made.create(config))
+        finished += 1
+        time.sleep(max(0.0, begun + finished / rate - time.monotonic()))
+    print(f"{finished / (time.monotonic() - begun):.1f}", flush=True)
+
+
+def seconds(work: Callable[[], Any], times: int) -> tuple[float, float]:
+    """Of processor time: the first time, and the median of those after it."""
+    taken = []
+    for _ in range(times + 1):
+        started = time.process_time()
+        work()
+        taken.append(time.process_time() - started)
+    return taken[0], statistics.median(taken[1:])
+
+
+def painted(root: Path, times: int) -> list[float] | None:
+    """Seconds from asking for the page until its table of runs is there, in a fresh browser's tab each time."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not path:
+        return None
+    from playwright.sync_api import sync_playwright
+
+    command = [sys.executable, "-m", "equipoise.pipelines.cli", "ui", "--port=0", f"--runs={root}"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+        sync_playwright() as playwright,
+    ):
+        assert server.stdout is not None
+        url = server.stdout.readline().split(",")[0].rpartition(" ")[2]
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER)
+        taken = []
+        for _ in range(times):
+            context = browser.new_context()
+            page = context.new_page()
+            started = time.perf_counter()
+            page.goto(url)
+            page.get_by_role("tab", name="Runs").wait_for()
+            painting = "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
+            first = page.evaluate(painting)
+            whole = time.perf_counter() - started
+            page.get_by_role("tab", name="Runs").click()
+            page.locator("#runs-table tbody tr").nth(100).wait_for()
+            taken.append((first, whole, time.perf_counter() - started))
+            context.close()
+        browser.close()
+        server.terminate()
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=300, help="runs in the folder (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="records of metrics of each (default: %(default)s)")
+    parser.add_argument("--queued", type=int, default=100, help="runs that wait then (default: %(default)s)")
+    parser.add_argument("--finishing", type=float, default=0, help="runs that end each second (default: %(default)s)")
+    parser.add_argument("--busy", help=argparse.SUPPRESS)  # the runs folder, in the process that ends runs
+    parser.add_argument("--no-browser", action="store_true", help="the server's times alone")
+    parser.add_argument("--times", type=int, default=5, help="repetitions (default: %(default)s)")
+    args = parser.parse_args()
+    if args.busy:
+        return busy(Path(args.busy), args.queued, args.finishing)
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "runs").resolve()
+        site = store(root, args.runs, args.steps)
+        waiting = site.store.create(configs.load("text_to_image/demo", [f"runs={root}"]), id="waiting")
+        made = launch.Plan(site.store.get("one").config(), 1, "")
+        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.runs} runs of {args.steps} steps")
+        if args.finishing:
+            command = [sys.executable, __file__, f"--busy={root}", f"--queued={args.queued}"]
+            command.append(f"--finishing={args.finishing}")
+            other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(other)
+            assert other.stdin and other.stdout
+            other.stdout.readline()
+        for name, work in {
+            "the table": lambda: runs.table(site),
+            "a refresh, a run chosen": lambda: (runs.table(site), runs.detail(site, "one", None)),
+            "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs.detail(site, "grid", None)),
+            "a queued process's look": lambda: background.ahead(waiting),
+            "the estimate of time": lambda: launch.estimate(site, made, 1),
+            "the list, as `equipoise runs` has it": lambda: site.store.list(),
+            "the comparisons to choose from": lambda: compare.choices(site),
+        }.items():
+            first, then = seconds(work, args.times)
+            print(f"{name}: {1000 * then:.0f} ms ({1000 * first:.0f} ms the first time)")
+        if not args.no_browser and (found := painted(root, args.times)):
+            first, whole, table = found
+            print(f"first paint {first:.2f} s, tabs {whole:.2f} s, table of runs {table:.2f} s after asking")
+        if args.finishing:
+            said, _ = other.communicate()  # which closes its standard input
+            print(f"{args.queued} waited, and {said.strip()} ended each second meanwhile")
+
+
+if __name__ == "__main__":
+    main()
