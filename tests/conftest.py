@@ -1,14 +1,27 @@
 """Fixtures for every test."""
 
+import multiprocessing
 import random
 import shutil
+import signal
 import site
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the processes they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests come first: those tests are the long ones, and at the end nobody should wait for one alone."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +32,24 @@ def seed() -> None:
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
+    """Calls a function in two fresh processes at once, with a rank and what is given, and gives what the two return."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # they meet wherever the machine's own name leads
+
+    def call(function: Callable, *arguments) -> list:
+        pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+        try:
+            started = [pool.submit(function, rank, *arguments) for rank in (0, 1)]
+            return [one.result(timeout=240) for one in started]
+        finally:
+            for child in multiprocessing.active_children():  # when one fails, the other waits for it
+                child.kill()
+            pool.shutdown()
+
+    return call
 
 
 @pytest.fixture
