@@ -20,10 +20,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import AdamW
 
 from equipoise import registry
 from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
+from equipoise.optimizers.fused_adamw import FusedAdamW
 from equipoise.pipelines import processes
 from equipoise.pipelines.loop import NonFiniteError
 from equipoise.pipelines.run import Run
@@ -61,6 +63,8 @@ class OptimizedWork:
         self.kept = {**named, **(buffers or {})}
         chosen = config.optimizer
         optimizer = registry.load("optimizers", chosen.name)
+        if optimizer is AdamW:
+            optimizer = FusedAdamW
         try:
             made = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
         except (TypeError, ValueError) as error:

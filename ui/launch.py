@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
@@ -537,10 +538,17 @@ def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str
     if item.key.key in (cls.SHORT.get("data"), cls.SHORT.get("model")):
         offered = gr.State(["demo", *site.choices()])
         places = gr.Dropdown(offered.value, allow_custom_value=True, **given)
-        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        # What lies there may have changed since the page was made; and a folder that is chosen offers what is in it.
-        both = [places, offered]
-        gr.on([places.focus, places.change], lambda at, before: _offered(site, at, before), both, both, **options)
+        options: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "trigger_mode": "always_last",
+        }
+        # What lies there may have changed since the server began; and a folder that is chosen offers what is in it.
+        # Not while someone chooses: a list that changes then moves under the pointer, and undoes what is being typed.
+        page, both = Context.root_block, [places, offered]
+        assert page is not None
+        triggers = [page.load, places.blur, places.change]
+        gr.on(triggers, lambda at, before: _offered(site, at, before), both, both, **options)
         return places
     return gr.Textbox(max_lines=1, **given)
 

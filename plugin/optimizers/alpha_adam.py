@@ -185,8 +185,12 @@ class AlphaAdam(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 value = self._seen.get(param, (None, None))[which]
                 if value is not None:
-                    values[name] = float(value)
-        return values
+                    values[name] = value
+        if not values:
+            return {}
+        first = next(iter(values.values()))
+        read = torch.stack([value.to(first) for value in values.values()]).tolist()  # waits once, not for each
+        return dict(zip(values, read, strict=True))
 
 
 def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:

@@ -38,10 +38,7 @@ class PairOptimizer:
         return self._hook.shares
 
     def _make_adamw(self, params: Any, options: Mapping[str, Any], **adamw: Any) -> None:
-        """Construct an AdamW base, on torch's fused kernel unless another is asked for or it cannot take them all."""
         given, model = unpack(params)
-        if adamw["foreach"] is None and adamw["fused"] is None and not adamw["differentiable"]:
-            adamw["fused"] = _can_fuse(given) or None
         super().__init__(given, **adamw)  # type: ignore[call-arg]
         self._work_on_pairs(options, model)
 
@@ -221,12 +218,6 @@ def unpack(params: nn.Module | Iterable[Any]) -> tuple[Any, nn.Module | None]:
             "requires_grad_(True) on what is to learn."
         )
     return named, params
-
-
-def _can_fuse(params: Any) -> bool:
-    """Whether torch's fused kernel takes all of them. On the CPU it walks memory linearly and would overwrite gaps."""
-    tensors = _entries([params] if isinstance(params, Tensor) else params)
-    return all(t.is_floating_point() and t.device.type in ("cpu", "cuda") and t.is_contiguous() for t in tensors)
 
 
 def _entries(items: Iterable[Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from equipoise.errors import InputError
 from equipoise.frozen import weight_norms
 from equipoise.optimizers.checks import check_not_negative, is_number, place
+from equipoise.optimizers.fused_adamw import match_layout
 from equipoise.optimizers.preconditioner import Preconditioner, Side
 from equipoise.optimizers.product_bound import ProductBound
 from equipoise.pairs import PairReport, find_pairs
@@ -279,18 +280,9 @@ def _params(optimizer: Any) -> list[Tensor]:
 
 
 def _match_layout(optimizer: Any) -> None:
-    """Give gradients their parameter's strides: torch's fused CPU kernels assume them without looking.
-
-    Autograd keeps to them by itself; gradients that were assigned by hand may not.
-    """
     for group in optimizer.param_groups:
         if group.get("fused"):
-            grads = [param.grad for param in group["params"]]
-            if all(grad is None or grad.is_contiguous() for grad in grads):
-                continue
-            for param, grad in zip(group["params"], grads, strict=True):
-                if grad is not None and grad.stride() != param.stride():
-                    param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            match_layout(group["params"])
 
 
 def is_nested(optimizer: Any) -> bool:

@@ -89,6 +89,33 @@ def test_equal_under_a_gradient_scaler():
     assert_twins(sides)
 
 
+def test_left_open_it_fuses_what_the_kernel_takes():
+    whole, strided = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 4).t())
+    for params, options, expected in (
+        ([whole], {}, True),
+        ([{"params": iter([whole])}], {}, True),
+        ([whole, strided], {}, None),
+        ([whole], {"foreach": True}, None),
+        ([whole], {"differentiable": True}, None),
+        ([{"params": [whole], "foreach": True}], {}, None),
+        ([whole], {"fused": False}, False),
+    ):
+        assert FusedAdamW(params, **options).param_groups[0]["fused"] is expected
+
+
+def test_gradients_of_other_strides_are_laid_out_anew():
+    (theirs, expected), (ours, params) = twins(fused=False)[0], twins(fused=None)[1]
+    for optimizer, own in ((theirs, expected), (ours, params)):
+        torch.manual_seed(1)
+        for _ in range(3):
+            for param in own:
+                param.grad = torch.randn_like(param)
+            own[0].grad = torch.randn(320, 4).t()
+            optimizer.step()
+    assert ours.param_groups[0]["fused"]
+    assert_close(params, expected)
+
+
 def test_its_own_path_is_taken(monkeypatch):
     """Else all of the above would compare torch with torch."""
     (ours, params) = twins()[1]
