@@ -19,7 +19,7 @@ CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
 _MOST = 6  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
-_APART = 44  # units of the curve's width that a rate's number takes
+_APART, _ROW = 44, 14  # units of the curve that a rate's number takes across, and a word down
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
 
@@ -140,7 +140,7 @@ def _tiles(comparison: Comparison, prompt: int | None) -> tuple[int, int]:
 
 def draw_curve(comparison: Comparison) -> str:
     """The robustness curve as SVG: score against learning rate, a line per row; the bar to clear is dashed."""
-    width, height, left, right, top, bottom = 720, 300, 60, 20, 16, 44
+    width, height, left, right, top, bottom = 720, 300, 60, 58, 16, 44
     points = {row: [p for p in comparison.points(row) if math.isfinite(p.score)] for row in comparison.rows}
     scores = [p.score for some in points.values() for p in some]
     scores += [comparison.base.score] if math.isfinite(comparison.base.score) else []
@@ -166,12 +166,12 @@ def draw_curve(comparison: Comparison) -> str:
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
         drawn.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
     drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">learning rate</text>')
+    above = math.inf  # where the words below are: two may be near each other
     for label, score in (("base", comparison.base.score), ("usable", comparison.line)):
         if score is not None and math.isfinite(score):
-            drawn.append(
-                f'<line class="{label}" x1="{left}" x2="{width - right}" y1="{y(score):.1f}" y2="{y(score):.1f}"/>'
-            )
-            drawn.append(f'<text x="{width - right}" y="{y(score) - 4:.1f}" text-anchor="end">{label}</text>')
+            at, above = y(score), min(y(score), above - _ROW)
+            drawn.append(f'<line class="{label}" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            drawn.append(f'<text x="{width - right + 8}" y="{above + 4:.1f}">{label}</text>')
     for index, (row, some) in enumerate(points.items()):
         colour = line_colour(index)
         path = " ".join(f"{x(p.rate):.1f},{y(p.score):.1f}" for p in some)

@@ -601,10 +601,12 @@ def build(site: Site, tab: gr.Tab) -> None:
         if not refs:
             return [gr.skip(), gr.skip()]
         found = [item.id for item in made(site, refs)]
-        state = f"{working(site, refs)}|{','.join(found)}"
+        words = working(site, refs)
+        state = f"{words}|{','.join(found)}"
         if state == seen:
             return [gr.skip(), gr.skip()]
-        return [working(site, refs), state]
+        # Other messages stand in the same place: they stay until there is something else to say of the job.
+        return [words if words != seen.rpartition("|")[0] else gr.skip(), state]
 
     def renew(refs: list[str], known: list[str]) -> list[Any]:
         """When another comparison has come, offers and shows it; nothing else changes what is looked at."""

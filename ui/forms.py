@@ -311,6 +311,12 @@ def _mapping(key: str, text: str, problems: list[str]) -> dict[str, Any]:
     return value
 
 
+def count(cls: type[RunConfig], shown: Mapping[str, Any]) -> int:
+    """How many runs a form comes to, as far as it can be read."""
+    axes = read(cls, shown, [], [])[SWEEP].values()
+    return math.prod(len(values) for values in axes if isinstance(values, list))
+
+
 def read_numbers(text: str) -> list[int | float]:
     """`1e-4`, `1e-4, 1e-3`, or `1e-5 .. 1e-1 : 5`, which is five values at equal ratios.
 

@@ -42,6 +42,7 @@ FEW = 5  # finished runs that the estimate is made from
 LOOKED_AT = 200  # finished runs among which they are sought
 _WORLD = ("model.", "data.")  # sections that name what lies outside of a configuration
 _READ = 2**20  # characters of a run's metrics, enough for its pace
+QUIET: Any = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}  # of an event
 _SIZES = ("train.batch", "lora.rank", "data.resolution")  # by which the largest cell of a sweep is found
 
 
@@ -435,7 +436,8 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     message = gr.HTML(elem_classes=["message"])
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
-        go = gr.Button("Start", variant="primary", size="md", elem_id=f"start-{pipeline}")
+        words = _start_words(forms.count(cls, shown))
+        go = gr.Button(words, variant="primary", size="md", elem_id=f"start-{pipeline}")
     with gr.Column(elem_id=f"plan-{pipeline}"), gr.Column(visible=False, elem_classes=["plan"]) as shown_plan:
         facts = gr.HTML()
         command = gr.Code(
@@ -464,12 +466,13 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         words = draw.notice("\n".join([time, memory(site, made, workers), *doubts(made)]))
         yield [gr.skip(), gr.skip(), words, *[gr.skip()] * 3]
 
-    def on_start(name: str | None, rows: Any, *values: Any) -> str:
+    def on_start(name: str | None, rows: Any, *values: Any) -> Iterator[str]:
+        yield draw.notice("Being checked and started …")
         try:
             made = plan(site, pipeline, name or "", form.shown(values), table_rows(rows), workers)
-            return draw.notice(launch(site, made, workers)[1], "good") + draw.notice("\n".join(doubts(made)))
+            yield draw.notice(launch(site, made, workers)[1], "good") + draw.notice("\n".join(doubts(made)))
         except EquipoiseError as error:
-            return said(error)
+            yield said(error)
 
     def on_preset(name: str) -> list[Any]:
         try:
@@ -510,11 +513,15 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         on_plugins,
         [options, *(widgets[item.key.key] for item in plugins)],
         options,
-        show_progress="hidden",
-        trigger_mode="always_last",
-        **private,
+        **QUIET,
     )
+    several = [widgets[item.key.key].change for item in items if item.kind in ("plugin", "number", "axes")]
+    gr.on(several, lambda *values: _start_words(forms.count(cls, form.shown(values))), ordered, go, **QUIET)
     return form
+
+
+def _start_words(runs: int) -> str:
+    return f"Start {runs} runs" if runs > 1 else "Start"
 
 
 def _rank(item: forms.Field) -> tuple[int, int]:
@@ -538,17 +545,12 @@ def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str
     if item.key.key in (cls.SHORT.get("data"), cls.SHORT.get("model")):
         offered = gr.State(["demo", *site.choices()])
         places = gr.Dropdown(offered.value, allow_custom_value=True, **given)
-        options: dict[str, Any] = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "trigger_mode": "always_last",
-        }
         # What lies there may have changed since the server began; and a folder that is chosen offers what is in it.
         # Not while someone chooses: a list that changes then moves under the pointer, and undoes what is being typed.
         page, both = Context.root_block, [places, offered]
         assert page is not None
         triggers = [page.load, places.blur, places.change]
-        gr.on(triggers, lambda at, before: _offered(site, at, before), both, both, **options)
+        gr.on(triggers, lambda at, before: _offered(site, at, before), both, both, **QUIET)
         return places
     return gr.Textbox(max_lines=1, **given)
 
@@ -600,8 +602,18 @@ def _uploads(site: Site, data: gr.Dropdown, prompt: Any = None) -> None:
             use = gr.Button("Use these pictures", elem_id="use-pictures")
         message = gr.HTML(elem_id="pictures-message")
 
-    def on_upload(paths: list[str] | None, rows: Any) -> Any:
-        return gr.update(value=caption_rows(paths or [], table_rows(rows)), visible=bool(paths))
+    def on_upload(paths: list[str] | None, rows: Any) -> list[Any]:
+        """What is no picture goes at once, and is named, so that the rest can be captioned and used."""
+        good, wrong = [], []
+        for path in paths or []:
+            try:
+                check_picture(Path(path), Path(path).name)
+                good.append(path)
+            except InputError as error:
+                wrong.append(f"{error} It was left out.")
+        forget([path for path in paths or [] if path not in good])
+        table = gr.update(value=caption_rows(good, table_rows(rows)), visible=bool(good))
+        return [table, *([good, draw.notice("\n".join(wrong), "bad")] if wrong else [gr.skip(), gr.skip()])]
 
     def on_use(word: str, paths: list[str] | None, rows: Any) -> list[Any]:
         try:
@@ -615,5 +627,5 @@ def _uploads(site: Site, data: gr.Dropdown, prompt: Any = None) -> None:
         return [draw.notice(words, "good"), folder, None, *[gr.update(value="")] * len(outputs[3:])]
 
     outputs = [message, data, files, *([prompt] if prompt is not None else [])]
-    files.change(on_upload, [files, captions], captions, api_visibility="private")
+    files.change(on_upload, [files, captions], [captions, files, message], api_visibility="private")
     use.click(on_use, [name, files, captions], outputs, api_visibility="private")

@@ -76,7 +76,7 @@ def test_they_are_resumed(runs):
     whole, resumed = (load_file(runs / id / "result" / "model.safetensors") for id in ("done", "stopped"))
     assert whole.keys() == resumed.keys()
     first = "encoders.visual.net.embedder.embedder."
-    # Adding to the first filters changes only the mean that normalization takes away: that way rounding alone moves them.
+    # Adding to the first filters changes only the mean that normalization takes away: so rounding alone moves them.
     free = (f"{first}convolution.weight", f"{first}normalization.running_mean")
     for name in whole.keys() - set(free):
         assert torch.allclose(whole[name], resumed[name], atol=1e-4), "to how torch's versions and processors round"

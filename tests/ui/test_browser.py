@@ -219,14 +219,21 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
         option.click()
         expect(data).to_have_value(place)
     rate = page.locator("#field-text_to_image-optimizer-learning_rate").locator("textarea, input").first
+    rate.fill("1e-4, 1e-3")
+    start = page.locator("#start-text_to_image")
+    expect(start).to_have_text("Start 6 runs")  # of three optimizers
     rate.fill("0.007")
+    expect(start).to_have_text("Start 3 runs")
     page.get_by_role("button", name="Options of what is chosen").click()
     expect(page.locator(".accordion, .block").get_by_text("term added to the denominator").first).to_be_visible()
 
     page.get_by_role("button", name="Pictures of your own").click()
     for name, ink in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (64, 64), ink).save(tmp_path / f"{name}.png")
-    page.locator("#pictures input[type=file]").set_input_files([tmp_path / "a.png", tmp_path / "b.png"])
+    (tmp_path / "no.png").write_text("words")
+    page.locator("#pictures input[type=file]").set_input_files([tmp_path / f"{name}.png" for name in ("a", "no", "b")])
+    left_out = "no.png: is not a picture that can be read (PNG, JPEG or WebP). It was left out."
+    expect(page.locator("#pictures-message")).to_have_text(left_out)
     cell = page.locator("#captions").get_by_test_id("cell-1-1")
     cell.dblclick()
     expect(page.locator("#captions :is(textarea, input):focus")).to_be_visible()  # what is typed sooner is lost
