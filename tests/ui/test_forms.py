@@ -32,7 +32,7 @@ def test_there_and_back(name):
         assert again == config
         return
     before, after = ({repr(cell) for cell in expand(it).values()} for it in (config, again))
-    assert before == after and len(before) > 1
+    assert before == after and len(before) == forms.count(type(config), shown) > 1
 
 
 def test_every_pipeline_has_a_form_of_all_its_keys():
