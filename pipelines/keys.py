@@ -25,6 +25,11 @@ class Problems(ValueError):
         super().__init__(" ".join(self.sentences))
 
 
+def is_set(section: BaseModel, key: str) -> bool:
+    """Whether a key holds something else than its default."""
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
 @dataclass(frozen=True)
 class Key:
     """One thing that can be set."""

@@ -25,6 +25,7 @@ def progress(
         total=total,
         leave=leave,
         dynamic_ncols=True,
+        smoothing=0.05,  # of a sweep's cells some are quicker than others; what is left shall not jump about
         mininterval=0.1 if watched else _PAUSE,
         delay=0 if watched else _PAUSE,
     )

@@ -14,8 +14,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from tqdm import tqdm
-
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
@@ -24,6 +22,7 @@ from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE
 from equipoise.pipelines.executors import GRACE, Executor, Local, Where, end_processes
 from equipoise.pipelines.pipeline import Outcome, execute
+from equipoise.pipelines.progress import progress
 from equipoise.pipelines.records import RunConfig
 from equipoise.pipelines.store import Run, Store
 
@@ -119,17 +118,7 @@ def _watch(sweep: Run, executor: Executor, retries: int) -> Outcome:
     watched = sys.stderr.isatty()  # a log file wants a line now and then
     sweep.update(total=total)
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(
-                total=total,
-                desc=sweep.id,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.05,
-                file=sys.stderr,
-                mininterval=0.1 if watched else 10,
-            )
-        )
+        bar = stack.enter_context(progress(sweep.id, "step", total=total))
         stack.push(lambda kind, *_: _end(mine, executor, kind))
         lost: dict[str, str] = {}  # cells whose process is gone → what is known of that
         tries: Counter[str] = Counter()  # cell → how many of its processes were lost

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
+from equipoise.pipelines.keys import is_set
 from equipoise.pipelines.layers import unmatched
 from equipoise.pipelines.sections import one_sided
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
@@ -99,7 +100,7 @@ def doubts(config: TextToImageConfig) -> list[str]:
             ("optimizer", ("text_encoder_learning_rate",), config.lora.text_encoder, "lora.text_encoder"),
         )
         for key in keys
-        if not on and getattr(part := getattr(config, section), key) != type(part).model_fields[key].default
+        if not on and is_set(getattr(config, section), key)
     ]
     made_for, given = native_resolution(config.model.path, config.model.revision), config.data.resolution
     if made_for is None or made_for / FAR < given < made_for * FAR:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from equipoise.pipelines.keys import is_set
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -160,17 +162,13 @@ def unread(config: "TextToImageConfig", kind: Family) -> list[str]:
     """A sentence for everything that is set and that a base of this family would not read."""
     found = []
     known = (*READ[kind.noise], *(["guidance"] if kind.distilled else []))
-    for key, field in type(config.noise).model_fields.items():
-        if key not in known and getattr(config.noise, key) != field.default:
+    for key in type(config.noise).model_fields:
+        if key not in known and is_set(config.noise, key):
             others = ", ".join(f"noise.{name}" for name in known)
             found.append(f"noise.{key}: has no effect on {kind.title}, which reads {others}.")
     times = config.noise.times or kind.times
     for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
-        if (
-            key in known
-            and times != only
-            and getattr(config.noise, key) != type(config.noise).model_fields[key].default
-        ):
+        if key in known and times != only and is_set(config.noise, key):
             found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
     if config.lora.text_encoder and not kind.tuned_encoders:
         found.append(
