@@ -3,6 +3,7 @@
 Nothing is piped: what such a process prints goes into a file beside its results. Nothing here imports torch.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -26,13 +27,14 @@ from equipoise.pipelines.status import Status
 from equipoise.pipelines.store import Store
 
 _children: list[subprocess.Popen] = []  # of this process; kept so that they are reaped when they have ended
+_TURN = "has its turn and begins."
 _LOOK = 0.5  # seconds between two looks at who is ahead in the queue
 COMPARISONS = "comparisons"  # the folder in a runs folder for comparisons of several runs, or with other prompts
 
 
 def spawn(log: Path, *words: str) -> int:
     """Starts `equipoise WORDS` in a session of its own, printing into `log`; returns the process's number."""
-    command = [sys.executable, "-m", "equipoise.pipelines.cli", *words]
+    command = [sys.executable, "-P", "-m", "equipoise.pipelines.cli", *words]  # -P: no module of the current folder's
     _children[:] = [child for child in _children if child.poll() is None]
     with explained(log), open(log, "ab") as file:
         _children.append(
@@ -64,9 +66,10 @@ def start(made: Run, workers: int | None = None, in_turn: bool = False) -> int:
 def ahead(made: Run) -> Status | None:
     """Who keeps a run or sweep waiting for its turn: one at work, or else one made before it that waits, too."""
     mine, others = made.status(), Store(made.root).at_work()
-    for item in sorted(others, key=lambda item: (item.state != "running", item.created, item.id)):
+    begun = {item.id for item in others if item.state == "running" or (item.pid and item.message == _TURN)}
+    for item in sorted(others, key=lambda item: (item.id not in begun, item.created, item.id)):
         waits = item.pid and (item.created, item.id) < (mine.created, mine.id)
-        if item.id != mine.id and (item.state == "running" or waits):
+        if item.id != mine.id and (item.id in begun or waits):
             return item
     return None
 
@@ -77,7 +80,7 @@ def wait_for_turn(made: Run) -> bool:
     while made.status().state == "queued":
         if "stop" in made.requested():
             made.update(state="stopped", message="cancelled before it began.", ended=time.time(), exit_code=143)
-        elif (first := ahead(made)) is None:
+        elif (first := _take_turn(made)) is None:
             return True
         else:
             if said != first.id:
@@ -85,6 +88,15 @@ def wait_for_turn(made: Run) -> bool:
                 made.update(message=f"waits for {said} to end.")
             time.sleep(_LOOK)
     return False
+
+
+def _take_turn(made: Run) -> Status | None:
+    """Who is ahead; None where nobody is, and then the turn is taken: who looks next finds this run ahead."""
+    with open(made.root / ".turn", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (first := ahead(made)) is None:
+            made.update(message=_TURN)
+        return first
 
 
 def resume(made: Run, workers: int | None = None, in_turn: bool = False) -> int:

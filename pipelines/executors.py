@@ -139,7 +139,7 @@ class Local:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
         with open(sweep.folder / "workers.txt", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "equipoise.pipelines.sweep", str(sweep.folder)],
+                [sys.executable, "-P", "-m", "equipoise.pipelines.sweep", str(sweep.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

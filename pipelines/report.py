@@ -93,7 +93,7 @@ def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
     beside = [f"{name}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
     return [
-        f"Coloured %: {comparison.score}.",
+        f"Score: {comparison.score}.",
         *beside,
         "base: before training.",
         "Green frame: a learning rate that worked (at least three quarters of the best gain over the base). Red: not.",

@@ -3,6 +3,7 @@
 import math
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -127,6 +128,15 @@ def steps(site: Site, comparison: Comparison) -> list[int]:
         except EquipoiseError:  # deleted since
             continue
     return sorted(found)
+
+
+def end(site: Site, comparison: Comparison) -> int:
+    """The step at which the longest of the runs ends, whose pictures the comparison has itself."""
+    totals = [0]
+    for cell in comparison.cells:
+        with suppress(EquipoiseError):  # deleted since
+            totals.append(open_run(site, cell.run).status().total or 0)
+    return max(totals)
 
 
 def grid(
@@ -521,7 +531,7 @@ def build(site: Site, tab: gr.Tab) -> None:
         try:
             comparison = read(site, id)
             found = steps(site, comparison)
-            at = int(step) if found and step < max(found) else None
+            at = int(step) if found and step < max(*found, end(site, comparison)) else None
             number = min(int(prompt or 0), len(comparison.prompts))
             marked = ["" if run == "base" else run for run in picked]
             text = comparison.prompts[number - 1] if number else " · ".join(comparison.prompts[:4])
@@ -558,7 +568,7 @@ def build(site: Site, tab: gr.Tab) -> None:
             found = steps(site, comparison)
             many = max(len(comparison.prompts), 1)
             slider = gr.update(minimum=0, maximum=many, value=0, **pictured(site, comparison))
-            last = max(found, default=1)
+            last = max(*found, end(site, comparison)) if found else 1
             first = found[0] if len(found) > 1 else 0  # a slider has two ends, hidden or not
             options = axes(comparison)
             return [
@@ -629,7 +639,7 @@ def build(site: Site, tab: gr.Tab) -> None:
             return [gr.skip(), ""]
         return [
             gr.skip(),
-            draw.notice(f"Nothing is drawn at scale {scale:g} yet: Generate does that, for the prompt below."),
+            draw.notice(f"Nothing is drawn at scale {scale:g} yet: Generate does that, for the prompt above."),
         ]
 
     opened = [rows, columns, prompt, step, shown, title, detail, robust, numbers, links, chosen, message]

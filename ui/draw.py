@@ -13,6 +13,7 @@ from equipoise.pipelines.report import ticks
 
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
+_SAME = 1e-4  # a smaller share cannot be told apart beside the axis
 _POINTS = 400  # of a line; more cannot be told apart on a screen
 
 
@@ -60,7 +61,7 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: b
     log = (log or max(values) > _DECADES * abs(min(values))) and min(values) > 0
     scale = math.log10 if log else float
     low, high = scale(min(values)), scale(max(values))
-    if high - low < 1e-12 * max(1.0, abs(high)):
+    if high - low <= _SAME * (1.0 if log else max(abs(low), abs(high))):
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     first = min(x for points in finite.values() for x, _ in points)
     last = max(x for points in finite.values() for x, _ in points)

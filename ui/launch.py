@@ -467,18 +467,22 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         yield [gr.skip(), gr.skip(), words, *[gr.skip()] * 3]
 
     def on_start(name: str | None, rows: Any, *values: Any) -> Iterator[str]:
+        """Says at once that it was heard; gradio's own words for what nobody foresaw do not take that back."""
         yield draw.notice("Being checked and started …")
         try:
             made = plan(site, pipeline, name or "", form.shown(values), table_rows(rows), workers)
             yield draw.notice(launch(site, made, workers)[1], "good") + draw.notice("\n".join(doubts(made)))
         except EquipoiseError as error:
             yield said(error)
+        except Exception as error:
+            yield draw.notice(f"Not started: {type(error).__name__}: {error}. The server's output says more.", "bad")
+            raise
 
     def on_preset(name: str) -> list[Any]:
         try:
-            return form.fill(configs.load(name) if name else _plain(pipeline, cls, {}))
+            return ["", *form.fill(configs.load(name) if name else _plain(pipeline, cls, {}))]
         except EquipoiseError:  # of defaults, where something is required that has none
-            return [gr.skip()] * (len(ordered) + 1)
+            return [gr.skip()] * (len(ordered) + 2)
 
     def on_yaml(file: str | None) -> list[Any]:
         try:
@@ -505,7 +509,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     changes = [preset.change, options.input, *(widget.change for widget in ordered)]
     gr.on(changes, None, None, None, js=f"() => {{ {place}.stale = '' }}", **private)
     go.click(on_start, inputs, message, **private)
-    preset.input(on_preset, preset, [*ordered, options], **private)
+    preset.input(on_preset, preset, [message, *ordered, options], **private)
     bring.upload(on_yaml, bring, [message, preset, *ordered, options], **private)
     plugins = [item for item in items if item.kind == "plugin"]
     gr.on(

@@ -1,5 +1,6 @@
 """What a browser may reach: runs by their ids, data by the names of its roots, and nothing through links or dots."""
 
+import asyncio
 import base64
 import hmac
 import json
@@ -9,6 +10,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,7 +300,11 @@ class Guard:
         elif scope["method"] == "POST":
             await self._form(scope, receive, framed)
         else:
-            await self.app(scope, receive, framed)
+            try:
+                await self.app(scope, receive, framed)
+            except asyncio.CancelledError:  # the server ends while a page listens to its events: no error to be logged
+                with suppress(RuntimeError):
+                    await send({"type": "http.response.body"})
 
     async def _form(self, scope: Any, receive: Any, send: Any) -> None:
         """Hands on what a form sends, unless it names a file by an address, which gradio would fetch."""

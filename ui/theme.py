@@ -13,6 +13,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 HEAD = """<style>
 .gradio-container, .gradio-container .main, .gradio-container .main > .wrap, main.contain { width: 100% !important }
 .gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100vw !important }
+.dark .gradio-container button[role=tab].selected, .dark button[role=tab].selected { color: #2dd4bf !important }
 [data-stale] { display: none !important }
 .gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }
 .gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
@@ -54,8 +55,8 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_text_color="white",
-        button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_background_fill_dark="*primary_700",  # white words on it have a contrast of 5.5
+        button_primary_background_fill_hover_dark="*primary_600",
     )
 
 

@@ -73,3 +73,18 @@ def test_nobody_waits_for_the_dead(runs):
     first, second, _ = runs
     first.update(pid=4194300)
     assert first.status().state == "dead" and background.ahead(second) is None
+
+
+def test_a_turn_that_is_taken_holds_before_its_training_begins(runs):
+    """Also against an older run that is resumed meanwhile."""
+    first, second, third = runs
+    first.update(state="stopped", pid=None)
+    assert background.wait_for_turn(second)
+    first.update(state="queued")
+    first.hand_over(os.getpid)
+    for other in (first, third):
+        assert (found := background.ahead(other)) and found.id == second.id
+    with second.session(signals=False):
+        assert second.status().message == ""
+        second.finish("done")
+    assert background.wait_for_turn(first)

@@ -103,7 +103,7 @@ def test_what_is_told_beside_the_score(comparison):
     again = Cell("sweep/again", "adamw", 1e-4, 1, "done", metrics={"score": 1.0, "kept": 0.75})
     comparison.cells.append(again)
     page = render_html(comparison)
-    assert "Coloured %: how right it is." in page and "kept: share that is &lt;still&gt; right." in page
+    assert "Score: how right it is." in page and "kept: share that is &lt;still&gt; right." in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert [place["beside"] for place in data["places"][0]] == ["kept 100%", "", "kept 50%", ""]
     grid = draw_grid(comparison)
