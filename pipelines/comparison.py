@@ -135,6 +135,17 @@ class Comparison:
         best = max((point.score for row in self.rows for point in self.points(row)), default=-math.inf)
         return threshold(self.base.score, best)
 
+    @property
+    def judged(self) -> bool:
+        """Whether any cell has a score; questions of one's own have no right answer to be compared with."""
+        return any(math.isfinite(cell.score) for cell in [self.base, *self.cells])
+
+    def verdict(self, row: str, rate: float) -> str:
+        """`usable`, `unusable`, or nothing for the base and where nothing is judged."""
+        if math.isnan(rate) or not self.judged:
+            return ""
+        return "usable" if self.usable(row, rate) else "unusable"
+
     def ranges(self) -> dict[str, UsableRange | None]:
         line = self.line
         return {row: usable_range(self.points(row), line) if line is not None else None for row in self.rows}

@@ -19,6 +19,7 @@ CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
 _MOST = 6  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
+NOT_JUDGED = "Nothing is judged here: there is no score to tell by which learning rates worked."
 _APART, _ROW = 44, 14  # units of the curve that a rate's number takes across, and a word down
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
@@ -76,7 +77,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
                 sheet.paste(small, (x + number % columns * side, y + number // columns * side))
             if not chosen:
                 pen.text((x + CELL / 2, y + tall / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
-            frame = _MUTED if math.isnan(rate) else _GOOD if comparison.usable(row, rate) else _BAD
+            frame = {"usable": _GOOD, "unusable": _BAD}.get(comparison.verdict(row, rate), _MUTED)
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + tall + 1), outline=frame, width=2)
             text = _said(comparison, cells)
             size = 14 if pen.textlength(text, _font(14)) <= CELL else 11
@@ -92,6 +93,8 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
 def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
     beside = [f"{name}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
+    if not comparison.judged:
+        return [NOT_JUDGED, *beside, "base: before training."]
     return [
         f"Score: {comparison.score}.",
         *beside,
@@ -201,6 +204,7 @@ def render_html(comparison: Comparison) -> str:
         f'<tr><td><i style="background:{line_colour(index)}"></i>{html.escape(row)}</td>'
         f"<td>{html.escape(str(found)) if found else 'none of the rates tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
+        if comparison.judged
     )
     document = {
         "prompts": comparison.prompts,
@@ -224,9 +228,9 @@ def render_html(comparison: Comparison) -> str:
     parts = {
         "TITLE": html.escape(comparison.name),
         "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
-        "RANGES": ranges,
+        "RANGES": ranges or f"<tr><td>{NOT_JUDGED}</td></tr>",
         "NOISE": f"<p>No score is {GAIN:g} or more above the base's; smaller gains are noise.</p>"
-        if comparison.line is None
+        if comparison.judged and comparison.line is None
         else "",
         "CURVE": draw_curve(comparison) if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",

@@ -199,7 +199,7 @@ def _cell(
     if not inside:
         none = "no samples" if step is not None else cell.state if cell.run else "the base has none"
         inside = f"<div class='none'>{esc(none)}</div>"
-    kind = "" if not cell.run else "usable" if comparison.usable(cell.row, cell.rate) else "unusable"
+    kind = comparison.verdict(cell.row, cell.rate)
     scores = [comparison.counted(one) for one in cells]
     words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) and step is None else drawn
     if len(cells) > 1:
@@ -272,6 +272,8 @@ def _samples(site: Site, folder: Path, prompt: int) -> list[str]:
 def curve(site: Site, id: str) -> str:
     """Score against learning rate, and the usable range of every row."""
     comparison = read(site, id)
+    if not comparison.judged:
+        return draw.notice(report.NOT_JUDGED)
     ranges = "".join(
         f"<tr><td><i style='background:{report.line_colour(index)}'></i>{esc(row)}</td>"
         f"<td>{esc(found) if found else 'none of the rates tried'}</td></tr>"

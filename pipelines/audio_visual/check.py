@@ -25,7 +25,7 @@ def problems(config: AudioVisualConfig) -> list[str]:
 
         try:
             prepared = prepare(config)
-            found += prepared.manifest.problems if config.data.skip_bad else prepared.problems
+            found += prepared.problems if prepared.manifest.problems or not config.data.skip_bad else []
         except InputError as error:
             found.append(str(error))
     found += one_sided(config)

@@ -19,7 +19,7 @@ from equipoise.pipelines import environment
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.comparison import Comparison
 from equipoise.pipelines.files import explained
-from equipoise.pipelines.report import write_report
+from equipoise.pipelines.report import NOT_JUDGED, write_report
 from equipoise.pipelines.robustness import GAIN, shown_rate
 from equipoise.pipelines.store import Run, find
 from equipoise.pipelines.tables import table
@@ -170,13 +170,14 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         for cell in [comparison.base, *comparison.cells]
     ]
     print(table(["", "RATE", *(["SEED"] if seeds else []), *(name.upper() for name in shown), "STATE"], rows))
-    print(f"\nScore: {comparison.score}.")
+    print(f"\nScore: {comparison.score}." if comparison.judged else f"\n{NOT_JUDGED}")
     for name, words in (comparison.beside | comparison.scored).items():
         print(f"{name.capitalize()}: {words}.")
-    print("Learning rates that worked:")
-    for row, found in comparison.ranges().items():
-        print(f"  {row}: {found or 'none of those tried'}")
-    if comparison.line is None:
+    if comparison.judged:
+        print("Learning rates that worked:")
+        for row, found in comparison.ranges().items():
+            print(f"  {row}: {found or 'none of those tried'}")
+    if comparison.judged and comparison.line is None:
         print(f"No score is {GAIN:g} or more above the untouched base's; smaller gains are noise.")
     print()
     for what, path in paths.items():

@@ -68,6 +68,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _sound_problem(path: Path) -> str:
+    import numpy as np
     import soundfile
 
     try:
@@ -84,6 +85,10 @@ def _sound_problem(path: Path) -> str:
             sound.seek(sound.frames - 1)
             if len(sound.read(1)) != 1:
                 return f"audio {path} is cut off."
+            if sound.subtype in ("FLOAT", "DOUBLE"):  # others have no words for what is no number
+                sound.seek(0)
+                if not all(np.isfinite(block).all() for block in sound.blocks(2**16, dtype="float64")):
+                    return f"audio {path} holds samples that are not finite."
     except (OSError, RuntimeError) as error:  # LibsndfileError is a RuntimeError
         return f"audio {path} cannot be read as a sound ({error})."
     return ""

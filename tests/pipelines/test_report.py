@@ -10,7 +10,7 @@ from PIL import Image
 
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
-from equipoise.pipelines.report import CELL, draw_grid, render_html, write_report
+from equipoise.pipelines.report import CELL, NOT_JUDGED, draw_grid, render_html, write_report
 
 RATES = (1e-5, 1e-4, 1e-3)
 SCORES = {"adamw": (0.0, 1.0, 0.0), "scaled_adamw damping=<b>": (0.0, 0.9, 0.8)}
@@ -52,6 +52,15 @@ def test_nothing_is_usable_where_nothing_beats_the_base(comparison):
     assert comparison.line is None
     assert set(comparison.ranges().values()) == {None}
     assert "none of the rates tried" in render_html(comparison)
+
+
+def test_nothing_is_said_to_have_failed_where_nothing_is_judged(comparison):
+    for cell in [comparison.base, *comparison.cells]:
+        cell.metrics = {}
+    assert not comparison.judged and comparison.verdict("adamw", 1e-4) == ""
+    assert draw_grid(comparison).getpixel((150 + (CELL + 10) * 2 - 1, 64 + CELL // 2)) == (0x6A, 0x73, 0x7D)
+    page = render_html(comparison)
+    assert NOT_JUDGED in page and "none of the rates tried" not in page and "noise" not in page
 
 
 def test_seeds_are_averaged(comparison):

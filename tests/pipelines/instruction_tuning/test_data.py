@@ -126,17 +126,19 @@ def test_sounds(folder):
     soundfile.write(folder / "none.wav", np.zeros(0), 8000)
     soundfile.write(folder / "click.wav", np.zeros(1), 48000)
     (folder / "text.wav").write_text("hello")
+    soundfile.write(folder / "nan.wav", np.where(time == 0.5, np.nan, time), 8000, subtype="FLOAT")
     samples = open_sound(folder / "tone.flac", 16000)
     assert samples.shape == (16000,) and samples.dtype == np.float32
     peak = np.abs(np.fft.rfft(samples)).argmax()
     assert peak == 440, "one second, resampled without changing the pitch"
-    named = ("tone.flac", "none.wav", "text.wav", "click.wav")
+    named = ("tone.flac", "none.wav", "text.wav", "click.wav", "nan.wav")
     rows = "audio,question,answer\n" + "".join(f"{name},What?,x\n" for name in named)
     (folder / "talk.csv").write_text(rows)
     _, problems = read_examples(folder / "talk.csv", None)
-    assert len(problems) == 3 and "none.wav has zero length." in problems[0]
+    assert len(problems) == 4 and "none.wav has zero length." in problems[0]
     assert "text.wav cannot be read as a sound" in problems[1]
     assert "click.wav is too short (0.021 ms) to be heard." in problems[2]
+    assert "nan.wav holds samples that are not finite." in problems[3]
 
 
 def test_sixteen_bits_are_not_all_white(folder):
