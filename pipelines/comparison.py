@@ -29,7 +29,7 @@ class Picture:
     """One generated picture, on disk in the comparison's folder."""
 
     prompt: int  # index into Comparison.prompts
-    seed: int
+    seed: int | None  # of its noise, where it was drawn from any
     file: str  # relative to the comparison's folder
     thumbnail: str
     right: bool | None = None  # the judge's verdict, where the domain is drawn
@@ -52,6 +52,10 @@ class Cell:
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value, where the cells differ
 
     @property
+    def who(self) -> str:
+        return self.run or ("the untouched base" if self.row == "base" else self.row)
+
+    @property
     def score(self) -> float:
         return self.metrics.get("score", math.nan)
 
@@ -70,6 +74,7 @@ class Comparison:
     cells: list[Cell]
     beside: dict[str, str] = field(default_factory=dict)  # metrics told beside the score: shares, and what they are
     scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, told after them
+    alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
 
     @classmethod
     def read(cls, folder: Path) -> "Comparison":
@@ -90,7 +95,7 @@ class Comparison:
                 )
                 for it in data["cells"]
             ]
-            told = data["beside"], data.get("scored", {})
+            told = data["beside"], data.get("scored", {}), data.get("alike", "")
             return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *told)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
@@ -178,6 +183,7 @@ class Comparison:
             "prompts": self.prompts,
             "beside": self.beside,
             "scored": self.scored,
+            "alike": self.alike,
             "usable_from": self.line,
             "usable_ranges": {
                 row: None

@@ -18,6 +18,13 @@ def disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in words)
 
 
+def cut_off(path: Path) -> bool:
+    """Whether a WAV file is shorter than it says, of which its readers say nothing. Streams say that they are huge."""
+    with path.open("rb") as file:
+        kind, told = file.read(4), int.from_bytes(file.read(4), "little")
+    return kind == b"RIFF" and path.stat().st_size < told < 0x7F00_0000  # some writers count the 8 bytes read here, too
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn an error of the operating system's, or of a full disk, met while writing `path` into one sentence.

@@ -54,10 +54,10 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     legend = [line for text in said for line in _wrapped(text, (width - 2 * _GAP) // 7)]
     sheet = Image.new("RGB", (width, _HEAD + pitch * len(rows) + 18 * len(legend) + _GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    title = "first picture of each prompt" if prompt is None else comparison.prompts[prompt]
+    title = "the first of each" if prompt is None else comparison.prompts[prompt]
     pen.text((_GAP, 8), f"{comparison.name} · {title}"[: width // 8], _INK, font=_font(16))
     pen.text((_GAP, _HEAD - 18), "learning rate", _MUTED, font=_font(15), anchor="lm")
-    for column, label in enumerate(["base", *(shown_rate(rate) for rate in rates)]):
+    for column, label in enumerate([comparison.base.row, *(shown_rate(rate) for rate in rates)]):
         x = _LEFT + (CELL + _GAP) * column
         pen.text((x + CELL / 2, _HEAD - 18), label, _INK, font=_font(16), anchor="mm")
     for index, row in enumerate(rows):
@@ -92,15 +92,23 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
 
 def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
-    beside = [f"{name}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
+    beside = [f"{short(name)}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
+    base = ["base: before training."] if comparison.base.row == "base" else []
+    same = [comparison.alike] if comparison.alike else []
     if not comparison.judged:
-        return [NOT_JUDGED, *beside, "base: before training."]
+        return [NOT_JUDGED, *beside, *base, *same]
     return [
         f"Score: {comparison.score}.",
         *beside,
-        "base: before training.",
+        *base,
+        *same,
         "Green frame: a learning rate that worked (at least three quarters of the best gain over the base). Red: not.",
     ]
+
+
+def short(name: str) -> str:
+    """A metric's name in a cell, where there is little room."""
+    return name.removeprefix("accuracy_")
 
 
 def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
@@ -123,7 +131,7 @@ def _said(comparison: Comparison, cells: list[Cell]) -> str:
 def _said_beside(comparison: Comparison, cells: list[Cell]) -> str:
     """What is told of a place beside its score: means over the seeds."""
     found = means([cell.metrics for cell in cells])
-    shares = [f"{name} {found[name]:.0%}" for name in comparison.beside if name in found]
+    shares = [f"{short(name)} {found[name]:.0%}" for name in comparison.beside if name in found]
     return " · ".join([*shares, *(f"{name} {found[name]:.3g}" for name in comparison.scored if name in found)])
 
 
@@ -209,7 +217,7 @@ def render_html(comparison: Comparison) -> str:
     document = {
         "prompts": comparison.prompts,
         "rows": comparison.rows,
-        "columns": ["base", *map(shown_rate, comparison.rates)],
+        "columns": [comparison.base.row, *map(shown_rate, comparison.rates)],
         "seeds": sorted({cell.seed for cell in comparison.cells}),
         "places": [
             [_as_json(comparison, row, rate) for rate in (math.nan, *comparison.rates)] for row in comparison.rows
@@ -270,7 +278,7 @@ def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
         "usable": comparison.usable(row, rate),
         "cells": [
             {
-                "run": cell.run or "the untouched base",
+                "run": cell.who,
                 "seed": cell.seed,
                 "state": cell.state,
                 "message": cell.message,

@@ -210,7 +210,7 @@ def _cell(
     right = (
         f"<small class='{'right' if all(marks) else 'wrong'}'>{sum(marks)}/{len(marks)} right</small>" if marks else ""
     )
-    title = " ".join(filter(None, [cell.run or "the untouched base", cell.message]))
+    title = " ".join(filter(None, [cell.who, cell.message]))
     pressed = "true" if cell.run in chosen else "false"
     marked = f"data-id='{esc(cell.run or 'base')}' aria-pressed='{pressed}' title='{esc(title)}'"
     return f"<button class='cell {kind}' {marked}>{inside}<div>{esc(words)}</div>{right}</button>"
@@ -332,15 +332,15 @@ def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
             shown = _before_after(id, (found[-2], other), (last, picture))
         else:
             shown = f"<img src='{url(f'{id}/{picture.file}')}' alt='{esc(comparison.prompts[picture.prompt])}'>"
-    without = [cell.run or "the untouched base" for cell in found[-2:] if not _pictures(cell, prompt)]
+    without = [cell.who for cell in found[-2:] if not _pictures(cell, prompt)]
     if without:
         shown += f"<p class='hint'>There is no picture of {esc(' and '.join(without))}.</p>"
-    told: dict[str, object] = {"run": last.run or "the untouched base", "state": last.state}
+    told: dict[str, object] = {"run": last.who, "state": last.state}
     if last.message:
         told["how it ended"] = last.message
     if picture:
         told["prompt"] = comparison.prompts[picture.prompt]
-        told |= {"noise": picture.seed} if "seed" in asked(site, [cell.run for cell in comparison.cells[:1]]) else {}
+        told |= {"noise": picture.seed} if picture.seed is not None else {}
         told |= {"seen": picture.note} if picture.note else {}
     told |= {name: draw.number(number) for name, number in last.metrics.items()}
     before = found[-2] if len(found) > 1 else None

@@ -17,7 +17,7 @@ class AudioVisual(Pipeline):
     name = "audio_visual"
     title = "Audio-visual classification"
     Config = AudioVisualConfig
-    loading = "equipoise.pipelines.audio_visual.model.load({folder!r})"
+    loading = "from equipoise.pipelines.audio_visual.model import load; model, classes = load({folder!r})"
 
     @classmethod
     def check(cls, config: AudioVisualConfig) -> list[str]:

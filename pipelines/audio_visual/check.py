@@ -12,22 +12,16 @@ from equipoise.pipelines.text_to_image.layout import is_local
 
 def problems(config: AudioVisualConfig) -> list[str]:
     found = _objective_problems(config)
-    missing = False
+    missing = []
     for name in config.data.modalities:
         path = getattr(config.model, name).path
         if path and is_local(path) and not Path(path).is_dir():
             found.append(f"model.{name}.path: {path} does not exist. Give a folder of transformers' own, or a hub id.")
-            missing = True
+            missing.append(name)
     if not missing:
         found += _model_problems(config)
-    if config.data.manifest != demo.NAME and not missing:
-        from equipoise.pipelines.audio_visual.prepared import prepare
-
-        try:
-            prepared = prepare(config)
-            found += prepared.problems if prepared.manifest.problems or not config.data.skip_bad else []
-        except InputError as error:
-            found.append(str(error))
+    if config.data.manifest != demo.NAME:
+        found += _data_problems(config, tokenized="text" not in missing)
     found += one_sided(config)
     if config.train.precision == "fp16":
         import torch
@@ -35,6 +29,22 @@ def problems(config: AudioVisualConfig) -> list[str]:
         if not torch.cuda.is_available():
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
     return found
+
+
+def _data_problems(config: AudioVisualConfig, tokenized: bool) -> list[str]:
+    """What is wrong with the manifest and its clips; the features that are made for it are kept. Without its tokenizer,
+    what can be said before any clip is opened."""
+    from equipoise.pipelines.audio_visual.data import read_manifest
+    from equipoise.pipelines.audio_visual.prepared import prepare
+
+    found = []
+    if tokenized:
+        try:
+            prepared = prepare(config)
+            return prepared.problems if prepared.manifest.problems or not config.data.skip_bad else []
+        except InputError as error:
+            found.append(str(error))
+    return found + read_manifest(config.data, Path(config.data.manifest)).sentences()
 
 
 def _model_problems(config: AudioVisualConfig) -> list[str]:

@@ -15,6 +15,7 @@ from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.run import Run
 
 SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
+ALIKE = "Every cell is judged by the same test clips; chance is what guessing gets right."
 _SIDE, _DARK = 320, (9, 60, 120)  # pixels; the colour of a full cell
 
 
@@ -30,35 +31,47 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
             if (mine := getattr(first, key)) != (theirs := getattr(config.data, key)):
                 raise InputError(f"comparison: data.{key} differs between the runs ({mine} and {theirs}).")
     kinds = ["joint", *first.modalities]
+    alone = len({config.objective.model_dump_json() for config in configs}) == 1  # no row's label names the objective
     cells, chance = [], math.nan
     for run, config, (row, rate, differs) in zip(runs, configs, lay_out(configs), strict=True):
         status = run.status()
         cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
         cells.append(cell)
+        if alone:
+            cell.row = f"{config.objective.name}, {row}"
         file = run.folder / "result" / "result.json"
         if not file.is_file():
             continue
         result = json.loads(file.read_text())
         chance = result["chance"]
-        cell.metrics = {
-            key: value
-            for key, value in result.items()
-            if isinstance(value, int | float) and key.split("_")[0] in ("accuracy", "f1", "loss", "seconds", "step")
-        }
-        joint = result.get("accuracy_joint")
-        best = max(result[f"accuracy_{m}"] for m in first.modalities)
-        cell.metrics["score"] = best if joint is None else joint
-        for index, kind in enumerate(kinds):
-            if (table := run.folder / "result" / f"confusion-{kind}.csv").is_file():
-                note = f"{kind}: accuracy {result[f'accuracy_{kind}']:.1%}"
-                cell.pictures.append(_draw(table, folder, run.id.rsplit("/", 1)[-1], index, kind, config.seed, note))
+        _fill(cell, result, file.parent, folder, kinds)
+        for name, figures in result.get("baselines", {}).items() if alone else ():
+            other = Cell(f"{run.id}+{name}", f"{name}, {row}", rate, config.seed, figures["state"], config=differs)
+            other.message = f"trained by {run.id} for comparison"
+            cells.append(other)
+            _fill(other, figures, file.parent / "baselines" / name, folder, kinds)
     base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})
     beside = {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
     prompts = [f"confusion, {kind} (rows: true classes)" for kind in kinds]
-    return Comparison(name, folder, prompts, SCORE, base, cells, beside)
+    return Comparison(name, folder, prompts, SCORE, base, cells, beside, alike=ALIKE)
 
 
-def _draw(table: Path, folder: Path, cell: str, index: int, kind: str, seed: int, note: str) -> Picture:
+def _fill(cell: Cell, figures: dict, results: Path, folder: Path, kinds: Sequence[str]) -> None:
+    """A cell's metrics and its confusion matrices as pictures."""
+    cell.metrics = {
+        key: value
+        for key, value in figures.items()
+        if isinstance(value, int | float) and key.split("_")[0] in ("accuracy", "f1", "loss", "seconds", "step")
+    }
+    joint = figures.get("accuracy_joint")
+    cell.metrics["score"] = max(figures[f"accuracy_{m}"] for m in kinds[1:]) if joint is None else joint
+    for index, kind in enumerate(kinds):
+        if (table := results / f"confusion-{kind}.csv").is_file():
+            note = f"{kind}: accuracy {figures[f'accuracy_{kind}']:.1%}"
+            cell.pictures.append(_draw(table, folder, cell.run.rsplit("/", 1)[-1], index, kind, note))
+
+
+def _draw(table: Path, folder: Path, cell: str, index: int, kind: str, note: str) -> Picture:
     """A confusion matrix, each row in shares of its class: the darker the diagonal, the better."""
     with table.open(newline="") as file:
         counts = np.array([[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]], float)
@@ -68,4 +81,4 @@ def _draw(table: Path, folder: Path, cell: str, index: int, kind: str, seed: int
     file = f"cells/{cell}/{kind}.png"
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     image.save(folder / file)
-    return Picture(index, seed, file, file, note=note)
+    return Picture(index, None, file, file, note=note)

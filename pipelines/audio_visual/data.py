@@ -38,6 +38,7 @@ class Clip:
 @dataclass
 class Manifest:
     path: Path
+    columns: set[str] = field(default_factory=set)
     clips: list[Clip] = field(default_factory=list)  # those without a problem
     problems: list[str] = field(default_factory=list)  # of the manifest as a whole: nothing can be trained
     bad: dict[int, str] = field(default_factory=dict)  # line → what is wrong with its clip
@@ -78,22 +79,24 @@ def read_manifest(data: DataSection, path: Path) -> Manifest:
             reader = csv.DictReader(file, restkey="")
             columns = [(column or "").strip() for column in reader.fieldnames or ()]
             reader.fieldnames = columns
+            found.columns = set(columns)
             found.problems += _column_problems(path, columns, data)
             rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         found.problems.append(f"{path}: cannot be read as CSV in UTF-8 ({error}).")
         return found
-    if found.problems:
-        return found
     names: dict[str, int] = {}
     for line, row in rows:
-        clip, problem = _read_row(path.parent, line, {k: (v or "").strip() for k, v in row.items() if k}, row, data)
-        if not problem and clip.name in names:
-            problem = f"the clip {clip.name} is on line {names[clip.name]} already; every clip needs a name of its own."
+        clip, problems = _read_row(path.parent, line, {k: (v or "").strip() for k, v in row.items() if k}, row, data)
+        if clip.name in names:
+            hint = "" if row.get("clip") else ", in a column clip"
+            problems.append(
+                f"The clip {clip.name} is on line {names[clip.name]} already; every clip needs a name of its own{hint}."
+            )
         names.setdefault(clip.name, line)
         found.clips.append(clip)
-        if problem:
-            found.bad[line] = problem
+        if problems:
+            found.bad[line] = " ".join(dict.fromkeys(problems))
     found.leave_out({})
     return found
 
@@ -117,7 +120,9 @@ def _column_problems(path: Path, columns: Sequence[str], data: DataSection) -> l
     return problems
 
 
-def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: DataSection) -> tuple[Clip, str]:
+def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: DataSection) -> tuple[Clip, list[str]]:
+    """The clip, and what is wrong with its cells; columns that are not there at all are the manifest's problem."""
+
     def file(column: str) -> Path | None:
         return folder / row[column] if row.get(column) else None
 
@@ -127,22 +132,22 @@ def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: Dat
     problems = []
     if raw.get(""):
         problems.append("has more cells than there are columns.")
-    if not clip.label:
+    if "label" in row and not clip.label:
         problems.append("has no label.")
-    if clip.split not in SPLITS:
+    if "split" in row and clip.split not in SPLITS:
         problems.append(f"the split must be train, val or test, got {clip.split or 'nothing'}.")
     for modality in data.modalities:
         given = [column for column in NEEDED[modality] if row.get(column)]
-        if not given:
+        if not given and set(NEEDED[modality]) & row.keys():
             problems.append(f"has nothing in {' or '.join(NEEDED[modality])} for the modality {modality}.")
-        elif modality != "text" and not os.path.exists(folder / row[given[0]]):
+        elif given and modality != "text" and not os.path.exists(folder / row[given[0]]):
             problems.append(f"{row[given[0]]} does not exist.")
-    return clip, " ".join(dict.fromkeys(problems))
+    return clip, problems
 
 
 def settle(manifest: Manifest) -> None:
     """What only the clips together can be wrong about, once those that cannot be used are known."""
-    if manifest.problems:
+    if not {"label", "split"} <= manifest.columns:
         return
     train = {clip.label for clip in manifest.split("train")}
     for split in ("val", "test"):

@@ -26,7 +26,7 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
 from equipoise.pipelines.audio_visual.data import PICTURES, Clip
-from equipoise.pipelines.files import explained
+from equipoise.pipelines.files import cut_off, explained
 from equipoise.pipelines.progress import progress
 
 SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
@@ -80,6 +80,8 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
         samples, rate = _sound_of_video(path)
     if not len(samples):
         raise InputError(f"{path.name} holds no sound.")
+    if cut_off(path):
+        raise InputError(f"{path.name} is cut off.")
     if not np.isfinite(samples).all():
         raise InputError(f"{path.name} holds samples that are not finite.")
     if np.abs(samples).max() < SILENCE:

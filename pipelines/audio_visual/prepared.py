@@ -7,7 +7,7 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
-from equipoise.pipelines.audio_visual.data import Clip, Manifest, read_manifest, settle, with_validation
+from equipoise.pipelines.audio_visual.data import NEEDED, Clip, Manifest, read_manifest, settle, with_validation
 from equipoise.pipelines.audio_visual.features import Store
 from equipoise.pipelines.demo import digits
 
@@ -43,9 +43,9 @@ def prepare(config: AudioVisualConfig) -> Prepared:
         identity = f"{section.path}@{section.revision}"
     store = Store(config.data, runs / ".cache" / "features", tokenizer, identity or "")
     manifest = read_manifest(config.data, path)
-    if not manifest.problems:
+    if all(set(NEEDED[modality]) & manifest.columns for modality in config.data.modalities):
         manifest.leave_out(store.prepare(manifest.clips))
-        settle(manifest)
+    settle(manifest)
     return Prepared(manifest, store)
 
 

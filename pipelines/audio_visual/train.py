@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> No
 
 
 def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
-    """Another objective in this one's place: its figures; none where it was stopped. Nothing of it is kept."""
+    """Another objective in this one's place: its figures; none where it was stopped. Its weights are not kept."""
     other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
     work = AudioVisualWork(other, run, accelerator, prepared)
     steps, step, state = range(config.train.steps), 0, "done"
@@ -108,7 +109,10 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
     except EnoughError as error:
         run.log(f"{name}: {error}")
     work.settle()
-    return {"state": state, "step": step + 1, **work.figures(work.test())}
+    found = work.test()
+    if processes.leads():
+        work.save_confusions(found, run.folder / "result" / "baselines" / name)
+    return {"state": state, "step": step + 1, **work.figures(found)}
 
 
 def _said(figures: dict[str, Any]) -> str:
@@ -328,6 +332,13 @@ class AudioVisualWork(OptimizedWork):
             folder.mkdir(parents=True, exist_ok=True)
             save_tensors(folder / WEIGHTS, self.model.state_dict(), {"format": "pt"})
         write_atomic(folder / DESCRIPTION, json.dumps(described, indent=1) + "\n")
+        self.save_confusions(found, folder)
+        write_atomic(folder / "result.json", json.dumps(facts, indent=1) + "\n")
+
+    def save_confusions(self, found: dict[str, Scores], folder: Path) -> None:
+        """A table per prediction: a row for each true class."""
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for name, score in found.items():
             if name != JOINT or self.objective.trains_joint:
                 text = io.StringIO()
@@ -335,7 +346,6 @@ class AudioVisualWork(OptimizedWork):
                 writer.writerow(["true \\ predicted", *self.classes])
                 writer.writerows([c, *row] for c, row in zip(self.classes, score.confusion.tolist(), strict=True))
                 write_atomic(folder / f"confusion-{name}.csv", text.getvalue())
-        write_atomic(folder / "result.json", json.dumps(facts, indent=1) + "\n")
 
 
 def _spread(batches: Batches, count: int) -> Tensor:  # (2,)

@@ -27,6 +27,12 @@ class InstructionTuning(Pipeline):
         return problems(config)
 
     @classmethod
+    def doubts(cls, config: InstructionTuningConfig) -> list[str]:
+        from equipoise.pipelines.instruction_tuning.check import doubts
+
+        return doubts(config)
+
+    @classmethod
     def memory(cls, config: InstructionTuningConfig) -> Memory | None:
         from equipoise.pipelines.instruction_tuning.memory import memory
 

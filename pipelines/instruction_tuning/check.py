@@ -23,15 +23,17 @@ def problems(config: InstructionTuningConfig) -> list[str]:
     drawn = config.data.file == demo.NAME
     kept, held, wrong = ([], [], []) if drawn else read_all(config.data)
     found += wrong
-    if known and not wrong and not drawn:
+    if known and not drawn:
         try:
             from equipoise.pipelines.instruction_tuning.examples import unusable
             from equipoise.pipelines.instruction_tuning.talk import Talk
 
             processor, every = load_processor(config.model), [*kept, *held]
             talk = Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
-            odd = [sentence for example in every for sentence in talk.problems(example)]
-            found += odd or unusable(every, talk, lambda text: None)
+            odd = {example.where: talk.problems(example) for example in every}
+            usable = [example for example in every if not odd[example.where]]
+            found += [sentence for some in odd.values() for sentence in some]
+            found += dict.fromkeys(unusable(usable, talk, lambda text: None))
         except InputError as error:
             found.append(str(error))
     if config.train.precision == "fp16":
@@ -46,6 +48,16 @@ def problems(config: InstructionTuningConfig) -> list[str]:
     if config.samples.metric == "rouge_l" and not find_spec("rouge_score"):
         found.append("samples.metric: rouge_l needs the package rouge-score. pip install rouge-score.")
     return found
+
+
+def doubts(config: InstructionTuningConfig) -> list[str]:
+    data = config.data
+    if data.file == demo.NAME:
+        return []
+    train, held, _ = read_all(data, decode=False)
+    if data.validation is None and len(train) == 1 and train == held:
+        return [f"{data.file}: holds one conversation, which is both trained on and judged by. Give data.validation."]
+    return []
 
 
 def _coordination_problems(config: InstructionTuningConfig) -> list[str]:

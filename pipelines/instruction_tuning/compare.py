@@ -78,8 +78,8 @@ def compare(
             _fill(folder, cell, answer(tuned, talk, asked, samples, bar.update))
     shown = [answered.turns[-1].question for answered in asked[:SHOWN]]
     prompts = list(map(without_marks, shown))
-    said = f"{METRICS[samples.metric]} ({len(asked)} held-out questions)"
-    return Comparison(name, folder, prompts, said, untouched, cells)
+    said = f"{METRICS[samples.metric]} ({len(asked)} held-out question{'' if len(asked) == 1 else 's'})"
+    return Comparison(name, folder, prompts, said, untouched, cells, alike="Every cell answers the same questions.")
 
 
 def _result(run: Run) -> dict | None:
@@ -108,7 +108,7 @@ def _fill(folder: Path, cell: Cell, answers: Sequence[Answer]) -> None:
         path = file.relative_to(folder).as_posix()
         wanted = f", wanted {' or '.join(answered.wanted)}" if any(answered.wanted) else ""
         note = f"{answered.said or '(nothing)'}{wanted}"
-        cell.pictures.append(Picture(index, 0, path, path, answered.right, note))
+        cell.pictures.append(Picture(index, None, path, path, answered.right, note))
 
 
 def draw_card(answered: Answer) -> Image.Image:

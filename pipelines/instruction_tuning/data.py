@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -81,53 +81,61 @@ def read_examples(
         what = "is a folder; give the file of conversations in it" if os.path.isdir(file) else "does not exist"
         return [], [f"{key}: {file} {what}."]
     root = Path(folder) if folder else file.parent
+    general: list[str] = []
     if not os.path.isdir(root):
-        return [], [f"data.folder: {root} does not exist. Give the folder that the media's paths start in."]
-    examples: list[Example] = []
-    problems: list[str] = []
+        general.append(f"data.folder: {root} does not exist. Give the folder that the media's paths start in.")
+        decode = False
+    read: dict[int, Example] = {}  # by line
+    wrong: list[tuple[int, str]] = []
     try:
         reader = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}.get(file.suffix.lower())
         if reader is None:
             return [], [f"{key}: {file} is not .json, .jsonl or .csv."]
         for line, record in reader(file):
-            where = f"{file}:{line}"
             if isinstance(record, str):
-                problems.append(f"{where}: {record}")
+                wrong.append((line, record))
                 continue
-            example, wrong = _example(record, root, where)
-            problems += [f"{where}: {sentence}" for sentence in wrong]
+            example, found = _example(record, root, f"{file}:{line}")
+            wrong += [(line, sentence) for sentence in found]
             if example and file.suffix.lower() == ".csv":
                 example = replace(example, turns=tuple(map(_commonest, example.turns)))
             if example:
-                examples.append(example)
+                read[line] = example
     except UnicodeDecodeError as error:
         return [], [f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})."]
     except OSError as error:
         return [], [f"{file}: cannot be read: {error.strerror or error}."]
-    if kinds := sorted({example.kind for example in examples} - {"text"})[1:]:
-        problems.append(
-            f"{file}: has pictures and sounds ({kinds[0]} too); one model takes one of them. Split the file."
+    first = {example.kind: line for line, example in reversed(read.items())}
+    if "image" in first and "audio" in first:
+        general.append(
+            f"{file}: has pictures (first in line {first['image']}) and sounds (first in line {first['audio']}); one "
+            "model takes one of them. Split the file."
         )
-    if not examples and not problems:
-        problems.append(f"{file}: holds no conversations.")
-    if decode:
-        problems += _media_problems(examples)
-    return examples, problems
+    if not read and not wrong:
+        general.append(f"{file}: holds no conversations.")
+    broken = _media_problems(read) if decode else {}
+    wrong += broken.values()
+    lost = {line for line, _ in wrong}
+    examples = [e for line, e in read.items() if line not in lost and not broken.keys() & set(e.media)]
+    return examples, general + [f"{file}:{line}: {sentence}" for line, sentence in sorted(wrong, key=lambda w: w[0])]
 
 
-def _media_problems(examples: Sequence[Example]) -> list[str]:
-    """What is wrong with the media, each file looked at once; threads, for decoding leaves Python's lock."""
-    first = {path: example for example in reversed(examples) for path in example.media}
+def _media_problems(examples: Mapping[int, Example]) -> dict[Path, tuple[int, str]]:
+    """What is wrong with the media and the line that each is first named in. Every file is looked at once; by threads,
+    for decoding leaves Python's lock."""
+    first: dict[Path, tuple[int, Kind]] = {}
+    for line, example in examples.items():
+        for path in example.media:
+            first.setdefault(path, (line, example.kind))
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda item: media_problem(item[0], item[1].kind), first.items())
+        found = pool.map(lambda item: media_problem(item[0], item[1][1]), first.items())
         shown = progress("reading", "file", found, len(first))
         named = zip(first.items(), shown, strict=True)
-        wrong = {path: f"{example.where}: {problem}" for (path, example), problem in named if problem}
-    order = dict.fromkeys(path for example in examples for path in example.media)
-    return [wrong[path] for path in order if path in wrong]
+        return {path: (line, problem) for (path, (line, _)), problem in named if problem}
 
 
 def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[str]]:
+    """(the example, or None where its media cannot be told, all that is wrong with it)."""
     if not isinstance(record, dict):
         return None, [f"must be an object with conversations, got {type(record).__name__}."]
     if wrong := [name for name in _MISNAMED if record.get(name) not in (None, "", [])]:
@@ -157,7 +165,9 @@ def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[
             turns = (first, *turns[1:])
         elif count != len(media):
             problems.append(f"mentions {count} {mark}, but {len(media)} {'are' if len(media) > 1 else 'is'} given.")
-    return (None if problems else Example(kind, media, turns, system, where)), problems
+    if not problems and not all(turn.question.strip() for turn in turns):
+        problems.append("has an empty question.")
+    return Example(kind, media, turns, system, where), problems
 
 
 def _commonest(turn: Turn) -> Turn:
@@ -251,9 +261,11 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
         if missing:
             yield 1, f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}."
             return
-        if strange := [name for name in columns if name not in _COLUMNS or columns.count(name) > 1]:
-            yield 1, f"has the column {strange[0]!r} twice or unknown; there are {', '.join(_COLUMNS)}, each once."
-            return
+        if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+            yield 1, f"has the column {' and '.join(map(repr, twice))} twice."
+        if strange := [name for name in columns if name not in _COLUMNS]:
+            known = ", ".join(_COLUMNS)
+            yield 1, f"has the column {' and '.join(map(repr, strange))}, which is unknown; there are {known}."
         try:
             for row in reader:
                 if None in row:

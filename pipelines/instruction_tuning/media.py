@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageOps
 
 from equipoise.errors import InputError
+from equipoise.pipelines.files import cut_off
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def _sound_problem(path: Path) -> str:
                     f"audio {path} is too short ({1000 * seconds:.2g} ms) to be heard. Give {SHORTEST_SOUND} s or more."
                 )
             sound.seek(sound.frames - 1)
-            if len(sound.read(1)) != 1:
+            if len(sound.read(1)) != 1 or cut_off(path):
                 return f"audio {path} is cut off."
             if sound.subtype in ("FLOAT", "DOUBLE"):  # others have no words for what is no number
                 sound.seek(0)

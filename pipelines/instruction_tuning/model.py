@@ -215,6 +215,18 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
         InputError: targets or patterns that fit nothing, or trained parameters in no component or several.
     """
     names = [name for name, _ in model.named_parameters()]
+    idle = [pattern for pattern in config.frozen if not any(matches(pattern, name) for name in names)]
+    wrong = [f"frozen: {', '.join(idle)}: matches no parameter of the model."] * bool(idle)
+    try:
+        tuned = _adapted(model, names, config)
+    except InputError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise InputError("\n".join(wrong))
+    return tuned
+
+
+def _adapted(model: Any, names: Sequence[str], config: InstructionTuningConfig) -> Tuned:
     kind = model.config.model_type
     if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
         raise InputError(
@@ -238,7 +250,6 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
             tensor.requires_grad_(trained and not any(matches(pattern, plain) for pattern in config.frozen))
         if tensor.requires_grad:
             tensor.data = tensor.data.float()
-    _check_frozen(names, config.frozen)
     trained = {name: tensor for name, tensor in wrapped.named_parameters() if tensor.requires_grad}
     patterns = dict(config.components)
     if not patterns:
@@ -292,12 +303,6 @@ def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str)
     if wrong := unmatched(ends, layers, f"{section}.targets", what):
         raise InputError("\n".join(wrong))
     return [name for name in layers if named_by(ends, name)]
-
-
-def _check_frozen(names: Iterable[str], frozen: Iterable[str]) -> None:
-    names = list(names)
-    if idle := [pattern for pattern in frozen if not any(matches(pattern, name) for name in names)]:
-        raise InputError(f"frozen: {', '.join(idle)}: matches no parameter of the model.")
 
 
 def _check_encoder(trained: Iterable[str], parts: Architecture, encoder: EncoderSection) -> None:

@@ -56,31 +56,32 @@ class Talk:
         self._spans: dict[Example, list[tuple[int, int]]] = {}
 
     def problems(self, example: Example) -> list[str]:
-        """Why this model cannot take a conversation."""
+        """Why this model cannot take a conversation, all of it."""
+        found = []
         takes = [
             kind for kind, part in (("image", "image_processor"), ("audio", "feature_extractor")) if self._has(part)
         ]
         if example.kind != "text" and example.kind not in takes:
-            return [f"{example.where}: has an {example.kind}, but {self.model_type} takes {' or '.join(takes)}."]
-        if self.leads and len(example.media) != 1:
-            return [f"{example.where}: has {len(example.media)} pictures, but {self.model_type} takes exactly one."]
+            found.append(f"has an {example.kind}, but {self.model_type} takes {' or '.join(takes)}.")
+        elif self.leads and len(example.media) != 1:
+            found.append(f"has {len(example.media)} pictures, but {self.model_type} takes exactly one.")
         if self.prefixed and not example.media:
-            return [f"{example.where}: has no picture, but {self.model_type} takes no text alone."]
+            found.append(f"has no picture, but {self.model_type} takes no text alone.")
         said = [example.system, *(_unmarked(t.question, example.kind) for t in example.turns)]
         said += [turn.answer for turn in example.turns]
-        if found := list(dict.fromkeys(mark for text in said for mark in self._marks.findall(text))):
-            return [
-                f"{example.where}: has {', '.join(found)} in its text, which {self.model_type} reads as a mark of its "
-                "own. Write it otherwise."
-            ]
+        if marks := list(dict.fromkeys(mark for text in said for mark in self._marks.findall(text))):
+            found.append(
+                f"has {', '.join(marks)} in its text, which {self.model_type} reads as a mark of its own. Write it "
+                "otherwise."
+            )
         if example.kind == "audio" and self.window is not None:
             for path in example.media:
                 if (seconds := sound_seconds(path)) > self.window:
-                    return [
-                        f"{example.where}: audio {path} lasts {seconds:.1f} s, and {self.model_type} hears only the "
-                        f"first {self.window:g}. Cut it into pieces."
-                    ]
-        return []
+                    found.append(
+                        f"audio {path} lasts {seconds:.1f} s, and {self.model_type} hears only the first "
+                        f"{self.window:g}. Cut it into pieces."
+                    )
+        return [f"{example.where}: {sentence}" for sentence in found]
 
     def _has(self, part: str) -> bool:
         return getattr(self.processor, part, None) is not None

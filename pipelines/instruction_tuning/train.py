@@ -94,7 +94,8 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     }
     work.save_result(facts)
     said = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
-    found = f" On {len(answers)} held-out questions, {said} {after:.1%}; untuned {before:.1%}."
+    asked = "1 held-out question" if len(answers) == 1 else f"{len(answers)} held-out questions"
+    found = f" On {asked}, {said} {after:.1%}; untuned {before:.1%}."
     return replace(outcome, message=outcome.message + found)
 
 

@@ -41,6 +41,7 @@ logging.getLogger("diffusers.loaders.lora_base").addFilter(
     lambda record: not record.getMessage().startswith("No LoRA keys associated to CLIPTextModel")
 )
 
+ALIKE = "The pictures of a prompt begin from the same noise in every cell."
 THUMBNAIL = 160  # pixels, the longer side
 
 
@@ -125,7 +126,7 @@ def compare(
     said = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
     beside = {"kept": KEPT} if "kept" in untouched.metrics else {}
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
-    return Comparison(name, folder, list(samples.prompts), said, untouched, cells, beside, scored)
+    return Comparison(name, folder, list(samples.prompts), said, untouched, cells, beside, scored, ALIKE)
 
 
 def _located(run: Run, config: TextToImageConfig) -> ModelSection:

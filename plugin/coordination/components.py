@@ -141,7 +141,11 @@ def partition(
         problems.append(f"components: {len(nowhere)} trained parameters are in none: {_listed(nowhere)}.")
     if several:
         problems.append(f"components: {len(several)} trained parameters are in more than one: {_listed(several)}.")
-    problems += [f"components.{name}: no trained parameter is in it." for name, inside in found.items() if not inside]
+    problems += [
+        f"components.{name}: no trained parameter is in it; its patterns are {', '.join(patterns[name]) or 'none'}."
+        for name, inside in found.items()
+        if not inside
+    ]
     idle = [(c, p) for c, some in patterns.items() for p in some if (c, p) not in used and found[c]]
     problems += [f"components.{component}: {pattern}: matches nothing trained." for component, pattern in idle]
     if problems:

@@ -125,6 +125,15 @@ def test_everything_wrong_with_a_manifest_is_said_at_once(messy, tmp_path, capfd
         assert line.startswith(f"{path}:{number}: ") and text in line, line
 
 
+def test_columns_that_are_wrong_hide_nothing(messy, tiny, capfd):
+    path, expected = messy
+    head, _, rest = path.read_text().partition("\n")
+    path.write_text(f"{head},lable\n{rest}")
+    assert main(["train", "audio_visual/demo", *tiny, f"data={path}"]) == 2
+    first, *others = capfd.readouterr().err.splitlines()
+    assert f"{path}:1: unknown column 'lable'. Did you mean 'label'?" in first and len(others) == len(expected)
+
+
 def test_skip_bad_goes_on_and_says_what_it_left_out(messy, tmp_path, capfd, tiny):
     path, expected = messy
     assert main(["train", "audio_visual/demo", *tiny, f"data={path}", "--id", "one", "--skip-bad"]) == 0
@@ -147,8 +156,13 @@ def test_skip_bad_goes_on_and_says_what_it_left_out(messy, tmp_path, capfd, tiny
         ("audio,frames,label,split\n0.wav,0.png,a,train\n1.wav,0.png,b,train\n", "no usable clip in the split test."),
         (
             "clip,audio,frames,label,split\nx,0.wav,0.png,a,train\nx,1.wav,0.png,b,test\n",
-            "the clip x is on line 2 already",
+            "The clip x is on line 2 already",
         ),
+        (
+            "audio,frames,label,split\n0.wav,0.png,a,train\n0.wav,0.png,,test\n",
+            ":3: has no label. The clip 0.wav is on line 2 already; every clip needs a name of its own, in a column",
+        ),
+        ("frames,label\n0.png,a\ngone.png,a\n", ":3: gone.png does not exist."),
         ("audio,frames,label,split\n0.wav,0.png,a,train,more\n", "has more cells than there are columns."),
         (b"\xff\xfe\x00", "cannot be read as CSV in UTF-8"),
     ],

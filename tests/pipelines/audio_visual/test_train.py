@@ -23,6 +23,7 @@ from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.loop import NonFiniteError
 from equipoise.pipelines.pipeline import Outcome, execute
+from equipoise.pipelines.report import write_report
 from equipoise.pipelines.store import Store
 from equipoise.pipelines.work import make_accelerator
 
@@ -295,6 +296,18 @@ def test_a_run_does_not_go_on_with_other_clips(tiny, clips, stopped_run):
             execute(AudioVisual, settings, run)
     path.write_text(clips.read_text())
     assert execute(AudioVisual, settings, run).state == "done"
+
+
+def test_what_was_trained_for_comparison_is_compared(tiny, tmp_path):
+    run, _ = train(*tiny, "train.baselines=[joint]")
+    made = AudioVisual.compare("one", tmp_path, [run], [config.load(NAME, tiny)], "fixed")
+    assert [cell.row.split(",")[0] for cell in made.cells] == ["mimo", "joint"]
+    facts = json.loads((run.folder / "result" / "result.json").read_text())
+    assert made.cells[1].score == facts["baselines"]["joint"]["accuracy_joint"]
+    assert [len(cell.pictures) for cell in made.cells] == [3, 3]
+    write_report(made)
+    page = (tmp_path / "report.html").read_text()
+    assert "same test clips" in page and "joint, sgd" in page and "of each prompt" not in page
 
 
 def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import DataSection
 from equipoise.pipelines.instruction_tuning.data import Turn, read_all, read_examples
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.media import media_problem, open_picture, open_sound
 
 ASK, SAY = {"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "yes"}
 
@@ -102,8 +104,12 @@ def test_everything_that_is_wrong_is_found_at_once(folder):
     ("name", "text", "sentence"),
     [
         ("talk.csv", "picture,text\n", "talk.csv:1: lacks the column question and answer; it has picture, text."),
-        ("talk.csv", "image,question,answer,picture\n", "talk.csv:1: has the column 'picture' twice or unknown; there"),
-        ("talk.csv", "question,answer,answer\n", "talk.csv:1: has the column 'answer' twice or unknown; there are id"),
+        (
+            "talk.csv",
+            "image,question,answer,picture\n",
+            "has the column 'picture', which is unknown; there are id",
+        ),
+        ("talk.csv", "question,answer,answer\n", "talk.csv:1: has the column 'answer' twice."),
         ("talk.csv", "question,answer\nWhat, sir?,red\n", "talk.csv:2: has more cells than the 2 columns. Put text"),
         ("talk.json", '{"a": 1}', "talk.json:1: must be a list of conversations"),
         ("talk.json", '[\n{"a": }]', "talk.json:2: is not JSON from here on"),
@@ -141,6 +147,52 @@ def test_sounds(folder):
     assert "nan.wav holds samples that are not finite." in problems[3]
 
 
+def test_a_sound_that_is_shorter_than_it_says(folder):
+    import soundfile
+
+    soundfile.write(folder / "whole.wav", np.full(8000, 0.5), 8000)
+    whole = (folder / "whole.wav").read_bytes()
+    (folder / "half.wav").write_bytes(whole[:9000])
+    (folder / "stream.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])
+    assert media_problem(folder / "half.wav", "audio").endswith("half.wav is cut off.")
+    assert not media_problem(folder / "whole.wav", "audio") and not media_problem(folder / "stream.wav", "audio")
+
+
+def test_problems_of_one_kind_hide_no_others(folder, checkpoints, capfd):
+    """A turn's, the media's and the model's, in the order of the lines; nothing is said twice."""
+    told = {"from": "human", "value": "</s> really?"}
+    file = written(
+        folder,
+        {"image": "gone.png", "conversations": [ASK]},
+        {"image": "gone.png", "conversations": [ASK, SAY]},
+        {"image": "red.png", "conversations": [told, SAY]},
+        {"conversations": [{"from": "human", "value": " "}, SAY]},
+        {"audio": "gone.wav", "conversations": [ASK, SAY]},
+    )
+    words = ["train", "instruction_tuning/demo", f"model={checkpoints('llava')}", f"data={file}"]
+    capfd.readouterr()  # the checkpoint was just made
+    assert main([*words, "frozen=[nothing.here]", "components={a: [no], language: [model]}"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    wanted = [
+        "frozen: nothing.here: matches no parameter",
+        "components.a: no trained parameter is in it; its patterns are no.",
+        f"{file}: has pictures (first in line 1) and sounds (first in line 5)",
+        f"{file}:1: has no answer.",
+        f"{file}:1: image {folder / 'gone.png'} does not exist.",
+        f"{file}:4: has an empty question.",
+        f"{file}:5: audio {folder / 'gone.wav'} does not exist.",
+        f"{file}:3: has </s> in its text",
+    ]
+    assert len(lines) == len(wanted) and all(a in b for a, b in zip(wanted, lines, strict=True)), lines
+
+
+def test_one_conversation_is_a_doubt(folder):
+    file = written(folder, {"image": "red.png", "conversations": [ASK, SAY]})
+    made = config.load("instruction_tuning/demo", [f"data={file}"])
+    (line,) = InstructionTuning.doubts(made)
+    assert line.startswith(f"{file}: holds one conversation")
+
+
 def test_sixteen_bits_are_not_all_white(folder):
     for name, kind in (("deep.png", np.uint16), ("deep.tiff", np.int32)):
         Image.fromarray(np.array([[0, 30000, 65535]] * 3, kind)).save(folder / name)
@@ -172,7 +224,7 @@ def test_the_command_lists_all_and_leaves_nothing(folder, checkpoints, capfd):
     error = capfd.readouterr().err.splitlines()
     assert len(error) == 3 and "nowhere does not exist" in error[0], error
     assert (
-        f"{file}:2: has no answer." in error[1] and f"{file}:1: image {folder / 'no.png'} does not exist." in error[2]
+        f"{file}:1: image {folder / 'no.png'} does not exist." in error[1] and f"{file}:2: has no answer." in error[2]
     )
     assert not (folder / "runs").exists()
 

@@ -93,7 +93,7 @@ def test_paligemma_sees_no_answer_before_it_is_given(talk, examples, checkpoints
             torch.testing.assert_close(then[1, :position], first[1, :position])
             assert not torch.allclose(then[1, position:], first[1, position:], atol=1e-4)
     without = type(some[0])("text", [], some[0].turns, "", "x:1")
-    assert made.problems(without) == ["x:1: has no picture, but paligemma takes no text alone."]
+    assert made.problems(without)[0] == "x:1: has no picture, but paligemma takes no text alone."
 
 
 def _both(batch):

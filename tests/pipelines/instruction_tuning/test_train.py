@@ -57,7 +57,7 @@ def overrides(short, sounds):
 def test_every_architecture_learns_and_comes_back(kind, overrides, checkpoints):
     """Both sides move, κ is measured, and five lines load the result to the same numbers, merged too."""
     run, outcome = train(*overrides(kind), "learning_rate=1e-2", "schedule=constant", OFTEN, "samples.every=3")
-    assert outcome.state == "done" and "On 1 held-out questions, exact accuracy" in outcome.message
+    assert outcome.state == "done" and "On 1 held-out question, exact accuracy" in outcome.message
     result = json.loads((run.result / "result.json").read_text())
     assert result["loss_after"] < result["loss_before"]
     metrics = run.metrics()
@@ -141,7 +141,7 @@ def test_prompts_of_ones_own_are_asked_while_training_too(overrides):
         lines = (run.folder / "samples" / f"step-{step:08d}" / "answers.jsonl").read_text().splitlines()
         found = [json.loads(line) for line in lines]
         assert found[0]["question"] == "Is it warm?" and found[0]["score"] is None and len(found) == count
-    assert "On 1 held-out questions" in outcome.message
+    assert "On 1 held-out question" in outcome.message
 
 
 def test_hub_code_is_never_run(monkeypatch, checkpoints):
@@ -459,7 +459,7 @@ def test_sweep_and_compare(overrides, tmp_path, capfd):
     words = [*overrides(), "--axis", "coordinator=constant,commit_clr", "--axis", "learning_rate=1e-3,1e-2"]
     assert main(["sweep", NAME, *words, "--id", "swept"]) == 0
     out = capfd.readouterr().out
-    assert "adamw coordinator=commit_clr" in out and "1 held-out questions" in out
+    assert "adamw coordinator=commit_clr" in out and "1 held-out question" in out
     folder = tmp_path / "runs" / "swept" / "comparison"
     assert (folder / "grid.png").is_file() and (folder / "report.html").is_file()
     table = json.loads((folder / "table.json").read_text())

@@ -98,8 +98,8 @@ def test_a_partition_is_complete_or_refused_with_the_list():
     text = str(error.value)
     assert "3 trained parameters are in none: a.merger.w, a.language_model.lora_A, a.extra.w." in text
     assert "1 trained parameters are in more than one: a.tower.w (tower and all)." in text
-    assert "components.all: no trained parameter is in it." in text
-    assert "components.none: no trained parameter is in it." in text
+    assert "components.all: no trained parameter is in it; its patterns are a.tower, gone." in text
+    assert "components.none: no trained parameter is in it; its patterns are nothing." in text
 
 
 def test_a_pattern_that_matches_nothing_is_refused_though_all_else_is_well():
