@@ -45,11 +45,11 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
         result = json.loads(file.read_text())
         chance = result["chance"]
         _fill(cell, result, file.parent, folder, kinds)
-        for name, figures in result.get("baselines", {}).items() if alone else ():
-            other = Cell(f"{run.id}+{name}", f"{name}, {row}", rate, config.seed, figures["state"], config=differs)
+        for objective, figures in result.get("baselines", {}).items() if alone else ():
+            other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", rate, config.seed, figures["state"], config=differs)
             other.message = f"trained by {run.id} for comparison"
             cells.append(other)
-            _fill(other, figures, file.parent / "baselines" / name, folder, kinds)
+            _fill(other, figures, file.parent / "baselines" / objective, folder, kinds)
     base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})
     beside = {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
     prompts = [f"confusion, {kind} (rows: true classes)" for kind in kinds]

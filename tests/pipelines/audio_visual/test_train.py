@@ -301,7 +301,7 @@ def test_a_run_does_not_go_on_with_other_clips(tiny, clips, stopped_run):
 def test_what_was_trained_for_comparison_is_compared(tiny, tmp_path):
     run, _ = train(*tiny, "train.baselines=[joint]")
     made = AudioVisual.compare("one", tmp_path, [run], [config.load(NAME, tiny)], "fixed")
-    assert [cell.row.split(",")[0] for cell in made.cells] == ["mimo", "joint"]
+    assert made.name == "one" and [cell.row.split(",")[0] for cell in made.cells] == ["mimo", "joint"]
     facts = json.loads((run.folder / "result" / "result.json").read_text())
     assert made.cells[1].score == facts["baselines"]["joint"]["accuracy_joint"]
     assert [len(cell.pictures) for cell in made.cells] == [3, 3]
