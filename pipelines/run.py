@@ -162,6 +162,9 @@ class Run:
             except OSError:
                 continue
         self._stop = self._stop or "stop" in found
+        if self._stop and self._live and self._live.message != status.STOPPING:
+            with suppress(InputError):  # a full disk: it stops all the same
+                self.update(message=status.STOPPING)
         return found | {"stop"} if self._stop else found
 
     def metric(self, step: int, **values: Any) -> None:

@@ -19,6 +19,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.format import FORMAT, KEY, check_format
 
 STATES = ("queued", "running", "done", "stopped", "failed", "diverged", "dead")  # dead is derived, never written
+STOPPING = "saves its state and stops."  # the message of a run that has been asked to
 HEARTBEAT = 2.0  # seconds between two signs of life
 _STALE = 30 * HEARTBEAT  # of a process on another host, which cannot be looked at
 

@@ -41,6 +41,7 @@ def page(site: Site, workers: int) -> gr.Blocks:
             with gr.Tab("Plugins", id="plugins") as installed:
                 plugins.build(installed)
         api.build(site, workers)
+        blocks.load(None, None, None, js="() => equipoise.restore()", api_visibility="private")
     return blocks
 
 

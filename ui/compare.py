@@ -1,6 +1,7 @@
 """The tab Compare: what runs draw or answer, side by side, from the same prompts and the same noise."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
@@ -35,6 +37,7 @@ MOST_SCALE = 10  # of a LoRA: far beyond what still draws anything
 CLOSE = 1e-6  # two scales that mean the same
 MOST_PROMPT, MOST_COUNT = 1000, 1000  # characters of a prompt, pictures of each or questions
 POLL = 2.0  # seconds
+_BAR = re.compile(r"(\S[^|%]*?):? +\d+%\|[^|]*\| *(\d+)/(\d+) \[[^<]*<([^,\]]+)")  # as tqdm draws it
 
 
 def choices(site: Site) -> list[tuple[str, str]]:
@@ -173,8 +176,9 @@ def grid(
             cells = [cell for cell in comparison.cells if value(cell, rows) == label and value(cell, columns) == other]
             line.append(f"<td>{_cell(site, comparison, id, cells, prompt, step, chosen) if cells else ''}</td>")
         body.append(f"<tr>{''.join(line)}</tr>")
-    said = "".join(f"<p class='hint'>{esc(line)}</p>" for line in report.explanations(comparison))
-    return f"<div class='grid'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{said}"
+    first, *rest = (f"<p class='hint'>{esc(line)}</p>" for line in report.explanations(comparison))
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f"{first}<div class='grid'><table>{inside}</table></div>{''.join(rest)}"
 
 
 def _cell(
@@ -212,7 +216,10 @@ def _cell(
     )
     title = " ".join(filter(None, [cell.who, cell.message]))
     pressed = "true" if cell.run in chosen else "false"
-    marked = f"data-id='{esc(cell.run or 'base')}' aria-pressed='{pressed}' title='{esc(title)}'"
+    label = ", ".join(filter(None, [cell.row, shown_rate(cell.rate) if cell.run else "", words]))
+    marked = (
+        f"data-id='{esc(cell.run or 'base')}' aria-pressed='{pressed}' aria-label='{esc(label)}' title='{esc(title)}'"
+    )
     return f"<button class='cell {kind}' {marked}>{inside}<div>{esc(words)}</div>{right}</button>"
 
 
@@ -432,12 +439,18 @@ def working(site: Site, refs: Sequence[str]) -> str:
     for job in background.jobs(site.store.root):
         if set(job.runs) == set(refs):
             if job.state == "running":
-                return draw.notice(f"Generating … {job.log.splitlines()[-1] if job.log else 'starting'}")
+                return draw.notice(f"Generating … {_progress(job.log.splitlines()[-1]) if job.log else 'starting'}")
             if job.state == "dead":
                 last = job.log.splitlines()[-1] if job.log else "it said nothing"
                 return draw.notice(f"The last comparison came to nothing: {last}", "bad")
             return ""
     return ""
+
+
+def _progress(line: str) -> str:
+    """A terminal's progress bar in words; any other line as it is."""
+    found = _BAR.search(line)
+    return f"{found[1]} {found[2]} of {found[3]}, {found[4]} left" if found else line
 
 
 # The page
@@ -459,7 +472,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     )
     with gr.Row():
         given: dict[str, Any] = {"interactive": True, "min_width": 220}
-        which = gr.Dropdown([], label="Comparison", elem_id="compare-which", **given)
+        which = gr.Dropdown([], label="Comparison", elem_id="compare-which", scale=2, **given)
         rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", **given)
         columns = gr.Dropdown([("learning rate", RATE)], value=RATE, label="Columns", **given)
     with gr.Row():
@@ -647,6 +660,18 @@ def build(site: Site, tab: gr.Tab) -> None:
     opened = [rows, columns, prompt, step, shown, title, detail, robust, numbers, links, chosen, message]
     last = gr.State("")
     tab.select(lambda: gr.update(choices=choices(site)), None, refs, **private)
+    page = Context.root_block
+    assert page is not None
+
+    def restore(request: gr.Request) -> Any:
+        """The runs that the page's address names, as far as they are there."""
+        offered = choices(site)
+        known = {id for _, id in offered}
+        chosen = [id for id in request.query_params.get("compare", "").split(",") if id in known]
+        return gr.update(choices=offered, value=chosen) if chosen else gr.skip()
+
+    page.load(restore, None, refs, **private)
+    refs.change(None, refs, None, js="chosen => equipoise.at({compare: chosen.join(',')})", api_visibility="private")
     refs.change(pick, refs, [which, known, *opened, last, scale, words, count], **private)
     which.change(
         lambda id, refs, last: open_one(id, refs) if id and id != last else [gr.skip()] * (len(opened) + 1),

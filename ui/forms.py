@@ -312,9 +312,10 @@ def _mapping(key: str, text: str, problems: list[str]) -> dict[str, Any]:
 
 
 def count(cls: type[RunConfig], shown: Mapping[str, Any]) -> int:
-    """How many runs a form comes to, as far as it can be read."""
-    axes = read(cls, shown, [], [])[SWEEP].values()
-    return math.prod(len(values) for values in axes if isinstance(values, list))
+    """How many runs a form comes to; 1 where it cannot be read."""
+    wrong: list[str] = []
+    axes = read(cls, shown, [], wrong)[SWEEP].values()
+    return 1 if wrong else math.prod(len(set(map(repr, values))) for values in axes)
 
 
 def read_numbers(text: str) -> list[int | float]:

@@ -132,6 +132,12 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
         ConfigError: the world it points to is not as it should be, one line each.
     """
     config = made.config
+    for item in site.store.at_work():  # whose results would be the same to the last bit
+        with suppress(OSError):
+            if (site.store.root / item.id / "config.yaml").read_text() == made.yaml:
+                raise InputError(
+                    f"{item.id} is the same, and {item.state}. Change something, such as the seed, or wait."
+                )
     if config.sweep:
         run = sweeps.create(config)
     else:
@@ -382,6 +388,16 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
         show_progress="hidden",
         api_visibility="private",
     )
+    page = Context.root_block
+    assert page is not None
+
+    def restore(request: gr.Request) -> Any:
+        """The pipeline that the page's address names."""
+        name = request.query_params.get("pipeline", "")
+        return name if name in names else gr.skip()
+
+    page.load(restore, None, chosen, **QUIET)
+    chosen.input(None, chosen, None, js="name => equipoise.at({pipeline: name})", api_visibility="private")
     return found, chosen
 
 
@@ -588,7 +604,7 @@ def _uploads(site: Site, data: gr.Dropdown, prompt: Any = None) -> None:
             file_count="multiple",
             file_types=["image"],
             label="Pictures (PNG, JPEG, WebP)",
-            height=140,
+            height=260,
             elem_id="pictures",
         )
         captions = Table(

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from posixpath import commonpath
@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 import psutil
+from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
@@ -22,7 +23,7 @@ from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.commands.compare import being_made
 from equipoise.pipelines.keys import section_at
 from equipoise.pipelines.run import Run, metric_lines
-from equipoise.pipelines.status import STATES, Status
+from equipoise.pipelines.status import STATES, STOPPING, Status
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import SUFFIXES, Site
@@ -47,9 +48,10 @@ _COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took
 ON_CLICK = """
 element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-id]');
-  if (chosen) trigger('select', {id: chosen.dataset.id, extra: chosen.dataset.extra || ''});
+  if (chosen) trigger('select', {id: chosen.dataset.id});
 });
 """
+ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 
 def table(site: Site, words: str = "", state: str = "all", sort: str = "youngest", chosen: str = "") -> str:
@@ -90,6 +92,7 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "youngest
 
 
 def _row(site: Site, item: Status, chosen: bool) -> str:
+    item = together(Run(site.store.root / item.id), item)
     cells = [
         f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(item.id)}</button>"
         f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>",
@@ -105,8 +108,20 @@ def _row(site: Site, item: Status, chosen: bool) -> str:
     return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
 
 
-def badge(item: Status) -> str:
-    return f"<span class='badge {esc(item.state)}' title='{esc(item.message)}'>{esc(item.state)}</span>"
+def badge(item: Status, ended: bool = False) -> str:
+    """A run's state in a word. `ended`: its sweep is over, so that a cell which waits will not begin."""
+    words = "stopping" if item.message == STOPPING else "not begun" if ended and item.state == "queued" else item.state
+    return f"<span class='badge {esc(item.state)}' title='{esc(item.message)}'>{esc(words)}</span>"
+
+
+def together(run: Run, now: Status) -> Status:
+    """How a sweep at work stands by its cells, which are looked at by it only now and then; a run as it is."""
+    if now.kind != "sweep" or now.state != "running":
+        return now
+    cells = [cell.status() for cell in sweeps.cells(run)]
+    return replace(
+        now, step=sum(cell.total or 0 if cell.over and cell.state != "stopped" else cell.step for cell in cells)
+    )
 
 
 def bar(item: Status) -> str:
@@ -119,18 +134,34 @@ def bar(item: Status) -> str:
 
 
 def left(site: Site, item: Status) -> str:
-    """The time that is left, by the pace of the steps since the run was loaded."""
+    """The time that is left, in words; nothing where it cannot be told yet."""
+    run = Run(site.store.root / item.id)
+    seconds = _left_of_sweep(run) if item.kind == "sweep" and item.state == "running" else _left(run, item)
+    return "" if seconds is None else draw.span(seconds)
+
+
+def _left(run: Run, item: Status) -> float | None:
+    """Seconds, by the pace of the steps since the run was loaded."""
     if item.state != "running" or not item.total or not item.step or item.duration <= 0:
-        return ""
-    pace = item.duration / item.step
-    if item.kind != "sweep":  # whose steps are its cells'
-        times = _read_metrics(Run(site.store.root / item.id)).times.points()
-        first = next((index for index, (_, time) in enumerate(times) if time >= (item.started or 0)), len(times))
-        if len(times) - first < 2:
-            return ""
-        (before, began), (step, now) = times[first], times[-1]
-        pace = (now - began) / max(1, step - before)
-    return draw.span(max(0, item.total - item.step) * pace)
+        return None
+    times = _read_metrics(run).times.points()
+    first = next((index for index, (_, time) in enumerate(times) if time >= (item.started or 0)), len(times))
+    if len(times) - first < 2:
+        return None
+    (before, began), (step, now) = times[first], times[-1]
+    return max(0, item.total - item.step) * (now - began) / max(1, step - before)
+
+
+def _left_of_sweep(sweep: Run) -> float | None:
+    """Seconds, by what is left of the cells that run, and for the others what one has taken or will have."""
+    cells = [(cell, cell.status()) for cell in sweeps.cells(sweep)]
+    running = [(now.duration, seconds) for cell, now in cells if (seconds := _left(cell, now)) is not None]
+    each = [now.duration for _, now in cells if now.state == "done"] or [sum(times) for times in running]
+    if not each:
+        return None
+    waiting = sum(now.state == "queued" for _, now in cells) * sum(each) / len(each)
+    at_once = max(1, sum(now.state == "running" for _, now in cells))
+    return max([seconds for _, seconds in running] + [(waiting + sum(rest for _, rest in running)) / at_once])
 
 
 # One run
@@ -141,8 +172,9 @@ def heading(site: Site, id: str) -> str:
     if not id:
         return draw.empty("Choose a run", "Its curves, samples, log and files appear here.")
     run = open_run(site, id)
-    now = run.status()
+    now = together(run, run.status())
     back = f"<button class='link' data-id='{esc(run.sweep)}'>← {esc(run.sweep)}</button>" if run.sweep else ""
+    ended = bool(run.sweep) and open_run(site, run.sweep).status().over
     told = {
         "pipeline": now.pipeline,
         "step": f"{now.step} of {now.total}" if now.total else now.step,
@@ -155,7 +187,7 @@ def heading(site: Site, id: str) -> str:
     }
     parts = [
         back,
-        f"<h3>{draw.breakable(run.id)} {badge(now)}</h3>",
+        f"<h3>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
         bar(now),
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in told.items() if value != ""}),
@@ -165,7 +197,7 @@ def heading(site: Site, id: str) -> str:
     if now.state == "dead":
         parts.append(f"<pre class='log'>{esc(background.tail(run.log_file, 8))}</pre>")
     if now.kind == "sweep":
-        parts.append(_cells(run))
+        parts.append(_cells(run, now.over))
     return "".join(parts)
 
 
@@ -184,13 +216,13 @@ def open_run(site: Site, id: str) -> Run:
     return run
 
 
-def _cells(sweep: Run) -> str:
+def _cells(sweep: Run, ended: bool) -> str:
     rows = []
     for cell in sweeps.cells(sweep):
         now = cell.status()
         short = draw.breakable(cell.folder.name)
         rows.append(
-            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now)}</td>"
+            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now, ended)}</td>"
             f"<td>{bar(now)}</td><td>{draw.number(now.loss)}</td></tr>"
         )
     head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
@@ -216,6 +248,8 @@ def charts(site: Site, id: str) -> str:
         lines = {cell.folder.name: read_curves(cell).get("loss", []) for cell in sweeps.cells(sweep=run)}
         return f"<div class='charts wide'>{draw.chart('loss of each cell', lines, log=True)}</div>" or ""
     lines = read_curves(run)
+    if not lines and run.status().over:
+        return draw.empty("Nothing was measured", "It ended before its first step.")
     if not lines:
         return draw.empty("Nothing measured yet", "Curves appear after the first steps.")
     groups: dict[str, list[str]] = {}
@@ -500,10 +534,10 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
         words = gr.Textbox(label="Filter", placeholder="words of the id, pipeline or message", max_lines=1, scale=3)
         state = gr.Dropdown(["all", *STATES], value="all", label="State", interactive=True)
         sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", interactive=True)
-    listing = gr.HTML(table(site), js_on_load=ON_CLICK, elem_id="runs-table")
+    listing = gr.HTML(table(site), js_on_load=ON_RUN, elem_id="runs-table")
     chosen = gr.State("")
     seen = gr.State([])
-    head = gr.HTML(heading(site, ""), js_on_load=ON_CLICK, elem_id="run-head")
+    head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
     with gr.Row(elem_classes=["actions"], visible=False) as buttons:
         stop = gr.Button("Stop (saves first)", size="md", elem_id="stop")
@@ -512,7 +546,7 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
         again = gr.Button("Duplicate into Launch", size="md", elem_id="duplicate")
         remove = gr.Button("Delete …", size="md", variant="stop", elem_id="delete")
     with gr.Row(elem_classes=["actions"], visible=False) as sure:
-        gr.HTML("<p>Delete this run with all its files? It cannot be undone.</p>")
+        which = gr.HTML()
         yes = gr.Button("Delete for good", size="md", variant="stop", elem_id="delete-yes")
         no = gr.Button("Keep it", size="md")
     with gr.Tabs(visible=False) as parts:
@@ -550,7 +584,18 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
         return [*outputs, digests if digests != seen else gr.skip(), slider, last if last != end else gr.skip()]
 
     def select(words: str, state: str, sort: str, event: gr.EventData) -> list[Any]:
-        id = str(getattr(event, "id", ""))
+        return opened(words, state, sort, str(getattr(event, "id", "")))
+
+    def restore(request: gr.Request) -> list[Any]:
+        """The run that the page's address names, if it is there."""
+        id = request.query_params.get("run", "")
+        try:
+            open_run(site, id)
+        except EquipoiseError:
+            return [gr.skip()] * (len(outputs) + 5)
+        return opened("", "all", SORTS[0], id)  # as the filters are in a page that was just loaded
+
+    def opened(words: str, state: str, sort: str, id: str) -> list[Any]:
         try:
             open_run(site, id)
         except EquipoiseError as error:
@@ -592,15 +637,21 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
     tab.select(refresh, inputs, outputs, **private)  # what it shows until then is of when the server started
     moved = [words.change, state.input, sort.input, step.input]
     gr.on(moved, refresh, inputs, outputs, trigger_mode="always_last", **private)
+    all_of_it = [*outputs, message, chosen, buttons, parts, sure]
+    page = Context.root_block
+    assert page is not None
+    page.load(restore, None, all_of_it, **private)
     for source in (listing, head):
-        all_of_it = [*outputs, message, chosen, buttons, parts, sure]
         source.select(select, [words, state, sort], all_of_it, trigger_mode="multiple", **private)
     told = [message, chosen, buttons, parts, sure]
     for button, what in ((stop, "stop"), (resume, "resume"), (sample, "sample"), (yes, "delete")):
         button.click(do(what), chosen, told, **private).then(refresh, inputs, outputs, **private)
-    remove.click(lambda: gr.update(visible=True), None, sure, **private)
+    asked = "<p>Delete <b>{}</b> with all its files? It cannot be undone.</p>"
+    remove.click(lambda id: [gr.update(visible=True), asked.format(esc(id))], chosen, [sure, which], **private)
     no.click(lambda: gr.update(visible=False), None, sure, **private)
     count = sum(len(form.widgets) + 2 for form in forms.values())
     fields = [widget for form in forms.values() for widget in (form.preset, *form.widgets, form.options)]
-    again.click(duplicate, chosen, [message, tabs, pipelines, *fields], **private)
+    again.click(duplicate, chosen, [message, tabs, pipelines, *fields], **private).then(
+        None, None, None, js="() => equipoise.at({tab: 'Launch'})", api_visibility="private"
+    )
     return chosen

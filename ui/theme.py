@@ -19,7 +19,29 @@ HEAD = """<style>
 .gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
 .gradio-container .prose code { font-size: .95em !important; color: inherit !important }
 @media (max-width: 640px) { .gradio-container .main { padding: 8px 10px !important } }
-</style>"""
+</style>
+<script>
+// Where the user is stands in the address, so that a reload leads there again.
+window.equipoise = {
+  at(changes) {
+    const address = new URL(location);
+    for (const [key, value] of Object.entries(changes)) {
+      if (value) address.searchParams.set(key, value);
+      else address.searchParams.delete(key);
+    }
+    history.replaceState(history.state, '', address);
+  },
+  restore() {  // the tab; what is in it is restored by its own file
+    const wanted = new URL(location).searchParams.get('tab');
+    for (const tab of document.querySelectorAll('#tabs button[role=tab]'))
+      if (tab.textContent.trim() === wanted && tab.ariaSelected !== 'true') tab.click();
+  }
+};
+document.addEventListener('click', event => {
+  const tab = event.target.closest('#tabs button[role=tab]')?.textContent.trim();
+  if (['Launch', 'Runs', 'Compare', 'Plugins'].includes(tab)) equipoise.at({tab});
+});
+</script>"""
 
 
 def theme() -> gr.themes.Base:

@@ -46,7 +46,9 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
         chance = result["chance"]
         _fill(cell, result, file.parent, folder, kinds)
         for objective, figures in result.get("baselines", {}).items() if alone else ():
-            other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", rate, config.seed, figures["state"], config=differs)
+            other = Cell(
+                f"{run.id}+{objective}", f"{objective}, {row}", rate, config.seed, figures["state"], config=differs
+            )
             other.message = f"trained by {run.id} for comparison"
             cells.append(other)
             _fill(other, figures, file.parent / "baselines" / objective, folder, kinds)

@@ -104,6 +104,8 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     expect(row).to_be_visible(timeout=PATIENCE)
     row.get_by_role("button").click()
     expect(page.locator("#run-head h3")).to_contain_text(sweep)
+    page.reload()
+    expect(page.locator("#run-head h3")).to_contain_text(sweep)
     expect(row).to_contain_text("done", timeout=PATIENCE)
     cell = page.locator("#run-head table button").first
     cell.click()
@@ -122,6 +124,8 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     page.get_by_role("option", name=sweep).click()
     page.keyboard.press("Escape")
     cells = page.locator("#grid button.cell")
+    expect(cells).to_have_count(3, timeout=PATIENCE)
+    page.reload()
     expect(cells).to_have_count(3, timeout=PATIENCE)
     expect(page.locator("#grid img").first).to_have_js_property("complete", True)
     cells.nth(1).click()

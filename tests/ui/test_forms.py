@@ -35,6 +35,13 @@ def test_there_and_back(name):
     assert before == after and len(before) == forms.count(type(config), shown) > 1
 
 
+def test_runs_are_counted_that_would_be_begun():
+    config, shown, _ = filled("text_to_image/demo")
+    many = {**shown, "optimizer.name": ["adamw", "scaled_adamw"]}
+    for rate, count in (("1e-3, 1e-2", 4), ("1e-3, 1e-3", 2), ("fast", 1)):
+        assert forms.count(type(config), {**many, "optimizer.learning_rate": rate}) == count
+
+
 def test_every_pipeline_has_a_form_of_all_its_keys():
     found = 0
     for entry in registry.entries("pipelines"):

@@ -20,7 +20,7 @@ from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE, Comparison
 from equipoise.pipelines.files import append
-from equipoise.ui import compare, draw, plugins, runs
+from equipoise.ui import compare, draw, launch, plugins, runs
 
 
 def test_the_table_filters_and_sorts(site, run, finish):
@@ -108,6 +108,50 @@ def test_what_is_left_is_told_by_the_steps_alone(site):
         append(made.folder / "metrics.jsonl", json.dumps({"step": 5, "time": now}) + "\n")
         made.update(step=5)
         assert runs.left(site, made.status()) == draw.span(95 * 10)
+
+
+def test_what_is_left_of_a_sweep_is_told_by_its_cells(site, swept):
+    """Two are done and took 50 s each, one has 40 s to go, one waits: 90 s by one worker."""
+    now = time.time()
+    first, second, third, fourth = sweeps.cells(swept)
+    for cell in (first, second):
+        cell.update(seconds=50.0)
+    third.update(state="queued", step=0)
+    (third.folder / "metrics.jsonl").unlink()
+    fourth.update(state="queued", step=0)
+    swept.update(state="running", total=20, step=0, **status.process())
+    with third.session(signals=False):
+        third.update(total=11, step=6, started=now - 60)
+        for step, ended in ((1, now - 40), (6, now)):
+            append(third.folder / "metrics.jsonl", json.dumps({"step": step, "time": ended}) + "\n")
+        assert runs.left(site, swept.status()) == draw.span(40 + 50)
+        assert runs.together(swept, swept.status()).step == 5 + 5 + 6
+    heading = runs.heading(site, "grid")
+    swept.update(state="stopped")
+    assert "not begun" not in heading and "not begun" in runs.heading(site, "grid")
+    assert "not begun" in runs.heading(site, fourth.id)
+
+
+def test_a_run_that_was_asked_to_stop_says_so(site):
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="some")
+    with made.session(signals=False):
+        made.request("stop")
+        assert ">running<" in runs.heading(site, "some")
+        assert "stop" in made.requested() and ">stopping<" in runs.heading(site, "some")
+        made.finish("stopped")
+    assert ">stopped<" in runs.heading(site, "some")
+
+
+def test_the_same_twice_is_refused_while_it_is_at_work(site):
+    config = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
+    site.store.create(config, id="some")
+    with pytest.raises(InputError, match="some is the same, and queued"):
+        launch.launch(site, launch.Plan(config, 1, "text_to_image/demo", None))
+
+
+def test_a_job_tells_its_bar_in_words():
+    bar = "grid:  40%|████      | 2/5 [00:10<00:15,  5.00s/cell]"
+    assert compare._progress(bar) == "grid 2 of 5, 00:15 left" and compare._progress("loading") == "loading"
 
 
 def test_curves_that_are_measured_now_and_then(site):
