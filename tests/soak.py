@@ -487,9 +487,9 @@ def worker_of_torchrun(lab: Lab, id: str, draw: Random) -> str | None:
     return "" if same(weights(whole), weights(folder)) else "other weights"
 
 
-def worker_of_sweep(lab: Lab, id: str, draw: Random) -> str | None:
+def worker_of_sweep(lab: Lab, id: str, draw: Random, *more: str) -> str | None:
     """A sweep's worker is killed; whether the sweep waits for another or is started again, its cells come out alike."""
-    words = ["sweep", *lab.words, "--axis", "seed=0,1", "--no-compare", "--runs", str(lab.root)]
+    words = ["sweep", *lab.words, "--axis", "seed=0,1", "--no-compare", "--runs", str(lab.root), *more]
     cell = lab.root / id / "seed=0"
     with open(lab.folder / f"{id}.txt", "ab") as log:
         process = subprocess.Popen([*CLI, *words, "--id", id], stdout=log, stderr=log)
@@ -500,7 +500,7 @@ def worker_of_sweep(lab: Lab, id: str, draw: Random) -> str | None:
             return None
         os.kill(pid, signal.SIGKILL)
         process.wait(PATIENCE)
-        again = [*CLI, "sweep", id, "--no-compare", "--runs", str(lab.root)]
+        again = [*CLI, "sweep", id, "--no-compare", "--runs", str(lab.root), *more]
         code = subprocess.run(again, stdout=log, stderr=log, timeout=PATIENCE).returncode
     if code or not same(lab.whole, weights(cell)):
         return f"ended with {code}: {(lab.folder / f'{id}.txt').read_text()[-500:]}"
@@ -568,6 +568,7 @@ class Fault:
 FAULTS = (
     Fault("a process of two under torchrun is killed", 3, worker_of_torchrun, quick=False),
     Fault("a sweep's worker is killed", 3, worker_of_sweep, quick=False),
+    Fault("a sweep's task on Ray is killed", 3, worker_of_sweep, ("--executor=ray",), quick=False),
     Fault("the web page is killed during a sweep", 3, page, quick=False),
     Fault("SIGKILL while training", 50, killed, (TRAINING,)),
     Fault("SIGKILL while a checkpoint is written", 50, killed, (SAVING,)),
@@ -588,10 +589,14 @@ FAULTS = (
 )
 
 
+def _short(more: object) -> str:
+    return f"{more:g}" if isinstance(more, int | float) else str(more).strip("-").replace("=", "-")
+
+
 def tried(lab: Lab, fault: Fault, number: int, seed: int) -> str:
     """One trial that the fault really came to."""
     for again in range(TRIES):
-        id = f"{fault.trial.__name__}-{'-'.join(f'{m:g}' for m in fault.more)}-{number}-{again}".replace("+", "")
+        id = f"{fault.trial.__name__}-{'-'.join(map(_short, fault.more))}-{number}-{again}".replace("+", "")
         try:
             lost = fault.trial(lab, id, Random(f"{id} {seed}"), *fault.more)
         except Exception as error:
@@ -617,6 +622,8 @@ def soak(
         lab = Lab(Path(made))
         if not may_mount(lab):
             faults = [fault for fault in faults if fault.trial is not disk_full]
+        if not importlib.util.find_spec("ray"):
+            faults = [fault for fault in faults if "Ray" not in fault.what]
         tasks = [(fault, number) for fault in faults for number in range(trials or fault.trials)]
         tasks.sort(key=lambda task: task[1])  # some of each, however soon it ends
         tasks = [(fault, number) for fault, number in tasks if (fault.what, number) not in before]
