@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,11 @@ class Base:
     @property
     def denoiser(self) -> ModelMixin:
         return getattr(self.pipeline, self.family.denoiser)
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The denoiser, compiled when it is first called with tensors of some shape, for all factors of that shape."""
+        return torch.compile(self.denoiser)
 
     @property
     def vae(self) -> AutoencoderKL:

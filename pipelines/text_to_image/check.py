@@ -1,5 +1,7 @@
 """What is wrong with the world a configuration points to, found before anything is written."""
 
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +45,8 @@ def problems(config: TextToImageConfig) -> list[str]:
             found.append(
                 f"data.resolution: must be a multiple of {pixels} for {kind.title}, got {config.data.resolution}."
             )
+    if config.train.compile and (missing := _no_compiler()):
+        found.append(f"train.compile: needs {missing}. Install it, or leave train.compile out.")
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
         found += wrong
@@ -78,6 +82,16 @@ def problems(config: TextToImageConfig) -> list[str]:
             f"optimizer.name: {config.optimizer.name} needs the package bitsandbytes. pip install bitsandbytes."
         )
     return found
+
+
+def _no_compiler() -> str:
+    """What torch.compile would miss here; empty where it has all."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "" if find_spec("triton") else "the package triton"
+    names = [os.environ.get("CXX"), "g++", "clang++"]
+    return "" if any(name and shutil.which(name) for name in names) else "a C++ compiler, such as g++"
 
 
 def doubts(config: TextToImageConfig) -> list[str]:

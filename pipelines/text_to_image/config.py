@@ -179,6 +179,11 @@ class TrainSection(Section):
         description="diverged: a mean loss over 20 steps that is this many times the untouched base's; 0: never",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    compile: bool = Field(
+        False,
+        description="faster steps by torch.compile; the first of each shape takes minutes, for all runs of "
+        "a process once",
+    )
 
 
 class SamplesSection(Section):

@@ -3,6 +3,7 @@
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -139,6 +140,9 @@ class TextToImageWork(OptimizedWork):
             base.denoiser.enable_gradient_checkpointing()
         else:
             base.denoiser.disable_gradient_checkpointing()
+        if config.train.compile and "compiled" not in vars(base) and processes.leads():
+            print("train.compile: compiling, which makes the first step take minutes.", file=sys.stderr)
+        self.taught = base.compiled if config.train.compile else base.denoiser  # what a step calls
         self.average = {f"average.{name}": p.detach().clone() for name, p in named.items()} if config.train.ema else {}
         super().__init__(
             config,
@@ -158,7 +162,13 @@ class TextToImageWork(OptimizedWork):
                 f"the mean loss of {_RECENT} steps, {mean:.3g}, was more than {limit:g} times the untouched base's, "
                 f"{usual:.3g},"
             )
-        values = super().step(step)
+        try:
+            values = super().step(step)
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"train.compile: torch cannot compile this here ({reason}). Leave it out.") from error
         self.recent = [*self.recent[1 - _RECENT :], values["loss"]]
         return values
 
@@ -195,10 +205,12 @@ class TextToImageWork(OptimizedWork):
         noise, times = self.noise.draw(clean.shape, generator)
         captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
         mine = slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
-        return self._loss(clean[mine], noise[mine], times[mine], captions[mine], places[mine])
+        return self._loss(self.taught, clean[mine], noise[mine], times[mine], captions[mine], places[mine])
 
-    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], places: Tensor) -> Tensor:
-        device, denoiser = self.accelerator.device, self.base.denoiser
+    def _loss(
+        self, denoiser: Any, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], places: Tensor
+    ) -> Tensor:
+        device = self.accelerator.device
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
         noisy = self.noise.add(clean, noise, times).to(self.dtype)
         with self.accelerator.autocast():
@@ -255,7 +267,8 @@ class TextToImageWork(OptimizedWork):
                 clean, _, places = self.latents.take(chosen, [0] * len(some))
                 captions = [self.captions[picture] for picture in chosen]
                 noise = torch.stack([noises[index] for index in some])
-                total += self._loss(clean, noise, times[some], captions, places).item() * len(some)
+                denoiser = self.base.denoiser  # as it is: to compile it for this would take longer than all of it
+                total += self._loss(denoiser, clean, noise, times[some], captions, places).item() * len(some)
         return total / _EVALUATED
 
     def sample(self, step: int) -> None:

@@ -122,6 +122,29 @@ def test_a_stopped_run_resumes_exactly(short, extra, stopped_run):
     assert [record["step"] for record in run.metrics()] == list(range(1, 7))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch, by torch
+def test_a_compiled_denoiser_trains_alike_and_is_compiled_once(short, stopped_run):
+    from torch._dynamo.utils import counters
+
+    plain, _ = train(*short)
+    counters.clear()
+    first, _ = train(*short, "train.compile=true")
+    other, _ = train(*short, "train.compile=true", "learning_rate=1e-3", "seed=1")
+    settings = config.load(NAME, [*short, "train.compile=true"])
+    resumed = stopped_run(TextToImage, settings, 3)
+    assert execute(TextToImage, settings, resumed).state == "done"
+    assert counters["stats"]["unique_graphs"] == 1, "for runs of other rates and seeds, and one that is resumed"
+    assert equal(lora(first), lora(resumed)) and not equal(lora(first), lora(other))
+    losses = ([record["loss"] for record in run.metrics()] for run in (plain, first))
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_compiler_nothing_is_compiled(short, monkeypatch, capfd):
+    monkeypatch.setattr("equipoise.pipelines.text_to_image.check.shutil.which", lambda name: None)
+    assert main(["train", NAME, *short, "train.compile=true"]) == 2
+    assert "train.compile: needs a C++ compiler, such as g++. Install it" in capfd.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_another_base(short, checkpoint, tmp_path, stopped_run):
     folder = shutil.copytree(checkpoint, tmp_path / "base")
     settings = config.load(NAME, [*short, f"model={folder}"])
