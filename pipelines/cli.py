@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: From argparse, for --help, --version (0) and wrong usage (2).
     """
+    # Pillow's, of pictures that are then refused in a sentence of ours
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
         args, module = _parse(sys.argv[1:] if argv is None else argv)
         code = import_module(module).run(args)

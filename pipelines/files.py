@@ -3,9 +3,10 @@
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from equipoise.errors import EquipoiseError, InputError
 
@@ -16,6 +17,12 @@ def disk_full(error: BaseException) -> bool:
     """Whether that was the disk; SQLite and libraries written in Rust or C++ say so in words only."""
     words = ("No space left on device", "database or disk is full")
     return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in words)
+
+
+def first_line(reader: Any, cells: Iterable[Any]) -> int:
+    """The line that the row just read by a reader of `csv` begins in, which itself knows only where it ends."""
+    lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+    return reader.line_num - sum(text.count("\n") for some in lists for text in some if text)
 
 
 def cut_off(path: Path) -> bool:

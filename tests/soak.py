@@ -696,11 +696,12 @@ def run() -> int:
         found = soak(faults, args.trials, args.workers, args.seed, results, 60 * args.minutes)
     found = {what: trials for what, trials in found.items() if trials[0]}  # without root no disk can be mounted
     rows = [(what, count, len(lost), count - len(lost)) for what, (count, lost) in found.items()]
-    tables = {"faults": table(["fault", "trials", "lost", "recovered"], rows)}
+    tables = [lambda: ("faults", table(["fault", "trials", "lost", "recovered"], rows))]
     if args.fuzz:
-        counts = fuzz(args.fuzz)
-        tables["inputs"] = table(["input", "examples", "faults"], [(name, count, 0) for name, count in counts.items()])
-    for name, text in tables.items():
+        head = ["input", "examples", "faults"]
+        tables.append(lambda: ("inputs", table(head, [(name, count, 0) for name, count in fuzz(args.fuzz).items()])))
+    for made in tables:
+        name, text = made()
         print(f"\n{text}")
         if args.write:
             write(name, text)

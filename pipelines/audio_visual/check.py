@@ -1,5 +1,6 @@
 """What is wrong with the world a configuration points to, found before anything is written."""
 
+import os
 from pathlib import Path
 
 from equipoise import registry
@@ -15,7 +16,7 @@ def problems(config: AudioVisualConfig) -> list[str]:
     missing = []
     for name in config.data.modalities:
         path = getattr(config.model, name).path
-        if path and is_local(path) and not Path(path).is_dir():
+        if path and is_local(path) and not os.path.isdir(path):
             found.append(f"model.{name}.path: {path} does not exist. Give a folder of transformers' own, or a hub id.")
             missing.append(name)
     if not missing:

@@ -39,6 +39,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
         cells.append(cell)
         if alone:
             cell.row = f"{config.objective.name}, {row}"
+            cell.config = {"objective.name": config.objective.name, **differs}
         file = run.folder / "result" / "result.json"
         if not file.is_file():
             continue
@@ -46,10 +47,9 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
         chance = result["chance"]
         _fill(cell, result, file.parent, folder, kinds)
         for objective, figures in result.get("baselines", {}).items() if alone else ():
-            other = Cell(
-                f"{run.id}+{objective}", f"{objective}, {row}", rate, config.seed, figures["state"], config=differs
-            )
+            other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", rate, config.seed, figures["state"])
             other.message = f"trained by {run.id} for comparison"
+            other.config = cell.config | {"objective.name": objective}
             cells.append(other)
             _fill(other, figures, file.parent / "baselines" / objective, folder, kinds)
     base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from equipoise.pipelines.audio_visual.config import DataSection
+from equipoise.pipelines.files import first_line
 
 COLUMNS = ("clip", "audio", "frames", "video", "text", "label", "split")
 SPLITS = ("train", "val", "test")
@@ -42,6 +43,7 @@ class Manifest:
     clips: list[Clip] = field(default_factory=list)  # those without a problem
     problems: list[str] = field(default_factory=list)  # of the manifest as a whole: nothing can be trained
     bad: dict[int, str] = field(default_factory=dict)  # line → what is wrong with its clip
+    spoilt: list[Clip] = field(default_factory=list)  # the clips with a problem
 
     @property
     def classes(self) -> list[str]:
@@ -61,7 +63,9 @@ class Manifest:
         return self.problems + [f"{self.path}:{line}: {text}" for line, text in sorted(self.bad.items())]
 
     def leave_out(self, wrong: dict[int, str]) -> None:
-        self.bad |= wrong
+        """Clips by line, each with what is wrong with it, perhaps beside what was known."""
+        self.bad |= {line: " ".join(filter(None, [self.bad.get(line), text])) for line, text in wrong.items()}
+        self.spoilt += [clip for clip in self.clips if clip.line in self.bad]
         self.clips = [clip for clip in self.clips if clip.line not in self.bad]
 
 
@@ -81,9 +85,12 @@ def read_manifest(data: DataSection, path: Path) -> Manifest:
             reader.fieldnames = columns
             found.columns = set(columns)
             found.problems += _column_problems(path, columns, data)
-            rows = [(reader.line_num, row) for row in reader]
+            rows = [(first_line(reader, row.values()), row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         found.problems.append(f"{path}: cannot be read as CSV in UTF-8 ({error}).")
+        return found
+    except OSError as error:
+        found.problems.append(f"data.manifest: {path} cannot be read: {error.strerror or error}.")
         return found
     names: dict[str, int] = {}
     for line, row in rows:
@@ -145,21 +152,30 @@ def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: Dat
     return clip, problems
 
 
-def settle(manifest: Manifest) -> None:
-    """What only the clips together can be wrong about, once those that cannot be used are known."""
+def settle(manifest: Manifest, skip_bad: bool) -> None:
+    """What only the clips together can be wrong about, once those that cannot be used are known.
+
+    Args:
+        skip_bad: whether training goes on without those, so that what they have in common may be missing.
+    """
     if not {"label", "split"} <= manifest.columns:
         return
-    train = {clip.label for clip in manifest.split("train")}
+    every = [*manifest.clips, *manifest.spoilt]
+    counted = manifest.clips if skip_bad else every
+    train = {clip.label for clip in counted if clip.split == "train" and clip.label}
+    known = {clip.label for clip in every if clip.split == "train"}
     for split in ("val", "test"):
         wrong = {
-            clip.line: f"its class {clip.label!r} is in the split {split} and not in train."
+            clip.line: f"its class {clip.label!r} has no usable clip in the split train."
+            if clip.label in known
+            else f"its class {clip.label!r} is in the split {split} and not in train."
             for clip in manifest.split(split)
             if clip.label not in train
         }
         if train:
             manifest.leave_out(wrong)
     for split in ("train", "test"):
-        if not manifest.split(split):
+        if not any(clip.split == split for clip in counted):
             manifest.problems.append(f"{manifest.path}: there is no usable clip in the split {split}.")
     if len(train) == 1:
         manifest.problems.append(

@@ -43,23 +43,53 @@ def extract(clip: Clip, data: DataSection, tokenizer: Any = None) -> Features:
     """One clip's features.
 
     Raises:
-        InputError: A file cannot be read, the sound is silent or not finite, or sound and picture differ in length.
+        InputError: A file cannot be read, the sound is silent or not finite, or sound and picture differ in length: all
+            of it.
     """
-    found, lengths = {}, {}
-    if "audio" in data.modalities:
-        samples, rate = read_audio(clip.audio or clip.video)  # type: ignore[arg-type]  # the manifest was checked
+    found, wrong = _read(clip, data, tokenizer)
+    if wrong:
+        raise InputError(" ".join(wrong))
+    return found
+
+
+def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list[str]]:
+    """A clip's features as far as its files are there and can be read, and what is wrong with those files."""
+    found: Features = {}
+    lengths: dict[str, float] = {}
+
+    def hear(path: Path) -> None:
+        samples, rate = read_audio(path)
         lengths["sound"] = len(samples) / rate
         found["audio"] = spectrogram(samples, rate, data.audio)
-    if "visual" in data.modalities:
+
+    def see(path: Path) -> None:
         if clip.frames:
-            found["visual"] = read_frames(clip.frames, data.visual.frames, data.visual.size)
+            found["visual"] = read_frames(path, data.visual.frames, data.visual.size)
         else:
-            found["visual"], lengths["video"] = read_video(clip.video, data.visual.frames, data.visual.size)  # type: ignore
+            found["visual"], lengths["video"] = read_video(path, data.visual.frames, data.visual.size)
+
+    wrong = []
+    for reader, path in _media(clip, data, {"audio": hear, "visual": see}):
+        try:
+            if path and os.path.exists(path):
+                reader(path)
+        except InputError as error:
+            wrong.append(str(error))
+        except OSError as error:
+            wrong.append(f"{path.name} cannot be read: {error.strerror or error}.")
+        except Exception as error:  # whatever a damaged file makes of its decoder
+            wrong.append(f"{path.name} cannot be read ({_brief(error)}).")
     if "text" in data.modalities:
         found["text"] = tokens(clip.text or "", data.text.length, tokenizer)
     if len(lengths) == 2 and abs(lengths["sound"] - lengths["video"]) > max(APART, 0.1 * max(lengths.values())):
-        raise InputError(f"the sound lasts {lengths['sound']:.1f} s and the video {lengths['video']:.1f} s.")
-    return found
+        wrong.append(f"the sound lasts {lengths['sound']:.1f} s and the video {lengths['video']:.1f} s.")
+    return found, list(dict.fromkeys(wrong))
+
+
+def _media(clip: Clip, data: DataSection, by: dict[str, Any]) -> list[tuple[Any, Path | None]]:
+    """What `by` has for the modalities that are in files, and the file of each."""
+    paths = {"audio": clip.audio or clip.video, "visual": clip.frames or clip.video}
+    return [(by[name], paths[name]) for name in data.modalities if name in paths]
 
 
 def read_audio(path: Path) -> tuple[np.ndarray, int]:
@@ -101,7 +131,7 @@ def _sound_of_video(path: Path) -> tuple[np.ndarray, int]:
     import av
 
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise InputError(f"{path.name} has no sound track. Give sound in the column audio, or leave it out.")
             rate = container.streams.audio[0].rate
@@ -121,7 +151,7 @@ def read_video(path: Path, count: int, size: int) -> tuple[Tensor, float]:
     import av
 
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"{path.name} has no pictures.")
             stream = container.streams.video[0]
@@ -273,13 +303,19 @@ class Store:
                 facts.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
-    def prepare(self, clips: Sequence[Clip]) -> dict[int, str]:
-        """Makes what is not there yet; gives what is wrong with clips, by line."""
+    def prepare(self, clips: Sequence[Clip], spoilt: Sequence[Clip] = ()) -> dict[int, str]:
+        """Makes what is not there yet; gives what is wrong with clips, by line. Of `spoilt` ones, which a manifest says
+        something about already, also files that are missing, nothing of that is said again."""
         wrong: dict[int, str] = {}
+        known = {clip.line for clip in spoilt}
 
         def make(clip: Clip) -> None:
+            files = [path for _, path in _media(clip, self.data, {"audio": 0, "visual": 0})]
             try:
-                self.get(clip)
+                if clip.line not in known or all(path and os.path.exists(path) for path in files):
+                    self.get(clip)
+                elif flaws := _read(clip, self.data, self.tokenizer)[1]:
+                    wrong[clip.line] = " ".join(flaws)
             except InputError as error:
                 wrong[clip.line] = str(error)
             except OSError as error:
@@ -287,8 +323,8 @@ class Store:
 
         # decoders release Python's lock
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            done = pool.map(make, clips)
-            list(progress("features", "clip", done, len(clips), leave=False))
+            done = pool.map(make, [*clips, *spoilt])
+            list(progress("features", "clip", done, len(clips) + len(spoilt), leave=False))
         return wrong
 
     def get(

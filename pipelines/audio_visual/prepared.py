@@ -44,8 +44,8 @@ def prepare(config: AudioVisualConfig) -> Prepared:
     store = Store(config.data, runs / ".cache" / "features", tokenizer, identity or "")
     manifest = read_manifest(config.data, path)
     if all(set(NEEDED[modality]) & manifest.columns for modality in config.data.modalities):
-        manifest.leave_out(store.prepare(manifest.clips))
-    settle(manifest)
+        manifest.leave_out(store.prepare(manifest.clips, manifest.spoilt))
+    settle(manifest, config.data.skip_bad)
     return Prepared(manifest, store)
 
 

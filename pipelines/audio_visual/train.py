@@ -61,8 +61,9 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         "seconds": time.perf_counter() - started,
         **work.figures(found),
     }
-    if config.train.baselines:
-        made = {name: _baseline(config, run, accelerator, prepared, name) for name in config.train.baselines}
+    chosen = config.objective
+    if baselines := [name for name in config.train.baselines if name != chosen.name or chosen.options]:
+        made = {name: _baseline(config, run, accelerator, prepared, name) for name in baselines}
         facts["baselines"] = {name: figures for name, figures in made.items() if figures}
     if processes.leads():
         work.save_result(found, facts)
@@ -70,7 +71,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
     for name, figures in facts.get("baselines", {}).items():
         when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
         said.append(f"{name} instead{when}: {_said(figures)}.")
-    if missing := [name for name in config.train.baselines if name not in facts["baselines"]]:
+    if missing := [name for name in baselines if name not in facts["baselines"]]:
         said.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
     message = " ".join([outcome.message, "Test accuracy,", *said])
     run.log(message)

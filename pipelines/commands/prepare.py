@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.audio_visual.data import SPLITS
 from equipoise.pipelines.files import explained, write_atomic
 
-Row = dict[str, str]
+Row = dict[str, str]  # a set's reader gives a str in its place for a clip that is left out: which, and why
+_TOLD = 5  # of those
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".flv", ".mov"}
 EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness", "NEU": "neutral", "SAD": "sadness"}
 
@@ -38,10 +41,13 @@ def run(args: argparse.Namespace) -> int:
     output = (args.output or args.folder / "manifest.csv").absolute()
     with explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(SETS[args.set](args.folder.absolute(), output.parent))
+    found = list(SETS[args.set](args.folder.absolute(), output.parent))
+    rows, left = [one for one in found if isinstance(one, dict)], [one for one in found if isinstance(one, str)]
     if not rows:
         wanted = (SETS[args.set].__doc__ or "").splitlines()[0]
         raise InputError(f"prepare: {args.folder} holds no clips of {args.set}. Expected are {wanted}")
+    if odd := sorted({row["split"] for row in rows} - set(SPLITS)):
+        raise InputError(f"prepare: {args.folder} has the split {', '.join(odd)}; there are {', '.join(SPLITS)}.")
     for row in rows:
         for column in ("audio", "frames", "video"):
             if row.get(column):
@@ -57,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
     splits, labels = Counter(row["split"] for row in rows), {row["label"] for row in rows}
     counts = ", ".join(f"{count} {split}" for split, count in sorted(splits.items()))
     print(f"{len(rows)} clips of {len(labels)} classes ({counts}) in {output}")
+    if left:
+        more = f" and {len(left) - _TOLD} more" if len(left) > _TOLD else ""
+        print(f"  left out {len(left)} of {len(found)}: {'; '.join(left[:_TOLD])}{more}")
     start = "demo" if args.set == "spoken-digits" else "crema_d"  # sound of 8 kHz and small pictures, as the demo's
     print(f"  next: equipoise train audio_visual/{start} {shlex.quote(f'data={output}')}{NEXT.get(args.set, '')}")
     return 0
 
 
-def crema_d(folder: Path, output: Path) -> Iterator[Row]:
+def crema_d(folder: Path, output: Path) -> Iterator[Row | str]:
     """AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, and VideoFlash/ with the same names in .flv.
 
     In place of VideoFlash also Image-01-FPS/ with a folder of pictures per clip, as the code of OGM-GE extracts them.
@@ -88,22 +97,28 @@ def crema_d(folder: Path, output: Path) -> Iterator[Row]:
         frames = next((place / name for place in pictures if (place / name).is_dir()), None)
         seen = {"video": video} if video else {"frames": frames} if frames else None
         split = listed.get(name) if listed else {0: "test", 1: "val"}.get(_digest(name) % 10, "train")
-        if len(parts) == 4 and parts[2] in EMOTIONS and seen and split:
+        if len(parts) != 4 or parts[2] not in EMOTIONS:
+            yield f"{audio.name} is not called ACTOR_SENTENCE_EMOTION_LEVEL"
+        elif not seen:
+            yield f"{name} has no video or pictures"
+        elif not split:
+            yield f"{name} is on no list"
+        else:
             yield _row(name, EMOTIONS[parts[2]], split, audio=audio, **seen)
 
 
-def ave(folder: Path, output: Path) -> Iterator[Row]:
+def ave(folder: Path, output: Path) -> Iterator[Row | str]:
     """AVE/ID.mp4, and trainSet.txt, valSet.txt and testSet.txt with lines of label&ID&quality&start&end.
 
     A video that is listed under two labels, as 45 are, is two clips.
     """
     for split in ("train", "val", "test"):
         for label, name, *_ in _lists(folder / f"{split}Set.txt", 2, "&"):
-            if video := _named(folder / "AVE", name):
-                yield _row(f"{split}/{label}/{name}", label, split, video=video)
+            video = _named(folder / "AVE", name)
+            yield _row(f"{split}/{label}/{name}", label, split, video=video) if video else f"{name} has no video"
 
 
-def kinetics_sounds(folder: Path, output: Path) -> Iterator[Row]:
+def kinetics_sounds(folder: Path, output: Path) -> Iterator[Row | str]:
     """train/CLASS/*.mp4, val/CLASS/*.mp4 and test/CLASS/*.mp4."""
     for split in ("train", "val", "test"):
         for video in sorted((folder / split).glob("*/*")):
@@ -111,15 +126,15 @@ def kinetics_sounds(folder: Path, output: Path) -> Iterator[Row]:
                 yield _row(f"{split}/{video.parent.name}/{video.stem}", video.parent.name, split, video=video)
 
 
-def vggsound(folder: Path, output: Path) -> Iterator[Row]:
+def vggsound(folder: Path, output: Path) -> Iterator[Row | str]:
     """vggsound.csv with lines of ID,start,label,split, and video/ID_START.mp4, the start in six digits or as it is."""
     for name, start, label, split in _lists(folder / "vggsound.csv", 4):
         clip = f"{name}_{start.zfill(6)}"
-        if video := _named(folder / "video", clip) or _named(folder / "video", f"{name}_{start}"):
-            yield _row(clip, label, split, video=video)
+        video = _named(folder / "video", clip) or _named(folder / "video", f"{name}_{start}")
+        yield _row(clip, label, split, video=video) if video else f"{clip} has no video"
 
 
-def ur_funny(folder: Path, output: Path) -> Iterator[Row]:
+def ur_funny(folder: Path, output: Path) -> Iterator[Row | str]:
     """urfunny2_videos/ID.mp4, and labels.csv with the columns id, text, label, split.
 
     The labels are published as pickle files, which can run any code when they are opened; docs/audio_visual.md has the
@@ -132,39 +147,49 @@ def ur_funny(folder: Path, output: Path) -> Iterator[Row]:
             "there. Export the labels to it once, if you trust the files: docs/audio_visual.md has the lines."
         )
     for row in _table(labels, "id", "text", "label", "split"):
+        label = {"0": "serious", "1": "funny"}.get(row["label"], row["label"])
         if video := _named(folder / "urfunny2_videos", row["id"]):
-            label = {"0": "serious", "1": "funny"}.get(row["label"], row["label"])
             yield _row(row["id"], label, _split(row["split"]), row["text"], video=video)
+        else:
+            yield f"{row['id']} has no video"
 
 
-def cmu_mosei(folder: Path, output: Path) -> Iterator[Row]:
+def cmu_mosei(folder: Path, output: Path) -> Iterator[Row | str]:
     """Raw/VIDEO/CLIP.mp4, and label.csv with the columns video_id, clip_id, text, annotation, mode.
 
     That is the layout of MMSA's copy; the classes are its annotations: negative, neutral, positive.
     """
     for row in _table(folder / "label.csv", "video_id", "clip_id", "text", "annotation", "mode"):
+        name = f"{row['video_id']}/{row['clip_id']}"
         if video := _named(folder / "Raw" / row["video_id"], row["clip_id"]):
-            name = f"{row['video_id']}/{row['clip_id']}"
             yield _row(name, row["annotation"].lower(), _split(row["mode"]), row["text"], video=video)
+        else:
+            yield f"{name} has no video"
 
 
-def spoken_digits(folder: Path, output: Path) -> Iterator[Row]:
+def spoken_digits(folder: Path, output: Path) -> Iterator[Row | str]:
     """fsdd/recordings/DIGIT_SPEAKER_INDEX.wav, and mnist/ with gzipped images and labels (IDX), in AV-MNIST's manner.
 
     Every recording gets a picture of its digit, and no picture is used twice; recordings 0 to 4 are the test split.
     """
     import gzip
+    import zlib
 
     import numpy as np
     from PIL import Image
 
     def read(pattern: str, header: int):
         files = sorted((folder / "mnist").glob(pattern))
-        return np.frombuffer(gzip.decompress(files[0].read_bytes()), np.uint8, offset=header) if files else None
+        try:
+            return np.frombuffer(gzip.decompress(files[0].read_bytes()), np.uint8, offset=header) if files else None
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise InputError(f"prepare: {files[0]} is no gzipped file of IDX's ({error}).") from None
 
     pixels, labels = read("*images*.gz", 16), read("*labels*.gz", 8)
     if pixels is None or labels is None:
         return
+    if len(pixels) != 784 * len(labels):
+        raise InputError(f"prepare: {folder / 'mnist'} has {len(pixels) / 784:g} pictures and {len(labels)} labels.")
     pictures = {digit: list(np.flatnonzero(labels == digit)) for digit in range(10)}
     place = output / "mnist-pictures"
     with explained(place):
@@ -172,6 +197,7 @@ def spoken_digits(folder: Path, output: Path) -> Iterator[Row]:
     for audio in sorted((folder / "fsdd" / "recordings").glob("*.wav")):
         digit, _, index = [*audio.stem.split("_"), "", ""][:3]
         if not index.isdecimal() or not pictures.get(int(digit) if digit.isdecimal() else -1):
+            yield f"{audio.name} has no picture left, or is not called DIGIT_SPEAKER_INDEX"
             continue
         number = int(pictures[int(digit)].pop(0))
         picture = place / f"{number:05d}.png"
@@ -180,7 +206,7 @@ def spoken_digits(folder: Path, output: Path) -> Iterator[Row]:
         yield _row(audio.stem, digit, "test" if int(index) < 5 else "train", audio=audio, frames=picture)
 
 
-SETS: dict[str, Callable[[Path, Path], Iterator[Row]]] = {
+SETS: dict[str, Callable[[Path, Path], Iterator[Row | str]]] = {
     "crema-d": crema_d,
     "ave": ave,
     "kinetics-sounds": kinetics_sounds,
@@ -217,20 +243,27 @@ def _text(file: Path) -> str:
 def _lists(file: Path, least: int, between: str = ",") -> Iterator[list[str]]:
     """The lines' cells, of which there are at least so many."""
     reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter=between)
-    for cells in reader:
+    for cells in _sound(file, reader):
         if cells and len(cells) < least:
             raise InputError(f"prepare: {file}:{reader.line_num}: wanted {least} cells or more, got {len(cells)}.")
         if cells:
             yield [cell.strip() for cell in cells]
 
 
-def _table(file: Path, *columns: str) -> Iterator[Row]:
+def _table(file: Path, *columns: str) -> Iterator[Row | str]:
     """The lines by the names in the first."""
     reader = csv.DictReader(io.StringIO(_text(file), newline=""))
     if missing := [column for column in columns if reader.fieldnames and column not in reader.fieldnames]:
         raise InputError(f"prepare: {file}: has no column {', '.join(missing)}. It needs {', '.join(columns)}.")
-    for row in reader:
+    for row in _sound(file, reader):
         yield {column: row[column] or "" for column in columns}
+
+
+def _sound(file: Path, reader: Any) -> Iterator[Any]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise InputError(f"prepare: {file}:{reader.line_num}: cannot be read as CSV ({error}).") from None
 
 
 def _named(folder: Path, stem: str) -> Path | None:

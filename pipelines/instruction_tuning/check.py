@@ -1,5 +1,6 @@
 """What is wrong with the world a configuration points to, found before anything is written or a model is loaded."""
 
+import os
 from importlib.util import find_spec
 
 from equipoise import registry
@@ -20,22 +21,21 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         except InputError as error:
             found.append(str(error))
     found += _coordination_problems(config)
-    drawn = config.data.file == demo.NAME
-    kept, held, wrong = ([], [], []) if drawn else read_all(config.data)
-    found += wrong
-    if known and not drawn:
-        try:
+    if config.data.file != demo.NAME:
+        talk = None
+        if known:
             from equipoise.pipelines.instruction_tuning.examples import unusable
             from equipoise.pipelines.instruction_tuning.talk import Talk
 
-            processor, every = load_processor(config.model), [*kept, *held]
-            talk = Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
-            odd = {example.where: talk.problems(example) for example in every}
-            usable = [example for example in every if not odd[example.where]]
-            found += [sentence for some in odd.values() for sentence in some]
-            found += dict.fromkeys(unusable(usable, talk, lambda text: None))
-        except InputError as error:
-            found.append(str(error))
+            try:
+                processor = load_processor(config.model)
+                talk = Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
+            except InputError as error:
+                found.append(str(error))
+        kept, held, wrong = read_all(config.data, judge=talk and talk.problems)
+        found += wrong
+        if talk:
+            found += dict.fromkeys(unusable([*kept, *held], talk, lambda text: None))
     if config.train.precision == "fp16":
         import torch
 
@@ -55,6 +55,8 @@ def doubts(config: InstructionTuningConfig) -> list[str]:
     if data.file == demo.NAME:
         return []
     train, held, _ = read_all(data, decode=False)
+    if data.validation is not None and os.path.samefile(data.file, data.validation):
+        return [f"data.validation: is data.file itself, so that what is trained on is also judged by: {data.file}."]
     if data.validation is None and len(train) == 1 and train == held:
         return [f"{data.file}: holds one conversation, which is both trained on and judged by. Give data.validation."]
     return []

@@ -11,13 +11,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from equipoise.errors import InputError
+from equipoise.pipelines.files import first_line
 from equipoise.pipelines.instruction_tuning.config import DataSection
 from equipoise.pipelines.instruction_tuning.media import media_problem
 from equipoise.pipelines.progress import progress
@@ -60,12 +62,22 @@ class Example:
     where: str = ""  # file:line
 
 
-def read_all(data: DataSection, decode: bool = True) -> tuple[list[Example], list[Example], list[str]]:
-    """(training examples, held-out ones, everything that is wrong). `decode`: whether media are opened, too."""
-    train, problems = read_examples(Path(data.file), data.folder, decode)
+Judge = Callable[[Example], list[str]]  # what is wrong with an example, a sentence each
+
+
+def read_all(
+    data: DataSection, decode: bool = True, judge: Judge | None = None
+) -> tuple[list[Example], list[Example], list[str]]:
+    """(training examples, held-out ones, everything that is wrong).
+
+    Args:
+        decode: whether media are opened, too.
+        judge: says what else is wrong with an example, such as what its model cannot take.
+    """
+    train, problems = read_examples(Path(data.file), data.folder, decode, judge=judge)
     if data.validation is not None:
-        held, more = read_examples(Path(data.validation), data.folder, decode, "data.validation")
-        return train, held, problems + more
+        held, more = read_examples(Path(data.validation), data.folder, decode, "data.validation", judge)
+        return train, held, list(dict.fromkeys(problems + more))
     if len(train) < HELD_OUT:  # too few to judge anything by; one must be enough
         return train[:-1] or train, train[-1:], problems
     held = train[HELD_OUT - 1 :: HELD_OUT]
@@ -74,7 +86,7 @@ def read_all(data: DataSection, decode: bool = True) -> tuple[list[Example], lis
 
 
 def read_examples(
-    file: Path, folder: str | None, decode: bool = True, key: str = "data.file"
+    file: Path, folder: str | None, decode: bool = True, key: str = "data.file", judge: Judge | None = None
 ) -> tuple[list[Example], list[str]]:
     """The examples of a file, and all that is wrong with it and its media, line by line."""
     if not os.path.isfile(file):  # unlike pathlib's, False also where no path can be so long
@@ -92,15 +104,16 @@ def read_examples(
         if reader is None:
             return [], [f"{key}: {file} is not .json, .jsonl or .csv."]
         for line, record in reader(file):
-            if isinstance(record, str):
-                wrong.append((line, record))
+            if isinstance(record, InputError):
+                wrong.append((line, str(record)))
                 continue
             example, found = _example(record, root, f"{file}:{line}")
-            wrong += [(line, sentence) for sentence in found]
-            if example and file.suffix.lower() == ".csv":
+            if example and not found and file.suffix.lower() == ".csv":
                 example = replace(example, turns=tuple(map(_commonest, example.turns)))
             if example:
                 read[line] = example
+                found += judge(example) if judge else []
+            wrong += [(line, sentence) for sentence in found]
     except UnicodeDecodeError as error:
         return [], [f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})."]
     except OSError as error:
@@ -115,56 +128,74 @@ def read_examples(
         general.append(f"{file}: holds no conversations.")
     broken = _media_problems(read) if decode else {}
     wrong += broken.values()
+    wrong.sort(key=lambda some: some[0])
     lost = {line for line, _ in wrong}
     examples = [e for line, e in read.items() if line not in lost and not broken.keys() & set(e.media)]
-    return examples, general + [f"{file}:{line}: {sentence}" for line, sentence in sorted(wrong, key=lambda w: w[0])]
+    return examples, general + [f"{file}:{line}: {sentence}" for line, sentence in wrong]
 
 
 def _media_problems(examples: Mapping[int, Example]) -> dict[Path, tuple[int, str]]:
     """What is wrong with the media and the line that each is first named in. Every file is looked at once; by threads,
     for decoding leaves Python's lock."""
-    first: dict[Path, tuple[int, Kind]] = {}
+    kinds: dict[Path, Kind] = {}
+    lines: dict[Path, list[int]] = {}
     for line, example in examples.items():
-        for path in example.media:
-            first.setdefault(path, (line, example.kind))
+        for path in dict.fromkeys(example.media):
+            kinds.setdefault(path, example.kind)
+            lines.setdefault(path, []).append(line)
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda item: media_problem(item[0], item[1][1]), first.items())
-        shown = progress("reading", "file", found, len(first))
-        named = zip(first.items(), shown, strict=True)
-        return {path: (line, problem) for (path, (line, _)), problem in named if problem}
+        found = pool.map(media_problem, kinds, kinds.values())
+        shown = zip(kinds, progress("reading", "file", found, len(kinds)), strict=True)
+        return {path: (lines[path][0], problem + _also(lines[path][1:])) for path, problem in shown if problem}
+
+
+def _also(lines: Sequence[int]) -> str:
+    """Where else a file is named."""
+    if not lines:
+        return ""
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return f" (Also named in line{'s'[: len(lines) > 1]} {', '.join(map(str, lines[:3]))}{more}.)"
 
 
 def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[str]]:
-    """(the example, or None where its media cannot be told, all that is wrong with it)."""
+    """(the example, or None where it is nothing like one, all that is wrong with it). Of one with problems, what could
+    be told: its media as far as they are, and all that was said as questions and answers, whether or not in turns."""
     if not isinstance(record, dict):
         return None, [f"must be an object with conversations, got {type(record).__name__}."]
-    if wrong := [name for name in _MISNAMED if record.get(name) not in (None, "", [])]:
-        return None, [f"has {wrong[0]}; media are named under {' or '.join(MARKS)}, a path or a list of paths."]
+    problems = []
+    if misnamed := [name for name in _MISNAMED if record.get(name) not in (None, "", [])]:
+        problems.append(f"has {misnamed[0]}; media are named under {' or '.join(MARKS)}, a path or a list of paths.")
     given = [kind for kind in MARKS if record.get(kind) not in (None, "", [])]
     if len(given) > 1:
-        return None, ["has both an image and an audio; one model takes one of them."]
+        problems.append("has both an image and an audio; one model takes one of them.")
     kind: Kind = given[0] if given else "text"  # type: ignore[assignment]
     names = record[kind] if given else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None, [f"{kind} must be a path or a list of paths, got {json.dumps(names)[:60]}."]
-    problems = []
+        problems.append(f"{kind} must be a path or a list of paths, got {json.dumps(names)[:60]}.")
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     media = tuple(root / name for name in names)
-    turns, system, wrong = _turns(record.get("conversations"))
+    told = bool(problems)  # of the media
+    said, system, wrong = _said(record.get("conversations"))
     problems += wrong
-    marks = {mark: sum(turn.question.count(mark) for turn in turns) for mark in MARKS.values()}
+    questions = [text for who, text in said if who == "user"]
+    answers = [text for who, text in said if who == "assistant"]
+    turns = tuple(Turn(text, "") for text in questions) + tuple(Turn("", text) for text in answers)
+    if not wrong:
+        turns = tuple(Turn(question, answer.strip()) for question, answer in zip(questions, answers, strict=True))
+    marks = {mark: sum(question.count(mark) for question in questions) for mark in MARKS.values()}
     for other, mark in MARKS.items():
-        if any(mark in text for text in (system, *(turn.answer for turn in turns))):
+        if any(mark in text for text in (system, *answers)):
             problems.append(f"mentions {mark} in an answer or the system's words; media stand in questions.")
-        if other != kind and marks[mark]:
+        if other != kind and marks[mark] and not told:
             problems.append(f"mentions {mark}, but no {other} is given.")
-    if kind != "text" and not problems:
+    if kind != "text" and not told and marks[MARKS[kind]]:
         count, mark = marks[MARKS[kind]], MARKS[kind]
-        if count == 0:  # as many data sets have it: the media come first
-            first = Turn("\n".join([mark] * len(media) + [turns[0].question]), turns[0].answer)
-            turns = (first, *turns[1:])
-        elif count != len(media):
+        if count != len(media):
             problems.append(f"mentions {count} {mark}, but {len(media)} {'are' if len(media) > 1 else 'is'} given.")
+    elif kind != "text" and not problems:  # as many data sets have it: the media come first
+        first = Turn("\n".join([MARKS[kind]] * len(media) + [turns[0].question]), turns[0].answer)
+        turns = (first, *turns[1:])
     if not problems and not all(turn.question.strip() for turn in turns):
         problems.append("has an empty question.")
     return Example(kind, media, turns, system, where), problems
@@ -178,25 +209,30 @@ def _commonest(turn: Turn) -> Turn:
     return replace(turn, answer=chosen, others=tuple(answers))
 
 
-def _turns(given: Any) -> tuple[tuple[Turn, ...], str, list[str]]:
+def _said(given: Any) -> tuple[list[tuple[str, str]], str, list[str]]:
+    """(who said what, the system's words, all that is wrong with it)."""
     if not isinstance(given, list) or not given:
-        return (), "", ["has no conversations: a list of turns, from human and gpt, is needed."]
+        return [], "", ["has no conversations: a list of turns, from human and gpt, is needed."]
     said: list[tuple[str, str]] = []
+    problems: list[str] = []
     system = ""
     for number, turn in enumerate(given, 1):
         who = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         if not isinstance(who, str) or not isinstance(text, str):
-            return (), "", [f"turn {number} needs `from` and `value`, both text."]
+            problems.append(f"turn {number} needs `from` and `value`, both text.")
+            continue
         if _HALF.search(text):
-            return (), "", [f"turn {number} has half a character (a lone surrogate, such as \\ud83d). Write it whole."]
+            problems.append(f"turn {number} has half a character (a lone surrogate, such as \\ud83d). Write it whole.")
+            text = _HALF.sub("", text)
         if who == "system" and number == 1:
             system = text
         elif who in _USERS or who in _ASSISTANTS:
             said.append(("user" if who in _USERS else "assistant", text))
         else:
-            return (), "", [f"turn {number} is from {who!r}, which is neither human nor gpt."]
-    problems = []
+            problems.append(f"turn {number} is from {who!r}, which is neither human nor gpt.")
+    if problems:  # whose turn it was cannot be told
+        return said, system, problems
     if said and said[0][0] != "user":
         problems.append("begins with the assistant; the user must begin.")
     elif any(a[0] == b[0] for a, b in pairwise(said)):
@@ -205,12 +241,9 @@ def _turns(given: Any) -> tuple[tuple[Turn, ...], str, list[str]]:
         problems.append("has no answer.")
     elif said[-1][0] == "user":
         said.pop()  # a last question without an answer teaches nothing
-    if not problems and any(not text.strip() for who, text in said if who == "assistant"):
+    if any(not text.strip() for who, text in said if who == "assistant"):
         problems.append("has an empty answer.")
-    if problems:
-        return (), system, problems
-    pairs = zip(said[::2], said[1::2], strict=True)
-    return tuple(Turn(question, answer.strip()) for (_, question), (_, answer) in pairs), system, []
+    return said, system, problems
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
@@ -219,7 +252,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield number, f"is not JSON ({error})."
+                yield number, InputError(f"is not JSON ({error}).")
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
@@ -227,7 +260,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     text = file.read_text(encoding=ENCODING)
     start = len(text) - len(text.lstrip())
     if not text.startswith("[", start):
-        yield 1, "must be a list of conversations, in square brackets; one object a line is .jsonl."
+        yield 1, InputError("must be a list of conversations, in square brackets; one object a line is .jsonl.")
         return
     decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
     while True:
@@ -238,14 +271,15 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             record, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield line, f"is not JSON from here on ({error})."
+            yield line, InputError(f"is not JSON from here on ({error}).")
             return
         yield line, record
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] == ",":
             at += 1
         elif text[at : at + 1] != "]":
-            yield line + text.count("\n", counted, at), "is not JSON from here on (a comma or ] is missing)."
+            line += text.count("\n", counted, at)
+            yield line, InputError("is not JSON from here on (a comma or ] is missing).")
             return
 
 
@@ -255,23 +289,26 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             columns = reader.fieldnames or []
         except csv.Error as error:
-            yield 1, f"cannot be read as CSV ({error})."
+            yield 1, InputError(f"cannot be read as CSV ({error}).")
             return
         missing = [name for name in ("question", "answer") if name not in columns]
         if missing:
-            yield 1, f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}."
+            yield 1, InputError(f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
             return
         if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
-            yield 1, f"has the column {' and '.join(map(repr, twice))} twice."
+            yield 1, InputError(f"has the column {' and '.join(map(repr, twice))} twice.")
         if strange := [name for name in columns if name not in _COLUMNS]:
             known = ", ".join(_COLUMNS)
-            yield 1, f"has the column {' and '.join(map(repr, strange))}, which is unknown; there are {known}."
+            found = " and ".join(map(repr, strange))
+            yield 1, InputError(f"has the column {found}, which is unknown; there are {known}.")
         try:
             for row in reader:
-                if None in row:
+                line = first_line(reader, row.values())
+                if None in row or row["question"] is None or row["answer"] is None:
+                    how = "more" if None in row else "fewer"
                     yield (
-                        reader.line_num,
-                        f"has more cells than the {len(columns)} columns. Put text with commas in quotes.",
+                        line,
+                        InputError(f"has {how} cells than the {len(columns)} columns. Put text with commas in quotes."),
                     )
                     continue
                 record: dict[str, Any] = {
@@ -281,8 +318,8 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
                 }
                 record["conversations"] = [
                     {"from": "human", "value": row["question"]},
-                    {"from": "gpt", "value": (row["answer"] or "").strip("| ")},
+                    {"from": "gpt", "value": "|".join(filter(None, map(str.strip, row["answer"].split("|"))))},
                 ]
-                yield reader.line_num, record
+                yield line, record
         except csv.Error as error:
-            yield reader.line_num, f"cannot be read as CSV ({error})."
+            yield reader.line_num, InputError(f"cannot be read as CSV ({error}).")

@@ -18,12 +18,8 @@ def load_examples(
     data = config.data
     if data.file == demo.NAME:
         data = data.model_copy(update={"file": str(demo.questions_file(Path(config.runs)))})
-    kept, held, problems = read_all(data, decode=config.data.file != demo.NAME)
-    if problems:
-        return kept, held, problems
-    every = [*kept, *held]
-    problems = [sentence for example in every for sentence in talk.problems(example)]
-    return kept, held, problems or (unusable(every, talk, tell) if talk.max_tokens else [])
+    kept, held, problems = read_all(data, decode=config.data.file != demo.NAME, judge=talk.problems)
+    return kept, held, problems or (unusable([*kept, *held], talk, tell) if talk.max_tokens else [])
 
 
 def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object]) -> list[str]:

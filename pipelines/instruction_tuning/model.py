@@ -215,18 +215,6 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
         InputError: targets or patterns that fit nothing, or trained parameters in no component or several.
     """
     names = [name for name, _ in model.named_parameters()]
-    idle = [pattern for pattern in config.frozen if not any(matches(pattern, name) for name in names)]
-    wrong = [f"frozen: {', '.join(idle)}: matches no parameter of the model."] * bool(idle)
-    try:
-        tuned = _adapted(model, names, config)
-    except InputError as error:
-        wrong.append(str(error))
-    if wrong:
-        raise InputError("\n".join(wrong))
-    return tuned
-
-
-def _adapted(model: Any, names: Sequence[str], config: InstructionTuningConfig) -> Tuned:
     kind = model.config.model_type
     if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
         raise InputError(
@@ -234,7 +222,16 @@ def _adapted(model: Any, names: Sequence[str], config: InstructionTuningConfig) 
             "answers follow their questions in one text, as in OPT, LLaMA and Qwen. Use such a model."
         )
     parts = architecture(kind, names, config.components)
-    chosen = targets(model, parts, config)
+    idle = [pattern for pattern in config.frozen if not any(matches(pattern, name) for name in names)]
+    wrong = [f"frozen: {', '.join(idle)}: matches no parameter of the model."] * bool(idle)
+    for key, given in (("rates", config.optimizer.rates), ("weight_decays", config.optimizer.weight_decays)):
+        known = list(config.components or preset(parts))
+        if strangers := [name for name in given if name not in known]:
+            wrong.append(f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(known)}.")
+    chosen, unfit = targets(model, parts, config)
+    wrong += unfit
+    if not chosen:  # without factors nothing of it can be split into components
+        raise InputError("\n".join(wrong))
     torch.manual_seed(config.seed)
     lora = config.lora
     settings = LoraConfig(
@@ -253,16 +250,18 @@ def _adapted(model: Any, names: Sequence[str], config: InstructionTuningConfig) 
     trained = {name: tensor for name, tensor in wrapped.named_parameters() if tensor.requires_grad}
     patterns = dict(config.components)
     if not patterns:
-        _check_encoder(trained, parts, config.encoder)
+        wrong += [] if unfit else _untrained(trained, parts, config.encoder)
         patterns = {side: _used(some, trained) for side, some in preset(parts).items()}
         first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
         patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
-    components = partition(trained, patterns)
-    for key, given in (("rates", config.optimizer.rates), ("weight_decays", config.optimizer.weight_decays)):
-        if strangers := [name for name in given if name not in components]:
-            raise InputError(
-                f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(components)}."
-            )
+    components = {}
+    if config.components or not wrong:  # a preset's own fit what is trained of a model in which all else is right
+        try:
+            components = partition(trained, patterns)
+        except InputError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise InputError("\n".join(wrong))
     return Tuned(wrapped, parts, components)
 
 
@@ -274,44 +273,40 @@ def old_names() -> Iterator[None]:
         yield
 
 
-def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> list[str]:
-    """The layers that get factors, by their full names.
-
-    Raises:
-        InputError: a target names no layer of the language model, or of the encoder side's trained parts.
-    """
+def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> tuple[list[str], list[str]]:
+    """(the layers that get factors, by their full names; targets that name no layer of the language model, or of the
+    encoder side's trained parts, a sentence each)."""
+    wrong: list[str] = []
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _LINEAR)}
     language = [name for name in layers if parts.part(name) == "language"]
     if config.lora.targets:
-        found = _ending(language, config.lora.targets, "lora", "language model")
+        found = _ending(language, config.lora.targets, "lora", "language model", wrong)
     else:
         found = [n for n in language if isinstance(layers[n], nn.Linear) and not re.search(r"(^|\.)lm_head$", n)]
     if config.encoder.method == "lora":
         encoder = [name for name in layers if parts.part(name) in config.encoder.parts]
         if config.encoder.targets:
-            found += _ending(encoder, config.encoder.targets, "encoder", " and ".join(config.encoder.parts))
+            found += _ending(encoder, config.encoder.targets, "encoder", " and ".join(config.encoder.parts), wrong)
         else:
             found += [name for name in encoder if isinstance(layers[name], nn.Linear)]
     found = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
-    if not found:
-        raise InputError("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
-    return found
+    if not found and not wrong:
+        wrong.append("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
+    return found, wrong
 
 
-def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str) -> list[str]:
+def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str, wrong: list[str]) -> list[str]:
     layers = list(layers)
-    if wrong := unmatched(ends, layers, f"{section}.targets", what):
-        raise InputError("\n".join(wrong))
+    wrong += unmatched(ends, layers, f"{section}.targets", what)
     return [name for name in layers if named_by(ends, name)]
 
 
-def _check_encoder(trained: Iterable[str], parts: Architecture, encoder: EncoderSection) -> None:
+def _untrained(trained: Iterable[str], parts: Architecture, encoder: EncoderSection) -> list[str]:
     found = {parts.part(name) for name in trained}
     if missing := [part for part in encoder.parts if part not in found]:
-        raise InputError(
-            f"encoder.parts: nothing is trained of the {' and the '.join(missing)}: this model has none, or frozen "
-            "covers it."
-        )
+        what = " and the ".join(missing)
+        return [f"encoder.parts: nothing is trained of the {what}: this model has none, or frozen covers it."]
+    return []
 
 
 def _used(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -81,7 +81,7 @@ class Talk:
                         f"audio {path} lasts {seconds:.1f} s, and {self.model_type} hears only the first "
                         f"{self.window:g}. Cut it into pieces."
                     )
-        return [f"{example.where}: {sentence}" for sentence in found]
+        return found
 
     def _has(self, part: str) -> bool:
         return getattr(self.processor, part, None) is not None

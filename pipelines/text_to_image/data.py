@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from equipoise.errors import InputError
+from equipoise.pipelines.files import first_line
 from equipoise.pipelines.text_to_image.config import DataSection
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(newline="", encoding=ENCODING) as file:
         reader = csv.DictReader(file)
         for row in reader:
-            yield reader.line_num, row
+            yield first_line(reader, row.values()), row
 
 
 def _from_text_files(folder: Path, pictures: list[Path]) -> tuple[list[Example], list[str]]:

@@ -60,12 +60,13 @@ def test_crema_d_by_the_lists_and_pictures_of_ogm_ge(tmp_path, capfd):
     assert found[0]["frames"] == f"Image-01-FPS/{names[0]}" and found[0]["label"] == "sadness"
 
 
-def test_ave_and_vggsound_and_kinetics(tmp_path):
+def test_ave_and_vggsound_and_kinetics(tmp_path, capfd):
     ave = tmp_path / "ave"
     touch(ave, "AVE/a1.mp4", "AVE/b2.mp4")
     (ave / "trainSet.txt").write_text("Church bell&a1&good&0&10\nBark&gone&good&0&10\nViolin, fiddle&a1&good&2&5\n")
     (ave / "testSet.txt").write_text("Bark&b2&good&1&5\n")
     assert main(["prepare", "ave", str(ave)]) == 0
+    assert "left out 1 of 4: gone has no video\n" in capfd.readouterr().out
     found = rows(ave / "manifest.csv")
     assert [(r["label"], r["split"], r["video"]) for r in found] == [
         ("Church bell", "train", "AVE/a1.mp4"),
@@ -141,6 +142,7 @@ def test_what_cannot_be_prepared_is_said_in_a_sentence(words, message, tmp_path,
         ("ur-funny", "labels.csv", "id,sentence\n1,x\n", "has no column text, label, split. It needs id, text,"),
         ("vggsound", "vggsound.csv", "a,1,dog,test\nb,1\n", "vggsound.csv:2: wanted 4 cells or more, got 2."),
         ("ave", "testSet.txt", "Bark,b2\n", "testSet.txt:1: wanted 2 cells or more, got 1."),
+        ("ave", "trainSet.txt", f"Bark&{'b' * 200_000}", "trainSet.txt:1: cannot be read as CSV (field larger than"),
         ("cmu-mosei", "label.csv", "\xff", "label.csv is not text in UTF-8."),
     ],
 )  # fmt: skip
@@ -150,6 +152,29 @@ def test_lists_that_are_not_as_published_are_refused_in_a_sentence(name, file, t
     assert main(["prepare", name, str(tmp_path)]) == 2
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "manifest.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (b"no gzip", gzip.compress(b"h" * 9), "x-images.gz is no gzipped file of IDX's ("),
+        (gzip.compress(b""), gzip.compress(b"h" * 9), "x-images.gz is no gzipped file of IDX's ("),
+        (gzip.compress(b"h" * (16 + 784)), gzip.compress(b"h" * 10), "mnist has 1 pictures and 2 labels."),
+    ],
+)
+def test_damaged_pictures_of_digits(images, labels, message, tmp_path, capfd):
+    touch(tmp_path, "mnist/x", "fsdd/recordings/1_ann_0.wav")
+    (tmp_path / "mnist/x-images.gz").write_bytes(images)
+    (tmp_path / "mnist/x-labels.gz").write_bytes(labels)
+    assert main(["prepare", "spoken-digits", str(tmp_path)]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_splits_that_there_are_not(tmp_path, capfd):
+    touch(tmp_path, "urfunny2_videos/7.mp4")
+    (tmp_path / "labels.csv").write_text("id,text,label,split\n7,so,1,trian\n")
+    assert main(["prepare", "ur-funny", str(tmp_path)]) == 2
+    assert "has the split trian; there are train, val, test." in capfd.readouterr().err
 
 
 def test_the_documented_export_of_ur_funnys_labels(tmp_path):

@@ -24,13 +24,18 @@ def write_picture(path: Path, colour: tuple[int, int, int]) -> Path:
 
 
 def write_video(
-    path: Path, seconds: float = 1.0, pitch: float | None = 440.0, sound_seconds: float | None = None
+    path: Path,
+    seconds: float = 1.0,
+    pitch: float | None = 440.0,
+    sound_seconds: float | None = None,
+    title: str = "",
 ) -> Path:
     """Frames that turn from black to white at 10 a second, with a tone unless `pitch` is None."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as container:
+        container.metadata["title"] = title
         video = container.add_stream("flv" if path.suffix == ".flv" else "mpeg4", rate=10)
         video.width = video.height = 32
         video.pix_fmt = "yuv420p"

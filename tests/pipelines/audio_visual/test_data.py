@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import soundfile
 import torch
 
 from equipoise.errors import InputError
+from equipoise.pipelines import config as configs
 from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
 from equipoise.pipelines.audio_visual.data import doubts, read_manifest, settle, with_validation
 from equipoise.pipelines.audio_visual.features import (
@@ -22,6 +24,7 @@ from equipoise.pipelines.audio_visual.features import (
     spectrogram,
     tokens,
 )
+from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.cli import main
 
 spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("conftest.py"))
@@ -125,6 +128,51 @@ def test_everything_wrong_with_a_manifest_is_said_at_once(messy, tmp_path, capfd
         assert line.startswith(f"{path}:{number}: ") and text in line, line
 
 
+def test_faults_of_one_clip_hide_neither_each_other_nor_blame_other_clips(messy, tmp_path):
+    """A class whose clips to train with are all spoilt is the fault of those alone, unless they are skipped."""
+    base = {"audio": "0.wav", "frames": "0.png", "label": "a", "split": "train"}
+    rows = [
+        {**base, "audio": "silent.wav", "frames": "broken.png", "label": "", "split": "tren"},
+        {**base, "audio": "silent.wav", "label": "b"},
+        {**base, "label": "b", "split": "test"},
+        base,
+        {**base, "split": "test"},
+    ]
+    path = made.write_manifest(tmp_path / "faults.csv", [{"clip": f"c{i}", **row} for i, row in enumerate(rows)])
+    config = configs.load("audio_visual/demo", [f"data={path}", f"runs={tmp_path / 'runs'}"])
+    first, second = prepare(config).problems
+    for text in ("has no label.", "got tren.", "silent.wav is silent.", "broken.png cannot be read as a picture"):
+        assert text in first
+    assert second == f"{path}:3: silent.wav is silent."
+    skipping = configs.set_keys(config, {"data.skip_bad": True})
+    assert any("its class 'b' has no usable clip in the split train" in line for line in prepare(skipping).problems)
+
+
+def test_what_no_decoder_says_is_a_problem_of_its_clip(tmp_path):
+    """Words in a video that are no UTF-8 are no problem; sound that becomes another midway is one."""
+    import av
+
+    made.write_video(tmp_path / "plain.avi", title="cafe")
+    odd = (tmp_path / "plain.avi").read_bytes().replace(b"cafe", b"caf\xe9")
+    (tmp_path / "odd.avi").write_bytes(odd)
+    both = b""
+    for rate, layout in ((16000, "mono"), (44100, "stereo")):
+        with av.open(tmp_path / f"{layout}.aac", "w", format="adts") as container:
+            stream = container.add_stream("aac", rate=rate, layout=layout)
+            noise = np.random.default_rng(0).normal(0, 0.1, (1 if layout == "mono" else 2, 1024)).astype(np.float32)
+            for start in range(8):
+                frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout=layout)
+                frame.sample_rate, frame.pts, frame.time_base = rate, 1024 * start, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        both += (tmp_path / f"{layout}.aac").read_bytes()
+    (tmp_path / "both.aac").write_bytes(both)
+    assert b"caf\xe9" in odd and read_video(tmp_path / "odd.avi", 2, 8)[0].shape == (2, 3, 8, 8)
+    path = made.write_manifest(tmp_path / "m.csv", [{"audio": "both.aac", "label": "a", "split": "train"}])
+    data = DataSection(manifest=str(path), modalities=["audio"], **SMALL)
+    assert Store(data, None).prepare(read_manifest(data, path).clips)[2].startswith("both.aac cannot be read")
+
+
 def test_columns_that_are_wrong_hide_nothing(messy, tiny, capfd):
     path, expected = messy
     head, _, rest = path.read_text().partition("\n")
@@ -174,7 +222,7 @@ def test_manifests_that_cannot_be_used(text, message, tmp_path):
     path = tmp_path / "manifest.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     found = read_manifest(DataSection(manifest=str(path)), path)
-    settle(found)
+    settle(found, skip_bad=False)
     assert any(message in line for line in found.sentences()), found.sentences()
 
 

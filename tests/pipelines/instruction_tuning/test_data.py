@@ -41,7 +41,7 @@ def test_the_formats_say_the_same(folder):
         "talk.jsonl:1",
         "talk.json:2",
         "talk.json:15",
-        "talk.csv:3",
+        "talk.csv:2",
         "talk.csv:4",
     ]
 
@@ -81,6 +81,7 @@ BAD = [
     ("{not json", "is not JSON"),
     ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
     ("[1, 2]", "must be an object with conversations, got list."),
+    ('"hello"', "must be an object with conversations, got str."),
 ]
 
 
@@ -110,6 +111,8 @@ def test_everything_that_is_wrong_is_found_at_once(folder):
             "has the column 'picture', which is unknown; there are id",
         ),
         ("talk.csv", "question,answer,answer\n", "talk.csv:1: has the column 'answer' twice."),
+        ("talk.csv", 'question,answer\n"What,\nsir?","\t|\t"\n', "talk.csv:2: has an empty answer."),
+        ("talk.csv", "question,answer\nWhat?\n", "talk.csv:2: has fewer cells than the 2 columns."),
         ("talk.csv", "question,answer\nWhat, sir?,red\n", "talk.csv:2: has more cells than the 2 columns. Put text"),
         ("talk.json", '{"a": 1}', "talk.json:1: must be a list of conversations"),
         ("talk.json", '[\n{"a": }]', "talk.json:2: is not JSON from here on"),
@@ -164,26 +167,52 @@ def test_problems_of_one_kind_hide_no_others(folder, checkpoints, capfd):
     file = written(
         folder,
         {"image": "gone.png", "conversations": [ASK]},
-        {"image": "gone.png", "conversations": [ASK, SAY]},
+        {"image": "gone.png", "conversations": [told, SAY]},
         {"image": "red.png", "conversations": [told, SAY]},
         {"conversations": [{"from": "human", "value": " "}, SAY]},
         {"audio": "gone.wav", "conversations": [ASK, SAY]},
     )
     words = ["train", "instruction_tuning/demo", f"model={checkpoints('llava')}", f"data={file}"]
     capfd.readouterr()  # the checkpoint was just made
-    assert main([*words, "frozen=[nothing.here]", "components={a: [no], language: [model]}"]) == 2
+    odd = ["optimizer.rates={b: 1e-3}", "encoder.method=lora", "encoder.targets=[nowhere]"]
+    assert main([*words, *odd, "frozen=[nothing.here]", "components={a: [no], language: [model]}"]) == 2
     lines = capfd.readouterr().err.splitlines()
     wanted = [
         "frozen: nothing.here: matches no parameter",
+        "optimizer.rates: b: no such component. There are a, language.",
+        "encoder.targets: nowhere: no layer of the connector has a name",
         "components.a: no trained parameter is in it; its patterns are no.",
         f"{file}: has pictures (first in line 1) and sounds (first in line 5)",
         f"{file}:1: has no answer.",
-        f"{file}:1: image {folder / 'gone.png'} does not exist.",
-        f"{file}:4: has an empty question.",
-        f"{file}:5: audio {folder / 'gone.wav'} does not exist.",
+        f"{file}:1: image {folder / 'gone.png'} does not exist. (Also named in line 2.)",
+        f"{file}:2: has </s> in its text",
         f"{file}:3: has </s> in its text",
+        f"{file}:4: has an empty question.",
+        f"{file}:5: has an audio, but llava takes image.",
+        f"{file}:5: audio {folder / 'gone.wav'} does not exist.",
     ]
     assert len(lines) == len(wanted) and all(a in b for a, b in zip(wanted, lines, strict=True)), lines
+
+
+def test_one_conversation_may_have_many_problems(folder):
+    both = {"from": "human", "value": "<image><image>?"}
+    file = written(
+        folder,
+        {"image": ["gone.png", 3], "images": "x", "audio": "a.wav", "conversations": [SAY, both]},
+        {"image": "red.png", "conversations": [both]},
+    )
+    _, problems = read_examples(file, None, judge=lambda example: [f"{len(example.media)} media."])
+    assert [problem.split(": ", 1)[1].split(",")[0].split(";")[0] for problem in problems] == [
+        "has images",
+        "has both an image and an audio",
+        "image must be a path or a list of paths",
+        "begins with the assistant",
+        "1 media.",
+        f"image {folder / 'gone.png'} does not exist.",
+        "has no answer.",
+        "mentions 2 <image>",
+        "1 media.",
+    ]
 
 
 def test_one_conversation_is_a_doubt(folder):

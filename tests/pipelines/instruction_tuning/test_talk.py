@@ -93,7 +93,7 @@ def test_paligemma_sees_no_answer_before_it_is_given(talk, examples, checkpoints
             torch.testing.assert_close(then[1, :position], first[1, :position])
             assert not torch.allclose(then[1, position:], first[1, position:], atol=1e-4)
     without = type(some[0])("text", [], some[0].turns, "", "x:1")
-    assert made.problems(without)[0] == "x:1: has no picture, but paligemma takes no text alone."
+    assert made.problems(without)[0] == "has no picture, but paligemma takes no text alone."
 
 
 def _both(batch):
@@ -142,7 +142,7 @@ def test_marks_of_a_models_own_are_no_text(talk, examples):
         ("blip-2", Turn("<image>\nWhat?", "red</s>"), "</s>"),
     ):
         (problem,) = talk(kind).problems(replace(first, turns=(turn,)))
-        assert f"talk.jsonl:1: has {found} in its text, which {kind} reads as a mark of its own." in problem
+        assert f"has {found} in its text, which {kind} reads as a mark of its own." in problem
     assert talk("qwen2_vl").problems(replace(first, turns=(Turn("<image>\nWhat?", "an <image> tag"),))) == []
 
 
@@ -177,12 +177,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(talk, examples):
 def test_what_a_model_cannot_take(talk, examples):
     assert talk("blip-2").problems(examples("llava")[0]) == []
     (problem,) = talk("llava").problems(examples("qwen2_audio")[0])
-    assert "talk.csv:2: has an audio, but llava takes image." in problem
+    assert problem == "has an audio, but llava takes image."
     (problem,) = talk("qwen2_audio").problems(examples("llava")[0])
     assert "has an image, but qwen2_audio takes audio." in problem
     first = examples("llava")[0]
     two = type(first)("image", first.media * 2, first.turns, "", "x:1")
-    assert talk("blip-2").problems(two) == ["x:1: has 2 pictures, but blip-2 takes exactly one."]
+    assert talk("blip-2").problems(two) == ["has 2 pictures, but blip-2 takes exactly one."]
 
 
 def test_marks_become_content():
