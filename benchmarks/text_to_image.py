@@ -14,7 +14,7 @@ the two take turns, and medians are told:
     final loss         mean loss of the last tenth of the steps, and so of different draws
 
 Both take AdamW by their defaults. Equipoise's runs on torch's fused kernel, for which the script has no option; a third
-row has Equipoise without it.
+row has Equipoise without it, a fourth with train.compile, each time compiled from nothing.
 
 Then both run once more with equal draws: in place of the script's own, it is given the order of pictures, the latents'
 draws, the noise and the timesteps that Equipoise takes from (seed, step). The loss curves must then be the same.
@@ -40,6 +40,7 @@ from typing import Any
 
 SEED, RANK, RATE = 0, 4, 1e-3
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]  # the script's
+VARIANTS = {"without fused": "optimizer.options={fused: false}", "compiled": "train.compile=true"}
 STARTED = float(os.environ.get("BENCHMARK_STARTED", 0))  # when the parent began this process
 
 
@@ -219,22 +220,31 @@ def equipoise(args: argparse.Namespace, work: Path) -> None:
         "checkpoint.every": 0,
         "runs": work / "runs",
     }
-    if args.plain:
-        given["optimizer.options"] = "{fused: false}"
-    code = main(["train", "text_to_image/dreambooth", *(f"{key}={value}" for key, value in given.items())])
+    words = [*(f"{key}={value}" for key, value in given.items()), *([args.more] if args.more else [])]
+    code = main(["train", "text_to_image/dreambooth", *words])
     record.write()
     sys.exit(code)
 
 
 def child(which: str, args: argparse.Namespace, work: Path, equal: bool = False, start: Path | None = None) -> dict:
     work.mkdir(parents=True)
-    which, _, plain = which.partition(" ")
-    command = [sys.executable, __file__, "--child", which, "--work", work, "--script", args.script]
+    more = VARIANTS.get(which, "")
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "equipoise" if more else which,
+        "--work",
+        work,
+        "--script",
+        args.script,
+    ]
     command += ["--model", args.model, "--resolution", args.resolution, "--batch", args.batch, "--steps", args.steps]
     command += ["--equal"] if equal else []
-    command += ["--plain"] if plain else []
+    command += ["--more", more] if more else []
     command += ["--start", start] if start else []
     environment = {**os.environ, "BENCHMARK_STARTED": str(time.time()), "HF_DATASETS_CACHE": str(work / "datasets")}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")
     done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{which} failed:\n{done.stderr[-3000:]}")
@@ -274,10 +284,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
-    for hidden in ("--child", "--work", "--start"):
+    for hidden in ("--child", "--work", "--start", "--more"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    for hidden in ("--equal", "--plain"):
-        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--equal", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return {"script": script, "equipoise": equipoise}[args.child](args, Path(args.work))
@@ -285,7 +294,7 @@ def main() -> None:
         from equipoise.pipelines import demo
 
         args.model = str(demo.base_folder())
-    names = ["script", "equipoise", "equipoise plain"]
+    names = ["script", "equipoise", *VARIANTS]
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -302,7 +311,7 @@ def main() -> None:
     print("| | steps/s | steps per CPU s | first step, s | first step, CPU s | peak memory, MiB | final loss |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     middle = {name: [statistics.median(values) for values in zip(*rows, strict=True)] for name, rows in found.items()}
-    titles = ["train_text_to_image_lora.py", "equipoise train", "the same, `optimizer.options={fused: false}`"]
+    titles = ["train_text_to_image_lora.py", "equipoise train", *(f"the same, `{more}`" for more in VARIANTS.values())]
     for name, title in zip(names, titles, strict=True):
         speed, per_cpu, first, first_cpu, peak, loss = middle[name]
         print(f"| {title} | {speed:.2f} | {per_cpu:.2f} | {first:.1f} | {first_cpu:.1f} | {peak:.0f} | {loss:.4f} |")

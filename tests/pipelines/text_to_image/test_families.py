@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -44,6 +45,21 @@ def test_what_a_family_says_of_itself(name):
     assert known.targets and set(known.tuned_encoders) <= set(known.text_encoders) >= set(known.optional)
     theirs = getattr(diffusers, name)
     assert set(theirs._lora_loadable_modules) == {known.denoiser, *known.tuned_encoders}
+
+
+@pytest.mark.parametrize("subject", ["dog", "teapot", "vase"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_photographs(name, subject, short, build_checkpoint):
+    """Real pictures, where they are at hand, of their own shapes."""
+    photographs = Path(__file__).parents[4] / "shared" / "data" / "dreambooth" / subject
+    if not photographs.is_dir():
+        pytest.skip("the photographs are not at ../shared/data")
+    words = [f"model={build_checkpoint(name)}", f"data={photographs}", f"data.instance_prompt=a photo of sks {subject}"]
+    run, outcome = train(*short, *words, "data.flip=true", "data.buckets=true", "samples.prompts=[]", "steps=3")
+    assert outcome.state == "done"
+    factors = load_file(run.folder / "result" / LORA_FILE)
+    assert factors and all(tensor.isfinite().all() for tensor in factors.values())
+    assert any(tensor.count_nonzero() for key, tensor in factors.items() if "lora_B" in key or ".up." in key)
 
 
 @pytest.mark.parametrize("words", ["lora.text_encoder=true", "lora.text_encoder=false"])

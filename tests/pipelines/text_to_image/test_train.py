@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -345,12 +344,3 @@ def test_an_objectives_state_is_saved(work):
     made.objective.load_state_dict = restored.append
     made.restore(made.weights(), made.state())
     assert restored == [{"weight": torch.tensor(0.5)}]
-
-
-def test_the_photographs(short, tmp_path):
-    """Real pictures, where they are at hand."""
-    photographs = Path(__file__).parents[4] / "shared" / "data" / "dreambooth" / "vase"
-    if not photographs.is_dir():
-        pytest.skip("the photographs are not at ../shared/data")
-    run, outcome = train(*short, f"data={photographs}", "data.instance_prompt=a photo of sks vase", "data.flip=true")
-    assert outcome.state == "done" and lora(run)
