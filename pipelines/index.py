@@ -137,7 +137,10 @@ class Index:
         ) as db:
             if db.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
                 raise sqlite3.DatabaseError("made by another version")
-            yield db
+            try:
+                yield db
+            except UnicodeDecodeError as error:
+                raise sqlite3.DatabaseError("holds bytes that are no text") from error
 
     @contextmanager
     def _building(self) -> Iterator[None]:

@@ -206,7 +206,8 @@ def test_bytes_of_the_index_that_went_bad_unnoticed(tmp_path):
     store = Store(tmp_path / "runs")
     ids = [store.create(RunConfig(pipeline="counting", name="vase"), id=f"r{number}").id for number in range(3)]
     store.enqueue(store.get("r1"))
-    for before, after in ((b"queued", b"quexed"), (b"run", b"rvn"), (b'{"host', b"{'host")):
+    harms = (b"queued", b"quexed"), (b"queued", b"qu\xaeed"), (b"run", b"rvn"), (b'{"host', b"{'host")
+    for before, after in harms:
         claimed = store.claim()
         assert claimed and claimed.id == "r1"
         store.index.offer("r1") if before != b'{"host' else None
