@@ -37,7 +37,7 @@ class FeatureDescent(Measured):
     ):
         """
         Args:
-            window: Steps over which the way is measured (>= 1).
+            window: Steps over which the way is measured (>= 1); the first way is that from after the first step.
             rest: Share of the first window's way below which the side counts as at rest (0 <= x <= 1).
             latest: Share of the run after which the sides change in any case (0 < x <= 1).
         """
