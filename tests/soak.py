@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -689,6 +690,7 @@ def run() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="no trial begins later")
     parser.add_argument("--seed", type=int, default=0, help="of all moments and harms")
     args = parser.parse_args()
+    tqdm.set_lock(threading.RLock())  # its own is shared with what is forked, and would die with one that holds it
     faults = [fault for fault in FAULTS if args.only in fault.what and (fault.quick or not args.quick)]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
