@@ -116,7 +116,7 @@ class Store:
 
     def at_work(self) -> list[Status]:
         """The runs and sweeps that are queued or running, by the index: who waits asks for them twice a second."""
-        found = [look(self.root / id, id) for id in self.index.at_work()]
+        found = [look(self.root / id, id) for id in self.index.at_work()] if self.root.is_dir() else []
         return [item for item in found if not item.over]
 
     def list(

@@ -216,7 +216,10 @@ def _cell(
     )
     title = " ".join(filter(None, [cell.who, cell.message]))
     pressed = "true" if cell.run in chosen else "false"
-    label = ", ".join(filter(None, [cell.row, shown_rate(cell.rate) if cell.run else "", words]))
+    rate = shown_rate(cell.rate) if cell.run else ""
+    label = ", ".join(
+        filter(None, [cell.row, rate, words, kind, f"{sum(marks)} of {len(marks)} right" if marks else ""])
+    )
     marked = (
         f"data-id='{esc(cell.run or 'base')}' aria-pressed='{pressed}' aria-label='{esc(label)}' title='{esc(title)}'"
     )
@@ -554,9 +557,13 @@ def build(site: Site, tab: gr.Tab) -> None:
         except (EquipoiseError, OSError) as error:
             return [draw.notice(str(error), "bad"), ""]
 
-    def pick(refs: list[str]) -> list[Any]:
+    def pick(refs: list[str], request: gr.Request) -> list[Any]:
+        """What there is of these runs; shown is the comparison that the page's address names, or the first."""
         found = made(site, refs or [])
-        options = gr.update(choices=[(item.label, item.id) for item in found], value=found[0].id if found else None)
+        ids = [item.id for item in found]
+        named = request.query_params.get("made", "") if request else ""  # none where no page asks
+        first = named if named in ids else ids[0] if ids else ""
+        options = gr.update(choices=[(item.label, item.id) for item in found], value=first or None)
         takes = asked(site, refs or []) if refs else {"prompts": "", "count": "", "scale": ""}
         help = "; ".join(filter(None, (takes.get("count"), COUNT_OF_RUNS)))
         count = gr.update(visible="count" in takes, info=help)
@@ -565,7 +572,7 @@ def build(site: Site, tab: gr.Tab) -> None:
             gr.update(visible="prompts" in takes),
             count,
         ]
-        return [options, [item.id for item in found], *open_one(found[0].id if found else "", refs or []), *asks]
+        return [options, ids, *open_one(first, refs or []), *asks]
 
     def open_one(id: str, refs: list[str]) -> list[Any]:
         nothing: list[Any] = [gr.skip()] * 4
@@ -679,6 +686,7 @@ def build(site: Site, tab: gr.Tab) -> None:
         [*opened, last],
         **private,
     )
+    which.change(None, which, None, js="id => { if (id) equipoise.at({made: id}) }", api_visibility="private")
     view = [which, rows, columns, prompt, step, chosen]
     moved = [
         rows.input,

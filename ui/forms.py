@@ -315,7 +315,7 @@ def count(cls: type[RunConfig], shown: Mapping[str, Any]) -> int:
     """How many runs a form comes to; 1 where it cannot be read."""
     wrong: list[str] = []
     axes = read(cls, shown, [], wrong)[SWEEP].values()
-    return 1 if wrong else math.prod(len(set(map(repr, values))) for values in axes)
+    return 1 if wrong else math.prod(len(values) for values in axes)
 
 
 def read_numbers(text: str) -> list[int | float]:
@@ -334,7 +334,10 @@ def read_numbers(text: str) -> list[int | float]:
         if not (0 < first < last < math.inf and 2 <= steps <= 50):
             raise ValueError(f"a range rises from above 0, in 2 to 50 values, got {text[:60]!r}.")
         ratio = (last / first) ** (1 / (steps - 1))
-        return [float(f"{first * ratio**index:.3g}") for index in range(steps)]
+        found = [float(f"{first * ratio**index:.3g}") for index in range(steps)]
+        if len(set(found)) < steps:
+            raise ValueError(f"a range of {steps} values needs ends that are farther apart, got {text[:60]!r}.")
+        return found
     numbers: list[int | float] = []
     for part in (part.strip() for part in text.split(",")):
         if part:
@@ -342,4 +345,6 @@ def read_numbers(text: str) -> list[int | float]:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"must be a number, or several with commas between, got {part[:60]!r}.")
             numbers.append(value)
+    if twice := [value for value in numbers if numbers.count(value) > 1]:
+        raise ValueError(f"{twice[0]:g} is there twice.")
     return numbers

@@ -135,9 +135,8 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
     for item in site.store.at_work():  # whose results would be the same to the last bit
         with suppress(OSError):
             if (site.store.root / item.id / "config.yaml").read_text() == made.yaml:
-                raise InputError(
-                    f"{item.id} is the same, and {item.state}. Change something, such as the seed, or wait."
-                )
+                words = "It is not started twice; change something, such as the seed, for another."
+                return item.id, f"Started {item.id} already, which is {item.state}. {words}"
     if config.sweep:
         run = sweeps.create(config)
     else:

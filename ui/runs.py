@@ -110,13 +110,16 @@ def _row(site: Site, item: Status, chosen: bool) -> str:
 
 def badge(item: Status, ended: bool = False) -> str:
     """A run's state in a word. `ended`: its sweep is over, so that a cell which waits will not begin."""
-    words = "stopping" if item.message == STOPPING else "not begun" if ended and item.state == "queued" else item.state
+    waited = item.kind == "cell" and item.started is None
+    idle = waited and (item.state == "stopped" or (ended and item.state == "queued"))
+    words = "stopping" if item.message == STOPPING else "not begun" if idle else item.state
     return f"<span class='badge {esc(item.state)}' title='{esc(item.message)}'>{esc(words)}</span>"
 
 
 def together(run: Run, now: Status) -> Status:
-    """How a sweep at work stands by its cells, which are looked at by it only now and then; a run as it is."""
-    if now.kind != "sweep" or now.state != "running":
+    """How a sweep stands by its cells, which it looks at only now and then, and when it is dead no more; a run as it
+    is."""
+    if now.kind != "sweep" or now.state not in ("running", "dead"):
         return now
     cells = [cell.status() for cell in sweeps.cells(run)]
     return replace(
@@ -128,7 +131,8 @@ def bar(item: Status) -> str:
     share = min(1.0, item.step / item.total) if item.total else 0.0
     words = f"{item.step} of {item.total}" if item.total else f"{item.step}"
     return (
-        f"<div class='bar' role='progressbar' aria-valuenow='{share:.0%}'><i style='width:{share:.1%}'></i></div>"
+        f"<div class='bar' role='progressbar' aria-valuemin='0' aria-valuemax='100' aria-valuenow='{100 * share:.0f}'"
+        f" aria-label='steps'><i style='width:{share:.1%}'></i></div>"
         f"<small>{words}</small>"
     )
 
@@ -154,14 +158,15 @@ def _left(run: Run, item: Status) -> float | None:
 
 def _left_of_sweep(sweep: Run) -> float | None:
     """Seconds, by what is left of the cells that run, and for the others what one has taken or will have."""
-    cells = [(cell, cell.status()) for cell in sweeps.cells(sweep)]
-    running = [(now.duration, seconds) for cell, now in cells if (seconds := _left(cell, now)) is not None]
-    each = [now.duration for _, now in cells if now.state == "done"] or [sum(times) for times in running]
-    if not each:
+    cells = [(now, _left(cell, now)) for cell in sweeps.cells(sweep) if (now := cell.status()).state != "stopped"]
+    running = [(now.duration, seconds) for now, seconds in cells if seconds is not None]
+    each = [now.duration for now, _ in cells if now.state == "done"] or [sum(times) for times in running]
+    waiting = sum(not now.over and seconds is None for now, seconds in cells)
+    if not each or not (waiting or running):
         return None
-    waiting = sum(now.state == "queued" for _, now in cells) * sum(each) / len(each)
-    at_once = max(1, sum(now.state == "running" for _, now in cells))
-    return max([seconds for _, seconds in running] + [(waiting + sum(rest for _, rest in running)) / at_once])
+    at_once = max(1, sum(now.state == "running" for now, _ in cells))
+    rest = [seconds for _, seconds in running]
+    return max([*rest, (waiting * sum(each) / len(each) + sum(rest)) / at_once])
 
 
 # One run
@@ -174,7 +179,7 @@ def heading(site: Site, id: str) -> str:
     run = open_run(site, id)
     now = together(run, run.status())
     back = f"<button class='link' data-id='{esc(run.sweep)}'>← {esc(run.sweep)}</button>" if run.sweep else ""
-    ended = bool(run.sweep) and open_run(site, run.sweep).status().over
+    ended = bool(run.sweep) and _ended(open_run(site, run.sweep).status())
     told = {
         "pipeline": now.pipeline,
         "step": f"{now.step} of {now.total}" if now.total else now.step,
@@ -197,7 +202,7 @@ def heading(site: Site, id: str) -> str:
     if now.state == "dead":
         parts.append(f"<pre class='log'>{esc(background.tail(run.log_file, 8))}</pre>")
     if now.kind == "sweep":
-        parts.append(_cells(run, now.over))
+        parts.append(_cells(run, _ended(now)))
     return "".join(parts)
 
 
@@ -216,6 +221,11 @@ def open_run(site: Site, id: str) -> Run:
     return run
 
 
+def _ended(sweep: Status) -> bool:
+    """Whether no cell of it begins any more: the workers of a sweep that was killed may well live."""
+    return sweep.over and sweep.state != "dead"
+
+
 def _cells(sweep: Run, ended: bool) -> str:
     rows = []
     for cell in sweeps.cells(sweep):
@@ -223,7 +233,7 @@ def _cells(sweep: Run, ended: bool) -> str:
         short = draw.breakable(cell.folder.name)
         rows.append(
             f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now, ended)}</td>"
-            f"<td>{bar(now)}</td><td>{draw.number(now.loss)}</td></tr>"
+            f"<td>{bar(now)}</td><td data-name='loss'>{draw.number(now.loss)}</td></tr>"
         )
     head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
     return f"<div class='scroll'><table class='runs cells'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
@@ -476,11 +486,14 @@ def possible(site: Site, id: str) -> list[Any]:
         run = now = None
     if run is None or now is None:
         return [gr.update(interactive=False)] * 3
+    stops = not now.over
     resumes = now.over and now.kind != "cell" and now.state != "done"
     if now.over and now.kind == "sweep":  # whose cells may have failed although it is done
-        resumes = any(cell.status().state not in ("done", "diverged") for cell in sweeps.cells(run))
+        cells = [cell.status() for cell in sweeps.cells(run)]
+        resumes = now.state == "dead" or any(cell.state not in ("done", "diverged") for cell in cells)
+        stops = any(not cell.over for cell in cells)  # by workers that outlive it
     samples = now.state == "running" and now.kind != "sweep"
-    stop, sample, resume = (gr.update(interactive=can) for can in (not now.over, samples, resumes))
+    stop, sample, resume = (gr.update(interactive=can) for can in (stops, samples, resumes))
     return [stop, {**sample, "visible": now.kind != "sweep" and draws(now.pipeline)}, resume]
 
 
@@ -515,6 +528,8 @@ def act(site: Site, id: str, what: str, workers: int) -> str:
     if what == "stop":
         return background.stop(run)
     if what == "resume":
+        if not run.status().over:
+            return f"{id}: is at work."
         first = background.ahead(run)
         background.resume(run, workers, in_turn=True)
         return f"{id}: continues {f'when {first.id} has ended' if first else 'in the background'}."
@@ -647,6 +662,7 @@ def build(site: Site, workers: int, forms: dict[str, Any], pipelines: gr.Radio, 
     for button, what in ((stop, "stop"), (resume, "resume"), (sample, "sample"), (yes, "delete")):
         button.click(do(what), chosen, told, **private).then(refresh, inputs, outputs, **private)
     asked = "<p>Delete <b>{}</b> with all its files? It cannot be undone.</p>"
+    yes.click(None, None, None, js="() => equipoise.at({run: ''})", api_visibility="private")
     remove.click(lambda id: [gr.update(visible=True), asked.format(esc(id))], chosen, [sure, which], **private)
     no.click(lambda: gr.update(visible=False), None, sure, **private)
     count = sum(len(form.widgets) + 2 for form in forms.values())

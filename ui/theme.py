@@ -18,7 +18,12 @@ HEAD = """<style>
 .gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }
 .gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
 .gradio-container .prose code { font-size: .95em !important; color: inherit !important }
-@media (max-width: 640px) { .gradio-container .main { padding: 8px 10px !important } }
+@media (max-width: 640px) {
+.gradio-container .main { padding: 8px 10px !important }
+.gradio-container .grid tbody th { position: static !important; min-width: 84px !important }
+.gradio-container .grid tbody th { max-width: 104px !important }
+.gradio-container .charts.wide .chart text { font-size: 13px !important }
+}
 </style>
 <script>
 // Where the user is stands in the address, so that a reload leads there again.

@@ -76,8 +76,9 @@ def compare(
             base = load_model(first.model, first.train.precision)  # anew: a result changes encoder weights in place
             tuned = load_result(base, run.folder / "result")
             _fill(folder, cell, answer(tuned, talk, asked, samples, bar.update))
-    shown = [answered.turns[-1].question for answered in asked[:SHOWN]]
-    prompts = list(map(without_marks, shown))
+    shown = [(without_marks(it.turns[-1].question), [path.name for path in it.media]) for it in asked[:SHOWN]]
+    # of one's own, each is asked of several media
+    prompts = [f"{text} ({', '.join(names)})" if samples.prompts and names else text for text, names in shown]
     said = f"{METRICS[samples.metric]} ({len(asked)} held-out question{'' if len(asked) == 1 else 's'})"
     return Comparison(name, folder, prompts, said, untouched, cells, alike="Every cell answers the same questions.")
 

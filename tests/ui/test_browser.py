@@ -62,6 +62,13 @@ def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+def reload(page, look) -> None:
+    before = len(look.said)
+    page.reload()
+    page.get_by_role("tab", name="Launch").wait_for()
+    del look.said[before:]  # what a page says of the requests that it leaves behind is no fault
+
+
 def fits(page) -> bool:
     """Nothing makes the page wider than its window."""
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")  # a pixel of rounding
@@ -78,7 +85,9 @@ def launch(page, **fields: str) -> str:
 
 
 def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
-    """A sweep is launched, watched over a reload and a restart of the server, compared, asked for more, exported."""
+    """A sweep is launched, watched over a reload and a restart of the server, compared, asked for more, exported; all
+    of it in a folder that is not there at first."""
+    tmp_path = tmp_path / "runs"
     server = serve(tmp_path)
     page = look(server.url)
     expect(page.locator("#start-text_to_image")).to_be_visible()
@@ -104,7 +113,7 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     expect(row).to_be_visible(timeout=PATIENCE)
     row.get_by_role("button").click()
     expect(page.locator("#run-head h3")).to_contain_text(sweep)
-    page.reload()
+    reload(page, look)
     expect(page.locator("#run-head h3")).to_contain_text(sweep)
     expect(row).to_contain_text("done", timeout=PATIENCE)
     cell = page.locator("#run-head table button").first
@@ -125,7 +134,7 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     page.keyboard.press("Escape")
     cells = page.locator("#grid button.cell")
     expect(cells).to_have_count(3, timeout=PATIENCE)
-    page.reload()
+    reload(page, look)
     expect(cells).to_have_count(3, timeout=PATIENCE)
     expect(page.locator("#grid img").first).to_have_js_property("complete", True)
     cells.nth(1).click()
@@ -144,6 +153,9 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     expect(page.locator("#compare-prompt-text")).to_contain_text("a red <b>circle</b>", timeout=PATIENCE)
     expect(page.locator("#grid button.cell")).to_have_count(3)
     expect(page.locator("#compare-which input")).to_have_value(re.compile("scale 0.7"))
+    reload(page, look)
+    expect(page.locator("#compare-which input")).to_have_value(re.compile("scale 0.7"), timeout=PATIENCE)
+    expect(page.locator("#grid button.cell")).to_have_count(3)
     with page.expect_download() as download:
         page.get_by_role("link", name="Table (CSV)").click()
     assert "adamw" in Path(download.value.path()).read_text()
@@ -306,6 +318,8 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         page.get_by_role("option", name="grid").click()
         page.keyboard.press("Escape")
         expect(page.locator("#grid button.cell")).to_have_count(6)
+        placed = page.locator("#grid tbody th").first.evaluate("it => getComputedStyle(it).position")
+        assert placed == ("static" if width < 640 else "sticky"), "on a phone it would lie over the base"
         assert fits(page)
         shoot(page, f"compare-{width}", full=True)
         cells = page.locator("#grid button.cell")

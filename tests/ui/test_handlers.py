@@ -20,6 +20,7 @@ from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE, Comparison
 from equipoise.pipelines.files import append
+from equipoise.pipelines.store import Store
 from equipoise.ui import compare, draw, launch, plugins, runs
 
 
@@ -118,7 +119,7 @@ def test_what_is_left_of_a_sweep_is_told_by_its_cells(site, swept):
         cell.update(seconds=50.0)
     third.update(state="queued", step=0)
     (third.folder / "metrics.jsonl").unlink()
-    fourth.update(state="queued", step=0)
+    fourth.update(state="queued", step=0, started=None)
     swept.update(state="running", total=20, step=0, **status.process())
     with third.session(signals=False):
         third.update(total=11, step=6, started=now - 60)
@@ -145,8 +146,29 @@ def test_a_run_that_was_asked_to_stop_says_so(site):
 def test_the_same_twice_is_refused_while_it_is_at_work(site):
     config = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
     site.store.create(config, id="some")
-    with pytest.raises(InputError, match="some is the same, and queued"):
-        launch.launch(site, launch.Plan(config, 1, "text_to_image/demo", None))
+    id, words = launch.launch(site, launch.Plan(config, 1, "text_to_image/demo", None))
+    assert id == "some" and words.startswith("Started some already, which is queued. It is not started twice;")
+    assert len(site.store.list()) == 1
+
+
+def test_a_runs_folder_that_is_not_there_yet_is_empty(tmp_path):
+    assert Store(tmp_path / "runs").at_work() == [] and not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_that_was_killed_can_be_resumed_and_its_workers_stopped(site, swept):
+    """Its cells go on: what they have done is shown, and none of them is said not to begin any more."""
+    last = sweeps.cells(swept)[-1]
+    last.update(state="queued", started=None, step=0)
+    swept.update(state="running", total=20, step=3, **status.process())
+    file = swept.folder / "status.json"
+    file.write_text(file.read_text().replace(f'"pid": {swept.status().pid}', '"pid": 4194300'))
+    stop, _, resume = runs.possible(site, "grid")
+    assert swept.status().state == "dead" and stop["interactive"] and resume["interactive"]
+    heading = runs.heading(site, "grid")
+    assert "15 of 20" in heading and "not begun" not in heading
+    last.update(state="stopped")
+    stop, _, resume = runs.possible(site, "grid")
+    assert not stop["interactive"] and resume["interactive"] and "not begun" in runs.heading(site, "grid")
 
 
 def test_a_job_tells_its_bar_in_words():
