@@ -190,6 +190,9 @@ def _sentences(item: Any, key: str, keys: list[Key]) -> list[str]:
     if kind == "model_type":
         below = ", ".join(k.key for k in keys if k.key.startswith(f"{key}."))
         return [f"is a section, got {show(item['input'])}. Its keys are {below}."]
+    if kind in ("int_from_float", "int_parsing_size"):
+        fewer = " of fewer digits" if kind == "int_parsing_size" else ""
+        return [f"must be a whole number{fewer}, got {show(item['input'])}."]
     text = item["msg"].split(", unable to parse")[0].replace("Input should be ", "must be ")
     several = isinstance(item["input"], str) and "," in item["input"] and "number" in text
     hint = " Several values are for a sweep: --axis KEY=VALUE,VALUE." if several else ""

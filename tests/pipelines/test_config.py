@@ -123,6 +123,11 @@ def test_names_that_are_no_words(file, name):
     assert any("name: must be one word" in line for line in problems(file(), [f"name='{name}'"]))
 
 
+def test_numbers_that_are_not_whole(file):
+    assert "must be a whole number, got 1.5." in problems(file(), ["steps=1.5"])[0]
+    assert "must be a whole number of fewer digits, got 1e+99." in problems(file(), ["seed=1e99"])[0]
+
+
 @pytest.mark.parametrize(("word", "said"), [("nan", "finite number"), ("inf", "finite number"), ("1e400", "finite")])
 def test_rates_are_finite(file, word, said):
     assert said in problems(file(), [f"learning_rate={word}"])[0]
