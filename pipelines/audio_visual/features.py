@@ -70,9 +70,10 @@ def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list
 
     wrong = []
     for reader, path in _media(clip, data, {"audio": hear, "visual": see}):
+        if path is None or not os.path.exists(path):
+            continue
         try:
-            if path and os.path.exists(path):
-                reader(path)
+            reader(path)
         except InputError as error:
             wrong.append(str(error))
         except OSError as error:

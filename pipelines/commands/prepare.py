@@ -250,7 +250,7 @@ def _lists(file: Path, least: int, between: str = ",") -> Iterator[list[str]]:
             yield [cell.strip() for cell in cells]
 
 
-def _table(file: Path, *columns: str) -> Iterator[Row | str]:
+def _table(file: Path, *columns: str) -> Iterator[Row]:
     """The lines by the names in the first."""
     reader = csv.DictReader(io.StringIO(_text(file), newline=""))
     if missing := [column for column in columns if reader.fieldnames and column not in reader.fieldnames]:
