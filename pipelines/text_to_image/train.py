@@ -205,12 +205,12 @@ class TextToImageWork(OptimizedWork):
         noise, times = self.noise.draw(clean.shape, generator)
         captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
         mine = slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
-        return self._loss(self.taught, clean[mine], noise[mine], times[mine], captions[mine], places[mine])
+        return self._loss(clean[mine], noise[mine], times[mine], captions[mine], places[mine])
 
-    def _loss(
-        self, denoiser: Any, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], places: Tensor
-    ) -> Tensor:
+    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], places: Tensor) -> Tensor:
         device = self.accelerator.device
+        # an evaluation has it as it is: to compile it for that would take longer than all of it
+        denoiser = self.taught if torch.is_grad_enabled() else self.base.denoiser
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
         noisy = self.noise.add(clean, noise, times).to(self.dtype)
         with self.accelerator.autocast():
@@ -267,8 +267,7 @@ class TextToImageWork(OptimizedWork):
                 clean, _, places = self.latents.take(chosen, [0] * len(some))
                 captions = [self.captions[picture] for picture in chosen]
                 noise = torch.stack([noises[index] for index in some])
-                denoiser = self.base.denoiser  # as it is: to compile it for this would take longer than all of it
-                total += self._loss(denoiser, clean, noise, times[some], captions, places).item() * len(some)
+                total += self._loss(clean, noise, times[some], captions, places).item() * len(some)
         return total / _EVALUATED
 
     def sample(self, step: int) -> None:
