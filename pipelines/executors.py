@@ -24,6 +24,13 @@ from equipoise.pipelines.status import Status
 NAMES = ("local", "ray")
 GRACE = 4.0  # seconds that a process has after being interrupted, before it is killed
 _FILE = "executor.json"  # in a sweep's folder
+# of numbers that are asked for: kinds, least, most
+_BOUNDS = (
+    ("max_parallel", int, 1, 10_000),
+    ("retries", int, 0, 1_000_000),
+    ("cpus", int | float, 0, 1_000_000),
+    ("gpus", int | float, 0, 1_000_000),
+)
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,42 @@ class Where:
     gpus: float | None = None
     storage: str | None = None  # an fsspec URL that cells travel through; None: all see the runs folder
 
+    def problem(self) -> str:
+        """What is wrong with it, in a sentence; empty where nothing is."""
+        if self.executor not in NAMES:
+            return f"--executor: must be {' or '.join(NAMES)}, got {self.executor!r}."
+        for name, kinds, least, most in _BOUNDS:
+            value = getattr(self, name)
+            if value is None and name != "retries":
+                continue
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+                return f"--{name.replace('_', '-')}: must be a number from {least} to {most}, got {str(value)[:40]}."
+        if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
+            return f"--gpus: a cell has a share of one GPU, or whole ones, got {self.gpus:g}."
+        for name in ("address", "storage"):
+            if not isinstance(getattr(self, name), str | None):
+                return f"--{name}: must be text, got {str(getattr(self, name))[:40]}."
+        return ""
+
     def remember(self, sweep: Run) -> None:
         """Lets `remembered` find this."""
         write_atomic(sweep.folder / _FILE, json.dumps(asdict(self), indent=2))
 
 
 def remembered(sweep: Run) -> Where:
-    """What a sweep was trained with last."""
+    """What a sweep was trained with last.
+
+    Raises:
+        InputError: Its file says what nobody can have asked for.
+    """
     try:
         said = json.loads((sweep.folder / _FILE).read_bytes())
-        return Where(**{it.name: said[it.name] for it in fields(Where) if it.name in said})
-    except (OSError, ValueError, TypeError):
+        where = Where(**{it.name: said[it.name] for it in fields(Where) if it.name in said})
+    except (OSError, ValueError, TypeError, RecursionError):
         return Where()
+    if problem := where.problem():
+        raise InputError(f"{sweep.folder / _FILE}: {problem} Remove that file, and the usual is taken.")
+    return where
 
 
 class Executor(Protocol):

@@ -43,11 +43,23 @@ def leads() -> bool:
     return rank() == 0
 
 
-def join() -> None:
-    """Meets the other processes.
-
+def alone(what: str) -> None:
+    """
     Raises:
-        InputError: They were started for a way of training that the pipelines do not have.
+        InputError: Several processes were started for what starts its own.
+    """
+    check()
+    if count() > 1:
+        raise InputError(
+            f"{what} starts processes of its own. Run it without accelerate launch and torchrun, and without their "
+            "variables RANK and WORLD_SIZE."
+        )
+
+
+def check() -> None:
+    """
+    Raises:
+        InputError: This was started, alone or among others, for a way of training that the pipelines do not have.
     """
     for variable, name in _PLUGINS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
@@ -55,6 +67,10 @@ def join() -> None:
                 f"accelerate launch: {name} takes models apart, and the pipelines train whole ones, a copy in each "
                 "process. Start them with accelerate launch --multi_gpu, or with torchrun."
             )
+
+
+def join() -> None:
+    """Meets the other processes."""
     from accelerate.state import PartialState
 
     PartialState(timeout=_PATIENCE)

@@ -243,6 +243,8 @@ def _opened(url: str) -> tuple[Any, str]:
         files, place = url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise InputError(f"--storage {url}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of a kind that connects at once
+        raise InputError(f"--storage {url}: cannot be used: {' '.join(str(error).split())}.") from error
     return files, place.rstrip("/")
 
 

@@ -5,6 +5,7 @@ import os
 import time
 
 from equipoise.pipelines import config as configs
+from equipoise.pipelines import processes
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.commands.sweep import check_workers, resume
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
+    processes.alone("The demo")
     started = time.perf_counter()
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
     config = configs.load("text_to_image/demo", overrides)

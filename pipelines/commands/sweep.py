@@ -1,11 +1,12 @@
 """`equipoise sweep`: train over the product of some keys' values, then compare what came out."""
 
 import argparse
+import re
 import sys
 from dataclasses import fields, replace
 
 from equipoise.errors import InputError
-from equipoise.pipelines import background
+from equipoise.pipelines import background, processes
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import parse_axes
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
+    processes.alone("A sweep")
     found = _continued(args)
     where = _where(args, remembered(found) if found else Where())
     if found and args.in_turn and not background.wait_for_turn(found):
@@ -79,6 +81,7 @@ def check_workers(workers: int | None) -> None:
 
 def resume(sweep: Run, workers: int | None = None) -> int:
     """Trains what is left of a sweep, which is all of a new one, and compares; returns the exit code."""
+    processes.alone("A sweep")
     where = remembered(sweep)
     if workers:
         where = replace(where, max_parallel=workers)
@@ -129,12 +132,10 @@ def _where(args: argparse.Namespace, before: Where) -> Where:
     if asked["executor"] not in (None, before.executor):
         before = Where()
     where = replace(before, **{name: value for name, value in asked.items() if value is not None})
-    for name, least in (("max_parallel", 1), ("retries", 0), ("cpus", 0), ("gpus", 0)):
-        value = getattr(where, name)
-        if value is not None and not least <= value < 2**31:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least {least}, got {value:g}.")
-    if where.gpus is not None and where.gpus > 1 and where.gpus % 1:
-        raise InputError(f"--gpus: a cell has a share of one GPU, or whole ones, got {where.gpus:g}.")
+    if problem := where.problem():
+        raise InputError(problem)
+    if where.storage and re.search(r"://[^/@]*:[^/@]*@", where.storage):
+        raise InputError("--storage: has a password in it, which would be written down. Give it as fsspec's settings.")
     if where.executor != "ray" and (useless := [f"--{name}" for name in ("address", "storage") if asked[name]]):
         raise InputError(f"{', '.join(useless)}: only --executor ray has a use for it.")
     return where

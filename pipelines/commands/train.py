@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     command = _resume if args.command == "resume" else _train
+    if not (getattr(args, "keys", False) or getattr(args, "dry_run", False)):
+        processes.check()
     return command(args) if processes.count() == 1 else _together(command, args)
 
 

@@ -122,7 +122,8 @@ class TextToImageWork(OptimizedWork):
         word: dict[str, Tensor] | None = None,  # by text encoder: a new word's rows
     ):
         self.base, self.parts, self.own, self.prior, self.word = base, parts, own, prior, word or {}
-        self.captions, self.latents, self.prior_loss = own.captions, own.latents, 0.0
+        self.captions, self.latents = own.captions, own.latents
+        self.prior_loss: dict[int, Tensor] = {}  # of the step's micro-batches
         self.untouched = torch.inf  # the base's loss, once it is known
         self.recent: list[float] = []  # the last steps' losses
         self.noise, self.dtype = base.noise(config.noise), base.denoiser.dtype  # which looks through all its parameters
@@ -190,7 +191,7 @@ class TextToImageWork(OptimizedWork):
         if self.prior:
             other = torch.Generator().manual_seed(mix(self.config.seed, step, micro, "prior"))
             beside = self._drawn(self.prior, number, other, _PLAIN)
-            self.prior_loss = beside.item()
+            self.prior_loss[micro] = beside.detach()
             loss = loss + self.config.prior.weight * beside
         return Losses(loss, {})
 
@@ -233,7 +234,9 @@ class TextToImageWork(OptimizedWork):
             torch._foreach_lerp_(
                 list(self.average.values()), [tensor.detach() for tensor in self.named.values()], 1 - decay
             )
-        return {"loss_prior": self.prior_loss} if self.prior else {}
+        if not self.prior:
+            return {}
+        return {"loss_prior": processes.mean(torch.stack(list(self.prior_loss.values())).mean()).item()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

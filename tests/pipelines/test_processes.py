@@ -154,9 +154,14 @@ def test_a_run_in_two_processes_is_written_once_equals_one_and_survives_a_worker
     assert all(torch.equal(left[key], resumed[key]) for key in left)
 
 
-def test_what_cannot_be_launched_is_refused(short, monkeypatch, capfd):
+def test_what_cannot_be_launched_is_refused(short, tmp_path, monkeypatch, capfd):
     from equipoise.pipelines.cli import main
 
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for command in ("train", "sweep"):  # alone, too
+        assert main([command, "text_to_image/dreambooth", *short]) == 2
+        assert "DeepSpeed takes models apart" in capfd.readouterr().err and not (tmp_path / "runs").exists()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for name, word in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
@@ -166,6 +171,10 @@ def test_what_cannot_be_launched_is_refused(short, monkeypatch, capfd):
         assert f"{word} takes models apart" in capfd.readouterr().err
     assert main(["train", "text_to_image/dreambooth", *short, "--detach"]) == 2
     assert "--detach: starts one process" in capfd.readouterr().err
+    for words in (["sweep", "text_to_image/dreambooth", "--axis", "seed=0,1", *short], ["demo"]):
+        assert main(words) == 2
+        assert "starts processes of its own. Run it without accelerate launch" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_who_follows_writes_nothing(short, tmp_path):

@@ -101,9 +101,9 @@ def test_devices_are_dealt_out(visible, gpus, each, monkeypatch):
     [
         (["--gpus", "3"], "--gpus 3: there are 2 CUDA devices on this machine."),
         (["--gpus", "1.5"], "--gpus: a cell has a share of one GPU, or whole ones, got 1.5."),
-        (["--gpus", "nan"], "--gpus: must be at least 0, got nan."),
-        (["--retries", "-1"], "--retries: must be at least 0, got -1."),
-        (["--max-parallel", "0"], "--max-parallel: must be at least 1, got 0."),
+        (["--gpus", "nan"], "--gpus: must be a number from 0 to 1000000, got nan."),
+        (["--retries", "-1"], "--retries: must be a number from 0 to 1000000, got -1."),
+        (["--max-parallel", "0"], "--max-parallel: must be a number from 1 to 10000, got 0."),
         (["--workers", "2", "--max-parallel", "2"], "--workers and --max-parallel are the same. Give one."),
         (["--address", "a:1", "--storage", "b"], "--address, --storage: only --executor ray has a use for it."),
     ],
@@ -123,6 +123,35 @@ def test_a_sweep_is_continued_with_what_it_began_with():
     assert executors.remembered(sweep) == Where(retries=5, max_parallel=2)
     (sweep.folder / "executor.json").write_text("[")
     assert executors.remembered(sweep) == Where()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"max_parallel": "x"},
+        {"max_parallel": 10**12},
+        {"max_parallel": -5},
+        {"cpus": "a"},
+        {"gpus": [1]},
+        {"retries": None},
+        {"executor": 5},
+        {"storage": {}},
+    ],
+)
+def test_what_nobody_can_have_asked_for_is_a_sentence(said, capfd):
+    assert main(["sweep", "vase.yaml", "--axis", "seed=0,1", "--id", "s", "--no-compare"]) == 0
+    Path("runs/s/executor.json").write_text(json.dumps(said))
+    capfd.readouterr()
+    assert main(["resume", "s"]) == 2
+    error = capfd.readouterr().err
+    assert f"executor.json: --{next(iter(said)).replace('_', '-')}: must be" in error and "Remove that file" in error
+
+
+def test_passwords_are_not_written_down(capfd):
+    words = ["--executor", "ray", "--storage", "ftp://me:secret@host/x"]
+    assert main(["sweep", "vase.yaml", "--axis", "seed=0,1", *words]) == 2
+    error = capfd.readouterr().err
+    assert "--storage: has a password in it" in error and "secret" not in error and not Path("runs").exists()
 
 
 def test_ray_that_is_not_there_is_said_in_a_sentence(monkeypatch, capfd):
