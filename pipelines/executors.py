@@ -53,7 +53,7 @@ class Where:
             value = getattr(self, name)
             if value is None and name != "retries":
                 continue
-            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            if value is None or isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
                 return f"--{name.replace('_', '-')}: must be a number from {least} to {most}, got {str(value)[:40]}."
         if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
             return f"--gpus: a cell has a share of one GPU, or whole ones, got {self.gpus:g}."
