@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -97,7 +97,8 @@ def read_examples(
     if not os.path.isdir(root):
         general.append(f"data.folder: {root} does not exist. Give the folder that the media's paths start in.")
         decode = False
-    read: dict[int, Example] = {}  # by line
+    read: list[tuple[int, Example]] = []  # the line of each: JSON may have all of them in one
+    good: list[Example] = []
     wrong: list[tuple[int, str]] = []
     try:
         reader = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}.get(file.suffix.lower())
@@ -111,14 +112,15 @@ def read_examples(
             if example and not found and file.suffix.lower() == ".csv":
                 example = replace(example, turns=tuple(map(_commonest, example.turns)))
             if example:
-                read[line] = example
+                read.append((line, example))
                 found += judge(example) if judge else []
+                good += [] if found else [example]
             wrong += [(line, sentence) for sentence in found]
     except UnicodeDecodeError as error:
         return [], [f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})."]
     except OSError as error:
         return [], [f"{file}: cannot be read: {error.strerror or error}."]
-    first = {example.kind: line for line, example in reversed(read.items())}
+    first = {example.kind: line for line, example in reversed(read)}
     if "image" in first and "audio" in first:
         general.append(
             f"{file}: has pictures (first in line {first['image']}) and sounds (first in line {first['audio']}); one "
@@ -129,17 +131,16 @@ def read_examples(
     broken = _media_problems(read) if decode else {}
     wrong += broken.values()
     wrong.sort(key=lambda some: some[0])
-    lost = {line for line, _ in wrong}
-    examples = [e for line, e in read.items() if line not in lost and not broken.keys() & set(e.media)]
+    examples = [example for example in good if not broken.keys() & set(example.media)]
     return examples, general + [f"{file}:{line}: {sentence}" for line, sentence in wrong]
 
 
-def _media_problems(examples: Mapping[int, Example]) -> dict[Path, tuple[int, str]]:
+def _media_problems(examples: Sequence[tuple[int, Example]]) -> dict[Path, tuple[int, str]]:
     """What is wrong with the media and the line that each is first named in. Every file is looked at once; by threads,
     for decoding leaves Python's lock."""
     kinds: dict[Path, Kind] = {}
     lines: dict[Path, list[int]] = {}
-    for line, example in examples.items():
+    for line, example in examples:
         for path in dict.fromkeys(example.media):
             kinds.setdefault(path, example.kind)
             lines.setdefault(path, []).append(line)
@@ -153,8 +154,9 @@ def _also(lines: Sequence[int]) -> str:
     """Where else a file is named."""
     if not lines:
         return ""
+    word = "line" if len(lines) == 1 else "lines"
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return f" (Also named in line{'s'[: len(lines) > 1]} {', '.join(map(str, lines[:3]))}{more}.)"
+    return f" (Also named in {word} {', '.join(map(str, lines[:3]))}{more}.)"
 
 
 def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[str]]:

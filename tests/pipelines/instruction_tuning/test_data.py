@@ -46,6 +46,15 @@ def test_the_formats_say_the_same(folder):
     ]
 
 
+def test_a_list_may_be_one_line(folder):
+    """As json.dump writes it: none takes another's place, and one with a fault takes none with it."""
+    items = [{"image": "red.png", "conversations": [{**ASK, "value": f"{number}?"}, SAY]} for number in range(5)]
+    items[2]["conversations"] = [ASK]
+    examples, problems = read_examples(written(folder, json.dumps(items), name="talk.json"), None)
+    assert [example.turns[0].question for example in examples] == [f"<image>\n{number}?" for number in (0, 1, 3, 4)]
+    assert problems == [f"{folder / 'talk.json'}:1: has no answer."]
+
+
 def test_turns_systems_and_several_pictures(folder):
     more = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image> and <image>?"}, SAY, ASK, SAY]
     ((example,), wrong) = read_examples(
