@@ -27,6 +27,7 @@ from equipoise.pipelines.run import Run, sentence
 from equipoise.pipelines.status import Status
 
 _PATIENCE = 5.0  # seconds that an address has to answer
+_OUTAGE = 600.0  # seconds that the storage may not answer before a cell is given up
 
 
 class OnRay:
@@ -63,8 +64,9 @@ class OnRay:
         # Without retries of Ray's own: the sweep counts them.
         self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(train_cell)
         self.tasks: dict[Any, Run] = {}  # reference → its cell
-        self.copies: dict[str, storage.Copy] = {}  # cell → its copy in the storage
+        self.copies: dict[str, storage.Copy | None] = {}  # cell → its copy in the storage, once that was looked for
         self.brought = 0.0  # when copies were looked at last
+        self.away: dict[str, tuple[float, str]] = {}  # cell → since when the storage has not answered for it, and why
 
     @property
     def busy(self) -> bool:
@@ -76,9 +78,13 @@ class OnRay:
             self._bring(cells, {self.tasks[reference].id for reference in ended})
         lost = {}
         for reference in ended:
-            cell = self.tasks.pop(reference)
+            cell = self.tasks[reference]
+            given_up = self._given_up(cell)
+            if cell.id in self.away and not given_up:
+                continue  # what it has come to is to be fetched first
+            del self.tasks[reference]
             try:
-                said = self.ray.get(reference)
+                said = self.ray.get(reference) or given_up
             except self.ray.exceptions.RayTaskError as error:  # such as where a node has no Equipoise
                 said = f"its task failed: {sentence(error.cause or error)}"
             except self.ray.exceptions.RayError as error:
@@ -102,7 +108,9 @@ class OnRay:
             if self.at_once is not None and len(self.tasks) + others >= self.at_once:
                 return
             if now[cell.id].state == "queued" and cell.id not in mine:
-                url = self._copy(cell, anew=True).url if self.storage else None
+                url = self._send(cell) if self.storage else None
+                if self.storage and url is None:
+                    continue
                 told = (str(cell.folder), url, storage.EVERY, __version__, platform.node())
                 self.tasks[self.task.remote(*told)] = cell
 
@@ -130,30 +138,60 @@ class OnRay:
                     message = "interrupted before its state was saved; the last checkpoint stays"
                     cell.update(state="stopped", message=message, queued=None, ended=time.time(), exit_code=130)
 
-    def _copy(self, cell: Run, anew: bool = False) -> storage.Copy:
-        if anew or cell.id not in self.copies:
-            self.copies[cell.id] = storage.Copy(cell.folder, f"{str(self.storage).rstrip('/')}/{cell.id}")
-        if anew:
-            self.copies[cell.id].send()
-        return self.copies[cell.id]
+    def _url(self, cell: Run) -> str:
+        return f"{str(self.storage).rstrip('/')}/{cell.id}"
+
+    def _send(self, cell: Run) -> str | None:
+        """Makes a copy of a cell for its task; returns its URL, or None where the storage does not answer for now.
+
+        Raises:
+            EquipoiseError: It has not for long.
+        """
+        if said := self._given_up(cell):
+            raise EquipoiseError(f"{cell.id}: {said}")
+        if cell.id not in self.copies:  # a copy that is ahead of the folder is to be fetched first
+            return None
+        try:
+            copy = self.copies[cell.id] = storage.send(cell.folder, self._url(cell))
+        except Exception as error:
+            self._silent(cell, error)
+            return None
+        self.away.pop(cell.id, None)
+        return copy.url
+
+    def _silent(self, cell: Run, error: Exception) -> None:
+        """Notes that the storage does not answer for a cell."""
+        if cell.id not in self.away:
+            self.away[cell.id] = time.monotonic(), sentence(error)
+            cell.log(f"{self.storage}: {sentence(error)}; tried again")
+
+    def _given_up(self, cell: Run) -> str:
+        """What to say of a cell for which the storage has not answered for long; empty for others."""
+        since, why = self.away.get(cell.id, (0.0, ""))
+        if not why or time.monotonic() - since < _OUTAGE:
+            return ""
+        return f"{self.storage} has not answered for {_OUTAGE:g} s ({why}). `equipoise resume` fetches what is there."
 
     def _bring(self, cells: Sequence[Run], ended: set[str]) -> None:
         """Brings back the cells whose tasks have ended, and now and then those that are at work.
 
-        The first time also those that a task of an earlier session may have left: the folder knows less than the copy.
+        Once also those that a task of an earlier session may have left: the folder may know less than the copy.
         """
-        first, due = not self.brought, time.monotonic() - self.brought >= storage.EVERY
+        due = time.monotonic() - self.brought >= storage.EVERY
         mine = self._at_work()
         for cell in cells:
             now = cell.status()
-            left = cell.id not in mine and (now.state in ("running", "dead") or (first and now.state == "queued"))
-            if cell.id in ended or (due and (cell.id in mine or left)):
+            new = cell.id not in self.copies and now.state not in ("done", "diverged")
+            left = cell.id not in mine and (now.state in ("running", "dead") or new)
+            if (cell.id in ended and cell.id not in self.away) or (due and (cell.id in mine or left)):
                 try:
-                    copy = self._copy(cell)
-                    copy.ask()
-                    copy.pull(after=now.started or 0.0 if left else 0.0)
+                    if copy := self.copies.get(cell.id) or storage.newest(cell.folder, self._url(cell)):
+                        copy.ask()
+                        copy.pull(after=now.started or 0.0 if left else 0.0)
+                    self.copies[cell.id] = copy
+                    self.away.pop(cell.id, None)
                 except Exception as error:  # each kind of storage has its own; what is missed now comes next time
-                    cell.log(f"{self.storage}: {sentence(error)}")
+                    self._silent(cell, error)
         if due:
             self.brought = time.monotonic()
 

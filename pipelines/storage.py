@@ -2,6 +2,9 @@
 
 The copy is plain files below a URL, and a list of them with their digests, which is written last. Who brings the copy
 back takes all of what the list has, or nothing: a copy that is just changing, or was left half-written, is none.
+
+Each time a run is sent, it gets a place of its own, URL/1, URL/2, …: a process that goes on in an earlier one, such as
+on a node that was taken for lost, can neither spoil the new one nor be mistaken for it, and ends when it notices.
 """
 
 import hashlib
@@ -24,7 +27,7 @@ from equipoise.pipelines.run import FOLDERS, REQUESTS, Run
 EVERY = 5.0  # seconds between two looks at what is new, while a run is trained
 _LIST = "files.json"
 _BLOCK = 1 << 20  # bytes
-_TRIES = 3
+_PATIENCE = 60  # pauses between two copies, that a storage which does not answer has to take the last one
 _LAST = ("metrics.jsonl", "log.txt", "status.json")  # they tell of the other files, and are copied after them
 
 
@@ -41,14 +44,6 @@ class Copy:
         self._seen: dict[str, tuple[tuple[int, ...], str]] = {}  # file here → its version, and its digest
         self._there: dict[str, str] = {}  # file in the storage → its digest, as far as that is known
         self._made: set[str] = set()  # folders in the storage
-
-    def send(self) -> None:
-        """Makes a copy to begin with: all of it, and no requests."""
-        for kind in REQUESTS:
-            with suppress(FileNotFoundError):
-                self.files.rm_file(f"{self.place}/requests/{kind}")
-        self._there = {}
-        self.push()
 
     def push(self) -> None:
         """Makes the copy what the folder is.
@@ -141,6 +136,10 @@ class Copy:
             while not over.wait(pause):
                 began = time.monotonic()
                 try:
+                    if self._withdrawn():
+                        print(f"{self.place}: was given to another process; this one ends.", file=sys.stderr)
+                        Run(self.folder).request("stop")
+                        return
                     self.hear()
                     self.push()
                 except Exception as error:  # a network may come back; the last copy tells where it does not
@@ -154,9 +153,10 @@ class Copy:
         finally:
             over.set()
             thread.join()
-            for left in reversed(range(_TRIES)):
+            for left in reversed(range(_PATIENCE)):
                 try:
-                    self.push()
+                    if not self._withdrawn():
+                        self.push()
                     break
                 except Exception as error:
                     if not left:
@@ -164,6 +164,11 @@ class Copy:
                             f"{self.place}: the last state could not be brought there: {error}."
                         ) from error
                     time.sleep(every)
+
+    def _withdrawn(self) -> bool:
+        """Whether the run was sent once more since."""
+        base, _, place = self.url.rpartition("/")
+        return place.isdigit() and max(_places(base), default=0) > int(place)
 
     def _sent(self, name: str) -> str:
         """Copies a file, unless this version of it is there; returns the digest of what was copied."""
@@ -214,6 +219,40 @@ class Copy:
             self.files.makedirs(parent, exist_ok=True)
             self._made.add(parent)
         return self.files.open(path, "wb")
+
+
+def send(folder: Path, url: str) -> Copy:
+    """Makes a new copy of a run; those that were made before are removed.
+
+    Raises:
+        OSError: The storage does not take it.
+    """
+    before = _places(url)
+    copy = Copy(folder, f"{url}/{max(before, default=0) + 1}")
+    copy.push()
+    for place in before:
+        with suppress(Exception):  # what stays is removed next time
+            copy.files.rm(f"{copy.place.rpartition('/')[0]}/{place}", recursive=True)
+    return copy
+
+
+def newest(folder: Path, url: str) -> Copy | None:
+    """The last copy that was made of a run; None where there is none."""
+    for place in sorted(_places(url), reverse=True):
+        copy = Copy(folder, f"{url}/{place}")
+        with suppress(FileNotFoundError):  # its sender died over it
+            copy.files.info(f"{copy.place}/{_LIST}")
+            return copy
+    return None
+
+
+def _places(url: str) -> list[int]:
+    files, place = _opened(url)
+    try:
+        names = [str(path).rstrip("/").rpartition("/")[2] for path in files.ls(place, detail=False)]
+    except FileNotFoundError:
+        return []
+    return [int(name) for name in names if re.fullmatch("[0-9]{1,9}", name)]
 
 
 def check(url: str) -> None:

@@ -186,7 +186,7 @@ def test_a_copy_is_the_run_and_what_is_new_follows(url, tmp_path):
     (run.folder / ".half").write_text("written")
     here, other = storage.Copy(run.folder, f"{url}/a"), storage.Copy(there, f"{url}/a")
     assert not other.pull(), "nothing is there yet"
-    here.send()
+    here.push()
     assert other.pull()
     assert files(there) == {name: data for name, data in files(run.folder).items() if name != ".half"}
     twin = Run(there)
@@ -209,7 +209,7 @@ def test_a_copy_is_the_run_and_what_is_new_follows(url, tmp_path):
 def test_half_a_copy_is_none(url, tmp_path):
     run, there = a_run(), tmp_path / "there" / "a"
     here, other = storage.Copy(run.folder, f"{url}/a"), storage.Copy(there, f"{url}/a")
-    here.send()
+    here.push()
     assert other.pull()
     before = files(there)
     run.metric(2, loss=0.5)
@@ -221,14 +221,14 @@ def test_half_a_copy_is_none(url, tmp_path):
     assert not other.pull() and files(there) == before
     here.files.pipe_file(f"{here.place}/files.json", b'{"made"')
     assert not other.pull() and files(there) == before
-    storage.Copy(run.folder, f"{url}/a").send()
+    storage.Copy(run.folder, f"{url}/a").push()
     assert other.pull() and files(there) == files(run.folder)
 
 
 def test_a_copy_of_another_run_or_an_older_session_is_left_alone(url, tmp_path):
     run = a_run()
     copy = storage.Copy(run.folder, f"{url}/a")
-    copy.send()
+    copy.push()
     assert copy.pull() and not copy.pull(after=1.0)
     shutil.rmtree(run.folder)
     other = a_run(steps=3)
@@ -236,11 +236,35 @@ def test_a_copy_of_another_run_or_an_older_session_is_left_alone(url, tmp_path):
     assert not storage.Copy(other.folder, f"{url}/a").pull() and files(other.folder) == before
 
 
+def test_who_trains_in_an_earlier_copy_spoils_nothing_and_stops(url, tmp_path, until):
+    run, lost, again = a_run(), tmp_path / "lost" / "a", tmp_path / "again" / "a"
+    assert storage.newest(run.folder, f"{url}/a") is None
+    first = storage.Copy(lost, storage.send(run.folder, f"{url}/a").url)
+    assert first.pull()
+    with first.kept(0.05):
+        Run(lost).metric(2, loss=0.5)
+        second = storage.Copy(again, storage.send(run.folder, f"{url}/a").url)
+        assert second.pull() and second.place != first.place
+        Run(again).metric(2, loss=0.25)
+        second.push()
+        until(lambda: "stop" in Run(lost).requested(), "the request to stop")
+        Run(lost).metric(3, loss=0.5)
+    found = storage.newest(run.folder, f"{url}/a")
+    assert found.place == second.place and found.pull()
+    assert [record["loss"] for record in run.metrics()] == [1.0, 0.25]
+    third = f"{second.place.rpartition('/')[0]}/3"
+    second.files.makedirs(third)
+    second.files.pipe_file(f"{third}/metrics.jsonl", b"")  # its sender died before the list of files was there
+    assert storage.newest(run.folder, f"{url}/a").place == second.place
+    assert storage.send(run.folder, f"{url}/a").place.endswith("/4")
+    assert storage._places(f"{url}/a") == [4], "what was before is removed"
+
+
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", ".hidden", "a/.git/config", "lock", ".", "a\\b"])
 def test_names_that_lead_elsewhere_are_refused(name, url, tmp_path):
     run = a_run()
     copy = storage.Copy(run.folder, f"{url}/a")
-    copy.send()
+    copy.push()
     said = json.loads(copy.files.cat_file(f"{copy.place}/files.json"))
     copy.files.pipe_file(f"{copy.place}/files.json", json.dumps(said | {"files": {name: "0"}}).encode())
     before = files(tmp_path)

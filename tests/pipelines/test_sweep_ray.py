@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from equipoise.pipelines import on_ray
 from equipoise.pipelines import sweep as sweeps
@@ -134,6 +137,46 @@ def test_cells_travel_through_a_storage_and_the_sweep_stops_and_goes_on(start, a
     for cell in mine:
         assert [record["step"] for record in cell.metrics()] == list(range(1, 31))
         assert (cell.result / "count.txt").read_text() == "30"
+
+
+@pytest.mark.slow
+def test_what_a_storage_could_not_give_when_a_task_ended_is_fetched_later(start, address, until, tmp_path):
+    axis = ["--axis", "seed=0,1", "--id", "k", "--no-compare", "--max-parallel", "1"]
+    where = ["--executor", "ray", "--address", address, "--storage", f"file://{tmp_path}/storage"]
+    process = start("sweep", "vase.yaml", "train.pause=0.1", "steps=20", *axis, *where)
+    storage, away = tmp_path / "storage", tmp_path / "away"
+    until(lambda: Path("runs/k/seed=0/metrics.jsonl").exists(), "steps that are brought back")
+    first, second = sweeps.cells(Run("runs/k"))
+    storage.rename(away)
+    storage.write_text("no folder")
+    until(lambda: "NotADirectoryError" in first.log_file.read_text(), "the outage to be told")
+    time.sleep(6)  # twice as long as its steps take
+    assert not first.status().over and second.status().state == "queued"
+    storage.unlink()
+    away.rename(storage)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "k: done. 2 cells: 2 done." in out, err
+    assert first.log_file.read_text().count("from 0\n") == 1, "it is not trained twice"
+    assert [record["step"] for record in first.metrics()] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_the_embedded_sweep_loses_a_worker_and_nothing_else(start, address, until):
+    words = ["text_to_image/demo", "steps=12", "checkpoint_every=2", "samples.steps=2"]
+    axes = ["--axis", "optimizer=adamw,scaled_adamw", "--axis", "seed=0", "--id", "k"]
+    process = start("sweep", *words, *axes, "--executor", "ray", "--address", address)
+    cell = Path("runs/k/optimizer=scaled_adamw,seed=0")
+    until(lambda: (cell / "checkpoints/step-00000004").exists(), "a checkpoint")
+    os.kill(Run(cell).status().pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0 and "k: done. 2 cells: 2 done." in out, err
+    log = (cell / "log.txt").read_text()
+    assert "tried again" in log and "resumed from step-" in log
+    assert main(["train", *words, "optimizer=scaled_adamw", "--id", "unharmed"]) == 0
+    name = "result/pytorch_lora_weights.safetensors"
+    lost, unharmed = load_file(cell / name), load_file(Path("runs/unharmed", name))
+    assert lost.keys() == unharmed.keys() and all(torch.equal(lost[key], unharmed[key]) for key in lost)
+    assert "grid.png" in out and "report.html" in out
 
 
 def test_interrupted_twice_nothing_goes_on(start, address, until):
