@@ -5,13 +5,17 @@
     python benchmarks/ui_load.py --runs 1 --steps 1000000
 
 The runs are copies of one that was written by the run's own functions, with --steps records of metrics each; beside
-them is a sweep of 25 such cells. Times are medians, the server's of processor time, which says the same on a busy
-machine; a refresh is what the tab Runs asks for every two seconds. With --finishing another process takes so many runs
-a second from a queue of --queued, begins, ends and replaces them meanwhile.
+them is a sweep of 25 such cells, of 2000 records at most, with its comparison. Times are medians, the server's of
+processor time, which says the same on a busy machine; a refresh is what the tab Runs asks for every two seconds. With
+--finishing another process takes so many runs a second from a queue of --queued, begins, ends and replaces them
+meanwhile.
 """
 
 import argparse
+import itertools
+import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -29,6 +33,8 @@ from PIL import Image
 from equipoise.pipelines import background
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.comparison import Cell, Comparison, Picture
+from equipoise.pipelines.report import write_report
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.store import Store
 from equipoise.ui.quick import import_gradio
@@ -49,8 +55,9 @@ def fill(run: Run, steps: int) -> Run:
     """Trains a run without training."""
     with run.session(signals=False):
         run.update(total=steps)
-        lines = [f'{{"step": {i}, "time": 0, "loss": {1 / i}, "rate": 0.001, "kappa": 0.5}}\n' for i in range(1, steps)]
-        (run.folder / "metrics.jsonl").write_text("".join(lines))
+        with open(run.folder / "metrics.jsonl", "w") as file:
+            for i in range(1, steps):
+                file.write(f'{{"step": {i}, "time": 0, "loss": {1 / i}, "rate": 0.001, "kappa": 0.5}}\n')
         run.metric(steps, loss=1 / steps, rate=1e-3, kappa=0.5)
         folder = run.samples / f"step-{steps:08d}"
         folder.mkdir()
@@ -69,9 +76,28 @@ def store(root: Path, count: int, steps: int) -> Site:
         shutil.copytree(one.folder, root / f"old-{index:04d}")
     made = sweeps.create(configs.set_keys(config, {"sweep": AXES}), id="grid")
     for cell in sweeps.cells(made):
-        fill(cell, steps)
+        fill(cell, min(steps, 2000))
     made.update(state="done")
+    compared(made)
     return site
+
+
+def compared(made: Run) -> None:
+    """A comparison of a sweep's cells, six prompts each, whose pictures are their samples."""
+    folder = made.folder / "comparison"
+    folder.mkdir()
+    cells = [Cell("", "base", math.nan, 0, "done"), *(Cell(run.id, "", 0, 0, "done") for run in sweeps.cells(made))]
+    places = itertools.product(AXES["optimizer"], AXES["learning_rate"])
+    for cell, (row, rate) in zip(cells[1:], places, strict=True):
+        cell.row, cell.rate = str(row), float(rate)
+    for index, cell in enumerate(cells):
+        cell.metrics["score"] = index / len(cells)
+        for prompt in range(6):
+            name = f"{index}-{prompt}.png"
+            Image.new("RGB", (64, 64), (9 * index, 40 * prompt, 0)).save(folder / name)
+            cell.pictures.append(Picture(prompt, 0, name, name, scores={"score": index / len(cells)}))
+    prompts = [f"prompt {index}" for index in range(6)]
+    write_report(Comparison(made.id, folder, prompts, "score", cells[0], cells[1:]))
 
 
 def busy(root: Path, queued: int, rate: float) -> None:
@@ -91,6 +117,11 @@ def busy(root: Path, queued: int, rate: float) -> None:
         finished += 1
         time.sleep(max(0.0, begun + finished / rate - time.monotonic()))
     print(f"{finished / (time.monotonic() - begun):.1f}", flush=True)
+
+
+def most_memory() -> float:
+    """MiB, the most that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def seconds(work: Callable[[], Any], times: int) -> tuple[float, float]:
@@ -162,6 +193,7 @@ def main() -> None:
             stack.enter_context(other)
             assert other.stdin and other.stdout
             other.stdout.readline()
+        before = most_memory()
         for name, work in {
             "the table": lambda: runs.table(site),
             "a refresh, a run chosen": lambda: (runs.table(site), runs.detail(site, "one", None)),
@@ -170,12 +202,18 @@ def main() -> None:
             "the estimate of time": lambda: launch.estimate(site, made, 1),
             "the list, as `equipoise runs` has it": lambda: site.store.list(),
             "the comparisons to choose from": lambda: compare.choices(site),
+            "a comparison of 25 cells": lambda: (
+                compare.grid(site, "grid/comparison"),
+                compare.curve(site, "grid/comparison"),
+                compare.table(site, "grid/comparison"),
+            ),
         }.items():
             first, then = seconds(work, args.times)
             print(f"{name}: {1000 * then:.0f} ms ({1000 * first:.0f} ms the first time)")
         if not args.no_browser and (found := painted(root, args.times)):
             first, whole, table = found
             print(f"first paint {first:.2f} s, tabs {whole:.2f} s, table of runs {table:.2f} s after asking")
+        print(f"{most_memory() - before:.0f} MiB more memory at most than before the first of these")
         if args.finishing:
             said, _ = other.communicate()  # which closes its standard input
             print(f"{args.queued} waited, and {said.strip()} ended each second meanwhile")

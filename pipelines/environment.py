@@ -74,6 +74,7 @@ def _recorded(file: Path) -> dict[str, Any]:
         return {}
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

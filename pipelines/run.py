@@ -219,8 +219,9 @@ class Run:
 
     def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The whole lines of `metrics.jsonl` with their records; what a crash or a bad disk left is no record."""
-        with suppress(FileNotFoundError):
-            yield from metric_lines((self.folder / "metrics.jsonl").read_text(errors="replace"))
+        with suppress(FileNotFoundError), open(self.folder / "metrics.jsonl", errors="replace") as file:
+            for line in file:  # there may be millions
+                yield from metric_lines(line)
 
 
 class Following(Run):

@@ -82,13 +82,13 @@ def opened(where: Where) -> Iterator[Executor]:
         executor.close()
 
 
-def train(sweep: Run, executor: Executor, retries: int) -> Outcome:
+def train(sweep: Run, executor: Executor, where: Where) -> Outcome:
     """Trains what is left of a sweep, showing its progress; a stop request reaches every cell.
 
     Args:
         sweep: which.
         executor: who trains its cells.
-        retries: how often a cell is tried again whose process was lost.
+        where: what was asked of the executor; it is kept for when the sweep is continued.
 
     Raises:
         InputError: the sweep is being trained by another process.
@@ -97,6 +97,7 @@ def train(sweep: Run, executor: Executor, retries: int) -> Outcome:
     """
     store = Store(sweep.root)
     with sweep.session(), environment.there(sweep.folder / "environment.json"):
+        where.remember(sweep)
         for name, config in expand(sweep.config()).items():
             if not (sweep.folder / name).exists():  # deleted since
                 store.create(config, kind="cell", sweep=sweep.id, id=name)
@@ -106,7 +107,7 @@ def train(sweep: Run, executor: Executor, retries: int) -> Outcome:
                 with suppress(InputError):  # a worker of an earlier session, still alive, has just taken it
                     store.enqueue(cell)
                     cell.forget_requests()
-        outcome = _watch(sweep, executor, retries)
+        outcome = _watch(sweep, executor, where.retries)
         sweep.finish(outcome.state, outcome.message, outcome.step)
     return outcome
 

@@ -5,9 +5,11 @@ import json
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from posixpath import commonpath
 from typing import Any
@@ -34,6 +36,7 @@ LOG_LINES = 60
 SHOWN = 400  # rows of the table, and pictures of a run
 SORTS = ("youngest", "name", "state", "loss", "duration")
 MOST_READ = 200  # runs whose curves are kept in memory
+_PIECE = 2**20  # bytes of metrics that are read at a time
 MOST_POINTS = 8_000  # of a curve; of a longer one, the lowest and the highest of so many steps that it has no more
 Curves = dict[str, list[tuple[float, float]]]
 _NOT_CURVES = ("step", "time", "seconds")
@@ -148,7 +151,8 @@ def _left(run: Run, item: Status) -> float | None:
     """Seconds, by the pace of the steps since the run was loaded."""
     if item.state != "running" or not item.total or not item.step or item.duration <= 0:
         return None
-    times = _read_metrics(run).times.points()
+    with _metrics(run) as known:
+        times = known.times.points()
     first = next((index for index, (_, time) in enumerate(times) if time >= (item.started or 0)), len(times))
     if len(times) - first < 2:
         return None
@@ -306,46 +310,49 @@ class _Read:
     end: bytes = b""  # what stood before there, which tells a file that has grown from another one
     lines: dict[str, "_Curve"] = field(default_factory=dict)
     times: "_Curve" = field(default_factory=lambda: _Curve())  # step, when it ended in seconds since 1970
+    busy: threading.Lock = field(default_factory=threading.Lock)  # several pages may be open
 
 
 def read_curves(run: Run) -> Curves:
     """What a run measured: name → (step, value)."""
-    known = _read_metrics(run)
-    with _reading:
+    with _metrics(run) as known:
         return {name: curve.points() for name, curve in known.lines.items()}
 
 
-def _read_metrics(run: Run) -> _Read:
-    """What a run measured, and when. Of a file that has grown only what is new is read."""
+@contextmanager
+def _metrics(run: Run) -> Iterator[_Read]:
+    """What a run measured, and when. Of a file that has grown only what is new is read, in pieces."""
     with _reading:
-        known = _read.pop(run.folder, _Read())
-        try:
-            with open(run.folder / "metrics.jsonl", "rb") as file:
-                file.seek(known.size - len(known.end))
-                if file.read(len(known.end)) != known.end:  # it was rewound
-                    known = _Read()
-                    file.seek(0)
-                new = file.read()
-        except FileNotFoundError:
-            return _Read()
-        new = new[: new.rfind(b"\n") + 1]
-        for _, record in metric_lines(new.decode(errors="replace")):
-            if isinstance(time := record.get("time"), int | float):
-                known.times.add((record["step"], time))
-            for name, value in record.items():
-                number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-                if name not in _NOT_CURVES and isinstance(number, int | float):
-                    known.lines.setdefault(name, _Curve()).add((record["step"], number))
-        if new:
-            known.size, known.end = known.size + len(new), new[-100:]
-        _read[run.folder] = known  # as the youngest
+        known = _read[run.folder] = _read.pop(run.folder, _Read())  # as the youngest
         while len(_read) > MOST_READ:
             del _read[next(iter(_read))]
-        return known
+    with known.busy:
+        _read_on(known, run.folder / "metrics.jsonl")
+        yield known
+
+
+def _read_on(known: _Read, path: Path) -> None:
+    with path.open("rb") if path.exists() else BytesIO() as file:
+        file.seek(known.size - len(known.end))
+        if file.read(len(known.end)) != known.end:  # it was rewound
+            known.size, known.end, known.lines, known.times = 0, b"", {}, _Curve()
+            file.seek(0)
+        while text := file.read(_PIECE) + file.readline():
+            new = text[: text.rfind(b"\n") + 1]
+            if not new:  # the line is still being written
+                break
+            for _, record in metric_lines(new.decode(errors="replace")):
+                if isinstance(time := record.get("time"), int | float):
+                    known.times.add((record["step"], time))
+                for name, value in record.items():
+                    number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+                    if name not in _NOT_CURVES and isinstance(number, int | float):
+                        known.lines.setdefault(name, _Curve()).add((record["step"], number))
+            known.size, known.end = known.size + len(new), new[-100:]
 
 
 _read: dict[Path, _Read] = {}
-_reading = threading.Lock()  # several pages may be open
+_reading = threading.Lock()
 
 
 def _title(group: str, names: list[str]) -> str:

@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return found.status().exit_code or 0
     with sweeps.opened(where) as executor:  # before a new sweep is made
         sweep = found or _new(args)
-        where.remember(sweep)
-        code = _train(sweep, executor, where.retries)
+        code = _train(sweep, executor, where)
     return _compared(sweep, code, not args.no_compare)
 
 
@@ -86,16 +85,16 @@ def resume(sweep: Run, workers: int | None = None) -> int:
     if workers:
         where = replace(where, max_parallel=workers)
     with sweeps.opened(where) as executor:
-        code = _train(sweep, executor, where.retries)
+        code = _train(sweep, executor, where)
     return _compared(sweep, code)
 
 
-def _train(sweep: Run, executor: Executor, retries: int) -> int | None:
+def _train(sweep: Run, executor: Executor, where: Where) -> int | None:
     """The exit code where it did not come to its end."""
     mine = sweeps.cells(sweep)
     print(f"{sweep.id}: {len(mine)} cells in {sweep.folder}", flush=True)
     try:
-        outcome = sweeps.train(sweep, executor, retries)
+        outcome = sweeps.train(sweep, executor, where)
     except KeyboardInterrupt:
         print(f"{sweep.id}: interrupted. `equipoise resume {sweep.id}` continues it.", file=sys.stderr)
         return sweep.status().exit_code or 130
