@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import PairingError
-from equipoise.pairs import Pair, live_roots
+from equipoise.pairs import Pair, is_dtensor, live_roots
 
 _LEVELS = 3  # peft: the layer, its ModuleDict lora_A, and in that one nn.Linear per adapter
 
@@ -101,7 +101,8 @@ def _norm(weight: Tensor, pair: Pair) -> Tensor:
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         weight = _dequantized(weight, pair)
     dtype = torch.promote_types(weight.dtype, torch.float32)  # squares of fp16 weights overflow
-    return torch.linalg.vector_norm(weight.detach(), dtype=dtype)
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=dtype)
+    return norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
 
 
 def _dequantized(weight: Any, pair: Pair) -> Tensor:

@@ -88,7 +88,7 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
         model: Where the tensors live, when `source` is not itself a module.
 
     Raises:
-        PairingError: The factors cannot be paired with certainty, or are no longer whole tensors (FSDP, ZeRO).
+        PairingError: The factors cannot be paired with certainty, or are no longer tensors of their own (FSDP1, ZeRO).
     """
     wanted, names = _tensors(source)
     if isinstance(source, nn.Module):
@@ -103,7 +103,7 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
             raise PairingError(
                 f"The model has {search.found_elsewhere} trainable LoRA pairs, but the optimizer holds none of their "
                 "tensors: it was made for another model, or its parameters were replaced by flattened or partitioned "
-                "ones, which cannot be scaled. Use plain data parallelism (DDP), or another optimizer."
+                "ones, which cannot be scaled. Use DDP or FSDP2, or another optimizer."
             )
     search.walk(((names[key], tensor) for key, tensor in wanted.items() if key in names), "names")
     if search.nameless() or search.lonely:
@@ -143,7 +143,7 @@ class _Search:
             elif id(tensor) in self.wanted and not name.endswith("bias"):
                 raise PairingError(
                     f"{name} is a LoRA factor but has shape {tuple(tensor.shape)}: it was flattened or sharded (FSDP1, "
-                    "ZeRO), and a shard has no Gram matrix. Use plain data parallelism (DDP), or another optimizer."
+                    "ZeRO), and a shard has no Gram matrix. Use DDP or FSDP2, or another optimizer."
                 )
         for key, both in sides.items():
             if key in shared:
@@ -284,8 +284,6 @@ def sharding(tensor: Tensor) -> str:
         return "an FSDP1 flat parameter"
     if hasattr(tensor, "ds_id"):
         return "a DeepSpeed ZeRO partition"
-    if _is_dtensor(tensor):
-        return "a DTensor"
     if tensor.numel() == 0 and tensor.requires_grad:
         return "empty on this process (a ZeRO or FSDP shard)"
     return ""
@@ -295,10 +293,11 @@ def _refuse_sharded(tensor: Tensor, name: str | None) -> None:
     if what := sharding(tensor):
         raise PairingError(
             f"{name or 'A parameter'} of shape {tuple(tensor.shape)} is {what}: scaling needs whole LoRA factors. "
-            "Use plain data parallelism (DDP), or another optimizer."
+            "Use DDP or FSDP2, or another optimizer."
         )
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether processes have a part of it each, under its whole shape (FSDP2)."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported: then there are none
     return module is not None and isinstance(tensor, module.DTensor)

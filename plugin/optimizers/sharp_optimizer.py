@@ -19,7 +19,7 @@ from equipoise.errors import InputError
 from equipoise.optimizers.arithmetic import real
 from equipoise.optimizers.checks import check_not_negative, check_switches, fill_options, loss_of, place
 from equipoise.optimizers.step_hook import is_nested, with_closure
-from equipoise.pairs import live_roots, sharding
+from equipoise.pairs import is_dtensor, live_roots, sharding
 
 OPTIONS: dict[str, Any] = {"rho": (float, 0.05), "adaptive": (bool, False), "every": (int, 1)}  # (type, default)
 _COUNTER = "sharpness_step"  # in every parameter group: how many steps were taken
@@ -174,7 +174,7 @@ class SharpOptimizer:
         if list(map(id, params)) == list(map(id, self._watched[0])):
             return
         for param in params:
-            if what := sharding(param):
+            if what := sharding(param) or "a DTensor" * is_dtensor(param):
                 raise InputError(
                     f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is {what}, and the norm over "
                     "all parameters needs whole ones. Use plain data parallelism (DDP), or another optimizer."

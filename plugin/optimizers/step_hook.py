@@ -17,6 +17,7 @@ from equipoise.optimizers.checks import check_not_negative, is_number, place
 from equipoise.optimizers.fused_adamw import match_layout
 from equipoise.optimizers.preconditioner import Preconditioner, Side
 from equipoise.optimizers.product_bound import ProductBound
+from equipoise.optimizers.whole import Whole
 from equipoise.pairs import PairReport, find_pairs
 
 _CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
@@ -51,7 +52,8 @@ class StepHook:
         self._model = weakref.ref(model) if model is not None else None
         self._scales = scales
         self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
-        self._sides: list[Side] = []
+        self._whole = Whole([])
+        self._sides: list[Side] = []  # of whole factors
         self._options: list[tuple[float, str, str]] = []
         self._early = Preconditioner([])  # what is scaled from the old factors
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
@@ -102,7 +104,9 @@ class StepHook:
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not is_nested(optimizer):
             if self._bound is not None:
+                self._whole.gather()
                 self._bound.shrink(self._trust(optimizer))
+                self._whole.cut()
                 self._shrink_beside(optimizer, self._bound)
             _restore(self._hidden)
 
@@ -117,8 +121,10 @@ class StepHook:
         if not self._params:
             self._params, self._options, self._bound = params, [], None
             group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            self._sides = [Side(p.A, p.B, True, group[id(p.A)]) for p in self.found if id(p.A) in group]
-            self._sides += [Side(p.B, p.A, False, group[id(p.B)]) for p in self.found if id(p.B) in group]
+            whole = self._whole = Whole(factor for p in self.found for factor in (p.A, p.B))
+            of = whole.of
+            self._sides = [Side(of(p.A), of(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
+            self._sides += [Side(of(p.B), of(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
         return self.found
 
     @property
@@ -137,6 +143,7 @@ class StepHook:
         if self._bound is None or asked != self._asked or not self._bound.current:
             check_options(optimizer)
             self._bound, self._asked = self._make_bound(optimizer, asked), asked
+        self._whole.gather()
         self._bound.remember()
         self._beside = {key: z.clone() for key, z in _beside(optimizer, self._bound).items()}
 
@@ -160,10 +167,15 @@ class StepHook:
         for pair, norm in zip(self.found, self.norms, strict=True):
             indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
             if kind := tuple(sorted({i for i in indices if asked[i] is not None})):
-                pairs.append((pair.A, pair.B))
+                pairs.append((self._whole.of(pair.A), self._whole.of(pair.B)))
                 norms.append(norm)
                 kinds.append(kind)
                 self._bounded.append(pair.name)
+        if self._whole and any("train_mode" in group for group in optimizer.param_groups):
+            raise InputError(
+                f"{type(optimizer).__name__}: the option trust cannot bound a schedule-free step of factors that FSDP2 "
+                "spreads over processes. Leave trust out, or take another base."
+            )
         self._kinds = list(dict.fromkeys(kinds))
         return ProductBound(pairs, norms, [self._kinds.index(kind) for kind in kinds])
 
@@ -191,18 +203,24 @@ class StepHook:
     def _scale_early(self, optimizer: Any) -> None:
         options = self._prepare(optimizer)
         _match_layout(optimizer)
-        self._early.scale(options)
+        self._scale(self._early, options)
+
+    def _scale(self, sides: Preconditioner, options: list[tuple[float, str]]) -> None:
+        self._whole.gather()
+        self._whole.gather_grads()
+        sides.scale(options)
+        self._whole.cut_grads()
 
     def _two_passes(self, optimizer: Any) -> None:
         """The base's own step for everything but the late Bs, then for these alone."""
         step = type(optimizer).step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
         self._scale_early(optimizer)
-        late = {id(side.param) for side in self._late.sides}
+        late = {id(self._whole.spread(side.param)) for side in self._late.sides}
         counts = _counts(optimizer)
         for second in (False, True):
             if second:
-                self._late.scale([(damping, mode) for damping, mode, _ in self._options])
+                self._scale(self._late, [(damping, mode) for damping, mode, _ in self._options])
             hidden = _hide(p for p in self._params if (id(p) in late) is not second)
             try:
                 step(optimizer)

@@ -244,19 +244,6 @@ def test_refuses_tensors_that_replaced_the_models_own():
         find_pairs(AdamW(partition), peft_model())
 
 
-def test_refuses_dtensors(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor, init_device_mesh
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        tensor = nn.Parameter(DTensor.from_local(torch.randn(2, 24), init_device_mesh("cpu", (1,))))
-        with pytest.raises(PairingError, match="a DTensor"):
-            find_pairs([("lora_A", tensor)])
-    finally:
-        dist.destroy_process_group()
-
-
 def test_nothing_is_put_into_groups_or_state():
     model = peft_model()
     optimizer = AdamW(trainable(model))
