@@ -21,7 +21,7 @@ from equipoise.pipelines.run import FOLDERS
 from equipoise.pipelines.store import Store
 
 FORMATS = Path(__file__).parents[1] / "fixtures" / "formats"
-STATES = {"done": "done", "stopped": "stopped", "pictures": "stopped", "grid": "done"}
+STATES = {"done": "done", "stopped": "stopped", "pictures": "stopped", "answers": "stopped", "grid": "done"}
 CELLS = {"grid/seed=0": "done", "grid/seed=1": "done"}
 
 
@@ -59,7 +59,7 @@ def test_they_are_listed_and_read(runs, capsys):
         run = store.get(id, kinds=("run", "sweep", "cell"))
         assert run.config().seed == (1 if id.endswith("1") else 0)
         configs.load(run.folder / "config.yaml")
-        total = {"stopped": 3, "pictures": 3, "grid": 0}.get(id, 6)
+        total = 0 if id == "grid" else 3 if (STATES | CELLS)[id] == "stopped" else 6
         assert [record["step"] for record in run.metrics()] == list(range(1, total + 1))
         assert run.status().token or run.status().format == 1
     assert [cell.id for cell in sweeps.cells(store.get("grid"))] == list(CELLS)
@@ -88,13 +88,20 @@ def test_they_are_compared(runs):
     assert len([cell for cell in table["cells"] if cell["state"] == "done"]) == 3
 
 
-def test_pictures_are_resumed_and_exported(runs, capfd):
-    """As long as the embedded base is the one that they were trained on."""
-    code = main(["resume", "pictures"])
-    if code and "its frozen weights are not those" in capfd.readouterr().err:
-        pytest.skip("the embedded base was made anew since")
-    assert code == 0
-    assert main(["export", "pictures", "--format", "kohya", "--output", "kohya.safetensors"]) == 0
+@pytest.mark.parametrize("id", ["pictures", "answers"])
+def test_those_of_the_embedded_models_are_resumed(id, runs, capfd):
+    (checkpoint,) = checkpoints.complete(runs / id / "checkpoints")
+    step, weights, state = checkpoints.load(checkpoint)
+    assert step == 3 and weights and state["optimizer"]["state"]
+    code, err = main(["resume", id]), capfd.readouterr().err
+    if code:  # the embedded model was made anew since
+        assert code == 2 and "its frozen weights are not those" in err
+        return
+    assert [record["step"] for record in Store(runs).get(id).metrics()][:4] == [1, 2, 3, 4]
+    if id == "pictures":
+        assert main(["export", id, "--format", "kohya", "--output", "kohya.safetensors"]) == 0
+    else:
+        assert json.loads((runs / id / "result" / "result.json").read_text())
 
 
 @pytest.mark.parametrize("of", ["config.yaml", "status.json", "state.json"])
