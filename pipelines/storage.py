@@ -296,8 +296,10 @@ def _names(folder: Path) -> list[str]:
 def _proper(name: str) -> bool:
     """Whether this is a file of a run that others need: no lock, no request, nothing half-written, no way out."""
     parts = PurePosixPath(name).parts
-    inside = re.fullmatch(r"[^\\\0]+", name) and not name.startswith("/") and all(part[0] != "." for part in parts)
-    return bool(inside and parts) and parts[0] not in ("lock", "requests", _LIST)
+    if not parts or "\\" in name or not name.isprintable() or name.startswith("/") or len(name) > 1000:
+        return False
+    inside = all(part[0] != "." and len(part.encode()) < 256 for part in parts)
+    return inside and parts[0] not in ("lock", "requests", _LIST)
 
 
 def _rank(name: str) -> tuple[int, str]:

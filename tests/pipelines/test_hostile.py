@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from equipoise.errors import InputError
-from equipoise.pipelines import checkpoints, demo
+from equipoise.pipelines import checkpoints, demo, storage
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.audio_visual import config as audio_visual
 from equipoise.pipelines.audio_visual import features
 from equipoise.pipelines.audio_visual.data import read_manifest, settle
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.executors import Where, remembered
 from equipoise.pipelines.instruction_tuning import data as conversations
 from equipoise.pipelines.instruction_tuning import media
 from equipoise.pipelines.instruction_tuning.config import ModelSection
@@ -497,6 +499,38 @@ def test_run_folders(store, here, name, content):
         assert main(["resume", "a", "--queued", "data=nowhere"]) != 1, said.getvalue()
         answer(lambda: run.metrics())
     assert "Traceback" not in said.getvalue()
+
+
+@fuzzed(
+    "what a sweep was trained with (executor.json)",
+    12,
+    content=st.one_of(
+        st.binary(max_size=100),
+        st.dictionaries(st.sampled_from([field.name for field in fields(Where)]), json_nested)
+        .map(json.dumps)
+        .map(str.encode),
+    ),
+)
+def test_executors(store, here, content):
+    (store.get("a").folder / "executor.json").write_bytes(content)
+    with harmless(here):
+        answer(lambda: remembered(store.get("a")))
+
+
+@fuzzed(
+    "copies of runs in a storage",
+    12,
+    said=st.dictionaries(st.sampled_from(["made", "session", "files"]), json_nested),
+    files=st.dictionaries(st.one_of(words, st.sampled_from(["../out", "/out", "result/..", "a/b"])), words, max_size=3),
+)
+def test_copies(store, here, said, files):
+    run = store.get("a")
+    copy = storage.send(run.folder, f"file://{here}/storage")
+    told = {"made": run.status().created, "session": 1e9, "files": files} | said
+    Path(copy.place, "files.json").write_text(json.dumps(told))
+    with harmless(here):
+        answer(lambda: copy.pull())
+    assert not (here / "out").exists() and run.status().id == "a"
 
 
 @fuzzed("checkpoints", 25, data=st.data())
