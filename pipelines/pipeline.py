@@ -147,14 +147,17 @@ def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
     """
     try:
         with run.session():
-            outcome = pipeline.run(config, run)
+            try:
+                outcome = pipeline.run(config, run)
+            except Exception as error:
+                if missing := processes.lost(error):
+                    raise missing from error
+                raise
             run.finish(outcome.state, message=outcome.message, step=outcome.step)
             return outcome
     except EquipoiseError:
         raise
     except Exception as error:
-        if missing := processes.lost(error):
-            raise missing from error
         if disk_full(error):
             raise InputError(f"{run.folder}: {sentence(error)}") from error
         if memory_full(error):
