@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from equipoise.coordination.components import Architecture, architecture, matches, partition, preset
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
+from equipoise.pipelines.fused_lora import fuse
 from equipoise.pipelines.instruction_tuning.config import EncoderSection, InstructionTuningConfig, ModelSection
 from equipoise.pipelines.layers import named_by, unmatched
 from equipoise.pipelines.memory import DTYPES
@@ -239,6 +240,7 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     )
     with old_names():
         wrapped = get_peft_model(model, settings)
+    fuse(wrapped)
     settings.base_model_name_or_path = config.model.path
     for name, tensor in wrapped.named_parameters():
         plain = name.removeprefix("base_model.model.")

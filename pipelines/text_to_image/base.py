@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from equipoise.coordination.components import matches
 from equipoise.errors import InputError
+from equipoise.pipelines.fused_lora import fuse
 from equipoise.pipelines.layers import named_by, unmatched
 from equipoise.pipelines.memory import DTYPES
 from equipoise.pipelines.run import memory_full
@@ -199,6 +200,8 @@ class Base:
                 raise InputError(f"lora.ranks: {', '.join(sorted(unused))}: found in no name of a layer with factors.")
             if lora.start:
                 self._start(lora, parts)
+            for part in parts.values():
+                fuse(part)
             yield parts
         finally:
             for part in parts.values():
@@ -297,7 +300,7 @@ def load_base(model: ModelSection, precision: str) -> Base:
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
-            frozen.to(device)
+            frozen.to(device, memory_format=torch.channels_last)  # of convolutions: a tenth faster
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
     _loaded[key] = base
     return base
