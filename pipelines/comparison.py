@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from equipoise.pipelines.config import flat as flat_config
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.records import RunConfig
 from equipoise.pipelines.robustness import Point, UsableRange, threshold, usable_range
+from equipoise.pipelines.run import Run
 
 RATE = "optimizer.learning_rate"
 _NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
@@ -50,6 +51,12 @@ class Cell:
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value, where the cells differ
+
+    @classmethod
+    def of(cls, run: Run, config: RunConfig, place: tuple[str, float, dict[str, Any]]) -> "Cell":
+        """The cell of a run, where `lay_out` puts it."""
+        status, (row, rate, differs) = run.status(), place
+        return cls(run.id, row, rate, config.seed, status.state, status.message, config=differs)
 
     @property
     def who(self) -> str:
@@ -220,6 +227,12 @@ def means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Name by name, over those that have it."""
     found = {name: [one[name] for one in scores if name in one] for name in dict.fromkeys(n for s in scores for n in s)}
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def measured(result: Mapping[str, Any]) -> dict[str, float]:
+    """What a run's result.json says of its training."""
+    names = ("loss_before", "loss_after", "seconds", "step")
+    return {name: result[name] for name in names if result.get(name) is not None}
 
 
 def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, Any]]]:

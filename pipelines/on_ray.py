@@ -27,7 +27,6 @@ from equipoise.pipelines.run import Run, sentence
 from equipoise.pipelines.status import Status
 
 _PATIENCE = 5.0  # seconds that an address has to answer
-_OUTAGE = 600.0  # seconds that the storage may not answer before a cell is given up
 
 
 class OnRay:
@@ -48,7 +47,8 @@ class OnRay:
         if where.storage:
             storage.check(where.storage)
         self.ray: Any = ray
-        self.at_once, self.storage = where.max_parallel, where.storage
+        self.at_once = where.max_parallel
+        self.copies = storage.Copies(where.storage) if where.storage else None
         _connect(ray, where.address)
         cpus = 1.0 if where.cpus is None else where.cpus
         gpus = float("GPU" in ray.cluster_resources()) if where.gpus is None else where.gpus
@@ -64,9 +64,6 @@ class OnRay:
         # Without retries of Ray's own: the sweep counts them.
         self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(train_cell)
         self.tasks: dict[Any, Run] = {}  # reference → its cell
-        self.copies: dict[str, storage.Copy | None] = {}  # cell → its copy in the storage, once that was looked for
-        self.brought = 0.0  # when copies were looked at last
-        self.away: dict[str, tuple[float, str]] = {}  # cell → since when the storage has not answered for it, and why
 
     @property
     def busy(self) -> bool:
@@ -74,20 +71,21 @@ class OnRay:
 
     def look(self, cells: Sequence[Run]) -> dict[str, str]:
         ended = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0] if self.tasks else []
-        if self.storage:
-            self._bring(cells, {self.tasks[reference].id for reference in ended})
+        if self.copies:
+            self.copies.fetch(cells, self._at_work(), {self.tasks[reference].id for reference in ended})
         lost = {}
         for reference in ended:
             cell = self.tasks[reference]
-            given_up = self._given_up(cell)
-            if cell.id in self.away and not given_up:
-                continue  # what it has come to is to be fetched first
+            if self.copies and self.copies.waits(cell):
+                continue
             del self.tasks[reference]
             try:
-                said = self.ray.get(reference) or given_up
+                said = self.ray.get(reference) or (self.copies.given_up(cell) if self.copies else "")
             except self.ray.exceptions.RayTaskError as error:  # such as where a node has no Equipoise
                 said = f"its task failed: {sentence(error.cause or error)}"
             except self.ray.exceptions.RayError as error:
+                if cell.status().taken_out:
+                    continue
                 lost[cell.id] = f"the process of its task is gone ({type(error).__name__})"
                 continue
             if said and not cell.status().over:
@@ -95,8 +93,7 @@ class OnRay:
                     cell.update(state="failed", message=said, queued=None, ended=time.time(), exit_code=2)
                     cell.log(said)
         for reference, cell in self.tasks.items():
-            now = cell.status()
-            if now.state == "stopped" and now.pid is None:  # taken out of the queue before it began
+            if cell.status().taken_out:
                 self.ray.cancel(reference)
         mine = self._at_work()
         return dead(cell for cell in cells if cell.id not in mine) | lost
@@ -108,8 +105,8 @@ class OnRay:
             if self.at_once is not None and len(self.tasks) + others >= self.at_once:
                 return
             if now[cell.id].state == "queued" and cell.id not in mine:
-                url = self._send(cell) if self.storage else None
-                if self.storage and url is None:
+                url = self.copies.send(cell) if self.copies else None
+                if self.copies and url is None:
                     continue
                 told = (str(cell.folder), url, storage.EVERY, __version__, platform.node())
                 self.tasks[self.task.remote(*told)] = cell
@@ -137,63 +134,6 @@ class OnRay:
                 if cell.id in lost:
                     message = "interrupted before its state was saved; the last checkpoint stays"
                     cell.update(state="stopped", message=message, queued=None, ended=time.time(), exit_code=130)
-
-    def _url(self, cell: Run) -> str:
-        return f"{str(self.storage).rstrip('/')}/{cell.id}"
-
-    def _send(self, cell: Run) -> str | None:
-        """Makes a copy of a cell for its task; returns its URL, or None where the storage does not answer for now.
-
-        Raises:
-            EquipoiseError: It has not for long.
-        """
-        if said := self._given_up(cell):
-            raise EquipoiseError(f"{cell.id}: {said}")
-        if cell.id not in self.copies:  # a copy that is ahead of the folder is to be fetched first
-            return None
-        try:
-            copy = self.copies[cell.id] = storage.send(cell.folder, self._url(cell))
-        except Exception as error:
-            self._silent(cell, error)
-            return None
-        self.away.pop(cell.id, None)
-        return copy.url
-
-    def _silent(self, cell: Run, error: Exception) -> None:
-        """Notes that the storage does not answer for a cell."""
-        if cell.id not in self.away:
-            self.away[cell.id] = time.monotonic(), sentence(error)
-            cell.log(f"{self.storage}: {sentence(error)}; tried again")
-
-    def _given_up(self, cell: Run) -> str:
-        """What to say of a cell for which the storage has not answered for long; empty for others."""
-        since, why = self.away.get(cell.id, (0.0, ""))
-        if not why or time.monotonic() - since < _OUTAGE:
-            return ""
-        return f"{self.storage} has not answered for {_OUTAGE:g} s ({why}). `equipoise resume` fetches what is there."
-
-    def _bring(self, cells: Sequence[Run], ended: set[str]) -> None:
-        """Brings back the cells whose tasks have ended, and now and then those that are at work.
-
-        Once also those that a task of an earlier session may have left: the folder may know less than the copy.
-        """
-        due = time.monotonic() - self.brought >= storage.EVERY
-        mine = self._at_work()
-        for cell in cells:
-            now = cell.status()
-            new = cell.id not in self.copies and now.state not in ("done", "diverged")
-            left = cell.id not in mine and (now.state in ("running", "dead") or new)
-            if (cell.id in ended and cell.id not in self.away) or (due and (cell.id in mine or left)):
-                try:
-                    if copy := self.copies.get(cell.id) or storage.newest(cell.folder, self._url(cell)):
-                        copy.ask()
-                        copy.pull(after=now.started or 0.0 if left else 0.0)
-                    self.copies[cell.id] = copy
-                    self.away.pop(cell.id, None)
-                except Exception as error:  # each kind of storage has its own; what is missed now comes next time
-                    self._silent(cell, error)
-        if due:
-            self.brought = time.monotonic()
 
 
 def train_cell(folder: str, url: str | None, every: float, version: str, host: str) -> str:

@@ -63,6 +63,11 @@ class Status:
         return self.seconds + max(0.0, (last or self.started) - self.started)
 
     @property
+    def taken_out(self) -> bool:
+        """Whether it was taken out of the queue before it began."""
+        return self.state == "stopped" and self.pid is None
+
+    @property
     def over(self) -> bool:
         """Whether nothing will happen any more, unless it is resumed."""
         return self.state not in ("queued", "running")

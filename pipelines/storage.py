@@ -4,30 +4,34 @@ The copy is plain files below a URL, and a list of them with their digests, whic
 back takes all of what the list has, or nothing: a copy that is just changing, or was left half-written, is none.
 
 Each time a run is sent, it gets a place of its own, URL/1, URL/2, …: a process that goes on in an earlier one, such as
-on a node that was taken for lost, can neither spoil the new one nor be mistaken for it, and ends when it notices.
+on a node that was taken for lost, can neither spoil the new one nor be mistaken for it, and ends when it notices. No
+clock decides what is newer, for nodes have their own.
 """
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import status
 from equipoise.pipelines.files import explained
-from equipoise.pipelines.run import FOLDERS, REQUESTS, Run
+from equipoise.pipelines.run import FOLDERS, REQUESTS, Run, sentence
+from equipoise.pipelines.store import Store
 
 EVERY = 5.0  # seconds between two looks at what is new, while a run is trained
 _LIST = "files.json"
 _BLOCK = 1 << 20  # bytes
-_PATIENCE = 60  # pauses between two copies, that a storage which does not answer has to take the last one
+OUTAGE = 600.0  # seconds that a storage may not answer before something is given up
 _LAST = ("metrics.jsonl", "log.txt", "status.json")  # they tell of the other files, and are copied after them
 
 
@@ -44,6 +48,7 @@ class Copy:
         self._seen: dict[str, tuple[tuple[int, ...], str]] = {}  # file here → its version, and its digest
         self._there: dict[str, str] = {}  # file in the storage → its digest, as far as that is known
         self._made: set[str] = set()  # folders in the storage
+        self._before = 0.0  # the start of the run's last session when it was sent
 
     def push(self) -> None:
         """Makes the copy what the folder is.
@@ -57,17 +62,18 @@ class Copy:
                 here[name] = self._sent(name)
         if here == self._there:
             return
-        self._write(_LIST, json.dumps(_told(self.folder) | {"files": here}).encode())
+        now = Run(self.folder).status()
+        told = {"made": now.created, "before": self._before, "session": now.started or 0.0, "files": here}
+        self._write(_LIST, json.dumps(told).encode())
         for name in self._there.keys() - here.keys():
             with suppress(FileNotFoundError):
                 self.files.rm_file(f"{self.place}/{name}")
         self._there = here
 
-    def pull(self, after: float = 0.0) -> bool:
-        """Makes the folder what the copy is; False where that is not whole, of another run, or not there.
+    def pull(self) -> bool:
+        """Makes the folder what the copy is; False where that is not whole, or not there, or does not go on from it.
 
-        Args:
-            after: Copies of sessions that began earlier are left alone.
+        It does not if it is another run's, or if the run has had another session since it was sent.
 
         Raises:
             OSError: The storage does not answer.
@@ -75,12 +81,15 @@ class Copy:
         """
         try:
             said = json.loads(self.files.cat_file(f"{self.place}/{_LIST}"))
-            there, made, session = dict(said["files"]), float(said["made"]), float(said["session"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            there, made = dict(said["files"]), float(said["made"])
+            before, session = float(said["before"]), float(said["session"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return False
-        if session < after or (self.folder.exists() and made != Run(self.folder).status().created):
-            return False
-        if bad := [name for name in there if not _proper(name)]:
+        if self.folder.exists():
+            now = Run(self.folder).status()
+            if made != now.created or (now.started or 0.0) not in (before, session):
+                return False
+        if bad := [name for name in there if not (_proper(name) and self._fits(name, there))]:
             raise InputError(f"{self.place}: {bad[0]!r} is no file of a run; is something else kept there?")
         staging = self.folder / f".brought-{secrets.token_hex(4)}"
         with explained(self.folder):
@@ -89,6 +98,8 @@ class Copy:
             new = [name for name, digest in there.items() if self._digest(name) != digest]
             if not all(self._fetched(name, there[name], staging / name) for name in new):
                 return False
+            if "status.json" in new:
+                status.read(staging, as_written=True)
             with explained(self.folder):
                 for name in sorted(new, key=_rank):
                     (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +113,7 @@ class Copy:
                     (self.folder / name).mkdir(exist_ok=True)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self._there = there
+        self._there, self._before = there, before
         return True
 
     def ask(self) -> None:
@@ -153,13 +164,14 @@ class Copy:
         finally:
             over.set()
             thread.join()
-            for left in reversed(range(_PATIENCE)):
+            until = time.monotonic() + OUTAGE
+            while True:
                 try:
                     if not self._withdrawn():
                         self.push()
                     break
                 except Exception as error:
-                    if not left:
+                    if time.monotonic() > until:
                         raise EquipoiseError(
                             f"{self.place}: the last state could not be brought there: {error}."
                         ) from error
@@ -196,6 +208,13 @@ class Copy:
             return False
         return found.hexdigest() == digest
 
+    def _fits(self, name: str, there: Mapping[str, str]) -> bool:
+        """Whether a file of that name can be in the folder: none is a folder, too."""
+        above = [str(parent) for parent in PurePosixPath(name).parents if parent.name]
+        return not (
+            (self.folder / name).is_dir() or any(path in there or (self.folder / path).is_file() for path in above)
+        )
+
     def _digest(self, name: str) -> str | None:
         """Of the file here."""
         try:
@@ -221,6 +240,103 @@ class Copy:
         return self.files.open(path, "wb")
 
 
+class Copies:
+    """The copies of a sweep's cells, where the sweep is: sent to their tasks, and fetched while these work and after.
+
+    A storage that does not answer is asked again.
+
+    Args:
+        url: Of the storage.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._copies: dict[str, Copy | None] = {}  # cell → its copy, once that was looked for
+        self._looked = -math.inf  # when copies were looked at last
+        self._away: dict[str, tuple[float, str]] = {}  # cell → since when it could not be fetched, and why
+        self._silent: tuple[float, str] | None = None  # since when nothing was answered, and why
+
+    def send(self, cell: Run) -> str | None:
+        """Makes a copy of a cell for its task; returns its URL, or None where that cannot be for now.
+
+        Raises:
+            EquipoiseError: The storage has not answered for long.
+        """
+        if cell.id not in self._copies:  # one that is ahead of the folder is to be fetched first
+            self._give_up()
+            if said := self.given_up(cell):  # others are answered for
+                cell.update(state="failed", message=said, queued=None, ended=time.time(), exit_code=1)
+            return None
+        try:
+            copy = self._copies[cell.id] = send(cell.folder, self._place(cell))
+        except Exception as error:  # each kind of storage has its own
+            self._missed(cell, error)
+            self._give_up()
+            return None
+        self._silent = None
+        return copy.url
+
+    def fetch(self, cells: Iterable[Run], at_work: Collection[str], ended: Collection[str]) -> None:
+        """Brings back the cells whose tasks have ended, and now and then those that are at work.
+
+        Once also those that a task of an earlier session may have left: the folder may know less than the copy.
+        """
+        due = time.monotonic() - self._looked >= EVERY
+        for cell in cells:
+            now, mine = cell.status(), cell.id in at_work
+            if mine and now.taken_out:  # the copy says that it waits
+                continue
+            new = cell.id not in self._copies and now.state not in ("done", "diverged")
+            left = not mine and (new or now.state in ("running", "dead"))
+            if (cell.id in ended and cell.id not in self._away) or (due and (mine or left)):
+                fetched = self._fetch(cell)
+                if fetched and not mine and now.state == "queued" and cell.status().state in ("stopped", "failed"):
+                    Store(cell.root).enqueue(cell)
+        if due:
+            self._looked = time.monotonic()
+
+    def waits(self, cell: Run) -> bool:
+        """Whether what a cell has come to is still to be fetched."""
+        return cell.id in self._away and not self.given_up(cell)
+
+    def given_up(self, cell: Run) -> str:
+        """What to say of a cell that could not be fetched for long; empty for others."""
+        since, why = self._away.get(cell.id, (math.inf, ""))
+        return self._said(why) if time.monotonic() - since >= OUTAGE else ""
+
+    def _fetch(self, cell: Run) -> bool:
+        copy = None
+        try:
+            if copy := self._copies.get(cell.id) or newest(cell.folder, self._place(cell)):
+                copy.ask()
+                copy.pull()
+        except InputError as error:  # of no use, and asking again does not help
+            cell.log(str(error))
+        except Exception as error:  # each kind of storage has its own
+            self._missed(cell, error)
+            self._away.setdefault(cell.id, (time.monotonic(), sentence(error)))
+            return False
+        self._copies[cell.id], self._silent = copy, None
+        self._away.pop(cell.id, None)
+        return True
+
+    def _missed(self, cell: Run, error: Exception) -> None:
+        if self._silent is None:
+            self._silent = time.monotonic(), sentence(error)
+            cell.log(f"{self.url}: {sentence(error)}; tried again")
+
+    def _give_up(self) -> None:
+        if self._silent and time.monotonic() - self._silent[0] >= OUTAGE:
+            raise EquipoiseError(self._said(self._silent[1]))
+
+    def _said(self, why: str) -> str:
+        return f"{self.url} has not answered for {OUTAGE:g} s ({why}). `equipoise resume` goes on from what is there."
+
+    def _place(self, cell: Run) -> str:
+        """Also another sweep of that name may use the storage."""
+        return f"{self.url}/{cell.id}/{cell.status().token or 'run'}"
+
+
 def send(folder: Path, url: str) -> Copy:
     """Makes a new copy of a run; those that were made before are removed.
 
@@ -229,6 +345,7 @@ def send(folder: Path, url: str) -> Copy:
     """
     before = _places(url)
     copy = Copy(folder, f"{url}/{max(before, default=0) + 1}")
+    copy._before = Run(folder).status().started or 0.0
     copy.push()
     for place in before:
         with suppress(Exception):  # what stays is removed next time
@@ -309,9 +426,3 @@ def _rank(name: str) -> tuple[int, str]:
 def _version(path: Path) -> tuple[int, ...]:
     about = path.stat()
     return about.st_ino, about.st_mtime_ns, about.st_size
-
-
-def _told(folder: Path) -> dict[str, float]:
-    """Which run this is, and which of its sessions."""
-    now = Run(folder).status()
-    return {"made": now.created, "session": now.started or 0.0}

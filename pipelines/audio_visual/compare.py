@@ -33,13 +33,13 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
     kinds = ["joint", *first.modalities]
     alone = len({config.objective.model_dump_json() for config in configs}) == 1  # no row's label names the objective
     cells, chance = [], math.nan
-    for run, config, (row, rate, differs) in zip(runs, configs, lay_out(configs), strict=True):
-        status = run.status()
-        cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+    for run, config, place in zip(runs, configs, lay_out(configs), strict=True):
+        cell = Cell.of(run, config, place)
         cells.append(cell)
+        row = cell.row
         if alone:
             cell.row = f"{config.objective.name}, {row}"
-            cell.config = {"objective.name": config.objective.name, **differs}
+            cell.config = {"objective.name": config.objective.name, **cell.config}
         file = run.folder / "result" / "result.json"
         if not file.is_file():
             continue
@@ -47,7 +47,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
         chance = result["chance"]
         _fill(cell, result, file.parent, folder, kinds)
         for objective, figures in result.get("baselines", {}).items() if alone else ():
-            other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", rate, config.seed, figures["state"])
+            other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", cell.rate, config.seed, figures["state"])
             other.message = f"trained by {run.id} for comparison"
             other.config = cell.config | {"objective.name": objective}
             cells.append(other)

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         return found.status().exit_code or 0
     with sweeps.opened(where) as executor:  # before a new sweep is made
         sweep = found or _new(args)
+        if not found:
+            where.remember(sweep)
         code = _train(sweep, executor, where)
     return _compared(sweep, code, not args.no_compare)
 

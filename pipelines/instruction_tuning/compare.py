@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out, measured
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
@@ -62,17 +62,12 @@ def compare(
         untouched = Cell("", "base", math.nan, first.seed, "untouched")
         _fill(folder, untouched, answer(base, talk, asked, samples, bar.update))
         cells = []
-        for run, config, result, (row, rate, differs) in zip(runs, configs, results, placed, strict=True):
-            status = run.status()
-            cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+        for run, config, result, place in zip(runs, configs, results, placed, strict=True):
+            cell = Cell.of(run, config, place)
             cells.append(cell)
             if result is None:
                 continue
-            cell.metrics = {
-                key: result[key]
-                for key in ("loss_before", "loss_after", "seconds", "step")
-                if result.get(key) is not None
-            }
+            cell.metrics = measured(result)
             base = load_model(first.model, first.train.precision)  # anew: a result changes encoder weights in place
             tuned = load_result(base, run.folder / "result")
             _fill(folder, cell, answer(tuned, talk, asked, samples, bar.update))

@@ -85,7 +85,7 @@ class Base:
     @cached_property
     def compiled(self) -> Any:
         """The denoiser, compiled when it is first called with tensors of some shape, for all factors of that shape."""
-        return torch.compile(self.denoiser)
+        return torch.compile(self.denoiser, dynamic=False)  # inductor fails on convolutions of sizes left open
 
     @property
     def vae(self) -> AutoencoderKL:

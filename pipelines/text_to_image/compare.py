@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo, environment
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out, means
+from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out, means, measured
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
@@ -107,19 +107,12 @@ def compare(
         untouched.metrics = {"loss_before": losses[0], "loss_after": losses[0]} if losses else {}
         fill(untouched, taught[0])
         cells = []
-        for run, config, result, files, (row, rate, differs) in zip(
-            runs, configs, results, taught, placed, strict=True
-        ):
-            status = run.status()
-            cell = Cell(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+        for run, config, result, files, place in zip(runs, configs, results, taught, placed, strict=True):
+            cell = Cell.of(run, config, place)
             cells.append(cell)
             if result is None:
                 continue
-            cell.metrics = {
-                key: result[key]
-                for key in ("loss_before", "loss_after", "seconds", "step")
-                if result.get(key) is not None
-            }
+            cell.metrics = measured(result)
             base.noise(config.noise)  # what its factors were taught to answer; the untouched base answers as ever
             with _worn(base, run.folder / "result", samples.scale):
                 fill(cell, files)

@@ -2,7 +2,7 @@
 
 A Gram matrix mixes all rows of a factor, and a shard has some of them. So every process puts the factors together, and
 works out the same; what it writes back are its own rows. That takes an all-gather of each factor and of each gradient
-in a step, and one more of each factor for the bound.
+in a step, and two more of each factor for the bound.
 """
 
 from collections.abc import Iterable

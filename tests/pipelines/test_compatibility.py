@@ -96,7 +96,7 @@ def test_those_of_the_embedded_models_are_resumed(id, runs, capfd):
     code, err = main(["resume", id]), capfd.readouterr().err
     if code:  # the embedded model was made anew since
         assert code == 2 and "its frozen weights are not those" in err
-        return
+        pytest.skip("the embedded model was made anew since; its checkpoint is read")
     assert [record["step"] for record in Store(runs).get(id).metrics()][:4] == [1, 2, 3, 4]
     if id == "pictures":
         assert main(["export", id, "--format", "kohya", "--output", "kohya.safetensors"]) == 0

@@ -6,6 +6,7 @@ examples of each; `EQUIPOISE_FUZZ=2000 pytest tests/pipelines/test_hostile.py` t
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
@@ -520,17 +521,30 @@ def test_executors(store, here, content):
 @fuzzed(
     "copies of runs in a storage",
     12,
-    said=st.dictionaries(st.sampled_from(["made", "session", "files"]), json_nested),
-    files=st.dictionaries(st.one_of(words, st.sampled_from(["../out", "/out", "result/..", "a/b"])), words, max_size=3),
+    said=st.just({}) | st.dictionaries(st.sampled_from(["made", "before", "session", "files"]), json_nested),
+    files=st.dictionaries(
+        words | st.sampled_from(["../out", "result/..", "a/b", "config.yaml", "status.json", "samples"]),
+        words,
+        max_size=3,
+    ),
 )
 def test_copies(store, here, said, files):
     run = store.get("a")
-    copy = storage.send(run.folder, f"file://{here}/storage")
-    told = {"made": run.status().created, "session": 1e9, "files": files} | said
-    Path(copy.place, "files.json").write_text(json.dumps(told))
+    shutil.rmtree(here / "storage", ignore_errors=True)
+    copy = storage.send(run.folder, f"file://{here}/storage/deep/a")
+    told = json.loads(Path(copy.place, "files.json").read_text())
+    for name, content in files.items():  # some are there, with the digests that are told
+        with contextlib.suppress(OSError, ValueError):
+            path = Path(copy.place, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode())
+        told["files"][name] = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    Path(copy.place, "files.json").write_text(json.dumps(told | said))
+    around = {path for path in here.rglob("*") if not path.is_relative_to(run.folder)}
     with harmless(here):
-        answer(lambda: copy.pull())
-    assert not (here / "out").exists() and run.status().id == "a"
+        brought = answer(lambda: copy.pull())
+    event(f"brought: {brought}")
+    assert {path for path in here.rglob("*") if not path.is_relative_to(run.folder)} == around
 
 
 @fuzzed("checkpoints", 25, data=st.data())

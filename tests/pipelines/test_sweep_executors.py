@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -225,15 +227,160 @@ def test_half_a_copy_is_none(url, tmp_path):
     assert other.pull() and files(there) == files(run.folder)
 
 
-def test_a_copy_of_another_run_or_an_older_session_is_left_alone(url, tmp_path):
+def test_a_copy_of_another_run_or_of_before_another_session_is_left_alone(url, tmp_path):
     run = a_run()
-    copy = storage.Copy(run.folder, f"{url}/a")
-    copy.push()
-    assert copy.pull() and not copy.pull(after=1.0)
+    copy = storage.send(run.folder, f"{url}/a")
+    assert copy.pull()
+    run.update(started=run.status().created + 5.0)  # it was resumed here meanwhile
+    before = files(run.folder)
+    assert not copy.pull() and files(run.folder) == before
     shutil.rmtree(run.folder)
     other = a_run(steps=3)
     before = files(other.folder)
-    assert not storage.Copy(other.folder, f"{url}/a").pull() and files(other.folder) == before
+    assert not storage.Copy(other.folder, copy.url).pull() and files(other.folder) == before
+
+
+def trained_elsewhere(copy: storage.Copy, there: Path, **changes) -> None:
+    """What a task leaves in the storage, on a node with a clock of its own."""
+    other = storage.Copy(there, copy.url)
+    assert other.pull()
+    Run(there).metric(2, loss=0.5)
+    Run(there).update(**changes)
+    other.push()
+
+
+def test_no_clock_decides_what_is_newer(url, tmp_path):
+    run = a_run()
+    run.update(started=2e9, state="dead", pid=7)  # an earlier try, on a node whose clock was ahead
+    trained_elsewhere(storage.send(run.folder, f"{url}/a"), tmp_path / "there" / "a", state="done", started=1e9)
+    assert storage.newest(run.folder, f"{url}/a").pull()
+    assert run.status().state == "done" and run.status().started == 1e9 and len(run.metrics()) == 2
+    assert storage.newest(run.folder, f"{url}/a").pull(), "and once more"
+
+
+class Clock:
+    """In place of `time`, where hours pass at once."""
+
+    def __init__(self):
+        self.passed, self.time = 0.0, time.time
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.passed
+
+    def sleep(self, seconds: float) -> None:
+        self.passed += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    monkeypatch.setattr(storage, "time", Clock())
+    return storage.time
+
+
+@pytest.fixture
+def failing(monkeypatch) -> dict:
+    """What storages are to fail in, by function, so many times each."""
+    left: dict[str, int] = {}
+
+    def often(name: str, work: Callable) -> Callable:
+        def tried(*args):
+            if left.get(name, 0):
+                left[name] -= 1
+                raise OSError("503 slow down")
+            return work(*args)
+
+        return tried
+
+    for place, name in ((storage, "send"), (storage, "newest"), (storage.Copy, "pull")):
+        monkeypatch.setattr(place, name, often(name, getattr(place, name)))
+    return left
+
+
+def two_cells() -> list[Run]:
+    store = Store("runs")
+    made = [store.create(configs.load("vase.yaml", ["steps=9"]), id=name) for name in ("a", "b")]
+    for run in made:
+        store.enqueue(run)
+    return made
+
+
+def test_one_failure_is_no_outage(url, clock, failing):
+    first, second = mine = two_cells()
+    copies, failing["send"] = storage.Copies(url), 1
+    copies.fetch(mine, (), ())
+    assert copies.send(first) is None and copies.send(second)
+    for _ in range(20):  # eleven minutes in which the second one trains
+        clock.passed += 33
+        copies.fetch(mine, {second.id}, ())
+    assert copies.send(first) and "OSError: 503 slow down; tried again" in first.log_file.read_text()
+
+
+def test_an_outage_ends_the_sweep(url, clock, failing):
+    first, second = mine = two_cells()
+    copies, failing["send"], failing["newest"], failing["pull"] = storage.Copies(url), 999, 999, 999
+    for _ in range(19):
+        copies.fetch(mine, (), ())
+        assert copies.send(first) is copies.send(second) is None
+        clock.passed += 33
+    with pytest.raises(EquipoiseError, match=r"has not answered for 600 s \(OSError: 503 slow down\)\."):
+        copies.send(first)
+
+
+def test_what_a_task_has_come_to_is_fetched_before_anything_else(url, clock, failing, tmp_path):
+    run, other = mine = two_cells()
+    copies = storage.Copies(url)
+    copies.fetch(mine, (), ())
+    trained_elsewhere(storage.Copy(run.folder, copies.send(run)), tmp_path / "there" / "a", state="done", started=5.0)
+    failing["pull"] = 3
+    for _ in range(3):
+        copies.fetch([run], {run.id}, {run.id})
+        assert copies.waits(run) and run.status().state == "queued"
+        clock.passed += 6
+    copies.fetch([run], {run.id}, {run.id})
+    assert not copies.waits(run) and run.status().state == "done"
+    failing["pull"] = 999
+    copies.send(other)
+    for _ in range(20):
+        copies.fetch([other], {other.id}, {other.id})
+        clock.passed += 33
+    assert not copies.waits(other) and "`equipoise resume` goes on from what is there" in copies.given_up(other)
+
+
+def test_a_sweep_that_is_continued_trains_what_it_could_not_look_at_first(url, clock, failing, tmp_path):
+    run, other = mine = two_cells()
+    before = storage.Copies(url)
+    before.fetch(mine, (), ())
+    trained_elsewhere(
+        storage.Copy(run.folder, before.send(run)), tmp_path / "there" / "a", state="stopped", started=5.0, pid=7
+    )
+    copies, failing["newest"] = storage.Copies(url), 1
+    copies.fetch(mine, (), ())
+    assert copies.send(run) is None, "as long as what is there is not known"
+    clock.passed += 6
+    copies.fetch(mine, (), ())
+    assert run.status().state == "queued" and len(run.metrics()) == 1 and run.status().started == 5.0
+    assert copies.send(run) and copies.send(other)
+
+
+def test_a_cell_that_is_stopped_before_it_begins_stays_so(url, clock):
+    run, _ = mine = two_cells()
+    copies = storage.Copies(url)
+    copies.fetch(mine, (), ())
+    assert copies.send(run)
+    run.update(state="stopped", queued=None, message="the sweep was stopped before this cell began")
+    clock.passed += 6
+    copies.fetch(mine, {run.id}, ())
+    assert run.status().taken_out
+
+
+def test_two_sweeps_of_one_name_do_not_meet(url, tmp_path):
+    run = a_run()
+    other = Store(tmp_path / "elsewhere").create(configs.load("vase.yaml"), id="a")
+    copies, others = storage.Copies(url), storage.Copies(url)
+    for one, its in ((copies, run), (others, other)):
+        one.fetch([its], (), ())
+    assert copies.send(run) != others.send(other)
+    assert storage.newest(run.folder, copies._place(run)).pull()
 
 
 def test_who_trains_in_an_earlier_copy_spoils_nothing_and_stops(url, tmp_path, until):
@@ -292,6 +439,7 @@ def test_a_storage_that_fails_for_a_while_loses_nothing(failures, url, tmp_path,
     monkeypatch.setattr(storage.Copy, "_write", failing)
     copy = storage.Copy(run.folder, f"{url}/a")
     if failures > 9:
+        monkeypatch.setattr(storage, "OUTAGE", 0.5)
         with pytest.raises(EquipoiseError, match=r"could not be brought there: the network is gone\."), copy.kept(0.05):
             run.metric(2, loss=0.5)
         return

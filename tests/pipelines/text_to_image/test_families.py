@@ -62,6 +62,20 @@ def test_the_photographs(name, subject, short, build_checkpoint):
     assert any(tensor.count_nonzero() for key, tensor in factors.items() if "lora_B" in key or ".up." in key)
 
 
+@pytest.mark.soak  # a minute each
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch, by torch
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")  # it leaves those be
+@pytest.mark.parametrize("words", [[], ["data.buckets=true", "steps=8", "batch=1"]], ids=["one shape", "buckets"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_alike_when_it_is_compiled(name, words, short, build_checkpoint):
+    words = [*short, f"model={build_checkpoint(name)}", "samples.prompts=[]", *words]
+    plain, _ = train(*words)
+    compiled, outcome = train(*words, "train.compile=true")
+    assert outcome.state == "done"
+    losses = ([record["loss"] for record in run.metrics()] for run in (plain, compiled))
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("words", ["lora.text_encoder=true", "lora.text_encoder=false"])
 def test_xl_learns_and_draws_the_very_same_picture_in_diffusers(xl, xl_checkpoint, words, tmp_path):
     run, outcome = train(*xl, words, "learning_rate=0.02", "lora.alpha=2", "samples.guidance=5")
