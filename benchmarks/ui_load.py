@@ -57,7 +57,7 @@ def fill(run: Run, steps: int) -> Run:
         run.update(total=steps)
         with open(run.folder / "metrics.jsonl", "w") as file:
             for i in range(1, steps):
-                file.write(f'{{"step": {i}, "time": 0, "loss": {1 / i}, "rate": 0.001, "kappa": 0.5}}\n')
+                file.write(f'{{"step": {i}, "time": {3e9 + i}, "loss": {1 / i}, "rate": 0.001, "kappa": 0.5}}\n')
         run.metric(steps, loss=1 / steps, rate=1e-3, kappa=0.5)
         folder = run.samples / f"step-{steps:08d}"
         folder.mkdir()
@@ -183,6 +183,10 @@ def main() -> None:
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "runs").resolve()
         site = store(root, args.runs, args.steps)
+        now = site.store.create(configs.load("text_to_image/demo", [f"runs={root}"]), id="now")  # at work all along
+        stack.enter_context(now.session(signals=False))
+        now.update(total=2 * args.steps, step=args.steps)
+        shutil.copy(root / "one" / "metrics.jsonl", now.folder)
         waiting = site.store.create(configs.load("text_to_image/demo", [f"runs={root}"]), id="waiting")
         made = launch.Plan(site.store.get("one").config(), 1, "")
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.runs} runs of {args.steps} steps")
@@ -196,7 +200,7 @@ def main() -> None:
         before = most_memory()
         for name, work in {
             "the table": lambda: runs.table(site),
-            "a refresh, a run chosen": lambda: (runs.table(site), runs.detail(site, "one", None)),
+            "a refresh, a run chosen": lambda: (runs.table(site), runs.detail(site, "now", None)),
             "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs.detail(site, "grid", None)),
             "a queued process's look": lambda: background.ahead(waiting),
             "the estimate of time": lambda: launch.estimate(site, made, 1),

@@ -28,6 +28,8 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
         key, sign, text = word.partition("=")
         if not sign or not key or not text:
             problems.append(f"--axis {word}: is not of the form key=value,value, such as learning_rate=1e-4,1e-3.")
+        elif key in axes:
+            problems.append(f"--axis {word}: there is an axis {key} already. Give all its values in one.")
         elif text.startswith("["):
             value = configs.parse_value(text)
             axes[key] = value if isinstance(value, list) else [value]

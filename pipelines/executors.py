@@ -44,6 +44,7 @@ class Where:
     cpus: float | None = None  # of each cell
     gpus: float | None = None
     storage: str | None = None  # an fsspec URL that cells travel through; None: all see the runs folder
+    compare: bool = True  # what came out, in the end
 
     def problem(self) -> str:
         """What is wrong with it, in a sentence; empty where nothing is."""
@@ -57,6 +58,8 @@ class Where:
                 return f"--{name.replace('_', '-')}: must be a number from {least} to {most}, got {str(value)[:40]}."
         if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
             return f"--gpus: a cell has a share of one GPU, or whole ones, got {self.gpus:g}."
+        if not isinstance(self.compare, bool):
+            return f"--no-compare: must be true or false, got {str(self.compare)[:40]}."
         for name in ("address", "storage"):
             if not isinstance(getattr(self, name), str | None):
                 return f"--{name}: must be text, got {str(getattr(self, name))[:40]}."

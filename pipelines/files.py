@@ -45,7 +45,7 @@ def explained(path: Path) -> Iterator[None]:
         if disk_full(error) and not isinstance(error, EquipoiseError):
             raise InputError(
                 f"{path}: the disk is full (or a quota or file size limit is reached); nothing half-written was left. "
-                f"Free some space, or choose another place with runs=FOLDER, and start again."
+                "Free some space, and start again, or resume what had begun; or choose another place with runs=FOLDER."
             ) from error
         if isinstance(error, OSError):
             raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error

@@ -41,7 +41,7 @@ def exclusive(folder: Path, id: str) -> Iterator[None]:
                     file.seek(0)
                     raise InputError(
                         f"{id}: is being trained by process {file.read().strip() or '?'}; "
-                        f"`equipoise stop {id}` stops it, or start another run."
+                        f"`equipoise stop {folder}` stops it, or start another run."
                     )
                 time.sleep(0.02)
             file.truncate(0)

@@ -58,6 +58,12 @@ class Work(Protocol):
     def sample(self, step: int) -> None: ...
 
 
+def _batch(run: Run) -> int:
+    """Examples that one process takes in a step."""
+    train = getattr(run.config(), "train", None)
+    return getattr(train, "batch", 1) * getattr(train, "accumulate", 1)
+
+
 def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: int, sample_every: int) -> Outcome:
     """Trains from the last complete checkpoint, if there is one, to `steps`; a stop request saves first.
 
@@ -72,8 +78,17 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
 
     found = checkpoints.load_newest(folder, tell, token) if leads else None
     name = processes.shared(found[0].name if found else "")
+    together = processes.count()
+    examples = _batch(run) * together
     if found or name:
         path, (taken, weights, state) = found or (folder / name, checkpoints.load(folder / name))
+        before = state.pop("processes", together)
+        if state.pop("examples", examples) != examples:
+            raise InputError(
+                f"{run.id}: each of its steps so far was of {before} process{'es' * (before > 1)} and other examples "
+                f"than {together} would take. {processes.command(before)} resume {run.folder} goes on as it was; "
+                "train.batch=N, in another number of processes, if that makes as many."
+            )
         try:
             work.restore(weights, state)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -90,7 +105,8 @@ def train_loop(run: Run, work: Work, steps: int, checkpoint_every: int, keep: in
     def save(step: int) -> None:
         if not leads:
             return
-        checkpoints.save(folder, step, work.weights(), work.state(), keep, token)
+        state = work.state() | {"processes": together, "examples": examples}
+        checkpoints.save(folder, step, work.weights(), state, keep, token)
         run.log(f"saved step {step}")
 
     def sample(step: int) -> None:

@@ -7,16 +7,19 @@ sentence on what that folder cannot tell. Nodes need Equipoise, of this version,
 import logging
 import os
 import platform
+import shutil
 import signal
 import socket
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from equipoise import __version__, registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
@@ -26,6 +29,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.run import Run, sentence
 from equipoise.pipelines.status import Status
 
+_PLACE = "equipoise-cell-"  # and a task's process, and more: its folder, where it has none of the sweep's
 _PATIENCE = 5.0  # seconds that an address has to answer
 
 
@@ -49,7 +53,8 @@ class OnRay:
         self.ray: Any = ray
         self.at_once = where.max_parallel
         self.copies = storage.Copies(where.storage) if where.storage else None
-        _connect(ray, where.address)
+        with _uninterrupted():  # Ray's start does not survive it
+            _connect(ray, where.address)
         cpus = 1.0 if where.cpus is None else where.cpus
         gpus = float("GPU" in ray.cluster_resources()) if where.gpus is None else where.gpus
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -161,7 +166,8 @@ def train_cell(folder: str, url: str | None, every: float, version: str, host: s
                 )
             _train(Run(folder), checked=node == host)
             return ""
-        with tempfile.TemporaryDirectory(prefix="equipoise-", ignore_cleanup_errors=True) as place:
+        _sweep_up()
+        with tempfile.TemporaryDirectory(prefix=f"{_PLACE}{os.getpid()}-", ignore_cleanup_errors=True) as place:
             here = Path(place, *Path(folder).parts[-3:])  # RUNS/SWEEP/CELL
             copy = storage.Copy(here, url)
             if not copy.pull():
@@ -171,6 +177,14 @@ def train_cell(folder: str, url: str | None, every: float, version: str, host: s
         return ""
     except EquipoiseError as error:
         return f"{node}: {sentence(error)}"
+
+
+def _sweep_up() -> None:
+    """Removes the folders of tasks on this node that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PLACE}*-*"):
+        owner = left.name.removeprefix(_PLACE).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _train(cell: Run, checked: bool) -> None:
@@ -202,6 +216,22 @@ def _connect(ray: Any, address: str | None) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray takes it
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C within the block is heard at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _knock(address: str) -> None:

@@ -34,6 +34,11 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def command(number: int) -> str:
+    """What starts the command line in so many processes."""
+    return f"torchrun --nproc-per-node {number} -m equipoise.pipelines.cli" if number > 1 else "equipoise"
+
+
 def rank() -> int:
     """This process's number among them; 0 leads."""
     return int(os.environ["RANK"]) if count() > 1 else 0

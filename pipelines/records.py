@@ -89,7 +89,12 @@ class RunConfig(Section):
     """What every pipeline's configuration has."""
 
     SHORT: ClassVar[dict[str, str]] = {}  # short name → dotted key, for the keys that people change all the time
-    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "checkpoint", "samples")  # may change when a run is resumed
+    RESUMABLE: ClassVar[tuple[str, ...]] = (
+        "train.steps",
+        "train.batch",
+        "checkpoint",
+        "samples",
+    )  # may change when a run is resumed
 
     pipeline: str = Field(description="Which pipeline reads this; `equipoise list pipelines` shows all.")
     name: str = Field(max_length=80, description="A word for this run; part of its id.")

@@ -55,6 +55,11 @@ class Run:
         """The run's configuration."""
         return configs.load(self.folder / "config.yaml")
 
+    @property
+    def ref(self) -> str:
+        """What a user types to mean this run: its id where that is enough."""
+        return self.id if runs_folder() == self.root else str(self.folder)
+
     def status(self) -> Status:
         """How the run stands."""
         return self._live or replace(status.read(self.folder), id=self.id)
@@ -237,6 +242,11 @@ class Following(Run):
 
     def requested(self) -> set[str]:
         return set()
+
+
+def runs_folder(root: Path | str | None = None) -> Path:
+    """Where runs are kept: `root`, EQUIPOISE_RUNS, or "runs"."""
+    return Path(root or os.environ.get("EQUIPOISE_RUNS") or "runs").resolve()
 
 
 def metric_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import environment, status
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.index import Index, look, run_folders, scan
-from equipoise.pipelines.run import FOLDERS, Run
+from equipoise.pipelines.run import FOLDERS, Run, runs_folder
 from equipoise.pipelines.status import Status
 
 __all__ = ["Run", "Status", "Store", "find", "write_atomic"]
@@ -41,7 +41,7 @@ class Store:
 
     def __init__(self, root: Path | str | None = None):
         """`root` is EQUIPOISE_RUNS, or "runs", where it is not given. Nothing is made before the first run is."""
-        self.root = Path(root or os.environ.get("EQUIPOISE_RUNS") or "runs").resolve()
+        self.root = runs_folder(root)
         self.index = Index(self.root)
 
     def create(
@@ -205,7 +205,8 @@ def _staged(parent: Path, name: str, id: str) -> Iterator[Path]:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
                 raise InputError(
-                    f"{parent / name}: exists already. `equipoise resume {id}` continues it; a new run needs a new id."
+                    f"{parent / name}: exists already. `equipoise resume {Run(parent / name).ref}` continues it; a new "
+                    "run needs a new id."
                 ) from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

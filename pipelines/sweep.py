@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from tqdm import tqdm
+
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
@@ -129,6 +131,7 @@ def _watch(sweep: Run, executor: Executor, retries: int) -> Outcome:
                 with suppress(InputError):  # a dead host's locks outlive it for a while; the next look tries again
                     left = 0 if stopping else retries - tries[cell.id]
                     _recover(cell, lost[cell.id], left, stopping)
+                    tqdm.write(f"{cell.id}: {lost[cell.id]}{'; it is tried again' * (left > 0)}.", file=sys.stderr)
                     tries[cell.id] += 1
                     del lost[cell.id]
             now = {cell.id: cell.status() for cell in mine}

@@ -113,6 +113,12 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
     return search.report()
 
 
+REPLACED = (
+    "The optimizer's parameters were replaced by flattened or partitioned ones (ZeRO, FSDP1), and a partition holds no "
+    "whole LoRA factor. Use DDP or FSDP2, or another optimizer."
+)
+
+
 class _Search:
     """The pairs among `wanted` (tensors by id) as far as they are known."""
 
@@ -254,7 +260,11 @@ def _tensors(source: Any) -> tuple[dict[int, Tensor], dict[int, str]]:
     for item in source:
         if isinstance(item, Mapping):
             params = list(item["params"]) if not isinstance(item["params"], Tensor) else [item["params"]]
-            entries = zip(item["param_names"], params, strict=True) if "param_names" in item else params
+            entries: Any = params
+            if "param_names" in item:
+                if len(item["param_names"]) != len(params):
+                    raise PairingError(REPLACED)
+                entries = zip(item["param_names"], params, strict=True)
         else:
             entries = [item]
         for entry in entries:

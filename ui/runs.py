@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from io import BytesIO
@@ -37,6 +38,7 @@ SHOWN = 400  # rows of the table, and pictures of a run
 SORTS = ("youngest", "name", "state", "loss", "duration")
 MOST_READ = 200  # runs whose curves are kept in memory
 _PIECE = 2**20  # bytes of metrics that are read at a time
+_TAIL = 2**16  # bytes at their end, which tell the pace
 MOST_POINTS = 8_000  # of a curve; of a longer one, the lowest and the highest of so many steps that it has no more
 Curves = dict[str, list[tuple[float, float]]]
 _NOT_CURVES = ("step", "time", "seconds")
@@ -148,16 +150,24 @@ def left(site: Site, item: Status) -> str:
 
 
 def _left(run: Run, item: Status) -> float | None:
-    """Seconds, by the pace of the steps since the run was loaded."""
+    """Seconds, by the pace of the last steps since the run was loaded."""
     if item.state != "running" or not item.total or not item.step or item.duration <= 0:
         return None
-    with _metrics(run) as known:
-        times = known.times.points()
-    first = next((index for index, (_, time) in enumerate(times) if time >= (item.started or 0)), len(times))
-    if len(times) - first < 2:
+    times: list[tuple[int, float]] = []
+    with suppress(OSError), open(run.folder / "metrics.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        lines = metric_lines(file.read().decode(errors="replace"))
+        times = [
+            (it["step"], it["time"]) for _, it in lines if (item.started or 0) <= _number(it.get("time")) < math.inf
+        ]
+    if len(times) < 2:
         return None
-    (before, began), (step, now) = times[first], times[-1]
+    (before, began), (step, now) = times[0], times[-1]
     return max(0, item.total - item.step) * (now - began) / max(1, step - before)
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) else math.nan
 
 
 def _left_of_sweep(sweep: Run) -> float | None:
@@ -309,41 +319,31 @@ class _Read:
     size: int = 0
     end: bytes = b""  # what stood before there, which tells a file that has grown from another one
     lines: dict[str, "_Curve"] = field(default_factory=dict)
-    times: "_Curve" = field(default_factory=lambda: _Curve())  # step, when it ended in seconds since 1970
     busy: threading.Lock = field(default_factory=threading.Lock)  # several pages may be open
 
 
 def read_curves(run: Run) -> Curves:
-    """What a run measured: name → (step, value)."""
-    with _metrics(run) as known:
-        return {name: curve.points() for name, curve in known.lines.items()}
-
-
-@contextmanager
-def _metrics(run: Run) -> Iterator[_Read]:
-    """What a run measured, and when. Of a file that has grown only what is new is read, in pieces."""
+    """What a run measured: name → (step, value). Of a file that has grown only what is new is read, in pieces."""
     with _reading:
         known = _read[run.folder] = _read.pop(run.folder, _Read())  # as the youngest
         while len(_read) > MOST_READ:
             del _read[next(iter(_read))]
     with known.busy:
         _read_on(known, run.folder / "metrics.jsonl")
-        yield known
+        return {name: curve.points() for name, curve in known.lines.items()}
 
 
 def _read_on(known: _Read, path: Path) -> None:
     with path.open("rb") if path.exists() else BytesIO() as file:
         file.seek(known.size - len(known.end))
         if file.read(len(known.end)) != known.end:  # it was rewound
-            known.size, known.end, known.lines, known.times = 0, b"", {}, _Curve()
+            known.size, known.end, known.lines = 0, b"", {}
             file.seek(0)
         while text := file.read(_PIECE) + file.readline():
             new = text[: text.rfind(b"\n") + 1]
             if not new:  # the line is still being written
                 break
             for _, record in metric_lines(new.decode(errors="replace")):
-                if isinstance(time := record.get("time"), int | float):
-                    known.times.add((record["step"], time))
                 for name, value in record.items():
                     number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value
                     if name not in _NOT_CURVES and isinstance(number, int | float):

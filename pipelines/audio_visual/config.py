@@ -141,7 +141,7 @@ class TrainSection(Section):
 
 
 class AudioVisualConfig(RunConfig):
-    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "checkpoint")
+    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "train.batch", "checkpoint")
     SHORT: ClassVar[dict[str, str]] = {
         "data": "data.manifest",
         "steps": "train.steps",

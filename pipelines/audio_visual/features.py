@@ -26,7 +26,7 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
 from equipoise.pipelines.audio_visual.data import PICTURES, Clip
-from equipoise.pipelines.files import cut_off, explained
+from equipoise.pipelines.files import cut_off, disk_full, explained
 from equipoise.pipelines.progress import progress
 
 SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
@@ -318,6 +318,8 @@ class Store:
                 elif flaws := _read(clip, self.data, self.tokenizer)[1]:
                     wrong[clip.line] = " ".join(flaws)
             except InputError as error:
+                if disk_full(error.__cause__ or error):  # no fault of the clip's
+                    raise
                 wrong[clip.line] = str(error)
             except OSError as error:
                 wrong[clip.line] = f"{error.filename or clip.name} cannot be read: {error.strerror or error}."

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not found:
             where.remember(sweep)
         code = _train(sweep, executor, where)
-    return _compared(sweep, code, not args.no_compare)
+    return _compared(sweep, code, where.compare)
 
 
 def check_workers(workers: int | None) -> None:
@@ -88,7 +88,7 @@ def resume(sweep: Run, workers: int | None = None) -> int:
         where = replace(where, max_parallel=workers)
     with sweeps.opened(where) as executor:
         code = _train(sweep, executor, where)
-    return _compared(sweep, code)
+    return _compared(sweep, code, where.compare)
 
 
 def _train(sweep: Run, executor: Executor, where: Where) -> int | None:
@@ -98,18 +98,18 @@ def _train(sweep: Run, executor: Executor, where: Where) -> int | None:
     try:
         outcome = sweeps.train(sweep, executor, where)
     except KeyboardInterrupt:
-        print(f"{sweep.id}: interrupted. `equipoise resume {sweep.id}` continues it.", file=sys.stderr)
+        print(f"{sweep.id}: interrupted. `equipoise resume {sweep.ref}` continues it.", file=sys.stderr)
         return sweep.status().exit_code or 130
     print(f"{sweep.id}: {outcome.state}. {outcome.message}", flush=True)
     if outcome.state == "stopped":
-        print(f"`equipoise resume {sweep.id}` continues it.")
+        print(f"`equipoise resume {sweep.ref}` continues it.")
         return sweep.status().exit_code or 0
     for line in sweeps.troubles(mine):
         print(line, file=sys.stderr, flush=True)
     return None
 
 
-def _compared(sweep: Run, code: int | None, wanted: bool = True) -> int:
+def _compared(sweep: Run, code: int | None, wanted: bool) -> int:
     if code is not None:
         return code
     if wanted:
@@ -125,7 +125,9 @@ def _where(args: argparse.Namespace, before: Where) -> Where:
     Raises:
         InputError: A number is out of its bounds, or an option has no use.
     """
-    asked = {it.name: getattr(args, it.name) for it in fields(Where)}
+    asked = {it.name: getattr(args, it.name, None) for it in fields(Where)}
+    if args.no_compare:
+        asked["compare"] = False
     if args.workers is not None:
         if args.max_parallel is not None:
             raise InputError("--workers and --max-parallel are the same. Give one.")
@@ -154,7 +156,7 @@ def _continued(args: argparse.Namespace) -> Run | None:
             raise
         return None  # the configuration loader has the better words for what is wrong
     if sweep.status().kind != "sweep":
-        raise InputError(f"{sweep.id}: is a single run; `equipoise resume {sweep.id}` continues it.")
+        raise InputError(f"{sweep.id}: is a single run; `equipoise resume {sweep.ref}` continues it.")
     if args.overrides or args.axis or args.id:
         raise InputError(f"{sweep.id}: a sweep is continued as it is; start a new one to change keys or axes.")
     return sweep

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
@@ -65,7 +66,8 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
         try:
             return command(args)
         finally:
-            processes.begin("")  # heard only where nothing has begun
+            with suppress(RuntimeError):  # who does not hear it has ended
+                processes.begin("")  # heard only where nothing has begun
     if not (folder := processes.hear()):
         return 0
     found = Run(folder)
@@ -95,7 +97,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     made = Store(config.runs).create(config, id=args.id)
     try:
-        return _start(made, _ref(made), args.detach, pipeline, config)
+        return _start(made, made.ref, args.detach, pipeline, config)
     except InputError as error:
         # What could not begin is no run. One of a full disk can be resumed, as its message says.
         if not made.metrics() and not disk_full(error.__cause__ or error):
@@ -119,12 +121,12 @@ def _resume(args: argparse.Namespace) -> int:
             raise InputError(f"{found.id}: is a sweep, which is continued as it is, and in this terminal.")
         return sweep.resume(found)
     if now.state == "running" or (now.state == "queued" and now.pid and not args.queued):
-        raise InputError(f"{found.id}: is being trained by process {now.pid}; `equipoise stop {found.id}` stops it.")
+        raise InputError(f"{found.id}: is being trained by process {now.pid}; `equipoise stop {found.ref}` stops it.")
     if now.state == "done":
         raise InputError(
             f"{found.id}: is done ({now.step} steps); there is nothing to resume. Start a new run instead."
         )
-    ref = _ref(found)
+    ref = found.ref
     where = environment.working_folder(found.folder / "environment.json")
     if where and where.is_dir():
         os.chdir(where)  # relative paths in the configuration start there
@@ -157,19 +159,21 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
         print(_AFTERWARDS.format(ref=ref, where="" if ref == made.id else f" --runs {made.root}"))
         return 0
     processes.begin(str(made.folder))
+    command = processes.command(processes.count())
     try:
-        print(f"{made.id}: training in {made.folder}", flush=True)
+        together = f", in {processes.count()} processes" if processes.count() > 1 else ""
+        print(f"{made.id}: training in {made.folder}{together}", flush=True)
         outcome = execute(pipeline, config, made)
     except KeyboardInterrupt:
         if made.status().state == "queued":
             made.update(state="stopped", message="interrupted before it began.", ended=time.time(), exit_code=130)
         print(
-            f"{made.id}: interrupted. `equipoise resume {ref}` continues it from its last checkpoint.", file=sys.stderr
+            f"{made.id}: interrupted. `{command} resume {ref}` continues it from its last checkpoint.", file=sys.stderr
         )
         return made.status().exit_code or 130
     print(f"{made.id}: {outcome.state}. {outcome.message}".rstrip())
     if outcome.state == "stopped":
-        print(f"`equipoise resume {ref}` continues it.")
+        print(f"`{command} resume {ref}` continues it.")
     elif any(made.result.iterdir()):
         print(f"  result:  {next(made.result.glob('*.safetensors'), made.result)}")
         if pipeline.loading:
@@ -181,11 +185,6 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
 
 def _pipeline(config: configs.RunConfig) -> type[Pipeline]:
     return registry.load("pipelines", config.pipeline)
-
-
-def _ref(made: Run) -> str:
-    """What a user types to mean this run: its id where that is enough."""
-    return made.id if Store().root == made.root else str(made.folder)
 
 
 def _with_overrides(found: Run, overrides: list[str]) -> configs.RunConfig:

@@ -52,8 +52,11 @@ def _once(folder: Path, whole: Callable[[Path], bool], make: Callable[[Path], ob
                 for leftover in (new, folder):
                     shutil.rmtree(leftover, ignore_errors=True)
                 new.mkdir()
-                make(new)
-                new.rename(folder)
+                try:
+                    make(new)
+                    new.rename(folder)
+                finally:
+                    shutil.rmtree(new, ignore_errors=True)
     return folder
 
 

@@ -32,8 +32,11 @@ def manifest(runs: Path) -> Path:
                     new = folder.with_name(f"{folder.name}.new")
                     for leftover in (new, folder):
                         shutil.rmtree(leftover, ignore_errors=True)
-                    write(new)
-                    new.rename(folder)
+                    try:
+                        write(new)
+                        new.rename(folder)
+                    finally:
+                        shutil.rmtree(new, ignore_errors=True)
     return file
 
 

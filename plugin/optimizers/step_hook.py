@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from equipoise.errors import InputError
+from equipoise.errors import InputError, PairingError
 from equipoise.frozen import weight_norms
 from equipoise.optimizers.checks import check_not_negative, is_number, place
 from equipoise.optimizers.fused_adamw import match_layout
 from equipoise.optimizers.preconditioner import Preconditioner, Side
 from equipoise.optimizers.product_bound import ProductBound
 from equipoise.optimizers.whole import Whole
-from equipoise.pairs import PairReport, find_pairs
+from equipoise.pairs import REPLACED, PairReport, find_pairs
 
 _CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
 # Entries of param_groups in which a base counts its own steps (Prodigy, schedule-free, apex): two passes count double.
@@ -51,6 +51,7 @@ class StepHook:
         self.found, self.norms = found, norms
         self._model = weakref.ref(model) if model is not None else None
         self._scales = scales
+        self._matrices = False  # whether the optimizer was made for any
         self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
         self._whole = Whole([])
         self._sides: list[Side] = []  # of whole factors
@@ -66,6 +67,7 @@ class StepHook:
         self._bounded: list[str] = []  # names of the pairs in it
 
     def register(self, optimizer: Any) -> None:
+        self._matrices = any(param.ndim > 1 for param in _params(optimizer))
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
 
@@ -114,6 +116,8 @@ class StepHook:
         """Find the pairs, unless they are known for exactly these parameters."""
         params = _params(optimizer)
         if self.found is None or (self._params and list(map(id, params)) != list(map(id, self._params))):
+            if self._matrices and all(param.ndim < 2 for param in params):
+                raise PairingError(REPLACED)
             self.found = find_pairs(optimizer, self._model() if self._model is not None else None)
             doubtful = not self.found.pairs or "adjacency" in self.found.found_by
             _log.log(logging.WARNING if doubtful else logging.INFO, self.found.summary)

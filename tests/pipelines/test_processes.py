@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from equipoise import registry
 from equipoise.pipelines import checkpoints, processes
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.run import Following
 from equipoise.pipelines.store import Store
@@ -120,11 +122,13 @@ def test_every_method_takes_the_step_of_one_process(two_processes):
     assert both[0][NOISY] == both[1][NOISY] != both[0]["sgd", "ogm_ge"]
 
 
-def test_a_run_in_two_processes_is_written_once_equals_one_and_survives_a_worker(short, launch, launched, tmp_path):
+def test_a_run_in_two_processes_is_written_once_equals_one_and_survives_a_worker(
+    short, launch, launched, tmp_path, capfd
+):
     words = ["text_to_image/dreambooth", *short, "steps=10", "checkpoint_every=2"]
     words += ["samples.prompts=[a vase]", "samples.every=5", "optimizer=scaled_adamw", "learning_rate=1e-3"]
     out = launched("train", *words, "batch=2", "--id", "two")
-    assert out.count("two: training in") == 1 and out.count("two: done.") == 1
+    assert out.count("two: training in") == 1 and ", in 2 processes" in out and out.count("two: done.") == 1
     config = configs.load(words[0], [*words[1:], "batch=4"])
     store = Store(config.runs)
     one = store.create(config, id="one")
@@ -152,6 +156,15 @@ def test_a_run_in_two_processes_is_written_once_equals_one_and_survives_a_worker
         "another process of this run has ended. Resume it; the last checkpoint stays."
     )
     assert checkpoints.complete(run / "checkpoints")
+    shutil.copytree(run, run.with_name("alone"))
+    capfd.readouterr()
+    assert main(["resume", str(run)]) == 2
+    err = capfd.readouterr().err
+    assert "each of its steps so far was of 2 processes and other examples than 1 would take." in err
+    assert f"torchrun --nproc-per-node 2 -m equipoise.pipelines.cli resume {run} goes on as it was" in err
+    assert main(["resume", str(run.with_name("alone")), "train.batch=4"]) == 0, "which are as many examples"
+    alone = load_file(run.with_name("alone") / "result" / "pytorch_lora_weights.safetensors")
+    assert all(torch.allclose(left[key], alone[key], atol=1e-5) for key in left)
     launched("resume", str(run))
     assert store.get("killed").status().state == "done"
     resumed = load_file(run / "result" / "pytorch_lora_weights.safetensors")

@@ -65,6 +65,11 @@ def test_axes_that_are_none(word):
         axes.parse_axes([word])
 
 
+def test_an_axis_that_is_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="there is an axis seed already"):
+        axes.parse_axes(["seed=0", "seed=1"])
+
+
 def test_axis_values_are_read_as_yaml():
     assert axes.parse_axes(["learning_rate=1e-4,2", "data.flip=true,false", "model=[a b, 'c,d']"]) == {
         "learning_rate": [1e-4, 2],

@@ -120,9 +120,9 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_made(words, said
 def test_a_sweep_is_continued_with_what_it_began_with():
     assert main(["sweep", "vase.yaml", "--axis", "seed=0,1", "--id", "k", "--no-compare", "--retries", "5"]) == 0
     sweep = Run("runs/k")
-    assert executors.remembered(sweep) == Where(retries=5)
+    assert executors.remembered(sweep) == Where(retries=5, compare=False)
     assert main(["sweep", "k", "--no-compare", "--workers", "2"]) == 0
-    assert executors.remembered(sweep) == Where(retries=5, max_parallel=2)
+    assert executors.remembered(sweep) == Where(retries=5, max_parallel=2, compare=False)
     (sweep.folder / "executor.json").write_text("[")
     assert executors.remembered(sweep) == Where()
 

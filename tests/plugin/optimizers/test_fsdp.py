@@ -1,6 +1,8 @@
 """Factors that FSDP2 spreads over two processes: the step is that of one process with whole ones."""
 
 import itertools
+import os
+import socket
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, inject_adapter_in_model
 from schedulefree import AdamWScheduleFree
 from torch import nn
@@ -106,3 +110,40 @@ def test_factors_that_are_spread_take_the_step_of_whole_ones(maker, r, spread):
 def test_what_cannot_be_right_is_refused(spread):
     assert "is a DTensor, and the norm over all parameters needs whole ones" in spread["sharp"]
     assert "cannot bound a schedule-free step of factors that FSDP2 spreads" in spread["bounded, schedule-free"]
+
+
+def prepared(rank: int, maker: str, port: str, file: str) -> None:
+    """Accelerate's own FSDP2, which exchanges the parameters of an optimizer that is there already."""
+    launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
+    os.environ.update(launcher, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Tanh"]
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+    # It offers FSDP for accelerators alone; on the CPU it has to be told.
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    net = model(3)
+    net, optimizer = accelerator.prepare(net, MAKERS[maker](net))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        accelerator.backward(net(x[4 * rank : 4 * rank + 4]).square().mean())
+        optimizer.step()
+    found = [param.full_tensor() for param in net.parameters() if param.requires_grad]
+    if rank == 0:
+        torch.save(found, file)
+    accelerator.wait_for_everyone()
+    os._exit(0)  # the store's threads, taken down in an order of chance, may abort what has ended well
+
+
+@pytest.mark.parametrize("maker", ["scaled_adamw", "scaled and bounded", "attached"])
+def test_accelerate_spreads_what_an_optimizer_was_made_for(maker, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    file = str(tmp_path / "found.pt")
+    torch.multiprocessing.spawn(prepared, (maker, port, file), nprocs=2)
+    net = model(3)
+    for got, expected in zip(torch.load(file), trained(net, MAKERS[maker](net), None), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from equipoise import ScaledAdamW, ScaledGD, attach, scaled
+from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD, attach, scaled
 from equipoise.errors import InputError, PairingError
 from equipoise.optimizers import scaled as module
 from equipoise.optimizers.reference import ReferenceScaled
@@ -688,3 +689,23 @@ def test_the_examples_in_the_docstrings_run():
 def test_what_is_no_parameter_is_named(params):
     with pytest.raises(InputError, match=r"The parameters must be a model, tensors, .*, got ['3(]"):
         ScaledAdamW(params, lr=1)
+
+
+@pytest.mark.parametrize("given", ["model", "tensors", "named", "groups"])
+@pytest.mark.parametrize("make", [ScaledAdamW, BoundedAdamW, lambda params, lr: attach(AdamW(params, lr))])
+def test_partitions_that_take_the_place_of_factors_are_refused(make, given):
+    """As ZeRO's optimizers put one flat tensor into each group of the optimizer that they are given."""
+    net = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(6, 5)))
+    tensors = [param for param in net.parameters() if param.requires_grad]
+    named = [item for item in net.named_parameters() if item[1].requires_grad]
+    known = {"model": net, "tensors": tensors, "named": named, "groups": [{"params": tensors}]}
+    if given == "model" and make not in (ScaledAdamW, BoundedAdamW):
+        known["model"] = tensors
+    optimizer = make(known[given], 1e-2)
+    flat = nn.Parameter(torch.cat([param.detach().flatten() for param in tensors])[:10])
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    before = flat.detach().clone()
+    with pytest.raises(PairingError, match="were replaced by flattened or partitioned ones"):
+        optimizer.step()
+    assert torch.equal(flat, before)
