@@ -29,6 +29,7 @@ from equipoise.optimizers.checks import (
 )
 from equipoise.optimizers.pair_optimizer import unpack
 from equipoise.optimizers.preconditioner import chunk_entries
+from equipoise.pairs import is_dtensor
 
 Mask = Literal["async", "sync", "none"]
 Compensation = Literal["norm", "algorithm1", "none"]
@@ -163,7 +164,8 @@ class AlphaAdam(Optimizer):
             # Of a number torch would make a tensor for each count.
             torch._foreach_add_([state["step"] for state in states], [torch.ones(())] * len(states))
             plain = all(type(param) in (Tensor, nn.Parameter) for param in params)
-            update = _update_many if (plain if group["foreach"] is None else group["foreach"]) else _update_each
+            many = plain if group["foreach"] is None else group["foreach"] and not any(map(is_dtensor, params))
+            update = _update_many if many else _update_each
             options = {**group, "lr": rate(group)}
             for batch in batches(params, [float(state["step"]) for state in states], _ROWS):
                 taken = [params[i] for i in batch]

@@ -35,6 +35,7 @@ MAKERS = {
         torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2, foreach=True), net
     ),
     "scaled AlphaAdam": lambda net: scaled(AlphaAdam)(net, 1e-2),
+    "AlphaAdam, foreach": lambda net: AlphaAdam(net, 1e-2, foreach=True),
 }
 
 
