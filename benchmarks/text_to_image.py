@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="further rows")
     for hidden in ("--child", "--work", "--start", "--more"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--equal", action="store_true", help=argparse.SUPPRESS)
@@ -294,7 +295,8 @@ def main() -> None:
         from equipoise.pipelines import demo
 
         args.model = str(demo.base_folder())
-    names = ["script", "equipoise", *VARIANTS]
+    more = {name: VARIANTS[name] for name in args.variants}
+    names = ["script", "equipoise", *more]
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -311,7 +313,7 @@ def main() -> None:
     print("| | steps/s | steps per CPU s | first step, s | first step, CPU s | peak memory, MiB | final loss |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     middle = {name: [statistics.median(values) for values in zip(*rows, strict=True)] for name, rows in found.items()}
-    titles = ["train_text_to_image_lora.py", "equipoise train", *(f"the same, `{more}`" for more in VARIANTS.values())]
+    titles = ["train_text_to_image_lora.py", "equipoise train", *(f"the same, `{words}`" for words in more.values())]
     for name, title in zip(names, titles, strict=True):
         speed, per_cpu, first, first_cpu, peak, loss = middle[name]
         print(f"| {title} | {speed:.2f} | {per_cpu:.2f} | {first:.1f} | {first_cpu:.1f} | {peak:.0f} | {loss:.4f} |")

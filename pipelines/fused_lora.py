@@ -32,22 +32,30 @@ class FusedLinear(Linear):
     def _plain(self, x: Tensor, name: str) -> bool:
         if name not in self.lora_A or name in self.lora_variant or self.disable_adapters or self.merged:
             return False
-        base, down, up, dropout = self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return False
-        if up.bias is not None or (self.training and not isinstance(dropout, nn.Identity)):
+        if up.bias is not None or (self.training and type(self.lora_dropout[name]) is not nn.Identity):
             return False
+        weight, bias = base.weight, base.bias
         return (
-            all(type(layer) is nn.Linear and _bare(layer) for layer in (base, down, up))
-            and type(base.weight) is nn.Parameter  # torchao puts a kind of its own there
-            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-            and x.dtype == base.weight.dtype == down.weight.dtype == up.weight.dtype
+            _bare(base)
+            and _bare(down)
+            and _bare(up)
+            and type(weight) is nn.Parameter  # torchao puts a kind of its own there
+            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+            and x.dtype == weight.dtype == down.weight.dtype == up.weight.dtype
         )
 
 
 def _bare(layer: nn.Module) -> bool:
-    """Whether nobody has put anything around its forward pass, as offloading does."""
-    return "forward" not in layer.__dict__ and not (layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether it is torch's, and nobody has put anything around its forward pass, as offloading does."""
+    known = layer.__dict__
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in known
+        and not (known["_forward_hooks"] or known["_forward_pre_hooks"])
+    )
 
 
 class _Update(torch.autograd.Function):

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from statistics import median
 from typing import Any
 
@@ -149,7 +149,7 @@ class OptimizedWork:
                 optimizer.restore()
         started = self._now()
         if processes.count() > 1:  # each has its own random numbers until here
-            torch.manual_seed(mix(self.config.seed, step, "step"))
+            seed_all(mix(self.config.seed, step, "step"))
         logged |= self.objective.before_step()
         self.accelerator.unscale_gradients()
         logged |= self.gradients()
@@ -278,6 +278,19 @@ def number(value: float) -> float | None:
 def mix(*parts: object) -> int:
     """A seed from several numbers and words, well spread."""
     return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_all(number: int) -> None:
+    """torch.manual_seed. Where there is no accelerator, without the stack that torch keeps of every call for later."""
+    if _accelerated():
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
+
+
+@cache
+def _accelerated() -> bool:
+    return torch.accelerator.is_available()
 
 
 def place(position: int, count: int, seed: int) -> int:

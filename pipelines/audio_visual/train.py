@@ -35,7 +35,7 @@ from equipoise.pipelines.loop import EnoughError, train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
 from equipoise.pipelines.sections import ObjectiveSection
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, place
+from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
@@ -186,7 +186,7 @@ class AudioVisualWork(OptimizedWork):
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
         seed = mix(self.config.seed, step, micro, processes.rank())
-        torch.manual_seed(seed)  # for dropout, and for noise that an objective draws
+        seed_all(seed)  # for dropout, and for noise that an objective draws
         chosen, following = (self._chosen(step * train.accumulate + micro + ahead) for ahead in (0, 1))
         started = time.perf_counter()
         batch = self._augmented(self.batches["train"].get(chosen, following), torch.Generator().manual_seed(seed))

@@ -44,7 +44,7 @@ from equipoise.pipelines.loop import train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.run import Run
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number
+from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, seed_all
 
 _EVALUATED = 64  # held-out conversations behind "loss before" and "loss after"
 _MIXED = 50  # batches whose conversations are sorted by length together
@@ -152,7 +152,7 @@ class InstructionTuningWork(OptimizedWork):
 
     def evaluate(self, step: int, micro: int) -> Losses:
         own = [processes.rank()] if processes.rank() else []
-        torch.manual_seed(mix(self.config.seed, step, micro, *own))  # for dropout
+        seed_all(mix(self.config.seed, step, micro, *own))  # for dropout
         batch = self._batch(self._chosen(step * self.config.train.accumulate + micro))
         self.model.train()
         last = micro == self.config.train.accumulate - 1

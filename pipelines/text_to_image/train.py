@@ -33,7 +33,7 @@ from equipoise.pipelines.text_to_image.inversion import fresh_rows, taught, writ
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number
+from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, seed_all
 
 _PLAIN = DataSection()  # class pictures' captions are read as they are
 _RECENT = 20  # steps over which a loss has to be high for a run to be given up
@@ -185,7 +185,7 @@ class TextToImageWork(OptimizedWork):
             if not part.training:  # telling all its modules takes as long as many a step's arithmetic
                 part.train()
         generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro, 0))
-        torch.manual_seed(mix(self.config.seed, step, micro, processes.rank()))  # for dropout
+        seed_all(mix(self.config.seed, step, micro, processes.rank()))  # for dropout
         number = step * self.config.train.accumulate + micro
         loss = self._drawn(self.own, number, generator, self.config.data)
         if self.prior:

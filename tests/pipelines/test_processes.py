@@ -24,7 +24,8 @@ from equipoise.pipelines.store import Store
 
 STEPS, BATCH = 4, 8
 METHODS = [
-    *((name, "joint") for name in ("sgd", "adamw", "scaled_adamw", "bounded_adamw", "alpha_adam", "ada_sam", "sam")),
+    *((name, "joint") for name in ("sgd", "adamw", "scaled_gd", "scaled_adamw", "bounded_adamw", "alpha_adam")),
+    *((name, "joint") for name in ("ada_sam", "sam")),
     *(("sgd", e.name) for e in registry.entries("objectives") if e.distribution == "equipoise"),
 ]
 NOISY = ("sgd", "noisy")  # draws random numbers in its step
