@@ -180,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.busy:
         return busy(Path(args.busy), args.queued, args.finishing)
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder, "runs").resolve()
         site = store(root, args.runs, args.steps)
         now = site.store.create(configs.load("text_to_image/demo", [f"runs={root}"]), id="now")  # at work all along
