@@ -33,7 +33,7 @@ class FusedLinear(Linear):
         if name not in self.lora_A or name in self.lora_variant or self.disable_adapters or self.merged:
             return False
         base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return False
         if up.bias is not None or (self.training and type(self.lora_dropout[name]) is not nn.Identity):
             return False

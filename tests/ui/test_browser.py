@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,17 @@ def _file(folder: Path, text: str) -> Path:
     return folder / "mine.yaml"
 
 
+def only(page, words: str) -> None:
+    """Filters the table to one run: again until the page hears it, which draws its boxes before it listens to them."""
+    rows = page.locator("#runs-table tbody tr")
+    for _ in range(10):
+        page.get_by_label("Filter").fill("")
+        page.get_by_label("Filter").fill(words)
+        with suppress(AssertionError):
+            return expect(rows).to_have_count(1, timeout=10_000)
+    expect(rows).to_have_count(1)
+
+
 def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, look):
     for index in range(299):
         shutil.copytree(run.folder, site.store.root / f"old-{index:03d}")
@@ -306,8 +318,7 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         shoot(page, f"launch-{width}")
         tab(page, "Runs")
         expect(page.locator("#runs-table tbody tr")).to_have_count(301)
-        page.get_by_label("Filter").fill("grid")
-        expect(page.locator("#runs-table tbody tr")).to_have_count(1)
+        only(page, "grid")
         page.locator("#runs-table").get_by_role("button", name="grid").focus()
         page.keyboard.press("Enter")
         expect(page.locator("#run-head h3")).to_contain_text("grid")
