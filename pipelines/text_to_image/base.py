@@ -300,7 +300,7 @@ def load_base(model: ModelSection, precision: str) -> Base:
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
-            frozen.to(device, memory_format=torch.channels_last)  # of convolutions: a tenth faster
+            frozen.to(device, memory_format=torch.channels_last)  # faster convolutions
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
     _loaded[key] = base
     return base
