@@ -22,7 +22,7 @@ def base_folder() -> Path:
 
 def pictures_folder(runs: Path) -> Path:
     """Six drawn, captioned pictures of the object, written below the runs folder once, whoever else wants them too."""
-    return _once(runs / ".demo" / "object", _whole, _draw)
+    return once(runs / ".demo" / "object", _whole, _draw)
 
 
 def questions_file(runs: Path) -> Path:
@@ -36,10 +36,10 @@ def questions_file(runs: Path) -> Path:
 
         write_questions(folder, QUESTIONS, seed=2024)
 
-    return _once(runs / ".demo" / "questions", whole, make) / "questions.jsonl"
+    return once(runs / ".demo" / "questions", whole, make) / "questions.jsonl"
 
 
-def _once(folder: Path, whole: Callable[[Path], bool], make: Callable[[Path], object]) -> Path:
+def once(folder: Path, whole: Callable[[Path], bool], make: Callable[[Path], object]) -> Path:
     """A folder that is filled the first time, whoever else wants it at the same time."""
     if whole(folder):
         return folder

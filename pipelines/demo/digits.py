@@ -6,11 +6,9 @@ takes many more steps to learn. Everything comes from one seed; files are ordina
 """
 
 import csv
-import fcntl
-import shutil
 from pathlib import Path
 
-from equipoise.pipelines.files import explained
+from equipoise.pipelines.demo import once
 
 CLASSES = 10
 CLIPS = {"train": 800, "val": 200, "test": 600}
@@ -22,22 +20,7 @@ _VERSION = 3
 def manifest(runs: Path) -> Path:
     """The manifest of the set, drawn below the runs folder once, whoever else wants it too."""
     folder = runs / ".demo" / f"digits-{_VERSION}"
-    file = folder / "manifest.csv"
-    if not file.is_file():
-        with explained(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.parent / "digits.lock", "wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not file.is_file():  # else another process has just drawn it
-                    new = folder.with_name(f"{folder.name}.new")
-                    for leftover in (new, folder):
-                        shutil.rmtree(leftover, ignore_errors=True)
-                    try:
-                        write(new)
-                        new.rename(folder)
-                    finally:
-                        shutil.rmtree(new, ignore_errors=True)
-    return file
+    return once(folder, lambda made: (made / "manifest.csv").is_file(), write) / "manifest.csv"
 
 
 def write(folder: Path, seed: int = 0) -> None:
