@@ -23,39 +23,44 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_adapters
-        if args or kwargs or len(names) != 1 or not self._plain(x, names[0]):
+        if args or kwargs or len(names) != 1 or (tensors := self._plain(x, names[0])) is None:
             return super().forward(x, *args, **kwargs)
-        base, (name,) = self.base_layer, names
-        factors = self.lora_A[name].weight, self.lora_B[name].weight
-        return _Update.apply(x, base.weight, base.bias, *factors, self.scaling[name])
+        return _Update.apply(x, *tensors, self.scaling[names[0]])
 
-    def _plain(self, x: Tensor, name: str) -> bool:
-        if name not in self.lora_A or name in self.lora_variant or self.disable_adapters or self.merged:
-            return False
-        base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
-        if x.is_meta or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            return False
-        if up.bias is not None or (self.training and type(self.lora_dropout[name]) is not nn.Identity):
-            return False
-        weight, bias = base.weight, base.bias
-        return (
-            _bare(base)
-            and _bare(down)
-            and _bare(up)
-            and type(weight) is nn.Parameter  # torchao puts a kind of its own there
-            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
-            and x.dtype == weight.dtype == down.weight.dtype == up.weight.dtype
+    def _plain(self, x: Tensor, name: str) -> tuple[Tensor | None, ...] | None:
+        """W, b, A and B, if nothing but they is asked for. Looked up in the modules' own tables, at each call: through
+        attributes it takes as long as a small layer's product."""
+        parts = self._modules
+        base, down, up = (
+            _own(layer)
+            for layer in (parts["base_layer"], parts["lora_A"]._modules.get(name), parts["lora_B"]._modules.get(name))
         )
+        if base is None or down is None or up is None:
+            return None
+        if name in self.lora_variant or self.disable_adapters or self.merged:
+            return None
+        if x.is_meta or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if self.training and type(parts["lora_dropout"]._modules[name]) is not nn.Identity:
+            return None
+        W, b, A, B = base["weight"], base["bias"], down["weight"], up["weight"]
+        fits = (
+            up["bias"] is None
+            and type(W) is nn.Parameter  # torchao puts a kind of its own there
+            and not (W.requires_grad or (b is not None and b.requires_grad))
+            and x.dtype == W.dtype == A.dtype == B.dtype
+        )
+        return (W, b, A, B) if fits else None
 
 
-def _bare(layer: nn.Module) -> bool:
-    """Whether it is torch's, and nobody has put anything around its forward pass, as offloading does."""
+def _own(layer: nn.Module | None) -> dict[str, Any] | None:
+    """The parameters of torch's own layer, if nobody has put anything around its forward pass, as offloading does."""
+    if type(layer) is not nn.Linear:
+        return None
     known = layer.__dict__
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in known
-        and not (known["_forward_hooks"] or known["_forward_pre_hooks"])
-    )
+    if "forward" in known or known["_forward_hooks"] or known["_forward_pre_hooks"]:
+        return None
+    return known["_parameters"]
 
 
 class _Update(torch.autograd.Function):
@@ -71,8 +76,10 @@ class _Update(torch.autograd.Function):
     ) -> Tensor:  # (…, m)
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ A.mT
+        if s != 1:
+            inner *= s
         y = rows @ W.mT if b is None else torch.addmm(b, rows, W.mT)
-        y.addmm_(inner, B.mT, alpha=s)
+        y.addmm_(inner, B.mT)
         ctx.save_for_backward(rows, inner, W, A, B)
         ctx.s = s
         return y.view(*x.shape[:-1], W.shape[0])
@@ -83,8 +90,10 @@ class _Update(torch.autograd.Function):
         rows, inner, W, A, B = ctx.saved_tensors
         grad = grads[0].reshape(-1, W.shape[0])
         back = grad @ B  # (k, r)
+        if ctx.s != 1:
+            back *= ctx.s
         wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
-        dx = (grad @ W).addmm_(back, A, alpha=ctx.s).view(*grads[0].shape[:-1], W.shape[1]) if wants_x else None
-        dA = (back.mT @ rows).mul_(ctx.s) if wants_A else None
-        dB = (grad.mT @ inner).mul_(ctx.s) if wants_B else None
+        dx = (grad @ W).addmm_(back, A).view(*grads[0].shape[:-1], W.shape[1]) if wants_x else None
+        dA = back.mT @ rows if wants_A else None
+        dB = grad.mT @ inner if wants_B else None
         return dx, None, None, dA, dB, None

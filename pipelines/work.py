@@ -66,13 +66,12 @@ class OptimizedWork:
         if optimizer is AdamW:
             optimizer = FusedAdamW
         try:
-            made = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
+            self.optimizer = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer.name: {chosen.name} does not take these {self.tensors}: {error}") from error
-        # Stepped once per optimizer step, also where a scaler skipped that one: not accelerate's wrapper. Before the
-        # optimizer is prepared, for accelerate puts back, after each scaled step, the `step` that it found.
-        self.schedule = make_schedule(config.schedule, made, config.train.steps)
-        self.optimizer = accelerator.prepare_optimizer(made)
+        # Neither is accelerate's: its schedule stays behind where a scaler skips a step, and its optimizer looks for
+        # the files of a package twice a step.
+        self.schedule = make_schedule(config.schedule, self.optimizer, config.train.steps)
         self.objective = registry.load("objectives", config.objective.name)(**config.objective.options)
         self.objective.bind(encoders or {})
         self.coordinator = registry.load("coordinators", config.coordinator.name)(**config.coordinator.options)
@@ -129,16 +128,16 @@ class OptimizedWork:
     def sample(self, step: int) -> None: ...
 
     def step(self, step: int) -> dict[str, float]:
-        components = list(dict.fromkeys(group["component"] for group in self.optimizer.param_groups))
+        optimizer, scaler = self.optimizer, self.accelerator.scaler
+        components = list(dict.fromkeys(group["component"] for group in optimizer.param_groups))
         factors, more = self.coordinator.factors(components), self.objective.factors(components)
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+        for group, rate in zip(optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate * factors[group["component"]] * more.get(group["component"], 1.0)
         self.balancing = 0.0
         values, logged = self._evaluate_all(step)
         if not all(map(finite, values.values())):
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             raise NonFiniteError("the loss was not finite")
-        optimizer = self.optimizer.optimizer
         if hasattr(optimizer, "perturb") and optimizer.perturb():  # it wants the gradient at another point too
             objective, self.objective = self.objective, copy.copy(self.objective)  # what it hears there is not counted
             try:
@@ -151,27 +150,34 @@ class OptimizedWork:
         if processes.count() > 1:  # each has its own random numbers until here
             seed_all(mix(self.config.seed, step, "step"))
         logged |= self.objective.before_step()
-        self.accelerator.unscale_gradients()
+        if scaler:
+            scaler.unscale_(optimizer)
         logged |= self.gradients()
-        # not accelerate's, which would divide by the scaler's factor again, and the scaler refuses
-        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.config.train.clip or torch.inf))
-        if not finite(norm) and self.accelerator.scaler is None:  # with a scaler, it skips the step by itself
-            self.optimizer.zero_grad()
+        length = torch.nn.utils.get_total_norm(t.grad for t in self.named.values() if t.grad is not None)
+        norm, clip = float(length), self.config.train.clip
+        if not finite(norm) and scaler is None:  # with a scaler, it skips the step by itself
+            optimizer.zero_grad()
             raise NonFiniteError("the gradient was not finite")
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(self.named.values(), clip, length)
         self.balancing += self._now() - started
         torch._foreach_copy_(self.good, [tensor.detach() for tensor in self.kept.values()])
         started = self._now()
-        self.optimizer.step()
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
         self.balancing += self._now() - started
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         processes.average([t for name, t in self.kept.items() if name not in self.named and t.is_floating_point()])
         values |= {"gradient_norm": norm}
         if alphas := getattr(optimizer, "alphas", None):  # of AlphaAdam and its like, a number for each tensor
             values["alpha"] = median(alphas.values())
         values |= {name: float(value) for name, value in logged.items() if name not in values}
-        values["rate"] = self.optimizer.param_groups[0]["lr"]
+        values["rate"] = optimizer.param_groups[0]["lr"]
         if len(components) > 1:
-            values |= {f"rate_{group['component']}": group["lr"] for group in self.optimizer.param_groups}
+            values |= {f"rate_{group['component']}": group["lr"] for group in optimizer.param_groups}
         values |= self.after_step(step)
         self.schedule.step()
         return values

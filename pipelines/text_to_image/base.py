@@ -20,6 +20,7 @@ import diffusers
 import torch
 from accelerate.state import PartialState
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -304,6 +305,15 @@ def load_base(model: ModelSection, precision: str) -> Base:
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
     _loaded[key] = base
     return base
+
+
+def begin_training(part: torch.nn.Module) -> None:
+    """Training mode, except for residual blocks that drop nothing out: in it they copy what they get into another
+    order of channels, which convolutions then copy back."""
+    part.train()
+    for block in part.modules():
+        if isinstance(block, ResnetBlock2D) and not block.dropout.p:
+            block.training = False
 
 
 def _quantized(kind: Family, model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from equipoise.pipelines import demo, processes
 from equipoise.pipelines.loop import DivergedError, train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.run import Run
-from equipoise.pipelines.text_to_image.base import Base, Latents, load_base
+from equipoise.pipelines.text_to_image.base import Base, Latents, begin_training, load_base
 from equipoise.pipelines.text_to_image.buckets import Batches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
@@ -183,7 +183,7 @@ class TextToImageWork(OptimizedWork):
     def evaluate(self, step: int, micro: int) -> Losses:
         for part in self.parts.values():
             if not part.training:  # telling all its modules takes as long as many a step's arithmetic
-                part.train()
+                begin_training(part)
         generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro, 0))
         seed_all(mix(self.config.seed, step, micro, processes.rank()))  # for dropout
         number = step * self.config.train.accumulate + micro
@@ -289,7 +289,7 @@ class TextToImageWork(OptimizedWork):
     def save_result(self, facts: dict[str, Any]) -> None:
         """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
         described = facts_of(self.config, len(self.captions)) | facts
-        fallbacks = getattr(self.optimizer.optimizer, "fallbacks", None)
+        fallbacks = getattr(self.optimizer, "fallbacks", None)
         more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
         if self.word:
             write_word(self.run.folder / "result", self.config.token.name or "", self.word)
