@@ -38,7 +38,14 @@ from equipoise.pipelines.run import memory_full
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection, NoiseSection
 from equipoise.pipelines.text_to_image.families import Family, family, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Noise, load_scheduler, make_noise, scheduler_with
-from equipoise.pipelines.text_to_image.formats import ADAPTER, Factors, factors_of, read_lora
+from equipoise.pipelines.text_to_image.formats import (
+    ADAPTER,
+    Factors,
+    factors_of,
+    proportions_of,
+    read_lora,
+    sizes_for_comfyui,
+)
 from equipoise.pipelines.text_to_image.layout import (
     encoders_of,
     is_local,
@@ -179,6 +186,9 @@ class Base:
                 layers = _layers(part)
                 if wrong := unmatched(targets, layers, key):
                     raise InputError("\n".join(wrong))
+                for layer, module in part.named_modules():
+                    if named_by(targets, layer) and layer not in layers:
+                        raise InputError(f"{key}: they name {layer} too, a {type(module).__name__} without weights.")
                 ranks = _own_ranks(lora, name, [layer for layer in layers if named_by(targets, layer)])
                 unused -= {pattern for pattern, _ in ranks.values()}
                 pattern = {f"^{re.escape(layer)}": rank for layer, (_, rank) in ranks.items()}
@@ -240,6 +250,10 @@ class Base:
                             f"{tuple(ours.shape)}. The file is for another base."
                         )
                     ours.copy_(theirs.view_as(ours))
+            for name, part in parts.items() if sizes_for_comfyui(Path(lora.start or "")) else ():
+                for layer, proportions in proportions_of(name, part).items():
+                    if layer in given:
+                        places[layer].magnitude.div_(proportions.view_as(places[layer].magnitude))
 
     def restore(self, part: torch.nn.Module) -> None:
         """Takes every LoRA layer off again: the base's own weights were never touched."""

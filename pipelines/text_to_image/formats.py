@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from equipoise.pipelines.text_to_image.factors import Factors, halves_exchanged,
 from equipoise.pipelines.text_to_image.families import FORMATS, family
 
 ADAPTER = "default"  # peft's name for the one that is trained
+COMFYUI_SIZES = "comfyui_sizes"  # in our metadata: the sizes of DoRA are times `proportions_of`
 
 _ENDS = {  # of a tensor's name → what it is, in all formats, and in files that diffusers' own scripts write
     ".lora_A.weight": "down",
@@ -39,6 +41,7 @@ _ENDS = {  # of a tensor's name → what it is, in all formats, and in files tha
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
     ".lora_magnitude_vector": "magnitude",  # DoRA's, in diffusers' files
+    ".lora_magnitude_vector.weight": "magnitude",  # the same: what diffusers finds of a text encoder's
     ".dora_scale": "magnitude",  # in the others, (m, 1…)
 }
 
@@ -77,6 +80,21 @@ def factors_of(part: str, model: torch.nn.Module) -> dict[str, Factors]:
     }
 
 
+def proportions_of(part: str, model: torch.nn.Module) -> dict[str, Tensor]:
+    """‖W‖ / ‖W + α/r·BA‖ (m,) of the rows of each layer with sizes of DoRA, by the layers' names in diffusers.
+
+    DoRA's size is that of a row of W + α/r·BA. ComfyUI divides by ‖W‖ in its place (`weight_decompose` in its
+    comfy/weight_adapter/base.py, as of 0.3.75): times this, the size gives there what it gives here.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_magnitude_vector:
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            whole = weight + layer.get_delta_weight(ADAPTER)
+            found[canonical(part, name)] = weight.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
+    return found
+
+
 def write_lora(
     path: Path,
     format: str,  # one of FORMATS
@@ -96,7 +114,8 @@ def write_lora(
     for name, factors in _named(format, layers, shape).items():
         tensors |= {name + down: factors.down, name + up: factors.up}
         if factors.magnitude is not None and format == "diffusers":
-            tensors[f"{name}.lora_magnitude_vector"] = factors.magnitude
+            end = ".weight" if name.startswith("text_encoder") else ""
+            tensors[f"{name}.lora_magnitude_vector{end}"] = factors.magnitude
         elif factors.magnitude is not None:
             tensors[f"{name}.dora_scale"] = factors.magnitude.reshape(-1, *[1] * (factors.down.ndim - 1))
         if format != "diffusers":
@@ -135,6 +154,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Raises InputError if the file is no safetensors file."""
     with opened(path) as file:
         return file.metadata() or {}
+
+
+def sizes_for_comfyui(file: Path) -> bool:
+    """Whether the sizes of DoRA in a LoRA file are those that ComfyUI wants, written by `export`."""
+    try:
+        return bool(json.loads(read_metadata(file).get("equipoise", "{}")).get(COMFYUI_SIZES))
+    except (ValueError, AttributeError, RecursionError):  # another program's
+        return False
 
 
 def layer_names(path: Path) -> set[str]:

@@ -4,22 +4,28 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 import json
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.checkpoints import save_tensors
+from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats import (
     ADAPTER,
+    COMFYUI_SIZES,
     Factors,
     factors_of,
     layer_names,
+    opened,
+    proportions_of,
     read_lora,
     read_metadata,
     write_lora,
@@ -27,6 +33,7 @@ from equipoise.pipelines.text_to_image.formats import (
 from equipoise.pipelines.text_to_image.layout import is_local, model_source
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+_PROPORTIONS = "dora_proportions.safetensors"  # see `proportions_of`
 
 
 def facts_of(config: TextToImageConfig, pictures: int) -> dict[str, Any]:
@@ -67,15 +74,17 @@ def write_result(
     described: dict[str, Any],  # goes into both files
     more: dict[str, Any],  # goes into result.json alone
 ) -> None:
-    """Writes pytorch_lora_weights.safetensors with its metadata, and result.json.
+    """Writes pytorch_lora_weights.safetensors with its metadata, what DoRA's sizes become for ComfyUI, and result.json.
 
     Raises:
         InputError: they cannot be written (a full disk, say); an earlier result is untouched.
     """
     layers: dict[str, Factors] = {}
     adapters: dict[str, Any] = {}
+    proportions: dict[str, Tensor] = {}
     for name, part in parts.items():
         layers |= factors_of(name, part)
+        proportions |= proportions_of(name, part)
         settings = part.peft_config[ADAPTER].to_dict()
         adapters |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
     metadata = {
@@ -84,11 +93,16 @@ def write_result(
         "equipoise": json.dumps(described | {"shape": shape}),
     }
     write_lora(folder / LORA_FILE, "diffusers", layers, shape, metadata)
+    if proportions:
+        with explained(folder / _PROPORTIONS):
+            save_tensors(folder / _PROPORTIONS, proportions)
     write_atomic(folder / "result.json", json.dumps(described | more, indent=1) + "\n")
 
 
 def export(result: Path, format: str, output: Path) -> None:
     """Writes a run's LoRA file anew under another app's names: the same factors to the bit, the true α.
+
+    DoRA's sizes are those that give the same weights there: ComfyUI's are others, and kohya's scripts know none.
 
     Args:
         result: the run's result/.
@@ -105,27 +119,49 @@ def export(result: Path, format: str, output: Path) -> None:
     described = json.loads(metadata["equipoise"])
     shape = described["shape"]
     layers = read_lora(source, layer_names(source), shape)
+    sized = any(factors.magnitude is not None for factors in layers.values())
+    if sized and format == "comfyui":
+        layers, described = _sized(layers, result / _PROPORTIONS), described | {COMFYUI_SIZES: True}
     if format != "diffusers":
-        metadata = _elsewhere(described, output.stem) | {"equipoise": metadata["equipoise"]}
+        metadata = _elsewhere(described, layers, output.stem) | {"equipoise": json.dumps(described)}
     write_lora(output, format, layers, shape, metadata)
+    if sized and format == "kohya":
+        print("kohya's own scripts leave DoRA's sizes out. For ComfyUI, give --format comfyui.", file=sys.stderr)
 
 
-def _elsewhere(described: Mapping[str, Any], name: str) -> dict[str, str]:
+def _sized(layers: Mapping[str, Factors], file: Path) -> dict[str, Factors]:
+    """With the sizes that ComfyUI makes the same weights of."""
+    if not file.is_file():
+        raise InputError(f"--format: comfyui needs {file}, which earlier versions did not write. Give diffusers.")
+    with opened(file) as proportions:
+        return {
+            name: factors if factors.magnitude is None else factors.sized(proportions.get_tensor(name))
+            for name, factors in layers.items()
+        }
+
+
+def _elsewhere(described: Mapping[str, Any], layers: Mapping[str, Factors], name: str) -> dict[str, str]:
     """What kohya's scripts and Stability's ModelSpec call the same facts; ComfyUI's and other apps' menus show them."""
     kind = family(described["shape"]["family"])
     kohya, stability = kind.versions(described["shape"])
     known = described.get  # an earlier version's results tell less
     side, noise = known("resolution"), known("noise") or {}
+    answer = known("prediction") or noise.get("prediction")
+    if answer == "v_prediction":
+        stability = stability.replace("v2-512", "v2-768-v")
+    # α as the tensors have it, by which rsLoRA's factors too are divided by the rank
+    alpha = next((f.alpha for f in layers.values() if f.rank == described["rank"]), described["alpha"])
     facts = {
         "ss_output_name": name,
         "ss_network_module": kind.network,
         "ss_noise_offset": noise.get("offset"),
         "ss_min_snr_gamma": noise.get("snr_gamma"),
         "ss_zero_terminal_snr": noise.get("zero_terminal_snr"),
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(answer := noise.get("prediction"), answer),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(answer, answer),
         "ss_network_dim": described["rank"],
-        "ss_network_alpha": described["alpha"],
+        "ss_network_alpha": alpha,
         "ss_base_model_version": kohya,
+        "ss_v2": kohya == "sd_v2",  # A1111 and kohya's merging tell 1.x from 2.x by it
         "ss_sd_model_name": described["base"],
         "ss_optimizer": described["optimizer"],
         "ss_learning_rate": described["learning_rate"],

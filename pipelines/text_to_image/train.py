@@ -82,6 +82,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
                     "loss_before": number(before),
                     "loss_after": number(work.evaluation_loss()),
                     "seconds": time.perf_counter() - started,
+                    "prediction": getattr(work.noise, "prediction", None),
                 }
                 work.save_result(facts)
             if not run.sweep:  # the comparison of a sweep draws its cells' samples

@@ -144,6 +144,7 @@ def test_alpha_and_what_is_known_stand_in_the_files(tuned, checkpoint, tmp_path)
         assert known["ss_network_dim"] == "4" and known["ss_network_alpha"] == "2.0"
         assert known["modelspec.trigger_phrase"] == "a photo of sks object"
         assert known["modelspec.architecture"] == "stable-diffusion-v1/lora"
+        assert known["ss_v2"] == "False" and known["modelspec.prediction_type"] == "epsilon"
         assert known["ss_steps"] == known["ss_max_train_steps"] == "3" and known["ss_optimizer"] == "adamw"
         assert known["ss_resolution"] == "(32, 32)" and known["ss_num_train_images"] == "6"
         assert known["ss_sd_model_name"] == checkpoint.name, "not where it lies on this machine"
@@ -194,6 +195,7 @@ def test_going_on_from_a_file_trains_from_there(tuned, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (["lora.targets=[to_q, '0']"], "lora.targets: they name down_blocks.0 too, a CrossAttnDownBlock2D without"),
         (["lora.rank=8"], "has rank 4, but lora.rank is 8 and lora.alpha 2. Set them to the file's."),
         (["lora.alpha=4"], "has alpha 2, but lora.rank is 4 and lora.alpha 4. Set them to the file's."),
         (["lora.targets=[to_q]"], "are no LoRA factors of layers that are tuned here. Are lora.targets the file's?"),
