@@ -354,7 +354,9 @@ def report(arguments: argparse.Namespace) -> None:
             row = [f"{statistics.median(losses(name, rate)):.3g}" if losses(name, rate) else "" for rate in rates]
             points = [Point(rate, score(name, rate)) for rate in tried(name)]
             usable = usable_range(points, line) if line is not None else None
-            print(f"| {name} | " + " | ".join(row) + f" | {usable or 'none'} |")
+            own = {key[2] for key in mine if key[0] == name}
+            fewer = f", {len(own)} seed(s)" if len(own) < len(seeds) else ""
+            print(f"| {name}{fewer} | " + " | ".join(row) + f" | {usable or 'none'} |")
 
 
 def main() -> None:

@@ -53,6 +53,7 @@ def test_it_is_the_same_layer(shape, wanted, bias, calls):
     for expected, got in zip(passed(net, x), passed(fused, x), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert len(calls) == 1
+    assert all(p.grad.is_contiguous() for p in fused.parameters() if p.requires_grad), "as optimizers want them"
 
 
 def test_its_gradients_are_those_of_its_values():
