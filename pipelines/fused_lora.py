@@ -10,6 +10,8 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def fuse(model: nn.Module) -> None:
     """Lets every LoRA layer on a plain linear one work so, whenever what it is asked for allows it."""
@@ -19,13 +21,17 @@ def fuse(model: nn.Module) -> None:
 
 
 class FusedLinear(Linear):
-    """peft's layer, which does itself whatever is not one adapter without dropout on a frozen weight in one dtype."""
+    """peft's layer, which does itself whatever is not one adapter without dropout on a frozen weight in one dtype.
+
+    It is differentiated once, backwards; not by `torch.func`, nor twice.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_adapters
         if args or kwargs or len(names) != 1 or (tensors := self._plain(x, names[0])) is None:
             return super().forward(x, *args, **kwargs)
-        return _Update.apply(x, *tensors, self.scaling[names[0]])
+        y = _Update.apply(x.reshape(-1, x.shape[-1]), *tensors, self.scaling[names[0]])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _plain(self, x: Tensor, name: str) -> tuple[Tensor | None, ...] | None:
         """W, b, A and B, if nothing but they is asked for. Looked up in the modules' own tables, at each call: through
@@ -58,7 +64,7 @@ def _own(layer: nn.Module | None) -> dict[str, Any] | None:
     if type(layer) is not nn.Linear:
         return None
     known = layer.__dict__
-    if "forward" in known or known["_forward_hooks"] or known["_forward_pre_hooks"]:
+    if "forward" in known or any(known[kind] for kind in _HOOKS):
         return None
     return known["_parameters"]
 
@@ -67,14 +73,13 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (…, n)
+        rows: Tensor,  # (k, n)
         W: Tensor,  # (m, n), frozen
         b: Tensor | None,  # (m,)
         A: Tensor,  # (r, n)
         B: Tensor,  # (m, r)
         s: float,
-    ) -> Tensor:  # (…, m)
-        rows = x.reshape(-1, x.shape[-1])
+    ) -> Tensor:  # (k, m)
         inner = rows @ A.mT
         if s != 1:
             inner *= s
@@ -82,19 +87,19 @@ class _Update(torch.autograd.Function):
         y.addmm_(inner, B.mT)
         ctx.save_for_backward(rows, inner, W, A, B)
         ctx.s = s
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, W, A, B = ctx.saved_tensors
-        grad = grads[0].reshape(-1, W.shape[0])
+        (grad,) = grads
         # products of few rows: those of few columns take MKL three times as long
         back = B.mT @ grad.mT  # (r, k)
         if ctx.s != 1:
             back *= ctx.s
         wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
-        dx = (grad @ W).addmm_(back.mT, A).view(*grads[0].shape[:-1], W.shape[1]) if wants_x else None
+        dx = (grad @ W).addmm_(back.mT, A) if wants_x else None
         dA = back @ rows if wants_A else None
         dB = (inner.mT @ grad).mT if wants_B else None
         return dx, None, None, dA, dB, None

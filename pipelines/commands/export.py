@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = find(args.run, args.runs, (*TOP, "cell"))
+    found = find(args.run, args.runs, TOP if args.run == "latest" else (*TOP, "cell"))
     if found.status().kind == "sweep":
         raise InputError(f"{found.id} is a sweep, and one of its cells is wanted. `equipoise runs --all` lists them.")
     config = found.config()

@@ -175,7 +175,8 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
     if outcome.state == "stopped":
         print(f"`{command} resume {ref}` continues it.")
     elif any(made.result.iterdir()):
-        print(f"  result:  {next(made.result.glob('*.safetensors'), made.result)}")
+        weights = list(made.result.glob("*.safetensors"))
+        print(f"  result:  {weights[0] if len(weights) == 1 else made.result}")
         if pipeline.loading:
             print(f"  load it: {pipeline.loading.format(folder=str(made.result))}")
         if pipeline.compare.__func__ is not Pipeline.compare.__func__:

@@ -25,7 +25,7 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -47,6 +47,7 @@ from equipoise.pipelines.text_to_image.formats import (
     sizes_for_comfyui,
 )
 from equipoise.pipelines.text_to_image.layout import (
+    encoder_problems,
     encoders_of,
     is_local,
     model_problems,
@@ -184,11 +185,12 @@ class Base:
                 key = "lora.targets" if name == own else "lora.text_encoder_targets"
                 targets = lora.targets or self.family.targets if name == own else lora.text_encoder_targets
                 layers = _layers(part)
-                if wrong := unmatched(targets, layers, key):
+                if wrong := unmatched(targets, layers, key) if name == own else encoder_problems(targets, layers):
                     raise InputError("\n".join(wrong))
                 for layer, module in part.named_modules():
                     if named_by(targets, layer) and layer not in layers:
-                        raise InputError(f"{key}: they name {layer} too, a {type(module).__name__} without weights.")
+                        what = f"a {type(module).__name__}, which factors cannot be added to"
+                        raise InputError(f"{key}: they name {layer} too, {what}. Write out more of the names.")
                 ranks = _own_ranks(lora, name, [layer for layer in layers if named_by(targets, layer)])
                 unused -= {pattern for pattern, _ in ranks.values()}
                 pattern = {f"^{re.escape(layer)}": rank for layer, (_, rank) in ranks.items()}
@@ -240,7 +242,9 @@ class Base:
                 own = places[layer]
                 pairs = [(own.down, factors.down), (own.up, factors.up)]
                 if (own.magnitude is None) != (factors.magnitude is None):
-                    raise InputError(f"lora.start: {lora.start}: only one of it and lora.dora is of DoRA.")
+                    what = "no sizes of DoRA" if lora.dora else "sizes of DoRA"
+                    wanted = str(not lora.dora).lower()
+                    raise InputError(f"lora.start: {lora.start} has {what}. Set lora.dora={wanted}.")
                 if own.magnitude is not None:
                     pairs.append((own.magnitude, factors.magnitude))
                 for ours, theirs in pairs:
@@ -253,7 +257,9 @@ class Base:
             for name, part in parts.items() if sizes_for_comfyui(Path(lora.start or "")) else ():
                 for layer, proportions in proportions_of(name, part).items():
                     if layer in given:
-                        places[layer].magnitude.div_(proportions.view_as(places[layer].magnitude))
+                        own = places[layer].magnitude
+                        own.copy_(self.family.comfyui_rows(layer, self.shape, own.flatten()).view_as(own))
+                        own.div_(proportions.view_as(own))
 
     def restore(self, part: torch.nn.Module) -> None:
         """Takes every LoRA layer off again: the base's own weights were never touched."""
@@ -353,7 +359,8 @@ def _own_ranks(lora: LoraSection, part: str, layers: Sequence[str]) -> dict[str,
 
 def _layers(part: torch.nn.Module) -> list[str]:
     """The names of the layers with a matrix or a kernel, which factors can be added to."""
-    return [name for name, module in part.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) > 1]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [name for name, module in part.named_modules() if isinstance(module, kinds)]
 
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from equipoise.pipelines import demo
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
@@ -33,6 +34,8 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
     result = run / "result"
     described: dict[str, Any] = json.loads(read_metadata(result / LORA_FILE)["equipoise"])
     kind, base = family(described["shape"]["family"]), described["base"]
+    own = config.model.path == demo.NAME
+    source = "demo.base_folder()" if own else f'"{base}"'
     shown = _pictures(run, config)
     prompt = described["trigger"] or (config.samples.prompts or ["…"])[0]
     header = ModelCardData(
@@ -51,8 +54,9 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
         *([f"**Trigger words**: `{described['trigger']}`\n"] if described["trigger"] else []),
         "## Use\n",
         "```python",
-        f"import torch\nfrom diffusers import {kind.pipeline}\n",
-        f'pipe = {kind.pipeline}.from_pretrained("{base}", dtype=torch.float32)',
+        f"import torch\nfrom diffusers import {kind.pipeline}",
+        *(["from equipoise.pipelines import demo"] if own else []),
+        f"\npipe = {kind.pipeline}.from_pretrained({source}, dtype=torch.float32)",
         'pipe.load_lora_weights("FOLDER OR REPOSITORY")',
         *_scheduler(config),
         *_word(result / WORD_FILE, config),

@@ -14,6 +14,7 @@ from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family, unread
 from equipoise.pipelines.text_to_image.layout import (
+    encoder_problems,
     hub_problems,
     is_local,
     layers,
@@ -59,7 +60,8 @@ def problems(config: TextToImageConfig) -> list[str]:
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
     found += read_class(config)[1]
     if (start := config.lora.start) and not Path(start).is_file():
-        found.append(f"lora.start: {start} does not exist. Give a .safetensors file, or leave it out.")
+        what = "is a folder" if Path(start).is_dir() else "does not exist"
+        found.append(f"lora.start: {start} {what}. Give a .safetensors file, or leave it out.")
     for judge, path in config.judges:
         if path and is_local(path) and not (Path(model_source(path)) / "config.json").is_file():
             found.append(f"judges.{judge}: {path} is no folder with a model's config.json, and no hub id.")
@@ -110,6 +112,7 @@ def doubts(config: TextToImageConfig) -> list[str]:
                 config.prior.prompt and not config.prior.folder,
                 "prior.prompt, or with prior.folder",
             ),
+            ("prior", ("weight",), config.prior.prompt, "prior.prompt"),
             ("lora", ("text_encoder_targets",), config.lora.text_encoder, "lora.text_encoder"),
             ("optimizer", ("text_encoder_learning_rate",), config.lora.text_encoder, "lora.text_encoder"),
         )
@@ -130,5 +133,5 @@ def _target_problems(config: TextToImageConfig, kind: Family) -> list[str]:
     folder, lora, variant = Path(model_source(config.model.path)), config.lora, config.model.variant
     found = unmatched(lora.targets or kind.targets, layers(folder, kind.denoiser, variant), "lora.targets")
     for part in kind.tuned_encoders if lora.text_encoder else ():
-        found += unmatched(lora.text_encoder_targets, layers(folder, part, variant), "lora.text_encoder_targets")
+        found += encoder_problems(lora.text_encoder_targets, layers(folder, part, variant))
     return found

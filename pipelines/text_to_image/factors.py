@@ -1,7 +1,7 @@
 """A layer's LoRA factors, and several layers' as one, for apps that have one layer where diffusers has several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +17,6 @@ class Factors:
     up: Tensor  # B (m, r…)
     alpha: float
     magnitude: Tensor | None = None  # of DoRA: (m,)
-
-    def sized(self, proportions: Tensor) -> "Factors":
-        """The same with each of DoRA's sizes times a number (m,)."""
-        assert self.magnitude is not None
-        return replace(self, magnitude=self.magnitude * proportions.view_as(self.magnitude))
 
     @property
     def rank(self) -> int:

@@ -159,7 +159,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def sizes_for_comfyui(file: Path) -> bool:
     """Whether the sizes of DoRA in a LoRA file are those that ComfyUI wants, written by `export`."""
     try:
-        return bool(json.loads(read_metadata(file).get("equipoise", "{}")).get(COMFYUI_SIZES))
+        return json.loads(read_metadata(file).get("equipoise", "{}")).get(COMFYUI_SIZES) is True
     except (ValueError, AttributeError, RecursionError):  # another program's
         return False
 
@@ -204,7 +204,7 @@ def read_lora(path: Path, layers: Iterable[str], shape: Mapping[str, Any], key: 
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise InputError(
             f"{where}: {', '.join(strange[:3])}{more} are no LoRA factors of layers that are tuned here. Are "
-            "lora.targets the file's? Is it for another base, or of another kind, such as LoHa?"
+            "lora.targets and lora.text_encoder the file's? Is it for another base, or of another kind, such as LoHa?"
         )
     half = [layer for layer, tensors in found.items() if not {"down", "up"} <= tensors.keys()]
     if half or not found:

@@ -82,13 +82,14 @@ def generate(pipeline: DiffusionPipeline, samples: SamplesSection, size: int, pr
 def lora_scale(parts: dict[str, torch.nn.Module], scale: float) -> Iterator[None]:
     """The adapters' strength for the time of the block; 1 changes nothing."""
     layers = [m for part in parts.values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
+    before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scale_layer(scale)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.unscale_layer(scale)
+        for layer, own in zip(layers, before, strict=True):
+            layer.scaling.update(own)  # unscale_layer would divide by what may be 0
 
 
 def _to_image(pixels: torch.Tensor) -> Image.Image:  # (3, height, width), −1 … 1

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from equipoise.pipelines import demo
+from equipoise.pipelines.layers import named_by, unmatched
 from equipoise.pipelines.text_to_image.families import FAMILIES, TITLES, Family, family
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
@@ -162,7 +163,18 @@ def layers(folder: Path, part: str, variant: str | None = None) -> list[str]:
     shapes: dict[str, list[int]] = {}
     for file in _weights(folder / part, variant):
         shapes |= _shapes(file)
-    return [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and len(shape) > 1]
+    names = [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and len(shape) > 1]
+    return [name for name in names if not name.endswith("embedding")]  # a table of words or places
+
+
+def encoder_problems(targets: Sequence[str], known: Sequence[str]) -> list[str]:
+    """What is wrong with `lora.text_encoder_targets`, given a text encoder's layers."""
+    key = "lora.text_encoder_targets"
+    if wrong := unmatched(targets, known, key):
+        return wrong
+    if any(".self_attn." in name and named_by(targets, name) for name in known):
+        return []
+    return [f"{key}: diffusers loads a text encoder's factors only if some are on its attention. Add q_proj."]
 
 
 def _config_problems(folder: Path, kind: Family, parts: Iterable[str], tokenizers: Sequence[str]) -> list[str]:

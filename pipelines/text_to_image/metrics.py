@@ -11,7 +11,7 @@ from equipoise.pipelines.text_to_image.generate import Sample
 
 DRAWN_SCORE = "share of pictures of the taught object whose colours and outline are right"
 KEPT = "share of pictures of what the base already knew that are right"
-LOSS_SCORE = "share of the base's loss on the training pictures that tuning removed × share of pictures not broken"
+LOSS_SCORE = "share of the base's loss on the training pictures that tuning removed, times that of pictures not broken"
 
 # Roughness above which a picture counts as noise: halfway between an even tone and pixels drawn at random. Measured
 # on the embedded base, 64 pixels: pictures of rates that broke it 0.54 to 0.65; 672 others (28 cells, rates up to 1)

@@ -5,7 +5,9 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from equipoise.pipelines.text_to_image.formats import (
     read_metadata,
     write_lora,
 )
-from equipoise.pipelines.text_to_image.layout import is_local, model_source
+from equipoise.pipelines.text_to_image.layout import is_local
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PROPORTIONS = "dora_proportions.safetensors"  # see `proportions_of`
@@ -40,7 +42,7 @@ def facts_of(config: TextToImageConfig, pictures: int) -> dict[str, Any]:
     """What others want to know of how a LoRA was made. Of a base on this machine, the folder's name alone."""
     lora, optimizer, train = config.lora, config.optimizer, config.train
     return {
-        "base": Path(model_source(config.model.path)).name if is_local(config.model.path) else config.model.path,
+        "base": Path(config.model.path).name if is_local(config.model.path) else config.model.path,
         "revision": config.model.revision,
         "optimizer": optimizer.name,
         "optimizer_options": optimizer.options,
@@ -86,6 +88,7 @@ def write_result(
         layers |= factors_of(name, part)
         proportions |= proportions_of(name, part)
         settings = part.peft_config[ADAPTER].to_dict()
+        settings.pop("base_model_name_or_path", None)  # where it lies on this machine
         adapters |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
     metadata = {
         "format": "pt",
@@ -116,28 +119,46 @@ def export(result: Path, format: str, output: Path) -> None:
     if not source.is_file():
         raise InputError(f"{source} is not there: the run has no result yet. `equipoise resume` goes on with it.")
     metadata = read_metadata(source)
-    described = json.loads(metadata["equipoise"])
-    shape = described["shape"]
+    try:
+        described = json.loads(metadata["equipoise"])
+        shape = described["shape"]
+        family(shape["family"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise InputError(f"{source}: its metadata are not those that a run writes. Was it replaced?") from None
     layers = read_lora(source, layer_names(source), shape)
     sized = any(factors.magnitude is not None for factors in layers.values())
     if sized and format == "comfyui":
-        layers, described = _sized(layers, result / _PROPORTIONS), described | {COMFYUI_SIZES: True}
+        layers, described = _sized(layers, shape, result / _PROPORTIONS), described | {COMFYUI_SIZES: True}
     if format != "diffusers":
         metadata = _elsewhere(described, layers, output.stem) | {"equipoise": json.dumps(described)}
     write_lora(output, format, layers, shape, metadata)
     if sized and format == "kohya":
-        print("kohya's own scripts leave DoRA's sizes out. For ComfyUI, give --format comfyui.", file=sys.stderr)
+        print(
+            "kohya's own scripts and diffusers leave DoRA's sizes out of such a file, and ComfyUI takes them for "
+            "others. For these two there are --format diffusers and comfyui.",
+            file=sys.stderr,
+        )
 
 
-def _sized(layers: Mapping[str, Factors], file: Path) -> dict[str, Factors]:
+def _sized(layers: Mapping[str, Factors], shape: Mapping[str, Any], file: Path) -> dict[str, Factors]:
     """With the sizes that ComfyUI makes the same weights of."""
     if not file.is_file():
-        raise InputError(f"--format: comfyui needs {file}, which earlier versions did not write. Give diffusers.")
-    with opened(file) as proportions:
-        return {
-            name: factors if factors.magnitude is None else factors.sized(proportions.get_tensor(name))
-            for name, factors in layers.items()
-        }
+        raise InputError(
+            f"--format: ComfyUI's sizes of DoRA need {file}, which versions before this one did not write. Train anew, "
+            "or take diffusers' or kohya's format."
+        )
+    kind, made = family(shape["family"]), dict(layers)
+    with opened(file) as tensors:
+        proportions = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    for name, factors in layers.items():
+        if factors.magnitude is not None:
+            own = proportions.get(name, torch.empty(0))
+            if own.numel() != factors.magnitude.numel() or not own.isfinite().all():
+                raise InputError(f"{file}: {name}: not as it was written. Give --format diffusers, or train anew.")
+            made[name] = replace(
+                factors, magnitude=kind.comfyui_rows(name, shape, factors.magnitude.flatten() * own.flatten())
+            )
+    return made
 
 
 def _elsewhere(described: Mapping[str, Any], layers: Mapping[str, Factors], name: str) -> dict[str, str]:
@@ -149,8 +170,8 @@ def _elsewhere(described: Mapping[str, Any], layers: Mapping[str, Factors], name
     answer = known("prediction") or noise.get("prediction")
     if answer == "v_prediction":
         stability = stability.replace("v2-512", "v2-768-v")
-    # α as the tensors have it, by which rsLoRA's factors too are divided by the rank
-    alpha = next((f.alpha for f in layers.values() if f.rank == described["rank"]), described["alpha"])
+    # of most layers, as the tensors have it: rsLoRA's factors too are divided by the rank
+    (rank, alpha), _ = Counter((factors.rank, factors.alpha) for factors in layers.values()).most_common(1)[0]
     facts = {
         "ss_output_name": name,
         "ss_network_module": kind.network,
@@ -158,7 +179,7 @@ def _elsewhere(described: Mapping[str, Any], layers: Mapping[str, Factors], name
         "ss_min_snr_gamma": noise.get("snr_gamma"),
         "ss_zero_terminal_snr": noise.get("zero_terminal_snr"),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(answer, answer),
-        "ss_network_dim": described["rank"],
+        "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "ss_base_model_version": kohya,
         "ss_v2": kohya == "sd_v2",  # A1111 and kohya's merging tell 1.x from 2.x by it

@@ -174,6 +174,12 @@ class TextToImageWork(OptimizedWork):
         self.recent = [*self.recent[1 - _RECENT :], values["loss"]]
         return values
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        first = dict(self.prior_loss)
+        yield
+        self.prior_loss = first
+
     def state(self) -> dict[str, Any]:
         return super().state() | {"recent": list(self.recent)}
 

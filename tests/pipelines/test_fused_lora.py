@@ -56,6 +56,14 @@ def test_it_is_the_same_layer(shape, wanted, bias, calls):
     assert all(p.grad.is_contiguous() for p in fused.parameters() if p.requires_grad), "as optimizers want them"
 
 
+def test_what_it_gives_may_be_changed_in_place(calls):
+    net, fused = (nn.Sequential(one[0], nn.ReLU(inplace=True)) for one in pair(layer()))
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    for expected, got in zip(passed(net, x), passed(fused, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1
+
+
 def test_its_gradients_are_those_of_its_values():
     fused = pair(layer())[1][0]
     factors = [p for p in fused.parameters() if p.requires_grad]

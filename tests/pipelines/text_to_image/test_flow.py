@@ -459,6 +459,36 @@ def test_diffusers_reads_kohyas_files_as_the_same_updates(name, convert, left_ou
     assert comfyui == {f"{prefix}.{layer.partition('.')[2]}" for layer in factors}, "ComfyUI knows diffusers' modules"
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline"])
+def test_doras_sizes_in_comfyui(name, build_checkpoint, tmp_path):
+    """ComfyUI exchanges the halves of the last layer's rows, of W and of BA, and takes sizes as they stand."""
+    words = ["lora.dora=true", "lora.rank=2", "lora.targets=[norm_out.linear, to_q]", "samples.prompts=[]", "steps=3"]
+    words += [
+        "data=demo",
+        "data.instance_prompt=sks",
+        "data.resolution=32",
+        "learning_rate=0.05",
+        "optimizer.name=adamw",
+    ]
+    run, _ = train(*words, f"model={build_checkpoint(name)}", f"runs={tmp_path}")
+    file = tmp_path / "comfyui.safetensors"
+    assert main(["export", str(run.folder), "--format", "comfyui", "--output", str(file)]) == 0
+    base, tensors = load_base(run.config().model, "no"), load_file(file)
+    started = run.config().lora.model_copy(update={"start": str(file)})
+    with base.adapted(started, 5) as parts:
+        layer = parts["transformer"].get_submodule("norm_out.linear")
+        seen = torch.randn(3, layer.in_features)
+        wanted = layer(seen) - layer.base_layer.bias
+        up, down, size = (
+            tensors[f"transformer.norm_out.linear.{end}"]
+            for end in ("lora_up.weight", "lora_down.weight", "dora_scale")
+        )
+        theirs, update = (torch.cat(rows.chunk(2)[::-1]) for rows in (layer.base_layer.weight, up @ down))
+        merged = (theirs + update) * size / theirs.norm(dim=1, keepdim=True)
+        assert torch.allclose(seen @ torch.cat(merged.chunk(2)[::-1]).T, wanted, atol=1e-5)
+        assert not torch.allclose(layer.base_layer(seen) - layer.base_layer.bias, wanted, atol=1e-2)
+
+
 def test_z_images_files_of_other_apps_are_read(tmp_path):
     """musubi-tuner's names are the modules of diffusers; others have one layer for three."""
     model = MODELS["ZImagePipeline"]()

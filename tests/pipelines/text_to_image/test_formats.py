@@ -20,12 +20,14 @@ from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.families import FORMATS, shape_of
 from equipoise.pipelines.text_to_image.families.unet import original_name
 from equipoise.pipelines.text_to_image.formats import (
+    Factors,
     canonical,
     factors_of,
     name_in,
     read_lora,
+    write_lora,
 )
-from equipoise.pipelines.text_to_image.result import LORA_FILE
+from equipoise.pipelines.text_to_image.result import LORA_FILE, export
 
 NAME = "text_to_image/dreambooth"
 EVERYWHERE = (
@@ -151,6 +153,38 @@ def test_alpha_and_what_is_known_stand_in_the_files(tuned, checkpoint, tmp_path)
         assert json.loads(known["equipoise"])["learning_rate"] == 0.05
 
 
+def test_stable_diffusion_2_is_told_from_1(tmp_path):
+    shape = {
+        "family": "StableDiffusionPipeline",
+        "layers_per_block": 1,
+        "up_block_types": ["UpBlock2D"],
+        "cross_attention_dim": 1024,
+    }
+    layer = {"unet.conv_in": Factors(torch.ones(2, 3), torch.ones(3, 2), 5.0)}
+    described = {
+        "base": "b",
+        "optimizer": "adamw",
+        "learning_rate": 1,
+        "step": 1,
+        "rank": 4,
+        "alpha": 4,
+        "trigger": None,
+    }
+    told = {"equipoise": json.dumps(described | {"shape": shape, "prediction": "v_prediction"})}
+    write_lora(tmp_path / LORA_FILE, "diffusers", layer, shape, told)
+    export(tmp_path, "kohya", tmp_path / "kohya.safetensors")
+    known = safe_open(tmp_path / "kohya.safetensors", "pt").metadata()
+    assert known["ss_v2"] == "True" and known["modelspec.prediction_type"] == "v"
+    assert known["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert known["ss_network_dim"] == "2", "of the factors, whatever lora.rank was for others"
+
+
+def test_nothing_in_the_file_tells_where_the_base_lies(tuned, checkpoint):
+    run, _ = tuned
+    known = safe_open(run.folder / "result" / LORA_FILE, "pt").metadata()
+    assert str(checkpoint) not in json.dumps(known) and json.loads(known["lora_adapter_metadata"])["unet.r"] == 4
+
+
 def test_kohyas_file_draws_the_very_same_pictures_in_diffusers(tuned, checkpoint, tmp_path):
     run, _ = tuned
     file = tmp_path / "kohya.safetensors"
@@ -195,10 +229,11 @@ def test_going_on_from_a_file_trains_from_there(tuned, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["lora.targets=[to_q, '0']"], "lora.targets: they name down_blocks.0 too, a CrossAttnDownBlock2D without"),
+        (["lora.targets=[to_q, '0']"], "lora.targets: they name down_blocks.0 too, a CrossAttnDownBlock2D, which"),
         (["lora.rank=8"], "has rank 4, but lora.rank is 8 and lora.alpha 2. Set them to the file's."),
         (["lora.alpha=4"], "has alpha 2, but lora.rank is 4 and lora.alpha 4. Set them to the file's."),
-        (["lora.targets=[to_q]"], "are no LoRA factors of layers that are tuned here. Are lora.targets the file's?"),
+        (["lora.targets=[to_q]"], "are no LoRA factors of layers that are tuned here. Are lora.targets and lora.text"),
+        (["lora.dora=true"], "has no sizes of DoRA. Set lora.dora=false."),
     ],
 )
 def test_a_start_that_does_not_fit(tuned, overrides, message):
@@ -206,6 +241,20 @@ def test_a_start_that_does_not_fit(tuned, overrides, message):
     start = f"lora.start={run.folder / 'result' / LORA_FILE}"
     with pytest.raises(InputError, match=re.escape(message)):
         train(*words, *OPTIONS, start, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("[fc1, fc2]", "diffusers loads a text encoder's factors only if some are on its attention. Add q_proj."),
+        ("[q_proj, token_embedding]", "token_embedding: no layer has a name that ends so."),
+    ],
+)
+def test_text_encoder_targets_that_nobody_could_load(tuned, targets, message):
+    _, words = tuned
+    given = ["lora.text_encoder=true", f"lora.text_encoder_targets={targets}"]
+    (problem,) = TextToImage.check(config.load(NAME, [*words, *given]))
+    assert problem.startswith("lora.text_encoder_targets: ") and message in problem
 
 
 def test_bad_input_is_one_sentence(tuned, tmp_path, capsys):
@@ -220,6 +269,11 @@ def test_bad_input_is_one_sentence(tuned, tmp_path, capsys):
         "--format: 'webui' is none of diffusers, kohya, comfyui."
     )
     assert "must end in .safetensors" in said("--format", "kohya", "--output", "out.ckpt")
+    result = run.folder / "result" / LORA_FILE
+    whole = result.read_bytes()
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 1)}, result, {"equipoise": "[]"})
+    assert "its metadata are not those that a run writes. Was it replaced?" in said("--output", str(output))
+    result.write_bytes(whole)
     output.write_text("mine")
     assert "is there already" in said("--format", "kohya", "--output", str(output))
     assert output.read_text() == "mine"

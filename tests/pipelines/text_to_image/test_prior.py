@@ -67,6 +67,13 @@ def test_the_loss_is_of_both_and_the_weight_counts(short, tmp_path):
     assert [record["loss"] for record in nothing] == pytest.approx(own, rel=1e-6)
 
 
+def test_a_second_look_at_a_batch_is_not_logged(short):
+    given = ["samples.prompts=[]", "samples.steps=1", "steps=1", "prior.prompt=a vase", "prior.count=2"]
+    words = (["optimizer=adamw"], ["optimizer=sam", "optimizer.options={rho: 2.0}"])
+    plain, sharp = (losses(train(*short, *given, *more))[0] for more in words)
+    assert sharp["loss_prior"] == plain["loss_prior"] and sharp["loss"] == plain["loss"]
+
+
 def test_what_is_wrong_is_said_before(short, tmp_path):
     def said(*words):
         return TextToImage.check(config.load(NAME, [*short, *words]))
