@@ -5,6 +5,7 @@
 
 import gc
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -322,6 +323,7 @@ def load_base(model: ModelSection, precision: str) -> Base:
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
             frozen.to(device, memory_format=torch.channels_last)  # faster convolutions
+        _write_signatures(frozen)
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
     _loaded[key] = base
     return base
@@ -334,6 +336,15 @@ def begin_training(part: torch.nn.Module) -> None:
     for block in part.modules():
         if isinstance(block, ResnetBlock2D) and not block.dropout.p:
             block.training = False
+
+
+def _write_signatures(part: torch.nn.Module) -> None:
+    """diffusers' attention layers ask at each call what arguments their processor takes, which Python works out anew
+    unless it is written down."""
+    for layer in part.modules():
+        if (processor := getattr(layer, "processor", None)) is not None:
+            call = type(processor).__call__
+            call.__signature__ = inspect.signature(call)
 
 
 def _quantized(kind: Family, model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
