@@ -36,7 +36,7 @@ class FusedLinear(Linear):
     def _plain(self, x: Tensor, name: str) -> tuple[Tensor | None, ...] | None:
         """W, b, A and B, if nothing but they is asked for. Looked up in the modules' own tables, at each call: through
         attributes it takes as long as a small layer's product."""
-        parts = self._modules
+        parts: dict[str, Any] = self._modules
         base, down, up = (
             _own(layer)
             for layer in (parts["base_layer"], parts["lora_A"]._modules.get(name), parts["lora_B"]._modules.get(name))

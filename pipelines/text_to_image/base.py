@@ -257,8 +257,7 @@ class Base:
                     ours.copy_(theirs.view_as(ours))
             for name, part in parts.items() if sizes_for_comfyui(Path(lora.start or "")) else ():
                 for layer, proportions in proportions_of(name, part).items():
-                    if layer in given:
-                        own = places[layer].magnitude
+                    if layer in given and (own := places[layer].magnitude) is not None:
                         own.copy_(self.family.comfyui_rows(layer, self.shape, own.flatten()).view_as(own))
                         own.div_(proportions.view_as(own))
 

@@ -144,7 +144,8 @@ class Family(ABC):
 
     def comfyui_rows(self, layer: str, shape: Mapping[str, Any], rows: "Tensor") -> "Tensor":
         """Numbers (m,) of a layer's rows in the order of ComfyUI's, or back: it puts factors into it, but no sizes."""
-        if not self.swapped(*layer.split(".", 1), shape):
+        part, module = layer.split(".", 1)
+        if not self.swapped(part, module, shape):
             return rows
         return rows.reshape(2, -1).flip(0).flatten()
 
