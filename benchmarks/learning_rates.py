@@ -346,17 +346,25 @@ def report(arguments: argparse.Namespace) -> None:
         def tried(name: str, rates=rates, losses=losses) -> list[float]:
             return [rate for rate in rates if losses(name, rate)]
 
-        line = threshold(0.0, max(score(name, rate) for name in names for rate in tried(name)))
+        best = max(score(name, rate) for name in names for rate in tried(name))
+        line = threshold(0.0, best)
         print(f"\n## {task}, {schedule}, rank {rank}, {len(seeds)} seed(s); untouched {base:.4f}\n")
         print("| optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " | usable range |")
         print("| --- |" + " ---: |" * len(rates) + " --- |")
+        spreads = []
         for name in names:
             row = [f"{statistics.median(losses(name, rate)):.3g}" if losses(name, rate) else "" for rate in rates]
             points = [Point(rate, score(name, rate)) for rate in tried(name)]
             usable = usable_range(points, line) if line is not None else None
+            for rate in tried(name):
+                if line is not None and score(name, rate) >= line and len(found := losses(name, rate)) > 1:
+                    spreads.append((max(found) - min(found)) / base / best)
             own = {key[2] for key in mine if key[0] == name}
             fewer = f", {len(own)} seed(s)" if len(own) < len(seeds) else ""
             print(f"| {name}{fewer} | " + " | ".join(row) + f" | {usable or 'none'} |")
+        if spreads:
+            middle, most = statistics.median(spreads), max(spreads)
+            print(f"\nA usable cell's seeds lie {middle:.1%} of the best gain apart in the median, {most:.1%} at most.")
 
 
 def main() -> None:
