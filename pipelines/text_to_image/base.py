@@ -42,6 +42,7 @@ from equipoise.pipelines.text_to_image.families.noise import Noise, load_schedul
 from equipoise.pipelines.text_to_image.formats import (
     ADAPTER,
     Factors,
+    comfyui_rows,
     factors_of,
     proportions_of,
     read_lora,
@@ -258,7 +259,7 @@ class Base:
             for name, part in parts.items() if sizes_for_comfyui(Path(lora.start or "")) else ():
                 for layer, proportions in proportions_of(name, part).items():
                     if layer in given and (own := places[layer].magnitude) is not None:
-                        own.copy_(self.family.comfyui_rows(layer, self.shape, own.flatten()).view_as(own))
+                        own.copy_(comfyui_rows(layer, self.shape, own.flatten()).view_as(own))
                         own.div_(proportions.view_as(own))
 
     def restore(self, part: torch.nn.Module) -> None:

@@ -69,6 +69,10 @@ def split(whole: Factors, rows: Sequence[int]) -> list[Factors]:
 
 def halves_exchanged(layer: Factors) -> Factors:
     """The update of a layer whose rows' first half is the other app's second."""
-    up, size = (None if t is None else torch.cat(t.chunk(2)[::-1]) for t in (layer.up, layer.magnitude))
-    assert up is not None
-    return Factors(layer.down, up, layer.alpha, size)
+    size = None if layer.magnitude is None else exchanged(layer.magnitude)
+    return Factors(layer.down, exchanged(layer.up), layer.alpha, size)
+
+
+def exchanged(rows: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(rows.chunk(2)[::-1])

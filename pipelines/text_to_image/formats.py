@@ -24,7 +24,7 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained
-from equipoise.pipelines.text_to_image.factors import Factors, halves_exchanged, join, split
+from equipoise.pipelines.text_to_image.factors import Factors, exchanged, halves_exchanged, join, split
 from equipoise.pipelines.text_to_image.families import FORMATS, family
 
 ADAPTER = "default"  # peft's name for the one that is trained
@@ -93,6 +93,11 @@ def proportions_of(part: str, model: torch.nn.Module) -> dict[str, Tensor]:
             whole = weight + layer.get_delta_weight(ADAPTER)
             found[canonical(part, name)] = weight.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
     return found
+
+
+def comfyui_rows(layer: str, shape: Mapping[str, Any], rows: Tensor) -> Tensor:
+    """Numbers (m,) of a layer's rows in ComfyUI's order, or back: it reorders factors that it reads, but no sizes."""
+    return exchanged(rows) if family(shape["family"]).swapped(*layer.split(".", 1), shape) else rows
 
 
 def write_lora(

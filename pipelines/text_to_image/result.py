@@ -24,6 +24,7 @@ from equipoise.pipelines.text_to_image.formats import (
     ADAPTER,
     COMFYUI_SIZES,
     Factors,
+    comfyui_rows,
     factors_of,
     layer_names,
     opened,
@@ -147,7 +148,7 @@ def _sized(layers: Mapping[str, Factors], shape: Mapping[str, Any], file: Path) 
             f"--format: ComfyUI's sizes of DoRA need {file}, which versions before this one did not write. Train anew, "
             "or take diffusers' or kohya's format."
         )
-    kind, made = family(shape["family"]), dict(layers)
+    made = dict(layers)
     with opened(file) as tensors:
         proportions = {name: tensors.get_tensor(name) for name in tensors.keys()}
     for name, factors in layers.items():
@@ -155,9 +156,8 @@ def _sized(layers: Mapping[str, Factors], shape: Mapping[str, Any], file: Path) 
             own = proportions.get(name, torch.empty(0))
             if own.numel() != factors.magnitude.numel() or not own.isfinite().all():
                 raise InputError(f"{file}: {name}: not as it was written. Give --format diffusers, or train anew.")
-            made[name] = replace(
-                factors, magnitude=kind.comfyui_rows(name, shape, factors.magnitude.flatten() * own.flatten())
-            )
+            size = comfyui_rows(name, shape, factors.magnitude.flatten() * own.flatten())
+            made[name] = replace(factors, magnitude=size)
     return made
 
 

@@ -142,13 +142,6 @@ class Family(ABC):
         """Whether kohya's layer has the halves of its rows, shift and scale, the other way round."""
         return False
 
-    def comfyui_rows(self, layer: str, shape: Mapping[str, Any], rows: "Tensor") -> "Tensor":
-        """Numbers (m,) of a layer's rows in the order of ComfyUI's, or back: it puts factors into it, but no sizes."""
-        part, module = layer.split(".", 1)
-        if not self.swapped(part, module, shape):
-            return rows
-        return rows.reshape(2, -1).flip(0).flatten()
-
     @abstractmethod
     def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
         """What kohya's scripts and Stability's ModelSpec call the base."""
