@@ -13,6 +13,11 @@ from equipoise.errors import EquipoiseError, InputError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def user_path(text: str) -> Path:
+    """A path as a user wrote it; `~` is the home folder, also where no shell sees to it, as in `--output=~/x`."""
+    return Path(os.path.expanduser(text))
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether that was the disk; SQLite and libraries written in Rust or C++ say so in words only."""
     words = ("No space left on device", "database or disk is full")

@@ -31,6 +31,17 @@ def is_set(section: BaseModel, key: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """Marks a key whose text names a file or folder: `Annotated[str, Opened()]`.
+
+    Such a key is never empty, `~` in it means a home folder, and the web page lets it lead into its own folders alone.
+    """
+
+    hub: bool = False  # a hub id, such as owner/name, is good too
+    demo: bool = False  # `demo` means what comes with Equipoise
+
+
+@dataclass(frozen=True)
 class Key:
     """One thing that can be set."""
 
@@ -42,6 +53,7 @@ class Key:
     help: str
     choices: tuple = ()  # the values it may have, where they are few
     limits: dict[str, float] = field(default_factory=dict)  # gt, ge, lt, le
+    opened: Opened | None = None  # where it names a file or folder
 
     @property
     def bounds(self) -> str:
@@ -68,6 +80,7 @@ def describe(cls: type[BaseModel]) -> list[Key]:
                 help=info.description or "",
                 choices=_choices(info.annotation),
                 limits=_limits(info),
+                opened=opened(info),
             )
 
     return list(walk(cls, ""))
@@ -148,12 +161,19 @@ def _choices(annotation: Any) -> tuple:
     return tuple(choice for member in _members(annotation) for choice in _choices(member))
 
 
+def opened(info: FieldInfo) -> Opened | None:
+    """The mark of a field that names a file or folder."""
+    return next((item for item in _metadata(info) if isinstance(item, Opened)), None)
+
+
+def _metadata(info: FieldInfo) -> list[Any]:
+    """What stands in `Annotated`, of the field and of the members of its union."""
+    inner = [item for member in _members(info.annotation) for item in get_args(member)[1:]]
+    return [*info.metadata, *(item for field in inner for item in getattr(field, "metadata", [field]))]
+
+
 def _limits(info: FieldInfo) -> dict[str, float]:
-    inner = [
-        item for member in _members(info.annotation) for item in get_args(member)[1:]
-    ]  # Annotated[float, Field(…)]
-    found = [*info.metadata, *(item for field in inner for item in getattr(field, "metadata", [field]))]
-    return {name: getattr(item, name) for item in found for name in _SIGNS if hasattr(item, name)}
+    return {name: getattr(item, name) for item in _metadata(info) for name in _SIGNS if hasattr(item, name)}
 
 
 def _key(item: Any, tree: Any) -> str:

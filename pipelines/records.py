@@ -5,16 +5,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.options import read_options
-from equipoise.pipelines.keys import Problems, show
+from equipoise.pipelines.keys import Opened, Problems, opened, show
 
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as owner/name
+LocalPath = Annotated[str, Opened()]  # a file or folder on this machine
+DataPath = Annotated[str, Opened(demo=True)]  # that, or `demo`
+ModelPath = Annotated[str, Opened(hub=True)]  # a folder, or a hub id
+BasePath = Annotated[str, Opened(hub=True, demo=True)]  # a folder, a hub id, or `demo`
 _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
@@ -43,6 +48,17 @@ class Section(BaseModel):
         coerce_numbers_to_str=True,  # `name: 2024` means the text
         protected_namespaces=(),  # a key may be called model_something
     )
+
+    @field_validator("*")
+    @classmethod
+    def _names_something(cls, value: Any, info: ValidationInfo) -> Any:
+        if not (isinstance(value, str) and opened(cls.model_fields[str(info.field_name)])):
+            return value
+        if not value.strip():
+            raise ValueError("names no file or folder: it is empty; `.` is the current folder.")
+        if (path := os.path.expanduser(value)).startswith("~"):
+            raise ValueError(f"there is no such user, got {show(value)}; a name that begins with ~ is written ./~name.")
+        return path
 
 
 class PluginSection(Section):
@@ -99,9 +115,8 @@ class RunConfig(Section):
     pipeline: str = Field(description="Which pipeline reads this; `equipoise list pipelines` shows all.")
     name: str = Field(max_length=80, description="A word for this run; part of its id.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Where all randomness starts.")
-    runs: str = Field(
+    runs: LocalPath = Field(
         default_factory=lambda: os.environ.get("EQUIPOISE_RUNS") or "runs",
-        min_length=1,
         description="The folder that runs are kept in. Environment variable: EQUIPOISE_RUNS.",
     )
 

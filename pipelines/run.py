@@ -246,7 +246,7 @@ class Following(Run):
 
 def runs_folder(root: Path | str | None = None) -> Path:
     """Where runs are kept: `root`, EQUIPOISE_RUNS, or "runs"."""
-    return Path(root or os.environ.get("EQUIPOISE_RUNS") or "runs").resolve()
+    return Path(root or os.environ.get("EQUIPOISE_RUNS") or "runs").expanduser().resolve()
 
 
 def metric_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:

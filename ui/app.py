@@ -18,8 +18,9 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.store import Store
 from equipoise.ui import api, compare, launch, plugins, runs, theme
+from equipoise.ui.guard import Guard
 from equipoise.ui.quick import nothing_is_garbage
-from equipoise.ui.safety import SUFFIXES, UPLOAD, Guard, Site
+from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -66,9 +67,10 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
             headers=headers,
         )
 
+    blocks = page(site, workers)
     mounted = gr.mount_gradio_app(
         app,
-        page(site, workers),
+        blocks,
         path="/",
         theme=theme.theme(),
         css=theme.css(),
@@ -82,8 +84,19 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         pwa=False,
         enable_monitoring=False,
     )
+    blocks.has_launched = True  # mounting leaves it False, and gradio then skips its own check of files' paths
     uploads = os.environ.get(launch.UPLOADED)
-    return Guard(mounted, auth, hosts, Path(uploads) if uploads else None)
+    return Guard(mounted, auth, hosts, Path(uploads) if uploads else None, takes_files(blocks))
+
+
+def takes_files(blocks: gr.Blocks) -> dict[int, list[int]]:
+    """Which inputs of each event are of files: the event's number → their places, counted from 0."""
+    kinds = (gr.File, gr.UploadButton)
+    found = {
+        number: [index for index, part in enumerate(event.inputs) if isinstance(part, kinds)]
+        for number, event in blocks.fns.items()
+    }
+    return {number: places for number, places in found.items() if places}
 
 
 def serve(
@@ -99,7 +112,8 @@ def serve(
             f"--host {host}: everybody who reaches this machine could start runs; give --auth FILE with NAME:PASSWORD."
         )
     site = Site(Store(root), data)
-    mine = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # The protocol is named so that asyncio turns Nagle's algorithm off, which costs 40 ms at each small answer.
+    mine = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         mine.bind((host, port))

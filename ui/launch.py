@@ -101,7 +101,7 @@ def plan(
     wrong: list[str] = []
     values = forms.read(cls.Config, shown, rows, wrong)
     try:
-        base = configs.load(preset) if preset else _plain(pipeline, cls.Config, values)
+        base = load_shipped(preset) if preset else _plain(pipeline, cls.Config, values)
         config = configs.set_keys(base, {**values, "runs": str(site.store.root)}, source="form")
     except ConfigError as error:
         raise ConfigError([*wrong, *error.problems]) from None
@@ -303,6 +303,17 @@ def presets() -> dict[type[RunConfig], list[str]]:
     return found
 
 
+def load_shipped(name: str) -> Any:
+    """A configuration that comes with Equipoise, by its name; never a file.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in shipped():
+        raise InputError(f"{name[:200]!r}: is not the name of a shipped configuration; choose one of the list.")
+    return configs.load(name)
+
+
 def beginning(cls: type[RunConfig]) -> tuple[dict[str, Any], list[list[str]]]:
     """What a form shows first, which is the first shipped configuration: its fields, and its plugins' options."""
     ready = presets().get(cls, [])
@@ -495,7 +506,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
 
     def on_preset(name: str) -> list[Any]:
         try:
-            return ["", *form.fill(configs.load(name) if name else _plain(pipeline, cls, {}))]
+            return ["", *form.fill(load_shipped(name) if name else _plain(pipeline, cls, {}))]
         except EquipoiseError:  # of defaults, where something is required that has none
             return [gr.skip()] * (len(ordered) + 2)
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from equipoise.pipelines.records import PluginSection, RunConfig, Section
+from equipoise.pipelines.records import DataPath, ModelPath, PluginSection, RunConfig, Section
 from equipoise.pipelines.sections import (
     SHORT_NAMES,
     CheckpointSection,
@@ -42,7 +42,7 @@ class TextSection(Section):
 
 
 class DataSection(Section):
-    manifest: str = Field(
+    manifest: DataPath = Field(
         "demo", description="CSV with the columns clip, audio, frames, video, text, label, split; `demo` draws a set"
     )
     modalities: list[Modality] = Field(["audio", "visual"], min_length=1, description="what the model gets to see")
@@ -70,7 +70,7 @@ class EncoderSection(Section):
     kind: Literal["resnet", "ast", "transformer"] = Field(
         "resnet", description="resnet: sound and pictures; ast: sound; transformer: text"
     )
-    path: str | None = Field(None, description="pretrained weights, a folder or hub id; empty trains from scratch")
+    path: ModelPath | None = Field(None, description="pretrained weights: a folder or hub id; empty: from scratch")
     revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
     widths: list[int] = Field([64, 128, 256, 512], min_length=1, description="resnet: channels of each stage")
     depths: list[int] = Field([2, 2, 2, 2], min_length=1, description="resnet: blocks of each stage")

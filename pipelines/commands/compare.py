@@ -18,7 +18,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import environment
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.comparison import Comparison
-from equipoise.pipelines.files import explained
+from equipoise.pipelines.files import explained, user_path
 from equipoise.pipelines.report import NOT_JUDGED, write_report
 from equipoise.pipelines.robustness import GAIN, shown_rate
 from equipoise.pipelines.store import Run, find
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a DINO model (folder or hub id) to score the likeness to training pictures with",
     )
-    parser.add_argument("--out", type=Path, help="a new folder for the comparison")
+    parser.add_argument("--out", type=user_path, help="a new folder for the comparison")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     changes = {f"samples.{key}": value for key, value in keys.items() if value is not None}
     for name in ("clip", "dino"):
         if path := getattr(args, name):
-            changes[f"judges.{name}"] = str(Path(path).resolve()) if Path(path).exists() else path
+            changes[f"judges.{name}"] = str(user_path(path).resolve()) if user_path(path).exists() else path
     compare_and_report(found, changes, args.out)
     return 0
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import hub
+from equipoise.pipelines.files import user_path
 from equipoise.pipelines.store import TOP, find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="an id (a sweep's cell: SWEEP/CELL), a folder, or latest")
     parser.add_argument("--format", metavar="NAME", help="diffusers (unless told), kohya or comfyui")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a new .safetensors file")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="a new .safetensors file")
     parser.add_argument(
         "--push-to-hub",
         metavar="REPO",

@@ -14,7 +14,7 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import SPLITS
-from equipoise.pipelines.files import explained, write_atomic
+from equipoise.pipelines.files import explained, user_path, write_atomic
 
 Row = dict[str, str]  # a set's reader gives a str in its place for a clip that is left out: which, and why
 _TOLD = 5  # of those
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in SETS.items())
     parser.epilog = f"data sets, and what DIR holds:\n{known}"
     parser.add_argument("set", metavar="SET", help="which data set; see below")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="where it was unpacked")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="default: manifest.csv in DIR")
+    parser.add_argument("folder", metavar="DIR", type=user_path, help="where it was unpacked")
+    parser.add_argument("--output", type=user_path, metavar="CSV", help="default: manifest.csv in DIR")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
-from equipoise.pipelines.files import explained
+from equipoise.pipelines.files import explained, user_path
+from equipoise.pipelines.run import runs_folder
 
 PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to the results that are in the folder already: only the seeds that they lack are trained, for "
         + " and ".join(WITH_ADD),
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: reproduce-PAPER in the folder of runs")
+    parser.add_argument(
+        "--output", type=user_path, metavar="FOLDER", help="default: reproduce-PAPER in the folder of runs"
+    )
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
 
 
@@ -58,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--data: is for {' and '.join(WITH_DATA)}; {args.paper} has its own.")
     if args.add and args.paper not in WITH_ADD:
         raise InputError(f"--add: is for {' and '.join(WITH_ADD)}; {args.paper} is trained anew.")
-    own: dict[str, Any] = {"data": str(Path(args.data).resolve())} if args.data else {}
-    root = Path(args.runs or os.environ.get("EQUIPOISE_RUNS") or "runs")
+    own: dict[str, Any] = {"data": str(user_path(args.data).resolve())} if args.data else {}
+    root = runs_folder(args.runs)
     folder = (args.output or root / f"reproduce-{args.paper}").resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output: {folder} is a file; give a folder, new or not.")

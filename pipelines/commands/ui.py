@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from equipoise.errors import InputError
+from equipoise.pipelines.files import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7860, help="the port; 0 takes a free one (default: %(default)s)")
     parser.add_argument(
         "--auth",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="a file with NAME:PASSWORD, needed for other addresses; or the environment variable EQUIPOISE_UI_AUTH",
     )
@@ -51,6 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _root(word: str) -> tuple[str, Path]:
     name, sign, folder = word.partition("=")
-    if not (sign and name.isidentifier() and Path(folder).is_dir()):
+    if not (sign and name.isidentifier() and user_path(folder).is_dir()):
         raise InputError(f"--data {word}: must be NAME=FOLDER with a folder that exists, such as photos=/srv/photos.")
-    return name, Path(folder).resolve()
+    return name, user_path(folder).resolve()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from equipoise.pipelines.records import PluginSection, RunConfig, Section
+from equipoise.pipelines.records import BasePath, DataPath, LocalPath, PluginSection, RunConfig, Section
 from equipoise.pipelines.sections import (
     SHORT_NAMES,
     CheckpointSection,
@@ -19,7 +19,7 @@ from equipoise.pipelines.sections import (
 
 
 class ModelSection(Section):
-    path: str = Field(
+    path: BasePath = Field(
         "demo",
         description="a multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2",
     )
@@ -27,13 +27,13 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    file: str = Field(
+    file: DataPath = Field(
         "demo",
         description="conversations in LLaVA's JSON or JSONL, or CSV with image (or audio), question and answer; `demo` "
         "draws its own",
     )
-    folder: str | None = Field(None, description="where the pictures and sounds are; empty: beside the file")
-    validation: str | None = Field(
+    folder: LocalPath | None = Field(None, description="where the pictures and sounds are; empty: beside the file")
+    validation: LocalPath | None = Field(
         None, description="held-out conversations in the same formats; empty: every tenth of the file"
     )
     max_tokens: int | None = Field(

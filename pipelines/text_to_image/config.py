@@ -8,7 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from equipoise.pipelines.records import PluginSection, RunConfig, Section
+from equipoise.pipelines.records import (
+    BasePath,
+    DataPath,
+    LocalPath,
+    ModelPath,
+    PluginSection,
+    RunConfig,
+    Section,
+)
 from equipoise.pipelines.sections import (
     SHORT_NAMES,
     CheckpointSection,
@@ -20,7 +28,7 @@ from equipoise.pipelines.sections import (
 
 
 class ModelSection(Section):
-    path: str = Field(
+    path: BasePath = Field(
         "demo", description="a base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion"
     )
     revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
@@ -31,7 +39,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    folder: str = Field(
+    folder: DataPath = Field(
         "demo",
         description="pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object",
     )
@@ -65,7 +73,9 @@ class PriorSection(Section):
     prompt: str | None = Field(
         None, description="what the subject is one of, such as a photo of a vase: learnt beside it, so that it is kept"
     )
-    folder: str | None = Field(None, description="pictures of that class; empty: the untouched base draws them, once")
+    folder: LocalPath | None = Field(
+        None, description="pictures of that class; empty: the untouched base draws them, once"
+    )
     count: int = Field(100, ge=1, le=100_000, description="class pictures that the base draws")
     weight: float = Field(1.0, ge=0, le=100, description="of the class pictures' loss beside the subject's")
 
@@ -98,7 +108,7 @@ class LoraSection(Section):
     targets: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="the denoiser's layers that get factors, by their names' ends; empty: its family's attention"
     )
-    start: str | None = Field(
+    start: LocalPath | None = Field(
         None, description="a LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty starts afresh"
     )
     text_encoder: bool = Field(False, description="tune the text encoder too")
@@ -201,12 +211,12 @@ class SamplesSection(Section):
 
 
 class JudgesSection(Section):
-    clip: str | None = Field(
+    clip: ModelPath | None = Field(
         None,
         description="a CLIP model (folder or hub id) that scores a comparison's pictures: how well they fit their "
         "prompts, and how like the training pictures they are",
     )
-    dino: str | None = Field(
+    dino: ModelPath | None = Field(
         None,
         description="a DINO model (folder or hub id), such as facebook/dinov2-small: likeness to the training pictures",
     )

@@ -4,7 +4,6 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ class Judges:
     """
 
     def __init__(self, clip: str | None = None, dino: str | None = None):
-        self.clip = Clip(os.path.expanduser(clip)) if clip else None
-        self.dino = Dino(os.path.expanduser(dino)) if dino else None
+        self.clip = Clip(clip) if clip else None
+        self.dino = Dino(dino) if dino else None
         self._seen: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
 
     def __bool__(self) -> bool:

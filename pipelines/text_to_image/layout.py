@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,20 @@ from safetensors import SafetensorError, safe_open
 
 from equipoise.pipelines import demo
 from equipoise.pipelines.layers import named_by, unmatched
+from equipoise.pipelines.records import HUB_ID
 from equipoise.pipelines.text_to_image.families import FAMILIES, TITLES, Family, family
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
 HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def model_source(path: str) -> str:
     """What to hand to from_pretrained: a folder or a hub id."""
-    return str(demo.base_folder()) if path == demo.NAME else os.path.expanduser(path)
+    return str(demo.base_folder()) if path == demo.NAME else path
 
 
 def is_local(path: str) -> bool:
-    return path == demo.NAME or os.path.exists(model_source(path)) or not _HUB_ID.fullmatch(path)
+    return path == demo.NAME or os.path.exists(model_source(path)) or not HUB_ID.fullmatch(path)
 
 
 def model_problems(path: str, variant: str | None = None) -> list[str]:

@@ -10,6 +10,7 @@ from equipoise.errors import ConfigError, InputError, UnknownNameError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import yamlio
 from equipoise.pipelines.records import trusting_options
+from equipoise.pipelines.store import Store
 
 SOURCE = Path(__file__).with_name("counting.py").read_text()
 BASE = "pipeline: tuned\nname: vase\ndata: pictures\n"
@@ -242,3 +243,22 @@ def test_options_may_be_trusted(tmp_path):
         assert configs.load(file).optimizer.options == {"zebra": 1}
     with pytest.raises(ConfigError, match="zebra"):
         configs.load(file)
+
+
+@pytest.mark.parametrize("key", ["runs", "data.folder", "model.path", "prior.folder", "lora.start", "judges.clip"])
+def test_a_home_folder_is_meant_by_a_tilde_and_nothing_by_nothing(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = configs.load("text_to_image/demo", [f"{key}=~/mine"])
+    assert configs.flat(loaded)[key] == f"{tmp_path}/mine"
+    assert configs.load("text_to_image/demo", [f"{key}='~'"]) != loaded
+    assert problems("text_to_image/demo", [f"{key}=''"]) == [
+        f"command line: {key}: names no file or folder: it is empty; `.` is the current folder."
+    ]
+    assert "there is no such user" in problems("text_to_image/demo", [f"{key}=~nobody-of-that-name/x"])[0]
+
+
+def test_runs_go_to_the_home_folder_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("EQUIPOISE_RUNS", "~/a")
+    assert configs.load("text_to_image/demo").runs == f"{tmp_path}/a"
+    assert Store().root == tmp_path / "a" and Store("~/b").root == tmp_path / "b"

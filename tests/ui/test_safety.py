@@ -15,7 +15,8 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
 from equipoise.ui import compare, draw, launch, runs
-from equipoise.ui.safety import OFFERED, PICTURES, ROOM, UPLOAD, Site, check_picture, make_room, read_password
+from equipoise.ui.guard import ROOM, make_room
+from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
 NAMES = [
     "../secret.txt",
@@ -183,6 +184,63 @@ def test_data_is_confined_to_its_roots(site, tmp_path):
     assert "photos/out" not in choices(site)
 
 
+def opened(cls: type) -> list[str]:
+    return [key.key for key in configs.describe(cls) if key.opened]
+
+
+@pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
+def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_path, monkeypatch, name):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "away").symlink_to(tmp_path / "private")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = configs.load(name)
+    keys = [key for key in opened(type(base)) if key != "runs"]
+    ways = [
+        *("private", "./" * 201 + "private", "away", "~/private", "photos/../../private", "", " ", ".", "..", "/"),
+        *("x" * 5000, "private/" * 900, "%70rivate", "..\\private", "file:private", str(tmp_path / "private")),
+    ]
+    for key in keys:
+        for way in ways:
+            with pytest.raises((ConfigError, InputError), match=rf"{key}: .*(may read|is empty|leads out)"):
+                if problems := site.problems(configs.set_keys(base, {key: way})):
+                    raise ConfigError(problems)
+        assert site.problems(configs.set_keys(base, {key: str(site.data["photos"] / "cats")})) == []
+        with pytest.raises(ConfigError, match=key):
+            configs.set_keys(base, {key: "photos/\0private"})
+    assert site.problems(base) == []
+    at_hub = {key.key for key in configs.describe(type(base)) if key.opened and key.opened.hub}
+    (tmp_path / "owner").mkdir()
+    for key in at_hub:
+        assert site.problems(configs.set_keys(base, {key: "owner/name"})) == []
+    (tmp_path / "owner" / "name").mkdir()
+    for key in at_hub:  # as transformers and diffusers take it then
+        assert site.problems(configs.set_keys(base, {key: "owner/name"}))
+
+
+WORDS = {  # texts that nothing opens; what is opened is of the type LocalPath, DataPath, ModelPath or BasePath
+    *("name", "optimizer.name", "objective.name", "coordinator.name", "token.name", "token.start", "prior.prompt"),
+    *("model.revision", "model.variant", "model.audio.revision", "model.visual.revision", "model.text.revision"),
+    *("data.instance_prompt", "data.prompt", "samples.negative", "schedule.rules"),
+}
+
+
+@pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
+def test_no_key_that_is_opened_goes_without_its_mark(name):
+    keys = configs.describe(type(configs.load(name)))
+    texts = {key.key for key in keys if key.type in ("str", "str or none") and not key.choices and not key.opened}
+    assert texts - {"pipeline"} <= WORDS
+
+
+def test_a_pipeline_begins_with_a_shipped_configuration_and_no_file(site, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(configs.dump(configs.load("text_to_image/demo")))
+    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    for name in (str(file), "/etc/passwd", "../mine.yaml"):
+        with pytest.raises(InputError, match="not the name of a shipped configuration"):
+            launch.plan(site, "text_to_image", name, shown, [])
+
+
 @pytest.mark.parametrize("text", ["vase", "/imagine a cat", "~ a cat ~", "~nobody/x", "../a cat"])
 def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
     """A prompt may begin as a path does, and a run be called as a folder beside the server is."""
@@ -194,7 +252,7 @@ def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
     made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, **words}, [])
     assert made.config.samples.prompts == [text] and made.config.name == "vase"
     for key in ("data.folder", "model.path", "lora.start"):
-        with pytest.raises((ConfigError, InputError), match="may read"):
+        with pytest.raises((ConfigError, InputError), match="may read|no such user"):
             launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, key: text}, [])
 
 
