@@ -3,10 +3,15 @@
 Exit codes: 0 done, 1 failed while running, 2 bad input, 130 or 143 stopped on request with the state saved.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` puts the current folder first, and a torch.py in it is not meant; from a file nothing is imported.
+    sys.path[0] = sys.executable
+
 import argparse
 import os
 import re
-import sys
 import tempfile
 import traceback
 import warnings

@@ -57,6 +57,15 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
+def version(file: Path) -> tuple[int, ...]:
+    """What is another once a file was written anew, or one of its name took its place; empty where there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return ()
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
 def write_atomic(path: Path | str, data: str | bytes) -> None:
     """Replace `path` by `data`: readers see the old file or the new one, also after a crash or on a full disk.
 

@@ -10,12 +10,13 @@ import platform
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,9 @@ def _connect(ray: Any, address: str | None) -> None:
             warnings.simplefilter("ignore")  # of what will change in Ray
             # A client of a cluster (ray://) leaves the rest to the cluster.
             options = {} if "://" in str(asked) else {"include_dashboard": False, "log_to_driver": False}
-            ray.init(address=address, logging_level=logging.ERROR, **options)
+            # Nodes take modules from the current folder first, and a torch.py in it is not meant.
+            with chdir(sys.prefix):
+                ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError, ImportError) as error:
         where = f"--address {asked}" if asked else "--executor ray"
         raise InputError(f"{where}: Ray does not begin: {sentence(error)}") from error

@@ -23,6 +23,7 @@ from equipoise.pipelines import environment
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.comparison import RATE
 from equipoise.pipelines.executors import GRACE, Executor, Local, Where, end_processes
+from equipoise.pipelines.files import version
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.records import RunConfig
@@ -54,13 +55,14 @@ def create(config: RunConfig, id: str | None = None) -> Run:
 
 def cells(sweep: Run) -> list[Run]:
     """The sweep's cells in the order of its axes."""
-    order = _order(sweep.folder / "config.yaml")
+    file = sweep.folder / "config.yaml"
+    order = _order(file, *version(file))
     found = [Run(folder) for folder in sweep.folder.iterdir() if (folder / "status.json").is_file()]
     return sorted(found, key=lambda run: order.get(run.folder.name, len(order)))
 
 
-@lru_cache(64)  # nobody changes a run's configuration, and checking every cell's takes a second or two
-def _order(file: Path) -> dict[str, int]:
+@lru_cache(64)  # checking every cell's configuration takes a second or two
+def _order(file: Path, *version: int) -> dict[str, int]:
     with registry.looked_up_once():
         return {name: index for index, name in enumerate(expand(configs.load(file)))}
 

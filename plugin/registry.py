@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import import_module
-from importlib.metadata import EntryPoint, distributions, version
+from importlib.metadata import Distribution, EntryPoint, distributions, version
 from typing import Any
 
 from equipoise.errors import BrokenPluginError, DuplicateNameError, EquipoiseError, InputError, UnknownNameError
@@ -161,6 +161,10 @@ def _offered() -> Iterator[Entry]:
     """The entries of every distribution; of two copies of one distribution, the first on the path counts."""
     seen = set()
     for distribution in distributions():
+        key = _key(distribution)
+        if not key or key in seen:
+            continue
+        seen.add(key)
         try:
             text = distribution.read_text("entry_points.txt") or ""
         except (OSError, ValueError):  # not text: nothing that anybody could load
@@ -169,10 +173,6 @@ def _offered() -> Iterator[Entry]:
             continue
         metadata = distribution.metadata  # read once: it is parsed anew each time
         name = metadata["Name"] or "a distribution without a name"
-        key = re.sub(r"[-_.]+", "-", name).lower()
-        if key in seen:
-            continue
-        seen.add(key)
         try:
             points = [(point.group, point.name, point.value) for point in distribution.entry_points]
             error = ""
@@ -186,6 +186,20 @@ def _offered() -> Iterator[Entry]:
                 malformed = "" if re.fullmatch(r"[\w.]+ *: *[\w.]+", target) else "this is not `module:Class`"
                 problem = error or malformed
                 yield replace(entry, error=broken(entry, problem)) if problem else entry
+
+
+def _key(distribution: Distribution) -> str:
+    """A name that a distribution's copies share; empty for a leftover such as `~orch-2.6.0.dist-info`.
+
+    So pip renames what it is about to remove, and where that is interrupted it passes over what is left.
+    """
+    folder = getattr(getattr(distribution, "_path", None), "name", "a finder's own")
+    if not folder[:1].isalnum():
+        return ""
+    try:  # what importlib.metadata tells copies by: the folder's name, as metadata are slow to parse
+        return distribution._normalized_name  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception:  # of metadata that nobody could read
+        return folder
 
 
 def _torch_optimizers() -> Iterator[Entry]:

@@ -4,6 +4,7 @@ Loading a plugin runs third-party code and usually imports torch, which takes se
 built in is not loaded here: its own tests do that.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from equipoise import registry
@@ -40,11 +40,31 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
 
 
 def _key(entry: Entry) -> str:
-    """What has to stay the same for a verdict to hold: versions, and the file that the entry names."""
-    origin, stamp = registry.find_source(entry.target.partition(":")[0].strip())[0], 0
-    with suppress(OSError):
-        stamp = os.stat(origin).st_mtime_ns
-    return " ".join(map(str, (*asdict(entry).values(), origin, stamp, version("torch"), sys.executable)))
+    """What has to stay the same for a verdict to hold: the entry, its package's files, and where modules come from.
+
+    Installing or removing anything touches the folder that it is installed in.
+    """
+    origin = registry.find_source(entry.target.partition(":")[0].strip())[0]
+    places = [*_sources(origin), *map(Path, sys.path)]
+    facts = [*asdict(entry).values(), sys.executable, *((str(place), _touched(place)) for place in places)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _sources(origin: str) -> list[Path]:
+    """The files of the outermost package that a module's file is in; none where it has no file."""
+    if not os.path.isabs(origin):
+        return []
+    top = Path(origin)
+    while (top.parent / "__init__.py").is_file():
+        top = top.parent
+    return sorted(top.rglob("*.py")) or [top]
+
+
+def _touched(place: Path) -> int:
+    try:
+        return place.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -57,7 +77,9 @@ def _read(file: Path) -> dict[str, str]:
 
 def _judge(entries: Sequence[Entry]) -> list[str]:
     """Load the entries in one process or, if that one does not survive it, each in its own."""
-    command = [sys.executable, "-m", "equipoise.verdicts", *(f"{entry.kind} {entry.name}" for entry in entries)]
+    # -P: no module of the current folder's; -B: none is compiled, which touches the folder that it is in.
+    command = [sys.executable, "-P", "-B", "-m", "equipoise.verdicts"]
+    command += [f"{entry.kind} {entry.name}" for entry in entries]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
         return json.loads(ended.stdout)

@@ -27,7 +27,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.axes import expand
 from equipoise.pipelines.config import RunConfig
-from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.files import version, write_atomic
 from equipoise.pipelines.records import trusting_options
 from equipoise.pipelines.run import metric_lines
 from equipoise.pipelines.shipped import shipped
@@ -172,12 +172,12 @@ def alike(site: Site, made: Plan) -> list[Status]:
         for item in site.store.list(states=("done",), kinds=("run", "cell"))
         if item.pipeline == made.config.pipeline and item.step and item.duration > 0
     ]
-    same = (item for item in able[:LOOKED_AT] if _cost_of(site.store.root / item.id / "config.yaml") in wanted)
-    return list(islice(same, FEW))
+    files = ((item, site.store.root / item.id / "config.yaml") for item in able[:LOOKED_AT])
+    return list(islice((item for item, file in files if _cost_of(file, *version(file)) in wanted), FEW))
 
 
-@lru_cache(2 * LOOKED_AT)  # nobody changes a run's configuration
-def _cost_of(file: Path) -> str:
+@lru_cache(2 * LOOKED_AT)
+def _cost_of(file: Path, *version: int) -> str:
     try:
         return repr(_cost(configs.load(file)))
     except EquipoiseError:

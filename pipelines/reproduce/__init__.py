@@ -4,6 +4,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -79,12 +80,14 @@ def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
         name: Of the progress bar on standard error.
         evaluations: Of gradients, in all cells that will be trained: the bar's length.
     """
-    executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
+    with _safe_path():
+        executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
 
     def measure(train: Train, cells: Sequence[Cell]) -> list[Cell]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit that: Ctrl-C is for this process
         try:
-            futures = {executor.submit(train, cell): cell for cell in cells}
+            with _safe_path():
+                futures = {executor.submit(train, cell): cell for cell in cells}
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
@@ -106,6 +109,17 @@ def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
         raise
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that are started within it have no modules of the current folder: a socket.py there is not Python's."""
+    before = os.environ.get("PYTHONSAFEPATH", "")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["PYTHONSAFEPATH"] = before  # empty is as good as none
 
 
 def _begin() -> None:

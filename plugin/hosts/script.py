@@ -10,12 +10,16 @@
 left to scripts that have an option `--optimizer` themselves. Without `--optimizer` nothing is touched.
 """
 
+import builtins
 import inspect
 import os
 import runpy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec
 from pathlib import Path
+from pkgutil import get_importer
 from typing import Any, NamedTuple
 
 from equipoise import registry
@@ -30,19 +34,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script in this process, as `__main__`; returns the exit code."""
     try:
         script, arguments, name, options = parse(sys.argv[1:] if argv is None else argv)
+        if not sys.flags.safe_path:
+            sys.path[0] = str(Path(script).resolve().parent)
         if name is not None:
             install(name, options)
     except EquipoiseError as error:
         print(error, file=sys.stderr)
         return 2
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)
     try:
-        runpy.run_path(script, run_name="__main__")
+        execute(script)
     except EquipoiseError as error:  # raised at the first step, before anything was trained
         tell(str(error))
         return 2
     return 0
+
+
+def execute(script: str) -> None:
+    """Run a file as Python does: `runpy.run_path` leaves its path relative, or makes `sys.argv[0]` whole as well."""
+    file = os.path.join(os.getcwd(), script)
+    if get_importer(file) or file.endswith(".pyc"):
+        runpy.run_path(file, run_name="__main__")
+        return
+    loader = SourceFileLoader("__main__", file)
+    spec = ModuleSpec("__main__", loader, origin=file)
+    spec.has_location = True
+    module = module_from_spec(spec)
+    vars(module).update(__builtins__=builtins, __cached__=None, __package__=None, __spec__=None)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        exec(loader.source_to_code(loader.get_data(file), file), vars(module))
+    finally:
+        sys.modules["__main__"] = before
 
 
 def parse(argv: Sequence[str]) -> tuple[str, list[str], str | None, dict[str, str]]:

@@ -56,6 +56,15 @@ def test_importing_the_package_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
+@pytest.mark.parametrize("module", [["equipoise.pipelines.cli", "list", "--json"], ["equipoise.hosts.swift"]])
+def test_modules_of_the_current_folder_are_not_ours(module, tmp_path, monkeypatch):
+    for name in ("argparse", "tempfile", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the current folder was imported')")
+    monkeypatch.chdir(tmp_path)
+    ended = subprocess.run([sys.executable, "-m", *module], capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout, ended.stderr
+
+
 def test_help_names_every_command_and_its_module_exists(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])

@@ -5,12 +5,15 @@ import gzip
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from equipoise.pipelines.cli import main
+
+gzipped = partial(gzip.compress, mtime=0)  # else it holds the time, and each process collects another test
 
 
 def touch(root: Path, *names: str) -> None:
@@ -111,8 +114,8 @@ def test_spoken_digits(tmp_path):
     touch(
         tmp_path, "mnist/x", "fsdd/recordings/1_ann_0.wav", "fsdd/recordings/1_ann_7.wav", "fsdd/recordings/1_bob_9.wav"
     )
-    (tmp_path / "mnist" / "images-idx3.gz").write_bytes(gzip.compress(b"h" * 16 + pixels.tobytes()))
-    (tmp_path / "mnist" / "labels-idx1.gz").write_bytes(gzip.compress(b"h" * 8 + labels.tobytes()))
+    (tmp_path / "mnist" / "images-idx3.gz").write_bytes(gzipped(b"h" * 16 + pixels.tobytes()))
+    (tmp_path / "mnist" / "labels-idx1.gz").write_bytes(gzipped(b"h" * 8 + labels.tobytes()))
     assert main(["prepare", "spoken-digits", str(tmp_path)]) == 0
     found = rows(tmp_path / "manifest.csv")
     assert [(r["clip"], r["frames"], r["split"]) for r in found] == [
@@ -157,10 +160,11 @@ def test_lists_that_are_not_as_published_are_refused_in_a_sentence(name, file, t
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (b"no gzip", gzip.compress(b"h" * 9), "x-images.gz is no gzipped file of IDX's ("),
-        (gzip.compress(b""), gzip.compress(b"h" * 9), "x-images.gz is no gzipped file of IDX's ("),
-        (gzip.compress(b"h" * (16 + 784)), gzip.compress(b"h" * 10), "mnist has 1 pictures and 2 labels."),
+        (b"no gzip", gzipped(b"h" * 9), "x-images.gz is no gzipped file of IDX's ("),
+        (gzipped(b""), gzipped(b"h" * 9), "x-images.gz is no gzipped file of IDX's ("),
+        (gzipped(b"h" * (16 + 784)), gzipped(b"h" * 10), "mnist has 1 pictures and 2 labels."),
     ],
+    ids=["not gzipped", "nothing in it", "more labels than pictures"],
 )
 def test_damaged_pictures_of_digits(images, labels, message, tmp_path, capfd):
     touch(tmp_path, "mnist/x", "fsdd/recordings/1_ann_0.wav")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -119,6 +120,13 @@ def test_what_cannot_begin_is_one_sentence_and_leaves_nothing(words, message, tm
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and message in err
     assert [item.name for item in tmp_path.iterdir()] == ["a-file"] and Path("a-file").read_text() == "mine"
+
+
+def test_workers_have_no_modules_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "socket.py").write_text("raise SystemExit('a module of the current folder was imported')")
+    assert main(["reproduce", "scaled-gd", "--seeds", "1", "--steps", "2", "--workers", "1"]) == 0
+    assert not os.environ["PYTHONSAFEPATH"], "programs that are started later are as they were"
 
 
 def is_worker(process: psutil.Process) -> bool:

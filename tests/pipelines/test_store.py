@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import sqlite3
@@ -396,7 +397,7 @@ def test_the_index_is_made_anew(store, sweep, damage):
     if damage == "missing":
         file.unlink()
     elif damage == "garbage":
-        file.write_bytes(os.urandom(5000))
+        file.write_bytes(random.randbytes(5000))
     elif damage == "torn":
         file.write_bytes(file.read_bytes()[:4500])
     elif damage == "empty":

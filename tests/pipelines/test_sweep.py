@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from equipoise.errors import ConfigError
-from equipoise.pipelines import axes, config, sweep
+from equipoise.pipelines import axes, background, config, sweep
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.store import Store
 
@@ -50,6 +50,17 @@ def test_axes_are_expanded_in_order_and_named():
         1e-3,
     )
     assert last.sweep == {}
+
+
+def test_cells_stand_in_the_order_of_the_sweep_that_is_there_now(tmp_path):
+    store = Store(tmp_path / "runs")
+    for seeds in ([1, 0], [0, 1]):
+        made = store.create(config.load("text_to_image/demo", [f"sweep={{seed: {seeds}}}"]), kind="sweep", id="grid")
+        for name, cell in axes.expand(made.config()).items():
+            store.create(cell, kind="cell", sweep="grid", id=name).update(state="done")
+        assert [cell.folder.name for cell in sweep.cells(made)] == [f"seed={seed}" for seed in seeds]
+        made.update(state="done")
+        background.delete(made)
 
 
 def test_every_cell_is_checked_before_anything_is_written(small, tmp_path, capfd):

@@ -81,7 +81,7 @@ def start(environment, tmp_path, monkeypatch):
     begun: list[subprocess.Popen] = []
 
     def started(*words: str) -> subprocess.Popen:
-        begun.append(subprocess.Popen([sys.executable, "-c", COMMAND, *words], env=environment, **PIPES))
+        begun.append(subprocess.Popen([sys.executable, "-P", "-c", COMMAND, *words], env=environment, **PIPES))
         return begun[-1]
 
     yield started
@@ -109,6 +109,15 @@ def test_a_cell_whose_worker_is_killed_ends_as_if_it_had_not_been(start, address
         Path("runs", id, "result/fitted.safetensors").read_bytes() for id in ("k/seed=0", "k/seed=1", "unharmed")
     ]
     assert results[0] == results[2] != results[1]
+
+
+@pytest.mark.slow
+def test_a_cell_has_no_modules_of_the_folder_that_its_sweep_is_started_in(start, address):
+    Path("torch.py").write_text("raise SystemExit('a module of the current folder was imported')")
+    axis = ["--axis", "seed=0", "--id", "k", "--no-compare"]
+    process = start("sweep", "fit.yaml", "steps=1", *axis, "--executor", "ray", "--address", address)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "k: done. 1 cells: 1 done." in out, out + err
 
 
 @pytest.mark.slow

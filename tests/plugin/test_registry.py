@@ -185,6 +185,35 @@ def test_the_second_copy_of_a_distribution_does_not_count(distribution):
     assert [entry.version for entry in registry.entries("objectives") if entry.name == "joint"] == ["9.9"]
 
 
+@pytest.fixture
+def before(tmp_path, monkeypatch):
+    """A folder that Python searches before the one that distributions are installed in."""
+    monkeypatch.syspath_prepend(tmp_path / "before")
+    return tmp_path / "before"
+
+
+@pytest.mark.parametrize("leftover", ["~ood_plugin-1.0.dist-info", "-ood_plugin-1.0.dist-info", "~ood_plugin.egg-info"])
+def test_what_pip_left_of_a_removal_hides_nothing(leftover, distribution, before):
+    site = distribution("good-plugin", {OPTIMIZERS: {"good": "gone:Good"}})
+    before.mkdir()
+    (site / "good_plugin-1.0.dist-info").rename(before / leftover)
+    assert "good" not in names("optimizers")
+    distribution("good-plugin", {OPTIMIZERS: {"good": "good_module:Good"}}, version="2.0", good_module=GOOD)
+    entry = registry.find("optimizers", "good")
+    assert (entry.version, entry.error, registry.check(entry)) == ("2.0", "", "")
+
+
+def test_a_later_copy_of_a_distribution_adds_nothing(distribution, before):
+    """Its modules are those of the first copy, which offers something else, or nothing any more."""
+    site = distribution("my.plugin", {OPTIMIZERS: {"new": "good_module:Good"}}, version="2.0", good_module=GOOD)
+    site.rename(before)
+    site.mkdir()
+    distribution("My_Plugin", {OPTIMIZERS: {"old": "good_module:Old"}})
+    assert "new" in names("optimizers") and "old" not in names("optimizers")
+    (before / "my.plugin-2.0.dist-info" / "entry_points.txt").write_text("[console_scripts]\n")
+    assert not {"new", "old"} & {*names("optimizers")}
+
+
 @pytest.mark.parametrize("text", [b"[equipoise.optimizers]\nno equals sign\n", b"\xff\xfe[equipoise.optimizers]"])
 def test_a_malformed_distribution_does_not_hide_the_others(text, distribution):
     folder = distribution("malformed", {})

@@ -54,3 +54,40 @@ def test_an_unusable_cache_only_costs_time(distribution, monkeypatch, tmp_path):
     Path(tmp_path / "cache" / "equipoise").mkdir(parents=True)
     (tmp_path / "cache" / "equipoise" / "verdicts.json").write_text("[not json")
     assert "ZeroDivisionError" in judged("broken")[0]
+
+
+def test_modules_of_the_current_folder_are_not_the_plugins(distribution, monkeypatch, tmp_path):
+    distribution("good", {OPTIMIZERS: {"good": "good_module:Good"}}, good_module="import torch\nGood = torch.optim.SGD")
+    (tmp_path / "here").mkdir()
+    for name in ("torch", "argparse", "equipoise"):
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit('a module of this folder was imported')")
+    monkeypatch.chdir(tmp_path / "here")
+    assert judged("good") == [""]
+
+
+def test_a_verdict_holds_as_long_as_modules_come_from_the_same_places(distribution, monkeypatch, tmp_path):
+    source = "import torch, helper\nNeedy = torch.optim.SGD"
+    site = distribution("needy", {OPTIMIZERS: {"needy": "needy_module:Needy"}}, needy_module=source)
+    assert "No module named 'helper'" in judged("needy")[0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "helper.py").touch()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.syspath_prepend(tmp_path / "other")
+        elsewhere.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "other"), str(site)]))
+        assert judged("needy") == [""]
+    assert "No module named 'helper'" in judged("needy")[0]
+    (site / "helper.py").touch()  # as an installation does
+    assert judged("needy") == [""]
+
+
+def test_a_plugin_is_judged_again_when_another_file_of_its_package_changes(distribution):
+    site = distribution("parts", {OPTIMIZERS: {"parts": "parts_package.inner.one:Good"}})
+    inner = site / "parts_package" / "inner"
+    inner.mkdir(parents=True)
+    for file in (inner.parent / "__init__.py", inner / "__init__.py"):
+        file.touch()
+    (inner / "one.py").write_text("from parts_package.two import Good")
+    (inner.parent / "two.py").write_text("1 / 0")
+    assert "ZeroDivisionError" in judged("parts")[0]
+    (inner.parent / "two.py").write_text("from torch.optim import SGD as Good")
+    assert judged("parts") == [""]

@@ -1,7 +1,10 @@
 """Unmodified training scripts with `python -m equipoise.run`, in the styles that diffusers' scripts are written in."""
 
+import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -254,6 +257,45 @@ def test_the_short_form(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     assert "equipoise run SCRIPT.py [its arguments] --optimizer NAME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["-P"]], ids=["plain", "-P"])
+@pytest.mark.parametrize("script", ["../scripts/./script.py", "link.py"])
+def test_a_script_finds_itself_and_modules_where_python_alone_has_it_do_so(script, flags, tmp_path):
+    here, scripts = tmp_path / "here", tmp_path / "scripts"
+    for folder in (here, scripts):
+        folder.mkdir()
+    (scripts / "script.py").write_text(
+        "import json, sys, helper\n"
+        "names = '__name__', '__file__', '__package__', '__spec__', '__cached__'\n"
+        "main = vars(sys.modules['__main__'])\n"
+        "print(json.dumps([helper.where, sys.argv, sys.path, *(globals()[name] for name in names), main is globals()]))"
+    )
+    (here / "link.py").symlink_to("../scripts/script.py")
+    (scripts / "helper.py").write_text("where = 'beside the script'")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "helper.py").write_text("where = 'on PYTHONPATH'")
+    for name in ("torch", "inspect", "argparse", "helper"):
+        (here / f"{name}.py").write_text("raise SystemExit('a module of the current folder was imported')")
+    for module in ([], ["equipoise.run"], ["equipoise.pipelines.cli", "run"]):
+        command = [sys.executable, *flags, *(["-m"] if module else []), *module, script, "--lr=1"]
+        command += ["--optimizer", "scaled"] if module else []
+        env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=here, env=env)
+        assert ended.returncode == 0, ended.stderr
+        if not module:
+            plain = json.loads(ended.stdout)
+            assert plain[:2] == ["on PYTHONPATH" if flags else "beside the script", [script, "--lr=1"]]
+        assert json.loads(ended.stdout) == plain
+
+
+def test_a_program_in_a_zip_file_runs(tmp_path):
+    with zipfile.ZipFile(tmp_path / "app.pyz", "w") as file:
+        file.writestr("__main__.py", "import helper, sys; print(helper.here, sys.argv[1:])")
+        file.writestr("helper.py", "here = 'in the zip'")
+    command = [sys.executable, "-m", "equipoise.run", "app.pyz", "--lr=1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout == "in the zip ['--lr=1']\n", ended.stderr
 
 
 def test_an_optimizer_without_pairs_is_left_alone_beside_one_that_has_them(tmp_path):
