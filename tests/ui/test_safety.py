@@ -252,7 +252,7 @@ def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
     made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, **words}, [])
     assert made.config.samples.prompts == [text] and made.config.name == "vase"
     for key in ("data.folder", "model.path", "lora.start"):
-        with pytest.raises((ConfigError, InputError), match="may read|no such user"):
+        with pytest.raises((ConfigError, InputError), match=r"may read|no such user"):
             launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, key: text}, [])
 
 
