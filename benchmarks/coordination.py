@@ -24,8 +24,8 @@ from equipoise.pipelines.instruction_tuning.examples import load_examples
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
-from equipoise.pipelines.store import Store
-from equipoise.pipelines.work import make_accelerator
+from equipoise.pipelines.runs.store import Store
+from equipoise.pipelines.training.state import make_accelerator
 
 CASES = {
     "constant rates": ("constant", {}),

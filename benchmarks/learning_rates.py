@@ -14,7 +14,7 @@ Tasks, all with LoRA on a frozen base:
     least_squares  the ill-conditioned low-rank problem of the paper's Section 7: ‖BA − W‖² from a small start, W of
                    rank r and condition number 100; here the loss itself
 
-A score is 1 − loss / loss of the untouched base; the usable range is that of equipoise.pipelines.robustness.
+A score is 1 − loss / loss of the untouched base; the usable range is that of equipoise.pipelines.comparing.robustness.
 """
 
 import argparse
@@ -325,7 +325,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    from equipoise.pipelines.robustness import Point, threshold, usable_range
+    from equipoise.pipelines.comparing.robustness import Point, threshold, usable_range
 
     cells = _cells()
     for task, schedule, rank in sorted({key[:3] for key in cells}):

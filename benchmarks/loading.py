@@ -29,7 +29,7 @@ from equipoise.pipelines.audio_visual import features
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
-from equipoise.pipelines.work import make_accelerator
+from equipoise.pipelines.training.state import make_accelerator
 
 RATE, SECONDS, SIDE = 22050, 3, 224
 

@@ -159,7 +159,7 @@ def equal_draws(args: argparse.Namespace, work: Path) -> None:
     from equipoise.pipelines.text_to_image.config import NoiseSection
     from equipoise.pipelines.text_to_image.families import family
     from equipoise.pipelines.text_to_image.families.noise import load_scheduler, make_noise
-    from equipoise.pipelines.work import mix
+    from equipoise.pipelines.training.state import mix
 
     kind = family("StableDiffusionPipeline")
     way = make_noise(kind, load_scheduler(kind, args.model), NoiseSection())
@@ -191,7 +191,7 @@ def equal_draws(args: argparse.Namespace, work: Path) -> None:
 def equipoise(args: argparse.Namespace, work: Path) -> None:
     """In a process of its own: `equipoise train`, listened to."""
     from equipoise.pipelines.cli import main
-    from equipoise.pipelines.run import Run
+    from equipoise.pipelines.runs.run import Run
 
     record = Record(work / "told.json")
     metric = Run.metric

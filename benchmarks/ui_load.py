@@ -30,13 +30,13 @@ from typing import Any
 
 from PIL import Image
 
-from equipoise.pipelines import background
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.comparison import Cell, Comparison, Picture
-from equipoise.pipelines.report import write_report
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture
+from equipoise.pipelines.comparing.report import write_report
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 from equipoise.ui.quick import import_gradio
 
 import_gradio()

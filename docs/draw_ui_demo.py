@@ -15,8 +15,8 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from equipoise.pipelines.comparison import Comparison
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.comparing.comparison import Comparison
+from equipoise.pipelines.runs.store import Store
 
 ROWS = ("adamw", "bounded_adamw")
 WIDTH, HEIGHT = 1200, 1640  # pixels

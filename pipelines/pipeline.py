@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.pipelines import processes
-from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import disk_full
-from equipoise.pipelines.lock import stop_signals
-from equipoise.pipelines.run import Following, Run, memory_full, sentence
+from equipoise.pipelines.runs.lock import stop_signals
+from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
+from equipoise.pipelines.training import processes
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
 
 
 def follow(pipeline: type[Pipeline], config: RunConfig, folder: Path) -> None:
-    """Take part in a run that another process leads; see `equipoise.pipelines.processes`.
+    """Take part in a run that another process leads; see `equipoise.pipelines.training.processes`.
 
     Raises:
         EquipoiseError: This process cannot go on, for a reason of its own or because another one has ended.

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from equipoise.lora.pairs import Pair, PairReport, find_pairs
     from equipoise.optimizers.alpha_adam import AlphaAdam
     from equipoise.optimizers.bounded import BoundedAdamW, bounded
-    from equipoise.optimizers.pair_optimizer import attach
+    from equipoise.optimizers.parts.pair_optimizer import attach
     from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, scaled
     from equipoise.optimizers.sharpness import AdaSAM, SharpnessAware
-    from equipoise.pairs import Pair, PairReport, find_pairs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,14 +34,14 @@ _HOME = {
     "AdaSAM": "equipoise.optimizers.sharpness",
     "AlphaAdam": "equipoise.optimizers.alpha_adam",
     "BoundedAdamW": "equipoise.optimizers.bounded",
-    "Pair": "equipoise.pairs",
-    "PairReport": "equipoise.pairs",
+    "Pair": "equipoise.lora.pairs",
+    "PairReport": "equipoise.lora.pairs",
     "ScaledAdamW": "equipoise.optimizers.scaled",
     "ScaledGD": "equipoise.optimizers.scaled",
     "SharpnessAware": "equipoise.optimizers.sharpness",
-    "attach": "equipoise.optimizers.pair_optimizer",
+    "attach": "equipoise.optimizers.parts.pair_optimizer",
     "bounded": "equipoise.optimizers.bounded",
-    "find_pairs": "equipoise.pairs",
+    "find_pairs": "equipoise.lora.pairs",
     "scaled": "equipoise.optimizers.scaled",
 }
 

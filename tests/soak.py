@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses
 from equipoise.errors import EquipoiseError
-from equipoise.pipelines import checkpoints, environment
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.records import RunConfig
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.config.records import RunConfig
+from equipoise.pipelines.runs import checkpoints, environment
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import ModelSection
 from equipoise.pipelines.text_to_image.result import LORA_FILE
@@ -516,7 +516,7 @@ def page(lab: Lab, id: str, draw: Random) -> str | None:
         "from pathlib import Path\n"
         "from equipoise.ui.quick import import_gradio; import_gradio()\n"
         "from equipoise.pipelines import config\n"
-        "from equipoise.pipelines.store import Store\n"
+        "from equipoise.pipelines.runs.store import Store\n"
         "from equipoise.ui import app, launch\n"
         "from equipoise.ui.safety import Site\n"
         "root, *words = sys.argv[1:]\n"

@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 
 from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines import status
-from equipoise.pipelines.axes import expand
+from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.runs import status
 from equipoise.ui import launch
 from equipoise.ui.safety import Site
 

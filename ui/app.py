@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.ui import api, compare, launch, plugins, runs, theme
 from equipoise.ui.guard import Guard
 from equipoise.ui.quick import nothing_is_garbage

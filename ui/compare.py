@@ -15,13 +15,14 @@ from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.pipelines import background, report
-from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.commands.compare import being_made
-from equipoise.pipelines.comparison import RATE, Cell, Comparison, Picture
+from equipoise.pipelines.comparing import report
+from equipoise.pipelines.comparing.comparison import RATE, Cell, Comparison, Picture
+from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.config import flat
-from equipoise.pipelines.keys import section_at
-from equipoise.pipelines.robustness import shown_rate
+from equipoise.pipelines.config.keys import section_at
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.runs import ON_CLICK, open_run, sample_steps, url

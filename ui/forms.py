@@ -15,9 +15,8 @@ from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.options import options
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import yamlio
-from equipoise.pipelines.config import Key, PluginSection, RunConfig
-from equipoise.pipelines.keys import section_at
+from equipoise.pipelines.config import Key, PluginSection, RunConfig, yamlio
+from equipoise.pipelines.config.keys import section_at
 
 NOT_ASKED = ("pipeline", "runs")  # what the form itself settles
 SWEEP = "sweep"  # holds the axes that no other field can show

@@ -22,16 +22,17 @@ from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines import background, comparison
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.axes import expand
+from equipoise.pipelines.comparing import comparison
 from equipoise.pipelines.config import RunConfig
+from equipoise.pipelines.config.builtin import shipped
+from equipoise.pipelines.config.records import trusting_options
 from equipoise.pipelines.files import version, write_atomic
-from equipoise.pipelines.records import trusting_options
-from equipoise.pipelines.run import metric_lines
-from equipoise.pipelines.shipped import shipped
-from equipoise.pipelines.status import Status
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.runs.run import metric_lines
+from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import PICTURES, Site, check_picture
 from equipoise.ui.widgets import Table

@@ -8,10 +8,10 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError
 from equipoise.options import references, summary
 from equipoise.pipelines.commands.listing import option_rows
+from equipoise.plugin_cache import verdicts
 from equipoise.registry import Entry
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
-from equipoise.verdicts import verdicts
 
 
 def page() -> str:

@@ -13,8 +13,8 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config import RunConfig, describe, flat
-from equipoise.pipelines.records import HUB_ID
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.config.records import HUB_ID
+from equipoise.pipelines.runs.store import Store
 
 PIXELS = 50_000_000  # of one uploaded picture; a camera's has 24 million
 PICTURES = 200  # files of one upload

@@ -3,9 +3,9 @@
 import os
 
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
-from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.runs.run import Run
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,8 +7,8 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
-from equipoise.pipelines.sections import one_sided
-from equipoise.pipelines.text_to_image.layout import is_local
+from equipoise.pipelines.config.sections import one_sided
+from equipoise.pipelines.text_to_image.formats.layout import is_local
 
 
 def problems(config: AudioVisualConfig) -> list[str]:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.runs.run import Run
 
 SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
 ALIKE = "Every cell is judged by the same test clips; chance is what guessing gets right."

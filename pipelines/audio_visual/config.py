@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from equipoise.pipelines.records import DataPath, ModelPath, PluginSection, RunConfig, Section
-from equipoise.pipelines.sections import (
+from equipoise.pipelines.config.records import DataPath, ModelPath, PluginSection, RunConfig, Section
+from equipoise.pipelines.config.sections import (
     SHORT_NAMES,
     CheckpointSection,
     CoordinatorSection,

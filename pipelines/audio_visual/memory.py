@@ -1,4 +1,4 @@
-"""How much memory audio-visual training will take: see `equipoise.pipelines.memory`."""
+"""How much memory audio-visual training will take: see `equipoise.pipelines.training.memory`."""
 
 import torch
 
@@ -7,8 +7,8 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.features import MEMORY, bins, blank
 from equipoise.pipelines.audio_visual.model import LateFusion
-from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
+from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
 _CLASSES = 32  # their number changes next to nothing
 

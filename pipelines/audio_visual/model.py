@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
-from equipoise.pipelines.layers import named_by, unmatched
+from equipoise.pipelines.training.layers import named_by, unmatched
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, which pretrained encoders expect

@@ -22,20 +22,20 @@ from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines import processes
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import Batches, Features
 from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion
 from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
 from equipoise.pipelines.audio_visual.scores import Scores, scores
-from equipoise.pipelines.checkpoints import save_tensors
+from equipoise.pipelines.config.sections import ObjectiveSection
 from equipoise.pipelines.files import explained, write_atomic
-from equipoise.pipelines.loop import EnoughError, train_loop
 from equipoise.pipelines.pipeline import Outcome
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.sections import ObjectiveSection
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, place, seed_all
+from equipoise.pipelines.runs.checkpoints import save_tensors
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.training import processes
+from equipoise.pipelines.training.loop import EnoughError, train_loop
+from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
@@ -122,7 +122,7 @@ def _said(figures: dict[str, Any]) -> str:
 
 
 class AudioVisualWork(OptimizedWork):
-    """One run's training: see `equipoise.pipelines.loop.Work` for when each method is called."""
+    """One run's training: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "weights"
 

@@ -15,13 +15,13 @@ import psutil
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import environment
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.comparing.comparison import Comparison
+from equipoise.pipelines.comparing.report import NOT_JUDGED, write_report
+from equipoise.pipelines.comparing.robustness import GAIN, shown_rate
 from equipoise.pipelines.files import explained, user_path
-from equipoise.pipelines.report import NOT_JUDGED, write_report
-from equipoise.pipelines.robustness import GAIN, shown_rate
-from equipoise.pipelines.store import Run, find
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs import environment
+from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.tables import table
 
 _MAKER = ".pid"  # in a folder that is being filled: who does it

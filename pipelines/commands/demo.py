@@ -5,9 +5,9 @@ import os
 import time
 
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import processes
-from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.commands.sweep import check_workers, resume
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.training import processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

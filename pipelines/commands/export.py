@@ -6,9 +6,9 @@ from pathlib import Path
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.pipelines import hub
+from equipoise.pipelines.commands import hub
 from equipoise.pipelines.files import user_path
-from equipoise.pipelines.store import TOP, find
+from equipoise.pipelines.runs.store import TOP, find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.options import options, references, summary
-from equipoise.pipelines.shipped import purpose, shipped
+from equipoise.pipelines.config.builtin import purpose, shipped
 from equipoise.pipelines.tables import table
-from equipoise.verdicts import verdicts
+from equipoise.plugin_cache import verdicts
 
 CONFIGS = "configs"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.files import explained, user_path
-from equipoise.pipelines.run import runs_folder
+from equipoise.pipelines.runs.run import runs_folder
 
 PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",

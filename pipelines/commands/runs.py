@@ -13,12 +13,12 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.pipelines import status
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.executors import remembered
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.status import Status
-from equipoise.pipelines.store import TOP, Store, find
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.executors import remembered
+from equipoise.pipelines.runs import status
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.status import Status
+from equipoise.pipelines.runs.store import TOP, Store, find
 from equipoise.pipelines.tables import table
 
 _SHOWN = 20

@@ -6,12 +6,13 @@ import sys
 from dataclasses import fields, replace
 
 from equipoise.errors import InputError
-from equipoise.pipelines import background, processes
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.axes import parse_axes
-from equipoise.pipelines.executors import NAMES, Executor, Where, remembered
-from equipoise.pipelines.store import Run, find
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.axes import parse_axes
+from equipoise.pipelines.jobs.executors import NAMES, Executor, Where, remembered
+from equipoise.pipelines.runs.store import Run, find
+from equipoise.pipelines.training import processes
 
 EPILOG = """examples:
   equipoise sweep text_to_image/demo

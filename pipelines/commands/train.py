@@ -11,13 +11,15 @@ from contextlib import suppress
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines import background, environment, processes
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
-from equipoise.pipelines.keys import show
+from equipoise.pipelines.jobs import background
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
-from equipoise.pipelines.run import Run, sentence
-from equipoise.pipelines.store import Store, find
+from equipoise.pipelines.runs import environment
+from equipoise.pipelines.runs.run import Run, sentence
+from equipoise.pipelines.runs.store import Store, find
+from equipoise.pipelines.training import processes
 
 _AFTERWARDS = (
     "  watch it:     equipoise logs {ref} --follow\n"

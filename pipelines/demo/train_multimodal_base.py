@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.demo import multimodal_folder, scenes, shapes
+from equipoise.pipelines.runs.checkpoints import save_tensors
 
 WIDTH, PATCH, QUERIES = 128, 8, 12
 _COLOURS, _SHAPES = list(shapes.COLOURS), list(shapes.SHAPES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out, measured
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, measured
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
@@ -20,7 +20,7 @@ from equipoise.pipelines.instruction_tuning.model import load_model, load_proces
 from equipoise.pipelines.instruction_tuning.result import ADAPTER, load_result
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.runs.run import Run
 
 SHOWN = 6  # questions with a card in the grid
 CARD = 168  # pixels, width and height of the picture on a card

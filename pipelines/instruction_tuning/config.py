@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from equipoise.pipelines.records import BasePath, DataPath, LocalPath, PluginSection, RunConfig, Section
-from equipoise.pipelines.sections import (
+from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, PluginSection, RunConfig, Section
+from equipoise.pipelines.config.sections import (
     SHORT_NAMES,
     CheckpointSection,
     CoordinatorSection,

@@ -1,4 +1,4 @@
-"""How much memory instruction tuning will take: see `equipoise.pipelines.memory`."""
+"""How much memory instruction tuning will take: see `equipoise.pipelines.training.memory`."""
 
 # peft and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -8,8 +8,8 @@ import torch
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.model import outline
-from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
+from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
 TOKENS = 512  # of a sequence, where data.max_tokens says nothing
 _LOGITS = 3  # copies of the logits at the peak: they, their logarithms and their gradient

@@ -27,11 +27,11 @@ from transformers.utils import logging as transformers_logging
 from equipoise.coordination.components import Architecture, architecture, matches, partition, preset
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.fused_lora import fuse
 from equipoise.pipelines.instruction_tuning.config import EncoderSection, InstructionTuningConfig, ModelSection
-from equipoise.pipelines.layers import named_by, unmatched
-from equipoise.pipelines.memory import DTYPES
-from equipoise.pipelines.run import memory_full
+from equipoise.pipelines.runs.run import memory_full
+from equipoise.pipelines.training.fused_lora import fuse
+from equipoise.pipelines.training.layers import named_by, unmatched
+from equipoise.pipelines.training.memory import DTYPES
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 

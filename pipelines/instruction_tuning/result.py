@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from equipoise.errors import InputError
-from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.instruction_tuning.model import Tuned, old_names
+from equipoise.pipelines.runs.checkpoints import save_tensors
 
 ADAPTER, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
 

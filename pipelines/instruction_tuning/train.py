@@ -31,7 +31,6 @@ from equipoise.coordination.balance import (
 )
 from equipoise.coordination.commit import look_ahead
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines import processes
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Example, without_marks
@@ -40,11 +39,12 @@ from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examp
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
 from equipoise.pipelines.instruction_tuning.result import write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
-from equipoise.pipelines.loop import train_loop
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.progress import progress
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, seed_all
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.training import processes
+from equipoise.pipelines.training.loop import train_loop
+from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, seed_all
 
 _EVALUATED = 64  # held-out conversations behind "loss before" and "loss after"
 _MIXED = 50  # batches whose conversations are sorted by length together
@@ -100,7 +100,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
 
 
 class InstructionTuningWork(OptimizedWork):
-    """One run's tuning: see `equipoise.pipelines.loop.Work` for when each method is called."""
+    """One run's tuning: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "parameters of this model"
 

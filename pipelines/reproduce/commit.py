@@ -148,7 +148,7 @@ def train(cell: Cell) -> Cell:
     from equipoise.pipelines import config
     from equipoise.pipelines.instruction_tuning import InstructionTuning
     from equipoise.pipelines.pipeline import execute
-    from equipoise.pipelines.store import Store
+    from equipoise.pipelines.runs.store import Store
 
     name, options = METHODS[cell["method"]]
     shared, task = Path(cell["place"]), cell["task"]

@@ -202,8 +202,8 @@ def train(cell: Cell) -> Cell:
     """Trains one model: test accuracies in %, seconds per batch of balancing, a validation curve, and the step at which
     it diverged, if it did."""
     from equipoise.pipelines.audio_visual.train import AudioVisualWork
-    from equipoise.pipelines.loop import NonFiniteError
-    from equipoise.pipelines.work import make_accelerator
+    from equipoise.pipelines.training.loop import NonFiniteError
+    from equipoise.pipelines.training.state import make_accelerator
 
     work = AudioVisualWork(_config(cell), _Quiet(), make_accelerator("no"), _prepared(cell["runs"], cell["data"]))  # type: ignore[arg-type]
     times: list[float] = []

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from equipoise.pipelines.comparison import Comparison
+from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import FORMATS
 

@@ -32,14 +32,19 @@ from transformers.utils import logging as transformers_logging
 
 from equipoise.coordination.components import matches
 from equipoise.errors import InputError
-from equipoise.pipelines.fused_lora import fuse
-from equipoise.pipelines.layers import named_by, unmatched
-from equipoise.pipelines.memory import DTYPES
-from equipoise.pipelines.run import memory_full
+from equipoise.pipelines.runs.run import memory_full
 from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection, NoiseSection
 from equipoise.pipelines.text_to_image.families import Family, family, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Noise, load_scheduler, make_noise, scheduler_with
-from equipoise.pipelines.text_to_image.formats import (
+from equipoise.pipelines.text_to_image.formats.layout import (
+    encoder_problems,
+    encoders_of,
+    is_local,
+    model_problems,
+    model_source,
+    read_index,
+)
+from equipoise.pipelines.text_to_image.formats.lora_files import (
     ADAPTER,
     Factors,
     comfyui_rows,
@@ -48,14 +53,9 @@ from equipoise.pipelines.text_to_image.formats import (
     read_lora,
     sizes_for_comfyui,
 )
-from equipoise.pipelines.text_to_image.layout import (
-    encoder_problems,
-    encoders_of,
-    is_local,
-    model_problems,
-    model_source,
-    read_index,
-)
+from equipoise.pipelines.training.fused_lora import fuse
+from equipoise.pipelines.training.layers import named_by, unmatched
+from equipoise.pipelines.training.memory import DTYPES
 
 
 class Latents(NamedTuple):

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from equipoise.pipelines.text_to_image.config import DataSection
-from equipoise.pipelines.work import mix, place
+from equipoise.pipelines.training.state import mix, place
 
 Size = tuple[int, int]  # pixels or cells: width, height
 

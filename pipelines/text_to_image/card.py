@@ -10,7 +10,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
-from equipoise.pipelines.text_to_image.formats import opened, read_metadata
+from equipoise.pipelines.text_to_image.formats.lora_files import opened, read_metadata
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 

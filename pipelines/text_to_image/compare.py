@@ -16,10 +16,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from equipoise.errors import InputError
-from equipoise.pipelines import demo, environment
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out, means, measured
+from equipoise.pipelines import demo
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, means, measured
 from equipoise.pipelines.progress import progress
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.runs import environment
+from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, SamplesSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.data import read_examples

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from equipoise.pipelines.records import (
+from equipoise.pipelines.config.records import (
     BasePath,
     DataPath,
     LocalPath,
@@ -17,7 +17,7 @@ from equipoise.pipelines.records import (
     RunConfig,
     Section,
 )
-from equipoise.pipelines.sections import (
+from equipoise.pipelines.config.sections import (
     SHORT_NAMES,
     CheckpointSection,
     CoordinatorSection,

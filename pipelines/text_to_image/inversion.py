@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.config import TokenSection
-from equipoise.pipelines.text_to_image.formats import opened
+from equipoise.pipelines.text_to_image.formats.lora_files import opened
 
 WORD_FILE = "learned_embeds.safetensors"
 _SEVERAL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # their names where a file is of both

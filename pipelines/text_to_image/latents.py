@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained
 from equipoise.pipelines.progress import progress
+from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.base import Base, Latents
 from equipoise.pipelines.text_to_image.buckets import nearest, sizes
 from equipoise.pipelines.text_to_image.config import DataSection

@@ -1,4 +1,4 @@
-"""How much memory a tuning will take: see `equipoise.pipelines.memory`."""
+"""How much memory a tuning will take: see `equipoise.pipelines.training.memory`."""
 
 # diffusers, peft and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -12,11 +12,11 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from transformers import BatchEncoding
 
-from equipoise.pipelines.memory import DTYPES, PROGRAM, activations, size, training
 from equipoise.pipelines.pipeline import Memory
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
-from equipoise.pipelines.text_to_image.layout import encoders_of, read_config, read_index
+from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
+from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
 _BYTES = {"int8": 1.0, "nf4": 0.5}  # of a quantised weight
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from equipoise.pipelines.comparison import means
+from equipoise.pipelines.comparing.comparison import means
 from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.text_to_image.generate import Sample
 

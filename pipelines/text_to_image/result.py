@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.checkpoints import save_tensors
 from equipoise.pipelines.files import explained, write_atomic
+from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
-from equipoise.pipelines.text_to_image.formats import (
+from equipoise.pipelines.text_to_image.formats.layout import is_local
+from equipoise.pipelines.text_to_image.formats.lora_files import (
     ADAPTER,
     COMFYUI_SIZES,
     Factors,
@@ -33,7 +34,6 @@ from equipoise.pipelines.text_to_image.formats import (
     read_metadata,
     write_lora,
 )
-from equipoise.pipelines.text_to_image.layout import is_local
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PROPORTIONS = "dora_proportions.safetensors"  # see `proportions_of`

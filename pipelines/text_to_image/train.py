@@ -18,10 +18,9 @@ from torch import Tensor
 from equipoise.balancing.objective import Losses
 from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines import demo, processes
-from equipoise.pipelines.loop import DivergedError, train_loop
+from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import Outcome
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, Latents, begin_training, load_base
 from equipoise.pipelines.text_to_image.buckets import Batches
 from equipoise.pipelines.text_to_image.captions import spoken
@@ -33,7 +32,9 @@ from equipoise.pipelines.text_to_image.inversion import fresh_rows, taught, writ
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
-from equipoise.pipelines.work import OptimizedWork, make_accelerator, mix, number, seed_all
+from equipoise.pipelines.training import processes
+from equipoise.pipelines.training.loop import DivergedError, train_loop
+from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, seed_all
 
 _PLAIN = DataSection()  # class pictures' captions are read as they are
 _RECENT = 20  # steps over which a loss has to be high for a run to be given up
@@ -107,7 +108,7 @@ class Pictures:
 
 
 class TextToImageWork(OptimizedWork):
-    """One run's tuning: see `equipoise.pipelines.loop.Work` for when each method is called."""
+    """One run's tuning: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "LoRA factors"
 

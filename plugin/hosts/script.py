@@ -222,8 +222,8 @@ def choose(name: str, given: dict[str, Any], called: tuple[str, str] = ("--optim
     from torch.optim import Optimizer
 
     from equipoise.optimizers.bounded import BoundedAdamW
-    from equipoise.optimizers.fused_adamw import FusedAdamW
-    from equipoise.optimizers.pair_optimizer import PairOptimizer
+    from equipoise.optimizers.parts.fused_adamw import FusedAdamW
+    from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
     from equipoise.optimizers.scaled import ScaledAdamW
 
     if "lr" in given:

@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equipoise.errors import EquipoiseError, InputError, NamelessError
 from equipoise.hosts.script import Choice, refuse_deepspeed, say, tell
-from equipoise.optimizers.pair_optimizer import PairOptimizer, attach
-from equipoise.pairs import PairReport, find_pairs, live_roots
+from equipoise.lora.pairs import PairReport, find_pairs, live_roots
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, attach
 
 _clipped: Counter[str] = Counter()  # calls of clip_grad_norm_ so far: "tensors" or "nothing"
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
-from equipoise.optimizers.arithmetic import Tensors, batches, narrow, rate, widen, widen_all
-from equipoise.optimizers.checks import (
+from equipoise.lora.pairs import is_dtensor
+from equipoise.optimizers.parts.arithmetic import Tensors, batches, narrow, rate, widen, widen_all
+from equipoise.optimizers.parts.checks import (
     check_adam,
     check_dense,
     check_not_negative,
@@ -27,9 +28,8 @@ from equipoise.optimizers.checks import (
     loss_of,
     place,
 )
-from equipoise.optimizers.pair_optimizer import unpack
-from equipoise.optimizers.preconditioner import chunk_entries
-from equipoise.pairs import is_dtensor
+from equipoise.optimizers.parts.pair_optimizer import unpack
+from equipoise.optimizers.parts.preconditioner import chunk_entries
 
 Mask = Literal["async", "sync", "none"]
 Compensation = Literal["norm", "algorithm1", "none"]

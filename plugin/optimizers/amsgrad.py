@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
-from equipoise.optimizers.arithmetic import batches, narrow, rate, real, widen_all
-from equipoise.optimizers.checks import check_adam, check_dense, fill_options, is_number, loss_of, place
+from equipoise.optimizers.parts.arithmetic import batches, narrow, rate, real, widen_all
+from equipoise.optimizers.parts.checks import check_adam, check_dense, fill_options, is_number, loss_of, place
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # m, v and v̂, by torch's names
 

@@ -1,6 +1,6 @@
 """Bounded optimizers: any torch optimizer whose step may move the product BA of a LoRA pair only so far.
 
-Method: a trust region in the space of the adapted weights; derivation in product_bound.py. Not from a paper.
+Method: a trust region in the space of the adapted weights; derivation in parts/product_bound.py. Not from a paper.
 Options: `trust` is τ of ‖s(BA − B₀A₀)‖_F ≤ τ‖W‖_F at the full learning rate; a schedule lowers both alike.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from equipoise.errors import InputError
-from equipoise.optimizers.fused_adamw import FusedAdamW
-from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class
+from equipoise.optimizers.parts.fused_adamw import FusedAdamW
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, make_class
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
 TRUST = 0.01
@@ -76,7 +76,7 @@ class BoundedAdamW(Bounded, FusedAdamW):
         0.0100
 
     References:
-        No paper: the derivation stands at the top of equipoise/optimizers/product_bound.py.
+        No paper: the derivation stands at the top of equipoise/optimizers/parts/product_bound.py.
         For the layer-wise ratio of which this is a relative: You et al., LAMB, arXiv 1904.00962, 2020, Algorithm 2
     """
 

@@ -68,7 +68,7 @@ class ReferenceScaled:
 def reference_share(
     A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, limit: float, intervals: int = 100_000
 ) -> float:  # c, to 1/intervals
-    """The c of `product_bound.py` by walking up from 0 until ‖(B + c·dB)(A + c·dA) − BA‖_F leaves the limit."""
+    """The c of `parts/product_bound.py` by walking up from 0 until ‖(B + c·dB)(A + c·dA) − BA‖_F leaves the limit."""
     P, Q = B @ dA + dB @ A, dB @ dA
     PP, PQ, QQ = (P * P).sum(), (P * Q).sum(), (Q * Q).sum()
     c = torch.linspace(0, 1, intervals + 1, dtype=A.dtype)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from equipoise.errors import InputError
-from equipoise.optimizers.fused_adamw import FusedAdamW
-from equipoise.optimizers.pair_optimizer import PairOptimizer, make_class, unpack
+from equipoise.optimizers.parts.fused_adamw import FusedAdamW
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, make_class, unpack
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
 DampingMode = Literal["absolute", "relative"]

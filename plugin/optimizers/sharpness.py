@@ -3,7 +3,7 @@
 Methods: SAM, Foret et al., Sharpness-Aware Minimization, arXiv 2010.01412, 2021, Algorithm 1; AdaSAM, Sun et al., arXiv
 2303.00565, 2023, Algorithm 1, which is SAM over a literal AMSGrad (amsgrad.py).
 Options: `rho` is ρ; `adaptive` is ASAM, Kwon et al., arXiv 2102.11600, 2021, with T = |w|; `every` is in no paper.
-What a step does stands in sharp_optimizer.py.
+What a step does stands in parts/sharp_optimizer.py.
 """
 
 import functools
@@ -16,8 +16,8 @@ from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
 from equipoise.errors import InputError
 from equipoise.optimizers.amsgrad import AMSGrad
-from equipoise.optimizers.pair_optimizer import make_class, unpack, unwrap
-from equipoise.optimizers.sharp_optimizer import OPTIONS, SharpOptimizer, check_sharpness
+from equipoise.optimizers.parts.pair_optimizer import make_class, unpack, unwrap
+from equipoise.optimizers.parts.sharp_optimizer import OPTIONS, SharpOptimizer, check_sharpness
 
 _DOC = """{base} with the gradient at the worst nearby point: two evaluations of each batch per step.
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.pipelines import config, sweep
+from equipoise.pipelines import config
+from equipoise.pipelines.jobs import sweep
 
 NAMES = sorted(config.shipped())
 

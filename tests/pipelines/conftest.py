@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from equipoise.pipelines import checkpoints
 from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from equipoise.pipelines import checkpoints
 from equipoise.pipelines.config import RunConfig, Section
-from equipoise.pipelines.loop import train_loop
 from equipoise.pipelines.pipeline import Pipeline
+from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.training.loop import train_loop
 
 
 class Train(Section):

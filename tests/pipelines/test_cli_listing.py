@@ -8,7 +8,7 @@ import pytest
 
 from equipoise import __version__, registry
 from equipoise.pipelines import cli
-from equipoise.pipelines.shipped import shipped
+from equipoise.pipelines.config.builtin import shipped
 
 OPTIMIZERS = "equipoise.optimizers"
 BUILT_IN = {

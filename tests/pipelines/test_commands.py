@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 
 PATIENCE = 120.0  # seconds, for machines that are busy with other things
 

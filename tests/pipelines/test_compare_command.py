@@ -10,10 +10,10 @@ from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.comparison import Cell, Comparison, Picture
-from equipoise.pipelines.run import Run
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs.run import Run
 
 SOURCE = Path(__file__).with_name("counting.py").read_text() + (
     "\n\nfrom equipoise.pipelines.text_to_image.config import SamplesSection\n\n\n"

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from equipoise.errors import InputError
-from equipoise.pipelines import checkpoints
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.format import FORMAT
-from equipoise.pipelines.run import FOLDERS
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.config.format import FORMAT
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs.run import FOLDERS
+from equipoise.pipelines.runs.store import Store
 
 FORMATS = Path(__file__).parents[1] / "fixtures" / "formats"
 STATES = {"done": "done", "stopped": "stopped", "pictures": "stopped", "answers": "stopped", "grid": "done"}

@@ -14,11 +14,11 @@ import torch
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.config.records import RunConfig
+from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.pipeline import Pipeline, execute
-from equipoise.pipelines.records import RunConfig
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.train import TextToImageWork
 
@@ -43,7 +43,7 @@ WRITER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from equipoise.pipelines import checkpoints
+from equipoise.pipelines.runs import checkpoints
 folder, fatal, left = Path(sys.argv[1]), None, 0
 def audit(event, arguments):
     global left
@@ -165,7 +165,8 @@ def test_a_sweep_outlives_the_page_that_started_it(place):
         configs.set_keys(configs.load("vase.yaml", ["train.pause=0.05"]), {"sweep": {"seed": [0, 1]}}), id="k"
     )
     code = (
-        "import sys, time; from equipoise.pipelines import background; from equipoise.pipelines.run import Run\n"
+        "import sys, time; from equipoise.pipelines.jobs import background\n"
+        "from equipoise.pipelines.runs.run import Run\n"
         "background.start(Run(sys.argv[1]), 1, in_turn=True); print('started', flush=True); time.sleep(600)"
     )
     page = subprocess.Popen(
@@ -221,7 +222,7 @@ def test_bytes_of_the_index_that_went_bad_unnoticed(tmp_path):
 
 def test_a_flipped_bit_of_the_state_is_noticed(tmp_path):
     """Also one that leaves good JSON with another number."""
-    from equipoise.pipelines import checkpoints
+    from equipoise.pipelines.runs import checkpoints
 
     saved = checkpoints.save(tmp_path, 10, {"a": torch.ones(1)}, {"rate": 0.001, "step": 4})
     text = (saved / "state.json").read_text()

@@ -28,25 +28,27 @@ from PIL import Image
 from safetensors import safe_open
 
 from equipoise.errors import InputError
-from equipoise.pipelines import checkpoints, demo, storage
 from equipoise.pipelines import config as configs
+from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual import config as audio_visual
 from equipoise.pipelines.audio_visual import features
 from equipoise.pipelines.audio_visual.data import read_manifest, settle
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.executors import Where, remembered
+from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.instruction_tuning import data as conversations
 from equipoise.pipelines.instruction_tuning import media
 from equipoise.pipelines.instruction_tuning.config import ModelSection
 from equipoise.pipelines.instruction_tuning.model import model_problems as multimodal_problems
-from equipoise.pipelines.records import RunConfig
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
-from equipoise.pipelines.text_to_image import layout
+from equipoise.pipelines.jobs import storage
+from equipoise.pipelines.jobs.executors import Where, remembered
+from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image.config import DataSection
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, size_of
 from equipoise.pipelines.text_to_image.families import shape_of
-from equipoise.pipelines.text_to_image.formats import layer_names, read_lora, read_metadata
+from equipoise.pipelines.text_to_image.formats import layout
+from equipoise.pipelines.text_to_image.formats.lora_files import layer_names, read_lora, read_metadata
 
 MANY = int(os.environ.get("EQUIPOISE_FUZZ", "0"))
 COUNTS: Counter[str] = Counter()

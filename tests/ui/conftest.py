@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.comparison import Cell, Comparison, Picture, lay_out
-from equipoise.pipelines.report import write_report
-from equipoise.pipelines.run import Run
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.comparing.report import write_report
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store
 from equipoise.ui.quick import import_gradio
 
 with warnings.catch_warnings():  # its own import warns of what its dependencies deprecate

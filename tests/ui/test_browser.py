@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs.store import Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra dev brings it")
 expect = playwright.expect

@@ -8,10 +8,10 @@ from PIL import Image
 from equipoise import registry
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.axes import expand
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.shipped import shipped
-from equipoise.pipelines.status import Status
+from equipoise.pipelines.config.builtin import shipped
+from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw, forms, launch
 
 

@@ -14,13 +14,14 @@ import pytest
 from gradio_client import Client
 
 from equipoise.errors import InputError
-from equipoise.pipelines import background, status
 from equipoise.pipelines import config as configs
-from equipoise.pipelines import sweep as sweeps
-from equipoise.pipelines.axes import expand
-from equipoise.pipelines.comparison import RATE, Comparison
+from equipoise.pipelines.comparing.comparison import RATE, Comparison
 from equipoise.pipelines.files import append
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.runs import status
+from equipoise.pipelines.runs.store import Store
 from equipoise.ui import compare, draw, launch, plugins, runs
 
 
@@ -597,7 +598,7 @@ from equipoise.ui.quick import import_gradio
 import_gradio()
 from equipoise.ui.app import application
 from equipoise.ui.safety import Site
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 application(Site(Store({str(tmp_path)!r})), 1)
 sys.exit("torch" in sys.modules)
 """

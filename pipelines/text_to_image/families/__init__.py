@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from equipoise.pipelines.keys import is_set
+from equipoise.pipelines.config.keys import is_set
 
 if TYPE_CHECKING:
     from torch import Tensor

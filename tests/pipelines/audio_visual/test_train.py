@@ -15,17 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.pipelines import checkpoints, config
+from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
 from equipoise.pipelines.audio_visual.model import FUSIONS, load
 from equipoise.pipelines.audio_visual.scores import scores
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.loop import NonFiniteError
+from equipoise.pipelines.comparing.report import write_report
 from equipoise.pipelines.pipeline import Outcome, execute
-from equipoise.pipelines.report import write_report
-from equipoise.pipelines.store import Store
-from equipoise.pipelines.work import make_accelerator
+from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs.store import Store
+from equipoise.pipelines.training.loop import NonFiniteError
+from equipoise.pipelines.training.state import make_accelerator
 
 spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("conftest.py"))
 made = importlib.util.module_from_spec(spec)

@@ -26,8 +26,8 @@ from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
 from equipoise.pipelines.pipeline import Outcome, execute
-from equipoise.pipelines.store import Store
-from equipoise.pipelines.work import make_accelerator
+from equipoise.pipelines.runs.store import Store
+from equipoise.pipelines.training.state import make_accelerator
 
 NAME = "instruction_tuning/demo"
 KINDS = ["blip-2", "instructblip", "llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "paligemma", "qwen2_audio"]

@@ -4,7 +4,7 @@ import pytest
 
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import Outcome, execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 
 

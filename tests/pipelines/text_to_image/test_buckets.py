@@ -11,7 +11,7 @@ from PIL import Image
 
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.buckets import Batches, nearest, sizes
@@ -19,7 +19,7 @@ from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.config import DataSection
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.latents import prepare_latents
-from equipoise.pipelines.work import place
+from equipoise.pipelines.training.state import place
 
 NAME = "text_to_image/dreambooth"
 

@@ -3,9 +3,9 @@
 import pytest
 
 from equipoise.pipelines import config
-from equipoise.pipelines import sweep as sweeps
+from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 
 NAME = "text_to_image/dreambooth"

@@ -31,15 +31,15 @@ from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import ModelSection, NoiseSection
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, to_tensor, variants
-from equipoise.pipelines.text_to_image.factors import Factors, join, split
 from equipoise.pipelines.text_to_image.families import FAMILIES, family, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Flow
-from equipoise.pipelines.text_to_image.formats import FORMATS, name_in, read_lora, write_lora
+from equipoise.pipelines.text_to_image.formats.factors import Factors, join, split
+from equipoise.pipelines.text_to_image.formats.lora_files import FORMATS, name_in, read_lora, write_lora
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"

@@ -13,7 +13,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE, fresh_rows, taught

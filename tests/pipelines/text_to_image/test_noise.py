@@ -14,13 +14,13 @@ from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import Outcome, execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import NoiseSection
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.families.noise import Diffusion, scheduler_with
-from equipoise.pipelines.text_to_image.formats import FORMATS, factors_of
+from equipoise.pipelines.text_to_image.formats.lora_files import FORMATS, factors_of
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"

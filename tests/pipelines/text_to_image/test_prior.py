@@ -5,7 +5,7 @@ from PIL import Image
 
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage, prior
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.generate import generate

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.result import LORA_FILE

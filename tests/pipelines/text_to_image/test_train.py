@@ -14,7 +14,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import Outcome, execute
-from equipoise.pipelines.store import Store
+from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image import base as bases
 from equipoise.pipelines.text_to_image.base import load_base

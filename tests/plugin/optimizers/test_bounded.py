@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from equipoise import BoundedAdamW, ScaledAdamW, attach, bounded, scaled
 from equipoise.errors import InputError, PairingError
 from equipoise.optimizers import bounded as module
-from equipoise.optimizers.product_bound import largest_share
+from equipoise.optimizers.parts.product_bound import largest_share
 from equipoise.optimizers.reference import reference_share
 
 

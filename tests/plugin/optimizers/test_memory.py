@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from equipoise import BoundedAdamW, ScaledAdamW
-from equipoise.optimizers import preconditioner
+from equipoise.optimizers.parts import preconditioner
 
 
 class Memory(TorchDispatchMode):

@@ -1,0 +1,4 @@
+"""Runs side by side: the table (`comparison`), what is shown of it (`report`), and the usable range (`robustness`).
+
+Pipelines fill a `comparison.Comparison`; commands write its report. Builds on runs and config.
+"""

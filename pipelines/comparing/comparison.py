@@ -1,0 +1,289 @@
+"""What a comparison is: runs laid out as rows (all but the rate) × columns (learning rate), with their scores."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import InputError
+from equipoise.pipelines.comparing.robustness import Point, UsableRange, threshold, usable_range
+from equipoise.pipelines.config import flat as flat_config
+from equipoise.pipelines.config.records import RunConfig
+from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.runs.run import Run
+
+RATE = "optimizer.learning_rate"
+_NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
+_SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
+MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
+_LONG = 40  # characters of a value in a label
+
+
+@dataclass
+class Picture:
+    """One generated picture, on disk in the comparison's folder."""
+
+    prompt: int  # index into Comparison.prompts
+    seed: int | None  # of its noise, where it was drawn from any
+    file: str  # relative to the comparison's folder
+    thumbnail: str
+    right: bool | None = None  # the judge's verdict, where the domain is drawn
+    note: str = ""  # what the judge saw
+    scores: dict[str, float] = field(default_factory=dict)  # shares are 0 or 1 of one picture
+
+
+@dataclass
+class Cell:
+    """One run, or the untouched base, in the comparison."""
+
+    run: str  # the run's id; "" for the base
+    row: str
+    rate: float  # learning rate; nan for the base
+    seed: int
+    state: str  # done, diverged, stopped, failed …
+    message: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)  # dotted key → value, where the cells differ
+
+    @classmethod
+    def of(cls, run: Run, config: RunConfig, place: tuple[str, float, dict[str, Any]]) -> "Cell":
+        """The cell of a run, where `lay_out` puts it."""
+        status, (row, rate, differs) = run.status(), place
+        return cls(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+
+    @property
+    def who(self) -> str:
+        return self.run or ("the untouched base" if self.row == "base" else self.row)
+
+    @property
+    def score(self) -> float:
+        return self.metrics.get("score", math.nan)
+
+    def of_prompt(self, prompt: int) -> dict[str, float]:
+        """The means of a prompt's pictures' scores; the cell's own metrics are those of all prompts."""
+        return means([picture.scores for picture in self.pictures if picture.prompt == prompt])
+
+
+@dataclass
+class Comparison:
+    name: str
+    folder: Path
+    prompts: list[str]
+    score: str  # what the score is, in words
+    base: Cell
+    cells: list[Cell]
+    beside: dict[str, str] = field(default_factory=dict)  # metrics told beside the score: shares, and what they are
+    scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, told after them
+    alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
+
+    @classmethod
+    def read(cls, folder: Path) -> "Comparison":
+        """The comparison that `write_tables` wrote into `folder`.
+
+        Raises:
+            InputError: There is none, or one of a version that wrote less.
+        """
+        try:
+            data = json.loads((folder / "table.json").read_text())
+            base, *cells = [
+                Cell(
+                    *(it["run"], it["row"], math.nan if it["learning_rate"] is None else it["learning_rate"]),
+                    *(it["seed"], it["state"], it["message"]),
+                    {name: math.nan if value is None else value for name, value in it["metrics"].items()},
+                    [Picture(**picture) for picture in it["pictures"]],
+                    it["config"],
+                )
+                for it in data["cells"]
+            ]
+            told = data["beside"], data.get("scored", {}), data.get("alike", "")
+            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *told)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(cell.row for cell in self.cells))
+
+    @property
+    def rates(self) -> list[float]:
+        return sorted({cell.rate for cell in self.cells})
+
+    def at(self, row: str, rate: float) -> list[Cell]:
+        """The cells of one place, one per seed."""
+        return sorted((c for c in self.cells if c.row == row and c.rate == rate), key=lambda cell: cell.seed)
+
+    def counted(self, cell: Cell) -> float:
+        """A cell's score as it counts: one that diverged, draws mostly broken pictures, or has no score, is no better
+        than the base."""
+        if not math.isfinite(cell.score):
+            return self.base.score
+        failed = cell.state == "diverged" or cell.metrics.get("broken", 0) > MOSTLY
+        return min(cell.score, self.base.score) if failed else cell.score
+
+    def points(self, row: str) -> list[Point]:
+        """A row's mean score over the seeds at each rate."""
+        points = []
+        for rate in self.rates:
+            if cells := self.at(row, rate):
+                scores = [self.counted(cell) for cell in cells]
+                points.append(Point(rate, sum(scores) / len(scores)))
+        return points
+
+    def usable(self, row: str, rate: float) -> bool:
+        """Whether a rate worked, by the mean over its seeds, as the curve and the range have it."""
+        line = self.line
+        return line is not None and any(p.rate == rate and p.score >= line for p in self.points(row))
+
+    @property
+    def line(self) -> float | None:
+        """The score that counts as usable, or None where no cell beats the base by enough."""
+        best = max((point.score for row in self.rows for point in self.points(row)), default=-math.inf)
+        return threshold(self.base.score, best)
+
+    @property
+    def judged(self) -> bool:
+        """Whether any cell has a score; questions of one's own have no right answer to be compared with."""
+        return any(math.isfinite(cell.score) for cell in [self.base, *self.cells])
+
+    def verdict(self, row: str, rate: float) -> str:
+        """`usable`, `unusable`, or nothing for the base and where nothing is judged."""
+        if math.isnan(rate) or not self.judged:
+            return ""
+        return "usable" if self.usable(row, rate) else "unusable"
+
+    def ranges(self) -> dict[str, UsableRange | None]:
+        line = self.line
+        return {row: usable_range(self.points(row), line) if line is not None else None for row in self.rows}
+
+    @property
+    def picture_scores(self) -> list[str]:
+        """What single pictures are scored by."""
+        pictures = [picture for cell in [self.base, *self.cells] for picture in cell.pictures]
+        return list(dict.fromkeys(name for picture in pictures for name in picture.scores))
+
+    def write_tables(self) -> list[Path]:
+        """Writes table.csv, prompts.csv (the same prompt by prompt, where pictures have scores) and table.json; returns
+        the paths of the first and the last."""
+        names = list(dict.fromkeys(name for cell in [self.base, *self.cells] for name in cell.metrics))
+        facts = ["row", "learning_rate", "seed", "run", "state"]
+        cells = [(_facts(cell), cell) for cell in [self.base, *self.cells]]
+        rows = [[*known, *(_shown(cell.metrics.get(name)) for name in names)] for known, cell in cells]
+        _write_csv(self.folder / "table.csv", [[*facts, *names], *rows])
+        if names := self.picture_scores:
+            rows = [
+                [*known, prompt, *(_shown(cell.of_prompt(index).get(name)) for name in names)]
+                for index, prompt in enumerate(self.prompts)
+                for known, cell in cells
+                if cell.of_prompt(index)
+            ]
+            _write_csv(self.folder / "prompts.csv", [[*facts, "prompt", *names], *rows])
+        document = {
+            "name": self.name,
+            "score": self.score,
+            "prompts": self.prompts,
+            "beside": self.beside,
+            "scored": self.scored,
+            "alike": self.alike,
+            "usable_from": self.line,
+            "usable_ranges": {
+                row: None
+                if found is None
+                else {
+                    "low": found.low,
+                    "high": found.high,
+                    "decades": found.decades,
+                    "open_low": found.open_low,
+                    "open_high": found.open_high,
+                }
+                for row, found in self.ranges().items()
+            },
+            "cells": [
+                {
+                    "row": c.row,
+                    "learning_rate": None if math.isnan(c.rate) else c.rate,
+                    "seed": c.seed,
+                    "run": c.run,
+                    "state": c.state,
+                    "message": c.message,
+                    "metrics": {k: _finite(v) for k, v in c.metrics.items()},
+                    "pictures": [asdict(picture) for picture in c.pictures],
+                    "config": c.config,
+                }
+                for c in [self.base, *self.cells]
+            ],
+        }
+        write_atomic(self.folder / "table.json", json.dumps(document, indent=1) + "\n")
+        return [self.folder / "table.csv", self.folder / "table.json"]
+
+
+def means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Name by name, over those that have it."""
+    found = {name: [one[name] for one in scores if name in one] for name in dict.fromkeys(n for s in scores for n in s)}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def measured(result: Mapping[str, Any]) -> dict[str, float]:
+    """What a run's result.json says of its training."""
+    names = ("loss_before", "loss_after", "seconds", "step")
+    return {name: result[name] for name in names if result.get(name) is not None}
+
+
+def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, Any]]]:
+    """Each run's row label, learning rate, and what of its configuration differs between the runs.
+
+    Raises:
+        InputError: a run has no learning rate to lay it out by.
+    """
+    flat = [flat_config(config) for config in configs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
+    axes = [key for key in differing if key not in _NOT_AXES and key not in _SHOWN_WITH_IT]
+    short = {key: key.removesuffix(".name").split(".")[-1] for key in axes}  # a plugin's section says which it is
+    last = Counter(short.values())
+    names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
+    placed = []
+    for one in flat:
+        if RATE not in one:
+            raise InputError("comparison: a run has no optimizer.learning_rate, so it has no column.")
+        options = {
+            option: value
+            for option, value in one.get("optimizer.options", {}).items()
+            if any(other.get("optimizer.options", {}).get(option) != value for other in flat)
+        }
+        named = [*options.items(), *((name, one.get(key)) for key, name in names.items())]
+        label = " ".join([str(one["optimizer.name"]), *(f"{name}={_brief(value)}" for name, value in named)])
+        placed.append(
+            (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
+        )
+    return placed
+
+
+def _brief(value: Any) -> str:
+    """A value in a label; a long one is cut, and told apart from others by a digest."""
+    text = str(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 6]}…{hashlib.sha256(text.encode()).hexdigest()[:5]}"
+
+
+def _facts(cell: Cell) -> list[Any]:
+    return [cell.row, "" if math.isnan(cell.rate) else repr(cell.rate), cell.seed, cell.run, cell.state]
+
+
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"

@@ -1,0 +1,113 @@
+"""Sections that the pipelines' configurations share: the schedule, the objective, the coordinator, checkpoints."""
+
+# pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from equipoise import registry
+from equipoise.pipelines.config.records import PluginSection, Section
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+
+# Short names of the keys below; to be the last of a configuration's own.
+SHORT_NAMES = {
+    "learning_rate": "optimizer.learning_rate",
+    "optimizer": "optimizer.name",
+    "objective": "objective.name",
+    "coordinator": "coordinator.name",
+    "schedule": "schedule.name",
+    "checkpoint_every": "checkpoint.every",
+}
+
+# The schedules that read each option; to any other it would do nothing.
+READ_BY = {
+    "warmup": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    "cycles": ("cosine", "cosine_with_restarts"),
+    "power": ("polynomial",),
+    "rules": ("piecewise_constant",),
+}
+
+
+class ScheduleSection(Section):
+    name: Schedule = Field("constant", description="how the learning rate changes over the steps")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    cycles: float = Field(
+        1, gt=0, description="cosine: half waves, 1 falls to 0 once; cosine_with_restarts: falls to 0, a whole number"
+    )
+    power: float = Field(1.0, gt=0, description="polynomial: the exponent; the rate falls to 0")
+    rules: str | None = Field(
+        None, description="piecewise_constant: such as 1:100,0.1:200,0.01 (factor:until step, …, last factor)"
+    )
+
+    @field_validator(*READ_BY)
+    @classmethod
+    def _read(cls, given: Any, info: ValidationInfo) -> Any:
+        field, name = str(info.field_name), info.data.get("name")
+        if name and given != cls.model_fields[field].default and name not in READ_BY[field]:
+            raise ValueError(f"has no effect on the schedule {name}, only on {' and '.join(READ_BY[field])}.")
+        return given
+
+    @field_validator("cycles")
+    @classmethod
+    def _whole(cls, cycles: float, info: ValidationInfo) -> float:
+        if info.data.get("name") == "cosine_with_restarts" and cycles % 1:
+            raise ValueError(f"must be a whole number for cosine_with_restarts, got {cycles:g}.")
+        return cycles
+
+    @field_validator("rules")
+    @classmethod
+    def _readable(cls, rules: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("name") != "piecewise_constant":
+            return rules
+        if not rules:
+            raise ValueError("piecewise_constant needs schedule.rules, such as 1:100,0.1:200,0.01.")
+        try:
+            *parts, last = rules.split(",")
+            pairs = [part.split(":") for part in parts]
+            factors, ends = [float(factor) for factor, _ in pairs] + [float(last)], [int(end) for _, end in pairs]
+            good = all(0 <= factor < math.inf for factor in factors) and ends == sorted({0, *ends})[1:]
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(
+                "must be factor:until step, … with rising steps, and a last factor, such as 1:100,0.1:200,0.01, "
+                f"got {rules}."
+            )
+        return rules
+
+
+class ObjectiveSection(PluginSection):
+    KIND = "objectives"
+
+    name: str = Field(
+        "joint", description="what turns the losses into gradients; `equipoise list objectives` shows all"
+    )
+
+
+class CoordinatorSection(PluginSection):
+    KIND = "coordinators"
+
+    name: str = Field("constant", description="what balances the parts' rates; `equipoise list coordinators` shows all")
+
+
+class CheckpointSection(Section):
+    every: int = Field(250, ge=0, description="steps between checkpoints; 0 keeps none but the one at a stop")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+
+
+def one_sided(config: Any) -> list[str]:
+    """What is wrong with a coordinator of language and encoder for a pipeline that has not both."""
+    name = config.coordinator.name
+    if not getattr(registry.load("coordinators", name), "two_sided", False):
+        return []
+    return [
+        f"coordinator.name: {name} sets a language model's rate against an encoder's, and {config.pipeline} has not "
+        "both. Use constant."
+    ]

@@ -1,0 +1,33 @@
+"""How the learning rate changes over a run's steps: diffusers' schedules, by the names and options of the record."""
+
+from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from equipoise.pipelines.config.sections import ScheduleSection
+
+
+def make_schedule(
+    schedule: ScheduleSection,
+    optimizer: Optimizer,
+    steps: int,  # of the run
+) -> LambdaLR:
+    """The schedule, stepped once after each optimizer step."""
+    if schedule.name == "cosine":  # diffusers' get_scheduler knows no cycles for it; it counts whole waves
+        return get_cosine_schedule_with_warmup(optimizer, schedule.warmup, steps, num_cycles=schedule.cycles / 2)
+    if schedule.name == "polynomial":  # diffusers' own ends at a rate that depends on the optimizer's default one
+        return LambdaLR(optimizer, lambda step: _polynomial(step, schedule.warmup, steps, schedule.power))
+    return get_scheduler(
+        schedule.name,
+        optimizer,
+        step_rules=schedule.rules,
+        num_warmup_steps=schedule.warmup,
+        num_training_steps=steps,
+        num_cycles=int(schedule.cycles),
+    )
+
+
+def _polynomial(step: int, warmup: int, steps: int, power: float) -> float:
+    if step < warmup:
+        return step / warmup
+    return max(0.0, 1 - (step - warmup) / max(1, steps - warmup)) ** power

@@ -1,0 +1,117 @@
+"""Finds the frozen weight under each LoRA pair: how large it is, and how the adapter is scaled onto it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.errors import PairingError
+from equipoise.lora.pairs import Pair, is_dtensor, live_roots
+
+_LEVELS = 3  # peft: the layer, its ModuleDict lora_A, and in that one nn.Linear per adapter
+
+
+def weight_norms(pairs: Sequence[Pair], model: nn.Module | None = None) -> list[float]:
+    """‖W‖_F / s of each pair, for an adapted weight W + s·BA.
+
+    Args:
+        pairs: The pairs; see `find_pairs`.
+        model: Where they live. Without it every live module is searched.
+
+    Raises:
+        PairingError: No module has both the pair and a frozen weight, or that weight is zero, absent or unreadable.
+    """
+    wanted = {id(pair.A): pair for pair in pairs}
+    found: dict[int, tuple[Tensor, float]] = {}
+    for root in [model] if model is not None else live_roots():
+        for path, chain, A in _owners(root, wanted):
+            if id(A) not in found and (frozen := _frozen(path, chain, wanted[id(A)])) is not None:
+                found[id(A)] = frozen
+    lost = [pair.name for pair in pairs if id(pair.A) not in found]
+    if lost:
+        raise PairingError(
+            "The option trust needs the frozen weight under every LoRA pair, and none could be found under "
+            f"{len(lost)} of {len(pairs)} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). Give the optimizer "
+            "the model that holds both, or leave trust out."
+        )
+    values = []
+    for pair in pairs:
+        weight, scale = found[id(pair.A)]
+        values.append(value := _norm(weight, pair).item() / scale)
+        if not (math.isfinite(value) and value > 0):
+            raise PairingError(
+                f"{pair.name}: trust bounds a step by the size of the frozen weight, which is {value:g} here. "
+                "Take the adapter off this layer, or leave trust out."
+            )
+    return values
+
+
+def _owners(root: nn.Module, wanted: dict[int, Pair]) -> Iterator[tuple[list[str], list[nn.Module], Tensor]]:
+    """(the tokens of its name, the modules from the root to the one that holds it, the tensor) of every wanted A."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(param) in wanted:
+                tokens = [token for token in name.split(".") if token]
+                chain = [modules[".".join(tokens[:depth])] for depth in range(len(tokens) + 1)]
+                yield [*tokens, leaf], chain, param
+
+
+def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[Tensor, float] | None:
+    """The frozen weight of the innermost module that has one besides its factors, and the adapter's scale."""
+    for depth in reversed(range(max(0, len(chain) - _LEVELS), len(chain))):
+        weight = _weight(chain[depth])
+        if isinstance(weight, Tensor) and weight is not pair.A and weight is not pair.B:
+            return weight, _scale(chain[depth], path[depth:], pair)
+    return None
+
+
+def _weight(module: Any) -> Tensor | None:
+    if hasattr(module, "get_base_layer"):  # peft
+        return getattr(module.get_base_layer(), "weight", None)
+    base = getattr(module, "base_layer", module)
+    base = getattr(getattr(module, "org_forward", None), "__self__", base)  # kohya took over this layer's forward
+    return getattr(base, "weight", None)
+
+
+def _scale(module: Any, below: list[str], pair: Pair) -> float:
+    """s of W + s·BA."""
+    scaling = getattr(module, "scaling", None)
+    if isinstance(scaling, dict):  # peft: by adapter, whose name follows lora_A
+        scaling = scaling.get(below[1])
+    if scaling is None:
+        scaling = getattr(module, "scale", None)  # kohya
+    if scaling is None and isinstance(alpha := getattr(module, "alpha", None), int | float):
+        scaling = alpha / pair.rank  # torchtune
+    scale = abs(float(scaling)) if isinstance(scaling, int | float | Tensor) else 1.0
+    if scale == 0:
+        raise PairingError(f"{pair.name}: the adapter is scaled by 0, so no step of it moves anything. Set its scale.")
+    return scale
+
+
+@torch.no_grad()
+def _norm(weight: Tensor, pair: Pair) -> Tensor:
+    if weight.is_meta:
+        raise PairingError(
+            f"{pair.name}: trust measures the frozen weight, which is not in memory (on the meta device, offloaded). "
+            "Load the layer whole, or leave trust out."
+        )
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        weight = _dequantized(weight, pair)
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # squares of fp16 weights overflow
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=dtype)
+    return norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
+
+
+def _dequantized(weight: Any, pair: Pair) -> Tensor:
+    if hasattr(weight, "quant_state"):  # bitsandbytes, 4 bits
+        from bitsandbytes.functional import dequantize_4bit  # type: ignore[reportMissingImports]
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB"):  # bitsandbytes, 8 bits: rows in units of their absolute maximum / 127
+        return weight.data.float() * (weight.SCB.float() / 127)[:, None]
+    if hasattr(weight, "dequantize"):
+        return weight.dequantize()
+    raise PairingError(f"{pair.name}: trust cannot read a frozen weight of dtype {weight.dtype}. Leave trust out.")

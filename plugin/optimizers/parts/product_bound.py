@@ -1,0 +1,228 @@
+"""A bound on how far one step may move the product BA of each LoRA pair, batched over all pairs of a model.
+
+Not from a paper. After the base optimizer's step from (A₀, B₀) to (A₀ + ΔA, B₀ + ΔB), both changes of a pair shrink by
+one factor c ≤ 1, the largest for which the adapted weight W + s·BA moves by at most a share τ of the frozen W:
+
+    s·‖(B₀ + cΔB)(A₀ + cΔA) − B₀A₀‖_F ≤ τ‖W‖_F
+
+With P = B₀ΔA + ΔB·A₀ and Q = ΔB·ΔA the left side is s·‖cP + c²Q‖, and every inner product of P and Q is one of r×r Gram
+matrices, for example ⟨B₀ΔA, ΔB·A₀⟩ = tr(B₀ᵀΔB · A₀ΔAᵀ): the product itself, as large as W, is never formed.
+
+c is approached from below, so that every iterate keeps the bound: from a feasible c, by the triangle inequality,
+‖Δ(c + h)‖ ≤ ‖Δ(c)‖ + h‖P + 2cQ‖ + h²‖Q‖, and the h that makes the right side equal the limit solves a quadratic.
+
+τ is the option trust times the share of the full learning rate that a schedule leaves: a step that is bounded all along
+has no other way to settle, for its size no longer depends on the rate.
+
+How it relates to others: LARS and LAMB scale each tensor's step by ‖θ‖ / ‖Δθ‖, up as well as down, which for a LoRA
+factor B that starts at zero means nothing; Muon makes every step of equal size. Here the size that counts is that of
+the product, a step that is small enough is left untouched to the bit, and no step is ever made larger.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from equipoise.optimizers.parts.preconditioner import as_matrix, chunk_entries, portions, reads_in_place
+
+_ITERATIONS = 4  # the error shrinks at least twentyfold in each, where P and Q do not cancel
+
+
+class ProductBound:
+    """Holds the factors of `pairs` as they were before a step, and bounds the step after it.
+
+    Args:
+        pairs: (A, B) of shapes (r, n…) and (m, r…).
+        norms: ‖W‖_F / s of each pair.
+        kinds: Which entry of the `trust` of each step holds for each pair.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[float], kinds: Sequence[int]):
+        self.pairs, self.norms, self.kinds = list(pairs), list(norms), list(kinds)
+        self._factors = [factor for pair in self.pairs for factor in pair]
+        self._places = [factor.data_ptr() for factor in self._factors]
+        self._old = [torch.empty_like(factor, requires_grad=False) for factor in self._factors]
+        batches: dict[tuple[int, torch.dtype, torch.device], dict[tuple, list[int]]] = {}
+        for index, (A, B) in enumerate(self.pairs):
+            dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+            shapes = batches.setdefault((A.shape[0], dtype, A.device), {})
+            shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
+        self._batches = [
+            _Batch(self, room, portion)
+            for key, shapes in batches.items()
+            for room, portion in portions(6, *key, list(shapes.values()))
+        ]
+
+    @property
+    def current(self) -> bool:
+        """Whether every factor still lies where it lay, in the dtype that was planned for."""
+        return self._places == [factor.data_ptr() for factor in self._factors] and all(
+            factor.dtype == old.dtype for factor, old in zip(self._factors, self._old, strict=True)
+        )
+
+    @property
+    def shares(self) -> list[Tensor]:
+        """() c of each pair in the last step, on its device; empty before the first."""
+        shares = {i: c for batch in self._batches for i, c in zip(batch.indices, batch.c, strict=False)}
+        return [shares[i] for i in sorted(shares)]
+
+    @property
+    def old(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each pair as they were before the step."""
+        return list(zip(self._old[::2], self._old[1::2], strict=True))
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        if self.pairs:
+            torch._foreach_copy_(self._old, self._factors)
+
+    @torch.no_grad()
+    def shrink(self, trust: Sequence[float | Tensor]) -> None:
+        """Take back what is too much.
+
+        Args:
+            trust: τ of each kind of pairs.
+        """
+        for batch in self._batches:
+            with torch.autocast(batch.grams.device.type, enabled=False):
+                batch.shrink(trust)
+
+
+class _Batch:
+    """Pairs of one rank, dtype and device: their Gram matrices lie together, and c is found for all of them at once.
+
+    Args:
+        bound: What they belong to.
+        room: (6, k or more, r, r) for the Gram matrices; nothing in it need last beyond `shrink`.
+        shapes: The k pairs by shape, as indices into `bound.pairs`.
+    """
+
+    def __init__(self, bound: ProductBound, room: Tensor, shapes: list[list[int]]):
+        dtype, device = room.dtype, room.device
+        self.indices = [index for indices in shapes for index in indices]
+        # One row for each kind, 0 where a pair is of another: limits are then made without waiting for the device.
+        rows = [
+            [bound.norms[i] * (bound.kinds[i] == kind) for i in self.indices] for kind in range(max(bound.kinds) + 1)
+        ]
+        self.norms = torch.tensor(rows, dtype=dtype, device=device).unbind(0)
+        self.grams = room[:, : len(self.indices)]
+        self.c: Sequence[Tensor] | Tensor = ()
+        chunks = []
+        for indices in shapes:
+            A, B = bound.pairs[indices[0]]
+            alone = reads_in_place((A, B), dtype)
+            k = 1 if alone else max(1, chunk_entries(device) // max(A.numel(), B.numel()))
+            chunks += [(alone, indices[i : i + k]) for i in range(0, len(indices), k)]
+        # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
+        size = max(len(indices) * max(f.numel() for f in bound.pairs[indices[0]]) for _, indices in chunks)
+        buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+        grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
+        self.parts = [
+            (_Single if alone else _Stack)(bound, indices, part, *buffers)
+            for (alone, indices), part in zip(chunks, grams, strict=True)
+        ]
+
+    def shrink(self, trust: Sequence[float | Tensor]) -> None:
+        for part in self.parts:
+            part.fill_grams()
+        AA, AdA, dAdA, BB, BdB, dBdB = self.grams.unbind(0)
+        limits = torch.stack([norms * share for norms, share in zip(self.norms, trust, strict=True)]).sum(0)
+        c = self.c = largest_share(AA, AdA, dAdA, BB, BdB, dBdB, limits)
+        start = 0
+        known = c.tolist() if c.device.type == "cpu" else None
+        for part in self.parts:
+            end = start + part.count
+            if known is None or min(known[start:end]) < 1:  # else untouched to the bit, and nothing to write
+                part.apply(c[start:end])
+            start = end
+
+
+class _Stack:
+    """Pairs of one shape, copied together: for factors so small that a call for each would cost more."""
+
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, before: Tensor, change: Tensor):
+        self.count = len(indices)
+        self.now = [[bound.pairs[i][side] for i in indices] for side in (0, 1)]
+        self.old = [[bound._old[2 * i + side] for i in indices] for side in (0, 1)]
+        self.grams, self.before, self.change = grams.unbind(0), before, change
+
+    def fill_grams(self) -> None:
+        for side in (0, 1):
+            old, change = self._stack(self.old[side], self.before), self._stack(self.now[side], self.change)
+            change.sub_(old)
+            if side == 1:
+                old, change = old.mT, change.mT
+            for gram, left, right in zip(
+                self.grams[3 * side :], (old, old, change), (old, change, change), strict=False
+            ):
+                torch.bmm(left, right.mT, out=gram)
+
+    def apply(self, c: Tensor) -> None:
+        for side in (0, 1):
+            old, new = self._stack(self.old[side], self.before), self._stack(self.now[side], self.change)
+            torch.lerp(old, new, c[:, None, None], out=new)  # `new` itself, to the bit, where c is 1
+            factors = self.now[side]
+            torch._foreach_copy_(factors, [m.view_as(f) for m, f in zip(new.unbind(0), factors, strict=True)])
+
+    def _stack(self, factors: list[Tensor], out: Tensor) -> Tensor:  # (k, rows, columns)
+        matrices = [as_matrix(factor) for factor in factors]
+        k, (rows, columns) = len(matrices), matrices[0].shape
+        stack = out[: k * rows * columns]
+        torch.cat(matrices, out=stack.view(k * rows, columns))
+        return stack.view(k, rows, columns)
+
+
+class _Single:
+    """One pair whose factors are large enough to be read where they lie."""
+
+    count = 1
+
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, _: Tensor, change: Tensor):
+        (index,) = indices
+        self.now = bound.pairs[index]  # themselves: a base may put new storage behind a parameter
+        self.old = bound._old[2 * index : 2 * index + 2]
+        self.change = [change[: factor.numel()].view_as(factor) for factor in self.now]
+        (A, B), (dA, dB), (AA, AdA, dAdA, BB, BdB, dBdB) = self.old, self.change, grams[:, 0].unbind(0)
+        self.products = (
+            ((A, A.mT, AA), (A, dA.mT, AdA), (dA, dA.mT, dAdA)),
+            ((B.mT, B, BB), (B.mT, dB, BdB), (dB.mT, dB, dBdB)),
+        )
+
+    def fill_grams(self) -> None:
+        for now, old, change, products in zip(self.now, self.old, self.change, self.products, strict=True):
+            torch.sub(now, old, out=change)
+            for left, right, gram in products:
+                torch.mm(left, right, out=gram)
+
+    def apply(self, c: Tensor) -> None:
+        for now, old in zip(self.now, self.old, strict=True):
+            torch.lerp(old, now, c[0], out=now)
+
+
+def largest_share(
+    AA: Tensor,  # (k, r, r) A·Aᵀ before the step
+    AdA: Tensor,  # A·ΔAᵀ
+    dAdA: Tensor,  # ΔA·ΔAᵀ
+    BB: Tensor,  # (k, r, r) Bᵀ·B
+    BdB: Tensor,  # Bᵀ·ΔB
+    dBdB: Tensor,  # ΔBᵀ·ΔB
+    limits: Tensor,  # (k,) of ‖(B + c·ΔB)(A + c·ΔA) − BA‖_F
+) -> Tensor:  # (k,) c, from 0 to 1
+    """The largest share of each step that stays within its limit, by the derivation at the top of this file."""
+    PP = _dot(BB, dAdA) + _dot(dBdB, AA) + 2 * _dot(BdB, AdA.mT)
+    PQ = _dot(BdB, dAdA) + _dot(dBdB, AdA)
+    QQ = _dot(dBdB, dAdA)
+    q, c = QQ.clamp(min=0).sqrt(), torch.zeros_like(limits)
+    for _ in range(_ITERATIONS):
+        moved = (c * c * (PP + c * (2 * PQ + c * QQ))).clamp(min=0).sqrt()
+        slope = (PP + 4 * c * (PQ + c * QQ)).clamp(min=0).sqrt()
+        room = (limits - moved).clamp(min=0)
+        # 0/0 where nothing moves: nothing to bound either
+        c = (c + 2 * room / (slope + (slope * slope + 4 * q * room).sqrt())).nan_to_num(1.0, posinf=1.0)
+    # Changes so large that their squares overflow are taken back whole.
+    return torch.where((PP + QQ).isfinite(), c.clamp(max=1), 0.0)
+
+
+def _dot(X: Tensor, Y: Tensor) -> Tensor:  # (k,)
+    return (X * Y).sum((1, 2))

@@ -1,0 +1,66 @@
+"""LoRA factors that FSDP2 spreads over processes (DTensors): put together for the r×r arithmetic, and cut again.
+
+A Gram matrix mixes all rows of a factor, and a shard has some of them. So every process puts the factors together, and
+works out the same; what it writes back are its own rows. That takes an all-gather of each factor and of each gradient
+in a step, and two more of each factor for the bound.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from equipoise.lora.pairs import is_dtensor
+
+
+class Whole:
+    """Whole copies of those of `factors` that are spread over processes; the others are their own."""
+
+    def __init__(self, factors: Iterable[Tensor]):
+        spread = {id(factor): factor for factor in factors if is_dtensor(factor)}
+        self._copies = [(f, torch.empty(f.shape, dtype=f.dtype, device=f.device)) for f in spread.values()]
+        self._of = {id(factor): copy for factor, copy in self._copies}
+        self._spread = {id(copy): factor for factor, copy in self._copies}
+
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    def of(self, factor: Tensor) -> Tensor:
+        return self._of.get(id(factor), factor)
+
+    def spread(self, copy: Tensor) -> Tensor:
+        """What `copy` is the whole of."""
+        return self._spread.get(id(copy), copy)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Brings the copies up to date."""
+        for factor, copy in self._copies:
+            copy.copy_(factor.detach().full_tensor())  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def gather_grads(self) -> None:
+        for factor, copy in self._copies:
+            copy.grad = None if factor.grad is None else factor.grad.full_tensor()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Writes the copies into the factors."""
+        for factor, copy in self._copies:
+            factor.copy_(_cut(copy, factor))
+
+    @torch.no_grad()
+    def cut_grads(self) -> None:
+        for factor, copy in self._copies:
+            if factor.grad is not None and copy.grad is not None:
+                factor.grad = _cut(copy.grad, factor.grad)
+            copy.grad = None
+
+
+def _cut(copy: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all processes have, spread as another is: each keeps its part, and none is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    everywhere = DTensor.from_local(copy, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, like.placements)  # type: ignore[attr-defined]

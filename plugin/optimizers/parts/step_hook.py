@@ -1,0 +1,333 @@
+"""Scales gradients before an optimizer's step and bounds the step after it: what happens when, and in which order."""
+
+import functools
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from equipoise.errors import InputError, PairingError
+from equipoise.lora.frozen import weight_norms
+from equipoise.lora.pairs import REPLACED, PairReport, find_pairs
+from equipoise.optimizers.parts.checks import check_not_negative, is_number, place
+from equipoise.optimizers.parts.fused_adamw import match_layout
+from equipoise.optimizers.parts.preconditioner import Preconditioner, Side
+from equipoise.optimizers.parts.product_bound import ProductBound
+from equipoise.optimizers.parts.sharded import Whole
+
+_CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
+# Entries of param_groups in which a base counts its own steps (Prodigy, schedule-free, apex): two passes count double.
+_STEP_COUNTERS = ("k", "step")
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda self: None).__code__  # type: ignore[attr-defined]
+
+_log = logging.getLogger("equipoise")
+
+
+class StepHook:
+    """The step hooks of one optimizer, and the pairs it treats.
+
+    Nothing of it lives in the optimizer's groups or state: other programs copy, move and reload those.
+
+    Args:
+        model: Where the pairs live.
+        scales: Whether gradients are scaled; else only the option `trust` counts.
+        found: The pairs, if they are known already.
+        norms: `weight_norms` of them, likewise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        *,
+        scales: bool,
+        found: PairReport | None = None,
+        norms: list[float] | None = None,
+    ):
+        self.found, self.norms = found, norms
+        self._model = weakref.ref(model) if model is not None else None
+        self._scales = scales
+        self._matrices = False  # whether the optimizer was made for any
+        self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
+        self._whole = Whole([])
+        self._sides: list[Side] = []  # of whole factors
+        self._options: list[tuple[float, str, str]] = []
+        self._early = Preconditioner([])  # what is scaled from the old factors
+        self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._failures = 0  # of preconditioners that were replaced
+        self._asked: list[float | None] = []  # the option trust of each group, when the bound was made
+        self._kinds: list[tuple[int, ...]] = []  # the groups that ask for it, of each kind of pairs in the bound
+        self._bound: ProductBound | None = None
+        self._beside: dict[int, Tensor] = {}  # by id of a factor, schedule-free's z of it before the step
+        self._bounded: list[str] = []  # names of the pairs in it
+
+    def register(self, optimizer: Any) -> None:
+        self._matrices = any(param.ndim > 1 for param in _params(optimizer))
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+
+    @property
+    def failures(self) -> int:
+        return self._failures + self._early.failures + self._late.failures
+
+    def before(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Scale now or, if the step brings a closure, each time the closure has made fresh gradients."""
+        if is_nested(optimizer):
+            return None
+        _restore(self._hidden)  # left over if the last step raised
+        self._remember(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self._scales and any(group["order"] == "sequential" for group in optimizer.param_groups):
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._two_passes(optimizer)
+            # All is done: the step proper finds no gradients and only returns the loss.
+            self._hidden = _hide(_params(optimizer))
+            return None if closure is None else with_closure(args, kwargs, lambda: loss)
+        prepare = self._scale_early if self._scales else _match_layout
+        if closure is None:
+            prepare(optimizer)
+            return None
+
+        def prepared_closure() -> Any:
+            loss = closure()
+            prepare(optimizer)
+            return loss
+
+        return with_closure(args, kwargs, prepared_closure)
+
+    def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not is_nested(optimizer):
+            if self._bound is not None:
+                self._whole.gather()
+                self._bound.shrink(self._trust(optimizer))
+                self._whole.cut()
+                self._shrink_beside(optimizer, self._bound)
+            _restore(self._hidden)
+
+    def look_up(self, optimizer: Any) -> PairReport:
+        """Find the pairs, unless they are known for exactly these parameters."""
+        params = _params(optimizer)
+        if self.found is None or (self._params and list(map(id, params)) != list(map(id, self._params))):
+            if self._matrices and all(param.ndim < 2 for param in params):
+                raise PairingError(REPLACED)
+            self.found = find_pairs(optimizer, self._model() if self._model is not None else None)
+            doubtful = not self.found.pairs or "adjacency" in self.found.found_by
+            _log.log(logging.WARNING if doubtful else logging.INFO, self.found.summary)
+            self._params, self.norms = [], None
+        if not self._params:
+            self._params, self._options, self._bound = params, [], None
+            group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            whole = self._whole = Whole(factor for p in self.found for factor in (p.A, p.B))
+            of = whole.of
+            self._sides = [Side(of(p.A), of(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
+            self._sides += [Side(of(p.B), of(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
+        return self.found
+
+    @property
+    def shares(self) -> dict[str, float]:
+        if self._bound is None or not self._bound.shares:
+            return {}
+        return dict(zip(self._bounded, torch.stack(self._bound.shares).tolist(), strict=True))
+
+    def _remember(self, optimizer: Any) -> None:
+        """Keep the factors as they are before the step, if any group asks for the bound."""
+        asked = [group["trust"] for group in optimizer.param_groups]
+        if all(trust is None for trust in asked):
+            self._bound = None
+            return
+        self.look_up(optimizer)
+        if self._bound is None or asked != self._asked or not self._bound.current:
+            check_options(optimizer)
+            self._bound, self._asked = self._make_bound(optimizer, asked), asked
+        self._whole.gather()
+        self._bound.remember()
+        self._beside = {key: z.clone() for key, z in _beside(optimizer, self._bound).items()}
+
+    @torch.no_grad()
+    def _shrink_beside(self, optimizer: Any, bound: ProductBound) -> None:
+        """Take back as much of schedule-free's second sequence as of the first; else the two part for good."""
+        if not (now := _beside(optimizer, bound)):
+            return
+        for pair, old, c in zip(bound.pairs, bound.old, bound.shares, strict=True):
+            for factor, before in zip(pair, old, strict=True):
+                if (z := now.get(id(factor))) is not None:
+                    before = self._beside.get(id(factor), before)  # z starts as the parameter, within its first step
+                    z.copy_(torch.lerp(before.to(c.dtype), z.to(c.dtype), c))
+
+    def _make_bound(self, optimizer: Any, asked: list[float | None]) -> ProductBound:
+        assert self.found is not None
+        group = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        if self.norms is None:
+            self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
+        pairs, norms, kinds, self._bounded = [], [], [], []
+        for pair, norm in zip(self.found, self.norms, strict=True):
+            indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
+            if kind := tuple(sorted({i for i in indices if asked[i] is not None})):
+                pairs.append((self._whole.of(pair.A), self._whole.of(pair.B)))
+                norms.append(norm)
+                kinds.append(kind)
+                self._bounded.append(pair.name)
+        if self._whole and any("train_mode" in group for group in optimizer.param_groups):
+            raise InputError(
+                f"{type(optimizer).__name__}: the option trust cannot bound a schedule-free step of factors that FSDP2 "
+                "spreads over processes. Leave trust out, or take another base."
+            )
+        self._kinds = list(dict.fromkeys(kinds))
+        return ProductBound(pairs, norms, [self._kinds.index(kind) for kind in kinds])
+
+    def _trust(self, optimizer: Any) -> list[float | Tensor]:
+        """τ of each kind of pairs, now: the option trust, lowered as the schedule has lowered the learning rate."""
+        now = [
+            None if group["trust"] is None else group["trust"] * _progress(group) for group in optimizer.param_groups
+        ]
+        return [functools.reduce(_smaller, (now[i] for i in kind)) for kind in self._kinds]
+
+    def _prepare(self, optimizer: Any) -> list[tuple[float, str]]:
+        """Bring pairs and options up to date; (damping, damping mode) of each group."""
+        self.look_up(optimizer)
+        options = [(group["damping"], group["damping_mode"], group["order"]) for group in optimizer.param_groups]
+        if options != self._options:
+            check_options(optimizer)
+            if [order for *_, order in options] != [order for *_, order in self._options]:
+                self._failures = self.failures
+                late = [not side.left and options[side.group][2] == "sequential" for side in self._sides]
+                self._early = Preconditioner([s for s, wait in zip(self._sides, late, strict=True) if not wait])
+                self._late = Preconditioner([s for s, wait in zip(self._sides, late, strict=True) if wait])
+            self._options = options
+        return [(damping, mode) for damping, mode, _ in options]
+
+    def _scale_early(self, optimizer: Any) -> None:
+        options = self._prepare(optimizer)
+        _match_layout(optimizer)
+        self._scale(self._early, options)
+
+    def _scale(self, sides: Preconditioner, options: list[tuple[float, str]]) -> None:
+        self._whole.gather()
+        self._whole.gather_grads()
+        sides.scale(options)
+        self._whole.cut_grads()
+
+    def _two_passes(self, optimizer: Any) -> None:
+        """The base's own step for everything but the late Bs, then for these alone."""
+        step = type(optimizer).step
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
+        self._scale_early(optimizer)
+        late = {id(self._whole.spread(side.param)) for side in self._late.sides}
+        counts = _counts(optimizer)
+        for second in (False, True):
+            if second:
+                self._scale(self._late, [(damping, mode) for damping, mode, _ in self._options])
+            hidden = _hide(p for p in self._params if (id(p) in late) is not second)
+            try:
+                step(optimizer)
+            finally:
+                _restore(hidden)
+            if not second and (index := _first_change(counts, optimizer)) is not None:
+                _refuse_two_passes(optimizer, *index)
+
+
+def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> None:
+    """Check the options for LoRA pairs in every parameter group, or `given` where a group says nothing.
+
+    Raises:
+        InputError: The first that is out of bounds: where, what was got, what to do.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        options = {**(given or {}), **group}
+        where = place(optimizer, index)
+        trust = options.get("trust")
+        if trust is not None and not (is_number(trust) and trust > 0):
+            raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
+        if "damping" not in options:
+            continue
+        check_not_negative(where, "damping", options["damping"], " Try 1e-6.")
+        for name, choices in _CHOICES.items():
+            if options[name] not in choices:
+                raise InputError(f"{where}: {name} must be {' or '.join(map(repr, choices))}; got {options[name]!r}.")
+        counter = next((name for name in _STEP_COUNTERS if name in options), None)
+        if options["order"] == "sequential" and counter:
+            _refuse_two_passes(optimizer, index, counter)
+
+
+def _refuse_two_passes(optimizer: Any, group: int, counter: str) -> NoReturn:
+    raise InputError(
+        f"{place(optimizer, group)}: order 'sequential' steps the base optimizer twice, but this one counts its steps "
+        f"in {counter!r} for the whole group. Use order='simultaneous'."
+    )
+
+
+def _counts(optimizer: Any) -> list[dict[str, Any]]:
+    """The numbers in every parameter group."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
+
+
+def _first_change(counts: list[dict[str, Any]], optimizer: Any) -> tuple[int, str] | None:
+    """(group, name) of the first number that is new or another; some bases begin to count within their first step."""
+    pairs = enumerate(zip(counts, _counts(optimizer), strict=True))
+    return next(((i, name) for i, (old, new) in pairs for name in new if new[name] != old.get(name)), None)
+
+
+def _beside(optimizer: Any, bound: ProductBound) -> dict[int, Tensor]:
+    """Schedule-free's second sequence z of each bounded factor, by the factor's id. Its `eval` goes along y − z."""
+    if not any("train_mode" in group for group in optimizer.param_groups):
+        return {}
+    states = {id(factor): optimizer.state.get(factor, {}) for pair in bound.pairs for factor in pair}
+    return {key: state["z"] for key, state in states.items() if "z" in state}
+
+
+def _progress(group: Mapping[str, Any]) -> float | Tensor:
+    """The share of the full learning rate that a schedule leaves now; torch's schedulers write the full one down."""
+    lr, full = group.get("lr"), group.get("max_lr", group.get("initial_lr"))
+    if full is None:
+        return 1.0
+    if isinstance(lr, Tensor) or isinstance(full, Tensor):
+        return (torch.as_tensor(lr) / full).nan_to_num(1.0).clamp(max=1.0)
+    return min(1.0, lr / full) if full > 0 else 1.0
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return torch.minimum(*map(torch.as_tensor, (a, b))) if isinstance(a, Tensor) or isinstance(b, Tensor) else min(a, b)
+
+
+def _params(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _match_layout(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            match_layout(group["params"])
+
+
+def is_nested(optimizer: Any) -> bool:
+    """Whether this hook runs for a step inside the optimizer's step: a subclass that calls super().step()."""
+    depth, frame = 0, sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return depth > 1
+
+
+def with_closure(args: tuple, kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
+
+
+def _hide(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    hidden = [(param, param.grad) for param in params if param.grad is not None]
+    for param, _ in hidden:
+        param.grad = None
+    return hidden
+
+
+def _restore(hidden: list[tuple[Tensor, Tensor]]) -> None:
+    while hidden:
+        param, grad = hidden.pop()
+        param.grad = grad
