@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.pipelines import config as configs
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs import status
 from equipoise.ui import launch
@@ -29,7 +30,7 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         file.write_bytes(written)
-        config = launch.read_yaml(str(file))
+        config = configs.set_keys(launch.read_yaml(str(file)), {"runs": str(site.store.root)})
     if problems := site.problems(config):
         raise ConfigError(problems)
     made = launch.Plan(config, len(expand(config)) if config.sweep else 1, "", workers)

@@ -212,7 +212,7 @@ class Guard:
             return 404, "There is nothing here."
         if scope["method"] == "POST":
             length = headers.get(b"content-length", b"")
-            if not length.isdigit():
+            if not length.isdigit() or b"transfer-encoding" in headers:
                 return 411, "How long a request is must be said beforehand."
             if not _is_upload(scope):
                 return (413, "That is too much for a form.") if int(length) > UPLOAD else None
@@ -224,7 +224,7 @@ class Guard:
 def _event(scope: Any, sent: Any) -> int | None:
     """The number of the page's event that a form is sent to; None where gradio goes by a name."""
     event = sent.get("fn_index") if isinstance(sent, dict) else None
-    return event if type(event) is int and scope["path"].rstrip("/").endswith("/queue/join") else None
+    return event if type(event) is int and scope["path"].rstrip("/") == "/gradio_api/queue/join" else None
 
 
 def _names_a_file(sent: Any) -> bool:
@@ -242,7 +242,7 @@ def _names_a_file(sent: Any) -> bool:
 
 
 def _is_upload(scope: Any) -> bool:
-    return scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
+    return scope["method"] == "POST" and scope["path"].rstrip("/") == "/gradio_api/upload"
 
 
 _NOT_FRAMED = [(b"x-frame-options", b"DENY"), (b"content-security-policy", b"frame-ancestors 'none'")]

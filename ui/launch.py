@@ -108,10 +108,9 @@ def plan(
         raise ConfigError([*wrong, *error.problems]) from None
     if wrong:
         raise ConfigError(wrong)
-    cells = expand(config) if config.sweep else {"": config}
-    if problems := site.problems(config, *cells.values()):
+    if problems := site.problems(config):
         raise ConfigError(problems)
-    return Plan(config, len(cells), preset, workers)
+    return Plan(config, len(expand(config)) if config.sweep else 1, preset, workers)
 
 
 def _plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
@@ -335,7 +334,7 @@ def read_yaml(file: str, pipeline: str | None = None) -> RunConfig:
     """
     try:
         config = configs.load(file)
-    except ConfigError as error:  # by the name that the user knows, not by where the upload was put
+    except EquipoiseError as error:  # by the name that the user knows, not by where the upload was put
         lines = str(error).replace(f"{Path(file).parent}{os.sep}", "").splitlines()
         raise ConfigError(lines) from None
     if pipeline and config.pipeline != pipeline:

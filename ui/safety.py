@@ -14,6 +14,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config import RunConfig, describe, flat
 from equipoise.pipelines.config.records import HUB_ID
+from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs.store import Store
 
 PIXELS = 50_000_000  # of one uploaded picture; a camera's has 24 million
@@ -114,35 +115,45 @@ class Site:
             raise InputError(f"{choice}: leads out of {name}, the folder that this page may read.")
         return str(target.resolve())
 
-    def problems(self, *configs: RunConfig) -> list[str]:
-        """Paths in configurations that lead out of the data roots, and folders with links that do; a sentence each."""
+    def problems(self, config: RunConfig) -> list[str]:
+        """Paths in a configuration and a sweep's cells that lead out of the data roots, and folders with links that do.
+
+        Returns:
+            A sentence for each.
+
+        Raises:
+            ConfigError: a cell is not valid.
+        """
         roots = [self.store.root, *self.data.values()]
         hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
+        cells = expand(config).values() if config.sweep else ()
         found = []
-        for key, text in dict.fromkeys(place for config in configs for place in _places(config)):
+        for key, text in dict.fromkeys(item for one in (config, *cells) for item in _opened(one)):
             if not _inside(Path(text), roots):
                 found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
-            elif link := _way_out(Path(text).expanduser().resolve(), roots):
+            elif link := _way_out(Path(text).resolve(), roots):
                 found.append(
                     f"{key}: {link} is a link that leads out of the folders that this page may read; remove it."
                 )
         return found
 
 
-def _places(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _opened(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What in a configuration names something on this machine's disks: (key, path).
 
-    These are the keys that their record marks as such, whatever they hold, and of plugins' options, which have no such
-    mark, all that looks like a path. Everything else is words that nothing opens: a prompt may begin with a slash.
+    These are the keys that their record marks as such, whatever they hold. Plugins' options and the records of other
+    packages may lack marks, and count where they look like a path. The rest is words: a prompt may begin with a slash.
     Where runs are kept is for the server to say.
     """
-    marks = {key.key: key.opened for key in describe(type(config)) if key.key != "runs"}
+    keys = {key.key: key.opened for key in describe(type(config)) if key.key != "runs"}
+    foreign = not type(config).__module__.startswith("equipoise.pipelines.")
     for key, value in flat(config).items():
-        if (mark := marks.get(key)) and isinstance(value, str):
-            elsewhere = mark.hub and HUB_ID.fullmatch(value) and not os.path.lexists(value)
-            if not elsewhere and not (mark.demo and value == demo.NAME):
-                yield key, value
-        elif key.rpartition(".")[2] == "options":
+        if mark := keys.get(key):
+            for text in _texts(value):
+                elsewhere = mark.hub and HUB_ID.fullmatch(text) and not os.path.lexists(text)
+                if not elsewhere and not (mark.demo and text == demo.NAME):
+                    yield key, text
+        elif key in keys and (foreign or key.rpartition(".")[2] == "options"):
             yield from ((key, text) for text in _texts(value) if _is_path(text))
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from equipoise.pipelines.config.records import DataPath, ModelPath, PluginSection, RunConfig, Section
+from equipoise.pipelines.config.records import DataPath, ModelPath, PluginSection, Revision, RunConfig, Section
 from equipoise.pipelines.config.sections import (
     SHORT_NAMES,
     CheckpointSection,
@@ -71,7 +71,7 @@ class EncoderSection(Section):
         "resnet", description="resnet: sound and pictures; ast: sound; transformer: text"
     )
     path: ModelPath | None = Field(None, description="pretrained weights: a folder or hub id; empty: from scratch")
-    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
+    revision: Revision | None = Field(None, description="the hub revision (branch, tag or commit)")
     widths: list[int] = Field([64, 128, 256, 512], min_length=1, description="resnet: channels of each stage")
     depths: list[int] = Field([2, 2, 2, 2], min_length=1, description="resnet: blocks of each stage")
     width: int = Field(192, ge=8, description="ast, transformer: channels")

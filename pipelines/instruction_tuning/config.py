@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, PluginSection, RunConfig, Section
+from equipoise.pipelines.config.records import (
+    BasePath,
+    DataPath,
+    LocalPath,
+    PluginSection,
+    Revision,
+    RunConfig,
+    Section,
+)
 from equipoise.pipelines.config.sections import (
     SHORT_NAMES,
     CheckpointSection,
@@ -23,7 +31,7 @@ class ModelSection(Section):
         "demo",
         description="a multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2",
     )
-    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
+    revision: Revision | None = Field(None, description="the hub revision (branch, tag or commit)")
 
 
 class DataSection(Section):

@@ -14,6 +14,7 @@ from equipoise.pipelines.config.records import (
     LocalPath,
     ModelPath,
     PluginSection,
+    Revision,
     RunConfig,
     Section,
 )
@@ -31,8 +32,8 @@ class ModelSection(Section):
     path: BasePath = Field(
         "demo", description="a base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion"
     )
-    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
-    variant: str | None = Field(None, description="the weights' variant, such as fp16")
+    revision: Revision | None = Field(None, description="the hub revision (branch, tag or commit)")
+    variant: Revision | None = Field(None, description="the weights' variant, such as fp16")
     quantize: Literal["int8", "nf4"] | None = Field(
         None, description="the frozen denoiser in 8 bits (needs torchao) or 4 bits (bitsandbytes and a CUDA device)"
     )

@@ -10,11 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from pydantic import Field
 
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
-from equipoise.ui import compare, draw, launch, runs
+from equipoise.pipelines.config.records import LocalPath, RunConfig, Section
+from equipoise.ui import api, compare, draw, launch, runs
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -218,6 +220,58 @@ def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_pa
         assert site.problems(configs.set_keys(base, {key: "owner/name"}))
 
 
+def test_a_sweep_leads_out_no_more_than_its_cells(site, tmp_path, run):
+    """In the form and at /check, which opens what it estimates; and it is kept where the server keeps runs."""
+    private = str(tmp_path / "private")
+    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    for axis in ({"model.path": ["demo", private]}, {"data": [{"folder": private}]}, {"judges.clip": [private]}):
+        text = configs.dump(configs.load("text_to_image/demo")).replace("sweep: {}", f"sweep: {json.dumps(axis)}")
+        with pytest.raises(ConfigError, match="may read"):
+            api.check(site, 1, text)
+        with pytest.raises(ConfigError, match="may read"):
+            launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "sweep": json.dumps(axis)}, [])
+    text = configs.dump(configs.load("text_to_image/demo", [f"runs={private}"]))
+    assert f"runs: {site.store.root}" in api.check(site, 1, text)["yaml"]
+    with pytest.raises(ConfigError, match="runs: is no axis"):
+        api.check(site, 1, text.replace("sweep: {}", f"sweep: {{runs: [{private}]}}"))
+    assert not (tmp_path / "private").exists()
+
+
+@pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
+def test_a_revision_leads_nowhere_else(name):
+    """Hubs' libraries make a path of it."""
+    base = configs.load(name)
+    keys = [key for key in configs.flat(base) if key.endswith((".revision", ".variant"))]
+    assert keys
+    for key in keys:
+        for good in ("main", "refs/pr/1", "v1.0", "0123456789abcdef", "fp16"):
+            assert configs.flat(configs.set_keys(base, {key: good}))[key] == good
+        for bad in ("/etc/passwd", "../../x", "a/../b", "a//b", "", ".", "a/.", "~", "a\\b", "a\n"):
+            with pytest.raises(ConfigError, match=f"{key}: must be a branch"):
+                configs.set_keys(base, {key: bad})
+
+
+def test_paths_in_lists_and_records_of_others_are_confined_too(site, tmp_path):
+    class Lists(Section):
+        many: list[LocalPath] = Field([], description="d")
+        some: list[LocalPath] | None = Field(None, description="d")
+        named: dict[str, LocalPath] = Field({}, description="d")
+        unmarked: str = Field("", description="d")
+
+    class Others(RunConfig):
+        pipeline: str = "others"
+        name: str = "run"
+        lists: Lists = Field(default_factory=Lists)
+
+    inside, outside = str(site.data["photos"] / "cats"), str(tmp_path / "private")
+    for value in ({"many": [outside]}, {"some": [inside, outside]}, {"named": {"a": outside}}, {"unmarked": outside}):
+        assert len(site.problems(Others(lists=value))) == 1, value
+    assert site.problems(Others(lists={"many": [inside], "named": {"a": inside}, "unmarked": "a word"})) == []
+    with pytest.raises(ValueError, match="names no file"):
+        Lists(many=[inside, ""])
+    assert Lists(named={"a": "~/x"}).named == {"a": str(Path.home() / "x")}
+
+
 WORDS = {  # texts that nothing opens; what is opened is of the type LocalPath, DataPath, ModelPath or BasePath
     *("name", "optimizer.name", "objective.name", "coordinator.name", "token.name", "token.start", "prior.prompt"),
     *("model.revision", "model.variant", "model.audio.revision", "model.visual.revision", "model.text.revision"),
@@ -342,6 +396,11 @@ def test_uploads_do_not_pile_up(site, serve, tmp_path):
             answer = client.post("/gradio_api/upload", files=files)
             assert answer.status_code == wanted, answer.text
         assert client.post("/gradio_api/upload", content=iter([b"x"])).status_code == 411
+        lying = {"content-length": "5", "transfer-encoding": "chunked"}
+        assert client.post("/gradio_api/queue/join", content=iter([b"x" * 100]), headers=lying).status_code in (
+            400,
+            411,
+        )
     for path, length in (("/gradio_api/upload", ROOM + 1), ("/gradio_api/queue/join", UPLOAD + 1)):
         said = HTTPConnection("127.0.0.1", server.port, timeout=60)
         said.putrequest("POST", path)
