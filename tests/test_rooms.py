@@ -11,7 +11,6 @@ KNOWN = {
     ("pipelines/commands/ui.py", "ui"),
     ("pipelines/text_to_image/families/__init__.py", "pipelines.text_to_image"),
     ("pipelines/text_to_image/families/noise.py", "pipelines.text_to_image"),
-    ("plugin/optimizers/parts/pair_optimizer.py", "optimizers"),
     ("ui/compare.py", "pipelines.commands"),
     ("ui/plugins.py", "pipelines.commands"),
     ("ui/runs.py", "pipelines.commands"),
