@@ -8,12 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from equipoise.pipelines.config.keys import is_set
-
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from equipoise.pipelines.text_to_image.config import TextToImageConfig
 
 FAMILIES = {  # the class in a checkpoint's model_index.json → the module here and the class in it
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
@@ -24,12 +20,6 @@ FAMILIES = {  # the class in a checkpoint's model_index.json → the module here
 }
 FORMATS = ("diffusers", "kohya", "comfyui")  # of LoRA files: what layers are called in them
 TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"
-
-READ = {  # by the way of adding noise, which of the section `noise` it reads
-    "diffusion": ("offset", "prediction", "zero_terminal_snr", "snr_gamma"),
-    "flow": ("offset", "times", "mean", "std", "mode_scale", "shift"),
-}
-
 
 NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in nothing but noise where the noise is what is learnt
     "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
@@ -156,26 +146,3 @@ def family(pipeline: str) -> Family:
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:
     """What other apps' names depend on: the family, and some of the denoiser's config."""
     return {"family": pipeline} | {key: denoiser[key] for key in family(pipeline).shape}
-
-
-def unread(config: "TextToImageConfig", kind: Family) -> list[str]:
-    """A sentence for everything that is set and that a base of this family would not read."""
-    found = []
-    known = (*READ[kind.noise], *(["guidance"] if kind.distilled else []))
-    for key in type(config.noise).model_fields:
-        if key not in known and is_set(config.noise, key):
-            others = ", ".join(f"noise.{name}" for name in known)
-            found.append(f"noise.{key}: has no effect on {kind.title}, which reads {others}.")
-    times = config.noise.times or kind.times
-    for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
-        if key in known and times != only and is_set(config.noise, key):
-            found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
-    if config.lora.text_encoder and not kind.tuned_encoders:
-        found.append(
-            f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."
-        )
-    if config.token.name and not kind.words:
-        found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
-    if config.samples.negative and not kind.negative:
-        found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")
-    return found
