@@ -4,12 +4,12 @@ import argparse
 import json
 import textwrap
 from dataclasses import asdict
-from typing import Any
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.options import options, references, summary
+from equipoise.options import references, summary
 from equipoise.pipelines.config.builtin import purpose, shipped
+from equipoise.pipelines.config.option_rows import option_rows
 from equipoise.pipelines.tables import table
 from equipoise.plugin_cache import verdicts
 
@@ -86,28 +86,3 @@ def _show(args: argparse.Namespace) -> int:
     if papers:
         print("\n".join(["\nReferences:", *(f"  {paper}" for paper in papers)]))
     return 0
-
-
-def _yaml(default: Any) -> str:
-    """A default as a configuration would give it: (0.9, 0.99) is [0.9, 0.99], False is false."""
-    return default if isinstance(default, str) else json.dumps(default, default=str).replace("null", "none")
-
-
-def option_rows(kind: str, cls: Any) -> list[dict[str, str]]:
-    """The options as text; a pipeline's are the keys of its configuration."""
-    if kind == "pipelines":
-        from equipoise.pipelines.config import describe  # not needed for a listing, which is to be quick
-
-        found = [(key.key, key) for key in describe(cls.Config)]
-    else:
-        found = [(option.name, option) for option in options(cls)]
-    return [
-        {
-            "name": name,
-            "type": option.type,
-            "default": "required" if option.required else _yaml(option.default),
-            "bounds": str(option.bounds or ""),
-            "help": option.help,
-        }
-        for name, option in found
-    ]
