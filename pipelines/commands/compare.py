@@ -1,4 +1,7 @@
-"""`equipoise compare`: the same prompts from the same noise for every run, side by side."""
+"""`equipoise compare`: compare runs or a sweep: grid picture, HTML report, table.
+
+The same prompts from the same noise for every run, side by side.
+"""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""`equipoise list` and `equipoise show`: what is installed, and what one of it is."""
+"""`equipoise list`: what is installed: optimizers, coordinators, objectives, pipelines, families, commands, configs.
+`equipoise show`: one of them: what it is, its options, its paper.
+"""
 
 import argparse
 import json
@@ -41,7 +43,7 @@ def _list(args: argparse.Namespace) -> int:
         records = [asdict(entry) | {"error": error} for entry, error in zip(found, errors, strict=True)]
         print(json.dumps(records, indent=2, ensure_ascii=False))
     else:
-        rows = [(entry.name, entry.kind[:-1], entry.distribution, entry.version) for entry in found]
+        rows = [(entry.name, registry.KINDS[entry.kind].one, entry.distribution, entry.version) for entry in found]
         lines = table(["NAME", "KIND", "DISTRIBUTION", "VERSION"], rows).splitlines()
         print(lines[0])
         for line, error in zip(lines[1:], errors, strict=True):
@@ -78,7 +80,8 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     print(f"{entry} ({entry.target})\n{summary(cls) or 'It says nothing about itself.'}\n")
     lines = table(["OPTION", "TYPE", "DEFAULT", "BOUNDS"], [list(row.values())[:4] for row in rows]).splitlines()
-    print(lines[0] if rows else "No options.")
+    none = f"`equipoise {entry.name} --help` shows its arguments." if entry.kind == "commands" else "No options."
+    print(lines[0] if rows else none)
     for line, row in zip(lines[1:], rows, strict=True):
         print(line)
         if row["help"]:

@@ -12,7 +12,9 @@ def _yaml(default: Any) -> str:
 
 
 def option_rows(kind: str, cls: Any) -> list[dict[str, str]]:
-    """The options as text; a pipeline's are the keys of its configuration."""
+    """The options as text; a pipeline's are the keys of its configuration, and a command has arguments instead."""
+    if kind == "commands":
+        return []
     if kind == "pipelines":
         from equipoise.pipelines.config import describe  # not needed for a listing, which is to be quick
 

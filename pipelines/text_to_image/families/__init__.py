@@ -1,25 +1,20 @@
 """The kinds of models that can be tuned, one file each; loop, data, sampling and saving are shared.
 
-A new family is a subclass of `Family` in a file of its own here, and its line in FAMILIES. Torch is not imported here.
+A new family is a subclass of `Family`, named by an entry point in the group `equipoise.families` under the class that a
+checkpoint's model_index.json names. Torch is not imported here.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from equipoise import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = {  # the class in a checkpoint's model_index.json → the module here and the class in it
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-    "ZImagePipeline": ("z_image", "ZImage"),
-}
-FORMATS = ("diffusers", "kohya", "comfyui")  # of LoRA files: what layers are called in them
-TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"
+TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"  # what comes with Equipoise
 
 NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in nothing but noise where the noise is what is learnt
     "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
@@ -138,9 +133,22 @@ class Family(ABC):
 
 
 def family(pipeline: str) -> Family:
-    """The family of a class in FAMILIES."""
-    module, name = FAMILIES[pipeline]
-    return getattr(import_module(f"{__name__}.{module}"), name)()
+    """The family of a checkpoint's class, as its model_index.json names it.
+
+    Raises:
+        InputError: No distribution has one, more than one has, or it cannot be used.
+    """
+    return _loaded(pipeline)()
+
+
+@cache  # asked for each layer
+def _loaded(pipeline: str) -> type[Family]:
+    return registry.load("families", pipeline)
+
+
+def known() -> list[str]:
+    """The classes that there is a family for."""
+    return [entry.name for entry in registry.entries("families") if not entry.error]
 
 
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:
