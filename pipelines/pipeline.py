@@ -7,24 +7,16 @@ Nothing here imports torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import disk_full
 from equipoise.pipelines.runs.lock import stop_signals
+from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
 from equipoise.pipelines.training import processes
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended when nothing went wrong with the program."""
-
-    state: Literal["done", "stopped", "diverged"]
-    message: str = ""  # one sentence for people
-    step: int | None = None  # the last step taken
 
 
 @dataclass(frozen=True)

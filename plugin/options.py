@@ -131,13 +131,13 @@ def read_options(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], l
     return values, problems
 
 
-def summary(cls: type) -> str:
-    """The docstring's first paragraph on one line."""
+def summary(cls: Any) -> str:
+    """A class's or module's docstring's first paragraph on one line."""
     return " ".join(inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")[0].split())
 
 
-def references(cls: type) -> list[str]:
-    """The papers behind a class: its docstring's `References:` or `Paper:`, or the links of a torch docstring."""
+def references(cls: Any) -> list[str]:
+    """The papers behind a class or module: its docstring's `References:` or `Paper:`, or the links of a torch one."""
     doc = inspect.cleandoc(vars(cls).get("__doc__") or "")
     entries: list[str] = []
     for line in _section(re.sub(r"^Paper: ", "Paper:\n ", doc, flags=re.M), "References", "Paper"):

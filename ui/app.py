@@ -6,6 +6,8 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,33 @@ from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
+@dataclass
+class Page:
+    """What tabs are drawn with, and what the first leaves for the second."""
+
+    site: Site
+    workers: int
+    tabs: gr.Tabs
+    forms: Any = None  # of Launch, which Runs fills
+    pipelines: Any = None  # the choice between them
+
+
+def _launch(page: Page, tab: gr.Tab) -> None:
+    page.forms, page.pipelines = launch.build(page.site, page.workers)
+
+
+def _runs(page: Page, tab: gr.Tab) -> None:
+    runs.build(page.site, page.workers, page.forms, page.pipelines, page.tabs, tab)
+
+
+TABS: dict[str, Callable[[Page, gr.Tab], None]] = {  # in their order; each draws itself into the tab that it is given
+    "Launch": _launch,
+    "Runs": _runs,
+    "Compare": lambda page, tab: compare.build(page.site, tab),
+    "Plugins": lambda page, tab: plugins.build(tab),
+}
+
+
 def page(site: Site, workers: int) -> gr.Blocks:
     """All tabs."""
     with (
@@ -33,14 +62,10 @@ def page(site: Site, workers: int) -> gr.Blocks:
     ):
         gr.HTML("<div class='brand'><b>Equipoise</b><span>fine-tuning that forgives the learning rate</span></div>")
         with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab("Launch", id="launch"):
-                forms, pipelines = launch.build(site, workers)
-            with gr.Tab("Runs", id="runs") as watching:
-                runs.build(site, workers, forms, pipelines, tabs, watching)
-            with gr.Tab("Compare", id="compare") as comparing:
-                compare.build(site, comparing)
-            with gr.Tab("Plugins", id="plugins") as installed:
-                plugins.build(installed)
+            shared = Page(site, workers, tabs)
+            for name, build in TABS.items():
+                with gr.Tab(name, id=name.lower()) as tab:
+                    build(shared, tab)
         api.build(site, workers)
         blocks.load(None, None, None, js="() => equipoise.restore()", api_visibility="private")
     return blocks

@@ -15,7 +15,6 @@ from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.pipelines.commands.compare import being_made
 from equipoise.pipelines.comparing import report
 from equipoise.pipelines.comparing.comparison import RATE, Cell, Comparison, Picture
 from equipoise.pipelines.comparing.robustness import shown_rate
@@ -23,6 +22,7 @@ from equipoise.pipelines.config import flat
 from equipoise.pipelines.config.keys import section_at
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.making import being_made
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.runs import ON_CLICK, open_run, sample_steps, url

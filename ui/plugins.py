@@ -7,7 +7,7 @@ import gradio as gr
 from equipoise import registry
 from equipoise.errors import EquipoiseError
 from equipoise.options import references, summary
-from equipoise.pipelines.commands.listing import option_rows
+from equipoise.pipelines.config.option_rows import option_rows
 from equipoise.plugin_cache import verdicts
 from equipoise.registry import Entry
 from equipoise.ui import draw

@@ -21,10 +21,10 @@ from gradio.context import Context
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.pipelines.commands.compare import being_made
 from equipoise.pipelines.config.keys import section_at
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.making import being_made
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.pipelines.runs.status import STATES, STOPPING, Status
 from equipoise.ui import draw

@@ -1,4 +1,7 @@
-"""`equipoise demo`: AdamW, scaled and bounded AdamW at five learning rates on the embedded model, with no network."""
+"""`equipoise demo`: compare learning rates on the embedded model, with no network.
+
+AdamW, scaled and bounded AdamW at five learning rates.
+"""
 
 import argparse
 import os

@@ -1,4 +1,7 @@
-"""`equipoise export`: what a run has learnt, as a file for another app, or as a repository on the hub."""
+"""`equipoise export`: a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load.
+
+Or as a repository on the hub.
+"""
 
 import argparse
 import tempfile

@@ -1,4 +1,4 @@
-"""`equipoise prepare`: the manifest of a published data set, from the folders that it comes in."""
+"""`equipoise prepare`: the manifest of a published audio-visual data set: equipoise prepare SET DIR."""
 
 import argparse
 import csv

@@ -1,4 +1,4 @@
-"""`equipoise reproduce`: a paper's table in small, beside the paper's own numbers."""
+"""`equipoise reproduce`: a paper's table in small, beside the paper's numbers."""
 
 import argparse
 import json

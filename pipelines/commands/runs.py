@@ -1,4 +1,9 @@
-"""`equipoise runs`, `logs` and `stop`: readers of the runs folder, and one who writes requests into it."""
+"""`equipoise runs`: the runs so far and how they stand.
+`equipoise logs`: what a run has printed.
+`equipoise stop`: ask a run to save its state and stop.
+
+Two read the runs folder, and the third writes requests into it.
+"""
 
 import argparse
 import json

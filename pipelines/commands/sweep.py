@@ -1,4 +1,7 @@
-"""`equipoise sweep`: train over the product of some keys' values, then compare what came out."""
+"""`equipoise sweep`: train over optimizers × learning rates × seeds, or any other keys.
+
+What came out is compared.
+"""
 
 import argparse
 import re

@@ -1,4 +1,8 @@
-"""`equipoise train` and `equipoise resume`: one run, in this process or in one of its own."""
+"""`equipoise train`: train a configuration: equipoise train CONFIG [key=value …].
+`equipoise resume`: continue a run from its last checkpoint.
+
+One run, in this process or in one of its own.
+"""
 
 import argparse
 import os

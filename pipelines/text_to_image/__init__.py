@@ -7,7 +7,7 @@ from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.families import FORMATS
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -21,7 +21,7 @@ class TextToImage(Pipeline):
     Config = TextToImageConfig
     comparing = "draws it beside the untouched base"
     loading = "pipeline.load_lora_weights({folder!r})"
-    formats = FORMATS
+    formats = tuple(FORMATS)
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:

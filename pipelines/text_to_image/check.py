@@ -11,7 +11,7 @@ from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.config.sections import one_sided
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
-from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family, unread
+from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
     hub_problems,
@@ -25,6 +25,7 @@ from equipoise.pipelines.text_to_image.formats.layout import (
     stride,
 )
 from equipoise.pipelines.text_to_image.prior import read_class
+from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 
 FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are tuned at 768, and those of 768 at 512

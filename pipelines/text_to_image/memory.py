@@ -12,6 +12,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from transformers import BatchEncoding
 
+from equipoise.errors import InputError
 from equipoise.pipelines.pipeline import Memory
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
@@ -30,7 +31,7 @@ def memory(config: TextToImageConfig) -> Memory | None:
         encoders = encoders_of(kind, index)
         names = (kind.denoiser, "vae", *encoders)
         described = {part: read_config(model.path, part, model.revision, fetch=False) for part in names}
-    except (KeyError, OSError, ValueError):
+    except (InputError, KeyError, OSError, ValueError):
         return None
     parts: dict[str, Any] = {part: _empty(index[part], described[part]) for part in names}
     for part in names:

@@ -110,7 +110,7 @@ def export(result: Path, format: str, output: Path) -> None:
 
     Args:
         result: the run's result/.
-        format: one of `families.FORMATS`.
+        format: one of `formats.names.FORMATS`.
         output: the file to write.
 
     Raises:
@@ -124,7 +124,7 @@ def export(result: Path, format: str, output: Path) -> None:
         described = json.loads(metadata["equipoise"])
         shape = described["shape"]
         family(shape["family"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (InputError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{source}: its metadata are not those that a run writes. Was it replaced?") from None
     layers = read_lora(source, layer_names(source), shape)
     sized = any(factors.magnitude is not None for factors in layers.values())

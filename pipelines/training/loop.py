@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Run, memory_full, sentence
 from equipoise.pipelines.training import processes
 

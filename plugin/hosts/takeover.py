@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equipoise.errors import EquipoiseError, InputError, NamelessError
-from equipoise.hosts.script import Choice, refuse_deepspeed, say, tell
+from equipoise.hosts.choice import Choice, refuse_deepspeed, say, tell
 from equipoise.lora.pairs import PairReport, find_pairs, live_roots
-from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, attach
+from equipoise.optimizers.attach import attach
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 
 _clipped: Counter[str] = Counter()  # calls of clip_grad_norm_ so far: "tensors" or "nothing"
 

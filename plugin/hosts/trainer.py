@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from equipoise.errors import InputError
-from equipoise.hosts.script import Choice, say
+from equipoise.hosts.choice import Choice, say
 from equipoise.optimizers.bounded import bounded
 from equipoise.optimizers.scaled import scaled
 

@@ -1,35 +1,20 @@
 """The kinds of models that can be tuned, one file each; loop, data, sampling and saving are shared.
 
-A new family is a subclass of `Family` in a file of its own here, and its line in FAMILIES. Torch is not imported here.
+A new family is a subclass of `Family`, named by an entry point in the group `equipoise.families` under the class that a
+checkpoint's model_index.json names. Torch is not imported here.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from equipoise.pipelines.config.keys import is_set
+from equipoise import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from equipoise.pipelines.text_to_image.config import TextToImageConfig
-
-FAMILIES = {  # the class in a checkpoint's model_index.json → the module here and the class in it
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-    "ZImagePipeline": ("z_image", "ZImage"),
-}
-FORMATS = ("diffusers", "kohya", "comfyui")  # of LoRA files: what layers are called in them
-TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"
-
-READ = {  # by the way of adding noise, which of the section `noise` it reads
-    "diffusion": ("offset", "prediction", "zero_terminal_snr", "snr_gamma"),
-    "flow": ("offset", "times", "mean", "std", "mode_scale", "shift"),
-}
-
+TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"  # what comes with Equipoise
 
 NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in nothing but noise where the noise is what is learnt
     "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
@@ -148,34 +133,24 @@ class Family(ABC):
 
 
 def family(pipeline: str) -> Family:
-    """The family of a class in FAMILIES."""
-    module, name = FAMILIES[pipeline]
-    return getattr(import_module(f"{__name__}.{module}"), name)()
+    """The family of a checkpoint's class, as its model_index.json names it.
+
+    Raises:
+        InputError: No distribution has one, more than one has, or it cannot be used.
+    """
+    return _loaded(pipeline)()
+
+
+@cache  # asked for each layer
+def _loaded(pipeline: str) -> type[Family]:
+    return registry.load("families", pipeline)
+
+
+def known() -> list[str]:
+    """The classes that there is a family for."""
+    return [entry.name for entry in registry.entries("families") if not entry.error]
 
 
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:
     """What other apps' names depend on: the family, and some of the denoiser's config."""
     return {"family": pipeline} | {key: denoiser[key] for key in family(pipeline).shape}
-
-
-def unread(config: "TextToImageConfig", kind: Family) -> list[str]:
-    """A sentence for everything that is set and that a base of this family would not read."""
-    found = []
-    known = (*READ[kind.noise], *(["guidance"] if kind.distilled else []))
-    for key in type(config.noise).model_fields:
-        if key not in known and is_set(config.noise, key):
-            others = ", ".join(f"noise.{name}" for name in known)
-            found.append(f"noise.{key}: has no effect on {kind.title}, which reads {others}.")
-    times = config.noise.times or kind.times
-    for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
-        if key in known and times != only and is_set(config.noise, key):
-            found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
-    if config.lora.text_encoder and not kind.tuned_encoders:
-        found.append(
-            f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."
-        )
-    if config.token.name and not kind.words:
-        found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
-    if config.samples.negative and not kind.negative:
-        found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")
-    return found

@@ -53,6 +53,8 @@ _MLP = 4  # times the width, in the single blocks
 
 
 class Flux(TransformerFamily):
+    """A transformer that reads T5's words, CLIP's summary, and latents in fours."""
+
     pipeline = "FluxPipeline"
     network = "networks.lora_flux"
     title = "FLUX.1"

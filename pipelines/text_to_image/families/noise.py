@@ -18,8 +18,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.text_to_image.config import NoiseSection
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family
+from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
 
 class Noise(ABC):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 
 class StableDiffusion(UNetFamily):
+    """A U-Net that reads one CLIP text encoder, of another kind in 2.x."""
+
     pipeline = "StableDiffusionPipeline"
     title = "Stable Diffusion"
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}

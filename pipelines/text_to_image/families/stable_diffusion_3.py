@@ -48,6 +48,8 @@ _ROWS = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add
 
 
 class StableDiffusion3(TransformerFamily):
+    """A transformer over picture and words together, which reads two CLIP encoders and T5."""
+
     pipeline = "StableDiffusion3Pipeline"
     network = "networks.lora_sd3"
     title = "Stable Diffusion 3"

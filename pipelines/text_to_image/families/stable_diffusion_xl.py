@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 
 class StableDiffusionXL(UNetFamily):
+    """A U-Net that reads two CLIP text encoders and how a picture was cut."""
+
     pipeline = "StableDiffusionXLPipeline"
     title = "Stable Diffusion XL"
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

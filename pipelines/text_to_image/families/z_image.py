@@ -22,6 +22,8 @@ _ROWS = {"to_q": 0, "to_k": 1, "to_v": 2}
 
 
 class ZImage(TransformerFamily):
+    """A transformer over one stream of picture and words, which are read by a language model."""
+
     pipeline = "ZImagePipeline"
     network = "networks.lora_zimage"
     title = "Z-Image"

@@ -20,10 +20,12 @@ from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import DataSection, ModelSection
 from equipoise.pipelines.text_to_image.data import read_examples
-from equipoise.pipelines.text_to_image.families import FAMILIES, family
+from equipoise.pipelines.text_to_image.families import family, known
 from equipoise.pipelines.text_to_image.formats.layout import model_problems
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.result import LORA_FILE
+
+FAMILIES = known()
 
 
 def train(*overrides):

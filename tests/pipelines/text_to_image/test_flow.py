@@ -36,13 +36,15 @@ from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import ModelSection, NoiseSection
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, to_tensor, variants
-from equipoise.pipelines.text_to_image.families import FAMILIES, family, shape_of
+from equipoise.pipelines.text_to_image.families import family, known, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Flow
 from equipoise.pipelines.text_to_image.formats.factors import Factors, join, split
-from equipoise.pipelines.text_to_image.formats.lora_files import FORMATS, name_in, read_lora, write_lora
+from equipoise.pipelines.text_to_image.formats.lora_files import name_in, read_lora, write_lora
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
+FAMILIES = known()
 FLOWS = [name for name in FAMILIES if family(name).noise == "flow"]
 PROMPT = "a sks object"
 DRAW = """

@@ -12,7 +12,8 @@ import torch
 from lion_pytorch import Lion
 
 from equipoise.errors import InputError
-from equipoise.hosts.script import choose, main, parse
+from equipoise.hosts.choice import choose
+from equipoise.hosts.script import main, parse
 from equipoise.pipelines import cli
 
 # A script as diffusers writes them: it knows nothing of Equipoise, and hands its parameters over in its own way.

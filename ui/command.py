@@ -1,4 +1,7 @@
-"""`equipoise ui`: the web page; needs the extra `ui`."""
+"""`equipoise ui`: the web page: launch runs, watch them, compare what they draw.
+
+It needs the extra `ui`, and is found as plugins' commands are: nothing below this folder knows of it.
+"""
 
 import argparse
 import os
