@@ -16,7 +16,7 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run
 
 SOURCE = Path(__file__).with_name("counting.py").read_text() + (
-    "\n\nfrom equipoise.pipelines.text_to_image.config import SamplesSection\n\n\n"
+    "\n\nfrom equipoise.pipelines.config.sections import SamplesSection\n\n\n"
     "class Config(TunedConfig):\n    samples: SamplesSection = SamplesSection()\n\n\n"
     "class Compared(Counting):\n    Config = Config\n"
 )

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from equipoise import registry
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.config.sections import ObjectiveSection
-from equipoise.pipelines.text_to_image.config import OptimizerSection
+from equipoise.pipelines.config.sections import ObjectiveSection, OptimizerSection
 from equipoise.pipelines.text_to_image.families.stable_diffusion import StableDiffusion
 from equipoise.pipelines.text_to_image.formats.layout import model_source
 from equipoise.pipelines.training import memory
