@@ -193,10 +193,10 @@ class SamplingConfig(TrainConfig):
         return self.samples.every
 
 
-def one_sided(config: Any) -> list[str]:
+def one_sided(config: TrainConfig) -> list[str]:
     """What is wrong with a coordinator of language and encoder for a pipeline that has not both."""
     name = config.coordinator.name
-    if not getattr(registry.load("coordinators", name), "two_sided", False):
+    if not registry.load("coordinators", name).two_sided:
         return []
     return [
         f"coordinator.name: {name} sets a language model's rate against an encoder's, and {config.pipeline} has not "

@@ -55,15 +55,15 @@ def test_of_the_shipped_configurations(name):
     """More for a larger batch, in the activations alone; less with gradient checkpointing."""
     config = configs.load(name)
     pipeline = registry.load("pipelines", config.pipeline)
-    one = pipeline.memory(config)
-    two = pipeline.memory(configs.set_keys(config, {"batch": 2 * config.train.batch}))
+    one = pipeline.estimate_memory(config)
+    two = pipeline.estimate_memory(configs.set_keys(config, {"batch": 2 * config.train.batch}))
     assert 1.9 * one.activations < two.activations < 2.1 * one.activations
     assert (one.model, one.training, one.program) == (two.model, two.training, two.program)
     assert one.total == one.model + one.training + one.activations + one.program
     if name != "audio_visual/demo":
-        less = pipeline.memory(configs.set_keys(config, {"train.gradient_checkpointing": True}))
+        less = pipeline.estimate_memory(configs.set_keys(config, {"train.gradient_checkpointing": True}))
         assert less.activations < one.activations
-        half = pipeline.memory(configs.set_keys(config, {"train.precision": "bf16"}))
+        half = pipeline.estimate_memory(configs.set_keys(config, {"train.precision": "bf16"}))
         assert half.model < one.model and half.activations < one.activations
 
 
