@@ -175,9 +175,9 @@ class TrainConfig(RunConfig):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        fields = dict(cls.__pydantic_fields__)
-        shared = {name: fields.pop(name) for name in _SHARED if name in fields}
-        cls.__pydantic_fields__ = fields | shared
+        for name in _SHARED:
+            if name in cls.model_fields:  # inherited ones would stand first
+                cls.model_fields[name] = cls.model_fields.pop(name)
         cls.model_rebuild(force=True)
 
 

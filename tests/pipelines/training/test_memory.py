@@ -74,11 +74,11 @@ def test_weights_are_those_of_the_files():
     ]
     on_disk = sum(file.stat().st_size for file in files)
     config = configs.load("text_to_image/demo", ["rank=1", "lora.targets=[to_q]", "lora.text_encoder=false"])
-    found = registry.load("pipelines", "text_to_image").memory(config)
+    found = registry.load("pipelines", "text_to_image").estimate_memory(config)
     assert found.model == pytest.approx(2 * on_disk, rel=0.02)
 
 
 def test_a_model_that_is_not_here():
     for name in ("text_to_image", "instruction_tuning"):
         config = configs.set_keys(configs.load(f"{name}/demo"), {"model": "nobody/has-this-model"})
-        assert registry.load("pipelines", name).memory(config) is None
+        assert registry.load("pipelines", name).estimate_memory(config) is None
