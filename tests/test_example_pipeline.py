@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from equipoise.pipelines.cli import main
+
 PAGE = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
 
 
@@ -79,3 +81,48 @@ def test_the_documented_pipeline_refuses_what_does_not_fit_in_sentences(command)
         "command line: model.width: must be >= 1, got 0.",
         "command line: train.precision: must be 'no', 'fp16' or 'bf16', got 'fp8'.",
     ]
+
+
+OWN_LOOP = """
+from pathlib import Path
+from equipoise.pipelines.config import RunConfig
+from equipoise.pipelines.pipeline import Outcome, Pipeline
+
+class Config(RunConfig):
+    rounds: int = 3
+    rate: float = 0.5
+
+class Own(Pipeline):
+    name = "own"
+    Config = Config
+
+    @classmethod
+    def run(cls, config, run):
+        (run.result / "seen").touch()
+        return Outcome("stopped" if config.rounds == 1 else "done", step=config.rounds)
+"""
+
+
+def test_a_pipeline_with_a_loop_of_its_own_trains_and_is_refused_the_rest_in_sentences(
+    distribution, tmp_path, monkeypatch, capfd
+):
+    distribution("own", {"equipoise.pipelines": {"own": "own:Own"}}, own=OWN_LOOP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
+    Path("own.yaml").write_text("pipeline: own\nname: own\n")
+
+    def refused(*words: str) -> str:
+        capfd.readouterr()
+        assert main([*words]) == 2
+        return capfd.readouterr().err
+
+    assert main(["train", "own.yaml", "--id", "one"]) == 0 and Path("runs/one/result/seen").exists()
+    assert main(["train", "own.yaml", "rounds=1", "--id", "two"]) == 143
+    assert main(["resume", "two"]) == 143
+    assert refused("resume", "two", "rounds=2") == "command line: rounds: cannot change when a run is resumed.\n"
+    assert refused("sweep", "own.yaml", "--axis", "rate=1,2") == (
+        "sweep: the pipeline own does not say how many steps a run takes, so that no sweep could show how far it is. "
+        "Its Config must be a TrainConfig, or have a property total_steps: see docs/plugins.md.\n"
+    )
+    assert refused("compare", "one", "two") == "the pipeline own has no comparison.\n"
+    assert sorted(path.name for path in Path("runs").iterdir() if path.is_dir()) == ["one", "two"]
