@@ -20,7 +20,7 @@ from equipoise.pipelines.training import processes
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """What one training process will hold at most, in bytes: an estimate."""
 
     model: int  # weights, frozen and trained, and data that stays
@@ -61,7 +61,7 @@ class Pipeline:
         return []
 
     @classmethod
-    def memory(cls, config: Any) -> Memory | None:
+    def estimate_memory(cls, config: Any) -> MemoryEstimate | None:
         """How much memory training will take, reasoned without loading a weight; None where that cannot be told."""
         return None
 
@@ -82,8 +82,7 @@ class Pipeline:
         folder: Path,
         runs: Sequence[Run],
         configs: Sequence[Any],
-        samples: Any,
-        judges: Any = None,
+        asked: Any,
     ) -> Comparison:
         """Generate and measure the same things from every run, into `folder`.
 
@@ -92,8 +91,7 @@ class Pipeline:
             folder: where pictures and tables go.
             runs: finished ones; one without a result becomes a cell without pictures.
             configs: theirs, in the same order.
-            samples: what to generate.
-            judges: the models to score pictures by, as the first configuration's section `judges` has them.
+            asked: the first configuration, with what the comparison was asked for in its place (other samples, judges).
 
         Raises:
             InputError: the runs cannot be compared.

@@ -239,7 +239,7 @@ def memory(site: Site, made: Plan, workers: int) -> str:
     cells = expand(made.config).values() if made.config.sweep else [made.config]
     largest = max(cells, key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
     try:
-        found = registry.load("pipelines", made.config.pipeline).memory(largest)
+        found = registry.load("pipelines", made.config.pipeline).estimate_memory(largest)
     except Exception:  # a model that runs on shapes alone is more than a pipeline can promise
         found = None
     if found is None:

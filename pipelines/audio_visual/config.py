@@ -3,18 +3,21 @@
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from equipoise.pipelines.config.records import DataPath, ModelPath, PluginSection, Revision, RunConfig, Section
+from equipoise.pipelines.config.records import DataPath, ModelPath, Revision, Section
 from equipoise.pipelines.config.sections import (
-    SHORT_NAMES,
-    CheckpointSection,
-    CoordinatorSection,
+    Clip,
+    LearningRate,
     ObjectiveSection,
+    OptimizerName,
+    OptimizerSection,
     Rate,
-    ScheduleSection,
+    Steps,
+    TrainConfig,
+    TrainSection,
 )
 
 Modality = Literal["audio", "visual", "text"]
@@ -117,21 +120,15 @@ class ModelSection(Section):
         return encoder
 
 
-class OptimizerSection(PluginSection):
-    KIND = "optimizers"
-    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
-
-    name: str = Field("sgd", description="`equipoise list optimizers` shows all; torch.optim's names work too")
-    learning_rate: Rate = Field(1e-3, description="per step")
-    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
+class AudioVisualOptimizer(OptimizerSection):
+    name: OptimizerName = "sgd"
+    learning_rate: LearningRate = 1e-3
 
 
-class TrainSection(Section):
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch: int = Field(64, ge=2, description="clips per process and forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the forward pass; weights stay float32")
+class AudioVisualTrain(TrainSection):
+    steps: Steps = 1000
+    batch: int = Field(64, ge=2, description="Clips of each process in a forward pass; 2 at least.")
+    clip: Clip = 0.0
     validate_every: int = Field(100, ge=1, description="steps between validations")
     patience: int = Field(0, ge=0, description="validations without a better joint loss before training ends; 0: never")
     keep: Literal["best", "last"] = Field("best", description="which weights are the result: by joint validation loss")
@@ -140,29 +137,23 @@ class TrainSection(Section):
     )
 
 
-class AudioVisualConfig(RunConfig):
-    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "train.batch", "checkpoint")
+class AudioVisualConfig(TrainConfig):
     SHORT: ClassVar[dict[str, str]] = {
         "data": "data.manifest",
-        "steps": "train.steps",
-        "batch": "train.batch",
         "fusion": "model.fusion",
-        **SHORT_NAMES,
+        **TrainConfig.SHORT,
     }
 
     pipeline: Literal["audio_visual"] = Field("audio_visual", description="the pipeline this configuration is for")
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection = Field(default_factory=ModelSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    optimizer: AudioVisualOptimizer = Field(default_factory=AudioVisualOptimizer)
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="mimo"))
-    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    train: AudioVisualTrain = Field(default_factory=AudioVisualTrain)
 
     @field_validator("train")
     @classmethod
-    def _known_baselines(cls, train: TrainSection) -> TrainSection:
+    def _known_baselines(cls, train: AudioVisualTrain) -> AudioVisualTrain:
         for name in train.baselines:
             try:
                 ObjectiveSection(name=name)

@@ -48,7 +48,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
     _tell_skipped(prepared, config, run)
     work = AudioVisualWork(config, run, accelerator, prepared)
     started = time.perf_counter()
-    outcome = train_loop(run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, 0)
+    outcome = train_loop(run, work, config)
     if outcome.state == "stopped":
         return outcome
     work.settle()
@@ -121,7 +121,7 @@ def _said(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {figures[f'accuracy_{name}']:.1%}" for name in names)
 
 
-class AudioVisualWork(OptimizedWork):
+class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     """One run's training: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "weights"

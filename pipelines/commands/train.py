@@ -139,10 +139,9 @@ def _resume(args: argparse.Namespace) -> int:
     try:
         config = _with_overrides(found, args.overrides)
         pipeline = _pipeline(config)
-        total = getattr(getattr(config, "train", None), "steps", None)
-        if total is not None and total < now.step:
+        if config.total_steps is not None and config.total_steps < now.step:
             raise InputError(
-                f"train.steps: {found.id} has taken {now.step} steps already; {total} cannot be its total."
+                f"train.steps: {found.id} has taken {now.step} steps already; {config.total_steps} cannot be its total."
             )
         if problems := pipeline.check(config):
             raise ConfigError(problems)
@@ -200,9 +199,8 @@ def _with_overrides(found: Run, overrides: list[str]) -> configs.RunConfig:
     before, allowed = configs.flat(configs.load(file)), type(config).RESUMABLE
     changed = [key for key, value in configs.flat(config).items() if before.get(key) != value]
     if refused := [key for key in changed if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
-        raise ConfigError(
-            [f"command line: {key}: cannot change when a run is resumed, only {', '.join(allowed)}." for key in refused]
-        )
+        others = f", only {', '.join(allowed)}" if allowed else ""
+        raise ConfigError([f"command line: {key}: cannot change when a run is resumed{others}." for key in refused])
     return config
 
 

@@ -239,7 +239,7 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     """Each run's row label, learning rate, and what of its configuration differs between the runs.
 
     Raises:
-        InputError: a run has no learning rate to lay it out by.
+        InputError: a run has no optimizer and learning rate to lay it out by.
     """
     flat = [flat_config(config) for config in configs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
@@ -250,8 +250,9 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
     placed = []
     for one in flat:
-        if RATE not in one:
-            raise InputError("comparison: a run has no optimizer.learning_rate, so it has no column.")
+        for key, what in ((RATE, "column"), ("optimizer.name", "row")):
+            if key not in one:
+                raise InputError(f"comparison: a run has no {key}, so it has no {what}.")
         options = {
             option: value
             for option, value in one.get("optimizer.options", {}).items()

@@ -6,10 +6,13 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from equipoise.pipelines.config.records import RunConfig
 
 _GUESSED = 20  # unknown keys that others are looked for that are spelt alike; a file of another kind has thousands
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -83,9 +86,9 @@ class Key:
         return ", ".join(f"{_SIGNS[name]} {_number(limit)}" for name, limit in self.limits.items())
 
 
-def describe(cls: type[BaseModel]) -> list[Key]:
+def describe(cls: "type[RunConfig]") -> list[Key]:
     """Every key of a configuration record, in the order of its definition."""
-    shorts = {dotted: short for short, dotted in getattr(cls, "SHORT", {}).items()}
+    shorts = {dotted: short for short, dotted in cls.SHORT.items()}
 
     def walk(model: type[BaseModel], prefix: str) -> Iterable[Key]:
         for name, info in model.model_fields.items():
@@ -118,7 +121,7 @@ def section_at(cls: type[BaseModel], dotted: str) -> type[BaseModel] | None:
 
 
 def explain(
-    cls: type[BaseModel],
+    cls: "type[RunConfig]",
     error: ValidationError,
     tree: Mapping[str, Any],  # what was validated
     sources: Mapping[str, str],  # dotted key → where it was given

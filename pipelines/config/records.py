@@ -111,12 +111,7 @@ class RunConfig(Section):
     """What every pipeline's configuration has."""
 
     SHORT: ClassVar[dict[str, str]] = {}  # short name → dotted key, for the keys that people change all the time
-    RESUMABLE: ClassVar[tuple[str, ...]] = (
-        "train.steps",
-        "train.batch",
-        "checkpoint",
-        "samples",
-    )  # may change when a run is resumed
+    RESUMABLE: ClassVar[tuple[str, ...]] = ()  # keys, or sections, that may change when a run is resumed
 
     pipeline: str = Field(description="Which pipeline reads this; `equipoise list pipelines` shows all.")
     name: str = Field(max_length=80, description="A word for this run; part of its id.")
@@ -130,6 +125,11 @@ class RunConfig(Section):
         {},
         description="Axes for `equipoise sweep`: a key, or its short name, and its values. `train` leaves them alone.",
     )
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps a run takes, where that is known before it begins."""
+        return None
 
     @field_validator("name")
     @classmethod

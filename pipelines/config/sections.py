@@ -1,30 +1,24 @@
-"""Sections that the pipelines' configurations share: the schedule, the objective, the coordinator, checkpoints."""
+"""What the configuration of every training has, `TrainConfig`, section by section; pipelines add their own keys.
+
+A section of a pipeline's own is a subclass. It gives a shared key another default in one line (`steps: Steps = 1000`),
+and the key's help and bounds stay those that stand here.
+"""
 
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from equipoise import registry
-from equipoise.pipelines.config.records import PluginSection, Section
+from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
-
-# Short names of the keys below; to be the last of a configuration's own.
-SHORT_NAMES = {
-    "learning_rate": "optimizer.learning_rate",
-    "optimizer": "optimizer.name",
-    "objective": "objective.name",
-    "coordinator": "coordinator.name",
-    "schedule": "schedule.name",
-    "checkpoint_every": "checkpoint.every",
-}
 
 # The schedules that read each option; to any other it would do nothing.
 READ_BY = {
@@ -33,6 +27,30 @@ READ_BY = {
     "power": ("polynomial",),
     "rules": ("piecewise_constant",),
 }
+
+
+# The keys of the sections below whose default is a pipeline's own.
+OptimizerName = Annotated[
+    str, Field(description="The optimizer: `equipoise list optimizers` shows all, and torch.optim's names work too.")
+]
+LearningRate = Annotated[Rate, Field(description="The learning rate, per step.")]
+Steps = Annotated[int, Field(ge=1, description="How many steps the optimizer takes.")]
+Batch = Annotated[int, Field(ge=1, description="Examples of each process in a forward pass.")]
+Clip = Annotated[float, Field(ge=0, description="The gradient's norm is cut to this; 0 cuts nothing.")]
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"],
+    Field(description="The format of frozen weights and of the forward pass; trained weights stay float32."),
+]
+GradientCheckpointing = Annotated[bool, Field(description="Takes less memory, and is about a third slower.")]
+
+
+class OptimizerSection(PluginSection):
+    KIND = "optimizers"
+    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
+
+    name: OptimizerName = "adamw"
+    learning_rate: LearningRate = 1e-4
+    options: dict[str, Any] = Field({}, description="The optimizer's own options; `equipoise show NAME` lists them.")
 
 
 class ScheduleSection(Section):
@@ -102,10 +120,83 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints to keep")
 
 
-def one_sided(config: Any) -> list[str]:
+class TrainSection(Section):
+    steps: Steps = 500
+    batch: Batch = 4
+    accumulate: int = Field(1, ge=1, description="Forward passes of each step, whose gradients add up.")
+    clip: Clip = 1.0
+    precision: Precision = "no"
+
+
+class SamplesSection(Section):
+    prompts: list[str] = Field([], description="What to generate, while training and for comparison.")
+    count: int = Field(1, ge=1, description="How many to generate.")
+    every: int = Field(0, ge=0, description="Steps between samples while training; 0 samples only at the end.")
+
+
+_SHARED = ("optimizer", "objective", "coordinator", "schedule", "train", "samples", "checkpoint")
+
+
+class TrainConfig(RunConfig):
+    """What every pipeline's configuration has that trains in `equipoise.pipelines.training.loop.train_loop`.
+
+    A subclass adds sections of its own, which come before these in files, forms and help, and may give a section more
+    keys, or other defaults, by a subclass of it: `train: MyTrainSection = Field(default_factory=MyTrainSection)`.
+    """
+
+    SHORT: ClassVar[dict[str, str]] = {
+        "steps": "train.steps",
+        "batch": "train.batch",
+        "learning_rate": "optimizer.learning_rate",
+        "optimizer": "optimizer.name",
+        "objective": "objective.name",
+        "coordinator": "coordinator.name",
+        "schedule": "schedule.name",
+        "checkpoint_every": "checkpoint.every",
+    }
+    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "train.batch", "checkpoint")
+
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between samples while training; 0 for none."""
+        return 0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name in _SHARED:
+            if name in cls.model_fields:  # inherited ones would stand first
+                cls.model_fields[name] = cls.model_fields.pop(name)
+        cls.model_rebuild(force=True)
+
+
+class SamplingConfig(TrainConfig):
+    """That of a training which shows samples on its way, in its work's `sample`."""
+
+    RESUMABLE: ClassVar[tuple[str, ...]] = (*TrainConfig.RESUMABLE, "samples")
+
+    samples: SamplesSection = Field(default_factory=SamplesSection)
+
+    @property
+    def sample_every(self) -> int:
+        return self.samples.every
+
+
+def one_sided(config: TrainConfig) -> list[str]:
     """What is wrong with a coordinator of language and encoder for a pipeline that has not both."""
     name = config.coordinator.name
-    if not getattr(registry.load("coordinators", name), "two_sided", False):
+    if not registry.load("coordinators", name).two_sided:
         return []
     return [
         f"coordinator.name: {name} sets a language model's rate against an encoder's, and {config.pipeline} has not "

@@ -63,9 +63,11 @@ def doubts(config: InstructionTuningConfig) -> list[str]:
 
 
 def _coordination_problems(config: InstructionTuningConfig) -> list[str]:
+    from equipoise.optimizers.parts.optional import Perturbing
+
     chosen = config.coordinator
     coordinator = registry.load("coordinators", chosen.name)(**chosen.options)
-    twice = hasattr(registry.load("optimizers", config.optimizer.name), "perturb")
+    twice = issubclass(registry.load("optimizers", config.optimizer.name), Perturbing)
     if twice and any(coordinator.weight(step) for step in range(config.train.steps)):
         return [
             f"coordinator.name: {chosen.name} with a regularizer and {config.optimizer.name} both want further "

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, measured
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
@@ -32,7 +32,7 @@ def compare(
     folder: Path,
     runs: Sequence[Run],
     configs: Sequence[InstructionTuningConfig],
-    samples: SamplesSection | None = None,
+    samples: InstructionTuningSamples | None = None,
 ) -> Comparison:
     """Generates and judges answers, and writes a card for each of the first questions into `folder`.
 

@@ -3,26 +3,20 @@
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from equipoise.pipelines.config.records import (
-    BasePath,
-    DataPath,
-    LocalPath,
-    PluginSection,
-    Revision,
-    RunConfig,
-    Section,
-)
+from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, Revision, Section
 from equipoise.pipelines.config.sections import (
-    SHORT_NAMES,
-    CheckpointSection,
-    CoordinatorSection,
-    ObjectiveSection,
+    Batch,
+    GradientCheckpointing,
+    LearningRate,
+    OptimizerSection,
     Rate,
-    ScheduleSection,
+    SamplesSection,
+    SamplingConfig,
+    TrainSection,
 )
 
 
@@ -86,38 +80,28 @@ class LoraSection(Section):
     )
 
 
-class OptimizerSection(PluginSection):
-    KIND = "optimizers"
-    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
-
-    name: str = Field("adamw", description="`equipoise list optimizers` shows all; torch.optim's names work too")
-    learning_rate: Rate = Field(1e-4, description="per step, of every component without a rate of its own")
+class InstructionTuningOptimizer(OptimizerSection):
+    learning_rate: LearningRate = Field(
+        1e-4, description="The learning rate, per step, of every component without a rate of its own."
+    )
     rates: dict[str, Rate] = Field({}, description="component → its own learning rate, such as {encoder: 1e-5}")
     weight_decays: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="component → its own weight decay, for optimizers that have one"
     )
-    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
 
 
-class TrainSection(Section):
-    steps: int = Field(500, ge=1, description="optimizer steps")
-    batch: int = Field(
-        4, ge=1, description="conversations per process and forward pass; those of similar length go together"
+class InstructionTuningTrain(TrainSection):
+    batch: Batch = Field(
+        4, description="Conversations of each process in a forward pass; those of similar length go together."
     )
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="of the frozen weights and the forward pass; what is trained stays float32"
-    )
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    gradient_checkpointing: GradientCheckpointing = False
 
 
-class SamplesSection(Section):
+class InstructionTuningSamples(SamplesSection):
     prompts: list[str] = Field(
         [], description="questions to ask of the held-out media, in place of their own; their answers are not judged"
     )
     count: int = Field(200, ge=1, description="held-out questions that are answered and judged at the end")
-    every: int = Field(0, ge=0, description="steps between samples while training; 0 samples only at the end")
     shown: int = Field(8, ge=1, description="answers written out at each sampling")
     max_new_tokens: int = Field(32, ge=1, le=4096, description="of an answer")
     metric: Literal["exact", "vqa", "rouge_l"] = Field(
@@ -126,15 +110,13 @@ class SamplesSection(Section):
     batch: int = Field(32, ge=1, description="questions answered at a time")
 
 
-class InstructionTuningConfig(RunConfig):
+class InstructionTuningConfig(SamplingConfig):
     SHORT: ClassVar[dict[str, str]] = {
         "model": "model.path",
         "data": "data.file",
-        "steps": "train.steps",
-        "batch": "train.batch",
         "rank": "lora.rank",
         "alpha": "lora.alpha",
-        **SHORT_NAMES,
+        **SamplingConfig.SHORT,
     }
 
     pipeline: Literal["instruction_tuning"] = Field(
@@ -150,13 +132,9 @@ class InstructionTuningConfig(RunConfig):
         "and `language`, by the model's architecture",
     )
     frozen: list[str] = Field([], description="patterns of parameter names that stay as they are in any case")
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    samples: SamplesSection = Field(default_factory=SamplesSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    optimizer: InstructionTuningOptimizer = Field(default_factory=InstructionTuningOptimizer)
+    train: InstructionTuningTrain = Field(default_factory=InstructionTuningTrain)
+    samples: InstructionTuningSamples = Field(default_factory=InstructionTuningSamples)
 
     @field_validator("components")
     @classmethod

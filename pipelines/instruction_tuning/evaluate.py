@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from equipoise.pipelines.instruction_tuning.config import SamplesSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import Example
 from equipoise.pipelines.instruction_tuning.talk import Talk
 
@@ -49,7 +49,7 @@ def answer(
     model: nn.Module,
     talk: Talk,
     examples: Sequence[Example],
-    samples: SamplesSection,
+    samples: InstructionTuningSamples,
     tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
 ) -> list[Answer]:
     """The model's answers to each conversation's last question, without sampling."""

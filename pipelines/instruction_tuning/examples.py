@@ -5,7 +5,7 @@ from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, read_all
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
@@ -48,7 +48,7 @@ def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object])
     return problems
 
 
-def asked_of(held: list[Example], samples: SamplesSection, most: int) -> list[Example]:
+def asked_of(held: list[Example], samples: InstructionTuningSamples, most: int) -> list[Example]:
     """Held-out conversations; or prompts of one's own asked of the first held-out media, about `most` in all, to be
     judged by eye."""
     if not samples.prompts:

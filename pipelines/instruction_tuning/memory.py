@@ -8,14 +8,14 @@ import torch
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.model import outline
-from equipoise.pipelines.pipeline import Memory
+from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
 TOKENS = 512  # of a sequence, where data.max_tokens says nothing
 _LOGITS = 3  # copies of the logits at the peak: they, their logarithms and their gradient
 
 
-def memory(config: InstructionTuningConfig) -> Memory | None:
+def estimate_memory(config: InstructionTuningConfig) -> MemoryEstimate | None:
     """Of the language side's activations, which are nearly all. None where the model is not on this machine, or takes
     more than shapes to run."""
     dtype = DTYPES[config.train.precision]
@@ -40,5 +40,5 @@ def memory(config: InstructionTuningConfig) -> Memory | None:
             continue
         kept += _LOGITS * 4 * batch * length * text.vocab_size
         added = training(tuned.named.values(), config.optimizer)
-        return Memory(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
+        return MemoryEstimate(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
     return None

@@ -71,9 +71,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     if leads:
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
-    outcome = train_loop(
-        run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
-    )
+    outcome = train_loop(run, work, config)
     if outcome.state == "stopped" or not leads:
         return outcome
     seconds = time.perf_counter() - started
@@ -99,7 +97,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     return replace(outcome, message=outcome.message + found)
 
 
-class InstructionTuningWork(OptimizedWork):
+class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     """One run's tuning: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "parameters of this model"
@@ -148,7 +146,7 @@ class InstructionTuningWork(OptimizedWork):
         ]
         # The last of this step's batches, if it is measured, with the prediction and the towers' outputs that training
         # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
-        self._probed: tuple[dict[str, Tensor], Prediction | None, Memory] | None = None
+        self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
         own = [processes.rank()] if processes.rank() else []
@@ -157,12 +155,12 @@ class InstructionTuningWork(OptimizedWork):
         self.model.train()
         last = micro == self.config.train.accumulate - 1
         probed = last and self.coordinator.measures(step) and not self._moved
-        memory = Memory(self.still if probed else [])
-        with memory.used():
+        outputs = FrozenOutputs(self.still if probed else [])
+        with outputs.reused():
             logits, labels, sample = self._forward(batch)
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
-            self._probed = batch, base, memory
+            self._probed = batch, base, outputs
         return Losses(_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
@@ -194,10 +192,10 @@ class InstructionTuningWork(OptimizedWork):
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
         weight, metric = self.coordinator.weight(step), self.coordinator.metric
         assert self._probed is not None
-        (batch, base, memory), self._probed = self._probed, None
+        (batch, base, outputs), self._probed = self._probed, None
 
         def predict() -> Prediction:
-            with memory.used():
+            with outputs.reused():
                 logits, _, sample = self._forward(batch)
             return Prediction(logits, sample)
 
@@ -361,19 +359,19 @@ class InstructionTuningWork(OptimizedWork):
         write_result(Path(self.run.folder / "result"), self.tuned, described)
 
 
-class Memory:
-    """What frozen towers say of one batch, so that they are asked once, however often the rest of the model is."""
+class FrozenOutputs:
+    """What frozen towers give for one batch, so that they run once, however often the rest of the model does."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.said: dict[nn.Module, Any] = {}
+        self.kept: dict[nn.Module, Any] = {}
 
     @contextmanager
-    def used(self) -> Iterator[None]:
+    def reused(self) -> Iterator[None]:
         def recall(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if module not in self.said:
-                self.said[module] = forward(*args, **kwargs)
-            return self.said[module]
+            if module not in self.kept:
+                self.kept[module] = forward(*args, **kwargs)
+            return self.kept[module]
 
         for module in self.modules:
             module.forward = partial(recall, module, module.forward)

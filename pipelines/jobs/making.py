@@ -57,8 +57,7 @@ def make(
     pipeline = registry.load("pipelines", loaded[0].pipeline)
     folder, name = _place(found, out, own=bool(changes))
     with _swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
-        asked = getattr(first, "samples", None), getattr(first, "judges", None)
-        comparison = pipeline.compare(name, staging, runs, loaded, *asked)
+        comparison = pipeline.compare(name, staging, runs, loaded, first)
         paths = write_report(comparison)
     comparison.folder = folder
     return comparison, {what: folder / path.name for what, path in paths.items()}

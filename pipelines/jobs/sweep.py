@@ -38,8 +38,11 @@ def create(config: RunConfig, id: str | None = None) -> Run:
 
     Raises:
         ConfigError: a cell's configuration or what it points to is wrong.
+        InputError: the pipeline does not say how many steps a run takes.
     """
     cells = expand(config)
+    for cell in cells.values():
+        _steps_of(cell)
     pipeline = registry.load("pipelines", config.pipeline)
     # The world does not depend on rate and seed, and looking at it may mean decoding every picture.
     worlds = {
@@ -116,9 +119,18 @@ def train(sweep: Run, executor: Executor, where: Where) -> Outcome:
     return outcome
 
 
+def _steps_of(config: RunConfig) -> int:
+    if config.total_steps is None:
+        raise InputError(
+            f"sweep: the pipeline {config.pipeline} does not say how many steps a run takes, so that no sweep could "
+            "show how far it is. Its Config must be a TrainConfig, or have a property total_steps: see docs/plugins.md."
+        )
+    return config.total_steps
+
+
 def _watch(sweep: Run, executor: Executor, retries: int) -> Outcome:
     mine = cells(sweep)
-    totals = {cell.id: cell.config().train.steps for cell in mine}
+    totals = {cell.id: _steps_of(cell.config()) for cell in mine}
     total, stopping = sum(totals.values()), False
     watched = sys.stderr.isatty()  # a log file wants a line now and then
     sweep.update(total=total)

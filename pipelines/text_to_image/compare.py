@@ -22,7 +22,7 @@ from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
-from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, SamplesSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, TextToImageConfig, TextToImageSamples
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.generate import Sample, generate
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, taught
@@ -51,7 +51,7 @@ def compare(
     folder: Path,
     runs: Sequence[Run],
     configs: Sequence[TextToImageConfig],
-    samples: SamplesSection | None = None,
+    samples: TextToImageSamples | None = None,
     judges: JudgesSection | None = None,
 ) -> Comparison:
     """Generates, measures and writes every picture of a comparison into `folder`.
@@ -174,7 +174,7 @@ def _worn(base: Base, folder: Path, scale: float) -> Iterator[None]:
             base.restore(part)
 
 
-def _write(folder: Path, cell: Cell, samples: SamplesSection, made: list[Sample], verdicts) -> list[Picture]:
+def _write(folder: Path, cell: Cell, samples: TextToImageSamples, made: list[Sample], verdicts) -> list[Picture]:
     place = "base" if not cell.run else cell.run.rsplit("/", 1)[-1]
     pictures = []
     for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):

@@ -8,23 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from equipoise.pipelines.config.records import (
-    BasePath,
-    DataPath,
-    LocalPath,
-    ModelPath,
-    PluginSection,
-    Revision,
-    RunConfig,
-    Section,
-)
+from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, ModelPath, Revision, Section
 from equipoise.pipelines.config.sections import (
-    SHORT_NAMES,
-    CheckpointSection,
-    CoordinatorSection,
-    ObjectiveSection,
+    Batch,
+    GradientCheckpointing,
+    OptimizerName,
+    OptimizerSection,
     Rate,
-    ScheduleSection,
+    SamplesSection,
+    SamplingConfig,
+    TrainSection,
 )
 from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
@@ -119,12 +112,8 @@ class LoraSection(Section):
     )
 
 
-class OptimizerSection(PluginSection):
-    KIND = "optimizers"
-    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
-
-    name: str = Field("scaled_adamw", description="`equipoise list optimizers` shows all; torch.optim's names work too")
-    learning_rate: Rate = Field(1e-4, description="per step")
+class TextToImageOptimizer(OptimizerSection):
+    name: OptimizerName = "scaled_adamw"
     text_encoder_learning_rate: Rate | None = Field(
         None, description="of the text encoder's factors; empty means learning_rate"
     )
@@ -132,17 +121,10 @@ class OptimizerSection(PluginSection):
         {},
         description="a pattern in layers' names → their learning rate, such as {mid_block: 1e-5}; first fits",
     )
-    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
 
 
-class TrainSection(Section):
-    steps: int = Field(500, ge=1, description="optimizer steps")
-    batch: int = Field(4, ge=1, description="pictures per device and forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="of the frozen base and the forward pass; the factors stay float32"
-    )
+class TextToImageTrain(TrainSection):
+    batch: Batch = Field(4, description="Pictures of each process in a forward pass.")
     ema: float = Field(
         0.0, ge=0, lt=1, description="samples and result are of the weights' moving average with this decay; 0 is none"
     )
@@ -151,7 +133,7 @@ class TrainSection(Section):
         ge=0,
         description="diverged: a mean loss over 20 steps that is this many times the untouched base's; 0: never",
     )
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    gradient_checkpointing: GradientCheckpointing = False
     compile: bool = Field(
         False,
         description="faster steps by torch.compile; the first of each shape takes minutes, for all runs of "
@@ -159,12 +141,10 @@ class TrainSection(Section):
     )
 
 
-class SamplesSection(Section):
-    prompts: list[str] = Field([], description="what to generate, while training and for comparison")
+class TextToImageSamples(SamplesSection):
     negative: str = Field("", description="negative prompt")
     count: int = Field(1, ge=1, le=64, description="pictures per prompt, each from its own fixed noise")
     seed: int = Field(0, ge=0, description="of the noise: equal seeds give equal noise in every run")
-    every: int = Field(0, ge=0, description="steps between samples while training; 0 samples only at the end")
     steps: int = Field(50, ge=1, le=1000, description="denoising steps")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
         None, description="classifier-free guidance scale; empty: what is usual for the family"
@@ -185,15 +165,13 @@ class JudgesSection(Section):
     )
 
 
-class TextToImageConfig(RunConfig):
+class TextToImageConfig(SamplingConfig):
     SHORT: ClassVar[dict[str, str]] = {
         "model": "model.path",
         "data": "data.folder",
-        "steps": "train.steps",
-        "batch": "train.batch",
         "rank": "lora.rank",
         "alpha": "lora.alpha",
-        **SHORT_NAMES,
+        **SamplingConfig.SHORT,
     }
 
     pipeline: Literal["text_to_image"] = Field("text_to_image", description="the pipeline this configuration is for")
@@ -202,12 +180,8 @@ class TextToImageConfig(RunConfig):
     prior: PriorSection = Field(default_factory=PriorSection)
     token: TokenSection = Field(default_factory=TokenSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     noise: NoiseSection = Field(default_factory=NoiseSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    samples: SamplesSection = Field(default_factory=SamplesSection)
     judges: JudgesSection = Field(default_factory=JudgesSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    optimizer: TextToImageOptimizer = Field(default_factory=TextToImageOptimizer)
+    train: TextToImageTrain = Field(default_factory=TextToImageTrain)
+    samples: TextToImageSamples = Field(default_factory=TextToImageSamples)

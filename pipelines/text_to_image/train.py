@@ -18,6 +18,7 @@ from torch import Tensor
 from equipoise.balancing.objective import Losses
 from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
@@ -72,9 +73,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
         work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word)
         before = work.untouched = work.evaluation_loss()
         started = time.perf_counter()
-        outcome = train_loop(
-            run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
-        )
+        outcome = train_loop(run, work, config)
         if outcome.state != "stopped" and processes.leads():
             with work.averaged():
                 facts = {
@@ -83,7 +82,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
                     "loss_before": number(before),
                     "loss_after": number(work.evaluation_loss()),
                     "seconds": time.perf_counter() - started,
-                    "prediction": getattr(work.noise, "prediction", None),
+                    "prediction": work.noise.prediction,
                 }
                 work.save_result(facts)
             if not run.sweep:  # the comparison of a sweep draws its cells' samples
@@ -107,7 +106,7 @@ class Pictures:
         return cls([example.caption for example in examples], latents, batches)
 
 
-class TextToImageWork(OptimizedWork):
+class TextToImageWork(OptimizedWork[TextToImageConfig]):
     """One run's tuning: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "LoRA factors"
@@ -297,8 +296,7 @@ class TextToImageWork(OptimizedWork):
     def save_result(self, facts: dict[str, Any]) -> None:
         """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
         described = facts_of(self.config, len(self.captions)) | facts
-        fallbacks = getattr(self.optimizer, "fallbacks", None)
-        more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
+        more = {"fallbacks": self.optimizer.fallbacks} if isinstance(self.optimizer, PairOptimizer) else {}
         if self.word:
             write_word(self.run.folder / "result", self.config.token.name or "", self.word)
         write_result(self.run.folder / "result", self.parts, self.base.shape, described, more)

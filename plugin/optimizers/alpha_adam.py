@@ -9,6 +9,7 @@ omits it. The box's strict ">" would keep nothing at the first step, where h is 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
@@ -123,6 +124,11 @@ class AlphaAdam(Optimizer):
         if not any(group["count_kept"] for group in self.param_groups):
             raise InputError(f"{type(self).__name__}: what the mask keeps is counted only with count_kept=True.")
         return self._read(1)
+
+    def metrics(self) -> dict[str, float]:
+        """`alpha`, the median of `alphas`."""
+        alphas = self.alphas
+        return {"alpha": median(alphas.values())} if alphas else {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -25,6 +25,8 @@ from equipoise.pipelines.text_to_image.families.config import NoiseSection
 class Noise(ABC):
     """One way of adding noise. Times are what the denoiser is told: (batch,)."""
 
+    prediction: str | None = None  # what the denoiser answers, where there is a choice
+
     def __init__(self, section: NoiseSection, kind: Family):
         self.section, self.kind = section, kind
 
