@@ -14,7 +14,7 @@ from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run, sentence
@@ -91,9 +91,8 @@ def _train(args: argparse.Namespace) -> int:
     pipeline = _pipeline(config)
     if args.dry_run:
         print(configs.dump(config), end="", flush=True)
-    if problems := pipeline.check(config):
-        raise ConfigError(problems)
-    for doubt in pipeline.doubts(config):
+    checks.check([config])
+    for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
     if args.dry_run:
         return 0
@@ -140,8 +139,7 @@ def _resume(args: argparse.Namespace) -> int:
             raise InputError(
                 f"train.steps: {found.id} has taken {now.step} steps already; {total} cannot be its total."
             )
-        if problems := pipeline.check(config):
-            raise ConfigError(problems)
+        checks.check([config])
     except EquipoiseError as error:
         if args.queued:  # nobody is watching; the folder has to tell
             found.update(state="failed", message=sentence(error), exit_code=2, ended=time.time())

@@ -4,11 +4,13 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from equipoise import registry
+from equipoise.errors import InputError
 from equipoise.pipelines.config.records import PluginSection, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -100,6 +102,26 @@ class CoordinatorSection(PluginSection):
 class CheckpointSection(Section):
     every: int = Field(250, ge=0, description="steps between checkpoints; 0 keeps none but the one at a stop")
     keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+
+
+def objective_problems(config: Any, modalities: Sequence[str] = (), baselines: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the objective, and with those trained beside it, for a pipeline's losses.
+
+    Args:
+        config: with a section `objective`.
+        modalities: those that have losses of their own; none where a step has one loss.
+        baselines: names of objectives that are trained with their own defaults, `train.baselines`.
+    """
+    found = []
+    chosen = [("objective", config.objective.name, config.objective.options)]
+    for key, name, options in chosen + [("train.baselines", name, {}) for name in baselines]:
+        try:
+            registry.load("objectives", name)(**options).bind({modality: [] for modality in modalities})
+        except InputError as error:
+            found.append(f"{key}: {name}: {error}")
+        except TypeError as error:
+            found.append(f"{key}: {name} needs options, which a baseline cannot be given: {error}.")
+    return found
 
 
 def one_sided(config: Any) -> list[str]:

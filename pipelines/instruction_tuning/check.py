@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
+from equipoise.pipelines.config.sections import objective_problems
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import read_all
 
@@ -20,7 +21,7 @@ def problems(config: InstructionTuningConfig) -> list[str]:
             outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
             found.append(str(error))
-    found += _coordination_problems(config)
+    found += objective_problems(config) + _coordination_problems(config)
     if config.data.file != demo.NAME:
         talk = None
         if known:
