@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.commands import skip_bad
 from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand, parse_axes
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the complete configuration, check every cell, and end"
     )
+    parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
     parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
     parser.add_argument("--no-compare", action="store_true", help="only train")
@@ -176,7 +178,7 @@ def _continued(args: argparse.Namespace) -> Run | None:
         return None  # the configuration loader has the better words for what is wrong
     if sweep.status().kind != "sweep":
         raise InputError(f"{sweep.id}: is a single run; `equipoise resume {sweep.ref}` continues it.")
-    if args.overrides or args.axis or args.id:
+    if args.overrides or args.axis or args.id or args.skip_bad:
         raise InputError(f"{sweep.id}: a sweep is continued as it is; start a new one to change keys or axes.")
     return sweep
 
@@ -184,7 +186,7 @@ def _continued(args: argparse.Namespace) -> Run | None:
 def _asked(args: argparse.Namespace) -> configs.RunConfig:
     """The configuration of a new sweep, as the command line has it."""
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, [*overrides, *skip_bad.overrides(args)])
     if axes := parse_axes(args.axis):
         config = configs.set_keys(config, {"sweep": axes}, source="--axis")
     return config
