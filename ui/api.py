@@ -30,7 +30,7 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
         file.write_bytes(written)
         config = launch.read_yaml(str(file))
     made = launch.planned(site, config, workers=workers)
-    launch.check(made)
+    launch.check_plan(made)
     said = {"time": launch.estimate(site, made, workers), "memory": launch.memory(site, made, workers)}
     return {"runs": made.cells, "yaml": made.yaml, **said}
 

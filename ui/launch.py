@@ -92,7 +92,7 @@ def plan(
     """Checks a filled-in form.
 
     Raises:
-        ConfigError: everything that is wrong with the form itself, one line each. `check` says the rest.
+        ConfigError: everything that is wrong with the form itself, one line each. `check_plan` says the rest.
     """
     cls = registry.load("pipelines", pipeline)
     for short in ("data", "model"):
@@ -127,7 +127,7 @@ def runs_of(config: RunConfig) -> list[RunConfig]:
     return list(expand(config).values()) if config.sweep else [config]
 
 
-def check(made: Plan) -> None:
+def check_plan(made: Plan) -> None:
     """Refuses what starting it would refuse. May take seconds: it looks at model and data.
 
     Raises:
@@ -163,7 +163,7 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
     if config.sweep:
         run = sweeps.create(config)
     else:
-        check(made)
+        check_plan(made)
         run = site.store.create(config)
     first = background.ahead(run)
     background.start(run, workers, in_turn=True)
@@ -505,7 +505,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         words = draw.notice(f"{time}\nModel and data: being checked …\nMemory: being worked out …")
         yield ["", gr.update(visible=True), words, made.command, made.yaml, str(file)]
         try:
-            check(made)
+            check_plan(made)
         except EquipoiseError as error:
             yield [said(error), gr.update(visible=False), *[gr.skip()] * 4]
             return
