@@ -119,8 +119,6 @@ def objective_problems(config: Any, modalities: Sequence[str] = (), baselines: S
             registry.load("objectives", name)(**options).bind({modality: [] for modality in modalities})
         except InputError as error:
             found.append(f"{key}: {name}: {error}")
-        except TypeError as error:
-            found.append(f"{key}: {name} needs options, which a baseline cannot be given: {error}.")
     return found
 
 

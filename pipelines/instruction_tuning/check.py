@@ -21,7 +21,7 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         try:
             outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
-            found.append(str(error))
+            found += str(error).splitlines()
     found += objective_problems(config) + _coordination_problems(config)
     if config.optimizer.weight_decays and not _decays(config.optimizer.name):
         found.append(
