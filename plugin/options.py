@@ -23,8 +23,15 @@ _WORDS = {NoneType: "none", bool: "true or false", int: "a whole number", float:
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
+@dataclass(frozen=True)
+class MappingType:
+    """The type of an option that gives a value by name, such as {audio: 0.3}."""
+
+    values: tuple[Any, ...]  # types of a value; empty: anything
+
+
 class Bounds(NamedTuple):
-    """Where a number, or each number of a tuple, must lie."""
+    """Where a number, or each number of a tuple or mapping, must lie."""
 
     text: str  # as written, for people: `> 0`
     tests: tuple[tuple[str, float], ...]  # (comparison, limit), all of which must hold
@@ -42,7 +49,7 @@ class Bounds(NamedTuple):
         return None
 
     def contain(self, value: Any) -> bool:
-        values = value if isinstance(value, tuple) else (value,)
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         return all(_COMPARE[sign](v, limit) for v in values if type(v) in (int, float) for sign, limit in self.tests)
 
 
@@ -51,7 +58,7 @@ class Option:
     """One option of a plugin class."""
 
     name: str
-    types: tuple[Any, ...]  # bool, int, float, str, NoneType, or a tuple with such types per item; empty: anything
+    types: tuple[Any, ...]  # bool, int, float, str, NoneType, MappingType, or a tuple with types per item; empty: any
     default: Any
     bounds: Bounds | None
     choices: tuple[Any, ...]  # from a Literal annotation; empty: any value of the types
@@ -81,12 +88,13 @@ class Option:
     def _say(self, bounds: str) -> str:
         words = [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
         words += [
-            _say(kind) + (bounds if kind in (int, float) or isinstance(kind, tuple) else "") for kind in self._free()
+            _say(kind) + (bounds if kind in (int, float) or isinstance(kind, tuple | MappingType) else "")
+            for kind in self._free()
         ]
         return " or ".join(words) or "anything"
 
     def _allows(self, value: Any) -> bool:
-        chosen = type(value) in self._free() or not self.choices or value in self.choices
+        chosen = type(value) in self._free() or isinstance(value, dict) or not self.choices or value in self.choices
         return chosen and (self.bounds is None or self.bounds.contain(value))
 
     def _free(self) -> list[Any]:
@@ -178,12 +186,17 @@ def _types(annotation: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     if origin is tuple:
         items = tuple(_types(arg)[0] for arg in args)
         return ((items,) if items and all(items) else ()), ()
+    if (origin or annotation) in (dict, Mapping) and args[:1] in ((), (str,)):
+        values = _types(args[1])[0] if args else ()
+        return (MappingType(values),), ()
     return (), ()
 
 
 def _say(kind: Any) -> str:
     if isinstance(kind, tuple):
         return f"[{', '.join(' or '.join(map(_say, item)) for item in kind)}]"
+    if isinstance(kind, MappingType):
+        return f"{{name: {' or '.join(map(_say, kind.values)) or 'anything'}, …}}"
     return _WORDS[kind]
 
 
@@ -194,6 +207,13 @@ def _as(kind: Any, value: Any) -> list[Any]:
             return []
         items = [[v for one in kinds for v in _as(one, part)] for kinds, part in zip(kind, value, strict=True)]
         return [tuple(readings[0] for readings in items)] if all(items) else []
+    if isinstance(kind, MappingType):
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            return []
+        if not kind.values:
+            return [dict(value)]
+        read = {name: [v for one in kind.values for v in _as(one, part)] for name, part in value.items()}
+        return [{name: readings[0] for name, readings in read.items()}] if all(read.values()) else []
     if kind is str:
         return [value] if isinstance(value, str) else []
     if kind is NoneType:

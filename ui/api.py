@@ -9,9 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs import status
 from equipoise.ui import launch
 from equipoise.ui.safety import Site
@@ -21,7 +20,7 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
     """What starting this YAML would come to: how many runs, the complete configuration, time and memory.
 
     Raises:
-        ConfigError: everything that is wrong with it, one line each.
+        ConfigError: everything that is wrong with it, and would be when it is started, one line each.
     """
     try:
         written = text.encode()
@@ -31,9 +30,8 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
         file = Path(folder, "config.yaml")
         file.write_bytes(written)
         config = configs.set_keys(launch.read_yaml(str(file)), {"runs": str(site.store.root)})
-    if problems := site.problems(config):
-        raise ConfigError(problems)
-    made = launch.Plan(config, len(expand(config)) if config.sweep else 1, "", workers)
+    made = launch.planned(site, config, workers=workers)
+    launch.check_plan(made)
     said = {"time": launch.estimate(site, made, workers), "memory": launch.memory(site, made, workers)}
     return {"runs": made.cells, "yaml": made.yaml, **said}
 

@@ -28,7 +28,7 @@ from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.config.builtin import shipped
 from equipoise.pipelines.config.records import trusting_options
 from equipoise.pipelines.files import version, write_atomic
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs.run import metric_lines
@@ -41,7 +41,6 @@ PROMPT = "data.instance_prompt"  # where a pipeline has it, one caption that goe
 UPLOADED = "GRADIO_TEMP_DIR"  # names the folder of what a server keeps only while it runs
 FEW = 5  # finished runs that the estimate is made from
 LOOKED_AT = 200  # finished runs among which they are sought
-_WORLD = ("model.", "data.")  # sections that name what lies outside of a configuration
 _READ = 2**20  # characters of a run's metrics, enough for its pace
 QUIET: Any = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}  # of an event
 _SIZES = ("train.batch", "lora.rank", "data.resolution")  # by which the largest cell of a sweep is found
@@ -93,7 +92,7 @@ def plan(
     """Checks a filled-in form.
 
     Raises:
-        ConfigError: everything that is wrong, one line each.
+        ConfigError: everything that is wrong with the form itself, one line each. `check_plan` says the rest.
     """
     cls = registry.load("pipelines", pipeline)
     for short in ("data", "model"):
@@ -108,9 +107,32 @@ def plan(
         raise ConfigError([*wrong, *error.problems]) from None
     if wrong:
         raise ConfigError(wrong)
+    return planned(site, config, preset, workers)
+
+
+def planned(site: Site, config: RunConfig, preset: str = "", workers: int | None = None) -> Plan:
+    """What starting a configuration comes to.
+
+    Raises:
+        ConfigError: an axis of its sweep, or a path that leads out of the folders that this page may read.
+    """
     if problems := site.problems(config):
         raise ConfigError(problems)
-    return Plan(config, len(expand(config)) if config.sweep else 1, preset, workers)
+    return Plan(config, len(runs_of(config)), preset, workers)
+
+
+def runs_of(config: RunConfig) -> list[RunConfig]:
+    """What would be trained: the configuration itself, or its sweep's cells."""
+    return list(expand(config).values()) if config.sweep else [config]
+
+
+def check_plan(made: Plan) -> None:
+    """Refuses what starting it would refuse. May take seconds: it looks at model and data.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    checks.check(runs_of(made.config))
 
 
 def _plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
@@ -140,8 +162,7 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
     if config.sweep:
         run = sweeps.create(config)
     else:
-        if problems := registry.load("pipelines", config.pipeline).check(config):
-            raise ConfigError(problems)
+        check_plan(made)
         run = site.store.create(config)
     first = background.ahead(run)
     background.start(run, workers, in_turn=True)
@@ -152,21 +173,15 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
 
 def doubts(made: Plan) -> list[str]:
     """What is unlikely to be meant, in the pipeline's words."""
-    cells = expand(made.config) if made.config.sweep else {"": made.config}
-    pipeline = registry.load("pipelines", made.config.pipeline)
-    worlds = {
-        repr([(k, v) for k, v in configs.flat(cell).items() if k.startswith(_WORLD)]): cell for cell in cells.values()
-    }
     try:
-        return list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.doubts(cell)))
+        return checks.doubts(runs_of(made.config))
     except (EquipoiseError, OSError, ValueError):  # of a world that is not as it should be, which starting says
         return []
 
 
 def alike(site: Site, made: Plan) -> list[Status]:
     """The youngest finished runs whose steps cost what these will: the same but for rate, length, data and samples."""
-    cells = expand(made.config) if made.config.sweep else {"": made.config}
-    wanted = {repr(_cost(cell)) for cell in cells.values()}
+    wanted = {repr(_cost(cell)) for cell in runs_of(made.config)}
     able = [
         item
         for item in site.store.list(states=("done",), kinds=("run", "cell"))
@@ -197,7 +212,7 @@ def _cost(config: RunConfig) -> list[tuple[str, Any]]:
 
 def estimate(site: Site, made: Plan, workers: int) -> str:
     """How long it may take, from what earlier runs like it measured here."""
-    cells = expand(made.config).values() if made.config.sweep else [made.config]
+    cells = runs_of(made.config)
     steps = [count for count in (configs.flat(cell).get("train.steps") for cell in cells) if isinstance(count, int)]
     runs = f"{made.cells} runs" if made.cells > 1 else "1 run"
     long = " to ".join(map(str, dict.fromkeys([min(steps, default=0), max(steps, default=0)])))
@@ -236,8 +251,7 @@ def memory(site: Site, made: Plan, workers: int) -> str:
     if held:
         more = f", and {_bytes(device)} on its accelerator" if device else ""
         return f"Memory: about {_bytes(held)} for each run's process{more}, measured here{times}."
-    cells = expand(made.config).values() if made.config.sweep else [made.config]
-    largest = max(cells, key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
+    largest = max(runs_of(made.config), key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
     try:
         found = registry.load("pipelines", made.config.pipeline).estimate_memory(largest)
     except Exception:  # a model that runs on shapes alone is more than a pipeline can promise
@@ -478,7 +492,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         save = gr.DownloadButton("Save as YAML", size="md", elem_id=f"save-{pipeline}")
 
     def on_check(name: str | None, rows: Any, *values: Any) -> Iterator[list[Any]]:
-        """The plan at once, and then what may first have to import the model's libraries."""
+        """The plan at once; then, once the model's libraries are imported, whether starting it would be refused."""
         try:
             made = plan(site, pipeline, name or "", form.shown(values), table_rows(rows), workers)
         except EquipoiseError as error:
@@ -487,8 +501,17 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         file = Path(tempfile.mkdtemp(dir=os.environ.get(UPLOADED)), f"{made.config.name}.yaml")
         file.write_text(made.yaml)
         time = estimate(site, made, workers)
-        words = draw.notice(f"{time}\nMemory: being worked out …")
+        words = draw.notice(f"{time}\nModel and data: being checked …\nMemory: being worked out …")
         yield ["", gr.update(visible=True), words, made.command, made.yaml, str(file)]
+        try:
+            check_plan(made)
+        except EquipoiseError as error:
+            yield [said(error), gr.update(visible=False), *[gr.skip()] * 4]
+            return
+        except Exception as error:
+            words = f"Not checked: {type(error).__name__}: {error}. The server's output says more."
+            yield [draw.notice(words, "bad"), gr.update(visible=False), *[gr.skip()] * 4]
+            raise
         words = draw.notice("\n".join([time, memory(site, made, workers), *doubts(made)]))
         yield [gr.skip(), gr.skip(), words, *[gr.skip()] * 3]
 

@@ -10,9 +10,10 @@ from dataclasses import fields, replace
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.commands import skip_bad
+from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.jobs.axes import parse_axes
+from equipoise.pipelines.jobs.axes import expand, parse_axes
 from equipoise.pipelines.jobs.executors import NAMES, Executor, Where, remembered
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.training import processes
@@ -57,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", metavar="URL", help="Ray: where cells travel through if nodes share no disk, s3://…"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the complete configuration, check every cell, and end"
+    )
+    parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
     parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
     parser.add_argument("--no-compare", action="store_true", help="only train")
@@ -67,16 +72,31 @@ def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
     processes.alone("A sweep")
     found = _continued(args)
+    if args.dry_run:
+        return _dry_run(args, found)
     where = _where(args, remembered(found) if found else Where())
     if found and args.in_turn and not background.wait_for_turn(found):
         print(f"{found.id}: was cancelled before it began.")
         return found.status().exit_code or 0
     with sweeps.opened(where) as executor:  # before a new sweep is made
-        sweep = found or _new(args)
+        sweep = found or sweeps.create(_asked(args), args.id)
         if not found:
             where.remember(sweep)
         code = _train(sweep, executor, where)
     return _compared(sweep, code, where.compare)
+
+
+def _dry_run(args: argparse.Namespace, found: Run | None) -> int:
+    """Shows and checks what would be started; nothing is made."""
+    if found:
+        raise InputError(f"--dry-run: {found.id} is there already, and was checked when it was made. Leave it out.")
+    config = _asked(args)
+    print(configs.dump(config), end="", flush=True)
+    cells = expand(config).values()
+    checks.check(cells)
+    for line in [*checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
+        print(line, file=sys.stderr)
+    return 0
 
 
 def check_workers(workers: int | None) -> None:
@@ -161,14 +181,15 @@ def _continued(args: argparse.Namespace) -> Run | None:
         return None  # the configuration loader has the better words for what is wrong
     if sweep.status().kind != "sweep":
         raise InputError(f"{sweep.id}: is a single run; `equipoise resume {sweep.ref}` continues it.")
-    if args.overrides or args.axis or args.id:
+    if args.overrides or args.axis or args.id or args.skip_bad:
         raise InputError(f"{sweep.id}: a sweep is continued as it is; start a new one to change keys or axes.")
     return sweep
 
 
-def _new(args: argparse.Namespace) -> Run:
+def _asked(args: argparse.Namespace) -> configs.RunConfig:
+    """The configuration of a new sweep, as the command line has it."""
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, [*overrides, *skip_bad.overrides(args)])
     if axes := parse_axes(args.axis):
         config = configs.set_keys(config, {"sweep": axes}, source="--axis")
-    return sweeps.create(config, args.id)
+    return config

@@ -16,9 +16,10 @@ from contextlib import suppress
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.commands import skip_bad
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run, sentence
@@ -43,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--dry-run", action="store_true", help="print the complete configuration, check it, and end"
         )
-        parser.add_argument(
-            "--skip-bad", action="store_true", help="leave out clips that cannot be used (data.skip_bad)"
-        )
+        parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
         parser.add_argument("--keys", action="store_true", help="show every key that can be set, and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
     parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
@@ -86,18 +85,17 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
 
 
 def _train(args: argparse.Namespace) -> int:
+    skipping = skip_bad.overrides(args)
     if args.keys:
         print(_keys(configs.config_class(args.config)))
         return 0
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
-    overrides = [*overrides, "data.skip_bad=true"] if args.skip_bad else overrides
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, [*overrides, *skipping])
     pipeline = _pipeline(config)
     if args.dry_run:
         print(configs.dump(config), end="", flush=True)
-    if problems := pipeline.check(config):
-        raise ConfigError(problems)
-    for doubt in pipeline.doubts(config):
+    checks.check([config])
+    for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
     if args.dry_run:
         return 0
@@ -143,8 +141,7 @@ def _resume(args: argparse.Namespace) -> int:
             raise InputError(
                 f"train.steps: {found.id} has taken {now.step} steps already; {config.total_steps} cannot be its total."
             )
-        if problems := pipeline.check(config):
-            raise ConfigError(problems)
+        checks.check([config])
     except EquipoiseError as error:
         if args.queued:  # nobody is watching; the folder has to tell
             found.update(state="failed", message=sentence(error), exit_code=2, ended=time.time())

@@ -215,8 +215,8 @@ def _key(item: Any, tree: Any) -> str:
             tree = tree[part]
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]
-        elif item["type"] == "missing":
-            tree = None
+        elif item["type"] == "missing" or isinstance(item.get("ctx", {}).get("error"), Problems):
+            tree = None  # not given at all, be it required or with a default that does not fit
         else:
             break
         parts.append(str(part))

@@ -8,11 +8,13 @@ and the key's help and bounds stay those that stand here.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from equipoise import registry
+from equipoise.errors import InputError
 from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -191,6 +193,24 @@ class SamplingConfig(TrainConfig):
     @property
     def sample_every(self) -> int:
         return self.samples.every
+
+
+def objective_problems(config: TrainConfig, modalities: Sequence[str] = (), baselines: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the objective, and with those trained beside it, for a pipeline's losses.
+
+    Args:
+        config: with a section `objective`.
+        modalities: those that have losses of their own; none where a step has one loss.
+        baselines: names of objectives that are trained with their own defaults, `train.baselines`.
+    """
+    found = []
+    chosen = [("objective", config.objective.name, config.objective.options)]
+    for key, name, options in chosen + [("train.baselines", name, {}) for name in baselines]:
+        try:
+            registry.load("objectives", name)(**options).bind({modality: [] for modality in modalities})
+        except InputError as error:
+            found.append(f"{key}: {name}: {error}")
+    return found
 
 
 def one_sided(config: TrainConfig) -> list[str]:

@@ -115,11 +115,6 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
         frozen = [parameter for parameter in tuned.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned), frozen=frozen)
-        if config.optimizer.weight_decays and "weight_decay" not in self.optimizer.defaults:
-            raise InputError(
-                f"optimizer.weight_decays: {config.optimizer.name} has no weight decay. Leave them out, or use another "
-                "optimizer, such as adamw."
-            )
         if config.train.gradient_checkpointing:
             enable = getattr(tuned.plain, "activation_checkpointing_enable", tuned.plain.gradient_checkpointing_enable)
             enable({"use_reentrant": False})

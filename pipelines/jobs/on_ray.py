@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from equipoise import __version__, registry
-from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines.jobs import storage
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.jobs import checks, storage
 from equipoise.pipelines.jobs.executors import GRACE, Where, dead
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs import environment
@@ -195,10 +195,9 @@ def _train(cell: Run, checked: bool) -> None:
         return
     with environment.there(cell.folder / "environment.json"):
         config = cell.config()
-        pipeline = registry.load("pipelines", config.pipeline)
-        if not checked and (problems := pipeline.check(config)):
-            raise ConfigError(problems)
-        execute(pipeline, config, cell)
+        if not checked:
+            checks.check([config])
+        execute(registry.load("pipelines", config.pipeline), config, cell)
 
 
 def _connect(ray: Any, address: str | None) -> None:

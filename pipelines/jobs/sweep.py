@@ -17,11 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from equipoise import registry
-from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.comparing.comparison import RATE
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.files import version
+from equipoise.pipelines.jobs import checks
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.jobs.executors import GRACE, Executor, Local, Where, end_processes
 from equipoise.pipelines.pipeline import Outcome, execute
@@ -43,15 +43,8 @@ def create(config: RunConfig, id: str | None = None) -> Run:
     cells = expand(config)
     for cell in cells.values():
         _steps_of(cell)
-    pipeline = registry.load("pipelines", config.pipeline)
-    # The world does not depend on rate and seed, and looking at it may mean decoding every picture.
-    worlds = {
-        repr([item for item in configs.flat(cell).items() if item[0] not in ("seed", RATE)]): cell
-        for cell in cells.values()
-    }
-    if problems := list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.check(cell))):
-        raise ConfigError(problems)
-    for doubt in dict.fromkeys(line for cell in worlds.values() for line in pipeline.doubts(cell)):
+    checks.check(cells.values())
+    for doubt in checks.doubts(cells.values()):
         print(doubt, file=sys.stderr)
     return Store(config.runs).create(config, kind="sweep", id=id, cells=cells)
 

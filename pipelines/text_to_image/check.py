@@ -8,7 +8,7 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.keys import is_set
-from equipoise.pipelines.config.sections import one_sided
+from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family
@@ -66,7 +66,7 @@ def problems(config: TextToImageConfig) -> list[str]:
     for judge, path in config.judges:
         if path and is_local(path) and not (Path(model_source(path)) / "config.json").is_file():
             found.append(f"judges.{judge}: {path} is no folder with a model's config.json, and no hub id.")
-    found += one_sided(config)
+    found += objective_problems(config) + one_sided(config)
     if config.train.precision == "fp16":
         import torch
 

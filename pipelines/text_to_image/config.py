@@ -4,7 +4,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 

@@ -270,3 +270,25 @@ def test_edited_options_outlive_the_choice_of_another_plugin():
     ]
     found = {(row[0], row[1]): row[2] for row in forms.kept(rows, edited)}
     assert found["sgd", "momentum"] == "0.9" and found["adamw", "eps"] == "" and ("gone", "momentum") not in found
+
+
+def test_an_option_that_is_a_mapping_is_asked_for_and_read(site):
+    _, shown, _ = filled("audio_visual/demo")
+    shown |= {"objective.name": ["mslr"], "optimizer.learning_rate": "1e-3", "train.baselines": ""}
+    (row,) = [
+        r for r in forms.option_rows(configs.config_class("audio_visual/demo"), {"objective.name": ["mslr"]}, None)
+    ]
+    assert row[:5] == ["mslr", "factors", "", "required", "{name: a number, …} each >= 0"] and "{audio: 0.3" in row[5]
+    for text in ("{audio: 0.1}", '{"audio": 1e-1}'):
+        made = launch.plan(site, "audio_visual", "audio_visual/demo", shown, [[*row[:2], text, *row[3:]]])
+        assert made.config.objective.options == {"factors": {"audio": 0.1}}
+        given = forms.option_rows(type(made.config), {"objective.name": ["mslr"]}, made.config)
+        assert given[0][2] == '{"audio": 0.1}'
+    for text, words in (("0.1", "got 0.1."), ("{audio: -1}", "got {'audio': -1}."), ("audio: 1", "got 'audio: 1'.")):
+        with pytest.raises(ConfigError) as error:
+            launch.plan(site, "audio_visual", "audio_visual/demo", shown, [[*row[:2], text, *row[3:]]])
+        assert error.value.problems == [
+            f"form: objective.options.factors: must be {{name: a number, …}}, each >= 0, {words}"
+        ]
+    with pytest.raises(ConfigError, match=r"objective\.options\.factors: missing; must be \{name: a number, …\}"):
+        launch.plan(site, "audio_visual", "audio_visual/demo", shown, [])

@@ -334,7 +334,7 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["data.modalities=[audio, text]", "model.text.path=./nowhere"], "model.text.path: ./nowhere does not exist."),
         (["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "data.audio.mels=8"], "model: its encoders cannot"),
         (["model.visual={widths: [0, 8], depths: [1, 1]}"], "model: its encoders cannot"),
-        (["objective.options={f_star: {audio: .nan}}"], "f_star: must give a number for each modality, got"),
+        (["objective.options={f_star: {audio: .nan}}"], "f_star: must be {name: a number, …} or none, got"),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):
