@@ -15,6 +15,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
 from equipoise.pipelines.jobs import background
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run, sentence
@@ -81,6 +82,7 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
     return 0
 
 
+@decoded_once()
 def _train(args: argparse.Namespace) -> int:
     if args.keys:
         print(_keys(configs.config_class(args.config)))
@@ -107,6 +109,7 @@ def _train(args: argparse.Namespace) -> int:
         raise
 
 
+@decoded_once()
 def _resume(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     now = found.status()
