@@ -31,7 +31,7 @@ def first_line(reader: Any, cells: Iterable[Any]) -> int:
 
 
 def cut_off(path: Path) -> bool:
-    """Whether a WAV, AVI or AIFF file is shorter than it says, which its readers pass over. Streams say they are huge."""
+    """Whether a WAV, AVI or AIFF file is shorter than it says, unnoticed by its readers. Streams say they are huge."""
     with path.open("rb") as file:
         order = {b"RIFF": "little", b"FORM": "big"}.get(file.read(4))
         size = file.read(4)
