@@ -9,6 +9,7 @@
 import io
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -109,9 +110,10 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
     """The picture by its own colour profile; None where that cannot be used, or is sRGB itself."""
     try:
         given = ImageCms.getOpenProfile(io.BytesIO(profile))
-        mode = _COLOURS.get(given.profile.xcolor_space)
+        facts: Any = given.profile
+        mode = _COLOURS.get(facts.xcolor_space)
         grey = mode == "L" and image.mode == "1"
-        if (image.mode != mode and not grey) or "sRGB" in (given.profile.profile_description or ""):
+        if (image.mode != mode and not grey) or "sRGB" in (facts.profile_description or ""):
             return None
         return ImageCms.profileToProfile(image.convert(mode), given, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):

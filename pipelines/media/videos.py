@@ -65,9 +65,9 @@ def read_frames(path: Path, count: int) -> tuple[list[Image.Image], float]:
 
 
 def _stream(container: "InputContainer", path: Path) -> "VideoStream":
-    import av
+    from av.stream import Disposition
 
-    cover = av.stream.Disposition.attached_pic
+    cover = Disposition.attached_pic
     for stream in container.streams.video:
         if not stream.disposition & cover:
             return stream
@@ -79,16 +79,20 @@ def _timeline(container: "InputContainer", path: Path) -> Timeline:
     import av
 
     stream = _stream(container, path)
-    every = [p for p in containers.packets(container, path) if p.stream.index == stream.index and p.size]
-    shown = [packet for packet in every if not packet.is_discard]
+    shown = [  # not the packets themselves, which are the file
+        (containers.stamp(packet), packet.duration or 0)
+        for packet in containers.packets(container, path)
+        if packet.stream.index == stream.index and packet.size and not packet.is_discard
+    ]
     if not shown:
         raise MediaError(path, "has no pictures.")
-    base = stream.time_base
-    if base is None or any(containers.stamp(packet) is None for packet in shown):
+    base = stream.time_base or Fraction(1)
+    stamps = [(at, lasts) for at, lasts in shown if at is not None]
+    if len(stamps) < len(shown):
         step = 1 / Fraction(stream.average_rate or stream.guessed_rate or _RATE)
         times = [index * step for index in range(len(shown))]
         return Timeline(Fraction(0), times, times[-1] + step, False)
-    stamped = sorted((containers.stamp(packet) * base, (packet.duration or 0) * base) for packet in shown)
+    stamped = sorted((at * base, lasts * base) for at, lasts in stamps)
     first, (last, lasts) = stamped[0][0], stamped[-1]
     if not lasts:  # as long as the one before
         lasts = last - stamped[-2][0] if len(stamped) > 1 else 1 / Fraction(stream.average_rate or _RATE)
@@ -134,11 +138,11 @@ def _upright(frame: "VideoFrame", stream: "VideoStream") -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _signs(frame: "VideoFrame") -> tuple[int, ...]:
+def _signs(frame: "VideoFrame") -> tuple[int, int, int, int]:
     """What the display matrix does to directions: across and down of the stored picture, each as across and down."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return ()
+        return 1, 0, 0, 1
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     largest = max(abs(a), abs(b), abs(c), abs(d), 1)
-    return tuple(round(number / largest) for number in (a, b, c, d))
+    return round(a / largest), round(b / largest), round(c / largest), round(d / largest)
