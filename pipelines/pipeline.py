@@ -13,6 +13,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import disk_full
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.runs.lock import stop_signals
 from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
@@ -127,6 +128,7 @@ class Pipeline:
         raise InputError(f"the pipeline {cls.name} publishes nothing.")
 
 
+@decoded_once()
 def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
     """Run `pipeline` inside `run`'s session, so that the folder tells at any time what happened.
 
@@ -155,6 +157,7 @@ def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
         raise EquipoiseError(f"{run.id}: {sentence(error)} The traceback is in {run.log_file}.") from error
 
 
+@decoded_once()
 def follow(pipeline: type[Pipeline], config: RunConfig, folder: Path) -> None:
     """Take part in a run that another process leads; see `equipoise.pipelines.training.processes`.
 

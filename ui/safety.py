@@ -2,19 +2,18 @@
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config import RunConfig, describe, flat
 from equipoise.pipelines.config.records import HUB_ID
 from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.media.pictures import decode
+from equipoise.pipelines.media.reading import EnormousError, MediaError
 from equipoise.pipelines.runs.store import Store
 
 PIXELS = 50_000_000  # of one uploaded picture; a camera's has 24 million
@@ -37,7 +36,8 @@ SUFFIXES = {  # what is served, and as what; everything else stays where it is
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".yaml", ".safetensors")  # what a choice of data may end in
 OFFERED = 500  # entries of one folder
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")
-_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+_UPLOADED = ("PNG", "JPEG", "WEBP")
+_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp"}  # MPO: a JPEG with more pictures behind it
 
 
 @dataclass(frozen=True)
@@ -211,18 +211,10 @@ def check_picture(path: Path, name: str) -> str:
     if path.stat().st_size > UPLOAD:
         raise InputError(f"{name}: is larger than {UPLOAD // 1_000_000} MB; make it smaller.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, before anything is decoded
-            with Image.open(path, formats=list(_FORMATS)) as image:
-                if image.width * image.height > PIXELS:
-                    raise InputError(f"{name}: has {image.width} × {image.height} pixels; make it smaller.")
-                image.load()
-                return _FORMATS[image.format or ""]
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: has far too many pixels; make it smaller.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+        return _SUFFIXES[decode(path, PIXELS, _UPLOADED).format or ""]
+    except EnormousError as error:
+        raise InputError(f"{name}: {error.problem}") from error
+    except MediaError as error:
         raise InputError(f"{name}: is not a picture that can be read (PNG, JPEG or WebP).") from error
 
 

@@ -21,7 +21,6 @@ from equipoise.pipelines.files import first_line
 COLUMNS = ("clip", "audio", "frames", "video", "text", "label", "split")
 SPLITS = ("train", "val", "test")
 NEEDED = {"audio": ("audio", "video"), "visual": ("frames", "video"), "text": ("text",)}  # modality → any of these
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)

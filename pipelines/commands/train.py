@@ -20,6 +20,7 @@ from equipoise.pipelines.commands import skip_bad
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
 from equipoise.pipelines.jobs import background, checks
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run, sentence
@@ -84,6 +85,7 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
     return 0
 
 
+@decoded_once()
 def _train(args: argparse.Namespace) -> int:
     skipping = skip_bad.overrides(args)
     if args.keys:
@@ -109,6 +111,7 @@ def _train(args: argparse.Namespace) -> int:
         raise
 
 
+@decoded_once()
 def _resume(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     now = found.status()

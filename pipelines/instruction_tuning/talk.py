@@ -12,7 +12,8 @@ from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Example
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound, sound_seconds
+from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
 _PROMPTS = {  # model types without chat templates, as their authors prompt them
@@ -218,7 +219,7 @@ class Talk:
             hear = partial(open_sound, rate=self.rate)
             given["audio"] = [_opened(hear, e, p) for e, some in zip(examples, media, strict=True) for p in some]
             given["sampling_rate"] = self.rate
-        if not any(given.get(name) for name in ("images", "audio")):
+        if not any(media):
             given = {}
         closed = self.prefixed and not texts[0].endswith("\n")  # else the line break is the question's own
         texts = [text.removesuffix("\n") for text in texts] if self.prefixed else texts

@@ -24,6 +24,7 @@ from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import checks
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.jobs.executors import GRACE, Executor, Local, Where, end_processes
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
@@ -33,6 +34,7 @@ POLL = 0.5  # seconds between looks at the cells
 _AGAIN = ("queued", "stopped", "failed", "dead")  # a restarted sweep tries these again; done and diverged are results
 
 
+@decoded_once()
 def create(config: RunConfig, id: str | None = None) -> Run:
     """Makes the sweep's folder with all its cells queued. Everything is checked before anything is written.
 

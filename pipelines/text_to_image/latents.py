@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.media.reading import forget
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.base import Base, Latents
@@ -30,6 +31,7 @@ def prepare_latents(base: Base, examples: list[Example], data: DataSection, cach
             del base.latents[old]
         file = cache / f"moments-{key}.safetensors"
         base.latents[key] = _kept(file, len(examples)) or _encode(base, examples, data)
+        forget()  # the pictures themselves
         if not file.is_file():
             with explained(file):
                 cache.mkdir(parents=True, exist_ok=True)

@@ -368,6 +368,13 @@ def test_uploads(site, tmp_path):
     assert str(folder) in choices(site) and site.store.list() == []
 
 
+def test_a_photograph_with_another_behind_it_is_a_jpeg(tmp_path):
+    """As phones take them, with a picture of the depth: what Pillow calls MPO."""
+    two = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    two[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=two[1:])
+    assert check_picture(tmp_path / "a.jpg", "a.jpg") == ".jpg"
+
+
 def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
     """Whatever it is called: pipelines find pictures by their suffixes."""
     for name, kind in (("a.jfif", "JPEG"), ("b.html", "PNG"), ("c.png", "WEBP")):
