@@ -41,7 +41,7 @@ from equipoise.ui.quick import import_gradio
 
 import_gradio()
 
-from equipoise.ui import compare, launch, runs  # noqa: E402  gradio is imported in its own way first
+from equipoise.ui import compare, compare_grid, compare_numbers, launch, runs  # noqa: E402  gradio is imported in its own way first
 from equipoise.ui.safety import Site  # noqa: E402
 
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu"]
@@ -207,9 +207,9 @@ def main() -> None:
             "the list, as `equipoise runs` has it": lambda: site.store.list(),
             "the comparisons to choose from": lambda: compare.choices(site),
             "a comparison of 25 cells": lambda: (
-                compare.grid(site, "grid/comparison"),
-                compare.curve(site, "grid/comparison"),
-                compare.table(site, "grid/comparison"),
+                compare_grid.grid(site, "grid/comparison"),
+                compare_numbers.curve(site, "grid/comparison"),
+                compare_numbers.table(site, "grid/comparison"),
             ),
         }.items():
             first, then = seconds(work, args.times)

@@ -30,7 +30,7 @@ from equipoise.pipelines.runs.status import STATES, STOPPING, Status
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import SUFFIXES, Site
-from equipoise.ui.widgets import Slider
+from equipoise.ui.widgets import ON_CLICK, Slider
 
 REFRESH = 2.0  # seconds
 LOG_LINES = 60
@@ -49,13 +49,6 @@ _LOG_SCALE = ("loss", "rate")  # what spans decades
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took")
 
-# A click on anything that carries an id becomes an event with that id; the listener stays when the content changes.
-ON_CLICK = """
-element.addEventListener('click', event => {
-  const chosen = event.target.closest('[data-id]');
-  if (chosen) trigger('select', {id: chosen.dataset.id});
-});
-"""
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 

@@ -22,7 +22,7 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs import status
 from equipoise.pipelines.runs.store import Store
-from equipoise.ui import compare, draw, launch, plugins, runs
+from equipoise.ui import compare, compare_cell, compare_grid, compare_numbers, draw, launch, plugins, runs
 
 
 def test_the_table_filters_and_sorts(site, run, finish):
@@ -251,27 +251,27 @@ def test_a_comparison_can_be_read_back(site, swept):
 
 def test_the_grid(site, swept):
     id = compare.made(site, ["grid"])[0].id
-    shown = compare.grid(site, id)
+    shown = compare_grid.grid(site, id)
     assert shown.count("<button class='cell") == 2 * 3 and shown.count("class='cell usable'") == 1
     assert shown.index("base") < shown.index("1e-4") < shown.index("1e-3")
     assert "aria-pressed='true'" not in shown
-    one = compare.grid(site, id, prompt=2)
+    one = compare_grid.grid(site, id, prompt=2)
     assert one.count("<img") == 6 and "01-0.png" in one
-    assert "samples/step-00000002/00-0.png" in compare.grid(site, id, step=2)
-    turned = compare.grid(site, id, rows=RATE, columns="optimizer.name")
+    assert "samples/step-00000002/00-0.png" in compare_grid.grid(site, id, step=2)
+    turned = compare_grid.grid(site, id, rows=RATE, columns="optimizer.name")
     assert turned.count("<button class='cell") == 2 * 3 and "<th scope='row'>1e-4</th>" in turned
-    assert ("optimizer.name", "optimizer.name") in compare.axes(compare.read(site, id))
+    assert ("optimizer.name", "optimizer.name") in compare_grid.axes(compare.read(site, id))
 
 
 def test_answers_are_read_in_the_grid(site, swept, answered):
     """Right and wrong, and what was wanted; while training too."""
     id = "grid/comparison"
-    shown = compare.grid(site, id)
+    shown = compare_grid.grid(site, id)
     assert shown.count("✓ red") == 3 * 2 and shown.count("✗ &lt;two&gt; <s>three or 3</s>") == 3 * 2
     assert "<img" not in shown, "cards with words on them cannot be read that small"
-    one = compare.grid(site, id, prompt=2)
+    one = compare_grid.grid(site, id, prompt=2)
     assert one.count("<img") == 6 and "✓ red" not in one and one.count("✗") == 6
-    while_training = compare.grid(site, id, step=2)
+    while_training = compare_grid.grid(site, id, step=2)
     assert while_training.count("✗ blue") == 4 and while_training.count("right</small>") == 2, "the base's"
     assert "step 2" in (drawn := runs.samples(site, sweeps.cells(swept)[0].id, 2)) and "blue" in drawn
     assert ">question<" in drawn and "/data/" not in drawn and "✗" in drawn
@@ -284,17 +284,17 @@ def test_odd_records_stop_nothing(site, run, swept, answered):
     for place in (swept.folder / "comparison" / "cells").iterdir():
         odd = [{"answer": 5, "score": "x"}, {"answer": "no", "score": 0, "wanted": 7}, {"score": [], "wanted": "y"}]
         (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
-    assert "✗ no <s>7</s>" in (shown := compare.grid(site, "grid/comparison")) and ">5</span>" in shown
+    assert "✗ no <s>7</s>" in (shown := compare_grid.grid(site, "grid/comparison")) and ">5</span>" in shown
 
 
 def test_what_a_comparison_can_be_told(site, run, finish):
     """By the pipeline's own record: what draws has a scale, what answers has prompts, what classifies has neither."""
-    assert set(compare.asked(site, ["one"])) == {"prompts", "count", "scale", "seed"}
+    assert set(compare.accepted(site, ["one"])) == {"prompts", "count", "scale", "seed"}
     for pipeline, wanted in (("instruction_tuning", {"prompts", "count"}), ("audio_visual", set())):
         config = configs.load(f"{pipeline}/demo", [f"runs={site.store.root}"])
         finish(site.store.create(config, id=pipeline))
-        assert set(compare.asked(site, [pipeline])) == wanted
-    assert compare.asked(site, []) == compare.asked(site, ["../one"]) == {}
+        assert set(compare.accepted(site, [pipeline])) == wanted
+    assert compare.accepted(site, []) == compare.accepted(site, ["../one"]) == {}
     compare.generate(site, ["audio_visual"], "a cat", 3, 0.7)
     (job,) = background.jobs(site.store.root)
     assert job.asked == {}
@@ -367,12 +367,14 @@ def test_marks_beside_an_axis_are_round():
 def test_two_cells_under_a_slider(site, swept):
     id = "grid/comparison"
     first, second = (cell.id for cell in sweeps.cells(swept)[:2])
-    alone = compare.cell_detail(site, id, [first], 0)
+    alone = compare_cell.cell_detail(site, id, [first], 0)
     assert "before-after" not in alone and "5 steps." in alone
-    both = compare.cell_detail(site, id, [first, second], 0)
+    both = compare_cell.cell_detail(site, id, [first, second], 0)
     assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
     assert "optimizer.name" not in both, "they have the same one"
-    assert "learning rates that worked" in compare.curve(site, id) and "Table (CSV)" in compare.export(site, id)
+    assert "learning rates that worked" in compare_numbers.curve(site, id) and "Table (CSV)" in compare_numbers.export(
+        site, id
+    )
 
 
 def test_a_comparison_of_runs_that_drew_once_is_opened(site, swept, ask):
@@ -425,7 +427,7 @@ def test_samples_stand_under_the_prompt_and_step_that_they_are_of(site, swept, d
     assert compare.steps(site, compare.read(site, drawn_anew)) == [], "that prompt was not drawn while training"
     first = sweeps.cells(swept)[0]
     (first.samples / "step-00000002").rename(first.samples / "step-00000004")
-    shown = compare.grid(site, "grid/comparison", step=3)
+    shown = compare_grid.grid(site, "grid/comparison", step=3)
     assert shown.count(">step 2<") == 3 and shown.count(">step 4<") == 1 and "step 3" not in shown
 
 
@@ -450,7 +452,7 @@ def test_the_scale_begins_where_the_runs_have_it(site, finish, monkeypatch):
 
 
 def test_what_a_cell_has_and_others_have(site, swept):
-    shown = compare.cell_detail(site, "grid/comparison", [sweeps.cells(swept)[0].id], 0)
+    shown = compare_cell.cell_detail(site, "grid/comparison", [sweeps.cells(swept)[0].id], 0)
     assert "<td>optimizer.name</td><td>adamw</td><td>scaled_adamw</td>" in shown
 
 
@@ -463,7 +465,7 @@ def test_a_job_that_comes_to_nothing_says_why(site, swept):
     while background.jobs(site.store.root)[0].state == "running":
         assert time.monotonic() < end
         time.sleep(0.2)
-    assert "came to nothing" in compare.working(site, ["grid"])
+    assert "The last comparison failed" in compare.working(site, ["grid"])
 
 
 def test_what_cannot_be_is_not_promised(site, run, swept, finish):
@@ -503,14 +505,14 @@ def test_a_comparison_speaks_of_its_own_pictures(site, swept, finish):
         cell["pictures"] *= bool(cell["run"])
     file.write_text(json.dumps(table))
     said = compare.pictured(site, compare.read(site, "grid/comparison"))
-    assert said == {"label": "Picture", "info": "0: the first of each; 1: confusion, joint; 2: confusion, audio"}
-    assert compare.grid(site, "grid/comparison").count("the base has none") == 2
+    assert said == {"label": "Picture", "info": "0 shows the first of each. 1: confusion, joint; 2: confusion, audio"}
+    assert compare_grid.grid(site, "grid/comparison").count("the base has none") == 2
     for chosen in (["base"], ["heard", "base"], ["base", "heard"]):
-        assert "no picture of the untouched base" in compare.cell_detail(site, "grid/comparison", chosen, 0)
+        assert "no picture of the untouched base" in compare_cell.cell_detail(site, "grid/comparison", chosen, 0)
 
 
 def test_all_that_a_comparison_wrote_is_linked(site, swept):
-    links = compare.export(site, "grid/comparison")
+    links = compare_numbers.export(site, "grid/comparison")
     for name in ("grid.png", "grid-00.png", "grid-01.png", "report.html", "table.csv", "table.json"):
         assert (swept.folder / "comparison" / name).is_file() and f"/{name}?download=1" in links
 

@@ -14,7 +14,7 @@ from PIL import Image
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
-from equipoise.ui import compare, draw, launch, runs
+from equipoise.ui import compare, compare_cell, compare_grid, draw, launch, runs
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -270,7 +270,7 @@ def test_markup_is_shown_as_text(site, finish, swept):
     )
     site.store.get("x").log("<script>alert(2)</script>")
     shown = "".join([runs.table(site), *map(str, runs.detail(site, "x", None)[:4])])
-    shown += compare.grid(site, "grid/comparison") + compare.cell_detail(site, "grid/comparison", ["base"], 1)
+    shown += compare_grid.grid(site, "grid/comparison") + compare_cell.cell_detail(site, "grid/comparison", ["base"], 1)
     for tag in ("<script", "<img src=x", "<i>cat", "<b>seen"):
         assert tag not in shown
     assert "&lt;script&gt;" in shown and "&lt;i&gt;cat" in shown
