@@ -41,7 +41,7 @@ from equipoise.ui.quick import import_gradio
 
 import_gradio()
 
-from equipoise.ui import compare, compare_grid, compare_numbers, launch, runs  # noqa: E402  gradio is imported in its own way first
+from equipoise.ui import compare, compare_grid, compare_numbers, launch, runs, runs_detail  # noqa: E402  gradio is imported in its own way first
 from equipoise.ui.safety import Site  # noqa: E402
 
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu"]
@@ -200,8 +200,8 @@ def main() -> None:
         before = most_memory()
         for name, work in {
             "the table": lambda: runs.table(site),
-            "a refresh, a run chosen": lambda: (runs.table(site), runs.detail(site, "now", None)),
-            "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs.detail(site, "grid", None)),
+            "a refresh, a run chosen": lambda: (runs.table(site), runs_detail.detail(site, "now", None)),
+            "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs_detail.detail(site, "grid", None)),
             "a queued process's look": lambda: background.ahead(waiting),
             "the estimate of time": lambda: launch.estimate(site, made, 1),
             "the list, as `equipoise runs` has it": lambda: site.store.list(),

@@ -15,7 +15,7 @@ KNOWN = {
     ("plugin/optimizers/parts/pair_optimizer.py", "optimizers"),
     ("ui/compare.py", "pipelines.commands"),
     ("ui/plugins.py", "pipelines.commands"),
-    ("ui/runs.py", "pipelines.commands"),
+    ("ui/runs_detail.py", "pipelines.commands"),
 }
 
 

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
-from equipoise.ui import api, compare_tab, launch, plugins, runs, theme
+from equipoise.ui import api, compare_tab, launch, plugins, runs_tab, theme
 from equipoise.ui.guard import Guard
 from equipoise.ui.quick import nothing_is_garbage
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
@@ -36,7 +36,7 @@ def page(site: Site, workers: int) -> gr.Blocks:
             with gr.Tab("Launch", id="launch"):
                 forms, pipelines = launch.build(site, workers)
             with gr.Tab("Runs", id="runs") as watching:
-                runs.build(site, workers, forms, pipelines, tabs, watching)
+                runs_tab.build(site, workers, forms, pipelines, tabs, watching)
             with gr.Tab("Compare", id="compare") as comparing:
                 compare_tab.build(site, comparing)
             with gr.Tab("Plugins", id="plugins") as installed:

@@ -17,7 +17,8 @@ from equipoise.pipelines.config.keys import section_at
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.ui import draw
-from equipoise.ui.runs import open_run, sample_steps
+from equipoise.ui.runs import open_run
+from equipoise.ui.runs_detail import sample_steps
 from equipoise.ui.safety import Site
 
 OWN = "as the runs are set"  # what the comparison of a run's or sweep's own settings is called

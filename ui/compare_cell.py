@@ -10,8 +10,8 @@ from equipoise.pipelines.config import flat
 from equipoise.ui import draw
 from equipoise.ui.compare import read
 from equipoise.ui.compare_grid import pictures_of
-from equipoise.ui.draw import esc
-from equipoise.ui.runs import open_run, url
+from equipoise.ui.draw import esc, url
+from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site
 
 

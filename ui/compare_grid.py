@@ -11,8 +11,9 @@ from equipoise.pipelines.comparing.comparison import RATE, Cell, Comparison, Pic
 from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.ui import draw
 from equipoise.ui.compare import read
-from equipoise.ui.draw import esc
-from equipoise.ui.runs import open_run, sample_steps, url
+from equipoise.ui.draw import esc, url
+from equipoise.ui.runs import open_run
+from equipoise.ui.runs_detail import sample_steps
 from equipoise.ui.safety import Site
 
 ANSWERS = "answers.jsonl"  # where a pipeline that answers questions writes its answers

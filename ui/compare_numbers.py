@@ -4,8 +4,7 @@ from equipoise.pipelines.comparing import report
 from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.ui import draw
 from equipoise.ui.compare import read
-from equipoise.ui.draw import esc
-from equipoise.ui.runs import url
+from equipoise.ui.draw import esc, url
 from equipoise.ui.safety import Site
 
 

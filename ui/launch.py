@@ -35,7 +35,7 @@ from equipoise.pipelines.runs.run import metric_lines
 from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import PICTURES, Site, check_picture
-from equipoise.ui.widgets import Table
+from equipoise.ui.widgets import Table, Updates
 
 PROMPT = "data.instance_prompt"  # where a pipeline has it, one caption that goes before the pictures' own
 UPLOADED = "GRADIO_TEMP_DIR"  # names the folder of what a server keeps only while it runs
@@ -366,12 +366,15 @@ class Form:
     def shown(self, values: Sequence[Any]) -> dict[str, Any]:
         return {item.key.key: value for item, value in zip(self.items, values, strict=True)}
 
-    def fill(self, config: RunConfig) -> list[Any]:
+    def fill(self, config: RunConfig) -> Updates:
         """Updates of all widgets and the table of options."""
         shown = forms.show(config)
         chosen = {item.key.key: shown[item.key.key] for item in self.items if item.kind == "plugin"}
         rows = forms.option_rows(type(config), chosen, config)
-        return [*(gr.update(value=shown[item.key.key]) for item in self.items), gr.update(value=rows)]
+        updates = {
+            widget: gr.update(value=shown[item.key.key]) for item, widget in zip(self.items, self.widgets, strict=True)
+        }
+        return {**updates, self.options: gr.update(value=rows)}
 
 
 def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
@@ -507,7 +510,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
 
     def on_preset(name: str) -> list[Any]:
         try:
-            return ["", *form.fill(load_shipped(name) if name else _plain(pipeline, cls, {}))]
+            return ["", *form.fill(load_shipped(name) if name else _plain(pipeline, cls, {})).values()]
         except EquipoiseError:  # of defaults, where something is required that has none
             return [gr.skip()] * (len(ordered) + 2)
 
@@ -515,7 +518,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         try:
             if not file:
                 raise InputError("Choose a YAML file.")
-            return ["", gr.update(value=None), *form.fill(read_yaml(file, pipeline))]
+            return ["", gr.update(value=None), *form.fill(read_yaml(file, pipeline)).values()]
         except EquipoiseError as error:
             return [said(error), *[gr.skip()] * (len(ordered) + 2)]
         finally:

@@ -14,7 +14,7 @@ from PIL import Image
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
-from equipoise.ui import compare, compare_cell, compare_grid, draw, launch, runs
+from equipoise.ui import compare, compare_cell, compare_grid, draw, launch, runs, runs_detail
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -111,10 +111,10 @@ def test_ids_are_ids(site, run, secret):
             runs.open_run(site, id)
         for what in ("stop", "resume", "delete", "sample"):
             with pytest.raises(InputError):
-                runs.act(site, id, what, 1)
+                runs_detail.act(site, id, what, 1)
         with pytest.raises(InputError):
             compare.generate(site, [id], "a cat", 1, 1.0)
-        assert "notice bad" in runs.detail(site, id, None)[0]
+        assert "notice bad" in runs_detail.detail(site, id, None)[0]
     assert run.folder.is_dir()
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_is_a_link_is_not_opened(site, run, tmp_path):
     run.folder.rename(other)
     (site.store.root / "one").symlink_to(other)
     with pytest.raises(InputError, match="outside"):
-        runs.act(site, "one", "delete", 1)
+        runs_detail.act(site, "one", "delete", 1)
     assert other.is_dir()
 
 
@@ -269,7 +269,7 @@ def test_markup_is_shown_as_text(site, finish, swept):
         site.store.create(config, id="x"), "failed", message="<script>alert(1)</script> <img src=x onerror=alert(1)>"
     )
     site.store.get("x").log("<script>alert(2)</script>")
-    shown = "".join([runs.table(site), *map(str, runs.detail(site, "x", None)[:4])])
+    shown = "".join([runs.table(site), *map(str, runs_detail.detail(site, "x", None)[:4])])
     shown += compare_grid.grid(site, "grid/comparison") + compare_cell.cell_detail(site, "grid/comparison", ["base"], 1)
     for tag in ("<script", "<img src=x", "<i>cat", "<b>seen"):
         assert tag not in shown
