@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
-from equipoise.ui import api, compare_tab, launch, plugins, runs_tab, theme
+from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, runs_tab, theme
 from equipoise.ui.guard import Guard
 from equipoise.ui.quick import nothing_is_garbage
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
@@ -34,7 +34,7 @@ def page(site: Site, workers: int) -> gr.Blocks:
         gr.HTML("<div class='brand'><b>Equipoise</b><span>fine-tuning that forgives the learning rate</span></div>")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Launch", id="launch"):
-                forms, pipelines = launch.build(site, workers)
+                forms, pipelines = launch_tab.build(site, workers)
             with gr.Tab("Runs", id="runs") as watching:
                 runs_tab.build(site, workers, forms, pipelines, tabs, watching)
             with gr.Tab("Compare", id="compare") as comparing:

@@ -11,7 +11,7 @@ import gradio as gr
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.runs.status import STATES
 from equipoise.ui import draw
-from equipoise.ui.launch import Form
+from equipoise.ui.launch_tab import Form
 from equipoise.ui.runs import SORTS, open_run, table
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
 from equipoise.ui.safety import Site

@@ -43,6 +43,13 @@ def root() -> gr.Blocks:
     return page
 
 
+def table_rows(table: Any) -> list[list[Any]]:
+    """The rows of gradio's table, whichever form it comes in."""
+    if table is None:
+        return []
+    return table.values.tolist() if hasattr(table, "values") else [list(row) for row in table]
+
+
 with no_stubs():
 
     class Slider(gr.Slider):

@@ -14,7 +14,7 @@ from PIL import Image
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
-from equipoise.ui import compare, compare_cell, compare_grid, draw, launch, runs, runs_detail
+from equipoise.ui import compare, compare_cell, compare_grid, draw, forms, launch, launch_pictures, runs, runs_detail
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -152,7 +152,7 @@ def test_one_walks_through_folders_and_not_out(site):
 
 def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
     """Neither those of files nor those of folders, nor those behind links within the root."""
-    cats, shown = site.data["photos"] / "cats", launch.forms.show(configs.load("text_to_image/demo"))
+    cats, shown = site.data["photos"] / "cats", forms.show(configs.load("text_to_image/demo"))
     (site.data["photos"] / "dogs").mkdir()
     (tmp_path / "private.png").touch()
 
@@ -174,7 +174,7 @@ def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
 
 def test_data_is_confined_to_its_roots(site, tmp_path):
     (tmp_path / "private").mkdir()
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    shown = forms.show(configs.load("text_to_image/demo"))
     for place in (str(tmp_path / "private"), "/etc", "~", "../..", "photos/../private", "photos/out"):
         with pytest.raises((ConfigError, InputError), match="may read"):
             launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "data.folder": place}, [])
@@ -235,7 +235,7 @@ def test_no_key_that_is_opened_goes_without_its_mark(name):
 def test_a_pipeline_begins_with_a_shipped_configuration_and_no_file(site, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(configs.dump(configs.load("text_to_image/demo")))
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    shown = forms.show(configs.load("text_to_image/demo"))
     for name in (str(file), "/etc/passwd", "../mine.yaml"):
         with pytest.raises(InputError, match="not the name of a shipped configuration"):
             launch.plan(site, "text_to_image", name, shown, [])
@@ -247,7 +247,7 @@ def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
     for name in ("vase", "text_to_image", "cosine"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    shown = launch.forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
+    shown = forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
     words = {"samples.prompts": text, "samples.negative": text, "data.instance_prompt": text}
     made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, **words}, [])
     assert made.config.samples.prompts == [text] and made.config.name == "vase"
@@ -302,10 +302,10 @@ def test_uploads(site, tmp_path):
             check_picture(tmp_path / name, name)
     for name in ("", "../up", "a/b", "a b", "x" * 80):
         with pytest.raises(InputError, match="one word"):
-            launch.save_pictures(site, name, [str(good)], [])
+            launch_pictures.save_pictures(site, name, [str(good)], [])
     with pytest.raises(InputError, match="choose 1 to"):
-        launch.save_pictures(site, "many", [str(good)] * (PICTURES + 1), [])
-    folder = Path(launch.save_pictures(site, "mine", [str(good)], [["a.png", "a <b>red</b> square"]]))
+        launch_pictures.save_pictures(site, "many", [str(good)] * (PICTURES + 1), [])
+    folder = Path(launch_pictures.save_pictures(site, "mine", [str(good)], [["a.png", "a <b>red</b> square"]]))
     assert folder.parent == site.store.root / "uploads"
     assert json.loads((folder / "metadata.jsonl").read_text()) == {
         "file_name": "000.png",
@@ -318,7 +318,9 @@ def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
     """Whatever it is called: pipelines find pictures by their suffixes."""
     for name, kind in (("a.jfif", "JPEG"), ("b.html", "PNG"), ("c.png", "WEBP")):
         Image.new("RGB", (8, 8)).save(tmp_path / name, format=kind)
-    kept = launch.save_pictures(site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], [])
+    kept = launch_pictures.save_pictures(
+        site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], []
+    )
     assert sorted(file.name for file in Path(kept).iterdir()) == ["000.jpg", "001.png", "002.webp", "metadata.jsonl"]
 
 
@@ -358,7 +360,9 @@ def test_used_pictures_are_not_kept_twice(site, tmp_path, monkeypatch):
     monkeypatch.setenv(launch.UPLOADED, str(tmp_path / "kept"))
     for place in (tmp_path / "kept", tmp_path):
         (place / "a.png").touch()
-    launch.forget([str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")])
+    launch_pictures.forget(
+        [str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")]
+    )
     assert not (tmp_path / "kept" / "a.png").exists() and (tmp_path / "a.png").exists(), "only what lies there"
 
 
