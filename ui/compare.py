@@ -71,7 +71,7 @@ def read(site: Site, id: str) -> Comparison:
     try:
         return Comparison.read(site.file(f"{id}/table.json").parent)
     except InputError as error:
-        raise InputError(site.told(error)) from None
+        raise InputError(site.without_paths(error)) from None
 
 
 def accepted(site: Site, refs: Sequence[str]) -> dict[str, str]:

@@ -80,7 +80,7 @@ def plan(
     cls = registry.load("pipelines", pipeline)
     for short in ("data", "model"):
         if (key := cls.Config.SHORT.get(short)) in shown:
-            shown = {**shown, key: site.place(str(shown[key] or ""))}
+            shown = {**shown, key: site.path(str(shown[key] or ""))}
     wrong: list[str] = []
     values = forms.read(cls.Config, shown, rows, wrong)
     try:
@@ -109,7 +109,7 @@ def plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunCon
 
 
 def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str]:
-    """Creates the run or sweep, and has it trained in the background in its turn; returns its id and what to say.
+    """Creates the run or sweep, and has it trained in the background in its turn; returns its id and a message.
 
     Raises:
         ConfigError: the world it points to is not as it should be, one line each.
@@ -142,7 +142,7 @@ def doubts(made: Plan) -> list[str]:
     }
     try:
         return list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.doubts(cell)))
-    except (EquipoiseError, OSError, ValueError):  # of a world that is not as it should be, which starting says
+    except (EquipoiseError, OSError, ValueError):  # of data that is not as it should be, which starting reports
         return []
 
 

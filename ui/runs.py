@@ -30,7 +30,7 @@ def open_run(site: Site, id: str) -> Run:
     try:
         run = site.store.get(id, kinds=("run", "sweep", "cell"))
     except InputError as error:
-        raise InputError(site.told(error)) from None
+        raise InputError(site.without_paths(error)) from None
     if run.id != id:
         raise InputError(f"{id[:200]}: there is no such run.")
     return run

@@ -79,7 +79,7 @@ class _Read:
     """What has been read of a file of metrics."""
 
     size: int = 0
-    end: bytes = b""  # what stood before there, which tells a file that has grown from another one
+    end: bytes = b""  # what stood before there, by which a file that has grown is known from another one
     lines: dict[str, "_Curve"] = field(default_factory=dict)
     busy: threading.Lock = field(default_factory=threading.Lock)  # several pages may be open
 

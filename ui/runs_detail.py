@@ -219,7 +219,7 @@ def possible(site: Site, id: str) -> Possible:
 
 
 def detail(site: Site, id: str, step: int | None) -> Detail:
-    """Heading, charts, samples, log, configuration and files of a run; a sentence in their place if it is gone."""
+    """Heading, charts, samples, log, configuration and files of a run; a sentence instead if it is gone."""
     try:
         return Detail(
             heading(site, id),
@@ -238,7 +238,7 @@ def detail(site: Site, id: str, step: int | None) -> Detail:
 
 
 def act(site: Site, id: str, what: str, workers: int) -> str:
-    """Stops, resumes, samples or deletes a run; returns what to say.
+    """Stops, resumes, samples or deletes a run; returns a message.
 
     Raises:
         InputError: it cannot be done.

@@ -260,7 +260,7 @@ def test_links_in_a_circle_are_passed_over(site):
     (site.data["photos"] / "loop").symlink_to("loop")
     assert "photos/cats" in choices(site) and "photos/loop" not in choices(site)
     with pytest.raises(InputError, match="leads out"):
-        site.place("photos/loop")
+        site.path("photos/loop")
 
 
 def test_markup_is_shown_as_text(site, finish, swept):
