@@ -12,12 +12,12 @@ import gradio as gr
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.runs import status
-from equipoise.ui import launch
+from equipoise.ui import launch, launch_estimates
 from equipoise.ui.safety import Site
 
 
 def check(site: Site, workers: int, text: str) -> dict[str, Any]:
-    """What starting this YAML would come to: how many runs, the complete configuration, time and memory.
+    """What starting this YAML would do: how many runs, the complete configuration, time and memory.
 
     Raises:
         ConfigError: everything that is wrong with it, and would be when it is started, one line each.
@@ -32,12 +32,16 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
         config = configs.set_keys(launch.read_yaml(str(file)), {"runs": str(site.store.root)})
     made = launch.planned(site, config, workers=workers)
     launch.check_plan(made)
-    said = {"time": launch.estimate(site, made, workers), "memory": launch.memory(site, made, workers)}
-    return {"runs": made.cells, "yaml": made.yaml, **said}
+    return {
+        "runs": made.cells,
+        "yaml": made.yaml,
+        "time": launch_estimates.estimate(site, made, workers),
+        "memory": launch_estimates.memory(site, made, workers),
+    }
 
 
 def runs(site: Site) -> list[dict[str, Any]]:
-    """How all runs and sweeps stand, youngest first."""
+    """How all runs and sweeps stand, newest first."""
     return [status.plain(asdict(item) | {"duration": item.duration}) for item in site.store.list()]
 
 
@@ -69,5 +73,5 @@ def build(site: Site, workers: int) -> None:
 def _answer(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except EquipoiseError as error:  # in its own words; of anything else gradio tells nothing
+    except EquipoiseError as error:  # in its own words; of anything else gradio says nothing
         raise gr.Error(str(error), print_exception=False) from None

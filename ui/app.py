@@ -19,9 +19,9 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
-from equipoise.ui import api, compare, launch, plugins, runs, theme
+from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, runs_tab, theme
 from equipoise.ui.guard import Guard
-from equipoise.ui.quick import nothing_is_garbage
+from equipoise.ui.quick import no_garbage_collection
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -39,17 +39,17 @@ class Page:
 
 
 def _launch(page: Page, tab: gr.Tab) -> None:
-    page.forms, page.pipelines = launch.build(page.site, page.workers)
+    page.forms, page.pipelines = launch_tab.build(page.site, page.workers)
 
 
 def _runs(page: Page, tab: gr.Tab) -> None:
-    runs.build(page.site, page.workers, page.forms, page.pipelines, page.tabs, tab)
+    runs_tab.build(page.site, page.workers, page.forms, page.pipelines, page.tabs, tab)
 
 
 TABS: dict[str, Callable[[Page, gr.Tab], None]] = {  # in their order; each draws itself into the tab that it is given
     "Launch": _launch,
     "Runs": _runs,
-    "Compare": lambda page, tab: compare.build(page.site, tab),
+    "Compare": lambda page, tab: compare_tab.build(page.site, tab),
     "Plugins": lambda page, tab: plugins.build(tab),
 }
 
@@ -115,13 +115,13 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
 
 
 def takes_files(blocks: gr.Blocks) -> dict[int, list[int]]:
-    """Which inputs of each event are of files: the event's number → their places, counted from 0."""
+    """Which inputs of each event are of files: the event's number → their indices, counted from 0."""
     kinds = (gr.File, gr.UploadButton)
     found = {
         number: [index for index, part in enumerate(event.inputs) if isinstance(part, kinds)]
         for number, event in blocks.fns.items()
     }
-    return {number: places for number, places in found.items() if places}
+    return {number: indices for number, indices in found.items() if indices}
 
 
 def serve(
@@ -155,7 +155,7 @@ def serve(
 
 
 def _serve(mine: socket.socket, host: str, port: int, site: Site, workers: int, auth: tuple[str, str] | None) -> None:
-    with nothing_is_garbage():
+    with no_garbage_collection():
         app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
     warm = threading.Timer(1.0, _warm)  # when the page has been sent
     warm.daemon = True

@@ -1,4 +1,4 @@
-"""The tab Plugins: what is installed, who provides it, what failed and why, and what each can be told."""
+"""The tab Plugins: what is installed, who provides it, what failed and why, and the options of each."""
 
 from itertools import groupby
 
@@ -31,7 +31,7 @@ def _card(entry: Entry, error: str) -> str:
         if error:
             raise EquipoiseError(error)
         cls = registry.load(entry.kind, entry.name)
-        body = f"<p>{esc(summary(cls) or 'It says nothing about itself.')}</p>"
+        body = f"<p>{esc(summary(cls) or 'It has no description.')}</p>"
         rows = "".join(
             f"<tr><td>{esc(row['name'])}</td><td>{esc(row['type'])} {esc(row['bounds'])}</td>"
             f"<td>{esc(row['default'])}</td><td>{esc(row['help'])}</td></tr>"

@@ -60,8 +60,8 @@ class Site:
                 return target
         raise InputError(f"{name[:200]!r}: there is no such file.")
 
-    def told(self, error: Exception) -> str:
-        """What an error says, without where on this machine the runs lie."""
+    def without_paths(self, error: Exception) -> str:
+        """An error's message, without where on this machine the runs lie."""
         return str(error).replace(f"{self.store.root}: ", "").replace(f"{self.store.root}{os.sep}", "")
 
     def choices(self, at: str = "") -> list[tuple[str, str]]:
@@ -74,7 +74,7 @@ class Site:
         found = [(f"uploads/{one.name}", str(one)) for one in uploads if one.is_dir() and not one.is_symlink()]
         for name in self.data:
             parts = self._folder(at if at.partition("/")[0] == name else name).split("/")
-            found += [(f"{place}/", place) for place in ("/".join(parts[: n + 1]) for n in range(len(parts)))]
+            found += [(f"{folder}/", folder) for folder in ("/".join(parts[: n + 1]) for n in range(len(parts)))]
             found += self._below("/".join(parts))
         return found
 
@@ -82,7 +82,7 @@ class Site:
         """The folder that a choice `NAME/…` is or lies in."""
         while "/" in choice:
             try:
-                if ".." not in choice and os.path.isdir(self.place(choice)):
+                if ".." not in choice and os.path.isdir(self.path(choice)):
                     return choice.rstrip("/")
             except InputError:  # out of its root
                 pass
@@ -93,15 +93,15 @@ class Site:
         """The folders in a folder, and the files that list examples or hold weights."""
         root = self.data[folder.partition("/")[0]]
         try:
-            here = [(not os.path.isdir(item), item.name) for item in os.scandir(self.place(folder))]
+            here = [(not os.path.isdir(item), item.name) for item in os.scandir(self.path(folder))]
         except OSError:  # it may be gone, or not for us
             return []
         some = sorted(one for one in here if one[1][0] != "." and (not one[0] or one[1].endswith(LISTS)))
-        able = [one for one in some[:OFFERED] if _inside(Path(self.place(folder), one[1]), [root])]
+        able = [one for one in some[:OFFERED] if _inside(Path(self.path(folder), one[1]), [root])]
         found = [(f"{folder}/{name}{'' if is_file else '/'}", f"{folder}/{name}") for is_file, name in able]
         return found + [(f"… {len(some) - OFFERED} more in {folder}: type the name", folder)] * (len(some) > OFFERED)
 
-    def place(self, choice: str) -> str:
+    def path(self, choice: str) -> str:
         """A choice `NAME/…` as the path of what it names; everything else as it is.
 
         Raises:
@@ -128,7 +128,7 @@ class Site:
         hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
         cells = expand(config).values() if config.sweep else ()
         found = []
-        for key, text in dict.fromkeys(item for one in (config, *cells) for item in _opened(one)):
+        for key, text in dict.fromkeys(item for one in (config, *cells) for item in _paths(one)):
             if not _inside(Path(text), roots):
                 found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
             elif link := _way_out(Path(text).resolve(), roots):
@@ -138,12 +138,12 @@ class Site:
         return found
 
 
-def _opened(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What in a configuration names something on this machine's disks: (key, path).
 
     These are the keys that their record marks as such, whatever they hold. Plugins' options and the records of other
     packages may lack marks, and count where they look like a path. The rest is words: a prompt may begin with a slash.
-    Where runs are kept is for the server to say.
+    Where runs are kept is the server's choice.
     """
     keys = {key.key: key.opened for key in describe(type(config)) if key.key != "runs"}
     foreign = not type(config).__module__.startswith("equipoise.pipelines.")
@@ -167,12 +167,12 @@ def _is_path(text: str) -> bool:
 
 def _way_out(folder: Path, roots: Sequence[Path]) -> Path | None:
     """A link below a folder that leads out of the roots; links to other folders in them are followed, each once."""
-    waiting, seen = [folder], set()
+    waiting, visited = [folder], set()
     while waiting:
-        if (place := waiting.pop()) in seen:
+        if (next_one := waiting.pop()) in visited:
             continue
-        seen.add(place)
-        for here, folders, files in os.walk(place):
+        visited.add(next_one)
+        for here, folders, files in os.walk(next_one):
             for name in (*folders, *files):
                 path = Path(here, name)
                 if path.is_symlink():

@@ -16,7 +16,18 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.config.records import LocalPath, RunConfig, Section
-from equipoise.ui import api, compare, draw, launch, runs
+from equipoise.ui import (
+    api,
+    compare,
+    compare_cell,
+    compare_grid,
+    draw,
+    forms,
+    launch,
+    launch_pictures,
+    runs,
+    runs_detail,
+)
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -113,10 +124,10 @@ def test_ids_are_ids(site, run, secret):
             runs.open_run(site, id)
         for what in ("stop", "resume", "delete", "sample"):
             with pytest.raises(InputError):
-                runs.act(site, id, what, 1)
+                runs_detail.act(site, id, what, 1)
         with pytest.raises(InputError):
             compare.generate(site, [id], "a cat", 1, 1.0)
-        assert "notice bad" in runs.detail(site, id, None)[0]
+        assert "notice bad" in runs_detail.detail(site, id, None)[0]
     assert run.folder.is_dir()
 
 
@@ -125,7 +136,7 @@ def test_a_run_that_is_a_link_is_not_opened(site, run, tmp_path):
     run.folder.rename(other)
     (site.store.root / "one").symlink_to(other)
     with pytest.raises(InputError, match="outside"):
-        runs.act(site, "one", "delete", 1)
+        runs_detail.act(site, "one", "delete", 1)
     assert other.is_dir()
 
 
@@ -154,7 +165,7 @@ def test_one_walks_through_folders_and_not_out(site):
 
 def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
     """Neither those of files nor those of folders, nor those behind links within the root."""
-    cats, shown = site.data["photos"] / "cats", launch.forms.show(configs.load("text_to_image/demo"))
+    cats, shown = site.data["photos"] / "cats", forms.show(configs.load("text_to_image/demo"))
     (site.data["photos"] / "dogs").mkdir()
     (tmp_path / "private.png").touch()
 
@@ -176,7 +187,7 @@ def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
 
 def test_data_is_confined_to_its_roots(site, tmp_path):
     (tmp_path / "private").mkdir()
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    shown = forms.show(configs.load("text_to_image/demo"))
     for place in (str(tmp_path / "private"), "/etc", "~", "../..", "photos/../private", "photos/out"):
         with pytest.raises((ConfigError, InputError), match="may read"):
             launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "data.folder": place}, [])
@@ -289,7 +300,7 @@ def test_no_key_that_is_opened_goes_without_its_mark(name):
 def test_a_pipeline_begins_with_a_shipped_configuration_and_no_file(site, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(configs.dump(configs.load("text_to_image/demo")))
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    shown = forms.show(configs.load("text_to_image/demo"))
     for name in (str(file), "/etc/passwd", "../mine.yaml"):
         with pytest.raises(InputError, match="not the name of a shipped configuration"):
             launch.plan(site, "text_to_image", name, shown, [])
@@ -301,7 +312,7 @@ def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
     for name in ("vase", "text_to_image", "cosine"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    shown = launch.forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
+    shown = forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
     words = {"samples.prompts": text, "samples.negative": text, "data.instance_prompt": text}
     made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, **words}, [])
     assert made.config.samples.prompts == [text] and made.config.name == "vase"
@@ -314,7 +325,7 @@ def test_links_in_a_circle_are_passed_over(site):
     (site.data["photos"] / "loop").symlink_to("loop")
     assert "photos/cats" in choices(site) and "photos/loop" not in choices(site)
     with pytest.raises(InputError, match="leads out"):
-        site.place("photos/loop")
+        site.path("photos/loop")
 
 
 def test_markup_is_shown_as_text(site, finish, swept):
@@ -323,8 +334,8 @@ def test_markup_is_shown_as_text(site, finish, swept):
         site.store.create(config, id="x"), "failed", message="<script>alert(1)</script> <img src=x onerror=alert(1)>"
     )
     site.store.get("x").log("<script>alert(2)</script>")
-    shown = "".join([runs.table(site), *map(str, runs.detail(site, "x", None)[:4])])
-    shown += compare.grid(site, "grid/comparison") + compare.cell_detail(site, "grid/comparison", ["base"], 1)
+    shown = "".join([runs.table(site), *map(str, runs_detail.detail(site, "x", None)[:4])])
+    shown += compare_grid.grid(site, "grid/comparison") + compare_cell.cell_detail(site, "grid/comparison", ["base"], 1)
     for tag in ("<script", "<img src=x", "<i>cat", "<b>seen"):
         assert tag not in shown
     assert "&lt;script&gt;" in shown and "&lt;i&gt;cat" in shown
@@ -356,10 +367,10 @@ def test_uploads(site, tmp_path):
             check_picture(tmp_path / name, name)
     for name in ("", "../up", "a/b", "a b", "x" * 80):
         with pytest.raises(InputError, match="one word"):
-            launch.save_pictures(site, name, [str(good)], [])
+            launch_pictures.save_pictures(site, name, [str(good)], [])
     with pytest.raises(InputError, match="choose 1 to"):
-        launch.save_pictures(site, "many", [str(good)] * (PICTURES + 1), [])
-    folder = Path(launch.save_pictures(site, "mine", [str(good)], [["a.png", "a <b>red</b> square"]]))
+        launch_pictures.save_pictures(site, "many", [str(good)] * (PICTURES + 1), [])
+    folder = Path(launch_pictures.save_pictures(site, "mine", [str(good)], [["a.png", "a <b>red</b> square"]]))
     assert folder.parent == site.store.root / "uploads"
     assert json.loads((folder / "metadata.jsonl").read_text()) == {
         "file_name": "000.png",
@@ -379,7 +390,9 @@ def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
     """Whatever it is called: pipelines find pictures by their suffixes."""
     for name, kind in (("a.jfif", "JPEG"), ("b.html", "PNG"), ("c.png", "WEBP")):
         Image.new("RGB", (8, 8)).save(tmp_path / name, format=kind)
-    kept = launch.save_pictures(site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], [])
+    kept = launch_pictures.save_pictures(
+        site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], []
+    )
     assert sorted(file.name for file in Path(kept).iterdir()) == ["000.jpg", "001.png", "002.webp", "metadata.jsonl"]
 
 
@@ -424,7 +437,9 @@ def test_used_pictures_are_not_kept_twice(site, tmp_path, monkeypatch):
     monkeypatch.setenv(launch.UPLOADED, str(tmp_path / "kept"))
     for place in (tmp_path / "kept", tmp_path):
         (place / "a.png").touch()
-    launch.forget([str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")])
+    launch_pictures.forget(
+        [str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")]
+    )
     assert not (tmp_path / "kept" / "a.png").exists() and (tmp_path / "a.png").exists(), "only what lies there"
 
 
