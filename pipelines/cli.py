@@ -26,22 +26,22 @@ from equipoise.pipelines.files import disk_full
 
 # command → (module in equipoise.pipelines.commands, one line of help); `args.command` tells a shared module which it is
 COMMANDS = {
-    "list": ("listing", "what is installed: optimizers, coordinators, objectives, pipelines, configs"),
-    "show": ("listing", "one of them: what it is, its options, its paper"),
-    "train": ("train", "train a configuration: equipoise train CONFIG [key=value …]"),
-    "resume": ("train", "continue a run from its last checkpoint"),
-    "runs": ("runs", "the runs so far and how they stand"),
-    "logs": ("runs", "what a run has printed"),
-    "stop": ("runs", "ask a run to save its state and stop"),
-    "run": ("script", "an unmodified training script with one of these optimizers"),
-    "wrap": ("wrap", "a program that starts its own workers, with one of these optimizers in each"),
-    "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
-    "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
-    "export": ("export", "a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load"),
-    "prepare": ("prepare", "the manifest of a published audio-visual data set: equipoise prepare SET DIR"),
-    "reproduce": ("reproduce", "a paper's table in small, beside the paper's numbers"),
-    "ui": ("ui", "the web page: launch runs, watch them, compare what they draw"),
-    "demo": ("demo", "compare learning rates on the embedded model, with no network"),
+    "list": ("listing", "List what is installed: optimizers, coordinators, objectives, pipelines, configs."),
+    "show": ("listing", "Show one of them: what it is, its options, its paper."),
+    "train": ("train", "Train a configuration: equipoise train CONFIG [key=value …]."),
+    "resume": ("train", "Continue a run from its last checkpoint."),
+    "runs": ("runs", "List the runs so far and their states."),
+    "logs": ("runs", "Print what a run has printed."),
+    "stop": ("runs", "Ask a run to save its state and stop."),
+    "run": ("script", "Run an unmodified training script with one of these optimizers."),
+    "wrap": ("wrap", "Run a program that starts its own workers, with one of these optimizers in each."),
+    "sweep": ("sweep", "Train over optimizers × learning rates × seeds, or any other keys."),
+    "compare": ("compare", "Compare runs or a sweep: grid picture, HTML report, table."),
+    "export": ("export", "Write a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load."),
+    "prepare": ("prepare", "Write the manifest of a published audio-visual data set: equipoise prepare SET DIR."),
+    "reproduce": ("reproduce", "Repeat a paper's table in small, beside the paper's numbers."),
+    "ui": ("ui", "Serve the web page: launch runs, watch them, compare what they draw."),
+    "demo": ("demo", "Compare learning rates on the embedded model, with no network."),
 }
 
 
@@ -66,7 +66,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
         prog="equipoise",
         usage="equipoise COMMAND …",
         description="Fine-tuning that forgives the learning rate.",
-        epilog="\n".join(["commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
+        epilog="\n".join(["Commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"equipoise {__version__}")

@@ -19,13 +19,13 @@ CONFIGS = "configs"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("command") == "list":
         parser.add_argument(
-            "kind", nargs="?", metavar="KIND", help=f"only one of: {', '.join(registry.KINDS)}, {CONFIGS}"
+            "kind", nargs="?", metavar="KIND", help=f"One of {', '.join(registry.KINDS)}, {CONFIGS}; default: all."
         )
-        parser.add_argument("--check", action="store_true", help="load each one, and exit with 1 if any is broken")
+        parser.add_argument("--check", action="store_true", help="Load each one, and exit with 1 if any is broken.")
     else:
         parser.usage = "equipoise show [--json] [KIND] NAME"
-        parser.add_argument("name", nargs="+", metavar="[KIND] NAME", help="such as `scaled_adamw`")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("name", nargs="+", metavar="[KIND] NAME", help="A name, such as scaled_adamw.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run(args: argparse.Namespace) -> int:

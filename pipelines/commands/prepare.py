@@ -25,10 +25,12 @@ EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in SETS.items())
-    parser.epilog = f"data sets, and what DIR holds:\n{known}"
-    parser.add_argument("set", metavar="SET", help="which data set; see below")
-    parser.add_argument("folder", metavar="DIR", type=user_path, help="where it was unpacked")
-    parser.add_argument("--output", type=user_path, metavar="CSV", help="default: manifest.csv in DIR")
+    parser.epilog = f"Data sets, and what DIR holds:\n{known}"
+    parser.add_argument("set", metavar="SET", help="The data set; see below.")
+    parser.add_argument("folder", metavar="DIR", type=user_path, help="The folder it was unpacked in.")
+    parser.add_argument(
+        "--output", type=user_path, metavar="CSV", help="The manifest to write (default: manifest.csv in DIR)."
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The embedded demo: a small base model, the object it has never seen, and what its pictures should look like."""
+"""The embedded demo: a small base model, a new object to train it on, and what its pictures should look like."""
 
 import fcntl
 import json
