@@ -11,7 +11,7 @@ from equipoise.errors import InputError
 from equipoise.options import options, references, summary
 from equipoise.pipelines.config.builtin import purpose, shipped
 from equipoise.pipelines.tables import table
-from equipoise.plugin_cache import verdicts
+from equipoise.plugin_cache import load_errors
 
 CONFIGS = "configs"
 
@@ -36,7 +36,7 @@ def _list(args: argparse.Namespace) -> int:
     if args.kind == CONFIGS:
         return _list_configs(args)
     found = registry.entries(args.kind)
-    errors = [registry.check(entry) for entry in found] if args.check else verdicts(found)
+    errors = [registry.check(entry) for entry in found] if args.check else load_errors(found)
     if args.json:
         records = [asdict(entry) | {"error": error} for entry, error in zip(found, errors, strict=True)]
         print(json.dumps(records, indent=2, ensure_ascii=False))
