@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(script: str) -> None:
-    """Run a file as Python does: `runpy.run_path` leaves its path relative, or makes `sys.argv[0]` whole as well."""
+    """Run a file as Python does: `runpy.run_path` leaves its path relative, or makes `sys.argv[0]` absolute as well."""
     file = os.path.join(os.getcwd(), script)
     if get_importer(file) or file.endswith(".pyc"):
         runpy.run_path(file, run_name="__main__")
@@ -89,7 +89,7 @@ def take_options(argv: Sequence[str], not_ours: Sequence[str] = ()) -> tuple[lis
         not_ours: Values of `--optimizer` that are left where they are.
 
     Raises:
-        InputError: Options that are not `key=value`, that are for no optimizer, or something that is said twice.
+        InputError: Options that are not `key=value`, that are for no optimizer, or something that is given twice.
     """
     rest, name, given = [], None, []
     words = [part for word in argv for part in _split(word)]
@@ -157,21 +157,21 @@ class Choice(NamedTuple):
         """Report the options in force on an optimizer of the class called `kind`, and what pairs were found."""
         options = {key: optimizer.param_groups[0][key] for key in self.defaults}
         shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
-        say(f"{self.method} ({shown}) on {kind}. {found}")
+        report(f"{self.method} ({shown}) on {kind}. {found}")
 
     def take_place(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What `cls` is made with where the program would have made a `kind` with `given`; says what that loses."""
+        """What `cls` is made with where the program would have made a `kind` with `given`; reports what that loses."""
         known = inspect.signature(self.cls).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         kept = {key: value for key, value in given.items() if takes_all or key in known}
         rate = f", lr {float(given['lr']):g}" if "lr" in given else ""
-        say(f"{self.name} takes {kind}'s place{rate} ({self.words}).")
+        report(f"{self.name} takes {kind}'s place{rate} ({self.words}).")
         if lost := [f"{key}={value!r}" for key, value in given.items() if key not in kept]:
-            say(f"warning: {self.name} does not have {', '.join(lost)}, which the program sets.")
+            report(f"warning: {self.name} does not have {', '.join(lost)}, which the program sets.")
         return {**kept, **self.options}
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     tell(f"equipoise: {text}")
 
 
@@ -265,7 +265,7 @@ def refuse_deepspeed(name: str, asked: bool = False) -> None:
     """Raise an InputError if `asked`, or where accelerate or transformers have turned DeepSpeed on in this process."""
     if asked or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise InputError(
-            f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no whole LoRA factors. Launch "
+            f"--optimizer {name}: DeepSpeed steps its own partitions (ZeRO), which hold no full LoRA factors. Launch "
             "without DeepSpeed; plain data parallelism (DDP) works."
         )
 
