@@ -130,5 +130,5 @@ def _earlier(file: Path, paper: str) -> dict[str, Any]:
             raise InputError(f"--add: {file} is of {' and '.join(strange)}. Give another --output, or leave out --add.")
         return {"runs": [dict(run) for run in found["runs"]], **{name: float(found[name]) for name in _SPENT}}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        said = getattr(error, "strerror", None) or f"not what `equipoise reproduce {paper}` writes ({error!r})"
-        raise InputError(f"--add: {file} cannot be added to: {said}. Leave out --add to begin anew.") from None
+        reason = getattr(error, "strerror", None) or f"not what `equipoise reproduce {paper}` writes ({error!r})"
+        raise InputError(f"--add: {file} cannot be added to: {reason}. Leave out --add to begin anew.") from None

@@ -209,9 +209,9 @@ def test_real_spoken_digits(tmp_path):
     assert len({row["frames"] for row in found}) == 3000
     from equipoise.pipelines.audio_visual.config import DataSection
     from equipoise.pipelines.audio_visual.data import read_manifest
-    from equipoise.pipelines.audio_visual.features import Store
+    from equipoise.pipelines.audio_visual.features import FeatureStore
 
     section = DataSection.model_validate({"audio": {"sample_rate": 8000, "seconds": 0.5}, "visual": {"size": 32}})
     manifest = read_manifest(section, output)
     assert not manifest.sentences()
-    assert Store(section, None).prepare(manifest.clips[::100]) == {}
+    assert FeatureStore(section, None).prepare(manifest.clips[::100]) == {}
