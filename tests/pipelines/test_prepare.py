@@ -27,7 +27,7 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_crema_d(tmp_path, capsys):
+def test_crema_d_is_split_by_digest_without_lists(tmp_path, capsys):
     names = [f"{1000 + i}_DFA_{emotion}_XX" for i in range(20) for emotion in ("ANG", "HAP")]
     touch(tmp_path, *(f"AudioWAV/{n}.wav" for n in names), *(f"VideoFlash/{n}.flv" for n in names[1:]))
     touch(tmp_path, "AudioWAV/notes.wav", "AudioWAV/1001_DFA_BAD_XX.wav")
@@ -108,7 +108,7 @@ def test_three_modalities(tmp_path, capfd):
     assert (row["video"], row["label"], row["split"]) == ("Raw/v1/0.mp4", "positive", "val")
 
 
-def test_spoken_digits(tmp_path):
+def test_spoken_digits_pairs_recordings_with_pictures(tmp_path):
     labels = np.array([0, 1, 1, 0], np.uint8)
     pixels = np.stack([np.full((28, 28), 10 * i, np.uint8) for i in range(4)])
     touch(

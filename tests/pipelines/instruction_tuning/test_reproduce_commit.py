@@ -84,7 +84,7 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
 BOTH = ("Constant LR", "CoMMIT-CLR", "CoMMIT")
 
 
-def test_it_is_listed(capsys):
+def test_commit_is_listed_in_the_help_of_reproduce(capsys):
     with pytest.raises(SystemExit):
         main(["reproduce", "--help"])
     assert "CoMMIT's Table 1 and Figures 2, 3 and 6" in " ".join(capsys.readouterr().out.split())
