@@ -54,7 +54,7 @@ def _chosen(argv: Sequence[str]) -> Entry:
         prog="equipoise",
         usage="equipoise COMMAND …",
         description="Fine-tuning that forgives the learning rate.",
-        epilog="\n".join(["commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
+        epilog="\n".join(["Commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"equipoise {__version__}")

@@ -68,7 +68,7 @@ class Option:
     @property
     def type(self) -> str:
         """The accepted types as a person would say them."""
-        return self._say("")
+        return self._wanted("")
 
     def convert(self, value: Any) -> Any:
         """The value as the class takes it: `"1e-4"` (YAML 1.1 reads it as text) to a float, a list to a tuple.
@@ -83,12 +83,12 @@ class Option:
         glue = ", " if bounds.startswith("each") else " " if bounds.startswith(("<", ">")) else " with "
         close = get_close_matches(str(value), list(map(str, self.choices)), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"must be {self._say(glue + bounds if bounds else '')}, got {value!r}.{hint}")
+        raise ValueError(f"must be {self._wanted(glue + bounds if bounds else '')}, got {value!r}.{hint}")
 
-    def _say(self, bounds: str) -> str:
+    def _wanted(self, bounds: str) -> str:
         words = [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
         words += [
-            _say(kind) + (bounds if kind in (int, float) or isinstance(kind, tuple | MappingType) else "")
+            _wanted(kind) + (bounds if kind in (int, float) or isinstance(kind, tuple | MappingType) else "")
             for kind in self._free()
         ]
         return " or ".join(words) or "anything"
@@ -192,11 +192,11 @@ def _types(annotation: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (), ()
 
 
-def _say(kind: Any) -> str:
+def _wanted(kind: Any) -> str:
     if isinstance(kind, tuple):
-        return f"[{', '.join(' or '.join(map(_say, item)) for item in kind)}]"
+        return f"[{', '.join(' or '.join(map(_wanted, item)) for item in kind)}]"
     if isinstance(kind, MappingType):
-        return f"{{name: {' or '.join(map(_say, kind.values)) or 'anything'}, …}}"
+        return f"{{name: {' or '.join(map(_wanted, kind.values)) or 'anything'}, …}}"
     return _WORDS[kind]
 
 

@@ -100,9 +100,9 @@ def find(kind: str | None, name: str) -> Entry:
     """
     known = entries(kind)
     found = [entry for entry in known if entry.name == name]
-    what, place = (KINDS[_kind(kind)].one, f" {_kind(kind)}") if kind else ("plugin", "")
+    what, listed = (KINDS[_kind(kind)].one, f" {_kind(kind)}") if kind else ("plugin", "")
     if not found:
-        raise UnknownNameError(f"no {what} {name!r}. {_closest(name, known)}`equipoise list{place}` shows all.")
+        raise UnknownNameError(f"no {what} {name!r}. {_closest(name, known)}`equipoise list{listed}` shows all.")
     if len({entry.kind for entry in found}) > 1:
         kinds = " and ".join(dict.fromkeys(entry.kind for entry in found))
         raise InputError(f"{name!r} is found among {kinds}. Say which, as in `{found[0].kind} {name}`.")
@@ -182,12 +182,12 @@ def _installed(kinds: Collection[str]) -> list[Entry]:
 
 def _offered() -> Iterator[Entry]:
     """The entries of every distribution; of two copies of one distribution, the first on the path counts."""
-    seen = set()
+    keys = set()
     for distribution in distributions():
         key = _key(distribution)
-        if not key or key in seen:
+        if not key or key in keys:
             continue
-        seen.add(key)
+        keys.add(key)
         try:
             text = distribution.read_text("entry_points.txt") or ""
         except (OSError, ValueError):  # not text: nothing that anybody could load

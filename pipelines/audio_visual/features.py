@@ -223,7 +223,7 @@ def tokens(text: str, length: int, tokenizer: Any = None) -> Tensor:  # (length,
     return torch.tensor(made, dtype=torch.int64)
 
 
-class Store:
+class FeatureStore:
     """The features of clips: made when first asked for, kept on disk by file and settings, in memory where they fit."""
 
     def __init__(
@@ -319,7 +319,7 @@ class Store:
 class Batches:
     """Batches of some clips' features; where not all are in memory, read while the step before is computed."""
 
-    def __init__(self, store: Store, clips: Sequence[Clip]):
+    def __init__(self, store: FeatureStore, clips: Sequence[Clip]):
         self.store, self.clips = store, clips
         self.keys: dict[int, str] = {}  # of the clips that were read: working them out costs as much as reading
         self.reader = ThreadPoolExecutor(1)

@@ -18,25 +18,25 @@ from equipoise.pipelines.tables import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs_or_sweeps", nargs="+", metavar="SWEEP|RUN", help="ids, folders, or latest")
+    parser.add_argument("runs_or_sweeps", nargs="+", metavar="SWEEP|RUN", help="Ids, folders, or latest.")
     parser.add_argument(
-        "--prompt", action="append", help="generate this instead of the configured prompts; may be given again"
+        "--prompt", action="append", help="A prompt in place of the configured ones; may be given several times."
     )
-    parser.add_argument("--count", type=int, help="pictures per prompt")
-    parser.add_argument("--scale", type=float, help="strength of the LoRA, such as 0.7")
-    parser.add_argument("--sample-steps", type=int, help="denoising steps")
+    parser.add_argument("--count", type=int, help="The number of pictures per prompt.")
+    parser.add_argument("--scale", type=float, help="The strength of the LoRA, such as 0.7.")
+    parser.add_argument("--sample-steps", type=int, help="The number of denoising steps.")
     parser.add_argument(
         "--clip",
         metavar="MODEL",
-        help="a CLIP model (folder or hub id) to score pictures against prompts and training pictures with",
+        help="A CLIP model (folder or hub id) that scores how pictures fit prompts and resemble training pictures.",
     )
     parser.add_argument(
         "--dino",
         metavar="MODEL",
-        help="a DINO model (folder or hub id) to score the likeness to training pictures with",
+        help="A DINO model (folder or hub id) that scores the likeness to the training pictures.",
     )
-    parser.add_argument("--out", type=user_path, help="a new folder for the comparison")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument("--out", type=user_path, help="A new folder for the comparison.")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from equipoise.options import references, summary
 from equipoise.pipelines.config.builtin import purpose, shipped
 from equipoise.pipelines.config.option_rows import option_rows
 from equipoise.pipelines.tables import table
-from equipoise.plugin_cache import verdicts
+from equipoise.plugin_cache import load_errors
 
 CONFIGS = "configs"
 
@@ -21,13 +21,13 @@ CONFIGS = "configs"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("command") == "list":
         parser.add_argument(
-            "kind", nargs="?", metavar="KIND", help=f"only one of: {', '.join(registry.KINDS)}, {CONFIGS}"
+            "kind", nargs="?", metavar="KIND", help=f"One of {', '.join(registry.KINDS)}, {CONFIGS}; default: all."
         )
-        parser.add_argument("--check", action="store_true", help="load each one, and exit with 1 if any is broken")
+        parser.add_argument("--check", action="store_true", help="Load each one, and exit with 1 if any is broken.")
     else:
         parser.usage = "equipoise show [--json] [KIND] NAME"
-        parser.add_argument("name", nargs="+", metavar="[KIND] NAME", help="such as `scaled_adamw`")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("name", nargs="+", metavar="[KIND] NAME", help="A name, such as scaled_adamw.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def _list(args: argparse.Namespace) -> int:
     if args.kind == CONFIGS:
         return _list_configs(args)
     found = registry.entries(args.kind)
-    errors = [registry.check(entry) for entry in found] if args.check else verdicts(found)
+    errors = [registry.check(entry) for entry in found] if args.check else load_errors(found)
     if args.json:
         records = [asdict(entry) | {"error": error} for entry, error in zip(found, errors, strict=True)]
         print(json.dumps(records, indent=2, ensure_ascii=False))

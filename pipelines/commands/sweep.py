@@ -18,7 +18,7 @@ from equipoise.pipelines.jobs.executors import NAMES, Executor, Where, remembere
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.training import processes
 
-EPILOG = """examples:
+EPILOG = """Examples:
   equipoise sweep text_to_image/demo
   equipoise sweep my.yaml --axis optimizer=adamw,scaled_adamw --axis learning_rate=1e-5,1e-4,1e-3 --axis seed=0,1
   equipoise sweep latest        continues a sweep where it stopped
@@ -29,42 +29,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "config", metavar="CONFIG|SWEEP", help="a YAML file or a shipped configuration; or a sweep to continue"
+        "config", metavar="CONFIG|SWEEP", help="A YAML file or a shipped configuration; or a sweep to continue."
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="other values for every cell, such as steps=100"
+        "overrides", nargs="*", metavar="key=value", help="Values of keys for every cell, such as steps=100."
     )
     parser.add_argument(
-        "--axis", action="append", default=[], metavar="KEY=V,V", help="a key and its values; replaces the file's axes"
+        "--axis",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="A key and its values, in place of the file's axes.",
     )
-    parser.add_argument("--executor", choices=NAMES, help="who trains the cells: processes here (local), or Ray's")
     parser.add_argument(
-        "--address", help="of a Ray cluster, HOST:PORT or ray://HOST:PORT (by default one that is here)"
+        "--executor", choices=NAMES, help="What trains the cells: processes on this machine (local), or Ray's."
     )
     parser.add_argument(
-        "--max-parallel", type=int, metavar="N", help="cells in work at once (by default as many as there are devices)"
+        "--address", help="The address of a Ray cluster, HOST:PORT or ray://HOST:PORT (default: one on this machine)."
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="the same")
+    parser.add_argument(
+        "--max-parallel",
+        type=int,
+        metavar="N",
+        help="The number of cells that train at once (default: as many as there are devices).",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="Another name for --max-parallel.")
     parser.add_argument(
         "--retries",
         type=int,
         metavar="N",
-        help="of a cell whose process is lost (by default 2); it goes on where it was",
+        help="How often a cell whose process is lost is started again, from its last checkpoint (default: 2).",
     )
-    parser.add_argument("--cpus", type=float, metavar="N", help="of each cell (Ray: by default 1)")
+    parser.add_argument("--cpus", type=float, metavar="N", help="The CPUs of each cell (default on Ray: 1).")
     parser.add_argument(
-        "--gpus", type=float, metavar="N", help="of each cell, 0.5 for two on one (by default 1 where there are any)"
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="The GPUs of each cell; 0.5 puts two cells on one (default: 1 where there are any).",
     )
     parser.add_argument(
-        "--storage", metavar="URL", help="Ray: where cells travel through if nodes share no disk, s3://…"
+        "--storage",
+        metavar="URL",
+        help="For Ray: the storage that cells travel through where nodes share no disk, such as s3://….",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the complete configuration, check every cell, and end"
+        "--dry-run", action="store_true", help="Print the complete configuration, check every cell, and end."
     )
     parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
-    parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
-    parser.add_argument("--no-compare", action="store_true", help="only train")
+    parser.add_argument("--id", help="The sweep's id (default: made from time and name).")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
+    parser.add_argument("--no-compare", action="store_true", help="Train, and make no comparison at the end.")
     parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
 
 

@@ -36,21 +36,21 @@ _AFTERWARDS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("command") == "resume":
-        parser.add_argument("run", metavar="RUN", help="an id (or how it starts), a folder, or latest")
+        parser.add_argument("run", metavar="RUN", help="An id or its beginning, a folder, or latest.")
         parser.add_argument("--queued", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
         parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)  # so is this
     else:
-        parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a shipped configuration by name")
-        parser.add_argument("--id", help="the run's id (by default made from time and name)")
+        parser.add_argument("config", metavar="CONFIG", help="A YAML file, or a shipped configuration by name.")
+        parser.add_argument("--id", help="The run's id (default: made from time and name).")
         parser.add_argument(
-            "--dry-run", action="store_true", help="print the complete configuration, check it, and end"
+            "--dry-run", action="store_true", help="Print the complete configuration, check it, and end."
         )
         parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
-        parser.add_argument("--keys", action="store_true", help="show every key that can be set, and end")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+        parser.add_argument("--keys", action="store_true", help="Show every key that can be set, and end.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Values of keys, such as steps=100.")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
     parser.add_argument(
-        "--detach", action="store_true", help="go on in the background, whatever becomes of this terminal"
+        "--detach", action="store_true", help="Train in the background, also after this terminal is closed."
     )
 
 

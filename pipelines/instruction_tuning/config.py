@@ -23,26 +23,27 @@ from equipoise.pipelines.config.sections import (
 class ModelSection(Section):
     path: BasePath = Field(
         "demo",
-        description="a multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2",
+        description="A multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2.",
     )
-    revision: Revision | None = Field(None, description="the hub revision (branch, tag or commit)")
+    revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
 
 
 class DataSection(Section):
     file: DataPath = Field(
         "demo",
-        description="conversations in LLaVA's JSON or JSONL, or CSV with image (or audio), question and answer; `demo` "
-        "draws its own",
+        description="Conversations in LLaVA's JSON or JSONL, or CSV of image or audio, question, answer; or `demo`.",
     )
-    folder: LocalPath | None = Field(None, description="where the pictures and sounds are; empty: beside the file")
+    folder: LocalPath | None = Field(
+        None, description="The folder with the pictures and sounds; empty: the file's own."
+    )
     validation: LocalPath | None = Field(
-        None, description="held-out conversations in the same formats; empty: every tenth of the file"
+        None, description="Held-out conversations in the same formats; empty: every tenth of the file."
     )
     max_tokens: int | None = Field(
-        None, ge=8, description="longest sequence, media included; what is longer is cut at its end, with a warning"
+        None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."
     )
     prompt: str | None = Field(
-        None, description="for models without a chat template: the turn before an answer, with {question} in it"
+        None, description="For models without a chat template: the text before an answer, with {question} in it."
     )
 
     @field_validator("prompt")
@@ -55,28 +56,30 @@ class DataSection(Section):
 
 class EncoderSection(Section):
     parts: list[Literal["tower", "connector"]] = Field(
-        ["connector"], min_length=1, description="what is trained before the language model"
+        ["connector"], min_length=1, description="The parts in front of the language model that are trained."
     )
-    method: Literal["full", "lora"] = Field("full", description="all weights of those parts, or LoRA factors on them")
+    method: Literal["full", "lora"] = Field(
+        "full", description="Trains all weights of those parts, or LoRA factors on them."
+    )
     targets: list[str] = Field(
         [],
-        description="the layers in those parts that get factors, by the ends of their names; empty: all linear ones",
+        description="The layers in those parts that get factors, by the ends of their names; empty: all linear ones.",
     )
 
     @model_validator(mode="after")
     def _lora_has_targets(self) -> "EncoderSection":
         if self.targets and self.method != "lora":
-            raise ValueError("targets are of LoRA factors; add method: lora.")
+            raise ValueError("targets are for LoRA factors; add method: lora.")
         return self
 
 
 class LoraSection(Section):
-    rank: int = Field(8, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
-    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
+    rank: int = Field(8, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
+    alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="The share of the LoRA's inputs dropped while training.")
     targets: list[str] = Field(
         [],
-        description="the language model's layers that get factors, by the ends of their names; empty: all linear ones",
+        description="The language model's layers that get factors, by the ends of their names; empty: all linear ones.",
     )
 
 
@@ -120,7 +123,7 @@ class InstructionTuningConfig(SamplingConfig):
     }
 
     pipeline: Literal["instruction_tuning"] = Field(
-        "instruction_tuning", description="the pipeline this configuration is for"
+        "instruction_tuning", description="The pipeline this configuration is for."
     )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -128,10 +131,9 @@ class InstructionTuningConfig(SamplingConfig):
     lora: LoraSection = Field(default_factory=LoraSection)
     components: dict[str, list[str]] = Field(
         {},
-        description="component → patterns of parameter names (whole segments; * and ? as in shells); empty: `encoder` "
-        "and `language`, by the model's architecture",
+        description="Component → patterns of its parameters' names, such as vision_tower; empty: by architecture.",
     )
-    frozen: list[str] = Field([], description="patterns of parameter names that stay as they are in any case")
+    frozen: list[str] = Field([], description="Patterns of the names of parameters that are never trained.")
     optimizer: InstructionTuningOptimizer = Field(default_factory=InstructionTuningOptimizer)
     train: InstructionTuningTrain = Field(default_factory=InstructionTuningTrain)
     samples: InstructionTuningSamples = Field(default_factory=InstructionTuningSamples)

@@ -11,7 +11,7 @@ from equipoise.pipelines.instruction_tuning.model import outline
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
-TOKENS = 512  # of a sequence, where data.max_tokens says nothing
+TOKENS = 512  # of a sequence, where data.max_tokens is empty
 _LOGITS = 3  # copies of the logits at the peak: they, their logarithms and their gradient
 
 
@@ -28,9 +28,9 @@ def estimate_memory(config: InstructionTuningConfig) -> MemoryEstimate | None:
     batch = config.train.batch
 
     def step(mask: bool) -> None:
-        heard = torch.zeros(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)
+        embeddings = torch.zeros(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)
         given = {"attention_mask": torch.zeros(batch, 1, length, length, dtype=dtype)} if mask else {}
-        decoder.train()(inputs_embeds=heard, use_cache=False, **given)
+        decoder.train()(inputs_embeds=embeddings, use_cache=False, **given)
 
     weights = list(tuned.model.parameters())
     for mask in (True, False):  # some read values to make a mask, some to place tokens by it

@@ -91,9 +91,9 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         "seconds": seconds,
     }
     work.save_result(facts)
-    said = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
+    scored = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
     asked = "1 held-out question" if len(answers) == 1 else f"{len(answers)} held-out questions"
-    found = f" On {asked}, {said} {after:.1%}; untuned {before:.1%}."
+    found = f" On {asked}, {scored} {after:.1%}; untuned {before:.1%}."
     return replace(outcome, message=outcome.message + found)
 
 
@@ -131,7 +131,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
         self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
         self.random = has_dropout(tuned.model)
-        self.hears = [m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")]
+        self.decoders = [
+            m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")
+        ]
         self.still = [
             module
             for name, module in tuned.plain.named_modules()
@@ -169,9 +171,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             self._moved = False
 
     def after_step(self, step: int) -> dict[str, float]:
-        seen = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
+        measured = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
         self.coordinator.stepped(self.components, step, self.config.train.steps)
-        return seen
+        return measured
 
     def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
         values, logged = super()._evaluate_all(step)
@@ -213,23 +215,23 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """With the norms of eq. 5, each a root mean square over the samples."""
         count = len(batch["input_ids"])
         media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
-        heard, ids = self._heard, batch["input_ids"]
+        embeddings, ids = self._embeddings, batch["input_ids"]
         placeholder = torch.isin(ids, torch.tensor(self._media_ids(), device=ids.device))
         text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
 
         def norm(tensors: Sequence[Tensor]) -> float:
             return sum(t.float().square().sum().item() for t in tensors) ** 0.5 / count**0.5
 
-        if heard is None or heard.shape[:2] != ids.shape:
+        if embeddings is None or embeddings.shape[:2] != ids.shape:
             return Prediction(logits, sample)
-        return Prediction(logits, sample, norm([heard[text]]), norm(media), norm([heard[placeholder]]))
+        return Prediction(logits, sample, norm([embeddings[text]]), norm(media), norm([embeddings[placeholder]]))
 
     def _media_ids(self) -> list[int]:
         config = self.tuned.plain.config
         names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
         return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
-    _heard: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
+    _embeddings: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits of the answers' tokens, what they should be, which sample each belongs to)."""
@@ -237,13 +239,13 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         mask = labels != IGNORED
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         hook = None
-        if self.hears:
+        if self.decoders:
 
-            def hear(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 given = kwargs.get("inputs_embeds")
-                self._heard = None if given is None else given.detach()
+                self._embeddings = None if given is None else given.detach()
 
-            hook = self.hears[0].register_forward_pre_hook(hear, with_kwargs=True)
+            hook = self.decoders[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with self.accelerator.autocast():
                 logits = self.model(**inputs, use_cache=False).logits[:, :-1]
@@ -330,7 +332,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             {
                 "media": [str(path) for path in a.example.media],
                 "question": without_marks(a.question),
-                "answer": a.said,
+                "answer": a.text,
                 "wanted": list(a.wanted),
                 "score": a.score,
             }
@@ -338,8 +340,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         ]
         write_atomic(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         judged = [a for a in answers if a.score is not None]
-        said = f", mean score {mean(judged):.3f}" if judged else ""
-        self.run.log(f"answered {len(answers)} questions at step {step}{said}")
+        scored = f", mean score {mean(judged):.3f}" if judged else ""
+        self.run.log(f"answered {len(answers)} questions at step {step}{scored}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
         chosen = self.config.optimizer
@@ -355,7 +357,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
 
 class FrozenOutputs:
-    """What frozen towers give for one batch, so that they run once, however often the rest of the model does."""
+    """The outputs of frozen towers for one batch, so that they run once, however often the rest of the model does."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules

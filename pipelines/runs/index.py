@@ -74,7 +74,7 @@ class Index:
         return [id for id, kind in self._with(look) if kind in kinds and id.startswith(wanted)]
 
     def at_work(self) -> list[str]:
-        """Ids of the runs and sweeps that were queued or running when they last said how they stand."""
+        """Ids of the runs and sweeps that were queued or running when they last reported their state."""
         asked = "SELECT id FROM runs WHERE state IN ('queued', 'running') AND kind <> 'cell'"
         return [id for (id,) in self._with(lambda db: db.execute(asked).fetchall())]
 
@@ -131,7 +131,7 @@ class Index:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        # mode=rw: a table is only ever created whole, by _build
+        # mode=rw: a table is only ever created in full, by _build
         with closing(
             sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=rw", uri=True, timeout=10, isolation_level=None)
         ) as db:
@@ -182,7 +182,7 @@ def scan(folder: Path) -> list[Status]:
 
 
 def look(folder: Path, id: str) -> Status:
-    """How a run stands, also where its status cannot be read; its place gives it its id."""
+    """How a run stands, also where its status cannot be read; its folder gives it its id."""
     try:
         return replace(statuses.read(folder), id=id)
     except InputError as error:

@@ -24,64 +24,77 @@ from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
 class ModelSection(Section):
     path: BasePath = Field(
-        "demo", description="a base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion"
+        "demo",
+        description="The base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion.",
     )
-    revision: Revision | None = Field(None, description="the hub revision (branch, tag or commit)")
-    variant: Revision | None = Field(None, description="the weights' variant, such as fp16")
+    revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
+    variant: Revision | None = Field(None, description="The variant of the weights, such as fp16.")
     quantize: Literal["int8", "nf4"] | None = Field(
-        None, description="the frozen denoiser in 8 bits (needs torchao) or 4 bits (bitsandbytes and a CUDA device)"
+        None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes and CUDA)."
     )
 
 
 class DataSection(Section):
     folder: DataPath = Field(
         "demo",
-        description="pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object",
+        description="Pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object.",
     )
     instance_prompt: str | None = Field(
-        None, description="one caption for all pictures; captions in the folder are then not read"
+        None, description="One caption for all pictures; the folder's captions are then not read."
     )
     resolution: int = Field(
-        512, ge=16, le=4096, multiple_of=8, description="pixels, the side of the square that pictures are cut to"
+        512, ge=16, le=4096, multiple_of=8, description="The side, in pixels, of the square that pictures are cut to."
     )
-    crop: Literal["center", "random"] = Field("center", description="random keeps four different cuts of every picture")
-    flip: bool = Field(False, description="mirror half of the pictures, left to right")
+    crop: Literal["center", "random"] = Field(
+        "center", description="Where pictures are cut; random keeps four different cuts of each."
+    )
+    flip: bool = Field(False, description="Mirrors half of the pictures, left to right.")
     buckets: bool = Field(
-        False, description="cut pictures to the nearest of several shapes of one area, not to the square; one a batch"
+        False,
+        description="Cuts pictures to the nearest of several shapes of one area; each batch has one shape.",
     )
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] | None = Field(
-        None, description="pixels, what the buckets' sides are multiples of; empty: 64, or an eighth of the resolution"
+        None,
+        description="The pixels that a bucket's sides are multiples of; empty: 64, or an eighth of the resolution.",
     )
-    bucket_limit: float = Field(2.0, ge=1, le=8, description="longer side of a bucket by the shorter, at most")
+    bucket_limit: float = Field(
+        2.0, ge=1, le=8, description="The largest ratio of a bucket's longer side to its shorter one."
+    )
     repeats: dict[str, Annotated[int, Field(ge=1, le=100_000)]] = Field(
         {},
-        description="folder in data.folder → times its pictures come in an epoch; a name such as 10_vase says it too",
+        description="Folder in data.folder → times its pictures come in an epoch; a folder's name, 10_vase, works too.",
     )
     caption_dropout: float = Field(
-        0.0, ge=0, le=1, description="share of the captions left empty in training, for classifier-free guidance"
+        0.0, ge=0, le=1, description="The share of captions left empty in training, for classifier-free guidance."
     )
-    shuffle_tags: bool = Field(False, description="what stands between a caption's commas changes places at each step")
-    keep_tags: int = Field(0, ge=0, le=1000, description="with shuffle_tags: the first tags that stay where they are")
+    shuffle_tags: bool = Field(False, description="Shuffles a caption's tags, which commas separate, at each step.")
+    keep_tags: int = Field(
+        0, ge=0, le=1000, description="The number of first tags that shuffle_tags leaves where they are."
+    )
 
 
 class PriorSection(Section):
     prompt: str | None = Field(
-        None, description="what the subject is one of, such as a photo of a vase: learnt beside it, so that it is kept"
+        None,
+        description="A prompt for the subject's class, such as a photo of a vase, trained on too so that it is kept.",
     )
     folder: LocalPath | None = Field(
-        None, description="pictures of that class; empty: the untouched base draws them, once"
+        None, description="A folder of pictures of that class; empty: the untouched base draws them, once."
     )
-    count: int = Field(100, ge=1, le=100_000, description="class pictures that the base draws")
-    weight: float = Field(1.0, ge=0, le=100, description="of the class pictures' loss beside the subject's")
+    count: int = Field(100, ge=1, le=100_000, description="The number of class pictures that the base draws.")
+    weight: float = Field(1.0, ge=0, le=100, description="The weight of the class pictures' loss beside the subject's.")
 
 
 class TokenSection(Section):
     name: str | None = Field(
-        None, description="a new word for the subject, such as <vase>, which captions use and whose meaning is learnt"
+        None,
+        description="A new word for the subject, such as <vase>, which captions use and whose vectors are trained.",
     )
-    start: str = Field("object", description="what the new word means at first")
-    vectors: int = Field(1, ge=1, le=64, description="of the new word; more hold more, and take more of a prompt")
-    learning_rate: Rate = Field(5e-4, description="of the new word's vectors")
+    start: str = Field("object", description="A known word whose meaning the new word starts from.")
+    vectors: int = Field(
+        1, ge=1, le=64, description="The number of the new word's vectors; more hold more, and take more of a prompt."
+    )
+    learning_rate: Rate = Field(5e-4, description="The learning rate of the new word's vectors.")
 
     @field_validator("name")
     @classmethod
@@ -92,23 +105,26 @@ class TokenSection(Section):
 
 
 class LoraSection(Section):
-    rank: int = Field(4, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
-    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
+    rank: int = Field(4, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
+    alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
     ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
-        {}, description="layers' own ranks: a pattern in their names → rank, such as {up_blocks.1: 16}; the first fits"
+        {}, description="Pattern in layers' names → their rank, such as {up_blocks.1: 16}; the first that fits counts."
     )
-    rslora: bool = Field(False, description="scale by alpha / √rank instead: a higher rank then learns as fast")
-    dora: bool = Field(False, description="learn each output's size apart from its direction (DoRA); slower")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
+    rslora: bool = Field(False, description="Scales by alpha / √rank instead: a higher rank then learns as fast.")
+    dora: bool = Field(False, description="Trains each output's size apart from its direction (DoRA), which is slower.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="The share of the LoRA's inputs dropped while training.")
     targets: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="the denoiser's layers that get factors, by their names' ends; empty: its family's attention"
+        None,
+        description="The denoiser's layers that get factors, by the ends of their names; empty: the family's own.",
     )
     start: LocalPath | None = Field(
-        None, description="a LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty starts afresh"
+        None, description="A LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty: new factors."
     )
-    text_encoder: bool = Field(False, description="tune the text encoder too")
+    text_encoder: bool = Field(False, description="Trains LoRA factors on the text encoder too.")
     text_encoder_targets: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1, description="text-encoder layers that get factors"
+        ["q_proj", "k_proj", "v_proj", "out_proj"],
+        min_length=1,
+        description="The text encoder's layers that get factors, by the ends of their names.",
     )
 
 
@@ -156,12 +172,11 @@ class TextToImageSamples(SamplesSection):
 class JudgesSection(Section):
     clip: ModelPath | None = Field(
         None,
-        description="a CLIP model (folder or hub id) that scores a comparison's pictures: how well they fit their "
-        "prompts, and how like the training pictures they are",
+        description="A CLIP model that scores how pictures fit their prompts and resemble the training pictures.",
     )
     dino: ModelPath | None = Field(
         None,
-        description="a DINO model (folder or hub id), such as facebook/dinov2-small: likeness to the training pictures",
+        description="A DINO model, such as facebook/dinov2-small, that scores the likeness to the training pictures.",
     )
 
 
@@ -174,7 +189,7 @@ class TextToImageConfig(SamplingConfig):
         **SamplingConfig.SHORT,
     }
 
-    pipeline: Literal["text_to_image"] = Field("text_to_image", description="the pipeline this configuration is for")
+    pipeline: Literal["text_to_image"] = Field("text_to_image", description="The pipeline this configuration is for.")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     prior: PriorSection = Field(default_factory=PriorSection)

@@ -26,7 +26,7 @@ def unread(config: TextToImageConfig, kind: Family) -> list[str]:
         found.append(
             f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."
         )
-    if config.token.name and not kind.words:
+    if config.token.name and not kind.loads_textual_inversion:
         found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
     if config.samples.negative and not kind.negative:
         found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")

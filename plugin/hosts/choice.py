@@ -42,21 +42,21 @@ class Choice(NamedTuple):
         """Report the options in force on an optimizer of the class called `kind`, and what pairs were found."""
         options = {key: optimizer.param_groups[0][key] for key in self.defaults}
         shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
-        say(f"{self.method} ({shown}) on {kind}. {found}")
+        report(f"{self.method} ({shown}) on {kind}. {found}")
 
     def take_place(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What `cls` is made with where the program would have made a `kind` with `given`; says what that loses."""
+        """What `cls` is made with where the program would have made a `kind` with `given`; reports what that loses."""
         known = inspect.signature(self.cls).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         kept = {key: value for key, value in given.items() if takes_all or key in known}
         rate = f", lr {float(given['lr']):g}" if "lr" in given else ""
-        say(f"{self.name} takes {kind}'s place{rate} ({self.words}).")
+        report(f"{self.name} takes {kind}'s place{rate} ({self.words}).")
         if lost := [f"{key}={value!r}" for key, value in given.items() if key not in kept]:
-            say(f"warning: {self.name} does not have {', '.join(lost)}, which the program sets.")
+            report(f"warning: {self.name} does not have {', '.join(lost)}, which the program sets.")
         return {**kept, **self.options}
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     tell(f"equipoise: {text}")
 
 

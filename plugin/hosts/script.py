@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(script: str) -> None:
-    """Run a file as Python does: `runpy.run_path` leaves its path relative, or makes `sys.argv[0]` whole as well."""
+    """Run a file as Python does: `runpy.run_path` leaves its path relative, or makes `sys.argv[0]` absolute as well."""
     file = os.path.join(os.getcwd(), script)
     if get_importer(file) or file.endswith(".pyc"):
         runpy.run_path(file, run_name="__main__")

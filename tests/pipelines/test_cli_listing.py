@@ -87,7 +87,7 @@ def test_help_names_every_command_and_its_module_exists(capsys):
         assert f"  {entry.name} " in shown and f"  {text}\n" in shown
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"equipoise {__version__}\n"

@@ -292,7 +292,7 @@ def test_manifests(here, content):
     with harmless(here):
         manifest = read_manifest(data, here / "m.csv")
         if not manifest.problems:
-            manifest.leave_out(features.Store(data, None).prepare(manifest.clips))
+            manifest.leave_out(features.FeatureStore(data, None).prepare(manifest.clips))
             settle(manifest, skip_bad=False)
     assert manifest.clips or manifest.sentences()
 

@@ -85,7 +85,7 @@ def test_names_come_in_order_and_kwargs_lead_to_the_base():
         ("shared", "a whole number", 1, "", "The subclass's words."),
     ],
 )
-def test_each_option(name, type_, default, bounds, help_):
+def test_an_option_has_type_default_bounds_and_help(name, type_, default, bounds, help_):
     option = BY_NAME[name]
     assert (option.type, option.default, str(option.bounds or ""), option.help) == (type_, default, bounds, help_)
     assert option.required == (name == "rate")
@@ -171,7 +171,7 @@ def test_all_problems_at_once():
         ("-1 <= x <= 1", [-1, 1], [-1.1, 1.1]),
     ],
 )
-def test_bounds(text, inside, outside):
+def test_bounds_contain_what_they_say(text, inside, outside):
     bounds = Bounds.parse(text)
     assert bounds and all(map(bounds.contain, inside)) and not any(map(bounds.contain, outside))
 

@@ -1,4 +1,4 @@
-"""Discovery: what is listed, what is loaded, and what is said about plugins that cannot be used."""
+"""Discovery: what is listed, what is loaded, and what is reported about plugins that cannot be used."""
 
 import subprocess
 import sys
@@ -252,7 +252,7 @@ def test_constant_leaves_every_rate_and_has_no_state():
         Coordinator().factors(["encoder"])
 
 
-def test_looked_up_once(distribution):
+def test_nothing_is_read_again_within_looked_up_once(distribution):
     """Within the block nothing is read again; after it, what came meanwhile is there."""
     with registry.looked_up_once():
         before = registry.entries()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"  # what comes with Equipoise
 
-NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in nothing but noise where the noise is what is learnt
+NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in pure noise where the noise is what is predicted
     "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
     "the last step of such a schedule there is nothing else to see."
 )
@@ -32,21 +32,21 @@ class Family(ABC):
     tuned_encoders: ClassVar[tuple[str, ...]] = ()  # those that diffusers' LoRA loader knows
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a checkpoint may be without
     left_out: ClassVar[tuple[str, ...]] = ()  # components of the pipeline class that nobody needs here
-    targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors unless told
+    targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors by default
     shape: ClassVar[tuple[str, ...]] = ()  # keys of the denoiser's config that other apps' names depend on
 
     noise: ClassVar[Literal["diffusion", "flow"]]  # how it is added: see `families.noise`
-    times: ClassVar[str] = "uniform"  # flow: how they are drawn unless told, as diffusers' script does
+    times: ClassVar[str] = "uniform"  # flow: how they are drawn by default, as diffusers' script does
     preconditioned: ClassVar[bool] = False  # flow: the loss is of the picture that is predicted, not of the velocity
     mean_latents: ClassVar[bool] = False  # trained on the autoencoder's means, not on draws from what it gives
-    distilled: ClassVar[bool] = False  # may be told the guidance in place of being guided
+    distilled: ClassVar[bool] = False  # takes the guidance as an input, in place of being guided
     negative: ClassVar[bool] = True  # reads negative prompts
-    words: ClassVar[bool] = False  # diffusers loads textual inversions for it, into the tuned encoders
+    loads_textual_inversion: ClassVar[bool] = False  # diffusers does for it, into the tuned encoders
 
     network: ClassVar[str] = "networks.lora"  # the module of kohya's scripts that reads such a file
     patch: ClassVar[int] = 1  # cells of the latents to a side of one token
     native: ClassVar[int | None] = None  # pixels, where the denoiser's config does not say
-    guidance: ClassVar[float] = 7.0  # for samples, unless told
+    guidance: ClassVar[float] = 7.0  # for samples, by default
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class Family(ABC):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 3.5,
     ) -> "Tensor":
         """The denoiser's answer, of the shape of `noisy`.
@@ -73,9 +73,9 @@ class Family(ABC):
             noisy: (batch, channels, height, width), of the denoiser's dtype.
             times: (batch,) timesteps.
             embedded: from `embed`.
-            places: (batch, 6) pixels: height and width of the picture before it was cut, top and left of the cut, and
+            crops: (batch, 6) pixels: height and width of the picture before it was cut, top and left of the cut, and
                 height and width of the cut.
-            guidance: what a distilled model is told.
+            guidance: the input of a distilled model.
         """
 
     def draw(
@@ -113,7 +113,7 @@ class Family(ABC):
         return set()
 
     def fused(self, part: str, module: str, shape: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
-        """Where kohya's layer of that name is several of ours, one below the other: this one's place among them, and
+        """Where kohya's layer of that name is several of ours, one below the other: this one's index among them, and
         the rows of each."""
         return None
 
@@ -128,8 +128,12 @@ class Family(ABC):
         return False
 
     @abstractmethod
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
-        """What kohya's scripts and Stability's ModelSpec call the base."""
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
+        """What kohya's scripts and Stability's ModelSpec call the base, by what its denoiser predicts."""
+
+    def is_kohyas_v2(self, shape: Mapping[str, Any]) -> bool:
+        """Whether the base is a Stable Diffusion 2.x; kohya's files tell it from 1.x by that."""
+        return False
 
 
 def family(pipeline: str) -> Family:

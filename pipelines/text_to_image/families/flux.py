@@ -91,7 +91,7 @@ class Flux(TransformerFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 3.5,
     ) -> "Tensor":
         from diffusers import FluxPipeline
@@ -146,5 +146,5 @@ class Flux(TransformerFamily):
     def swapped(self, part: str, module: str, shape: Mapping[str, Any]) -> bool:
         return module == "norm_out.linear"
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "flux1", "flux-1-dev" if shape["guidance_embeds"] else "flux-1-schnell"

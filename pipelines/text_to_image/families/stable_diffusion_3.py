@@ -92,7 +92,7 @@ class StableDiffusion3(TransformerFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 0,
     ) -> "Tensor":
         return denoiser(noisy, timestep=times, **embedded).sample
@@ -110,5 +110,5 @@ class StableDiffusion3(TransformerFamily):
         last = shape.get("num_layers", 0) - 1  # whose words are not answered
         return module in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "sd3", "stable-diffusion-3"

@@ -58,7 +58,7 @@ class ZImage(TransformerFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 0,
     ) -> "Tensor":
         import torch
@@ -110,5 +110,5 @@ class ZImage(TransformerFamily):
         row = _ROWS.get(module.rsplit(".", 1)[-1])
         return None if part != self.denoiser or row is None else (row, (shape["dim"],) * 3)
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "zimage", "z-image"

@@ -49,7 +49,7 @@ class ProductBound:
             shapes = batches.setdefault((A.shape[0], dtype, A.device), {})
             shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
         self._batches = [
-            _Batch(self, room, portion)
+            _PairBatch(self, room, portion)
             for key, shapes in batches.items()
             for room, portion in portions(6, *key, list(shapes.values()))
         ]
@@ -89,7 +89,7 @@ class ProductBound:
                 batch.shrink(trust)
 
 
-class _Batch:
+class _PairBatch:
     """Pairs of one rank, dtype and device: their Gram matrices lie together, and c is found for all of them at once.
 
     Args:
@@ -119,7 +119,7 @@ class _Batch:
         buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
         self.parts = [
-            (_Single if alone else _Stack)(bound, indices, part, *buffers)
+            (_Single if alone else _PairStack)(bound, indices, part, *buffers)
             for (alone, indices), part in zip(chunks, grams, strict=True)
         ]
 
@@ -138,7 +138,7 @@ class _Batch:
             start = end
 
 
-class _Stack:
+class _PairStack:
     """Pairs of one shape, copied together: for factors so small that a call for each would cost more."""
 
     def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, before: Tensor, change: Tensor):

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from equipoise.errors import InputError, PairingError
 from equipoise.lora.frozen import weight_norms
 from equipoise.lora.pairs import REPLACED, PairReport, find_pairs
-from equipoise.optimizers.parts.checks import check_not_negative, is_number, place
+from equipoise.optimizers.parts.checks import check_not_negative, group_label, is_number
 from equipoise.optimizers.parts.fused_adamw import match_layout
 from equipoise.optimizers.parts.preconditioner import Preconditioner, Side
 from equipoise.optimizers.parts.product_bound import ProductBound
-from equipoise.optimizers.parts.sharded import Whole
+from equipoise.optimizers.parts.sharded import FullFactors
 
 _CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
 # Entries of param_groups in which a base counts its own steps (Prodigy, schedule-free, apex): two passes count double.
@@ -53,8 +53,8 @@ class StepHook:
         self._scales = scales
         self._matrices = False  # whether the optimizer was made for any
         self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
-        self._whole = Whole([])
-        self._sides: list[Side] = []  # of whole factors
+        self._factors = FullFactors([])
+        self._sides: list[Side] = []  # of full factors
         self._options: list[tuple[float, str, str]] = []
         self._early = Preconditioner([])  # what is scaled from the old factors
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
@@ -106,9 +106,9 @@ class StepHook:
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not is_nested(optimizer):
             if self._bound is not None:
-                self._whole.gather()
+                self._factors.gather()
                 self._bound.shrink(self._trust(optimizer))
-                self._whole.cut()
+                self._factors.scatter()
                 self._shrink_beside(optimizer, self._bound)
             _restore(self._hidden)
 
@@ -125,10 +125,10 @@ class StepHook:
         if not self._params:
             self._params, self._options, self._bound = params, [], None
             group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            whole = self._whole = Whole(factor for p in self.found for factor in (p.A, p.B))
-            of = whole.of
-            self._sides = [Side(of(p.A), of(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
-            self._sides += [Side(of(p.B), of(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
+            self._factors = FullFactors(factor for p in self.found for factor in (p.A, p.B))
+            full = self._factors.full
+            self._sides = [Side(full(p.A), full(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
+            self._sides += [Side(full(p.B), full(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
         return self.found
 
     @property
@@ -147,7 +147,7 @@ class StepHook:
         if self._bound is None or asked != self._asked or not self._bound.current:
             check_options(optimizer)
             self._bound, self._asked = self._make_bound(optimizer, asked), asked
-        self._whole.gather()
+        self._factors.gather()
         self._bound.remember()
         self._beside = {key: z.clone() for key, z in _beside(optimizer, self._bound).items()}
 
@@ -171,14 +171,14 @@ class StepHook:
         for pair, norm in zip(self.found, self.norms, strict=True):
             indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
             if kind := tuple(sorted({i for i in indices if asked[i] is not None})):
-                pairs.append((self._whole.of(pair.A), self._whole.of(pair.B)))
+                pairs.append((self._factors.full(pair.A), self._factors.full(pair.B)))
                 norms.append(norm)
                 kinds.append(kind)
                 self._bounded.append(pair.name)
-        if self._whole and any("train_mode" in group for group in optimizer.param_groups):
+        if self._factors and any("train_mode" in group for group in optimizer.param_groups):
             raise InputError(
                 f"{type(optimizer).__name__}: the option trust cannot bound a schedule-free step of factors that FSDP2 "
-                "spreads over processes. Leave trust out, or take another base."
+                "shards over processes. Leave trust out, or take another base."
             )
         self._kinds = list(dict.fromkeys(kinds))
         return ProductBound(pairs, norms, [self._kinds.index(kind) for kind in kinds])
@@ -210,17 +210,17 @@ class StepHook:
         self._scale(self._early, options)
 
     def _scale(self, sides: Preconditioner, options: list[tuple[float, str]]) -> None:
-        self._whole.gather()
-        self._whole.gather_grads()
+        self._factors.gather()
+        self._factors.gather_grads()
         sides.scale(options)
-        self._whole.cut_grads()
+        self._factors.scatter_grads()
 
     def _two_passes(self, optimizer: Any) -> None:
         """The base's own step for everything but the late Bs, then for these alone."""
         step = type(optimizer).step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
         self._scale_early(optimizer)
-        late = {id(self._whole.spread(side.param)) for side in self._late.sides}
+        late = {id(self._factors.sharded(side.param)) for side in self._late.sides}
         counts = _counts(optimizer)
         for second in (False, True):
             if second:
@@ -242,7 +242,7 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
     """
     for index, group in enumerate(optimizer.param_groups):
         options = {**(given or {}), **group}
-        where = place(optimizer, index)
+        where = group_label(optimizer, index)
         trust = options.get("trust")
         if trust is not None and not (is_number(trust) and trust > 0):
             raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
@@ -259,8 +259,8 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
 
 def _refuse_two_passes(optimizer: Any, group: int, counter: str) -> NoReturn:
     raise InputError(
-        f"{place(optimizer, group)}: order 'sequential' steps the base optimizer twice, but this one counts its steps "
-        f"in {counter!r} for the whole group. Use order='simultaneous'."
+        f"{group_label(optimizer, group)}: order 'sequential' steps the base optimizer twice, but this one counts its "
+        f"steps in {counter!r} for the whole group. Use order='simultaneous'."
     )
 
 

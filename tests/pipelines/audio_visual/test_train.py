@@ -175,7 +175,7 @@ def test_heads_that_learn_beside_leave_the_encoders_alone(tiny, monkeypatch):
         ["data.visual.frames=3"],
     ],
 )
-def test_other_ways_to_train(words, tiny):
+def test_every_way_to_train_ends_with_finite_weights(words, tiny):
     run, outcome = train(*tiny, *words, "learning_rate=1e-3")
     assert outcome.state == "done" and all(torch.isfinite(w.float()).all() for w in weights(run).values())
 

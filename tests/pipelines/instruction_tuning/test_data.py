@@ -136,7 +136,7 @@ def test_files_that_are_none(folder, name, text, sentence):
     assert sentence in "\n".join(read_examples(folder / name, None)[1])
 
 
-def test_sounds(folder):
+def test_sounds_are_resampled_and_bad_ones_listed(folder):
     import soundfile
 
     time = np.arange(8000) / 8000

@@ -166,7 +166,7 @@ def test_a_sound_longer_than_the_window_is_refused(talk, sounds):
     soundfile.write(sounds.with_name("0.wav"), np.zeros(5 * 8000) + 0.1, 8000)
     long, right = read_examples(sounds, None)[0][:2]
     (problem,) = talk("qwen2_audio").problems(long)
-    assert problem.endswith("0.wav lasts 5.0 s, and qwen2_audio hears only the first 1. Cut it into pieces.")
+    assert problem.endswith("0.wav lasts 5.0 s, and qwen2_audio takes only the first 1. Cut it into pieces.")
     assert talk("qwen2_audio").problems(right) == []
 
 

@@ -497,7 +497,7 @@ def test_what_is_not_multimodal_in_its_parts():
         adapt(model, settings)
 
 
-def test_spoken_digits(short, tmp_path):
+def test_real_recordings_of_digits_are_learnt(short, tmp_path):
     """Real recordings, where they are at hand."""
     folder = Path(__file__).parents[4] / "shared" / "data" / "fsdd" / "recordings"
     if not folder.is_dir():

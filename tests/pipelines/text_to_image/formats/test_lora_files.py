@@ -95,7 +95,7 @@ def test_original_names_are_those_that_diffusers_converts(options):
     }
 
 
-def test_names():
+def test_layers_have_the_names_of_kohya_and_comfyui():
     shape = {
         "family": "StableDiffusionPipeline",
         "layers_per_block": 2,
