@@ -13,7 +13,6 @@ KNOWN = {
     ("pipelines/reproduce/mimo.py", "reproduce"),
     ("pipelines/text_to_image/compare.py", "compare"),
     ("pipelines/text_to_image/formats/lora_files.py", "read_lora"),
-    ("pipelines/training/loop.py", "train_loop"),
     ("plugin/hosts/coordination.py", "coordinated"),
 }
 

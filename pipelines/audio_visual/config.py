@@ -154,11 +154,13 @@ class AudioVisualTrain(TrainSection):
     steps: Steps = 1000
     batch: int = Field(64, ge=2, description="Clips of each process in a forward pass; 2 at least.")
     clip: Clip = 0.0
-    validate_every: int = Field(100, ge=1, description="steps between validations")
-    patience: int = Field(0, ge=0, description="validations without a better joint loss before training ends; 0: never")
-    keep: Literal["best", "last"] = Field("best", description="which weights are the result: by joint validation loss")
+    validate_every: int = Field(100, ge=1, description="The steps between validations.")
+    patience: int = Field(0, ge=0, description="Ends after so many validations without a better joint loss; 0: never.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="The weights of the result: the best by validation loss, or the last."
+    )
     baselines: list[str] = Field(
-        [], description="objectives trained beside with the same data, seed and steps, for comparison"
+        [], description="Objectives that are trained too, with the same data, seed and steps, for comparison."
     )
 
 

@@ -22,7 +22,7 @@ class SkipBad(argparse.Action):
 
     @property
     def help(self) -> str:
-        return f"leave out the data that cannot be used, and say which ({KEY}; pipelines that can: {_able()})"
+        return f"Leave out the data that cannot be used, and say which ({KEY}; pipelines that can: {_able()})."
 
     @help.setter
     def help(self, given: str | None) -> None: ...

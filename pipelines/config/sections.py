@@ -56,14 +56,16 @@ class OptimizerSection(PluginSection):
 
 
 class ScheduleSection(Section):
-    name: Schedule = Field("constant", description="how the learning rate changes over the steps")
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    name: Schedule = Field("constant", description="How the learning rate changes over the steps.")
+    warmup: int = Field(0, ge=0, description="The steps of linear warm-up from 0.")
     cycles: float = Field(
-        1, gt=0, description="cosine: half waves, 1 falls to 0 once; cosine_with_restarts: falls to 0, a whole number"
+        1,
+        gt=0,
+        description="For cosine: half waves, 1 falls to 0 once; for cosine_with_restarts: the falls to 0.",
     )
-    power: float = Field(1.0, gt=0, description="polynomial: the exponent; the rate falls to 0")
+    power: float = Field(1.0, gt=0, description="For polynomial: the exponent of the fall to 0.")
     rules: str | None = Field(
-        None, description="piecewise_constant: such as 1:100,0.1:200,0.01 (factor:until step, …, last factor)"
+        None, description="For piecewise_constant: factor:until step, …, last factor, such as 1:100,0.1:200,0.01."
     )
 
     @field_validator(*READ_BY)
@@ -107,19 +109,19 @@ class ObjectiveSection(PluginSection):
     KIND = "objectives"
 
     name: str = Field(
-        "joint", description="what turns the losses into gradients; `equipoise list objectives` shows all"
+        "joint", description="What turns the losses into gradients; `equipoise list objectives` shows all."
     )
 
 
 class CoordinatorSection(PluginSection):
     KIND = "coordinators"
 
-    name: str = Field("constant", description="what balances the parts' rates; `equipoise list coordinators` shows all")
+    name: str = Field("constant", description="What balances learning rates; `equipoise list coordinators` shows all.")
 
 
 class CheckpointSection(Section):
-    every: int = Field(250, ge=0, description="steps between checkpoints; 0 keeps none but the one at a stop")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+    every: int = Field(250, ge=0, description="The steps between checkpoints; 0 keeps none but the one at a stop.")
+    keep: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
 
 
 class TrainSection(Section):

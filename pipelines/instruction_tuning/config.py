@@ -87,9 +87,9 @@ class InstructionTuningOptimizer(OptimizerSection):
     learning_rate: LearningRate = Field(
         1e-4, description="The learning rate, per step, of every component without a rate of its own."
     )
-    rates: dict[str, Rate] = Field({}, description="component → its own learning rate, such as {encoder: 1e-5}")
+    rates: dict[str, Rate] = Field({}, description="Component → its own learning rate, such as {encoder: 1e-5}.")
     weight_decays: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description="component → its own weight decay, for optimizers that have one"
+        {}, description="Component → its own weight decay, for optimizers that have one."
     )
 
 
@@ -102,15 +102,15 @@ class InstructionTuningTrain(TrainSection):
 
 class InstructionTuningSamples(SamplesSection):
     prompts: list[str] = Field(
-        [], description="questions to ask of the held-out media, in place of their own; their answers are not judged"
+        [], description="Questions to ask of the held-out media in place of their own; the answers are not judged."
     )
-    count: int = Field(200, ge=1, description="held-out questions that are answered and judged at the end")
-    shown: int = Field(8, ge=1, description="answers written out at each sampling")
-    max_new_tokens: int = Field(32, ge=1, le=4096, description="of an answer")
+    count: int = Field(200, ge=1, description="The held-out questions that are answered and judged at the end.")
+    shown: int = Field(8, ge=1, description="The answers that are written out at each sampling.")
+    max_new_tokens: int = Field(32, ge=1, le=4096, description="The most tokens of an answer.")
     metric: Literal["exact", "vqa", "rouge_l"] = Field(
-        "exact", description="how answers are judged: the same words, VQA accuracy over several answers, or ROUGE-L"
+        "exact", description="How answers are judged: the same words, VQA accuracy over several answers, or ROUGE-L."
     )
-    batch: int = Field(32, ge=1, description="questions answered at a time")
+    batch: int = Field(32, ge=1, description="The questions that are answered at a time.")
 
 
 class InstructionTuningConfig(SamplingConfig):

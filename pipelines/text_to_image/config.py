@@ -131,42 +131,44 @@ class LoraSection(Section):
 class TextToImageOptimizer(OptimizerSection):
     name: OptimizerName = "scaled_adamw"
     text_encoder_learning_rate: Rate | None = Field(
-        None, description="of the text encoder's factors; empty means learning_rate"
+        None, description="The learning rate of the text encoder's factors; empty: learning_rate."
     )
     rates: dict[str, Rate] = Field(
         {},
-        description="a pattern in layers' names → their learning rate, such as {mid_block: 1e-5}; first fits",
+        description="A pattern in layers' names → their learning rate, such as {mid_block: 1e-5}; the first counts.",
     )
 
 
 class TextToImageTrain(TrainSection):
     batch: Batch = Field(4, description="Pictures of each process in a forward pass.")
     ema: float = Field(
-        0.0, ge=0, lt=1, description="samples and result are of the weights' moving average with this decay; 0 is none"
+        0.0,
+        ge=0,
+        lt=1,
+        description="Samples and result are of the moving average with this decay; 0: of the weights.",
     )
     give_up: float = Field(
         4.0,
         ge=0,
-        description="diverged: a mean loss over 20 steps that is this many times the untouched base's; 0: never",
+        description="A run has diverged at a mean loss over 20 steps of so many times the untouched base's; 0: never.",
     )
     gradient_checkpointing: GradientCheckpointing = False
     compile: bool = Field(
         False,
-        description="faster steps by torch.compile; the first of each shape takes minutes, for all runs of "
-        "a process once",
+        description="Makes steps faster by torch.compile; the first of each shape takes minutes, once in a process.",
     )
 
 
 class TextToImageSamples(SamplesSection):
-    negative: str = Field("", description="negative prompt")
-    count: int = Field(1, ge=1, le=64, description="pictures per prompt, each from its own fixed noise")
-    seed: int = Field(0, ge=0, description="of the noise: equal seeds give equal noise in every run")
-    steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+    negative: str = Field("", description="The negative prompt.")
+    count: int = Field(1, ge=1, le=64, description="The pictures of each prompt, each from its own fixed noise.")
+    seed: int = Field(0, ge=0, description="The seed of the noise: equal seeds give equal noise in every run.")
+    steps: int = Field(50, ge=1, le=1000, description="The denoising steps.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="classifier-free guidance scale; empty: what is usual for the family"
+        None, description="The scale of classifier-free guidance; empty: what is usual for the family."
     )
-    scale: float = Field(1.0, ge=0, description="of the LoRA when generating (fusion coefficient)")
-    batch: int = Field(8, ge=1, description="pictures generated at a time")
+    scale: float = Field(1.0, ge=0, description="The strength of the LoRA when generating (fusion coefficient).")
+    batch: int = Field(8, ge=1, description="The pictures that are generated at a time.")
 
 
 class JudgesSection(Section):

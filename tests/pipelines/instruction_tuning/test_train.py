@@ -21,10 +21,10 @@ from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, ModelSection
 from equipoise.pipelines.instruction_tuning.data import Turn
 from equipoise.pipelines.instruction_tuning.examples import load_examples
-from equipoise.pipelines.instruction_tuning.media import sound_seconds
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor, old_names
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
+from equipoise.pipelines.media.sounds import seconds as sound_seconds
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.training.state import make_accelerator
