@@ -54,8 +54,8 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Of the clips' names, classes and splits: what decides which batches there are."""
-        told = [(clip.name, clip.label, clip.split) for clip in self.clips]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        listed = [(clip.name, clip.label, clip.split) for clip in self.clips]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def sentences(self) -> list[str]:
         """Everything that is wrong, in the order of the lines."""

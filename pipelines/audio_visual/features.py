@@ -59,19 +59,19 @@ def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list
     found: Features = {}
     lengths: dict[str, float] = {}
 
-    def hear(path: Path) -> None:
+    def add_sound(path: Path) -> None:
         samples, rate = read_audio(path)
         lengths["sound"] = len(samples) / rate
         found["audio"] = spectrogram(samples, rate, data.audio)
 
-    def see(path: Path) -> None:
+    def add_pictures(path: Path) -> None:
         if clip.frames:
             found["visual"] = read_frames(path, data.visual.frames, data.visual.size)
         else:
             found["visual"], lengths["video"] = read_video(path, data.visual.frames, data.visual.size)
 
     wrong = []
-    for reader, path in _media(clip, data, {"audio": hear, "visual": see}):
+    for reader, path in _media(clip, data, {"audio": add_sound, "visual": add_pictures}):
         if path is None or not os.path.exists(path):
             continue
         try:

@@ -34,7 +34,7 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import EnoughError, train_loop
+from equipoise.pipelines.training.loop import EarlyStopError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
@@ -107,7 +107,7 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
         state = "diverged"
         run.log(f"{name}: {error} at step {step + 1}")
         work.rewind()
-    except EnoughError as error:
+    except EarlyStopError as error:
         run.log(f"{name}: {error}")
     work.settle()
     found = work.test()
@@ -175,7 +175,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     def step(self, step: int) -> dict[str, float]:
         patience = self.config.train.patience
         if patience and self.waited >= patience:
-            raise EnoughError(f"no better joint validation loss in {patience} validations")
+            raise EarlyStopError(f"no better joint validation loss in {patience} validations")
         self.loading = 0.0
         values = super().step(step)
         values |= {"balancing": self.balancing, "loading": self.loading}

@@ -72,9 +72,9 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
         try:
             return command(args)
         finally:
-            with suppress(RuntimeError):  # who does not hear it has ended
-                processes.begin("")  # heard only where nothing has begun
-    if not (folder := processes.hear()):
+            with suppress(RuntimeError):  # a process that has ended receives nothing
+                processes.begin("")  # only where nothing has begun
+    if not (folder := processes.receive()):
         return 0
     found = Run(folder)
     where = environment.working_folder(found.folder / "environment.json")

@@ -216,8 +216,8 @@ class Talk:
             nested = self.model_type in _NESTED
             given["images"] = pictures if nested else [picture for some in pictures for picture in some]
         elif kind == "audio":
-            hear = partial(open_sound, rate=self.rate)
-            given["audio"] = [_opened(hear, e, p) for e, some in zip(examples, media, strict=True) for p in some]
+            opener = partial(open_sound, rate=self.rate)
+            given["audio"] = [_opened(opener, e, p) for e, some in zip(examples, media, strict=True) for p in some]
             given["sampling_rate"] = self.rate
         if not any(media):
             given = {}

@@ -35,9 +35,9 @@ def packets(container: "InputContainer", path: Path) -> Iterator["Packet"]:
             end = max(end, (at + (packet.duration or 0)) * packet.time_base)
         yield packet
     if container.format.name.startswith(_TIMED) and container.duration:
-        told = container.duration / av.time_base
-        if end < told - max(SLACK, 0.1 * told):
-            raise MediaError(path, f"is cut off: it says that it lasts {told:.1f} s and ends after {float(end):.1f} s.")
+        stated = container.duration / av.time_base
+        if end < stated - max(SLACK, 0.1 * stated):
+            raise MediaError(path, f"is cut off: it states {stated:.1f} s and ends after {float(end):.1f} s.")
 
 
 def stamp(packet: "Packet") -> int | None:

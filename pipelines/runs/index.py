@@ -54,7 +54,7 @@ class Index:
         self._with(lambda db: db.executemany(_PUT, [asdict(item) for item in items]))
 
     def ids(self, kinds: tuple[str, ...], sweep: str | None = None) -> list[str]:
-        """Ids, youngest first; what has come or gone by other hands since the last look is taken into account."""
+        """Ids, newest first; what has come or gone by other hands since the last look is taken into account."""
         here = {folder.name for folder in run_folders(self.root)}
 
         def look(db: sqlite3.Connection) -> list[tuple[str, str]]:

@@ -169,7 +169,7 @@ def variants(
 
     Args:
         generator: of the places of random cuts.
-        size: width and height of the cut; the square of `data.resolution` unless told.
+        size: width and height of the cut; the square of `data.resolution` unless it is given.
     """
     import torch
 

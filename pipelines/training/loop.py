@@ -33,7 +33,7 @@ class NonFiniteError(DivergedError):
     """The loss or the gradient of a step is NaN or infinite; raised before the step changes any weight."""
 
 
-class EnoughError(Exception):
+class EarlyStopError(Exception):
     """More steps would not help, for the reason in the message; raised by a step before it does anything."""
 
 
@@ -41,7 +41,7 @@ class Work(Protocol):
     """What a pipeline trains, as the loop calls it; `training.state.OptimizedWork` has most of it."""
 
     def step(self, step: int) -> dict[str, float]:
-        """Takes one optimizer step and returns what to log, `loss` among it. Raises DivergedError, or EnoughError."""
+        """Takes an optimizer step and returns what to log, `loss` among it. Raises DivergedError or EarlyStopError."""
         ...
 
     def weights(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class _Loop:
             values = self.work.step(step)
         except DivergedError as error:
             return self._diverged(f"{error} at step {step + 1}", step)
-        except EnoughError as reason:
+        except EarlyStopError as reason:
             return Outcome("done", f"{step} steps: {reason}.", step)
         self.run.metric(step + 1, **values, seconds=time.perf_counter() - started)
         return values

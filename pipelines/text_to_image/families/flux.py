@@ -1,6 +1,6 @@
 """FLUX.1 (Black Forest Labs, 2024): a transformer that reads T5's words, CLIP's summary, and latents in fours.
 
-The dev model is distilled: it is told how strongly to be guided in place of being guided. Schnell is not told.
+The dev model is distilled: it is given how strongly to be guided in place of being guided. Schnell is not told.
 """
 
 import re

@@ -23,7 +23,7 @@ from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
 
 class Noise(ABC):
-    """One way of adding noise. Times are what the denoiser is told: (batch,)."""
+    """One way of adding noise. Times are what the denoiser is given: (batch,)."""
 
     prediction: str | None = None  # what the denoiser answers, where there is a choice
 
