@@ -22,6 +22,7 @@ from equipoise.ui.safety import PICTURES, UPLOAD
 
 ROOM = 1_000_000_000  # bytes of uploads that wait to be used, and of one request
 WAIT = 3600  # seconds for which they are kept
+_LITTLE = 1_000_000  # bytes of a request that is refused
 _WORD = "[A-Za-z0-9_]+"
 # The routes that the page and gradio_client need. Gradio has more, and later versions may have others still.
 _READ = re.compile(
@@ -87,6 +88,7 @@ class Guard:
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
         elif answer := self._refusal(scope):
+            await _read_up(scope, receive)
             await _answer(framed, *answer)
         elif _is_upload(scope):
             await self._upload(scope, receive, framed)
@@ -247,6 +249,15 @@ def _is_upload(scope: Any) -> bool:
 
 
 _NOT_FRAMED = [(b"x-frame-options", b"DENY"), (b"content-security-policy", b"frame-ancestors 'none'")]
+
+
+async def _read_up(scope: Any, receive: Any) -> None:
+    """Takes what a refused request sends, if it is little: else the connection breaks before the answer is read."""
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    more = length.isdigit() and int(length) <= _LITTLE
+    while more:
+        message = await receive()
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 async def _answer(send: Any, status: int, words: str) -> None:

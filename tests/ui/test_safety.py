@@ -233,18 +233,18 @@ def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_pa
 
 def test_a_sweep_leads_out_no_more_than_its_cells(site, tmp_path, run):
     """In the form and at /check, which opens what it estimates; and it is kept where the server keeps runs."""
-    private = str(tmp_path / "private")
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    private, base = str(tmp_path / "private"), configs.load("text_to_image/demo")
+    shown = launch.forms.show(base)
     for axis in ({"model.path": ["demo", private]}, {"data": [{"folder": private}]}, {"judges.clip": [private]}):
-        text = configs.dump(configs.load("text_to_image/demo")).replace("sweep: {}", f"sweep: {json.dumps(axis)}")
+        text = configs.dump(configs.set_keys(base, {"sweep": axis}))
         with pytest.raises(ConfigError, match="may read"):
             api.check(site, 1, text)
         with pytest.raises(ConfigError, match="may read"):
             launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "sweep": json.dumps(axis)}, [])
-    text = configs.dump(configs.load("text_to_image/demo", [f"runs={private}"]))
+    text = configs.dump(configs.set_keys(base, {"runs": private, "sweep": {}}))
     assert f"runs: {site.store.root}" in api.check(site, 1, text)["yaml"]
     with pytest.raises(ConfigError, match="runs: is no axis"):
-        api.check(site, 1, text.replace("sweep: {}", f"sweep: {{runs: [{private}]}}"))
+        api.check(site, 1, configs.dump(configs.set_keys(base, {"sweep": {"runs": [private]}})))
     assert not (tmp_path / "private").exists()
 
 

@@ -142,7 +142,7 @@ def family(pipeline: str) -> Family:
     Raises:
         InputError: No distribution has one, more than one has, or it cannot be used.
     """
-    return _loaded(pipeline)()
+    return _loaded(str(pipeline))()  # a file may hold anything in its place
 
 
 @cache  # asked for each layer

@@ -495,7 +495,7 @@ def test_however_much_is_validated_something_is_left_to_train(tiny, clips):
 def test_lora_that_cannot_be(tiny, pretrained, capfd):
     for words, message in (
         ("model.visual={rank: 2}", "rank is for pretrained weights, which stay as they are; give their path"),
-        (f"model.visual={{path: {pretrained}, alpha: 2}}", "targets and alpha are of LoRA factors; give a rank"),
+        (f"model.visual={{path: {pretrained}, alpha: 2}}", "targets and alpha are for LoRA factors; give a rank"),
         (
             f"model.visual={{path: {pretrained}, rank: 2, targets: [to_q]}}",
             "model.visual.targets: to_q: no layer has a name that ends so. There are convolution.",

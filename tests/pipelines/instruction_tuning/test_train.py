@@ -321,7 +321,7 @@ def test_checkpointing_changes_no_number(overrides):
             ["encoder={method: lora, targets: [q_proj]}"],
             "encoder.targets: q_proj: no layer of the connector has a name",
         ),
-        (["encoder.targets=[linear_1]"], "targets are of LoRA factors; add method: lora."),
+        (["encoder.targets=[linear_1]"], "targets are for LoRA factors; add method: lora."),
         (["frozen=[nothing]"], "frozen: nothing: matches no parameter of the model."),
         (["frozen=[multi_modal_projector]"], "encoder.parts: nothing is trained of the connector"),
         (["optimizer.rates={tower: 1}"], "optimizer.rates: tower: no such component. There are encoder, language."),

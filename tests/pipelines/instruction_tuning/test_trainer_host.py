@@ -239,7 +239,7 @@ def test_two_processes_are_one_on_the_joined_batch(checkpoints, pictures, tmp_pa
 
 
 def test_what_a_trainer_cannot_do_is_refused(make):
-    with pytest.raises(InputError, match="which a Trainer has no place for"):
+    with pytest.raises(InputError, match="which a Trainer does not make"):
         make("commit")
     trainer = make("commit_clr")
     with pytest.raises(InputError, match="the batches have no labels, by which the answers' tokens are known"):

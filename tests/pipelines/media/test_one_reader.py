@@ -83,7 +83,7 @@ def test_what_was_made_by_earlier_readers_is_not_used_again(tmp_path, monkeypatc
     def keys() -> tuple[str, str]:
         (clip,) = read_manifest(clips, tmp_path / "m.csv").clips
         examples, _ = folders.read_examples(section)
-        return folders.cache_key(examples, section, "base"), features.Store(clips, None).key(clip)
+        return folders.cache_key(examples, section, "base"), features.FeatureStore(clips, None).key(clip)
 
     now = keys()
     assert now == keys()
