@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.lora.pairs import PairReport
+from equipoise.optimizers.parts.checks import is_number
 from equipoise.optimizers.parts.step_hook import StepHook, check_options
+
+STEPS = 0.1  # of reach, the option trust where it is not given
 
 
 class PairOptimizer:
@@ -37,12 +40,19 @@ class PairOptimizer:
         """By pair, the share of the last step that the option trust let through. Waits for the device."""
         return self._hook.shares
 
+    @property
+    def moved(self) -> dict[str, float]:
+        """By pair, how far BA is from where it began, as a share of the frozen weight's norm, where the option reach
+        bounds it. Waits for the device."""
+        return self._hook.moved
+
     def _make_adamw(self, params: Any, options: Mapping[str, Any], **adamw: Any) -> None:
         given, model = unpack(params)
         super().__init__(given, **adamw)  # type: ignore[call-arg]
         self._work_on_pairs(options, model)
 
     def _work_on_pairs(self, options: Mapping[str, Any], model: nn.Module | None) -> None:
+        options = with_trust(options)
         self.defaults.update(options)
         for group in self.param_groups:
             for name, value in options.items():
@@ -73,6 +83,13 @@ class PairOptimizer:
             self._hook.register(self)
 
 
+def with_trust(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options with steps that go with their reach, where trust is not given."""
+    reach = options.get("reach")
+    missing = options.get("trust") is None and is_number(reach)
+    return {**options, "trust": STEPS * reach} if missing else options  # type: ignore[operator]
+
+
 def _fill(group: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Give a group, perhaps loaded from another class's state, the options that it lacks; None counts as lacking."""
     for name, value in options.items():
@@ -88,6 +105,7 @@ def attach(
     damping_mode: str = "absolute",
     order: str = "simultaneous",
     trust: float | None = None,
+    reach: float | None = None,
 ) -> Optimizer:
     """Make an optimizer that exists already a scaled or bounded one, in place; its state, groups and schedulers stay.
 
@@ -100,7 +118,8 @@ def attach(
         damping: As in `ScaledAdamW`; None: no scaling, only the bound. (>= 0)
         damping_mode: As in `ScaledAdamW`.
         order: As in `ScaledAdamW`.
-        trust: As in `BoundedAdamW`; None: no bound. (> 0)
+        trust: As in `BoundedAdamW`; None: a tenth of reach, or no bound. (> 0)
+        reach: As in `BoundedAdamW`; None: no bound. (> 0)
 
     Returns:
         The same object.
@@ -116,11 +135,11 @@ def attach(
         raise InputError(f"attach(optimizer, model) takes the optimizer first; got a {type(optimizer).__name__}.")
     if isinstance(inner, PairOptimizer):
         raise InputError(f"This {type(inner).__name__} treats its LoRA pairs already; change its param_groups.")
-    options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust}
+    options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach}
     if damping is None:
-        if trust is None:
-            raise InputError("attach() has nothing to do: damping and trust are both None. Give one of them a value.")
-        options = {"trust": trust}
+        if trust is None and reach is None:
+            raise InputError("attach() has nothing to do: damping, trust and reach are None. Give one of them a value.")
+        options = {"trust": trust, "reach": reach}
     cls = (scaled if damping is not None else bounded)(type(inner))
     check_options(inner, options)
     try:
@@ -129,7 +148,7 @@ def attach(
         made = f"{'scaled' if damping is not None else 'bounded'}({type(inner).__name__})"
         raise InputError(f"This {type(inner).__name__} cannot change its class; construct {made} instead.") from error
     for group in inner.param_groups:
-        _fill(group, options)
+        _fill(group, with_trust(options))
     inner._work_on_pairs(options, model)
     return optimizer
 

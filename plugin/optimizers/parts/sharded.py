@@ -57,6 +57,11 @@ class Whole:
             copy.grad = None
 
 
+def full(tensor: Tensor) -> Tensor:
+    """A tensor put together, where it is spread over processes."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _cut(copy: Tensor, like: Tensor) -> Tensor:
     """A tensor that all processes have, spread as another is: each keeps its part, and none is sent."""
     from torch.distributed.tensor import DTensor, Replicate
