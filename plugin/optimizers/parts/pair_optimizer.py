@@ -86,8 +86,9 @@ class PairOptimizer:
 def with_trust(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Options with steps that go with their reach, where trust is not given."""
     reach = options.get("reach")
-    missing = options.get("trust") is None and is_number(reach)
-    return {**options, "trust": STEPS * reach} if missing else options  # type: ignore[operator]
+    if options.get("trust") is None and is_number(reach) and reach > 0:  # type: ignore[operator]
+        return {**options, "trust": STEPS * reach}  # type: ignore[operator]
+    return options
 
 
 def _fill(group: dict[str, Any], options: Mapping[str, Any]) -> None:
