@@ -14,10 +14,9 @@ c is approached from below, so that every iterate keeps the bound: from a feasib
 τ is the option trust times the share of the full learning rate that a schedule leaves: a step that is bounded all along
 has no other way to settle, for its size no longer depends on the rate.
 
-The same arithmetic bounds how far a whole run may go: with (A₀, B₀) the factors as the adapter began, in place of those
-before the step, and the option reach β in place of τ, each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. Both bounds hold
-where both are asked for: first the step's, then the run's, which can make a step at most twice as long as τ allows.
-How to choose them, and what was measured: docs/optimizers.md.
+The same arithmetic bounds how far a whole run may go, by the option reach β in place of τ and with (A₀, B₀) the factors as
+the adapter began, or 0 where their product is: each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. Where both are asked for,
+the step is bounded first, then the run, which can make a step at most twice as long as τ allows.
 
 How it relates to others: LARS and LAMB scale each tensor's step by ‖θ‖ / ‖Δθ‖, up as well as down, which for a LoRA
 factor B that starts at zero means nothing; Muon makes every step of equal size. Here the size that counts is that of

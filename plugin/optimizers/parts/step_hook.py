@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError, PairingError
 from equipoise.lora.frozen import weight_norms
-from equipoise.lora.pairs import REPLACED, PairReport, find_pairs
+from equipoise.lora.pairs import REPLACED, Pair, PairReport, find_pairs
 from equipoise.optimizers.parts.checks import check_not_negative, is_number, place
 from equipoise.optimizers.parts.fused_adamw import match_layout
 from equipoise.optimizers.parts.preconditioner import Preconditioner, Side
@@ -204,17 +204,24 @@ class StepHook:
         )
         asked.set(optimizer, bound, distinct, names)
         if asked is self._run:
-            factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
-            bound.remember([full(self._start(optimizer, factor)) for factor in factors])
+            bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
             self._whole.gather()
             self._refuse_far_out(optimizer, kinds)
 
-    def _start(self, optimizer: Any, factor: Tensor) -> Tensor:
-        """A factor as the adapter began: as an earlier run saved it, or as it is before the first step."""
-        if id(factor) not in self._starts:
-            saved = optimizer.state[factor].get(START) if factor in optimizer.state else None
-            self._starts[id(factor)] = factor.detach().clone() if saved is None else saved
-        return self._starts[id(factor)]
+    def _start(self, optimizer: Any, pair: Pair) -> list[Tensor]:
+        """A pair's factors as the adapter began: as an earlier run saved them, or as they are before the first step.
+
+        Where their product is 0 they count as 0 themselves: what takes a pair back to its border is then one factor for
+        both, which keeps the direction of BA. On the way back to an A that means nothing, it would turn.
+        """
+        factors = (pair.A, pair.B)
+        if not all(id(factor) in self._starts for factor in factors):
+            saved = [optimizer.state[f].get(START) if f in optimizer.state else None for f in factors]
+            starts = [f.detach().clone() if kept is None else kept for f, kept in zip(factors, saved, strict=True)]
+            if not all(full(start).any() for start in starts):
+                starts = [torch.zeros_like(start) for start in starts]
+            self._starts |= zip(map(id, factors), starts, strict=True)
+        return [self._starts[id(factor)] for factor in factors]
 
     def _save_starts(self, optimizer: Any) -> None:
         """Into the optimizer's state of each factor, once its base has made its own there, which may want it empty."""
