@@ -41,7 +41,7 @@ from equipoise.ui.quick import import_gradio
 
 import_gradio()
 
-from equipoise.ui import compare, launch, runs  # noqa: E402  gradio is imported in its own way first
+from equipoise.ui import compare, compare_grid, compare_numbers, launch, launch_estimates, runs, runs_detail  # noqa: E402  gradio is imported in its own way first
 from equipoise.ui.safety import Site  # noqa: E402
 
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu"]
@@ -200,16 +200,16 @@ def main() -> None:
         before = most_memory()
         for name, work in {
             "the table": lambda: runs.table(site),
-            "a refresh, a run chosen": lambda: (runs.table(site), runs.detail(site, "now", None)),
-            "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs.detail(site, "grid", None)),
+            "a refresh, a run chosen": lambda: (runs.table(site), runs_detail.detail(site, "now", None)),
+            "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs_detail.detail(site, "grid", None)),
             "a queued process's look": lambda: background.ahead(waiting),
-            "the estimate of time": lambda: launch.estimate(site, made, 1),
+            "the estimate of time": lambda: launch_estimates.estimate(site, made, 1),
             "the list, as `equipoise runs` has it": lambda: site.store.list(),
             "the comparisons to choose from": lambda: compare.choices(site),
             "a comparison of 25 cells": lambda: (
-                compare.grid(site, "grid/comparison"),
-                compare.curve(site, "grid/comparison"),
-                compare.table(site, "grid/comparison"),
+                compare_grid.grid(site, "grid/comparison"),
+                compare_numbers.curve(site, "grid/comparison"),
+                compare_numbers.table(site, "grid/comparison"),
             ),
         }.items():
             first, then = seconds(work, args.times)

@@ -1,4 +1,4 @@
-"""The `equipoise` command: a table of commands, each a module that is imported only when its command is chosen.
+"""The `equipoise` command: finds the commands that are installed, and imports the module of the one that is chosen.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 130 or 143 stopped on request with the state saved.
 """
@@ -16,33 +16,18 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from equipoise import __version__
+from equipoise import __version__, registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.files import disk_full
+from equipoise.registry import Entry
 
-# command → (module in equipoise.pipelines.commands, one line of help); `args.command` tells a shared module which it is
-COMMANDS = {
-    "list": ("listing", "what is installed: optimizers, coordinators, objectives, pipelines, configs"),
-    "show": ("listing", "one of them: what it is, its options, its paper"),
-    "train": ("train", "train a configuration: equipoise train CONFIG [key=value …]"),
-    "resume": ("train", "continue a run from its last checkpoint"),
-    "runs": ("runs", "the runs so far and how they stand"),
-    "logs": ("runs", "what a run has printed"),
-    "stop": ("runs", "ask a run to save its state and stop"),
-    "run": ("script", "an unmodified training script with one of these optimizers"),
-    "wrap": ("wrap", "a program that starts its own workers, with one of these optimizers in each"),
-    "sweep": ("sweep", "train over optimizers × learning rates × seeds, or any other keys"),
-    "compare": ("compare", "compare runs or a sweep: grid picture, HTML report, table"),
-    "export": ("export", "a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load"),
-    "prepare": ("prepare", "the manifest of a published audio-visual data set: equipoise prepare SET DIR"),
-    "reproduce": ("reproduce", "a paper's table in small, beside the paper's numbers"),
-    "ui": ("ui", "the web page: launch runs, watch them, compare what they draw"),
-    "demo": ("demo", "compare learning rates on the embedded model, with no network"),
-}
+# At the start of a module. Parsing all of the modules would take longer than everything else that --help does.
+_DOCSTRING = re.compile(r"""(?:\s+|#[^\n]*+)*+[rR]?(?P<quotes>"{3}|'{3}|"|')(?P<text>.*?)(?P=quotes)""", re.S)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,15 +43,18 @@ class _Parser(argparse.ArgumentParser):
         super().error(message.replace("required: CONFIG, key=value", "required: CONFIG"))
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
-    """The chosen command's arguments and its module's name; argparse exits by itself for --help and wrong usage."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+def _chosen(argv: Sequence[str]) -> Entry:
+    """The command that was asked for; argparse exits by itself for --help, --version and wrong usage."""
+    known = {entry.name: entry for entry in registry.entries("commands")}
+    if argv and argv[0] in known:
+        return known[argv[0]]
+    width = max(map(len, known), default=0)
+    lines = [f"  {name:<{width}}  {_about(entry)}" for name, entry in known.items()]
     top = argparse.ArgumentParser(
         prog="equipoise",
         usage="equipoise COMMAND …",
         description="Fine-tuning that forgives the learning rate.",
-        epilog="\n".join(["commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
+        epilog="\n".join(["Commands:", *lines, "", "`equipoise COMMAND --help` explains one."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"equipoise {__version__}")
@@ -75,16 +63,34 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str]:
         top.print_help(sys.stderr)
         raise SystemExit(2)
     command = top.parse_args(argv[:1]).command  # what follows the command is the command's own
-    if command not in COMMANDS:
-        close = get_close_matches(command, COMMANDS, n=1)
-        top.error(f"no command {command!r}. " + (f"Did you mean {close[0]!r}? " if close else "") + "See --help.")
-    module = f"equipoise.pipelines.commands.{COMMANDS[command][0]}"
-    parser = _Parser(prog=f"equipoise {command}", description=COMMANDS[command][1])
-    parser.set_defaults(command=command)
-    import_module(module).add_arguments(parser)
-    if command in ("run", "wrap") and argv[1:2] not in (["--help"], ["-h"]):  # what follows is mostly another's
-        return argparse.Namespace(command=command, words=list(argv[1:])), module
-    return parser.parse_intermixed_args(argv[1:]), module  # intermixed: options may stand between key=value words
+    close = get_close_matches(command, known, n=1)
+    top.error(f"no command {command!r}. " + (f"Did you mean {close[0]!r}? " if close else "") + "See --help.")
+
+
+def _about(entry: Entry) -> str:
+    """A line on a command: what its module's docstring says of it, and whose it is; nothing is imported for that."""
+    if entry.error:
+        return entry.error
+    origin = "" if _ours(entry) else f" ({entry.distribution} {entry.version})"
+    words = ""
+    with suppress(Exception):  # whatever Python makes of what nobody can read
+        found = _DOCSTRING.match(registry.find_source(entry.target)[1])
+        words = found["text"].strip() if found else ""
+    line = re.search(rf"^`equipoise {re.escape(entry.name)}`: (.+)$", words, re.M)
+    return (line[1] if line else words.partition("\n")[0] or "it says nothing about itself").rstrip(".") + origin
+
+
+def _ours(entry: Entry) -> bool:
+    return entry.distribution == "equipoise"
+
+
+def _arguments(entry: Entry, module: Any, words: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=f"equipoise {entry.name}", description=_about(entry))
+    parser.set_defaults(command=entry.name)
+    module.add_arguments(parser)
+    if entry.name in ("run", "wrap") and words[:1] not in (["--help"], ["-h"]):  # what follows is mostly another's
+        return argparse.Namespace(command=entry.name, words=list(words))
+    return parser.parse_intermixed_args(words)  # intermixed: options may stand between key=value words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,9 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Pillow's, of pictures that are then refused in a sentence of ours
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    argv, entry = sys.argv[1:] if argv is None else argv, None
     try:
-        args, module = _parse(sys.argv[1:] if argv is None else argv)
-        code = import_module(module).run(args)
+        entry = _chosen(argv)
+        # A fault of ours keeps its traceback; a plugin that cannot be imported is a sentence.
+        module = import_module(entry.target) if _ours(entry) and not entry.error else registry.load_entry(entry)
+        code = module.run(_arguments(entry, module, argv[1:]))
         sys.stdout.flush()  # a reader that has gone away shows here rather than while Python shuts down
         return code
     except BrokenPipeError:
@@ -109,12 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
-        print(_unexpected(error), file=sys.stderr)
+        print(_unexpected(error, "equipoise" if entry is None or _ours(entry) else str(entry)), file=sys.stderr)
         return 1
 
 
-def _unexpected(error: Exception) -> str:
-    """A sentence on an error that nobody had foreseen; its traceback goes into a file, unless the reason is plain."""
+def _unexpected(error: Exception, whose: str) -> str:
+    """A sentence on an error that nobody had foreseen; its traceback goes into a file, unless the reason is plain.
+
+    Args:
+        whose: the program or the plugin that it came up in.
+    """
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     if disk_full(error):
         return (
@@ -127,9 +140,9 @@ def _unexpected(error: Exception) -> str:
     try:
         with tempfile.NamedTemporaryFile("w", prefix="equipoise-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
-        return f"equipoise has a fault: {words}. Please report it, with the traceback in {file.name}."
+        return f"{whose} has a fault: {words}. Please report it, with the traceback in {file.name}."
     except OSError:
-        return f"equipoise has a fault: {words}. Please report it; its traceback could not be written."
+        return f"{whose} has a fault: {words}. Please report it; its traceback could not be written."
 
 
 if __name__ == "__main__":

@@ -31,10 +31,12 @@ def first_line(reader: Any, cells: Iterable[Any]) -> int:
 
 
 def cut_off(path: Path) -> bool:
-    """Whether a WAV file is shorter than it says, of which its readers say nothing. Streams say that they are huge."""
+    """Whether a WAV, AVI or AIFF file is shorter than it says, unnoticed by its readers. Streams say they are huge."""
     with path.open("rb") as file:
-        kind, told = file.read(4), int.from_bytes(file.read(4), "little")
-    return kind == b"RIFF" and path.stat().st_size < told < 0x7F00_0000  # some writers count the 8 bytes read here, too
+        order = {b"RIFF": "little", b"FORM": "big"}.get(file.read(4))
+        size = file.read(4)
+    # some writers count the 8 bytes read here, too
+    return order is not None and path.stat().st_size < int.from_bytes(size, order) < 0x7F00_0000  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -7,28 +7,21 @@ Nothing here imports torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import disk_full
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.runs.lock import stop_signals
+from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
 from equipoise.pipelines.training import processes
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended when nothing went wrong with the program."""
-
-    state: Literal["done", "stopped", "diverged"]
-    message: str = ""  # one sentence for people
-    step: int | None = None  # the last step taken
-
-
-@dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """What one training process will hold at most, in bytes: an estimate."""
 
     model: int  # weights, frozen and trained, and data that stays
@@ -69,7 +62,7 @@ class Pipeline:
         return []
 
     @classmethod
-    def memory(cls, config: Any) -> Memory | None:
+    def estimate_memory(cls, config: Any) -> MemoryEstimate | None:
         """How much memory training will take, reasoned without loading a weight; None where that cannot be told."""
         return None
 
@@ -90,8 +83,7 @@ class Pipeline:
         folder: Path,
         runs: Sequence[Run],
         configs: Sequence[Any],
-        samples: Any,
-        judges: Any = None,
+        asked: Any,
     ) -> Comparison:
         """Generate and measure the same things from every run, into `folder`.
 
@@ -100,8 +92,7 @@ class Pipeline:
             folder: where pictures and tables go.
             runs: finished ones; one without a result becomes a cell without pictures.
             configs: theirs, in the same order.
-            samples: what to generate.
-            judges: the models to score pictures by, as the first configuration's section `judges` has them.
+            asked: the first configuration, with what the comparison was asked for in its place (other samples, judges).
 
         Raises:
             InputError: the runs cannot be compared.
@@ -137,6 +128,7 @@ class Pipeline:
         raise InputError(f"the pipeline {cls.name} publishes nothing.")
 
 
+@decoded_once()
 def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
     """Run `pipeline` inside `run`'s session, so that the folder tells at any time what happened.
 
@@ -165,6 +157,7 @@ def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
         raise EquipoiseError(f"{run.id}: {sentence(error)} The traceback is in {run.log_file}.") from error
 
 
+@decoded_once()
 def follow(pipeline: type[Pipeline], config: RunConfig, folder: Path) -> None:
     """Take part in a run that another process leads; see `equipoise.pipelines.training.processes`.
 

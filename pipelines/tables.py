@@ -11,7 +11,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int |
     Args:
         headers: One per column.
         rows: Each with one cell per column; a cell is shown by `str`.
-        width: Of the terminal, unless told.
+        width: The number of characters; by default the terminal's.
     """
     lines = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from equipoise.lora.pairs import Pair, PairReport, find_pairs
     from equipoise.optimizers.alpha_adam import AlphaAdam
+    from equipoise.optimizers.attach import attach
     from equipoise.optimizers.bounded import BoundedAdamW, bounded
-    from equipoise.optimizers.parts.pair_optimizer import attach
     from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD, scaled
     from equipoise.optimizers.sharpness import AdaSAM, SharpnessAware
 
@@ -39,7 +39,7 @@ _HOME = {
     "ScaledAdamW": "equipoise.optimizers.scaled",
     "ScaledGD": "equipoise.optimizers.scaled",
     "SharpnessAware": "equipoise.optimizers.sharpness",
-    "attach": "equipoise.optimizers.parts.pair_optimizer",
+    "attach": "equipoise.optimizers.attach",
     "bounded": "equipoise.optimizers.bounded",
     "find_pairs": "equipoise.lora.pairs",
     "scaled": "equipoise.optimizers.scaled",

@@ -23,8 +23,15 @@ _WORDS = {NoneType: "none", bool: "true or false", int: "a whole number", float:
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
+@dataclass(frozen=True)
+class MappingType:
+    """The type of an option that gives a value by name, such as {audio: 0.3}."""
+
+    values: tuple[Any, ...]  # types of a value; empty: anything
+
+
 class Bounds(NamedTuple):
-    """Where a number, or each number of a tuple, must lie."""
+    """Where a number, or each number of a tuple or mapping, must lie."""
 
     text: str  # as written, for people: `> 0`
     tests: tuple[tuple[str, float], ...]  # (comparison, limit), all of which must hold
@@ -42,7 +49,7 @@ class Bounds(NamedTuple):
         return None
 
     def contain(self, value: Any) -> bool:
-        values = value if isinstance(value, tuple) else (value,)
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         return all(_COMPARE[sign](v, limit) for v in values if type(v) in (int, float) for sign, limit in self.tests)
 
 
@@ -51,7 +58,7 @@ class Option:
     """One option of a plugin class."""
 
     name: str
-    types: tuple[Any, ...]  # bool, int, float, str, NoneType, or a tuple with such types per item; empty: anything
+    types: tuple[Any, ...]  # bool, int, float, str, NoneType, MappingType, or a tuple with types per item; empty: any
     default: Any
     bounds: Bounds | None
     choices: tuple[Any, ...]  # from a Literal annotation; empty: any value of the types
@@ -61,7 +68,7 @@ class Option:
     @property
     def type(self) -> str:
         """The accepted types as a person would say them."""
-        return self._say("")
+        return self._wanted("")
 
     def convert(self, value: Any) -> Any:
         """The value as the class takes it: `"1e-4"` (YAML 1.1 reads it as text) to a float, a list to a tuple.
@@ -76,17 +83,18 @@ class Option:
         glue = ", " if bounds.startswith("each") else " " if bounds.startswith(("<", ">")) else " with "
         close = get_close_matches(str(value), list(map(str, self.choices)), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"must be {self._say(glue + bounds if bounds else '')}, got {value!r}.{hint}")
+        raise ValueError(f"must be {self._wanted(glue + bounds if bounds else '')}, got {value!r}.{hint}")
 
-    def _say(self, bounds: str) -> str:
+    def _wanted(self, bounds: str) -> str:
         words = [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
         words += [
-            _say(kind) + (bounds if kind in (int, float) or isinstance(kind, tuple) else "") for kind in self._free()
+            _wanted(kind) + (bounds if kind in (int, float) or isinstance(kind, tuple | MappingType) else "")
+            for kind in self._free()
         ]
         return " or ".join(words) or "anything"
 
     def _allows(self, value: Any) -> bool:
-        chosen = type(value) in self._free() or not self.choices or value in self.choices
+        chosen = type(value) in self._free() or isinstance(value, dict) or not self.choices or value in self.choices
         return chosen and (self.bounds is None or self.bounds.contain(value))
 
     def _free(self) -> list[Any]:
@@ -131,13 +139,13 @@ def read_options(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], l
     return values, problems
 
 
-def summary(cls: type) -> str:
-    """The docstring's first paragraph on one line."""
+def summary(cls: Any) -> str:
+    """A class's or module's docstring's first paragraph on one line."""
     return " ".join(inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")[0].split())
 
 
-def references(cls: type) -> list[str]:
-    """The papers behind a class: its docstring's `References:` or `Paper:`, or the links of a torch docstring."""
+def references(cls: Any) -> list[str]:
+    """The papers behind a class or module: its docstring's `References:` or `Paper:`, or the links of a torch one."""
     doc = inspect.cleandoc(vars(cls).get("__doc__") or "")
     entries: list[str] = []
     for line in _section(re.sub(r"^Paper: ", "Paper:\n ", doc, flags=re.M), "References", "Paper"):
@@ -178,12 +186,17 @@ def _types(annotation: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     if origin is tuple:
         items = tuple(_types(arg)[0] for arg in args)
         return ((items,) if items and all(items) else ()), ()
+    if (origin or annotation) in (dict, Mapping) and args[:1] in ((), (str,)):
+        values = _types(args[1])[0] if args else ()
+        return (MappingType(values),), ()
     return (), ()
 
 
-def _say(kind: Any) -> str:
+def _wanted(kind: Any) -> str:
     if isinstance(kind, tuple):
-        return f"[{', '.join(' or '.join(map(_say, item)) for item in kind)}]"
+        return f"[{', '.join(' or '.join(map(_wanted, item)) for item in kind)}]"
+    if isinstance(kind, MappingType):
+        return f"{{name: {' or '.join(map(_wanted, kind.values)) or 'anything'}, …}}"
     return _WORDS[kind]
 
 
@@ -194,6 +207,13 @@ def _as(kind: Any, value: Any) -> list[Any]:
             return []
         items = [[v for one in kinds for v in _as(one, part)] for kinds, part in zip(kind, value, strict=True)]
         return [tuple(readings[0] for readings in items)] if all(items) else []
+    if isinstance(kind, MappingType):
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            return []
+        if not kind.values:
+            return [dict(value)]
+        read = {name: [v for one in kind.values for v in _as(one, part)] for name, part in value.items()}
+        return [{name: readings[0] for name, readings in read.items()}] if all(read.values()) else []
     if kind is str:
         return [value] if isinstance(value, str) else []
     if kind is NoneType:

@@ -1,4 +1,4 @@
-"""What is installed: optimizers, coordinators, objectives and pipelines, found by their distributions' entry points.
+"""What is installed: optimizers, objectives, pipelines, commands and so on, found by their distributions' entry points.
 
 Listing imports nothing, neither plugins nor torch; loading a name imports that one. Built-ins are found in the same way
 as third parties, and `torch.optim`'s optimizers are known by their classes' names in lower case, so that a baseline is
@@ -8,23 +8,41 @@ a name like any other, and always torch's own.
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, distributions, version
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from equipoise.errors import BrokenPluginError, DuplicateNameError, EquipoiseError, InputError, UnknownNameError
 
-# Kind, which is the entry-point group `equipoise.KIND`, and what its targets derive from.
-KINDS = {
-    "optimizers": "torch.optim:Optimizer",
-    "coordinators": "equipoise.coordination.coordinator:Coordinator",
-    "objectives": "equipoise.balancing.objective:Objective",
-    "pipelines": "",  # known by its `Config` and its `run`, for this package does not depend on equipoise.pipelines
+
+class Kind(NamedTuple):
+    """What entries of one kind must be."""
+
+    one: str  # what one of them is called
+    base: str = ""  # `module:Class` that their targets derive from
+    has: tuple[str, ...] = ()  # or what targets have, where this package does not depend on that of the base
+    needs: str = ""  # the same for people
+
+
+KINDS = {  # each is the entry-point group `equipoise.KIND`
+    "optimizers": Kind("optimizer", "torch.optim:Optimizer"),
+    "coordinators": Kind("coordinator", "equipoise.coordination.coordinator:Coordinator"),
+    "objectives": Kind("objective", "equipoise.balancing.objective:Objective"),
+    "pipelines": Kind(
+        "pipeline", has=("Config.model_fields", "run"), needs="a `Config` (a pydantic model) and a `run`"
+    ),
+    "families": Kind(
+        "family",
+        has=("pipeline", "title", "denoiser", "text_encoders", "targets", "noise", "embed", "predict"),
+        needs="what equipoise.pipelines.text_to_image.families.Family leaves open",
+    ),
+    "commands": Kind("command", has=("add_arguments", "run"), needs="`add_arguments(parser)` and `run(args)`"),
 }
 
 
@@ -42,11 +60,11 @@ class Entry:
     name: str
     distribution: str
     version: str
-    target: str  # `module:Class`
+    target: str  # `module:Class`; a command's is a module
     error: str = ""  # why it cannot be used, as far as the entry points alone tell
 
     def __str__(self) -> str:
-        return f"{self.kind[:-1]} {self.name!r} of {self.distribution} {self.version}"
+        return f"{KINDS[self.kind].one} {self.name!r} of {self.distribution} {self.version}"
 
 
 def entries(kind: str | None = None) -> list[Entry]:
@@ -56,8 +74,8 @@ def entries(kind: str | None = None) -> list[Entry]:
         InputError: There is no such kind.
     """
     kinds = list(KINDS) if kind is None else [_kind(kind)]
-    everything = _held.get()
-    found = [entry for entry in (_everything() if everything is None else everything) if entry.kind in kinds]
+    held = _held.get()
+    found = [entry for entry in (_installed(kinds) if held is None else held) if entry.kind in kinds]
     found.sort(key=lambda entry: (list(KINDS).index(entry.kind), entry.distribution == "torch", entry))
     return [_with_rivals(entry, found) for entry in found]
 
@@ -65,7 +83,7 @@ def entries(kind: str | None = None) -> list[Entry]:
 @contextmanager
 def looked_up_once() -> Iterator[None]:
     """Within it, what is installed is read from disk once, for those who ask a hundred times in a row."""
-    token = _held.set(_everything())
+    token = _held.set(_installed(KINDS))
     try:
         yield
     finally:
@@ -82,9 +100,9 @@ def find(kind: str | None, name: str) -> Entry:
     """
     known = entries(kind)
     found = [entry for entry in known if entry.name == name]
-    what, place = (_kind(kind)[:-1], f" {_kind(kind)}") if kind else ("plugin", "")
+    what, listed = (KINDS[_kind(kind)].one, f" {_kind(kind)}") if kind else ("plugin", "")
     if not found:
-        raise UnknownNameError(f"no {what} {name!r}. {_closest(name, known)}`equipoise list{place}` shows all.")
+        raise UnknownNameError(f"no {what} {name!r}. {_closest(name, known)}`equipoise list{listed}` shows all.")
     if len({entry.kind for entry in found}) > 1:
         kinds = " and ".join(dict.fromkeys(entry.kind for entry in found))
         raise InputError(f"{name!r} is found among {kinds}. Say which, as in `{found[0].kind} {name}`.")
@@ -94,14 +112,18 @@ def find(kind: str | None, name: str) -> Entry:
 
 
 def load(kind: str, name: str) -> Any:
-    """The class of that kind and name, imported.
+    """The class of that kind and name (of a command: its module), imported.
 
     Raises:
         UnknownNameError: No distribution offers it.
         DuplicateNameError: More than one does.
         BrokenPluginError: It cannot be imported, has no such attribute, or is of another kind.
     """
-    entry = find(kind, name)
+    return load_entry(find(kind, name))
+
+
+def load_entry(entry: Entry) -> Any:
+    """As `load`, for an entry that is found already."""
     if entry.error:
         raise BrokenPluginError(entry.error)
     try:
@@ -147,24 +169,25 @@ def broken(entry: Entry, problem: str) -> str:
 
 def _kind(kind: str) -> str:
     """The kind in the plural; `optimizer` will do for `optimizers`."""
-    for known in KINDS:
-        if kind in (known, known[:-1]):
-            return known
+    for name, known in KINDS.items():
+        if kind in (name, known.one):
+            return name
     raise InputError(f"no kind {kind!r}. The kinds are {', '.join(KINDS)}.")
 
 
-def _everything() -> list[Entry]:
-    return [*_offered(), *_torch_optimizers()]
+def _installed(kinds: Collection[str]) -> list[Entry]:
+    """What there is of these kinds, and perhaps of others."""
+    return [*_offered(), *(_torch_optimizers() if "optimizers" in kinds else ())]
 
 
 def _offered() -> Iterator[Entry]:
     """The entries of every distribution; of two copies of one distribution, the first on the path counts."""
-    seen = set()
+    keys = set()
     for distribution in distributions():
         key = _key(distribution)
-        if not key or key in seen:
+        if not key or key in keys:
             continue
-        seen.add(key)
+        keys.add(key)
         try:
             text = distribution.read_text("entry_points.txt") or ""
         except (OSError, ValueError):  # not text: nothing that anybody could load
@@ -183,9 +206,14 @@ def _offered() -> Iterator[Entry]:
             kind = group.removeprefix("equipoise.")
             if group.startswith("equipoise.") and kind in KINDS:
                 entry = Entry(kind, point, name, metadata["Version"] or "", target)
-                malformed = "" if re.fullmatch(r"[\w.]+ *: *[\w.]+", target) else "this is not `module:Class`"
-                problem = error or malformed
+                problem = error or _malformed(kind, target)
                 yield replace(entry, error=broken(entry, problem)) if problem else entry
+
+
+def _malformed(kind: str, target: str) -> str:
+    if kind == "commands":
+        return "" if re.fullmatch(r"[\w.]+", target) else "this is no module's name"
+    return "" if re.fullmatch(r"[\w.]+ *: *[\w.]+", target) else "this is not `module:Class`"
 
 
 def _key(distribution: Distribution) -> str:
@@ -219,7 +247,7 @@ def _with_rivals(entry: Entry, found: list[Entry]) -> Entry:
     claims = " and ".join(f"{other.distribution} {other.version} ({other.target})" for other in rivals)
     others = [other.distribution for other in rivals if other.distribution != "torch"]
     what = "all but one" if len(others) == len(rivals) else " and ".join(others)
-    return replace(entry, error=f"{entry.kind[:-1]} {entry.name!r} is claimed by {claims}. Uninstall {what}.")
+    return replace(entry, error=f"{KINDS[entry.kind].one} {entry.name!r} is claimed by {claims}. Uninstall {what}.")
 
 
 def _closest(name: str, known: list[Entry]) -> str:
@@ -230,10 +258,20 @@ def _closest(name: str, known: list[Entry]) -> str:
 
 
 def _wrong_kind(kind: str, loaded: Any) -> str:
-    if kind == "pipelines":
-        fits = hasattr(getattr(loaded, "Config", None), "model_fields") and callable(getattr(loaded, "run", None))
-        return "" if fits else f"{loaded!r} is not a pipeline: it needs a `Config` (a pydantic model) and a `run`"
-    module, _, base = KINDS[kind].partition(":")
-    if isinstance(loaded, type) and issubclass(loaded, getattr(import_module(module), base)):
-        return ""
-    return f"{loaded!r} is not a subclass of {module}.{base}"
+    known = KINDS[kind]
+    module, _, base = known.base.partition(":")
+    if base:
+        fits = isinstance(loaded, type) and issubclass(loaded, getattr(import_module(module), base))
+        return "" if fits else f"{loaded!r} is not a subclass of {module}.{base}"
+    lacking = [name for name in known.has if not _has(loaded, name)]
+    lacking += sorted(getattr(loaded, "__abstractmethods__", ()))
+    return f"{loaded!r} is not a {known.one}: it needs {known.needs}; {lacking[0]} is not there" if lacking else ""
+
+
+def _has(loaded: Any, name: str) -> bool:
+    """Whether there is such an attribute; `a.b` is b of its a."""
+    try:
+        attrgetter(name)(loaded)
+    except AttributeError:
+        return False
+    return True

@@ -63,7 +63,7 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the verdicts on plugins are kept
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where plugins' errors are kept
 
     def install(name: str, groups: dict[str, dict[str, str]], version: str = "1.0", **modules: str) -> Path:
         info = folder / f"{name.replace('-', '_')}-{version}.dist-info"

@@ -27,6 +27,7 @@ ORDER = [  # each room imports only those before it
     "hosts.swift",
     "run",
     "pipelines.files",
+    "pipelines.media",
     "pipelines.progress",
     "pipelines.tables",
     "pipelines.config",

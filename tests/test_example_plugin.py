@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from equipoise.pipelines import demo
+
 DOCS = Path(__file__).parent.parent / "docs"
 TRAIN = """
 import json
@@ -39,7 +41,7 @@ print(json.dumps({"file": equipoise_example.__file__, "first": history[0], "last
 """
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "equipoise_example.py"])
+@pytest.mark.parametrize("name", sorted(file.name for file in (DOCS / "example_plugin").glob("*.*")))
 def test_the_page_quotes_the_files(name):
     text = (DOCS / "example_plugin" / name).read_text()
     kind = {"toml": "toml", "py": "python"}[name.rpartition(".")[2]]
@@ -61,7 +63,12 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
 
     listed = {r["name"]: r for r in json.loads(run("-m", "equipoise.pipelines.cli", "list", "--json"))}
     assert "scaled_adamw" in listed
-    for name, kind in (("signum", "optimizers"), ("worst_modality", "objectives")):
+    for name, kind in {
+        "signum": "optimizers",
+        "worst_modality": "objectives",
+        "loss": "commands",
+        "StableDiffusionPAGPipeline": "families",
+    }.items():
         record = listed[name]
         assert (record["kind"], record["distribution"], record["version"]) == (kind, "equipoise-example", "1.0.0")
         assert record["error"] == ""
@@ -88,3 +95,15 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
     assert "plugged: done" in trained
     (metrics,) = (tmp_path / "runs" / "plugged").glob("metrics.jsonl")
     assert len(metrics.read_text().splitlines()) == 3
+
+    assert "the last loss that a run has written down (equipoise-example 1.0.0)" in run(
+        "-m", "equipoise.pipelines.cli", "--help"
+    )
+    last = json.loads(metrics.read_text().splitlines()[-1])["loss"]
+    assert run("-m", "equipoise.pipelines.cli", "loss", "plugged") == f"{last:.4g}\n"
+
+    base = shutil.copytree(demo.base_folder(), tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
+    words = ["model=base", "data=demo", "steps=1", "samples.prompts=[a vase]", "samples.steps=2", "--id", "perturbed"]
+    assert "perturbed: done" in run("-m", "equipoise.pipelines.cli", "train", "text_to_image/demo", *words)

@@ -1,4 +1,4 @@
-"""The map of the code: every room builds on earlier ones alone, and the exceptions are known, and become fewer."""
+"""The map of the code: every room builds on earlier ones alone."""
 
 import runpy
 from pathlib import Path
@@ -6,27 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MAP = runpy.run_path(str(Path(__file__).with_name("rooms.py")))
 ORDER, IMPORTS = MAP["ORDER"], MAP["imports"](ROOT)
-# (file, room that it should not import): to be mended, and then to be taken out here.
-KNOWN = {
-    ("pipelines/commands/ui.py", "ui"),
-    ("pipelines/text_to_image/families/__init__.py", "pipelines.text_to_image"),
-    ("pipelines/text_to_image/families/noise.py", "pipelines.text_to_image"),
-    ("pipelines/training/loop.py", "pipelines.pipeline"),
-    ("plugin/optimizers/parts/pair_optimizer.py", "optimizers"),
-    ("ui/compare.py", "pipelines.commands"),
-    ("ui/plugins.py", "pipelines.commands"),
-    ("ui/runs.py", "pipelines.commands"),
-}
-
-
-def key(one) -> tuple[str, str]:
-    return one.where.partition(":")[0], one.imported
 
 
 def wrong(one) -> bool:
-    """An import of a later room, or of a command by anything but the command line."""
-    command = one.imported == "pipelines.commands" and one.importer != "pipelines.cli"
-    return command or ORDER.index(one.importer) < ORDER.index(one.imported)
+    """An import of a later room, or of a command: the command line finds those by their entry points."""
+    return one.imported == "pipelines.commands" or ORDER.index(one.importer) < ORDER.index(one.imported)
 
 
 def test_every_room_has_its_place_in_the_order():
@@ -34,16 +18,12 @@ def test_every_room_has_its_place_in_the_order():
 
 
 def test_no_room_imports_a_later_one():
-    found = [f"{one.where}: {one.importer} → {one.imported}" for one in IMPORTS if wrong(one) and key(one) not in KNOWN]
+    found = [f"{one.where}: {one.importer} → {one.imported}" for one in IMPORTS if wrong(one)]
     assert found == [], "A room imports what stands before it in ORDER of tests/rooms.py; move what is needed down."
 
 
-def test_known_exceptions_are_still_needed():
-    assert KNOWN - {key(one) for one in IMPORTS if wrong(one)} == set(), "Mended: take them out of KNOWN."
-
-
-def test_no_rooms_go_round_but_for_known_exceptions():
-    assert MAP["cycles"](MAP["arrows"]([one for one in IMPORTS if key(one) not in KNOWN])) == []
+def test_no_rooms_go_round():
+    assert MAP["cycles"](MAP["arrows"](IMPORTS)) == []
 
 
 def test_an_import_counts_wherever_it_stands(tmp_path):

@@ -9,18 +9,18 @@ from typing import Any
 
 import gradio as gr
 
-from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines.jobs.axes import expand
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines import config as configs
 from equipoise.pipelines.runs import status
-from equipoise.ui import launch
+from equipoise.ui import launch, launch_estimates
 from equipoise.ui.safety import Site
 
 
 def check(site: Site, workers: int, text: str) -> dict[str, Any]:
-    """What starting this YAML would come to: how many runs, the complete configuration, time and memory.
+    """What starting this YAML would do: how many runs, the complete configuration, time and memory.
 
     Raises:
-        ConfigError: everything that is wrong with it, one line each.
+        ConfigError: everything that is wrong with it, and would be when it is started, one line each.
     """
     try:
         written = text.encode()
@@ -29,16 +29,19 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         file.write_bytes(written)
-        config = launch.read_yaml(str(file))
-    if problems := site.problems(config):
-        raise ConfigError(problems)
-    made = launch.Plan(config, len(expand(config)) if config.sweep else 1, "", workers)
-    said = {"time": launch.estimate(site, made, workers), "memory": launch.memory(site, made, workers)}
-    return {"runs": made.cells, "yaml": made.yaml, **said}
+        config = configs.set_keys(launch.read_yaml(str(file)), {"runs": str(site.store.root)})
+    made = launch.planned(site, config, workers=workers)
+    launch.check_plan(made)
+    return {
+        "runs": made.cells,
+        "yaml": made.yaml,
+        "time": launch_estimates.estimate(site, made, workers),
+        "memory": launch_estimates.memory(site, made, workers),
+    }
 
 
 def runs(site: Site) -> list[dict[str, Any]]:
-    """How all runs and sweeps stand, youngest first."""
+    """How all runs and sweeps stand, newest first."""
     return [status.plain(asdict(item) | {"duration": item.duration}) for item in site.store.list()]
 
 
@@ -70,5 +73,5 @@ def build(site: Site, workers: int) -> None:
 def _answer(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except EquipoiseError as error:  # in its own words; of anything else gradio tells nothing
+    except EquipoiseError as error:  # in its own words; of anything else gradio says nothing
         raise gr.Error(str(error), print_exception=False) from None

@@ -6,6 +6,8 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,39 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
-from equipoise.ui import api, compare, launch, plugins, runs, theme
+from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, runs_tab, theme
 from equipoise.ui.guard import Guard
-from equipoise.ui.quick import nothing_is_garbage
+from equipoise.ui.quick import no_garbage_collection
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass
+class Page:
+    """What tabs are drawn with, and what the first leaves for the second."""
+
+    site: Site
+    workers: int
+    tabs: gr.Tabs
+    forms: Any = None  # of Launch, which Runs fills
+    pipelines: Any = None  # the choice between them
+
+
+def _launch(page: Page, tab: gr.Tab) -> None:
+    page.forms, page.pipelines = launch_tab.build(page.site, page.workers)
+
+
+def _runs(page: Page, tab: gr.Tab) -> None:
+    runs_tab.build(page.site, page.workers, page.forms, page.pipelines, page.tabs, tab)
+
+
+TABS: dict[str, Callable[[Page, gr.Tab], None]] = {  # in their order; each draws itself into the tab that it is given
+    "Launch": _launch,
+    "Runs": _runs,
+    "Compare": lambda page, tab: compare_tab.build(page.site, tab),
+    "Plugins": lambda page, tab: plugins.build(tab),
+}
 
 
 def page(site: Site, workers: int) -> gr.Blocks:
@@ -33,14 +62,10 @@ def page(site: Site, workers: int) -> gr.Blocks:
     ):
         gr.HTML("<div class='brand'><b>Equipoise</b><span>fine-tuning that forgives the learning rate</span></div>")
         with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab("Launch", id="launch"):
-                forms, pipelines = launch.build(site, workers)
-            with gr.Tab("Runs", id="runs") as watching:
-                runs.build(site, workers, forms, pipelines, tabs, watching)
-            with gr.Tab("Compare", id="compare") as comparing:
-                compare.build(site, comparing)
-            with gr.Tab("Plugins", id="plugins") as installed:
-                plugins.build(installed)
+            shared = Page(site, workers, tabs)
+            for name, build in TABS.items():
+                with gr.Tab(name, id=name.lower()) as tab:
+                    build(shared, tab)
         api.build(site, workers)
         blocks.load(None, None, None, js="() => equipoise.restore()", api_visibility="private")
     return blocks
@@ -90,13 +115,13 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
 
 
 def takes_files(blocks: gr.Blocks) -> dict[int, list[int]]:
-    """Which inputs of each event are of files: the event's number → their places, counted from 0."""
+    """Which inputs of each event are of files: the event's number → their indices, counted from 0."""
     kinds = (gr.File, gr.UploadButton)
     found = {
         number: [index for index, part in enumerate(event.inputs) if isinstance(part, kinds)]
         for number, event in blocks.fns.items()
     }
-    return {number: places for number, places in found.items() if places}
+    return {number: indices for number, indices in found.items() if indices}
 
 
 def serve(
@@ -130,7 +155,7 @@ def serve(
 
 
 def _serve(mine: socket.socket, host: str, port: int, site: Site, workers: int, auth: tuple[str, str] | None) -> None:
-    with nothing_is_garbage():
+    with no_garbage_collection():
         app = application(site, workers, auth, LOCAL if host in LOCAL else frozenset())
     warm = threading.Timer(1.0, _warm)  # when the page has been sent
     warm.daemon = True

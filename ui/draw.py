@@ -21,6 +21,11 @@ def esc(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def url(name: str) -> str:
+    """Where the server has a file of the runs folder."""
+    return esc(f"/runs-file/{name}".replace("%", "%25").replace("+", "%2B").replace(",", "%2C").replace("=", "%3D"))
+
+
 def breakable(text: object) -> str:
     """A name of several parts, which may be broken between them where there is little room."""
     return re.sub(r"(?<=[=,_/])(?=\w)", "<wbr>", esc(text))

@@ -7,7 +7,7 @@ pipeline or optimizer by name, and nothing imports gradio.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -47,7 +47,7 @@ class Field:
     def info(self) -> str:
         """Help, bounds and key on one line."""
         if self.kind == "axes":
-            return "what else a sweep goes over, such as {schedule: [constant, cosine]} [sweep]"
+            return "Other keys that the sweep goes over, such as {schedule: [constant, cosine]} [sweep]"
         words = [self.key.help.rstrip(".")]
         if self.key.bounds:
             words.append(self.key.bounds)
@@ -162,13 +162,13 @@ def option_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given
 
 
 def given_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given: RunConfig) -> list[list[str]]:
-    """Of the rows of `option_rows` those with a value, which can be told without importing any plugin."""
+    """Of the rows of `option_rows` those with a value, which needs no plugin to be imported."""
     found = [(name, _given_options(given, key, name)) for key, names in chosen.items() for name in names]
     return [[name, option, _text(value), "", "", ""] for name, some in found for option, value in some.items()]
 
 
 def kept(rows: list[list[str]], before: Sequence[Sequence[Any]]) -> list[list[str]]:
-    """Rows with the values that the table already held, where they say none themselves."""
+    """Rows with the values that the table already held, where they have none themselves."""
     held = {(str(row[0]), str(row[1])): _cell(row[2]) for row in before}
     return [[*row[:2], row[2] or held.get((row[0], row[1]), ""), *row[3:]] for row in rows]
 
@@ -220,68 +220,100 @@ def read(
     Raises:
         ConfigError: what cannot be read, where `wrong` is not given.
     """
-    values: dict[str, Any] = {}
-    axes: dict[str, list[Any]] = {}
-    other: dict[str, list[Any]] = {}
-    problems: list[str] = []
+    found = _Found(rows)
     for item in fields(cls):
-        key, given = item.key.key, shown.get(item.key.key)
-        short = item.key.short or key
-        if item.kind == "plugin":
-            parent = key.rpartition(".")[0]
-            names = [given] if isinstance(given, str) else list(given or [])
-            found = {name: _rows_of(rows, name, problems) for name in names}
-            if len(names) == 1:
-                values[key], values[f"{parent}.options"] = names[0], found[names[0]]
-            elif names:
-                values[f"{parent}.options"] = {}
-                axes[parent] = [{"name": name, "options": found[name]} if found[name] else name for name in names]
-            else:
-                problems.append(f"{key}: choose at least one.")
-        elif item.kind == "number":
-            try:
-                numbers = read_numbers(str(given or ""))
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
-                continue
-            if len(numbers) > 1:
-                axes[short] = numbers
-            elif numbers or "none" in item.key.type:
-                values[key] = numbers[0] if numbers else None
-            else:
-                problems.append(f"{key}: is empty; give a number.")
-        elif item.kind == "lines":
-            lines = [line.strip() for line in str(given or "").splitlines() if line.strip()]
-            values[key] = lines if "str" in item.key.type else [configs.parse_value(line) for line in lines]
-            if not lines and "none" in item.key.type:
-                values[key] = None
-        elif item.kind == "text":
-            text = str(given or "").strip()
-            if item.key.type.startswith(("mapping", "dict")):
-                values[key] = _mapping(key, text, problems)
-            else:
-                values[key] = text or (None if "none" in item.key.type else "")
-        elif item.kind == "choice":
-            typed = {str(choice): choice for choice in item.key.choices}
-            values[key] = typed.get(str(given), given or None)
-        elif item.kind == "axes":
-            other = _axes(str(given or "").strip(), problems)
-        else:
-            values[key] = bool(given)
-    taken = {_canonical(cls, key) for key in axes}
-    problems += [
+        _READERS[item.kind](found, item, shown.get(item.key.key))
+    taken = {_canonical(cls, key) for key in found.axes}
+    found.problems += [
         f"sweep: {key} has several values in its own field too; give them once."
-        for key in other
+        for key in found.other
         if _canonical(cls, key) in taken
     ]
     if wrong is not None:
-        wrong += problems
-    elif problems:
-        raise ConfigError(problems)
-    return {**values, SWEEP: {**axes, **other}}
+        wrong += found.problems
+    elif found.problems:
+        raise ConfigError(found.problems)
+    return {**found.values, SWEEP: {**found.axes, **found.other}}
 
 
-def _rows_of(rows: Sequence[Sequence[Any]], name: str, problems: list[str]) -> dict[str, Any]:
+@dataclass
+class _Found:
+    """What has been read of a form so far."""
+
+    rows: Sequence[Sequence[Any]]  # of the table of options
+    problems: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, list[Any]] = field(default_factory=dict)  # of fields that hold several values
+    other: dict[str, list[Any]] = field(default_factory=dict)  # of the field that holds all others
+
+
+def _read_plugin(found: _Found, item: Field, given: Any) -> None:
+    parent = item.key.key.rpartition(".")[0]
+    names = [given] if isinstance(given, str) else list(given or [])
+    options = {name: _rows_of(found.rows, name) for name in names}
+    if len(names) == 1:
+        found.values |= {item.key.key: names[0], f"{parent}.options": options[names[0]]}
+    elif names:
+        found.values[f"{parent}.options"] = {}
+        found.axes[parent] = [{"name": name, "options": options[name]} if options[name] else name for name in names]
+    else:
+        found.problems.append(f"{item.key.key}: choose at least one.")
+
+
+def _read_number(found: _Found, item: Field, given: Any) -> None:
+    key = item.key.key
+    try:
+        numbers = read_numbers(str(given or ""))
+    except ValueError as error:
+        found.problems.append(f"{key}: {error}")
+        return
+    if len(numbers) > 1:
+        found.axes[item.key.short or key] = numbers
+    elif numbers or "none" in item.key.type:
+        found.values[key] = numbers[0] if numbers else None
+    else:
+        found.problems.append(f"{key}: is empty; give a number.")
+
+
+def _read_lines(found: _Found, item: Field, given: Any) -> None:
+    lines = [line.strip() for line in str(given or "").splitlines() if line.strip()]
+    values = lines if "str" in item.key.type else [configs.parse_value(line) for line in lines]
+    found.values[item.key.key] = None if not lines and "none" in item.key.type else values
+
+
+def _read_text(found: _Found, item: Field, given: Any) -> None:
+    key, text = item.key.key, str(given or "").strip()
+    if item.key.type.startswith(("mapping", "dict")):
+        found.values[key] = _mapping(key, text, found.problems)
+    else:
+        found.values[key] = text or (None if "none" in item.key.type else "")
+
+
+def _read_choice(found: _Found, item: Field, given: Any) -> None:
+    typed = {str(choice): choice for choice in item.key.choices}
+    found.values[item.key.key] = typed.get(str(given), given or None)
+
+
+def _read_truth(found: _Found, item: Field, given: Any) -> None:
+    found.values[item.key.key] = bool(given)
+
+
+def _read_axes(found: _Found, item: Field, given: Any) -> None:
+    found.other = _axes(str(given or "").strip(), found.problems)
+
+
+_READERS = {  # by a field's kind
+    "plugin": _read_plugin,
+    "number": _read_number,
+    "lines": _read_lines,
+    "text": _read_text,
+    "choice": _read_choice,
+    "truth": _read_truth,
+    "axes": _read_axes,
+}
+
+
+def _rows_of(rows: Sequence[Sequence[Any]], name: str) -> dict[str, Any]:
     found = {}
     for row in rows:
         text = _cell(row[2])
@@ -311,7 +343,7 @@ def _mapping(key: str, text: str, problems: list[str]) -> dict[str, Any]:
 
 
 def count(cls: type[RunConfig], shown: Mapping[str, Any]) -> int:
-    """How many runs a form comes to; 1 where it cannot be read."""
+    """How many runs a filled-in form describes; 1 where it cannot be read."""
     wrong: list[str] = []
     axes = read(cls, shown, [], wrong)[SWEEP].values()
     return 1 if wrong else math.prod(len(values) for values in axes)

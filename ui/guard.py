@@ -100,7 +100,7 @@ class Guard:
                     await send({"type": "http.response.body"})
 
     async def _form(self, scope: Any, receive: Any, send: Any) -> None:
-        """Hands on what a form sends, written anew, so that gradio reads exactly what was looked at here."""
+        """Hands on what a form sends, written again, so that gradio reads exactly what was looked at here."""
         body, more = b"", True
         while more:
             message = await receive()
@@ -128,16 +128,16 @@ class Guard:
     def _is_free_of_files(self, sent: Any, event: int | None) -> bool:
         """Whether a form names no files but uploaded ones, in those inputs of the event that are for files.
 
-        What it says of these beside their paths is dropped.
+        Everything but their paths is dropped.
         """
-        places = self.takes_files.get(event, ()) if event is not None else ()
-        if not (places and isinstance(data := sent.get("data"), list)):
+        indices = self.takes_files.get(event, ()) if event is not None else ()
+        if not (indices and isinstance(data := sent.get("data"), list)):
             return not _names_a_file(sent)
-        sent["event_data"] = None  # where the browser says once more what was chosen
-        rest = {**sent, "data": [value for index, value in enumerate(data) if index not in places]}
+        sent["event_data"] = None  # in which the browser repeats what was chosen
+        rest = {**sent, "data": [value for index, value in enumerate(data) if index not in indices]}
         return not _names_a_file(rest) and all(
             not _names_a_file(value) or all(map(self._is_uploaded, value if isinstance(value, list) else [value]))
-            for value in (data[index] for index in places if index < len(data))
+            for value in (data[index] for index in indices if index < len(data))
         )
 
     def _is_uploaded(self, record: Any) -> bool:
@@ -164,14 +164,15 @@ class Guard:
         """Hands files on until they are too many, which shows in how often the line between two of them comes."""
         headers = dict(scope["headers"])
         mark = b"--" + headers.get(b"content-type", b"").partition(b"boundary=")[2].strip(b'" ')
-        seen, rest, refused = 0, b"", False
+        count, rest, refused = 0, b"", False
 
         async def counted() -> Any:
-            nonlocal seen, rest, refused
+            nonlocal count, rest, refused
             message = await receive()
             body = rest + message.get("body", b"")
-            seen, rest = seen + body.count(mark), body[len(body) - len(mark) + 1 :] if len(body) >= len(mark) else body
-            refused = refused or seen > PICTURES + 1
+            count += body.count(mark)
+            rest = body[len(body) - len(mark) + 1 :] if len(body) >= len(mark) else body
+            refused = refused or count > PICTURES + 1
             return {"type": "http.disconnect"} if refused else message
 
         async def sent(message: Any) -> None:
@@ -212,8 +213,8 @@ class Guard:
             return 404, "There is nothing here."
         if scope["method"] == "POST":
             length = headers.get(b"content-length", b"")
-            if not length.isdigit():
-                return 411, "How long a request is must be said beforehand."
+            if not length.isdigit() or b"transfer-encoding" in headers:
+                return 411, "The request must state its length."
             if not _is_upload(scope):
                 return (413, "That is too much for a form.") if int(length) > UPLOAD else None
             if int(length) + (make_room(self.uploads) if self.uploads else 0) > ROOM:
@@ -224,7 +225,7 @@ class Guard:
 def _event(scope: Any, sent: Any) -> int | None:
     """The number of the page's event that a form is sent to; None where gradio goes by a name."""
     event = sent.get("fn_index") if isinstance(sent, dict) else None
-    return event if type(event) is int and scope["path"].rstrip("/").endswith("/queue/join") else None
+    return event if type(event) is int and scope["path"].rstrip("/") == "/gradio_api/queue/join" else None
 
 
 def _names_a_file(sent: Any) -> bool:
@@ -242,7 +243,7 @@ def _names_a_file(sent: Any) -> bool:
 
 
 def _is_upload(scope: Any) -> bool:
-    return scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
+    return scope["method"] == "POST" and scope["path"].rstrip("/") == "/gradio_api/upload"
 
 
 _NOT_FRAMED = [(b"x-frame-options", b"DENY"), (b"content-security-policy", b"frame-ancestors 'none'")]

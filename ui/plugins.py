@@ -1,4 +1,4 @@
-"""The tab Plugins: what is installed, who provides it, what failed and why, and what each can be told."""
+"""The tab Plugins: what is installed, who provides it, what failed and why, and the options of each."""
 
 from itertools import groupby
 
@@ -7,8 +7,8 @@ import gradio as gr
 from equipoise import registry
 from equipoise.errors import EquipoiseError
 from equipoise.options import references, summary
-from equipoise.pipelines.commands.listing import option_rows
-from equipoise.plugin_cache import verdicts
+from equipoise.pipelines.config.option_rows import option_rows
+from equipoise.plugin_cache import load_errors
 from equipoise.registry import Entry
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
@@ -17,7 +17,7 @@ from equipoise.ui.draw import esc
 def page() -> str:
     """All plugins as HTML, by kind. Built-in ones are loaded, others only after they have been tried elsewhere."""
     found = registry.entries()
-    errors = dict(zip(found, verdicts(found), strict=True))
+    errors = dict(zip(found, load_errors(found), strict=True))
     parts = []
     for kind, some in groupby(found, key=lambda entry: entry.kind):
         parts.append(f"<h3>{kind.capitalize()}</h3>" + "".join(_card(entry, errors[entry]) for entry in some))
@@ -31,7 +31,7 @@ def _card(entry: Entry, error: str) -> str:
         if error:
             raise EquipoiseError(error)
         cls = registry.load(entry.kind, entry.name)
-        body = f"<p>{esc(summary(cls) or 'It says nothing about itself.')}</p>"
+        body = f"<p>{esc(summary(cls) or 'It has no description.')}</p>"
         rows = "".join(
             f"<tr><td>{esc(row['name'])}</td><td>{esc(row['type'])} {esc(row['bounds'])}</td>"
             f"<td>{esc(row['default'])}</td><td>{esc(row['help'])}</td></tr>"

@@ -9,8 +9,8 @@ from typing import Any
 
 
 @contextmanager
-def nothing_is_garbage() -> Iterator[None]:
-    """Within it, nobody looks for garbage: of what is made while starting, nearly all stays."""
+def no_garbage_collection() -> Iterator[None]:
+    """Within it, Python collects no garbage: of what is made while starting, nearly all stays."""
     gc.disable()
     try:
         yield
@@ -22,7 +22,7 @@ def import_gradio() -> None:
     """Imports gradio, with its reports to its makers switched off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with nothing_is_garbage(), no_stubs():
+    with no_garbage_collection(), no_stubs():
         import gradio  # noqa: F401  for its effect
 
 

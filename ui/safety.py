@@ -2,18 +2,18 @@
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config import RunConfig, describe, flat
 from equipoise.pipelines.config.records import HUB_ID
+from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.media.pictures import decode
+from equipoise.pipelines.media.reading import EnormousError, MediaError
 from equipoise.pipelines.runs.store import Store
 
 PIXELS = 50_000_000  # of one uploaded picture; a camera's has 24 million
@@ -36,7 +36,8 @@ SUFFIXES = {  # what is served, and as what; everything else stays where it is
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".yaml", ".safetensors")  # what a choice of data may end in
 OFFERED = 500  # entries of one folder
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")
-_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+_UPLOADED = ("PNG", "JPEG", "WEBP")
+_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp"}  # MPO: a JPEG with more pictures behind it
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Site:
                 return target
         raise InputError(f"{name[:200]!r}: there is no such file.")
 
-    def told(self, error: Exception) -> str:
-        """What an error says, without where on this machine the runs lie."""
+    def without_paths(self, error: Exception) -> str:
+        """An error's message, without where on this machine the runs lie."""
         return str(error).replace(f"{self.store.root}: ", "").replace(f"{self.store.root}{os.sep}", "")
 
     def choices(self, at: str = "") -> list[tuple[str, str]]:
@@ -73,7 +74,7 @@ class Site:
         found = [(f"uploads/{one.name}", str(one)) for one in uploads if one.is_dir() and not one.is_symlink()]
         for name in self.data:
             parts = self._folder(at if at.partition("/")[0] == name else name).split("/")
-            found += [(f"{place}/", place) for place in ("/".join(parts[: n + 1]) for n in range(len(parts)))]
+            found += [(f"{folder}/", folder) for folder in ("/".join(parts[: n + 1]) for n in range(len(parts)))]
             found += self._below("/".join(parts))
         return found
 
@@ -81,7 +82,7 @@ class Site:
         """The folder that a choice `NAME/…` is or lies in."""
         while "/" in choice:
             try:
-                if ".." not in choice and os.path.isdir(self.place(choice)):
+                if ".." not in choice and os.path.isdir(self.path(choice)):
                     return choice.rstrip("/")
             except InputError:  # out of its root
                 pass
@@ -92,15 +93,15 @@ class Site:
         """The folders in a folder, and the files that list examples or hold weights."""
         root = self.data[folder.partition("/")[0]]
         try:
-            here = [(not os.path.isdir(item), item.name) for item in os.scandir(self.place(folder))]
+            here = [(not os.path.isdir(item), item.name) for item in os.scandir(self.path(folder))]
         except OSError:  # it may be gone, or not for us
             return []
         some = sorted(one for one in here if one[1][0] != "." and (not one[0] or one[1].endswith(LISTS)))
-        able = [one for one in some[:OFFERED] if _inside(Path(self.place(folder), one[1]), [root])]
+        able = [one for one in some[:OFFERED] if _inside(Path(self.path(folder), one[1]), [root])]
         found = [(f"{folder}/{name}{'' if is_file else '/'}", f"{folder}/{name}") for is_file, name in able]
         return found + [(f"… {len(some) - OFFERED} more in {folder}: type the name", folder)] * (len(some) > OFFERED)
 
-    def place(self, choice: str) -> str:
+    def path(self, choice: str) -> str:
         """A choice `NAME/…` as the path of what it names; everything else as it is.
 
         Raises:
@@ -114,35 +115,45 @@ class Site:
             raise InputError(f"{choice}: leads out of {name}, the folder that this page may read.")
         return str(target.resolve())
 
-    def problems(self, *configs: RunConfig) -> list[str]:
-        """Paths in configurations that lead out of the data roots, and folders with links that do; a sentence each."""
+    def problems(self, config: RunConfig) -> list[str]:
+        """Paths in a configuration and a sweep's cells that lead out of the data roots, and folders with links that do.
+
+        Returns:
+            A sentence for each.
+
+        Raises:
+            ConfigError: a cell is not valid.
+        """
         roots = [self.store.root, *self.data.values()]
         hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
+        cells = expand(config).values() if config.sweep else ()
         found = []
-        for key, text in dict.fromkeys(place for config in configs for place in _places(config)):
+        for key, text in dict.fromkeys(item for one in (config, *cells) for item in _paths(one)):
             if not _inside(Path(text), roots):
                 found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
-            elif link := _way_out(Path(text).expanduser().resolve(), roots):
+            elif link := _way_out(Path(text).resolve(), roots):
                 found.append(
                     f"{key}: {link} is a link that leads out of the folders that this page may read; remove it."
                 )
         return found
 
 
-def _places(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What in a configuration names something on this machine's disks: (key, path).
 
-    These are the keys that their record marks as such, whatever they hold, and of plugins' options, which have no such
-    mark, all that looks like a path. Everything else is words that nothing opens: a prompt may begin with a slash.
-    Where runs are kept is for the server to say.
+    These are the keys that their record marks as such, whatever they hold. Plugins' options and the records of other
+    packages may lack marks, and count where they look like a path. The rest is words: a prompt may begin with a slash.
+    Where runs are kept is the server's choice.
     """
-    marks = {key.key: key.opened for key in describe(type(config)) if key.key != "runs"}
+    keys = {key.key: key.opened for key in describe(type(config)) if key.key != "runs"}
+    foreign = not type(config).__module__.startswith("equipoise.pipelines.")
     for key, value in flat(config).items():
-        if (mark := marks.get(key)) and isinstance(value, str):
-            elsewhere = mark.hub and HUB_ID.fullmatch(value) and not os.path.lexists(value)
-            if not elsewhere and not (mark.demo and value == demo.NAME):
-                yield key, value
-        elif key.rpartition(".")[2] == "options":
+        if mark := keys.get(key):
+            for text in _texts(value):
+                elsewhere = mark.hub and HUB_ID.fullmatch(text) and not os.path.lexists(text)
+                if not elsewhere and not (mark.demo and text == demo.NAME):
+                    yield key, text
+        elif key in keys and (foreign or key.rpartition(".")[2] == "options"):
             yield from ((key, text) for text in _texts(value) if _is_path(text))
 
 
@@ -156,12 +167,12 @@ def _is_path(text: str) -> bool:
 
 def _way_out(folder: Path, roots: Sequence[Path]) -> Path | None:
     """A link below a folder that leads out of the roots; links to other folders in them are followed, each once."""
-    waiting, seen = [folder], set()
+    waiting, visited = [folder], set()
     while waiting:
-        if (place := waiting.pop()) in seen:
+        if (next_one := waiting.pop()) in visited:
             continue
-        seen.add(place)
-        for here, folders, files in os.walk(place):
+        visited.add(next_one)
+        for here, folders, files in os.walk(next_one):
             for name in (*folders, *files):
                 path = Path(here, name)
                 if path.is_symlink():
@@ -200,18 +211,10 @@ def check_picture(path: Path, name: str) -> str:
     if path.stat().st_size > UPLOAD:
         raise InputError(f"{name}: is larger than {UPLOAD // 1_000_000} MB; make it smaller.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, before anything is decoded
-            with Image.open(path, formats=list(_FORMATS)) as image:
-                if image.width * image.height > PIXELS:
-                    raise InputError(f"{name}: has {image.width} × {image.height} pixels; make it smaller.")
-                image.load()
-                return _FORMATS[image.format or ""]
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: has far too many pixels; make it smaller.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+        return _SUFFIXES[decode(path, PIXELS, _UPLOADED).format or ""]
+    except EnormousError as error:
+        raise InputError(f"{name}: {error.problem}") from error
+    except MediaError as error:
         raise InputError(f"{name}: is not a picture that can be read (PNG, JPEG or WebP).") from error
 
 

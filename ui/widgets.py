@@ -1,10 +1,54 @@
-"""Gradio's parts, made to bear what a browser may send."""
+"""Gradio's parts, made to bear what a browser may send, and how a tab's handlers are connected to them."""
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from equipoise.ui.quick import no_stubs
+
+Updates = dict[Any, Any]  # what a handler returns: component → its value or update; all others stay as they are
+PRIVATE: Any = {"api_visibility": "private"}  # of an event: programs cannot ask for it by a name
+HIDDEN: Any = {**PRIVATE, "show_progress": "hidden"}
+
+# A click on anything that carries an id becomes an event with that id; the listener stays when the content changes.
+ON_CLICK = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('[data-id]');
+  if (chosen) trigger('select', {id: chosen.dataset.id});
+});
+"""
+
+
+def bound(handler: Callable[..., Any], tab: Any) -> Callable[..., Any]:
+    """A handler with the tab that it serves as its first argument.
+
+    A method, for gradio reads what `gr.Request` and `gr.EventData` are for from a method's annotations, and not from
+    those of a `functools.partial`.
+    """
+    return MethodType(handler, tab)
+
+
+def clicked_id(event: gr.EventData) -> str:
+    """The id of what was clicked, from an event of ON_CLICK."""
+    return str(getattr(event, "id", ""))
+
+
+def root() -> gr.Blocks:
+    """The page that is being built."""
+    page = Context.root_block
+    assert page is not None
+    return page
+
+
+def table_rows(table: Any) -> list[list[Any]]:
+    """The rows of gradio's table, whichever form it comes in."""
+    if table is None:
+        return []
+    return table.values.tolist() if hasattr(table, "values") else [list(row) for row in table]
+
 
 with no_stubs():
 

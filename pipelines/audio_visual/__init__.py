@@ -4,7 +4,7 @@ import os
 
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
 from equipoise.pipelines.runs.run import Run
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
@@ -32,10 +32,10 @@ class AudioVisual(Pipeline):
         return doubts(config)
 
     @classmethod
-    def memory(cls, config: AudioVisualConfig) -> Memory | None:
-        from equipoise.pipelines.audio_visual.memory import memory
+    def estimate_memory(cls, config: AudioVisualConfig) -> MemoryEstimate | None:
+        from equipoise.pipelines.audio_visual.memory import estimate_memory
 
-        return memory(config)
+        return estimate_memory(config)
 
     @classmethod
     def run(cls, config: AudioVisualConfig, run: Run) -> Outcome:
@@ -44,7 +44,7 @@ class AudioVisual(Pipeline):
         return train(config, run)
 
     @classmethod
-    def compare(cls, name, folder, runs, configs, samples, judges=None) -> Comparison:
+    def compare(cls, name, folder, runs, configs, asked) -> Comparison:
         from equipoise.pipelines.audio_visual.compare import compare
 
         return compare(name, folder, runs, configs)

@@ -3,16 +3,15 @@
 import os
 from pathlib import Path
 
-from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
-from equipoise.pipelines.config.sections import one_sided
+from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image.formats.layout import is_local
 
 
 def problems(config: AudioVisualConfig) -> list[str]:
-    found = _objective_problems(config)
+    found = objective_problems(config, config.data.modalities, config.train.baselines)
     missing = []
     for name in config.data.modalities:
         path = getattr(config.model, name).path
@@ -67,20 +66,6 @@ def _model_problems(config: AudioVisualConfig) -> list[str]:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         return [f"model: its encoders cannot take what data gives, or their own sizes do not fit: {reason}."]
     return []
-
-
-def _objective_problems(config: AudioVisualConfig) -> list[str]:
-    """What an objective says of these modalities."""
-    found = []
-    chosen = [("objective", config.objective.name, config.objective.options)]
-    for key, name, options in chosen + [("train.baselines", name, {}) for name in config.train.baselines]:
-        try:
-            registry.load("objectives", name)(**options).bind({modality: [] for modality in config.data.modalities})
-        except InputError as error:
-            found.append(f"{key}: {name}: {error}")
-        except TypeError as error:
-            found.append(f"{key}: {name} needs options, which a baseline cannot be given: {error}.")
-    return found
 
 
 def doubts(config: AudioVisualConfig) -> list[str]:

@@ -33,8 +33,8 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
     kinds = ["joint", *first.modalities]
     alone = len({config.objective.model_dump_json() for config in configs}) == 1  # no row's label names the objective
     cells, chance = [], math.nan
-    for run, config, place in zip(runs, configs, lay_out(configs), strict=True):
-        cell = Cell.of(run, config, place)
+    for run, config, position in zip(runs, configs, lay_out(configs), strict=True):
+        cell = Cell.of(run, config, position)
         cells.append(cell)
         row = cell.row
         if alone:

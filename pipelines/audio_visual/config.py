@@ -3,60 +3,77 @@
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from equipoise.pipelines.config.records import DataPath, ModelPath, PluginSection, RunConfig, Section
+from equipoise.pipelines.config.records import DataPath, ModelPath, Revision, Section
 from equipoise.pipelines.config.sections import (
-    SHORT_NAMES,
-    CheckpointSection,
-    CoordinatorSection,
+    Clip,
+    LearningRate,
     ObjectiveSection,
+    OptimizerName,
+    OptimizerSection,
     Rate,
-    ScheduleSection,
+    Steps,
+    TrainConfig,
+    TrainSection,
 )
 
 Modality = Literal["audio", "visual", "text"]
 
 
 class AudioSection(Section):
-    sample_rate: int = Field(16000, ge=1000, description="Hz, to which sound is resampled")
-    seconds: float = Field(3.0, gt=0, le=600, description="length of a clip; longer sound is cut, shorter repeated")
+    sample_rate: int = Field(16000, ge=1000, description="The rate, in Hz, that sound is resampled to.")
+    seconds: float = Field(
+        3.0, gt=0, le=600, description="The length of a clip; longer sound is cut, shorter sound repeated."
+    )
     scale: Literal["log_mel", "log_stft"] = Field(
         "log_mel",
-        description="log_mel: mel bands, HTK's scale; log_stft: the magnitudes, as OGM-GE's and AGM's authors",
+        description="The spectrogram; log_mel: HTK's mel bands; log_stft: magnitudes, as for OGM-GE and AGM.",
     )
-    window: int = Field(512, ge=16, le=8192, description="samples of the Hann window and of the Fourier transform")
-    hop: int = Field(160, ge=1, description="samples between windows")
-    mels: int = Field(128, ge=4, le=512, description="mel bands, for log_mel")
+    window: int = Field(512, ge=16, le=8192, description="The samples in a Hann window, and in its Fourier transform.")
+    hop: int = Field(160, ge=1, description="The samples from one window to the next.")
+    mels: int = Field(128, ge=4, le=512, description="The number of mel bands, for log_mel.")
 
 
 class VisualSection(Section):
-    frames: int = Field(1, ge=1, le=64, description="frames of a clip, from the middles of equal stretches")
-    size: int = Field(224, ge=8, le=1024, description="pixels, the side of the square that frames are cut to")
+    frames: int = Field(
+        1, ge=1, le=64, description="The number of frames of a clip, from the middles of equal stretches."
+    )
+    size: int = Field(224, ge=8, le=1024, description="The side, in pixels, of the square that frames are cut to.")
 
 
 class TextSection(Section):
-    length: int = Field(128, ge=4, le=4096, description="tokens; longer text is cut")
+    length: int = Field(128, ge=4, le=4096, description="The largest number of tokens; longer text is cut.")
 
 
 class DataSection(Section):
     manifest: DataPath = Field(
-        "demo", description="CSV with the columns clip, audio, frames, video, text, label, split; `demo` draws a set"
+        "demo", description="A CSV with the columns clip, audio, frames, video, text, label, split; `demo` draws a set."
     )
-    modalities: list[Modality] = Field(["audio", "visual"], min_length=1, description="what the model gets to see")
+    modalities: list[Modality] = Field(
+        ["audio", "visual"], min_length=1, description="The modalities that the model is given."
+    )
     audio: AudioSection = Field(default_factory=AudioSection)
     visual: VisualSection = Field(default_factory=VisualSection)
     text: TextSection = Field(default_factory=TextSection)
     validation: float = Field(
-        0.1, gt=0, lt=1, description="share of the training clips to validate on where no split is called val"
+        0.1, gt=0, lt=1, description="The share of the training clips to validate on where no split is called val."
     )
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes weigh more")
-    flip: bool = Field(False, description="mirror half of the frames while training")
-    shift: float = Field(0.0, ge=0, le=0.5, description="frames move by up to this share of their side while training")
-    roll: float = Field(0.0, ge=0, le=1, description="sound starts up to this share of its length later while training")
-    skip_bad: bool = Field(False, description="leave out clips that cannot be used, and say which; --skip-bad")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="How classes weigh in the loss; balanced: rare ones weigh more."
+    )
+    flip: bool = Field(False, description="Mirrors half of the frames while training.")
+    shift: float = Field(
+        0.0, ge=0, le=0.5, description="Moves frames by up to this share of their side while training."
+    )
+    roll: float = Field(
+        0.0, ge=0, le=1, description="Starts sound up to this share of its length later while training."
+    )
+    skip_bad: bool = Field(
+        False, description="Leaves out clips that cannot be used, and lists them; --skip-bad on the command line."
+    )
 
     @field_validator("modalities")
     @classmethod
@@ -68,19 +85,27 @@ class DataSection(Section):
 
 class EncoderSection(Section):
     kind: Literal["resnet", "ast", "transformer"] = Field(
-        "resnet", description="resnet: sound and pictures; ast: sound; transformer: text"
+        "resnet", description="The architecture; resnet: for sound and pictures; ast: for sound; transformer: for text."
     )
-    path: ModelPath | None = Field(None, description="pretrained weights: a folder or hub id; empty: from scratch")
-    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
-    widths: list[int] = Field([64, 128, 256, 512], min_length=1, description="resnet: channels of each stage")
-    depths: list[int] = Field([2, 2, 2, 2], min_length=1, description="resnet: blocks of each stage")
-    width: int = Field(192, ge=8, description="ast, transformer: channels")
-    layers: int = Field(4, ge=1, description="ast, transformer: layers")
-    heads: int = Field(4, ge=1, description="ast, transformer: attention heads")
-    rank: int = Field(0, ge=0, le=1024, description="of LoRA factors on a pretrained encoder; 0: all its weights train")
-    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
+    path: ModelPath | None = Field(
+        None, description="Pretrained weights: a folder or hub id; empty: it is trained from scratch."
+    )
+    revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
+    widths: list[int] = Field([64, 128, 256, 512], min_length=1, description="The channels of each stage of a resnet.")
+    depths: list[int] = Field([2, 2, 2, 2], min_length=1, description="The blocks of each stage of a resnet.")
+    width: int = Field(192, ge=8, description="The channels of an ast or transformer.")
+    layers: int = Field(4, ge=1, description="The layers of an ast or transformer.")
+    heads: int = Field(4, ge=1, description="The attention heads of an ast or transformer.")
+    rank: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="The rank of LoRA factors on a pretrained encoder; 0: all its weights are trained.",
+    )
+    alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
     targets: list[str] = Field(
-        [], description="layers that get factors, by the ends of their names; empty: all linear and convolutional ones"
+        [],
+        description="Layers that get factors, by the ends of their names; empty: all linear and convolutional ones.",
     )
 
     @model_validator(mode="after")
@@ -88,7 +113,7 @@ class EncoderSection(Section):
         if self.rank and not self.path:
             raise ValueError("rank is for pretrained weights, which stay as they are; give their path, or rank 0.")
         if not self.rank and (self.targets or self.alpha is not None):
-            raise ValueError("targets and alpha are of LoRA factors; give a rank above 0.")
+            raise ValueError("targets and alpha are for LoRA factors; give a rank above 0.")
         if len(self.widths) != len(self.depths):
             raise ValueError(f"needs as many depths as widths, got {len(self.depths)} and {len(self.widths)}.")
         if self.width % self.heads:
@@ -97,12 +122,15 @@ class EncoderSection(Section):
 
 
 class TextEncoderSection(EncoderSection):
-    kind: Literal["resnet", "ast", "transformer"] = Field("transformer", description="transformer: text")
+    kind: Literal["resnet", "ast", "transformer"] = Field(
+        "transformer", description="The architecture; transformer: for text."
+    )
 
 
 class ModelSection(Section):
     fusion: Literal["sum", "concat", "gated", "film"] = Field(
-        "concat", description="how the modalities' features become the joint prediction; gated and film take two"
+        "concat",
+        description="How the modalities' features become the joint prediction; gated and film take two modalities.",
     )
     audio: EncoderSection = Field(default_factory=EncoderSection)
     visual: EncoderSection = Field(default_factory=EncoderSection)
@@ -117,52 +145,42 @@ class ModelSection(Section):
         return encoder
 
 
-class OptimizerSection(PluginSection):
-    KIND = "optimizers"
-    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
-
-    name: str = Field("sgd", description="`equipoise list optimizers` shows all; torch.optim's names work too")
-    learning_rate: Rate = Field(1e-3, description="per step")
-    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
+class AudioVisualOptimizer(OptimizerSection):
+    name: OptimizerName = "sgd"
+    learning_rate: LearningRate = 1e-3
 
 
-class TrainSection(Section):
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch: int = Field(64, ge=2, description="clips per process and forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the forward pass; weights stay float32")
-    validate_every: int = Field(100, ge=1, description="steps between validations")
-    patience: int = Field(0, ge=0, description="validations without a better joint loss before training ends; 0: never")
-    keep: Literal["best", "last"] = Field("best", description="which weights are the result: by joint validation loss")
+class AudioVisualTrain(TrainSection):
+    steps: Steps = 1000
+    batch: int = Field(64, ge=2, description="Clips of each process in a forward pass; 2 at least.")
+    clip: Clip = 0.0
+    validate_every: int = Field(100, ge=1, description="The steps between validations.")
+    patience: int = Field(0, ge=0, description="Ends after so many validations without a better joint loss; 0: never.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="The weights of the result: the best by validation loss, or the last."
+    )
     baselines: list[str] = Field(
-        [], description="objectives trained beside with the same data, seed and steps, for comparison"
+        [], description="Objectives that are trained too, with the same data, seed and steps, for comparison."
     )
 
 
-class AudioVisualConfig(RunConfig):
-    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "train.batch", "checkpoint")
+class AudioVisualConfig(TrainConfig):
     SHORT: ClassVar[dict[str, str]] = {
         "data": "data.manifest",
-        "steps": "train.steps",
-        "batch": "train.batch",
         "fusion": "model.fusion",
-        **SHORT_NAMES,
+        **TrainConfig.SHORT,
     }
 
-    pipeline: Literal["audio_visual"] = Field("audio_visual", description="the pipeline this configuration is for")
+    pipeline: Literal["audio_visual"] = Field("audio_visual", description="The pipeline this configuration is for.")
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection = Field(default_factory=ModelSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    optimizer: AudioVisualOptimizer = Field(default_factory=AudioVisualOptimizer)
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="mimo"))
-    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    train: AudioVisualTrain = Field(default_factory=AudioVisualTrain)
 
     @field_validator("train")
     @classmethod
-    def _known_baselines(cls, train: TrainSection) -> TrainSection:
+    def _known_baselines(cls, train: AudioVisualTrain) -> AudioVisualTrain:
         for name in train.baselines:
             try:
                 ObjectiveSection(name=name)

@@ -21,7 +21,6 @@ from equipoise.pipelines.files import first_line
 COLUMNS = ("clip", "audio", "frames", "video", "text", "label", "split")
 SPLITS = ("train", "val", "test")
 NEEDED = {"audio": ("audio", "video"), "visual": ("frames", "video"), "text": ("text",)}  # modality → any of these
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Of the clips' names, classes and splits: what decides which batches there are."""
-        told = [(clip.name, clip.label, clip.split) for clip in self.clips]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        listed = [(clip.name, clip.label, clip.split) for clip in self.clips]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def sentences(self) -> list[str]:
         """Everything that is wrong, in the order of the lines."""

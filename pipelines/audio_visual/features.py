@@ -1,8 +1,8 @@
 """What training reads in place of sound, video and text: spectrograms, frames and tokens, made once and kept on disk.
 
-Sound is read by soundfile, or by PyAV out of a video, mixed to mono, resampled (soxr), repeated or cut to the clip's
-length, and becomes the logarithm of its Hann-windowed spectrum, in mel bands (HTK's scale, 0 Hz to half the sample
-rate, triangles of height 1) or as it is. Frames come from the middles of equal stretches, scaled and cut to a square.
+Sound is mixed to mono, resampled (soxr), repeated or cut to the clip's length, and becomes the logarithm of its
+Hann-windowed spectrum, in mel bands (HTK's scale, 0 Hz to half the sample rate, triangles of height 1) or as it is.
+Frames come from the middles of equal stretches, scaled and cut to a square.
 """
 
 import hashlib
@@ -25,14 +25,16 @@ from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
-from equipoise.pipelines.audio_visual.data import PICTURES, Clip
-from equipoise.pipelines.files import cut_off, disk_full, explained
+from equipoise.pipelines.audio_visual.data import Clip
+from equipoise.pipelines.files import disk_full, explained
+from equipoise.pipelines.media import pictures, sounds, videos
+from equipoise.pipelines.media.reading import VERSION as READERS
+from equipoise.pipelines.media.reading import MediaError, brief
 from equipoise.pipelines.progress import progress
 
-SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
 APART = 0.5  # seconds by which sound and picture of a clip may differ in length, or a tenth where that is more
 MEMORY = 2 << 30  # bytes of features that are kept in memory; the rest is read from disk ahead of its step
-_VERSION = 1  # of what these functions give for a file
+_VERSION = 1  # of what these functions make of what the readers give
 
 Features = dict[
     str, Tensor
@@ -57,19 +59,19 @@ def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list
     found: Features = {}
     lengths: dict[str, float] = {}
 
-    def hear(path: Path) -> None:
+    def add_sound(path: Path) -> None:
         samples, rate = read_audio(path)
         lengths["sound"] = len(samples) / rate
         found["audio"] = spectrogram(samples, rate, data.audio)
 
-    def see(path: Path) -> None:
+    def add_pictures(path: Path) -> None:
         if clip.frames:
             found["visual"] = read_frames(path, data.visual.frames, data.visual.size)
         else:
             found["visual"], lengths["video"] = read_video(path, data.visual.frames, data.visual.size)
 
     wrong = []
-    for reader, path in _media(clip, data, {"audio": hear, "visual": see}):
+    for reader, path in _media(clip, data, {"audio": add_sound, "visual": add_pictures}):
         if path is None or not os.path.exists(path):
             continue
         try:
@@ -79,7 +81,7 @@ def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list
         except OSError as error:
             wrong.append(f"{path.name} cannot be read: {error.strerror or error}.")
         except Exception as error:  # whatever a damaged file makes of its decoder
-            wrong.append(f"{path.name} cannot be read ({_brief(error)}).")
+            wrong.append(f"{path.name} cannot be read ({brief(error)}).")
     if "text" in data.modalities:
         found["text"] = tokens(clip.text or "", data.text.length, tokenizer)
     if len(lengths) == 2 and abs(lengths["sound"] - lengths["video"]) > max(APART, 0.1 * max(lengths.values())):
@@ -97,80 +99,28 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
     """Mono samples in -1 … 1, and their rate in Hz.
 
     Raises:
-        InputError: The file cannot be read, has no sound, or it is silent or not finite.
+        InputError: The file cannot be read, is cut off, has no sound, or it is silent or not finite.
     """
-    import soundfile
-
-    if path.suffix.lower()[1:] in _sound_formats():
-        try:
-            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path.name} cannot be read as sound ({_brief(error)}).") from None
-        samples = samples.mean(1)
-    else:
-        samples, rate = _sound_of_video(path)
-    if not len(samples):
-        raise InputError(f"{path.name} holds no sound.")
-    if cut_off(path):
-        raise InputError(f"{path.name} is cut off.")
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path.name} holds samples that are not finite.")
-    if np.abs(samples).max() < SILENCE:
+    try:
+        samples, rate = sounds.decode(path)
+    except MediaError as error:
+        raise _of_clip(path, error) from None
+    if sounds.is_silent(samples):
         raise InputError(f"{path.name} is silent.")
     return samples, rate
-
-
-@lru_cache
-def _sound_formats() -> set[str]:
-    import soundfile
-
-    # of raw samples nobody can tell the rate
-    return {name.lower() for name in soundfile.available_formats()} - {"raw"} | {"aif", "oga", "opus"}
-
-
-def _sound_of_video(path: Path) -> tuple[np.ndarray, int]:
-    import av
-
-    try:
-        with av.open(path, metadata_errors="replace") as container:
-            if not container.streams.audio:
-                raise InputError(f"{path.name} has no sound track. Give sound in the column audio, or leave it out.")
-            rate = container.streams.audio[0].rate
-            mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            parts = [f for frame in container.decode(audio=0) for f in mono.resample(frame)] + mono.resample(None)
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path.name} cannot be read as video or sound ({_brief(error)}).") from None
-    return np.concatenate([part.to_ndarray()[0] for part in parts] or [np.zeros(0, np.float32)]), rate
 
 
 def read_video(path: Path, count: int, size: int) -> tuple[Tensor, float]:
     """(frames, 3, size, size) uint8, and the video's length in seconds.
 
     Raises:
-        InputError: The file cannot be read or has no pictures.
+        InputError: The file cannot be read, is cut off, or has no pictures.
     """
-    import av
-
     try:
-        with av.open(path, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise InputError(f"{path.name} has no pictures.")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            # Twice through: containers are often wrong about how many frames there are.
-            times = [frame.pts for frame in container.decode(stream)]
-            if not times:
-                raise InputError(f"{path.name} has no pictures.")
-            wanted, chosen = _middles(len(times), count), []
-            container.seek(0)
-            for index, frame in enumerate(container.decode(stream)):
-                chosen += [_square(frame.to_image(), size)] * wanted.count(index)
-            seconds = len(times) / float(stream.average_rate or stream.base_rate or 25)
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path.name} cannot be read as video ({_brief(error)}).") from None
-    if len(chosen) != count:
-        raise InputError(f"{path.name} cannot be read as video (its frames differ from one reading to the next).")
-    return torch.stack(chosen), seconds
+        shown, seconds = videos.read_frames(path, count)
+    except MediaError as error:
+        raise _of_clip(path, error) from None
+    return torch.stack([_square(image, size) for image in shown]), seconds
 
 
 def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, size, size) uint8
@@ -179,30 +129,31 @@ def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, siz
     Raises:
         InputError: There are none, or one cannot be read.
     """
-    files = pictures(path)
+    files = picture_files(path)
     if not files:
-        raise InputError(f"{path.name} holds no pictures ({', '.join(sorted(PICTURES))}).")
-    made = []
-    for index in _middles(len(files), count):
+        raise InputError(f"{path.name} holds no pictures ({pictures.NAMED}).")
+    made: dict[Path, Tensor] = {}
+    chosen = [files[int((index + 0.5) * len(files) / count)] for index in range(count)]
+    for file in dict.fromkeys(chosen):  # each once
         try:
-            with Image.open(files[index]) as image:
-                made.append(_square(ImageOps.exif_transpose(image), size))
-        except Exception as error:  # whatever a damaged one makes of its decoder
-            raise InputError(f"{files[index].name} cannot be read as a picture ({_brief(error)}).") from None
-    return torch.stack(made)
+            made[file] = _square(pictures.decode(file), size)
+        except MediaError as error:
+            raise _of_clip(file, error) from None
+    return torch.stack([made[file] for file in chosen])
 
 
-def pictures(path: Path) -> list[Path]:
+def picture_files(path: Path) -> list[Path]:
     """A folder's in the order of their names, or the one."""
-    return [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
+    return [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix.lower() in pictures.suffixes())
 
 
-def _middles(total: int, count: int) -> list[int]:
-    return [int((index + 0.5) * total / count) for index in range(count)]
+def _of_clip(path: Path, error: MediaError) -> InputError:
+    """By the file's name alone, as it stands in the manifest."""
+    return InputError(f"{path.name} {error.problem}")
 
 
 def _square(image: Image.Image, size: int) -> Tensor:
-    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
 
 
@@ -272,11 +223,7 @@ def tokens(text: str, length: int, tokenizer: Any = None) -> Tensor:  # (length,
     return torch.tensor(made, dtype=torch.int64)
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
-
-
-class Store:
+class FeatureStore:
     """The features of clips: made when first asked for, kept on disk by file and settings, in memory where they fit."""
 
     def __init__(
@@ -287,7 +234,7 @@ class Store:
         identity: str = "",  # of the tokenizer
     ):
         self.data, self.cache, self.tokenizer = data, cache, tokenizer
-        self.settings = [_VERSION, identity, sorted(data.modalities)]
+        self.settings = [_VERSION, READERS, identity, sorted(data.modalities)]
         self.settings += [getattr(data, name).model_dump(mode="json") for name in sorted(data.modalities)]
         self.memory: dict[str, Features] = {}
         self.held = 0  # bytes
@@ -299,7 +246,7 @@ class Store:
         facts: list[Any] = [self.settings, clip.text if "text" in self.data.modalities else None]
         read = {"audio": clip.audio or clip.video, "visual": clip.frames or clip.video}
         for path in dict.fromkeys(path for name in self.data.modalities if (path := read.get(name))):
-            for file in pictures(path) if path == clip.frames else [path]:
+            for file in picture_files(path) if path == clip.frames else [path]:
                 stat = file.stat()
                 facts.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
@@ -372,7 +319,7 @@ class Store:
 class Batches:
     """Batches of some clips' features; where not all are in memory, read while the step before is computed."""
 
-    def __init__(self, store: Store, clips: Sequence[Clip]):
+    def __init__(self, store: FeatureStore, clips: Sequence[Clip]):
         self.store, self.clips = store, clips
         self.keys: dict[int, str] = {}  # of the clips that were read: working them out costs as much as reading
         self.reader = ThreadPoolExecutor(1)

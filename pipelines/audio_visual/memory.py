@@ -7,13 +7,13 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.features import MEMORY, bins, blank
 from equipoise.pipelines.audio_visual.model import LateFusion
-from equipoise.pipelines.pipeline import Memory
+from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
 _CLASSES = 32  # their number changes next to nothing
 
 
-def memory(config: AudioVisualConfig) -> Memory | None:
+def estimate_memory(config: AudioVisualConfig) -> MemoryEstimate | None:
     """None where pretrained weights are not on this machine."""
     data, batch, dtype = config.data, config.train.batch, DTYPES[config.train.precision]
     with torch.device("meta"):
@@ -27,7 +27,7 @@ def memory(config: AudioVisualConfig) -> Memory | None:
         given = blank(data, batch, dtype)
     # under autocast the weights stay float32 and what is computed from them does not
     kept = activations(lambda: model.to(dtype)(given), model.parameters())
-    return Memory(first + held, added, kept, PROGRAM)
+    return MemoryEstimate(first + held, added, kept, PROGRAM)
 
 
 def _count(manifest: str) -> int:

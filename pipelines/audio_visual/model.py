@@ -64,7 +64,7 @@ class LateFusion(nn.Module):
         return made
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """The settings of encoders that come pretrained, by modality; a result then needs no place they came from."""
+        """The settings of encoders that come pretrained, by modality; a result then needs no folder they came from."""
         return {name: self.encoders[name].net.config.to_dict() for name in self.modalities if self.come[name]}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -181,12 +181,12 @@ def _backbone(section: EncoderSection, settings: Any, pretrained: bool | Mapping
             return AutoModel.from_config(AutoConfig.for_model(**pretrained[name]), trust_remote_code=False)
         if pretrained is not True:  # its weights come from elsewhere
             return AutoModel.from_config(AutoConfig.from_pretrained(section.path, **where), trust_remote_code=False)
-        net, told = AutoModel.from_pretrained(section.path, use_safetensors=True, output_loading_info=True, **where)
+        net, report = AutoModel.from_pretrained(section.path, use_safetensors=True, output_loading_info=True, **where)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model.{name}.path: {section.path} cannot be loaded: {reason}") from error
     # a masked language model comes without the pooler, which is not asked here
-    if missing := sorted(key for key in told["missing_keys"] if not key.startswith("pooler.")):
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise InputError(
             f"model.{name}.path: {section.path} lacks {len(missing)} weights of a {net.config.model_type}, such as "
             f"{missing[0]}; they would be random. Give a folder that holds them all."
@@ -238,8 +238,8 @@ class SpectrogramTransformer(nn.Module):
         self.net = _backbone(section, settings, pretrained, name)
         if not section.path:
             # zeros, as transformers leaves them, come out of the first layer norm with gradients of 1e6
-            places = self.net.embeddings
-            for tokens in (places.cls_token, places.distillation_token, places.position_embeddings):
+            embeddings = self.net.embeddings
+            for tokens in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
                 nn.init.trunc_normal_(tokens, std=self.net.config.initializer_range)
         made_for = (self.net.config.num_mel_bins, self.net.config.max_length)
         if made_for != tuple(bins):

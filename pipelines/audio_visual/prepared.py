@@ -8,14 +8,14 @@ from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
 from equipoise.pipelines.audio_visual.data import NEEDED, Clip, Manifest, read_manifest, settle, with_validation
-from equipoise.pipelines.audio_visual.features import Store
+from equipoise.pipelines.audio_visual.features import FeatureStore
 from equipoise.pipelines.demo import digits
 
 
 @dataclass
 class Prepared:
     manifest: Manifest
-    store: Store
+    store: FeatureStore
 
     @property
     def problems(self) -> list[str]:
@@ -41,7 +41,7 @@ def prepare(config: AudioVisualConfig) -> Prepared:
     if "text" in config.data.modalities and section.path:
         tokenizer = _tokenizer(section)
         identity = f"{section.path}@{section.revision}"
-    store = Store(config.data, runs / ".cache" / "features", tokenizer, identity or "")
+    store = FeatureStore(config.data, runs / ".cache" / "features", tokenizer, identity or "")
     manifest = read_manifest(config.data, path)
     if all(set(NEEDED[modality]) & manifest.columns for modality in config.data.modalities):
         manifest.leave_out(store.prepare(manifest.clips, manifest.spoilt))

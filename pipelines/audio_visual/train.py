@@ -34,7 +34,7 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import EnoughError, train_loop
+from equipoise.pipelines.training.loop import EarlyStopError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
@@ -48,7 +48,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
     _tell_skipped(prepared, config, run)
     work = AudioVisualWork(config, run, accelerator, prepared)
     started = time.perf_counter()
-    outcome = train_loop(run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, 0)
+    outcome = train_loop(run, work, config)
     if outcome.state == "stopped":
         return outcome
     work.settle()
@@ -67,13 +67,13 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         facts["baselines"] = {name: figures for name, figures in made.items() if figures}
     if processes.leads():
         work.save_result(found, facts)
-    said = [f"{config.objective.name}: {_said(facts)}."]
+    sentences = [f"{config.objective.name}: {_accuracies(facts)}."]
     for name, figures in facts.get("baselines", {}).items():
         when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
-        said.append(f"{name} instead{when}: {_said(figures)}.")
+        sentences.append(f"{name} instead{when}: {_accuracies(figures)}.")
     if missing := [name for name in baselines if name not in facts["baselines"]]:
-        said.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
-    message = " ".join([outcome.message, "Test accuracy,", *said])
+        sentences.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
+    message = " ".join([outcome.message, "Test accuracy,", *sentences])
     run.log(message)
     return Outcome(outcome.state, message, outcome.step)
 
@@ -93,7 +93,7 @@ def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> No
 
 
 def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
-    """Another objective in this one's place: its figures; none where it was stopped. Its weights are not kept."""
+    """Another objective in place of this one: its figures; none where it was stopped. Its weights are not kept."""
     other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
     work = AudioVisualWork(other, run, accelerator, prepared)
     steps, step, state = range(config.train.steps), 0, "done"
@@ -107,7 +107,7 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
         state = "diverged"
         run.log(f"{name}: {error} at step {step + 1}")
         work.rewind()
-    except EnoughError as error:
+    except EarlyStopError as error:
         run.log(f"{name}: {error}")
     work.settle()
     found = work.test()
@@ -116,12 +116,12 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
     return {"state": state, "step": step + 1, **work.figures(found)}
 
 
-def _said(figures: dict[str, Any]) -> str:
+def _accuracies(figures: dict[str, Any]) -> str:
     names = [key.removeprefix("accuracy_") for key in figures if key.startswith("accuracy_")]
     return ", ".join(f"{name} {figures[f'accuracy_{name}']:.1%}" for name in names)
 
 
-class AudioVisualWork(OptimizedWork):
+class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     """One run's training: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "weights"
@@ -175,7 +175,7 @@ class AudioVisualWork(OptimizedWork):
     def step(self, step: int) -> dict[str, float]:
         patience = self.config.train.patience
         if patience and self.waited >= patience:
-            raise EnoughError(f"no better joint validation loss in {patience} validations")
+            raise EarlyStopError(f"no better joint validation loss in {patience} validations")
         self.loading = 0.0
         values = super().step(step)
         values |= {"balancing": self.balancing, "loading": self.loading}
@@ -264,9 +264,9 @@ class AudioVisualWork(OptimizedWork):
             with self.accelerator.autocast():
                 joint, unimodal = self.model(self._moved(self.batches[split].get(chosen.tolist())))
             for name, logits in {JOINT: joint, **unimodal}.items():
-                said = logits.float().cpu()
-                loss = F.cross_entropy(said, self.labels[split][chosen], reduction="none")
-                outputs.setdefault(name, []).append((loss, said.argmax(1)))
+                predicted = logits.float().cpu()
+                loss = F.cross_entropy(predicted, self.labels[split][chosen], reduction="none")
+                outputs.setdefault(name, []).append((loss, predicted.argmax(1)))
         return {
             name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), labels, len(self.classes))
             for name, parts in outputs.items()
@@ -283,8 +283,8 @@ class AudioVisualWork(OptimizedWork):
             self.best = {name: tensor.detach().clone() for name, tensor in self.kept.items()}
         else:
             self.waited += 1
-        if said := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
-            self.run.log(said)
+        if note := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
+            self.run.log(note)
         return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
 
     def figures(self, found: dict[str, Scores]) -> dict[str, float | None]:

@@ -1,4 +1,7 @@
-"""`equipoise demo`: AdamW, scaled and bounded AdamW at five learning rates on the embedded model, with no network."""
+"""`equipoise demo`: compare learning rates on the embedded model, with no network.
+
+AdamW, scaled and bounded AdamW at five learning rates.
+"""
 
 import argparse
 import os
@@ -11,11 +14,14 @@ from equipoise.pipelines.training import processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Values of keys, such as steps=100.")
     parser.add_argument(
-        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that train (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="The number of processes that train (default: %(default)s).",
     )
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     config = configs.load("text_to_image/demo", overrides)
     sweep = sweeps.create(config)
     print(
-        "Teaching the embedded model an object it has never seen, from six pictures, at five learning rates.",
+        "Training the embedded model on a new object, from six pictures, at five learning rates.",
         flush=True,
     )
     if code := resume(sweep, args.workers):

@@ -1,4 +1,7 @@
-"""`equipoise export`: what a run has learnt, as a file for another app, or as a repository on the hub."""
+"""`equipoise export`: a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load.
+
+Or as a repository on the hub.
+"""
 
 import argparse
 import tempfile
@@ -12,17 +15,17 @@ from equipoise.pipelines.runs.store import TOP, find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="an id (a sweep's cell: SWEEP/CELL), a folder, or latest")
-    parser.add_argument("--format", metavar="NAME", help="diffusers (unless told), kohya or comfyui")
-    parser.add_argument("--output", type=user_path, metavar="FILE", help="a new .safetensors file")
+    parser.add_argument("run", metavar="RUN", help="An id (of a sweep's cell: SWEEP/CELL), a folder, or latest.")
+    parser.add_argument("--format", metavar="NAME", help="The format: diffusers (the default), kohya or comfyui.")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="A new .safetensors file.")
     parser.add_argument(
         "--push-to-hub",
         metavar="REPO",
-        help="upload the result with its model card to this repository on the Hugging Face hub, which is made if it is "
-        f"not there; with --format, a file of that format too. The token is read from the environment, {hub.TOKEN}",
+        help="Upload the result with its model card to this repository on the Hugging Face hub, which is made if it "
+        f"is not there; with --format, a file of that format too. The token is read from the variable {hub.TOKEN}.",
     )
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument("--private", action="store_true", help="With --push-to-hub: make a new repository private.")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,14 +18,14 @@ def token() -> str:
     )
 
 
-def push(folder: Path, repo: str, private: bool, said: str) -> str:
+def push(folder: Path, repo: str, private: bool, message: str) -> str:
     """Uploads a folder as a model repository, which is made if it is not there; returns its address.
 
     Args:
         folder: what it is to hold; files that it has besides stay.
         repo: "owner/name", or a name alone for the token's owner.
-        private: whether a new repository is seen by its owner alone.
-        said: the commit's message.
+        private: whether a new repository is visible to its owner alone.
+        message: of the commit.
 
     Raises:
         InputError: there is no token, or the repository's name is none.
@@ -40,13 +40,15 @@ def push(folder: Path, repo: str, private: bool, said: str) -> str:
     hub = HfApi(token=secret)
     try:
         made = hub.create_repo(repo, private=private or None, exist_ok=True)
-        hub.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message=said)
+        hub.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message=message)
     except HFValidationError as error:
-        raise InputError(f"--push-to-hub: {repo}: {_said(error, secret)}") from None
+        raise InputError(f"--push-to-hub: {repo}: {_reason(error, secret)}") from None
     except Exception as error:  # of the hub's client, the HTTP client below it, or the upload's library
-        raise EquipoiseError(f"--push-to-hub: {repo}: {hub.endpoint} did not take it: {_said(error, secret)}") from None
+        raise EquipoiseError(
+            f"--push-to-hub: {repo}: {hub.endpoint} did not take it: {_reason(error, secret)}"
+        ) from None
     return str(made)
 
 
-def _said(error: Exception, secret: str) -> str:
+def _reason(error: Exception, secret: str) -> str:
     return " ".join(str(error).replace(secret, "…").split())[:300]

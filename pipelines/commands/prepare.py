@@ -1,4 +1,4 @@
-"""`equipoise prepare`: the manifest of a published data set, from the folders that it comes in."""
+"""`equipoise prepare`: the manifest of a published audio-visual data set: equipoise prepare SET DIR."""
 
 import argparse
 import csv
@@ -17,7 +17,7 @@ from equipoise.pipelines.audio_visual.data import SPLITS
 from equipoise.pipelines.files import explained, user_path, write_atomic
 
 Row = dict[str, str]  # a set's reader gives a str in its place for a clip that is left out: which, and why
-_TOLD = 5  # of those
+_LISTED = 5  # of those
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".flv", ".mov"}
 EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness", "NEU": "neutral", "SAD": "sadness"}
 
@@ -25,10 +25,12 @@ EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in SETS.items())
-    parser.epilog = f"data sets, and what DIR holds:\n{known}"
-    parser.add_argument("set", metavar="SET", help="which data set; see below")
-    parser.add_argument("folder", metavar="DIR", type=user_path, help="where it was unpacked")
-    parser.add_argument("--output", type=user_path, metavar="CSV", help="default: manifest.csv in DIR")
+    parser.epilog = f"Data sets, and what DIR holds:\n{known}"
+    parser.add_argument("set", metavar="SET", help="The data set; see below.")
+    parser.add_argument("folder", metavar="DIR", type=user_path, help="The folder it was unpacked in.")
+    parser.add_argument(
+        "--output", type=user_path, metavar="CSV", help="The manifest to write (default: manifest.csv in DIR)."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} {split}" for split, count in sorted(splits.items()))
     print(f"{len(rows)} clips of {len(labels)} classes ({counts}) in {output}")
     if left:
-        more = f" and {len(left) - _TOLD} more" if len(left) > _TOLD else ""
-        print(f"  left out {len(left)} of {len(found)}: {'; '.join(left[:_TOLD])}{more}")
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+        print(f"  left out {len(left)} of {len(found)}: {'; '.join(left[:_LISTED])}{more}")
     start = "demo" if args.set == "spoken-digits" else "crema_d"  # sound of 8 kHz and small pictures, as the demo's
     print(f"  next: equipoise train audio_visual/{start} {shlex.quote(f'data={output}')}{NEXT.get(args.set, '')}")
     return 0
@@ -94,17 +96,17 @@ def crema_d(folder: Path, output: Path) -> Iterator[Row | str]:
         name = audio.stem
         parts = name.split("_")
         video = _named(folder / "VideoFlash", name)
-        frames = next((place / name for place in pictures if (place / name).is_dir()), None)
-        seen = {"video": video} if video else {"frames": frames} if frames else None
+        frames = next((folder / name for folder in pictures if (folder / name).is_dir()), None)
+        visual = {"video": video} if video else {"frames": frames} if frames else None
         split = listed.get(name) if listed else {0: "test", 1: "val"}.get(_digest(name) % 10, "train")
         if len(parts) != 4 or parts[2] not in EMOTIONS:
             yield f"{audio.name} is not called ACTOR_SENTENCE_EMOTION_LEVEL"
-        elif not seen:
+        elif not visual:
             yield f"{name} has no video or pictures"
         elif not split:
             yield f"{name} is on no list"
         else:
-            yield _row(name, EMOTIONS[parts[2]], split, audio=audio, **seen)
+            yield _row(name, EMOTIONS[parts[2]], split, audio=audio, **visual)
 
 
 def ave(folder: Path, output: Path) -> Iterator[Row | str]:
@@ -191,16 +193,16 @@ def spoken_digits(folder: Path, output: Path) -> Iterator[Row | str]:
     if len(pixels) != 784 * len(labels):
         raise InputError(f"prepare: {folder / 'mnist'} has {len(pixels) / 784:g} pictures and {len(labels)} labels.")
     pictures = {digit: list(np.flatnonzero(labels == digit)) for digit in range(10)}
-    place = output / "mnist-pictures"
-    with explained(place):
-        place.mkdir(parents=True, exist_ok=True)
+    target = output / "mnist-pictures"
+    with explained(target):
+        target.mkdir(parents=True, exist_ok=True)
     for audio in sorted((folder / "fsdd" / "recordings").glob("*.wav")):
         digit, _, index = [*audio.stem.split("_"), "", ""][:3]
         if not index.isdecimal() or not pictures.get(int(digit) if digit.isdecimal() else -1):
             yield f"{audio.name} has no picture left, or is not called DIGIT_SPEAKER_INDEX"
             continue
         number = int(pictures[int(digit)].pop(0))
-        picture = place / f"{number:05d}.png"
+        picture = target / f"{number:05d}.png"
         with explained(picture):
             Image.fromarray(pixels[784 * number : 784 * (number + 1)].reshape(28, 28)).save(picture)
         yield _row(audio.stem, digit, "test" if int(index) < 5 else "train", audio=audio, frames=picture)

@@ -1,4 +1,4 @@
-"""`equipoise reproduce`: a paper's table in small, beside the paper's own numbers."""
+"""`equipoise reproduce`: a paper's table in small, beside the paper's numbers."""
 
 import argparse
 import json
@@ -30,23 +30,33 @@ WITH_ADD = ("commit",)  # those that go on from an earlier call's results, for t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     papers = "; ".join(f"{name}: {what}" for name, what in PAPERS.items())
-    parser.add_argument("paper", metavar="PAPER", help=papers)
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="of each training, for a quick look; the table wants the default")
+    parser.add_argument("paper", metavar="PAPER", help=f"One of these; {papers}.")
+    parser.add_argument("--seeds", type=int, default=3, help="The number of seeds (default: %(default)s).")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes that train (default: %(default)s)"
+        "--steps", type=int, help="The steps of each training. Fewer give a quick look; the table needs the default."
     )
-    parser.add_argument("--data", metavar="MANIFEST", help=f"clips of your own, for {' and '.join(WITH_DATA)}")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="The number of processes that train (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--data", metavar="MANIFEST", help=f"A manifest of your own clips, for {' and '.join(WITH_DATA)}."
+    )
     parser.add_argument(
         "--add",
         action="store_true",
-        help="to the results that are in the folder already: only the seeds that they lack are trained, for "
-        + " and ".join(WITH_ADD),
+        help="Train only the seeds that the results in the output folder lack, and add them, for "
+        f"{' and '.join(WITH_ADD)}.",
     )
     parser.add_argument(
-        "--output", type=user_path, metavar="FOLDER", help="default: reproduce-PAPER in the folder of runs"
+        "--output",
+        type=user_path,
+        metavar="FOLDER",
+        help="The folder for the results (default: reproduce-PAPER in the folder of runs).",
     )
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,5 +130,5 @@ def _earlier(file: Path, paper: str) -> dict[str, Any]:
             raise InputError(f"--add: {file} is of {' and '.join(strange)}. Give another --output, or leave out --add.")
         return {"runs": [dict(run) for run in found["runs"]], **{name: float(found[name]) for name in _SPENT}}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        said = getattr(error, "strerror", None) or f"not what `equipoise reproduce {paper}` writes ({error!r})"
-        raise InputError(f"--add: {file} cannot be added to: {said}. Leave out --add to begin anew.") from None
+        reason = getattr(error, "strerror", None) or f"not what `equipoise reproduce {paper}` writes ({error!r})"
+        raise InputError(f"--add: {file} cannot be added to: {reason}. Leave out --add to begin anew.") from None

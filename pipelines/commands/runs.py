@@ -1,4 +1,9 @@
-"""`equipoise runs`, `logs` and `stop`: readers of the runs folder, and one who writes requests into it."""
+"""`equipoise runs`: the runs so far and how they stand.
+`equipoise logs`: what a run has printed.
+`equipoise stop`: ask a run to save its state and stop.
+
+Two read the runs folder, and the third writes requests into it.
+"""
 
 import argparse
 import json
@@ -31,17 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = parser.get_default("command")
     if command == "runs":
         parser.add_argument(
-            "--all", action="store_true", help=f"all, not only the youngest {_SHOWN}, and sweeps' cells"
+            "--all", action="store_true", help=f"List all runs and the cells of sweeps, not only the newest {_SHOWN}."
         )
-        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
     else:
-        parser.add_argument("run", metavar="RUN", help="an id (or how it starts), a folder, or latest")
+        parser.add_argument("run", metavar="RUN", help="An id or its beginning, a folder, or latest.")
     if command == "logs":
-        parser.add_argument("--follow", "-f", action="store_true", help="go on until the run is over")
+        parser.add_argument("--follow", "-f", action="store_true", help="Print what is added until the run is over.")
     if command == "stop":
-        parser.add_argument("--now", action="store_true", help="at once, without saving; the last checkpoint stays")
-        parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for it")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+        parser.add_argument(
+            "--now", action="store_true", help="Stop at once, without saving; the last checkpoint stays."
+        )
+        parser.add_argument(
+            "--timeout",
+            type=float,
+            default=120.0,
+            metavar="SECONDS",
+            help="How long to wait for it (default: %(default)g).",
+        )
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,7 @@
-"""`equipoise run`: the short form of `python -m equipoise.run`."""
+"""`equipoise run`: an unmodified training script with one of these optimizers.
+
+The short form of `python -m equipoise.run`.
+"""
 
 import argparse
 

@@ -1,4 +1,7 @@
-"""`equipoise sweep`: train over the product of some keys' values, then compare what came out."""
+"""`equipoise sweep`: train over optimizers × learning rates × seeds, or any other keys.
+
+What came out is compared.
+"""
 
 import argparse
 import re
@@ -7,14 +10,15 @@ from dataclasses import fields, replace
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.commands import skip_bad
+from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.jobs.axes import parse_axes
+from equipoise.pipelines.jobs.axes import expand, parse_axes
 from equipoise.pipelines.jobs.executors import NAMES, Executor, Where, remembered
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.training import processes
 
-EPILOG = """examples:
+EPILOG = """Examples:
   equipoise sweep text_to_image/demo
   equipoise sweep my.yaml --axis optimizer=adamw,scaled_adamw --axis learning_rate=1e-5,1e-4,1e-3 --axis seed=0,1
   equipoise sweep latest        continues a sweep where it stopped
@@ -25,38 +29,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "config", metavar="CONFIG|SWEEP", help="a YAML file or a shipped configuration; or a sweep to continue"
+        "config", metavar="CONFIG|SWEEP", help="A YAML file or a shipped configuration; or a sweep to continue."
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="other values for every cell, such as steps=100"
+        "overrides", nargs="*", metavar="key=value", help="Values of keys for every cell, such as steps=100."
     )
     parser.add_argument(
-        "--axis", action="append", default=[], metavar="KEY=V,V", help="a key and its values; replaces the file's axes"
+        "--axis",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="A key and its values, in place of the file's axes.",
     )
-    parser.add_argument("--executor", choices=NAMES, help="who trains the cells: processes here (local), or Ray's")
     parser.add_argument(
-        "--address", help="of a Ray cluster, HOST:PORT or ray://HOST:PORT (by default one that is here)"
+        "--executor", choices=NAMES, help="What trains the cells: processes on this machine (local), or Ray's."
     )
     parser.add_argument(
-        "--max-parallel", type=int, metavar="N", help="cells in work at once (by default as many as there are devices)"
+        "--address", help="The address of a Ray cluster, HOST:PORT or ray://HOST:PORT (default: one on this machine)."
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="the same")
+    parser.add_argument(
+        "--max-parallel",
+        type=int,
+        metavar="N",
+        help="The number of cells that train at once (default: as many as there are devices).",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="Another name for --max-parallel.")
     parser.add_argument(
         "--retries",
         type=int,
         metavar="N",
-        help="of a cell whose process is lost (by default 2); it goes on where it was",
+        help="How often a cell whose process is lost is started again, from its last checkpoint (default: 2).",
     )
-    parser.add_argument("--cpus", type=float, metavar="N", help="of each cell (Ray: by default 1)")
+    parser.add_argument("--cpus", type=float, metavar="N", help="The CPUs of each cell (default on Ray: 1).")
     parser.add_argument(
-        "--gpus", type=float, metavar="N", help="of each cell, 0.5 for two on one (by default 1 where there are any)"
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="The GPUs of each cell; 0.5 puts two cells on one (default: 1 where there are any).",
     )
     parser.add_argument(
-        "--storage", metavar="URL", help="Ray: where cells travel through if nodes share no disk, s3://…"
+        "--storage",
+        metavar="URL",
+        help="For Ray: the storage that cells travel through where nodes share no disk, such as s3://….",
     )
-    parser.add_argument("--id", help="the sweep's id (by default made from time and name)")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
-    parser.add_argument("--no-compare", action="store_true", help="only train")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print the complete configuration, check every cell, and end."
+    )
+    parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
+    parser.add_argument("--id", help="The sweep's id (default: made from time and name).")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
+    parser.add_argument("--no-compare", action="store_true", help="Train, and make no comparison at the end.")
     parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
 
 
@@ -64,16 +86,31 @@ def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
     processes.alone("A sweep")
     found = _continued(args)
+    if args.dry_run:
+        return _dry_run(args, found)
     where = _where(args, remembered(found) if found else Where())
     if found and args.in_turn and not background.wait_for_turn(found):
         print(f"{found.id}: was cancelled before it began.")
         return found.status().exit_code or 0
     with sweeps.opened(where) as executor:  # before a new sweep is made
-        sweep = found or _new(args)
+        sweep = found or sweeps.create(_asked(args), args.id)
         if not found:
             where.remember(sweep)
         code = _train(sweep, executor, where)
     return _compared(sweep, code, where.compare)
+
+
+def _dry_run(args: argparse.Namespace, found: Run | None) -> int:
+    """Shows and checks what would be started; nothing is made."""
+    if found:
+        raise InputError(f"--dry-run: {found.id} is there already, and was checked when it was made. Leave it out.")
+    config = _asked(args)
+    print(configs.dump(config), end="", flush=True)
+    cells = expand(config).values()
+    checks.check(cells)
+    for line in [*checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
+        print(line, file=sys.stderr)
+    return 0
 
 
 def check_workers(workers: int | None) -> None:
@@ -158,14 +195,15 @@ def _continued(args: argparse.Namespace) -> Run | None:
         return None  # the configuration loader has the better words for what is wrong
     if sweep.status().kind != "sweep":
         raise InputError(f"{sweep.id}: is a single run; `equipoise resume {sweep.ref}` continues it.")
-    if args.overrides or args.axis or args.id:
+    if args.overrides or args.axis or args.id or args.skip_bad:
         raise InputError(f"{sweep.id}: a sweep is continued as it is; start a new one to change keys or axes.")
     return sweep
 
 
-def _new(args: argparse.Namespace) -> Run:
+def _asked(args: argparse.Namespace) -> configs.RunConfig:
+    """The configuration of a new sweep, as the command line has it."""
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, [*overrides, *skip_bad.overrides(args)])
     if axes := parse_axes(args.axis):
         config = configs.set_keys(config, {"sweep": axes}, source="--axis")
-    return sweeps.create(config, args.id)
+    return config

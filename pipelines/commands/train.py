@@ -1,4 +1,8 @@
-"""`equipoise train` and `equipoise resume`: one run, in this process or in one of its own."""
+"""`equipoise train`: train a configuration: equipoise train CONFIG [key=value …].
+`equipoise resume`: continue a run from its last checkpoint.
+
+One run, in this process or in one of its own.
+"""
 
 import argparse
 import os
@@ -12,9 +16,11 @@ from contextlib import suppress
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.commands import skip_bad
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import background, checks
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run, sentence
@@ -30,23 +36,21 @@ _AFTERWARDS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("command") == "resume":
-        parser.add_argument("run", metavar="RUN", help="an id (or how it starts), a folder, or latest")
+        parser.add_argument("run", metavar="RUN", help="An id or its beginning, a folder, or latest.")
         parser.add_argument("--queued", action="store_true", help=argparse.SUPPRESS)  # given to detached processes
         parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)  # so is this
     else:
-        parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a shipped configuration by name")
-        parser.add_argument("--id", help="the run's id (by default made from time and name)")
+        parser.add_argument("config", metavar="CONFIG", help="A YAML file, or a shipped configuration by name.")
+        parser.add_argument("--id", help="The run's id (default: made from time and name).")
         parser.add_argument(
-            "--dry-run", action="store_true", help="print the complete configuration, check it, and end"
+            "--dry-run", action="store_true", help="Print the complete configuration, check it, and end."
         )
-        parser.add_argument(
-            "--skip-bad", action="store_true", help="leave out clips that cannot be used (data.skip_bad)"
-        )
-        parser.add_argument("--keys", action="store_true", help="show every key that can be set, and end")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values, such as steps=100")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+        parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
+        parser.add_argument("--keys", action="store_true", help="Show every key that can be set, and end.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Values of keys, such as steps=100.")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
     parser.add_argument(
-        "--detach", action="store_true", help="go on in the background, whatever becomes of this terminal"
+        "--detach", action="store_true", help="Train in the background, also after this terminal is closed."
     )
 
 
@@ -68,9 +72,9 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
         try:
             return command(args)
         finally:
-            with suppress(RuntimeError):  # who does not hear it has ended
-                processes.begin("")  # heard only where nothing has begun
-    if not (folder := processes.hear()):
+            with suppress(RuntimeError):  # a process that has ended receives nothing
+                processes.begin("")  # only where nothing has begun
+    if not (folder := processes.receive()):
         return 0
     found = Run(folder)
     where = environment.working_folder(found.folder / "environment.json")
@@ -81,19 +85,19 @@ def _together(command: Callable[[argparse.Namespace], int], args: argparse.Names
     return 0
 
 
+@decoded_once()
 def _train(args: argparse.Namespace) -> int:
+    skipping = skip_bad.overrides(args)
     if args.keys:
         print(_keys(configs.config_class(args.config)))
         return 0
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
-    overrides = [*overrides, "data.skip_bad=true"] if args.skip_bad else overrides
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, [*overrides, *skipping])
     pipeline = _pipeline(config)
     if args.dry_run:
         print(configs.dump(config), end="", flush=True)
-    if problems := pipeline.check(config):
-        raise ConfigError(problems)
-    for doubt in pipeline.doubts(config):
+    checks.check([config])
+    for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
     if args.dry_run:
         return 0
@@ -107,6 +111,7 @@ def _train(args: argparse.Namespace) -> int:
         raise
 
 
+@decoded_once()
 def _resume(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     now = found.status()
@@ -135,13 +140,11 @@ def _resume(args: argparse.Namespace) -> int:
     try:
         config = _with_overrides(found, args.overrides)
         pipeline = _pipeline(config)
-        total = getattr(getattr(config, "train", None), "steps", None)
-        if total is not None and total < now.step:
+        if config.total_steps is not None and config.total_steps < now.step:
             raise InputError(
-                f"train.steps: {found.id} has taken {now.step} steps already; {total} cannot be its total."
+                f"train.steps: {found.id} has taken {now.step} steps already; {config.total_steps} cannot be its total."
             )
-        if problems := pipeline.check(config):
-            raise ConfigError(problems)
+        checks.check([config])
     except EquipoiseError as error:
         if args.queued:  # nobody is watching; the folder has to tell
             found.update(state="failed", message=sentence(error), exit_code=2, ended=time.time())
@@ -196,9 +199,8 @@ def _with_overrides(found: Run, overrides: list[str]) -> configs.RunConfig:
     before, allowed = configs.flat(configs.load(file)), type(config).RESUMABLE
     changed = [key for key, value in configs.flat(config).items() if before.get(key) != value]
     if refused := [key for key in changed if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
-        raise ConfigError(
-            [f"command line: {key}: cannot change when a run is resumed, only {', '.join(allowed)}." for key in refused]
-        )
+        others = f", only {', '.join(allowed)}" if allowed else ""
+        raise ConfigError([f"command line: {key}: cannot change when a run is resumed{others}." for key in refused])
     return config
 
 

@@ -1,4 +1,4 @@
-"""`equipoise wrap`: a command that starts its own Python workers, with one of these optimizers in each of them."""
+"""`equipoise wrap`: a program that starts its own workers, with one of these optimizers in each."""
 
 import argparse
 

@@ -79,8 +79,8 @@ class Comparison:
     score: str  # what the score is, in words
     base: Cell
     cells: list[Cell]
-    beside: dict[str, str] = field(default_factory=dict)  # metrics told beside the score: shares, and what they are
-    scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, told after them
+    beside: dict[str, str] = field(default_factory=dict)  # metrics reported beside the score: shares, and what they are
+    scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, reported after them
     alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
 
     @classmethod
@@ -102,8 +102,8 @@ class Comparison:
                 )
                 for it in data["cells"]
             ]
-            told = data["beside"], data.get("scored", {}), data.get("alike", "")
-            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *told)
+            extra = data["beside"], data.get("scored", {}), data.get("alike", "")
+            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *extra)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
 
@@ -239,7 +239,7 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     """Each run's row label, learning rate, and what of its configuration differs between the runs.
 
     Raises:
-        InputError: a run has no learning rate to lay it out by.
+        InputError: a run has no optimizer and learning rate to lay it out by.
     """
     flat = [flat_config(config) for config in configs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
@@ -250,8 +250,9 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
     placed = []
     for one in flat:
-        if RATE not in one:
-            raise InputError("comparison: a run has no optimizer.learning_rate, so it has no column.")
+        for key, what in ((RATE, "column"), ("optimizer.name", "row")):
+            if key not in one:
+                raise InputError(f"comparison: a run has no {key}, so it has no {what}.")
         options = {
             option: value
             for option, value in one.get("optimizer.options", {}).items()
@@ -266,7 +267,7 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
 
 
 def _brief(value: Any) -> str:
-    """A value in a label; a long one is cut, and told apart from others by a digest."""
+    """A value in a label; a long one is cut, and reported apart from others by a digest."""
     text = str(value)
     return text if len(text) <= _LONG else f"{text[: _LONG - 6]}…{hashlib.sha256(text.encode()).hexdigest()[:5]}"
 

@@ -40,7 +40,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     """Rows × learning rates, the untouched base first; each cell a mosaic of its pictures (or of one prompt's).
 
     A green frame marks a usable rate, a red one a rate that is not; the number is the score, and a smaller one below it
-    what else is told of the cell; the last lines say what both are. Of several training seeds the first one's pictures
+    what else is known of the cell; the last lines say what both are. Of several training seeds the first one's pictures
     are shown, with the mean of all scores, by which the frame goes, and their span.
     """
     rows, rates = comparison.rows, comparison.rates
@@ -129,7 +129,7 @@ def _said(comparison: Comparison, cells: list[Cell]) -> str:
 
 
 def _said_beside(comparison: Comparison, cells: list[Cell]) -> str:
-    """What is told of a place beside its score: means over the seeds."""
+    """What is reported of a cell beside its score: means over the seeds."""
     found = means([cell.metrics for cell in cells])
     shares = [f"{short(name)} {found[name]:.0%}" for name in comparison.beside if name in found]
     return " · ".join([*shares, *(f"{name} {found[name]:.3g}" for name in comparison.scored if name in found)])

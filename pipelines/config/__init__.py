@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from equipoise.pipelines.config.keys import Key, Problems, describe
     from equipoise.pipelines.config.loading import config_class, dump, flat, load, parse_value, set_keys
     from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
+    from equipoise.pipelines.config.sections import SamplingConfig, TrainConfig
 
 __all__ = [
     "Key",
     "PluginSection",
     "Problems",
     "RunConfig",
+    "SamplingConfig",
     "Section",
+    "TrainConfig",
     "config_class",
     "describe",
     "dump",
@@ -34,7 +37,9 @@ _HOME = {
     "PluginSection": "records",
     "Problems": "keys",
     "RunConfig": "records",
+    "SamplingConfig": "sections",
     "Section": "records",
+    "TrainConfig": "sections",
     "describe": "keys",
     "shipped": "builtin",
 }  # all others are of loading

@@ -1,14 +1,18 @@
 """The keys of a configuration record: what there is, for help and forms, and what is wrong with them, in sentences."""
 
 import difflib
+import os
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from equipoise.pipelines.config.records import RunConfig
 
 _GUESSED = 20  # unknown keys that others are looked for that are spelt alike; a file of another kind has thousands
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -40,6 +44,27 @@ class Opened:
     hub: bool = False  # a hub id, such as owner/name, is good too
     demo: bool = False  # `demo` means what comes with Equipoise
 
+    @staticmethod
+    def read(text: str) -> str:
+        """Raises ValueError where it can name nothing."""
+        if not text.strip():
+            raise ValueError("names no file or folder: it is empty; `.` is the current folder.")
+        if (path := os.path.expanduser(text)).startswith("~"):
+            raise ValueError(f"there is no such user, got {show(text)}; a name that begins with ~ is written ./~name.")
+        return path
+
+
+@dataclass(frozen=True)
+class AtHub:
+    """Marks a key whose text says which version of a model is meant: hubs' libraries make parts of a path of it."""
+
+    @staticmethod
+    def read(text: str) -> str:
+        """Raises ValueError where it would lead elsewhere."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+-]*)*", text):
+            raise ValueError(f"must be a branch, tag, commit or variant, such as main or refs/pr/1, got {show(text)}.")
+        return text
+
 
 @dataclass(frozen=True)
 class Key:
@@ -61,9 +86,9 @@ class Key:
         return ", ".join(f"{_SIGNS[name]} {_number(limit)}" for name, limit in self.limits.items())
 
 
-def describe(cls: type[BaseModel]) -> list[Key]:
+def describe(cls: "type[RunConfig]") -> list[Key]:
     """Every key of a configuration record, in the order of its definition."""
-    shorts = {dotted: short for short, dotted in getattr(cls, "SHORT", {}).items()}
+    shorts = {dotted: short for short, dotted in cls.SHORT.items()}
 
     def walk(model: type[BaseModel], prefix: str) -> Iterable[Key]:
         for name, info in model.model_fields.items():
@@ -80,7 +105,7 @@ def describe(cls: type[BaseModel]) -> list[Key]:
                 help=info.description or "",
                 choices=_choices(info.annotation),
                 limits=_limits(info),
-                opened=opened(info),
+                opened=next((mark for mark in marks(info) if isinstance(mark, Opened)), None),
             )
 
     return list(walk(cls, ""))
@@ -96,7 +121,7 @@ def section_at(cls: type[BaseModel], dotted: str) -> type[BaseModel] | None:
 
 
 def explain(
-    cls: type[BaseModel],
+    cls: "type[RunConfig]",
     error: ValidationError,
     tree: Mapping[str, Any],  # what was validated
     sources: Mapping[str, str],  # dotted key → where it was given
@@ -161,9 +186,15 @@ def _choices(annotation: Any) -> tuple:
     return tuple(choice for member in _members(annotation) for choice in _choices(member))
 
 
-def opened(info: FieldInfo) -> Opened | None:
-    """The mark of a field that names a file or folder."""
-    return next((item for item in _metadata(info) if isinstance(item, Opened)), None)
+def marks(info: FieldInfo) -> list[Opened | AtHub]:
+    """The marks of a field, of the members of its union and of what is in its lists and mappings."""
+
+    def walk(annotation: Any) -> Iterator[Any]:
+        yield from getattr(annotation, "__metadata__", ())
+        for part in get_args(annotation):
+            yield from walk(part)
+
+    return [item for item in (*info.metadata, *walk(info.annotation)) if isinstance(item, Opened | AtHub)]
 
 
 def _metadata(info: FieldInfo) -> list[Any]:
@@ -184,8 +215,8 @@ def _key(item: Any, tree: Any) -> str:
             tree = tree[part]
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]
-        elif item["type"] == "missing":
-            tree = None
+        elif item["type"] == "missing" or isinstance(item.get("ctx", {}).get("error"), Problems):
+            tree = None  # not given at all, be it required or with a default that does not fit
         else:
             break
         parts.append(str(part))

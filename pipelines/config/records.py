@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar
@@ -12,14 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.options import read_options
-from equipoise.pipelines.config.keys import Opened, Problems, opened, show
+from equipoise.pipelines.config.keys import AtHub, Opened, Problems, marks, show
 
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as owner/name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # such as owner/name
 LocalPath = Annotated[str, Opened()]  # a file or folder on this machine
 DataPath = Annotated[str, Opened(demo=True)]  # that, or `demo`
 ModelPath = Annotated[str, Opened(hub=True)]  # a folder, or a hub id
 BasePath = Annotated[str, Opened(hub=True, demo=True)]  # a folder, a hub id, or `demo`
+Revision = Annotated[str, AtHub()]  # which version of a model at a hub
 _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
@@ -52,13 +53,18 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _names_something(cls, value: Any, info: ValidationInfo) -> Any:
-        if not (isinstance(value, str) and opened(cls.model_fields[str(info.field_name)])):
-            return value
-        if not value.strip():
-            raise ValueError("names no file or folder: it is empty; `.` is the current folder.")
-        if (path := os.path.expanduser(value)).startswith("~"):
-            raise ValueError(f"there is no such user, got {show(value)}; a name that begins with ~ is written ./~name.")
-        return path
+        for mark in marks(cls.model_fields[str(info.field_name)]):
+            value = _each(value, mark.read)
+        return value
+
+
+def _each(value: Any, read: Callable[[str], str]) -> Any:
+    """A value with every text in it read."""
+    if isinstance(value, str):
+        return read(value)
+    if isinstance(value, list):
+        return [_each(item, read) for item in value]
+    return {key: _each(item, read) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class PluginSection(Section):
@@ -105,12 +111,7 @@ class RunConfig(Section):
     """What every pipeline's configuration has."""
 
     SHORT: ClassVar[dict[str, str]] = {}  # short name → dotted key, for the keys that people change all the time
-    RESUMABLE: ClassVar[tuple[str, ...]] = (
-        "train.steps",
-        "train.batch",
-        "checkpoint",
-        "samples",
-    )  # may change when a run is resumed
+    RESUMABLE: ClassVar[tuple[str, ...]] = ()  # keys, or sections, that may change when a run is resumed
 
     pipeline: str = Field(description="Which pipeline reads this; `equipoise list pipelines` shows all.")
     name: str = Field(max_length=80, description="A word for this run; part of its id.")
@@ -124,6 +125,11 @@ class RunConfig(Section):
         {},
         description="Axes for `equipoise sweep`: a key, or its short name, and its values. `train` leaves them alone.",
     )
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps a run takes, where that is known before it begins."""
+        return None
 
     @field_validator("name")
     @classmethod

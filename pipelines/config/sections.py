@@ -1,30 +1,26 @@
-"""Sections that the pipelines' configurations share: the schedule, the objective, the coordinator, checkpoints."""
+"""What the configuration of every training has, `TrainConfig`, section by section; pipelines add their own keys.
+
+A section of a pipeline's own is a subclass. It gives a shared key another default in one line (`steps: Steps = 1000`),
+and the key's help and bounds stay those that stand here.
+"""
 
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from equipoise import registry
-from equipoise.pipelines.config.records import PluginSection, Section
+from equipoise.errors import InputError
+from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
-
-# Short names of the keys below; to be the last of a configuration's own.
-SHORT_NAMES = {
-    "learning_rate": "optimizer.learning_rate",
-    "optimizer": "optimizer.name",
-    "objective": "objective.name",
-    "coordinator": "coordinator.name",
-    "schedule": "schedule.name",
-    "checkpoint_every": "checkpoint.every",
-}
 
 # The schedules that read each option; to any other it would do nothing.
 READ_BY = {
@@ -35,15 +31,41 @@ READ_BY = {
 }
 
 
+# The keys of the sections below whose default is a pipeline's own.
+OptimizerName = Annotated[
+    str, Field(description="The optimizer: `equipoise list optimizers` shows all, and torch.optim's names work too.")
+]
+LearningRate = Annotated[Rate, Field(description="The learning rate, per step.")]
+Steps = Annotated[int, Field(ge=1, description="How many steps the optimizer takes.")]
+Batch = Annotated[int, Field(ge=1, description="Examples of each process in a forward pass.")]
+Clip = Annotated[float, Field(ge=0, description="The gradient's norm is cut to this; 0 cuts nothing.")]
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"],
+    Field(description="The format of frozen weights and of the forward pass; trained weights stay float32."),
+]
+GradientCheckpointing = Annotated[bool, Field(description="Takes less memory, and is about a third slower.")]
+
+
+class OptimizerSection(PluginSection):
+    KIND = "optimizers"
+    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
+
+    name: OptimizerName = "adamw"
+    learning_rate: LearningRate = 1e-4
+    options: dict[str, Any] = Field({}, description="The optimizer's own options; `equipoise show NAME` lists them.")
+
+
 class ScheduleSection(Section):
-    name: Schedule = Field("constant", description="how the learning rate changes over the steps")
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    name: Schedule = Field("constant", description="How the learning rate changes over the steps.")
+    warmup: int = Field(0, ge=0, description="The steps of linear warm-up from 0.")
     cycles: float = Field(
-        1, gt=0, description="cosine: half waves, 1 falls to 0 once; cosine_with_restarts: falls to 0, a whole number"
+        1,
+        gt=0,
+        description="For cosine: half waves, 1 falls to 0 once; for cosine_with_restarts: the falls to 0.",
     )
-    power: float = Field(1.0, gt=0, description="polynomial: the exponent; the rate falls to 0")
+    power: float = Field(1.0, gt=0, description="For polynomial: the exponent of the fall to 0.")
     rules: str | None = Field(
-        None, description="piecewise_constant: such as 1:100,0.1:200,0.01 (factor:until step, …, last factor)"
+        None, description="For piecewise_constant: factor:until step, …, last factor, such as 1:100,0.1:200,0.01."
     )
 
     @field_validator(*READ_BY)
@@ -87,25 +109,116 @@ class ObjectiveSection(PluginSection):
     KIND = "objectives"
 
     name: str = Field(
-        "joint", description="what turns the losses into gradients; `equipoise list objectives` shows all"
+        "joint", description="What turns the losses into gradients; `equipoise list objectives` shows all."
     )
 
 
 class CoordinatorSection(PluginSection):
     KIND = "coordinators"
 
-    name: str = Field("constant", description="what balances the parts' rates; `equipoise list coordinators` shows all")
+    name: str = Field("constant", description="What balances learning rates; `equipoise list coordinators` shows all.")
 
 
 class CheckpointSection(Section):
-    every: int = Field(250, ge=0, description="steps between checkpoints; 0 keeps none but the one at a stop")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+    every: int = Field(250, ge=0, description="The steps between checkpoints; 0 keeps none but the one at a stop.")
+    keep: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
 
 
-def one_sided(config: Any) -> list[str]:
+class TrainSection(Section):
+    steps: Steps = 500
+    batch: Batch = 4
+    accumulate: int = Field(1, ge=1, description="Forward passes of each step, whose gradients add up.")
+    clip: Clip = 1.0
+    precision: Precision = "no"
+
+
+class SamplesSection(Section):
+    prompts: list[str] = Field([], description="What to generate, while training and for comparison.")
+    count: int = Field(1, ge=1, description="How many to generate.")
+    every: int = Field(0, ge=0, description="Steps between samples while training; 0 samples only at the end.")
+
+
+_SHARED = ("optimizer", "objective", "coordinator", "schedule", "train", "samples", "checkpoint")
+
+
+class TrainConfig(RunConfig):
+    """What every pipeline's configuration has that trains in `equipoise.pipelines.training.loop.train_loop`.
+
+    A subclass adds sections of its own, which come before these in files, forms and help, and may give a section more
+    keys, or other defaults, by a subclass of it: `train: MyTrainSection = Field(default_factory=MyTrainSection)`.
+    """
+
+    SHORT: ClassVar[dict[str, str]] = {
+        "steps": "train.steps",
+        "batch": "train.batch",
+        "learning_rate": "optimizer.learning_rate",
+        "optimizer": "optimizer.name",
+        "objective": "objective.name",
+        "coordinator": "coordinator.name",
+        "schedule": "schedule.name",
+        "checkpoint_every": "checkpoint.every",
+    }
+    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "train.batch", "checkpoint")
+
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between samples while training; 0 for none."""
+        return 0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name in _SHARED:
+            if name in cls.model_fields:  # inherited ones would stand first
+                cls.model_fields[name] = cls.model_fields.pop(name)
+        cls.model_rebuild(force=True)
+
+
+class SamplingConfig(TrainConfig):
+    """That of a training which shows samples on its way, in its work's `sample`."""
+
+    RESUMABLE: ClassVar[tuple[str, ...]] = (*TrainConfig.RESUMABLE, "samples")
+
+    samples: SamplesSection = Field(default_factory=SamplesSection)
+
+    @property
+    def sample_every(self) -> int:
+        return self.samples.every
+
+
+def objective_problems(config: TrainConfig, modalities: Sequence[str] = (), baselines: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the objective, and with those trained beside it, for a pipeline's losses.
+
+    Args:
+        config: with a section `objective`.
+        modalities: those that have losses of their own; none where a step has one loss.
+        baselines: names of objectives that are trained with their own defaults, `train.baselines`.
+    """
+    found = []
+    chosen = [("objective", config.objective.name, config.objective.options)]
+    for key, name, options in chosen + [("train.baselines", name, {}) for name in baselines]:
+        try:
+            registry.load("objectives", name)(**options).bind({modality: [] for modality in modalities})
+        except InputError as error:
+            found.append(f"{key}: {name}: {error}")
+    return found
+
+
+def one_sided(config: TrainConfig) -> list[str]:
     """What is wrong with a coordinator of language and encoder for a pipeline that has not both."""
     name = config.coordinator.name
-    if not getattr(registry.load("coordinators", name), "two_sided", False):
+    if not registry.load("coordinators", name).two_sided:
         return []
     return [
         f"coordinator.name: {name} sets a language model's rate against an encoder's, and {config.pipeline} has not "

@@ -1,4 +1,4 @@
-"""The embedded demo: a small base model, the object it has never seen, and what its pictures should look like."""
+"""The embedded demo: a small base model, a new object to train it on, and what its pictures should look like."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ def pictures_folder(runs: Path) -> Path:
 def questions_file(runs: Path) -> Path:
     """Drawn scenes with a question and its answer each, in LLaVA's format, written below the runs folder once."""
 
-    def whole(folder: Path) -> bool:
+    def complete(folder: Path) -> bool:
         return (folder / "questions.jsonl").is_file() and len(list(folder.glob("*.png"))) == QUESTIONS
 
     def make(folder: Path) -> None:
@@ -36,18 +36,18 @@ def questions_file(runs: Path) -> Path:
 
         write_questions(folder, QUESTIONS, seed=2024)
 
-    return once(runs / ".demo" / "questions", whole, make) / "questions.jsonl"
+    return once(runs / ".demo" / "questions", complete, make) / "questions.jsonl"
 
 
-def once(folder: Path, whole: Callable[[Path], bool], make: Callable[[Path], object]) -> Path:
+def once(folder: Path, complete: Callable[[Path], bool], make: Callable[[Path], object]) -> Path:
     """A folder that is filled the first time, whoever else wants it at the same time."""
-    if whole(folder):
+    if complete(folder):
         return folder
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.parent / "lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not whole(folder):  # else another process has just made it
+            if not complete(folder):  # else another process has just made it
                 new = folder.with_name("new")
                 for leftover in (new, folder):
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -36,9 +36,9 @@ def write(folder: Path, seed: int = 0) -> None:
         for split, count in CLIPS.items():
             for index in range(count):
                 digit = index % CLASSES
-                heard = digit if rng.random() < RIGHT else int(rng.integers(CLASSES))
+                spoken = digit if rng.random() < RIGHT else int(rng.integers(CLASSES))
                 name = f"{split}-{index:04d}"
-                soundfile.write(folder / "clips" / f"{name}.wav", tone(heard, rng), RATE)
+                soundfile.write(folder / "clips" / f"{name}.wav", tone(spoken, rng), RATE)
                 draw(digit, rng).save(folder / "clips" / f"{name}.png")
                 writer.writerow([name, f"clips/{name}.wav", f"clips/{name}.png", digit, split])
 

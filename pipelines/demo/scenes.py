@@ -1,4 +1,4 @@
-"""Drawn scenes of one to three shapes, what can be said of them, and questions whose answers are exact.
+"""Drawn scenes of one to three shapes, their descriptions, and questions whose answers are exact.
 
 The pictures are 48×48 with the shapes of the embedded Stable Diffusion base, one in each of up to three of four
 quarters. No shape and no colour appears twice in a scene, so "what colour is the star?" has one answer.

@@ -1,7 +1,7 @@
-"""Made sounds of one second, what can be said of them, and questions whose answers are exact.
+"""Made sounds of one second, their descriptions, and questions whose answers are exact.
 
 A sound is one to three beeps, low, middle or high, of a hum (sine), a buzz (square) or a warble (vibrato). A small
-Qwen2-Audio, of transformers' own class, can be taught to describe them in a minute, and then be asked about them.
+Qwen2-Audio, of transformers' own class, can be trained to describe them in a minute, and then be asked about them.
 """
 
 # transformers annotates too narrowly.
@@ -112,8 +112,8 @@ def build_base() -> tuple[Any, Any]:
     model = Qwen2AudioForConditionalGeneration(config)
     model.generation_config.eos_token_id = ends["eos_token_id"]
     model.generation_config.pad_token_id = 0
-    hears = WhisperFeatureExtractor(feature_size=32, chunk_length=1)
-    return model, Qwen2AudioProcessor(hears, words, chat_template=TEMPLATE)
+    extractor = WhisperFeatureExtractor(feature_size=32, chunk_length=1)
+    return model, Qwen2AudioProcessor(extractor, words, chat_template=TEMPLATE)
 
 
 TEMPLATE = (
@@ -137,23 +137,23 @@ def train_base(folder: Path, steps: int = 400, seed: int = 0) -> float:
             for s in made
         ]
     )
-    heard = processor.tokenizer(
+    prompt = processor.tokenizer(
         "<|audio_bos|>" + "<|AUDIO|>" * 25 + "<|audio_eos|>", add_special_tokens=False
     ).input_ids
-    texts = [[*heard, *processor.tokenizer(f"{s}<|im_end|>", add_special_tokens=False).input_ids] for s in made]
+    texts = [[*prompt, *processor.tokenizer(f"{s}<|im_end|>", add_special_tokens=False).input_ids] for s in made]
     last: list[float] = []
     for _ in tqdm(range(steps), desc="learning to describe sounds", dynamic_ncols=True, disable=None):
         chosen = rng.integers(0, len(made), 32)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(texts[i]) for i in chosen], batch_first=True)
         mask = (ids != 0).long()
-        seen = features[chosen]
+        inputs = features[chosen]
         logits = model(
             input_ids=ids,
             attention_mask=mask,
-            input_features=seen,
-            feature_attention_mask=torch.ones(len(chosen), seen.shape[2], dtype=torch.long),
+            input_features=inputs,
+            feature_attention_mask=torch.ones(len(chosen), inputs.shape[2], dtype=torch.long),
         ).logits
-        start = len(heard)
+        start = len(prompt)
         labels = ids[:, start:].masked_fill(mask[:, start:] == 0, -100)
         loss = F.cross_entropy(logits[:, start - 1 : -1].flatten(0, 1), labels.flatten())
         optimizer.zero_grad()

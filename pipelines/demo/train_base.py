@@ -115,7 +115,7 @@ def pixels(pictures: list[Image.Image]) -> Tensor:  # (batch, 3, 64, 64) in −1
 
 def scribble(rng: np.random.Generator) -> Image.Image:
     """A picture for the autoencoder alone: one or two random polygons of any hue, so that it can paint what it must
-    never have been taught as a subject."""
+    never have been a subject in training."""
     parts = []
     for _ in range(rng.integers(1, 3)):
         points = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 9)))
@@ -253,14 +253,14 @@ def report(pipeline: StableDiffusionPipeline, folder: Path, each: int, facts: di
         }
     object_prompts = [shapes.caption(shapes.OBJECT.name, b) for b in shapes.BACKGROUNDS] * (each // 4)
     object_verdicts = [shapes.judge(p, shapes.OBJECT) for p in sample(pipeline, object_prompts, seed=2000)]
-    seen = [row["right"] for row in table.values() if row["trained"]]
+    trained = [row["right"] for row in table.values() if row["trained"]]
     unseen = [row["right"] for row in table.values() if not row["trained"]]
     result = {
         **facts,
         "samples per cell": each,
         "sampling": f"DDIM, {STEPS} steps, guidance {GUIDANCE}",
-        "worst trained cell": min(seen),
-        "mean of trained cells": float(np.mean(seen)),
+        "worst trained cell": min(trained),
+        "mean of trained cells": float(np.mean(trained)),
         "mean of held-out cells": float(np.mean(unseen)),
         "the untaught object": float(np.mean([verdict.right for verdict in object_verdicts])),
         "cells": table,
@@ -290,8 +290,8 @@ def _markdown(result: dict) -> str:
             + " | ".join(f"{c['right']:.0%}" + ("" if c["trained"] else " (held out)") for c in cells)
             + " |"
         )
-    said = "Made by `make demo-base`. Share of samples whose colour and shape are both right:"
-    lines = ["# The embedded base model", "", said, "", *rows, "", "![samples](report.png)", "", *head, ""]
+    title = "Made by `make demo-base`. Share of samples whose colour and shape are both right:"
+    lines = ["# The embedded base model", "", title, "", *rows, "", "![samples](report.png)", "", *head, ""]
     return "\n".join(lines)
 
 

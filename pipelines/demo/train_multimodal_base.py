@@ -177,8 +177,8 @@ def train_language(
         queries = model.qformer(
             query_embeds=model.query_tokens.expand(len(chosen), -1, -1), encoder_hidden_states=states[chosen]
         ).last_hidden_state
-        seen = model.language_projection(queries)
-        embedded = torch.cat([seen, model.get_input_embeddings()(batch[:, :-1])], dim=1)
+        visual = model.language_projection(queries)
+        embedded = torch.cat([visual, model.get_input_embeddings()(batch[:, :-1])], dim=1)
         mask = torch.cat([torch.ones(len(chosen), QUERIES, dtype=torch.long), (labels != -100).long()], dim=1)
         logits = model.language_model(inputs_embeds=embedded, attention_mask=mask).logits[:, QUERIES:]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -4,7 +4,7 @@ import os
 
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
 from equipoise.pipelines.runs.run import Run
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
@@ -33,10 +33,10 @@ class InstructionTuning(Pipeline):
         return doubts(config)
 
     @classmethod
-    def memory(cls, config: InstructionTuningConfig) -> Memory | None:
-        from equipoise.pipelines.instruction_tuning.memory import memory
+    def estimate_memory(cls, config: InstructionTuningConfig) -> MemoryEstimate | None:
+        from equipoise.pipelines.instruction_tuning.memory import estimate_memory
 
-        return memory(config)
+        return estimate_memory(config)
 
     @classmethod
     def run(cls, config: InstructionTuningConfig, run: Run) -> Outcome:
@@ -45,7 +45,7 @@ class InstructionTuning(Pipeline):
         return train(config, run)
 
     @classmethod
-    def compare(cls, name, folder, runs, configs, samples, judges=None) -> Comparison:
+    def compare(cls, name, folder, runs, configs, asked) -> Comparison:
         from equipoise.pipelines.instruction_tuning.compare import compare
 
-        return compare(name, folder, runs, configs, samples)
+        return compare(name, folder, runs, configs, asked.samples)

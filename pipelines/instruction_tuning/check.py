@@ -5,7 +5,9 @@ from importlib.util import find_spec
 
 from equipoise import registry
 from equipoise.errors import InputError
+from equipoise.options import options
 from equipoise.pipelines import demo
+from equipoise.pipelines.config.sections import objective_problems
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import read_all
 
@@ -19,8 +21,13 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         try:
             outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
-            found.append(str(error))
-    found += _coordination_problems(config)
+            found += str(error).splitlines()
+    found += objective_problems(config) + _coordination_problems(config)
+    if config.optimizer.weight_decays and not _decays(config.optimizer.name):
+        found.append(
+            f"optimizer.weight_decays: {config.optimizer.name} has no weight decay. Leave them out, or use another "
+            "optimizer, such as adamw."
+        )
     if config.data.file != demo.NAME:
         talk = None
         if known:
@@ -62,10 +69,16 @@ def doubts(config: InstructionTuningConfig) -> list[str]:
     return []
 
 
+def _decays(optimizer: str) -> bool:
+    return any(option.name == "weight_decay" for option in options(registry.load("optimizers", optimizer)))
+
+
 def _coordination_problems(config: InstructionTuningConfig) -> list[str]:
+    from equipoise.optimizers.parts.optional import Perturbing
+
     chosen = config.coordinator
     coordinator = registry.load("coordinators", chosen.name)(**chosen.options)
-    twice = hasattr(registry.load("optimizers", config.optimizer.name), "perturb")
+    twice = issubclass(registry.load("optimizers", config.optimizer.name), Perturbing)
     if twice and any(coordinator.weight(step) for step in range(config.train.steps)):
         return [
             f"coordinator.name: {chosen.name} with a regularizer and {config.optimizer.name} both want further "

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, measured
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
@@ -32,7 +32,7 @@ def compare(
     folder: Path,
     runs: Sequence[Run],
     configs: Sequence[InstructionTuningConfig],
-    samples: SamplesSection | None = None,
+    samples: InstructionTuningSamples | None = None,
 ) -> Comparison:
     """Generates and judges answers, and writes a card for each of the first questions into `folder`.
 
@@ -56,14 +56,14 @@ def compare(
         raise ConfigError(problems)
     asked = asked_of(held, samples, SHOWN)
     results = [_result(run) for run in runs]
-    placed = lay_out(configs)
+    layout = lay_out(configs)
     total = len(asked) * (1 + sum(result is not None for result in results))
     with progress("answers", "answer", total=total) as bar:
         untouched = Cell("", "base", math.nan, first.seed, "untouched")
         _fill(folder, untouched, answer(base, talk, asked, samples, bar.update))
         cells = []
-        for run, config, result, place in zip(runs, configs, results, placed, strict=True):
-            cell = Cell.of(run, config, place)
+        for run, config, result, position in zip(runs, configs, results, layout, strict=True):
+            cell = Cell.of(run, config, position)
             cells.append(cell)
             if result is None:
                 continue
@@ -74,8 +74,8 @@ def compare(
     shown = [(without_marks(it.turns[-1].question), [path.name for path in it.media]) for it in asked[:SHOWN]]
     # of one's own, each is asked of several media
     prompts = [f"{text} ({', '.join(names)})" if samples.prompts and names else text for text, names in shown]
-    said = f"{METRICS[samples.metric]} ({len(asked)} held-out question{'' if len(asked) == 1 else 's'})"
-    return Comparison(name, folder, prompts, said, untouched, cells, alike="Every cell answers the same questions.")
+    meaning = f"{METRICS[samples.metric]} ({len(asked)} held-out question{'' if len(asked) == 1 else 's'})"
+    return Comparison(name, folder, prompts, meaning, untouched, cells, alike="Every cell answers the same questions.")
 
 
 def _result(run: Run) -> dict | None:
@@ -91,19 +91,19 @@ def _fill(folder: Path, cell: Cell, answers: Sequence[Answer]) -> None:
     score = mean(answers)
     if math.isfinite(score):
         cell.metrics["score"] = score
-    place = folder / "cells" / ("base" if not cell.run else cell.run.rsplit("/", 1)[-1])
-    place.mkdir(parents=True, exist_ok=True)
+    target = folder / "cells" / ("base" if not cell.run else cell.run.rsplit("/", 1)[-1])
+    target.mkdir(parents=True, exist_ok=True)
     table = [
-        {"question": without_marks(a.question), "answer": a.said, "wanted": list(a.wanted), "score": a.score}
+        {"question": without_marks(a.question), "answer": a.text, "wanted": list(a.wanted), "score": a.score}
         for a in answers
     ]
-    (place / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))
+    (target / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))
     for index, answered in enumerate(answers[:SHOWN]):
-        file = place / f"{index:02d}.png"
+        file = target / f"{index:02d}.png"
         draw_card(answered).save(file)
         path = file.relative_to(folder).as_posix()
         wanted = f", wanted {' or '.join(answered.wanted)}" if any(answered.wanted) else ""
-        note = f"{answered.said or '(nothing)'}{wanted}"
+        note = f"{answered.text or '(nothing)'}{wanted}"
         cell.pictures.append(Picture(index, None, path, path, answered.right, note))
 
 
@@ -114,7 +114,7 @@ def draw_card(answered: Answer) -> Image.Image:
     lines += [(line, _INK) for line in textwrap.wrap(question, 26)[:2]]
     colour = _MUTED if answered.right is None else _GOOD if answered.right else _BAD
     mark = "" if answered.right is None else "right: " if answered.right else "wrong: "
-    lines += [(line, colour) for line in textwrap.wrap(mark + (answered.said or "(nothing)"), 26)[:2]]
+    lines += [(line, colour) for line in textwrap.wrap(mark + (answered.text or "(nothing)"), 26)[:2]]
     if answered.right is False:
         lines.append((f"wanted: {' or '.join(answered.wanted)}"[:28], _MUTED))
     card = Image.new("RGB", (CARD, CARD), _PAPER)
@@ -129,5 +129,5 @@ def draw_card(answered: Answer) -> Image.Image:
         pen.text((CARD / 2, height / 2), f"♪ {answered.example.media[0].name}"[:24], _MUTED, font, anchor="mm")
     for number, (text, ink) in enumerate(lines):
         pen.text((8, height + 2 + 15 * number), text, ink, font)
-    pen.rectangle((0, 0, CARD - 1, CARD - 1), outline=colour, width=5)  # seen where the words are too small to read
+    pen.rectangle((0, 0, CARD - 1, CARD - 1), outline=colour, width=5)  # visible where the words are too small to read
     return card

@@ -3,44 +3,47 @@
 # pydantic's sections are complete without arguments; pyright misses defaults that Field takes by position.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, PluginSection, RunConfig, Section
+from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, Revision, Section
 from equipoise.pipelines.config.sections import (
-    SHORT_NAMES,
-    CheckpointSection,
-    CoordinatorSection,
-    ObjectiveSection,
+    Batch,
+    GradientCheckpointing,
+    LearningRate,
+    OptimizerSection,
     Rate,
-    ScheduleSection,
+    SamplesSection,
+    SamplingConfig,
+    TrainSection,
 )
 
 
 class ModelSection(Section):
     path: BasePath = Field(
         "demo",
-        description="a multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2",
+        description="A multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2.",
     )
-    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
+    revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
 
 
 class DataSection(Section):
     file: DataPath = Field(
         "demo",
-        description="conversations in LLaVA's JSON or JSONL, or CSV with image (or audio), question and answer; `demo` "
-        "draws its own",
+        description="Conversations in LLaVA's JSON or JSONL, or CSV of image or audio, question, answer; or `demo`.",
     )
-    folder: LocalPath | None = Field(None, description="where the pictures and sounds are; empty: beside the file")
+    folder: LocalPath | None = Field(
+        None, description="The folder with the pictures and sounds; empty: the file's own."
+    )
     validation: LocalPath | None = Field(
-        None, description="held-out conversations in the same formats; empty: every tenth of the file"
+        None, description="Held-out conversations in the same formats; empty: every tenth of the file."
     )
     max_tokens: int | None = Field(
-        None, ge=8, description="longest sequence, media included; what is longer is cut at its end, with a warning"
+        None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."
     )
     prompt: str | None = Field(
-        None, description="for models without a chat template: the turn before an answer, with {question} in it"
+        None, description="For models without a chat template: the text before an answer, with {question} in it."
     )
 
     @field_validator("prompt")
@@ -53,84 +56,74 @@ class DataSection(Section):
 
 class EncoderSection(Section):
     parts: list[Literal["tower", "connector"]] = Field(
-        ["connector"], min_length=1, description="what is trained before the language model"
+        ["connector"], min_length=1, description="The parts in front of the language model that are trained."
     )
-    method: Literal["full", "lora"] = Field("full", description="all weights of those parts, or LoRA factors on them")
+    method: Literal["full", "lora"] = Field(
+        "full", description="Trains all weights of those parts, or LoRA factors on them."
+    )
     targets: list[str] = Field(
         [],
-        description="the layers in those parts that get factors, by the ends of their names; empty: all linear ones",
+        description="The layers in those parts that get factors, by the ends of their names; empty: all linear ones.",
     )
 
     @model_validator(mode="after")
     def _lora_has_targets(self) -> "EncoderSection":
         if self.targets and self.method != "lora":
-            raise ValueError("targets are of LoRA factors; add method: lora.")
+            raise ValueError("targets are for LoRA factors; add method: lora.")
         return self
 
 
 class LoraSection(Section):
-    rank: int = Field(8, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
-    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
+    rank: int = Field(8, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
+    alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="The share of the LoRA's inputs dropped while training.")
     targets: list[str] = Field(
         [],
-        description="the language model's layers that get factors, by the ends of their names; empty: all linear ones",
+        description="The language model's layers that get factors, by the ends of their names; empty: all linear ones.",
     )
 
 
-class OptimizerSection(PluginSection):
-    KIND = "optimizers"
-    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
-
-    name: str = Field("adamw", description="`equipoise list optimizers` shows all; torch.optim's names work too")
-    learning_rate: Rate = Field(1e-4, description="per step, of every component without a rate of its own")
-    rates: dict[str, Rate] = Field({}, description="component → its own learning rate, such as {encoder: 1e-5}")
+class InstructionTuningOptimizer(OptimizerSection):
+    learning_rate: LearningRate = Field(
+        1e-4, description="The learning rate, per step, of every component without a rate of its own."
+    )
+    rates: dict[str, Rate] = Field({}, description="Component → its own learning rate, such as {encoder: 1e-5}.")
     weight_decays: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description="component → its own weight decay, for optimizers that have one"
+        {}, description="Component → its own weight decay, for optimizers that have one."
     )
-    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
 
 
-class TrainSection(Section):
-    steps: int = Field(500, ge=1, description="optimizer steps")
-    batch: int = Field(
-        4, ge=1, description="conversations per process and forward pass; those of similar length go together"
+class InstructionTuningTrain(TrainSection):
+    batch: Batch = Field(
+        4, description="Conversations of each process in a forward pass; those of similar length go together."
     )
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="of the frozen weights and the forward pass; what is trained stays float32"
-    )
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    gradient_checkpointing: GradientCheckpointing = False
 
 
-class SamplesSection(Section):
+class InstructionTuningSamples(SamplesSection):
     prompts: list[str] = Field(
-        [], description="questions to ask of the held-out media, in place of their own; their answers are not judged"
+        [], description="Questions to ask of the held-out media in place of their own; the answers are not judged."
     )
-    count: int = Field(200, ge=1, description="held-out questions that are answered and judged at the end")
-    every: int = Field(0, ge=0, description="steps between samples while training; 0 samples only at the end")
-    shown: int = Field(8, ge=1, description="answers written out at each sampling")
-    max_new_tokens: int = Field(32, ge=1, le=4096, description="of an answer")
+    count: int = Field(200, ge=1, description="The held-out questions that are answered and judged at the end.")
+    shown: int = Field(8, ge=1, description="The answers that are written out at each sampling.")
+    max_new_tokens: int = Field(32, ge=1, le=4096, description="The most tokens of an answer.")
     metric: Literal["exact", "vqa", "rouge_l"] = Field(
-        "exact", description="how answers are judged: the same words, VQA accuracy over several answers, or ROUGE-L"
+        "exact", description="How answers are judged: the same words, VQA accuracy over several answers, or ROUGE-L."
     )
-    batch: int = Field(32, ge=1, description="questions answered at a time")
+    batch: int = Field(32, ge=1, description="The questions that are answered at a time.")
 
 
-class InstructionTuningConfig(RunConfig):
+class InstructionTuningConfig(SamplingConfig):
     SHORT: ClassVar[dict[str, str]] = {
         "model": "model.path",
         "data": "data.file",
-        "steps": "train.steps",
-        "batch": "train.batch",
         "rank": "lora.rank",
         "alpha": "lora.alpha",
-        **SHORT_NAMES,
+        **SamplingConfig.SHORT,
     }
 
     pipeline: Literal["instruction_tuning"] = Field(
-        "instruction_tuning", description="the pipeline this configuration is for"
+        "instruction_tuning", description="The pipeline this configuration is for."
     )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -138,17 +131,12 @@ class InstructionTuningConfig(RunConfig):
     lora: LoraSection = Field(default_factory=LoraSection)
     components: dict[str, list[str]] = Field(
         {},
-        description="component → patterns of parameter names (whole segments; * and ? as in shells); empty: `encoder` "
-        "and `language`, by the model's architecture",
+        description="Component → patterns of its parameters' names, such as vision_tower; empty: by architecture.",
     )
-    frozen: list[str] = Field([], description="patterns of parameter names that stay as they are in any case")
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    samples: SamplesSection = Field(default_factory=SamplesSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    frozen: list[str] = Field([], description="Patterns of the names of parameters that are never trained.")
+    optimizer: InstructionTuningOptimizer = Field(default_factory=InstructionTuningOptimizer)
+    train: InstructionTuningTrain = Field(default_factory=InstructionTuningTrain)
+    samples: InstructionTuningSamples = Field(default_factory=InstructionTuningSamples)
 
     @field_validator("components")
     @classmethod

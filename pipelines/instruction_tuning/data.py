@@ -177,7 +177,7 @@ def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[
         problems.append(f"{kind} must be a path or a list of paths, got {json.dumps(names)[:60]}.")
         names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     media = tuple(root / name for name in names)
-    told = bool(problems)  # of the media
+    faulty = bool(problems)  # the media
     said, system, wrong = _said(record.get("conversations"))
     problems += wrong
     questions = [text for who, text in said if who == "user"]
@@ -189,9 +189,9 @@ def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[
     for other, mark in MARKS.items():
         if any(mark in text for text in (system, *answers)):
             problems.append(f"mentions {mark} in an answer or the system's words; media stand in questions.")
-        if other != kind and marks[mark] and not told:
+        if other != kind and marks[mark] and not faulty:
             problems.append(f"mentions {mark}, but no {other} is given.")
-    if kind != "text" and not told and marks[MARKS[kind]]:
+    if kind != "text" and not faulty and marks[MARKS[kind]]:
         count, mark = marks[MARKS[kind]], MARKS[kind]
         if count != len(media):
             problems.append(f"mentions {count} {mark}, but {len(media)} {'are' if len(media) > 1 else 'is'} given.")

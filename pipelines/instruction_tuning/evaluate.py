@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from equipoise.pipelines.instruction_tuning.config import SamplesSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import Example
 from equipoise.pipelines.instruction_tuning.talk import Talk
 
@@ -35,7 +35,7 @@ _NUMBERS = {w: str(n) for n, w in enumerate("zero one two three four five six se
 class Answer:
     example: Example
     question: str
-    said: str
+    text: str
     wanted: tuple[str, ...]
     score: float | None  # 0 to 1; None where nobody knows the right answer
 
@@ -49,7 +49,7 @@ def answer(
     model: nn.Module,
     talk: Talk,
     examples: Sequence[Example],
-    samples: SamplesSection,
+    samples: InstructionTuningSamples,
     tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
 ) -> list[Answer]:
     """The model's answers to each conversation's last question, without sampling."""
@@ -75,14 +75,14 @@ def _new(ids: Tensor, prompt: Tensor) -> Tensor:
     return ids[:, width:] if ids.shape[1] >= width and torch.equal(ids[:, :width], prompt) else ids
 
 
-def judge(said: str, wanted: Sequence[str], metric: str) -> float:
+def judge(text: str, wanted: Sequence[str], metric: str) -> float:
     """How right an answer is, 0 to 1."""
     if metric == "rouge_l":
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(["rougeL"], tokenizer=Words())
-        return max(scorer.score(right, said)["rougeL"].fmeasure for right in wanted)
-    mine, theirs = plain(said), [plain(right) for right in wanted]
+        return max(scorer.score(right, text)["rougeL"].fmeasure for right in wanted)
+    mine, theirs = plain(text), [plain(right) for right in wanted]
     if metric == "vqa" and len(theirs) > 1:
         each = [theirs[:index] + theirs[index + 1 :] for index in range(len(theirs))]
         return sum(min(1.0, others.count(mine) / 3) for others in each) / len(each)

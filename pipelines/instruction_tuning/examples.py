@@ -5,7 +5,7 @@ from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, SamplesSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, read_all
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
@@ -14,7 +14,7 @@ from equipoise.pipelines.progress import progress
 def load_examples(
     config: InstructionTuningConfig, talk: Talk, tell: Callable[[str], object] = print
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """(training examples, held-out ones, everything that is wrong, with file and line). `tell` hears warnings."""
+    """(training examples, held-out ones, everything that is wrong, with file and line). `tell` takes warnings."""
     data = config.data
     if data.file == demo.NAME:
         data = data.model_copy(update={"file": str(demo.questions_file(Path(config.runs)))})
@@ -24,7 +24,7 @@ def load_examples(
 
 def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object]) -> list[str]:
     """Which conversations the processor refuses, or lose all their answers to data.max_tokens, a sentence each; `tell`
-    hears of other losses. Processes each of them."""
+    is called with other losses. Processes each of them."""
     most = talk.max_tokens
     problems, cut = [], []
     for example in progress("measuring", "conversation", examples):
@@ -48,7 +48,7 @@ def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object])
     return problems
 
 
-def asked_of(held: list[Example], samples: SamplesSection, most: int) -> list[Example]:
+def asked_of(held: list[Example], samples: InstructionTuningSamples, most: int) -> list[Example]:
     """Held-out conversations; or prompts of one's own asked of the first held-out media, about `most` in all, to be
     judged by eye."""
     if not samples.prompts:

@@ -8,14 +8,14 @@ import torch
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.model import outline
-from equipoise.pipelines.pipeline import Memory
+from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
-TOKENS = 512  # of a sequence, where data.max_tokens says nothing
+TOKENS = 512  # of a sequence, where data.max_tokens is empty
 _LOGITS = 3  # copies of the logits at the peak: they, their logarithms and their gradient
 
 
-def memory(config: InstructionTuningConfig) -> Memory | None:
+def estimate_memory(config: InstructionTuningConfig) -> MemoryEstimate | None:
     """Of the language side's activations, which are nearly all. None where the model is not on this machine, or takes
     more than shapes to run."""
     dtype = DTYPES[config.train.precision]
@@ -28,9 +28,9 @@ def memory(config: InstructionTuningConfig) -> Memory | None:
     batch = config.train.batch
 
     def step(mask: bool) -> None:
-        heard = torch.zeros(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)
+        embeddings = torch.zeros(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)
         given = {"attention_mask": torch.zeros(batch, 1, length, length, dtype=dtype)} if mask else {}
-        decoder.train()(inputs_embeds=heard, use_cache=False, **given)
+        decoder.train()(inputs_embeds=embeddings, use_cache=False, **given)
 
     weights = list(tuned.model.parameters())
     for mask in (True, False):  # some read values to make a mask, some to place tokens by it
@@ -40,5 +40,5 @@ def memory(config: InstructionTuningConfig) -> Memory | None:
             continue
         kept += _LOGITS * 4 * batch * length * text.vocab_size
         added = training(tuned.named.values(), config.optimizer)
-        return Memory(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
+        return MemoryEstimate(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
     return None

@@ -94,7 +94,7 @@ def model_problems(model: ModelSection) -> list[str]:
 
 
 def _where(model: ModelSection) -> dict[str, Any]:
-    """What from_pretrained is told. Without the last, it asks on the terminal whether to run a hub's own code."""
+    """The options of from_pretrained. Without the last, it asks on the terminal whether to run a hub's own code."""
     return {
         "pretrained_model_name_or_path": source(model.path),
         "revision": model.revision,
@@ -172,14 +172,14 @@ def load_model(model: ModelSection, precision: str) -> Any:
         raise InputError("\n".join(wrong))
     transformers_logging.disable_progress_bar()
     try:
-        loaded, told = AutoModelForMultimodalLM.from_pretrained(
+        loaded, report = AutoModelForMultimodalLM.from_pretrained(
             **_where(model), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # whatever a damaged one makes of transformers
         if memory_full(error):
             raise
         raise InputError(f"model.path: {model.path} cannot be loaded: {_short(error)}") from None
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model.path: {model.path} lacks {len(missing)} weights of a {loaded.config.model_type}, such as "
             f"{missing[0]}; they would be random. Give a folder that holds them all."

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Example
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound, sound_seconds
+from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
 _PROMPTS = {  # model types without chat templates, as their authors prompt them
@@ -67,9 +68,9 @@ class Talk:
             found.append(f"has {len(example.media)} pictures, but {self.model_type} takes exactly one.")
         if self.prefixed and not example.media:
             found.append(f"has no picture, but {self.model_type} takes no text alone.")
-        said = [example.system, *(_unmarked(t.question, example.kind) for t in example.turns)]
-        said += [turn.answer for turn in example.turns]
-        if marks := list(dict.fromkeys(mark for text in said for mark in self._marks.findall(text))):
+        texts = [example.system, *(_unmarked(t.question, example.kind) for t in example.turns)]
+        texts += [turn.answer for turn in example.turns]
+        if marks := list(dict.fromkeys(mark for text in texts for mark in self._marks.findall(text))):
             found.append(
                 f"has {', '.join(marks)} in its text, which {self.model_type} reads as a mark of its own. Write it "
                 "otherwise."
@@ -78,7 +79,7 @@ class Talk:
             for path in example.media:
                 if (seconds := sound_seconds(path)) > self.window:
                     found.append(
-                        f"audio {path} lasts {seconds:.1f} s, and {self.model_type} hears only the first "
+                        f"audio {path} lasts {seconds:.1f} s, and {self.model_type} takes only the first "
                         f"{self.window:g}. Cut it into pieces."
                     )
         return found
@@ -87,19 +88,19 @@ class Talk:
         return getattr(self.processor, part, None) is not None
 
     def text(self, example: Example, turns: int | None = None, ask: bool = False) -> str:
-        """The first `turns` turns (all unless told), and with `ask` the question of the next, up to its answer."""
+        """The first `turns` turns (all by default), and with `ask` the question of the next, up to its answer."""
         turns = len(example.turns) if turns is None else turns
         if self.processor.chat_template is None:
             return self._plain(example, turns, ask)
-        said: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         if example.system:
-            said.append({"role": "system", "content": [{"type": "text", "text": example.system}]})
+            messages.append({"role": "system", "content": [{"type": "text", "text": example.system}]})
         for index, turn in enumerate(example.turns[: turns + ask]):
-            said.append({"role": "user", "content": _content(turn.question)})
+            messages.append({"role": "user", "content": _content(turn.question)})
             if index < turns:
-                said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         try:
-            return self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=ask)
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # a template is a program
             raise InputError(f"{example.where}: the chat template of {self.model_type} fails: {error}") from None
 
@@ -122,17 +123,17 @@ class Talk:
         """
         if (known := self._spans.get(example)) is not None:
             return known
-        whole, found = self.text(example), []
-        tokens = self._tokens(whole)
+        full, found = self.text(example), []
+        tokens = self._tokens(full)
         for turn in range(len(example.turns)):
             opened, closed = self.text(example, turn, ask=True), self.text(example, turn + 1)
-            if not (whole.startswith(opened) and whole.startswith(closed)):
+            if not (full.startswith(opened) and full.startswith(closed)):
                 raise InputError(
                     f"{example.where}: the chat template of {self.model_type} writes earlier turns differently when "
                     "more follow, so that the answers cannot be told apart. Give each conversation one question."
                 )
             if any(mark in later.question for later in example.turns[turn + 1 :] for mark in MARKS.values()):
-                length = self._length(example, whole)
+                length = self._length(example, full)
                 found.append((length - self._length(example, opened), length - self._length(example, closed)))
                 continue
             begin = self._tokens(opened)
@@ -215,10 +216,10 @@ class Talk:
             nested = self.model_type in _NESTED
             given["images"] = pictures if nested else [picture for some in pictures for picture in some]
         elif kind == "audio":
-            hear = partial(open_sound, rate=self.rate)
-            given["audio"] = [_opened(hear, e, p) for e, some in zip(examples, media, strict=True) for p in some]
+            opener = partial(open_sound, rate=self.rate)
+            given["audio"] = [_opened(opener, e, p) for e, some in zip(examples, media, strict=True) for p in some]
             given["sampling_rate"] = self.rate
-        if not any(given.get(name) for name in ("images", "audio")):
+        if not any(media):
             given = {}
         closed = self.prefixed and not texts[0].endswith("\n")  # else the line break is the question's own
         texts = [text.removesuffix("\n") for text in texts] if self.prefixed else texts

@@ -71,9 +71,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     if leads:
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
-    outcome = train_loop(
-        run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
-    )
+    outcome = train_loop(run, work, config)
     if outcome.state == "stopped" or not leads:
         return outcome
     seconds = time.perf_counter() - started
@@ -93,13 +91,13 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         "seconds": seconds,
     }
     work.save_result(facts)
-    said = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
+    scored = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
     asked = "1 held-out question" if len(answers) == 1 else f"{len(answers)} held-out questions"
-    found = f" On {asked}, {said} {after:.1%}; untuned {before:.1%}."
+    found = f" On {asked}, {scored} {after:.1%}; untuned {before:.1%}."
     return replace(outcome, message=outcome.message + found)
 
 
-class InstructionTuningWork(OptimizedWork):
+class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     """One run's tuning: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "parameters of this model"
@@ -117,11 +115,6 @@ class InstructionTuningWork(OptimizedWork):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
         frozen = [parameter for parameter in tuned.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned), frozen=frozen)
-        if config.optimizer.weight_decays and "weight_decay" not in self.optimizer.defaults:
-            raise InputError(
-                f"optimizer.weight_decays: {config.optimizer.name} has no weight decay. Leave them out, or use another "
-                "optimizer, such as adamw."
-            )
         if config.train.gradient_checkpointing:
             enable = getattr(tuned.plain, "activation_checkpointing_enable", tuned.plain.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
@@ -138,7 +131,9 @@ class InstructionTuningWork(OptimizedWork):
         words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
         self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
         self.random = has_dropout(tuned.model)
-        self.hears = [m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")]
+        self.decoders = [
+            m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")
+        ]
         self.still = [
             module
             for name, module in tuned.plain.named_modules()
@@ -148,7 +143,7 @@ class InstructionTuningWork(OptimizedWork):
         ]
         # The last of this step's batches, if it is measured, with the prediction and the towers' outputs that training
         # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
-        self._probed: tuple[dict[str, Tensor], Prediction | None, Memory] | None = None
+        self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
         own = [processes.rank()] if processes.rank() else []
@@ -157,12 +152,12 @@ class InstructionTuningWork(OptimizedWork):
         self.model.train()
         last = micro == self.config.train.accumulate - 1
         probed = last and self.coordinator.measures(step) and not self._moved
-        memory = Memory(self.still if probed else [])
-        with memory.used():
+        outputs = FrozenOutputs(self.still if probed else [])
+        with outputs.reused():
             logits, labels, sample = self._forward(batch)
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
-            self._probed = batch, base, memory
+            self._probed = batch, base, outputs
         return Losses(_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
@@ -176,9 +171,9 @@ class InstructionTuningWork(OptimizedWork):
             self._moved = False
 
     def after_step(self, step: int) -> dict[str, float]:
-        seen = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
+        measured = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
         self.coordinator.stepped(self.components, step, self.config.train.steps)
-        return seen
+        return measured
 
     def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
         values, logged = super()._evaluate_all(step)
@@ -194,10 +189,10 @@ class InstructionTuningWork(OptimizedWork):
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
         weight, metric = self.coordinator.weight(step), self.coordinator.metric
         assert self._probed is not None
-        (batch, base, memory), self._probed = self._probed, None
+        (batch, base, outputs), self._probed = self._probed, None
 
         def predict() -> Prediction:
-            with memory.used():
+            with outputs.reused():
                 logits, _, sample = self._forward(batch)
             return Prediction(logits, sample)
 
@@ -220,23 +215,23 @@ class InstructionTuningWork(OptimizedWork):
         """With the norms of eq. 5, each a root mean square over the samples."""
         count = len(batch["input_ids"])
         media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
-        heard, ids = self._heard, batch["input_ids"]
+        embeddings, ids = self._embeddings, batch["input_ids"]
         placeholder = torch.isin(ids, torch.tensor(self._media_ids(), device=ids.device))
         text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
 
         def norm(tensors: Sequence[Tensor]) -> float:
             return sum(t.float().square().sum().item() for t in tensors) ** 0.5 / count**0.5
 
-        if heard is None or heard.shape[:2] != ids.shape:
+        if embeddings is None or embeddings.shape[:2] != ids.shape:
             return Prediction(logits, sample)
-        return Prediction(logits, sample, norm([heard[text]]), norm(media), norm([heard[placeholder]]))
+        return Prediction(logits, sample, norm([embeddings[text]]), norm(media), norm([embeddings[placeholder]]))
 
     def _media_ids(self) -> list[int]:
         config = self.tuned.plain.config
         names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
         return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
-    _heard: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
+    _embeddings: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits of the answers' tokens, what they should be, which sample each belongs to)."""
@@ -244,13 +239,13 @@ class InstructionTuningWork(OptimizedWork):
         mask = labels != IGNORED
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         hook = None
-        if self.hears:
+        if self.decoders:
 
-            def hear(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 given = kwargs.get("inputs_embeds")
-                self._heard = None if given is None else given.detach()
+                self._embeddings = None if given is None else given.detach()
 
-            hook = self.hears[0].register_forward_pre_hook(hear, with_kwargs=True)
+            hook = self.decoders[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with self.accelerator.autocast():
                 logits = self.model(**inputs, use_cache=False).logits[:, :-1]
@@ -337,7 +332,7 @@ class InstructionTuningWork(OptimizedWork):
             {
                 "media": [str(path) for path in a.example.media],
                 "question": without_marks(a.question),
-                "answer": a.said,
+                "answer": a.text,
                 "wanted": list(a.wanted),
                 "score": a.score,
             }
@@ -345,8 +340,8 @@ class InstructionTuningWork(OptimizedWork):
         ]
         write_atomic(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         judged = [a for a in answers if a.score is not None]
-        said = f", mean score {mean(judged):.3f}" if judged else ""
-        self.run.log(f"answered {len(answers)} questions at step {step}{said}")
+        scored = f", mean score {mean(judged):.3f}" if judged else ""
+        self.run.log(f"answered {len(answers)} questions at step {step}{scored}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
         chosen = self.config.optimizer
@@ -361,19 +356,19 @@ class InstructionTuningWork(OptimizedWork):
         write_result(Path(self.run.folder / "result"), self.tuned, described)
 
 
-class Memory:
-    """What frozen towers say of one batch, so that they are asked once, however often the rest of the model is."""
+class FrozenOutputs:
+    """The outputs of frozen towers for one batch, so that they run once, however often the rest of the model does."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.said: dict[nn.Module, Any] = {}
+        self.kept: dict[nn.Module, Any] = {}
 
     @contextmanager
-    def used(self) -> Iterator[None]:
+    def reused(self) -> Iterator[None]:
         def recall(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if module not in self.said:
-                self.said[module] = forward(*args, **kwargs)
-            return self.said[module]
+            if module not in self.kept:
+                self.kept[module] = forward(*args, **kwargs)
+            return self.kept[module]
 
         for module in self.modules:
             module.forward = partial(recall, module, module.forward)

@@ -54,6 +54,8 @@ def expand(config: RunConfig) -> dict[str, RunConfig]:
         raise ConfigError(
             [f"sweep: has {show(count)} cells, and {MOST} are the most. Give fewer values or fewer axes."]
         )
+    if "runs" in config.sweep:
+        raise ConfigError(["sweep: runs: is no axis; all cells of a sweep are kept in one folder. Leave it out."])
     cells: dict[str, RunConfig] = {}
     problems: list[str] = []
     for values in itertools.product(*config.sweep.values()):

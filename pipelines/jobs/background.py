@@ -192,7 +192,7 @@ def compare(root: Path, runs: Sequence[str], asked: Mapping[str, Any]) -> str:
 
 
 def jobs(root: Path) -> list[Job]:
-    """The comparisons made in the background, youngest first."""
+    """The comparisons made in the background, newest first."""
     found = []
     for file in sorted((root / COMPARISONS).glob("*.json"), reverse=True):
         try:

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from equipoise import __version__, registry
-from equipoise.errors import ConfigError, EquipoiseError, InputError
-from equipoise.pipelines.jobs import storage
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.jobs import checks, storage
 from equipoise.pipelines.jobs.executors import GRACE, Where, dead
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs import environment
@@ -115,8 +115,8 @@ class OnRay:
                 url = self.copies.send(cell) if self.copies else None
                 if self.copies and url is None:
                     continue
-                told = (str(cell.folder), url, storage.EVERY, __version__, platform.node())
-                self.tasks[self.task.remote(*told)] = cell
+                arguments = (str(cell.folder), url, storage.EVERY, __version__, platform.node())
+                self.tasks[self.task.remote(*arguments)] = cell
 
     def end(self, patience: float) -> None:
         mine = list(self.tasks.values())
@@ -195,16 +195,15 @@ def _train(cell: Run, checked: bool) -> None:
         return
     with environment.there(cell.folder / "environment.json"):
         config = cell.config()
-        pipeline = registry.load("pipelines", config.pipeline)
-        if not checked and (problems := pipeline.check(config)):
-            raise ConfigError(problems)
-        execute(pipeline, config, cell)
+        if not checked:
+            checks.check([config])
+        execute(registry.load("pipelines", config.pipeline), config, cell)
 
 
 def _connect(ray: Any, address: str | None) -> None:
     asked = address or os.environ.get("RAY_ADDRESS")
     if asked not in (None, "", "auto", "local"):
-        _knock(str(asked))
+        _check_address(str(asked))
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
@@ -224,21 +223,21 @@ def _connect(ray: Any, address: str | None) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C within the block is heard at its end."""
+    """Ctrl-C within the block takes effect at its end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if heard:
+    if interrupts:
         raise KeyboardInterrupt
 
 
-def _knock(address: str) -> None:
+def _check_address(address: str) -> None:
     """Ray itself waits long, and its library writes pages of its log."""
     kind, _, rest = address.rpartition("://")
     host, _, port = rest.rpartition(":")

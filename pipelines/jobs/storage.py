@@ -63,8 +63,8 @@ class Copy:
         if here == self._there:
             return
         now = Run(self.folder).status()
-        told = {"made": now.created, "before": self._before, "session": now.started or 0.0, "files": here}
-        self._write(_LIST, json.dumps(told).encode())
+        listed = {"made": now.created, "before": self._before, "session": now.started or 0.0, "files": here}
+        self._write(_LIST, json.dumps(listed).encode())
         for name in self._there.keys() - here.keys():
             with suppress(FileNotFoundError):
                 self.files.rm_file(f"{self.place}/{name}")
@@ -123,7 +123,7 @@ class Copy:
                 self._write(f"requests/{kind}", b"")
                 file.unlink(missing_ok=True)
 
-    def hear(self) -> None:
+    def fetch_requests(self) -> None:
         """Fetches requests that were passed on."""
         for kind in REQUESTS:
             if self.files.exists(f"{self.place}/requests/{kind}"):
@@ -151,7 +151,7 @@ class Copy:
                         print(f"{self.place}: was given to another process; this one ends.", file=sys.stderr)
                         Run(self.folder).request("stop")
                         return
-                    self.hear()
+                    self.fetch_requests()
                     self.push()
                 except Exception as error:  # a network may come back; the last copy tells where it does not
                     print(f"{self.place}: {error}", file=sys.stderr, flush=True)

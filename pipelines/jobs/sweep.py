@@ -17,13 +17,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from equipoise import registry
-from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.comparing.comparison import RATE
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.files import version
+from equipoise.pipelines.jobs import checks
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.jobs.executors import GRACE, Executor, Local, Where, end_processes
+from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
@@ -33,22 +34,19 @@ POLL = 0.5  # seconds between looks at the cells
 _AGAIN = ("queued", "stopped", "failed", "dead")  # a restarted sweep tries these again; done and diverged are results
 
 
+@decoded_once()
 def create(config: RunConfig, id: str | None = None) -> Run:
     """Makes the sweep's folder with all its cells queued. Everything is checked before anything is written.
 
     Raises:
         ConfigError: a cell's configuration or what it points to is wrong.
+        InputError: the pipeline does not say how many steps a run takes.
     """
     cells = expand(config)
-    pipeline = registry.load("pipelines", config.pipeline)
-    # The world does not depend on rate and seed, and looking at it may mean decoding every picture.
-    worlds = {
-        repr([item for item in configs.flat(cell).items() if item[0] not in ("seed", RATE)]): cell
-        for cell in cells.values()
-    }
-    if problems := list(dict.fromkeys(line for cell in worlds.values() for line in pipeline.check(cell))):
-        raise ConfigError(problems)
-    for doubt in dict.fromkeys(line for cell in worlds.values() for line in pipeline.doubts(cell)):
+    for cell in cells.values():
+        _steps_of(cell)
+    checks.check(cells.values())
+    for doubt in checks.doubts(cells.values()):
         print(doubt, file=sys.stderr)
     return Store(config.runs).create(config, kind="sweep", id=id, cells=cells)
 
@@ -116,9 +114,18 @@ def train(sweep: Run, executor: Executor, where: Where) -> Outcome:
     return outcome
 
 
+def _steps_of(config: RunConfig) -> int:
+    if config.total_steps is None:
+        raise InputError(
+            f"sweep: the pipeline {config.pipeline} does not say how many steps a run takes, so that no sweep could "
+            "show how far it is. Its Config must be a TrainConfig, or have a property total_steps: see docs/plugins.md."
+        )
+    return config.total_steps
+
+
 def _watch(sweep: Run, executor: Executor, retries: int) -> Outcome:
     mine = cells(sweep)
-    totals = {cell.id: cell.config().train.steps for cell in mine}
+    totals = {cell.id: _steps_of(cell.config()) for cell in mine}
     total, stopping = sum(totals.values()), False
     watched = sys.stderr.isatty()  # a log file wants a line now and then
     sweep.update(total=total)

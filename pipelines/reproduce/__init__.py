@@ -21,9 +21,9 @@ from tqdm import tqdm
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.files import write_atomic
 
-Cell = dict[str, Any]  # a training run: its settings, among them its count of gradient "evaluations", and its results
-Train = Callable[[Cell], Cell]
-Measure = Callable[[Train, Sequence[Cell]], list[Cell]]
+Trial = dict[str, Any]  # a training run: its settings, among them its count of gradient "evaluations", and its results
+Train = Callable[[Trial], Trial]
+Measure = Callable[[Train, Sequence[Trial]], list[Trial]]
 
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#6a737d", "#e4e8ec", "#ffffff"
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
@@ -35,12 +35,12 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 430, 70, 24, 64, 56  # pixe
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart: lines by name, each with one value per place, and what the places across are."""
+    """A chart: lines by name, each with one value per tick, and what the ticks are called."""
 
     title: str
     across: str
     lines: Mapping[str, Sequence[float]]
-    places: Sequence[str]
+    ticks: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Reproduction:
 
     text: str
     panels: Sequence[Panel]
-    cells: Sequence[Cell]
+    cells: Sequence[Trial]
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)  # further ones, by file name
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> list[Path]:
@@ -83,7 +83,7 @@ def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
     with _safe_path():
         executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
 
-    def measure(train: Train, cells: Sequence[Cell]) -> list[Cell]:
+    def measure(train: Train, cells: Sequence[Trial]) -> list[Trial]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit that: Ctrl-C is for this process
         try:
             with _safe_path():
@@ -149,25 +149,25 @@ def _draw(panel: Panel) -> Image.Image:
     values = [value for line in panel.lines.values() for value in line]
     margin = 0.05 * (max(values) - min(values)) or 1
     low, high = min(values) - margin, max(values) + margin
-    right, bottom, last = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, max(1, len(panel.places) - 1)
+    right, bottom, last = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, max(1, len(panel.ticks) - 1)
 
-    def place(index: int, value: float) -> tuple[float, float]:
+    def point(index: int, value: float) -> tuple[float, float]:
         return _LEFT + (right - _LEFT) * index / last, bottom - (bottom - _TOP) * (value - low) / (high - low)
 
     unit = 10.0 ** math.floor(math.log10(high - low))
     step = next(size * unit for size in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (size * unit) <= 6)
     for count in range(math.ceil(low / step), math.floor(high / step) + 1):
-        y = place(0, count * step)[1]
+        y = point(0, count * step)[1]
         pen.line((_LEFT, y, right, y), _GRID)
         pen.text((_LEFT - 8, y), f"{count * step:.6g}", _MUTED, font, anchor="rm")
-    for index in range(last, -1, -max(1, len(panel.places) // 10)):
-        pen.text((place(index, low)[0], bottom + 14), panel.places[index], _MUTED, font, anchor="mm")
+    for index in range(last, -1, -max(1, len(panel.ticks) // 10)):
+        pen.text((point(index, low)[0], bottom + 14), panel.ticks[index], _MUTED, font, anchor="mm")
     pen.text(((_LEFT + right) / 2, _HEIGHT - 16), panel.across.translate(_WORDS), _MUTED, font, anchor="mm")
     pen.text((12, 10), panel.title.translate(_WORDS), _INK, ImageFont.load_default(16))
-    said = 12.0
+    x = 12.0
     for colour, (name, line) in zip(_LINES, panel.lines.items(), strict=False):
         name = name.translate(_WORDS)
-        pen.line([place(*point) for point in enumerate(line)], colour, width=2)
-        pen.text((said, 36), name, colour, font)
-        said += pen.textlength(name, font) + 18
+        pen.line([point(*pair) for pair in enumerate(line)], colour, width=2)
+        pen.text((x, 36), name, colour, font)
+        x += pen.textlength(name, font) + 18
     return image

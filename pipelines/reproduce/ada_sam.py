@@ -23,7 +23,7 @@ from torch.optim import SGD
 from equipoise.optimizers.amsgrad import AMSGrad
 from equipoise.optimizers.sharpness import AdaSAM, SharpnessAware
 from equipoise.pipelines.demo import shapes
-from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS, BATCH, SIDE, WRONG, TUNING_SEED = 300, 32, 16, 0.3, 1000
@@ -43,7 +43,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     """Tunes, then trains with seeds from 0, in `count` processes; `steps` None: the published number."""
     steps = steps or STEPS
 
-    def cell(name: str, beta: float, rate: float, rho: float, seed: int, batch: int = BATCH) -> Cell:
+    def cell(name: str, beta: float, rate: float, rho: float, seed: int, batch: int = BATCH) -> Trial:
         settings = {"optimizer": name, "beta": beta, "rate": rate, "rho": rho, "seed": seed, "batch": batch}
         return {**settings, "steps": steps, "evaluations": steps * (1 + (rho > 0))}
 
@@ -124,7 +124,7 @@ def _sooner(half: list[float], twice: list[float]) -> float:
     return 100 - share(twice, half[-1]) if twice[-1] <= half[-1] else share(half, twice[-1]) - 100
 
 
-def train(cell: Cell) -> Cell:
+def train(cell: Trial) -> Trial:
     """Trains one net: its accuracies in %, and its training loss after each fortieth of the steps."""
     pictures, labels = _data()
     steps, classes, rng = cell["steps"], len(shapes.SHAPES), torch.Generator().manual_seed(cell["seed"])
@@ -157,16 +157,16 @@ def train(cell: Cell) -> Cell:
             with torch.no_grad():
                 losses += [F.cross_entropy(net(pictures["train"]), learned).item()] * due
     with torch.no_grad():
-        answers = {kind: net(seen).argmax(1) for kind, seen in pictures.items()}
+        answers = {kind: net(inputs).argmax(1) for kind, inputs in pictures.items()}
     met = {**labels, "train": learned}
-    return {kind: 100 * (met[kind] == said).double().mean().item() for kind, said in answers.items()} | {
+    return {kind: 100 * (met[kind] == predicted).double().mean().item() for kind, predicted in answers.items()} | {
         "losses": losses
     }
 
 
 @cache
 def _data() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By use, (count, 3, SIDE, SIDE) pictures as the embedded base has seen them, and which shape each shows."""
+    """By use, (count, 3, SIDE, SIDE) pictures as the embedded base was trained on them, and which shape each shows."""
     rng, pictures, labels = np.random.default_rng(0), {}, {}
     names, colours = list(shapes.SHAPES), list(shapes.COLOURS)
     for kind, count in (("train", 512), ("tuning", 512), ("test", 1024)):

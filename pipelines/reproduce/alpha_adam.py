@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from equipoise.optimizers.alpha_adam import AlphaAdam
-from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS, BATCH, WINDOW, WIDTH, HEADS, LAYERS = 300, 12, 64, 64, 4, 2
@@ -43,7 +43,7 @@ _LAST, _JUDGED = 3, (4, 5, 3)  # indices of COLUMNS
 def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     """Trains all methods at all rates, with seeds from 0, in `count` processes; `steps` None: the published number."""
     steps = steps or STEPS
-    cells: list[Cell] = [
+    cells: list[Trial] = [
         {"method": method, "rate": rate, "seed": seed, "steps": steps, "evaluations": steps}
         for seed, method, rate in product(range(seeds), METHODS, RATES)
     ]
@@ -91,7 +91,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     return Reproduction("\n".join(text), panels, cells)
 
 
-def train(cell: Cell) -> Cell:
+def train(cell: Trial) -> Trial:
     """Trains one GPT: its validation losses after each tenth of the steps. A seed's batches are the same for all."""
     steps = cell["steps"]
     torch.manual_seed(cell["seed"])
@@ -122,7 +122,7 @@ class GPT(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.places = nn.Embedding(128, WIDTH), nn.Embedding(WINDOW, WIDTH)
+        self.bytes, self.positions = nn.Embedding(128, WIDTH), nn.Embedding(WINDOW, WIDTH)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(LAYERS)
@@ -134,7 +134,7 @@ class GPT(nn.Module):
                 nn.init.normal_(param, std=0.02)
 
     def loss(self, rows: Tensor) -> Tensor:  # (batch, WINDOW + 1) bytes
-        x = self.bytes(rows[:, :-1]) + self.places.weight
+        x = self.bytes(rows[:, :-1]) + self.positions.weight
         for block in self.blocks:
             x = block(x, src_mask=self.mask, is_causal=True)
         logits = F.linear(self.norm(x), self.bytes.weight)

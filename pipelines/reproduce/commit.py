@@ -18,7 +18,7 @@ import torch
 
 from equipoise.pipelines import demo
 from equipoise.pipelines.demo import tones
-from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS, BASE_STEPS, MEASURED = 200, 500, 5  # of a training; of the sounds' base; steps between measurements of κ
@@ -43,7 +43,7 @@ PAPER = {  # Table 1: means of the three accuracies of BLIP-2; ClothoAQA, SALMON
 TENTHS = 10
 
 
-def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequence[Cell] = ()) -> Reproduction:
+def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequence[Trial] = ()) -> Reproduction:
     """Trains all methods on both tasks, with seeds from 0, in `count` processes; `steps` None: the published number.
     What is among the `earlier` runs is not trained again."""
     steps = steps or STEPS
@@ -53,14 +53,14 @@ def reproduce(seeds: int, count: int, steps: int | None = None, earlier: Sequenc
     ]
     found = {cell_key(cell): cell for cell in earlier}
     if missing := [cell for cell in settings if cell_key(cell) not in found]:
-        with TemporaryDirectory(prefix="equipoise-") as place:
-            shared = Path(place)
+        with TemporaryDirectory(prefix="equipoise-") as folder:
+            shared = Path(folder)
             demo.questions_file(shared)
             prepare_sounds(shared, min(BASE_STEPS, 5 * steps))
             with workers(count, "commit", steps * len(missing)) as measure:
-                trained = measure(train, [{**cell, "place": place} for cell in missing])
+                trained = measure(train, [{**cell, "folder": folder} for cell in missing])
         for cell in trained:
-            del cell["place"]
+            del cell["folder"]
         found |= {cell_key(cell): cell for cell in trained}
     cells = [found[cell_key(cell)] for cell in settings]
 
@@ -127,7 +127,7 @@ def kappa(mean: float, value: float) -> str:
     return f"{value:.2f}" if mean else "none"
 
 
-def cell_key(cell: Cell) -> tuple:
+def cell_key(cell: Trial) -> tuple:
     return tuple(cell[name] for name in ("task", "method", "seed", "steps"))
 
 
@@ -143,7 +143,7 @@ def prepare_sounds(shared: Path, steps: int) -> None:
         torch.set_num_threads(threads)
 
 
-def train(cell: Cell) -> Cell:
+def train(cell: Trial) -> Trial:
     """Trains one run of the pipeline: its accuracy, and losses, κ, H and gradients by tenths of the training."""
     from equipoise.pipelines import config
     from equipoise.pipelines.instruction_tuning import InstructionTuning
@@ -151,7 +151,7 @@ def train(cell: Cell) -> Cell:
     from equipoise.pipelines.runs.store import Store
 
     name, options = METHODS[cell["method"]]
-    shared, task = Path(cell["place"]), cell["task"]
+    shared, task = Path(cell["folder"]), cell["task"]
     words = [f"learning_rate={RATES[task]}", f"steps={cell['steps']}", f"seed={cell['seed']}", f"coordinator={name}"]
     if task == "pictures":
         words.append(f"data={shared / '.demo' / 'questions' / 'questions.jsonl'}")

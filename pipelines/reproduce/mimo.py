@@ -1,7 +1,7 @@
 """MIMO's Table 1 in small: every objective on one model and data; the λ × μ ablation and the loss landscape.
 
 Paper: Fernando et al., Mitigating Modality Imbalance in Multi-modal Learning via Multi-objective Optimization: SGD at
-1e-3 for 100 epochs of CREMA-D (Table 1, Figures 2 and 3). In place of CREMA-D: digits that are drawn and heard, or a
+1e-3 for 100 epochs of CREMA-D (Table 1, Figures 2 and 3). In place of CREMA-D: drawn digits with tones, or a
 manifest of your own, with the small model of `audio_visual/demo`. All objectives share the data, the start, the batches
 and the learning rate of a seed.
 """
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from equipoise.errors import InputError
-from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, finding, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS = 300
@@ -62,7 +62,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
     with tempfile.TemporaryDirectory(prefix="equipoise-mimo-") as runs:
         _check(runs, data)
 
-        def cell(name: str, seed: int, options: dict[str, Any] | None = None, extra: str = "") -> Cell:
+        def cell(name: str, seed: int, options: dict[str, Any] | None = None, extra: str = "") -> Trial:
             objective, usual = METHODS[name]
             settings = {"method": name, "objective": objective, "options": usual | (options or {}), "seed": seed}
             return {**settings, "data": data or "demo", "steps": steps, "evaluations": steps, "extra": extra}
@@ -97,8 +97,8 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
     ):  # fmt: skip
         key = f"accuracy_{kind}"
         here = [a - b for a, b in zip(got(one, key), got(other, key), strict=True)]
-        place = 0 if kind == "joint" else 2
-        lines.append(finding(f"{one} over {other}, {kind}", PAPER[one][place] - PAPER[other][place], here, "+.1f"))
+        column = 0 if kind == "joint" else 2
+        lines.append(finding(f"{one} over {other}, {kind}", PAPER[one][column] - PAPER[other][column], here, "+.1f"))
     best = max(got_median(got, name) for name in METHODS if name != "unimodal")
     leaders = [name for name in METHODS if name != "unimodal" and got_median(got, name) == best]
     lines.append(f"Best joint accuracy here: {' and '.join(leaders)}, {best:.1f} (paper: MIMO, 75.96).")
@@ -129,10 +129,10 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
     sheet = Image.fromarray(np.concatenate([_paint(land, pictures) for land in pictures.values()], 1))
     curves = {name: zip(*got(name, f"curve_{starved}"), strict=True) for name in ("MML", "MIMO", "EW")}
     rising = {name: [median(seeds) for seeds in curve] for name, curve in curves.items()}
-    places = [str(min(steps, (i + 1) * _validate_every(steps))) for i in range(_points(steps))]
+    ticks = [str(min(steps, (i + 1) * _validate_every(steps))) for i in range(_points(steps))]
     by_rate = {f"λ = {lam:g}": [found[lam, mu] for mu in MUS] for lam in LAMBDAS}
     panels = [
-        Panel(f"{starved.capitalize()} validation accuracy in %", "steps", rising, places),
+        Panel(f"{starved.capitalize()} validation accuracy in %", "steps", rising, ticks),
         Panel("Figure 3: joint accuracy in %", "μ", by_rate, [f"{mu:g}" for mu in MUS]),
     ]
     return Reproduction("\n".join(lines), panels, cells, {"landscape.png": sheet})
@@ -166,7 +166,7 @@ def _check(runs: str, data: str | None) -> None:
         raise InputError("\n".join(prepared.problems))
 
 
-def _config(cell: Cell) -> Any:
+def _config(cell: Trial) -> Any:
     from equipoise.pipelines import config
 
     words = {"data.manifest": cell["data"], "runs": cell["runs"], "seed": cell["seed"], "train.steps": cell["steps"]}
@@ -198,7 +198,7 @@ class _Quiet:
     def log(self, text: str) -> None: ...
 
 
-def train(cell: Cell) -> Cell:
+def train(cell: Trial) -> Trial:
     """Trains one model: test accuracies in %, seconds per batch of balancing, a validation curve, and the step at which
     it diverged, if it did."""
     from equipoise.pipelines.audio_visual.train import AudioVisualWork
@@ -222,7 +222,7 @@ def train(cell: Cell) -> Cell:
                 curve.append(100 * accuracy)
     found = work.figures(work.test())
     kinds = ("joint", "audio", "visual")
-    made: Cell = {f"accuracy_{k}": 100 * found[f"accuracy_{k}"] if f"accuracy_{k}" in found else None for k in kinds}  # type: ignore
+    made: Trial = {f"accuracy_{k}": 100 * found[f"accuracy_{k}"] if f"accuracy_{k}" in found else None for k in kinds}  # type: ignore
     if cell["extra"] == "landscape":
         made |= _landscape(work)
     count = _points(cell["steps"])
@@ -232,7 +232,7 @@ def train(cell: Cell) -> Cell:
 
 
 @torch.no_grad()
-def _landscape(work: Any) -> Cell:
+def _landscape(work: Any) -> Trial:
     """Along two random directions, each filter's as long as the filter itself: joint loss of training and test, and by
     how much audio leads visual in training accuracy, on some clips of each split; at the end, on all."""
     chosen = {split: _some(len(work.labels[split])) for split in ("train", "test")}

@@ -19,7 +19,7 @@ from torch import Tensor
 from equipoise.balancing.joint import Joint
 from equipoise.balancing.mimo import MIMO
 from equipoise.balancing.objective import Losses
-from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, spread, workers
 from equipoise.pipelines.tables import table
 
 POINTS, INPUTS, UNITS = 700, 50, 100
@@ -74,13 +74,13 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
             for a, b in zip(got(label, "MML", "small"), got(label, "MIMO", "small"), strict=True)
             if a is not None and b is not None
         ]
-        said = f"{spread(ratios, '.1f')} times sooner" if ratios else "not reached by both; more --steps may show it"
-        text.append(f"- MIMO is at a small loss: {said} (paper: Figure 1 shows several times; no number).\n")
+        sooner = f"{spread(ratios, '.1f')} times sooner" if ratios else "not reached by both; more --steps may show it"
+        text.append(f"- MIMO is at a small loss: {sooner} (paper: Figure 1 shows several times; no number).\n")
         for method in METHODS:
             curves = got(label, method, "curves")
             lines = {name: _middle([curve[name] for curve in curves]) for name in ("‖θ₁‖", "‖θ₂‖", "loss / start")}
-            places = [str((i + 1) * many // SHOWN) for i in range(SHOWN)]
-            panels.append(Panel(f"{method}, label = {label}: each as a share of its largest", "steps", lines, places))
+            ticks = [str((i + 1) * many // SHOWN) for i in range(SHOWN)]
+            panels.append(Panel(f"{method}, label = {label}: each as a share of its largest", "steps", lines, ticks))
     return Reproduction("\n".join(text).rstrip(), panels, cells)
 
 
@@ -101,8 +101,8 @@ def data(label: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """x₁, x₂ (points, inputs) and y (points,) in float64."""
     generator = torch.Generator().manual_seed(seed)
     x1, x2 = (s * torch.randn(POINTS, INPUTS, generator=generator, dtype=torch.float64) for s in (5.0, 0.5))
-    whole = 0.001 * x1 + x2
-    return x1, x2, whole.mean(1) if label == "mean" else whole.sum(1)
+    combined = 0.001 * x1 + x2
+    return x1, x2, combined.mean(1) if label == "mean" else combined.sum(1)
 
 
 def conditions(x1: Tensor, x2: Tensor, y: Tensor) -> dict[str, float]:
@@ -131,7 +131,7 @@ def quadratic(x1: Tensor, x2: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], T
     return loss
 
 
-def train(cell: Cell) -> Cell:
+def train(cell: Trial) -> Trial:
     """Trains one model: when each encoder's norm was half its largest, when the loss was small, and the curves."""
     x1, x2, y = data(cell["label"], cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"] + 1000)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from equipoise.optimizers.scaled import ScaledGD
-from equipoise.pipelines.reproduce import Cell, Panel, Reproduction, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, workers
 from equipoise.pipelines.tables import table
 
 STEPS, ROWS, WIDTH, OUTPUTS, RANK = 150, 20_000, 20, 10, 3
@@ -29,7 +29,7 @@ LEAST = 1e-15  # of what a chart's logarithm shows
 def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     """Runs both optimizers at all condition numbers, with seeds from 0, in `count` processes; `steps` None: 150."""
     steps = steps or STEPS
-    cells: list[Cell] = [
+    cells: list[Trial] = [
         {"optimizer": name, "condition": kappa, "rate": rate, "seed": seed, "steps": steps, "evaluations": steps}
         for seed, kappa in product(range(seeds), CONDITIONS)
         for name, rate in [("scaled GD", RATE), *(("GD", rate) for rate in RATES)]
@@ -60,20 +60,20 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     ]
     slowest = max(_factor(e) for kappa in CONDITIONS for e in found["scaled GD", kappa])
     bound = 1 - RATE / 2
-    verdict = "holds in every run" if slowest <= bound else "does NOT hold in every run"
+    outcome = "holds in every run" if slowest <= bound else "does NOT hold in every run"
     text = [
         f"Steps until ‖AB − X*‖ is {CLOSE:g} of ‖X*‖ (of {steps}), and by what the error shrinks per step on the way;",
         f"medians of {seeds} seed(s). Scaled GD at η = {RATE:g}, GD at the best of {', '.join(map(str, RATES))}.\n",
         table(["κ", "scaled GD: steps", "per step", "GD: rate", "steps", "per step"], rows),
-        f"\nTheorem 7.4: at most 1 − η/2 = {bound:g} per step, whatever κ. Here at most {slowest:.3f}: it {verdict}.",
+        f"\nTheorem 7.4: at most 1 − η/2 = {bound:g} per step, whatever κ. Here at most {slowest:.3f}: it {outcome}.",
     ]
-    places = [str(step) for step in range(steps + 1)]
+    ticks = [str(step) for step in range(steps + 1)]
     panels = [
         Panel(
             f"log10 of the relative error, {name}",
             "step",
             {f"condition number {k}": _logs(found[name, k]) for k in CONDITIONS},
-            places,
+            ticks,
         )
         for name in ("scaled GD", "GD")
     ]
@@ -126,12 +126,12 @@ class Patterns(nn.Module):
         return torch.stack([(x @ w - y).square().sum() / 2 for x, w, y in parts]).sum()
 
 
-def train(cell: Cell) -> Cell:
+def train(cell: Trial) -> Trial:
     """Runs one optimizer: the relative error before each step and after the last."""
     rng = torch.Generator().manual_seed(cell["seed"])
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64, generator=rng)
-    seen = x @ torch.randn(WIDTH, dtype=torch.float64, generator=rng) >= 0
-    inputs = [x[rows] / rows.sum().sqrt() for rows in (seen, ~seen)]
+    active = x @ torch.randn(WIDTH, dtype=torch.float64, generator=rng) >= 0
+    inputs = [x[rows] / rows.sum().sqrt() for rows in (active, ~active)]
     wanted = []
     for _ in inputs:
         left, _ = torch.linalg.qr(torch.randn(WIDTH, RANK, dtype=torch.float64, generator=rng))

@@ -1,9 +1,9 @@
 """Training state on disk: tensors as safetensors, the rest as JSON. No pickle, and never half a checkpoint.
 
 A checkpoint is a folder `step-00000100` holding weights.safetensors, state.safetensors and state.json. It is
-written under another name, flushed to disk, and renamed when it is whole. state.json has the other files' digests and
-its own, so that what was damaged afterwards is noticed, and the run's token, so that another run's is; the checkpoint
-before it is then taken.
+written under another name, flushed to disk, and renamed when it is complete. state.json has the other files' digests
+and its own, so that what was damaged afterwards is noticed, and the run's token, so that another run's is; the
+checkpoint before it is then taken.
 """
 
 import hashlib
@@ -168,7 +168,7 @@ def _joined(items) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors and waits until they are on disk; `path` is there whole, or as it was before."""
+    """Writes safetensors and waits until they are on disk; `path` is complete, or as it was before."""
     # clone: safetensors refuses tensors that share memory, and views into a fused buffer do
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -54,7 +54,7 @@ class Index:
         self._with(lambda db: db.executemany(_PUT, [asdict(item) for item in items]))
 
     def ids(self, kinds: tuple[str, ...], sweep: str | None = None) -> list[str]:
-        """Ids, youngest first; what has come or gone by other hands since the last look is taken into account."""
+        """Ids, newest first; what has come or gone by other hands since the last look is taken into account."""
         here = {folder.name for folder in run_folders(self.root)}
 
         def look(db: sqlite3.Connection) -> list[tuple[str, str]]:
@@ -74,7 +74,7 @@ class Index:
         return [id for id, kind in self._with(look) if kind in kinds and id.startswith(wanted)]
 
     def at_work(self) -> list[str]:
-        """Ids of the runs and sweeps that were queued or running when they last said how they stand."""
+        """Ids of the runs and sweeps that were queued or running when they last reported their state."""
         asked = "SELECT id FROM runs WHERE state IN ('queued', 'running') AND kind <> 'cell'"
         return [id for (id,) in self._with(lambda db: db.execute(asked).fetchall())]
 
@@ -131,7 +131,7 @@ class Index:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        # mode=rw: a table is only ever created whole, by _build
+        # mode=rw: a table is only ever created in full, by _build
         with closing(
             sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=rw", uri=True, timeout=10, isolation_level=None)
         ) as db:
@@ -182,7 +182,7 @@ def scan(folder: Path) -> list[Status]:
 
 
 def look(folder: Path, id: str) -> Status:
-    """How a run stands, also where its status cannot be read; its place gives it its id."""
+    """How a run stands, also where its status cannot be read; its folder gives it its id."""
     try:
         return replace(statuses.read(folder), id=id)
     except InputError as error:

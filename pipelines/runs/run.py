@@ -43,7 +43,7 @@ class Run:
         self.log_file = self.folder / "log.txt"
         self.samples, self.checkpoints, self.result, _ = (self.folder / name for name in FOLDERS)
         self.signal: int | None = None  # the signal that asked this session to stop
-        self.indexed = True  # whether the runs folder's index is told of changes
+        self.indexed = True  # whether changes go into the runs folder's index
         self._requests = {kind: str(self.folder / "requests" / kind) for kind in REQUESTS}
         self._stop = False
         self._live: Status | None = None  # this session's record, ahead of the file by a heartbeat
@@ -223,14 +223,14 @@ class Run:
             pass
 
     def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The whole lines of `metrics.jsonl` with their records; what a crash or a bad disk left is no record."""
+        """The complete lines of `metrics.jsonl` with their records; what a crash or a bad disk left is no record."""
         with suppress(FileNotFoundError), open(self.folder / "metrics.jsonl", errors="replace") as file:
             for line in file:  # there may be millions
                 yield from metric_lines(line)
 
 
 class Following(Run):
-    """A run as the processes see it that train it beside the first one, which alone writes and hears requests."""
+    """A run as the processes see it that train it beside the first one, which alone writes and reads requests."""
 
     def log(self, text: str) -> None: ...
 
@@ -250,7 +250,7 @@ def runs_folder(root: Path | str | None = None) -> Path:
 
 
 def metric_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of (a part of) `metrics.jsonl` that are whole, with their records."""
+    """The lines of (a part of) `metrics.jsonl` that are complete, with their records."""
     for line in text[: text.rfind("\n") + 1].splitlines():
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
@@ -268,12 +268,12 @@ def memory_full(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """What went wrong, on one line."""
     if memory_full(error) and not isinstance(error, EquipoiseError):
-        said = " ".join(str(error).split())[:120].rstrip(". ") or type(error).__name__
+        reason = " ".join(str(error).split())[:120].rstrip(". ") or type(error).__name__
         return (
-            f"the memory is full ({said}). The last checkpoint stays: end what else uses the memory and resume, or "
+            f"the memory is full ({reason}). The last checkpoint stays: end what else uses the memory and resume, or "
             "start a run that needs less, with a smaller train.batch and more train.accumulate, for instance."
         )
     if disk_full(error):
-        return "the disk is full. Free some space, or choose another place with runs=FOLDER, and resume."
+        return "the disk is full. Free some space, or choose another folder with runs=FOLDER, and resume."
     text = " ".join(str(error).split())
     return text if isinstance(error, EquipoiseError) else f"{type(error).__name__}: {text}".removesuffix(": ")

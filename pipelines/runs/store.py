@@ -87,7 +87,7 @@ class Store:
             raise
 
     def get(self, ref: str, kinds: Collection[str] = TOP) -> Run:
-        """The run of that id, or of the only id that starts so, or the youngest of `kinds` for "latest".
+        """The run of that id, or of the only id that starts so, or the newest of `kinds` for "latest".
 
         Never leaves this store: folders elsewhere are for `find`.
 
@@ -122,7 +122,7 @@ class Store:
     def list(
         self, states: Collection[str] | None = None, kinds: Collection[str] = TOP, sweep: str | None = None
     ) -> list[Status]:
-        """How the runs stand, youngest first; of all states and sweeps where none is given."""
+        """How the runs stand, newest first; of all states and sweeps where none is given."""
         try:
             ids = self.index.ids(tuple(kinds), sweep) if self.root.is_dir() else []
             found = [look(self.root / id, id) for id in ids]

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.pipeline import Memory, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.families import FORMATS
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -21,7 +21,7 @@ class TextToImage(Pipeline):
     Config = TextToImageConfig
     comparing = "draws it beside the untouched base"
     loading = "pipeline.load_lora_weights({folder!r})"
-    formats = FORMATS
+    formats = tuple(FORMATS)
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:
@@ -36,10 +36,10 @@ class TextToImage(Pipeline):
         return doubts(config)
 
     @classmethod
-    def memory(cls, config: TextToImageConfig) -> Memory | None:
-        from equipoise.pipelines.text_to_image.memory import memory
+    def estimate_memory(cls, config: TextToImageConfig) -> MemoryEstimate | None:
+        from equipoise.pipelines.text_to_image.memory import estimate_memory
 
-        return memory(config)
+        return estimate_memory(config)
 
     @classmethod
     def run(cls, config: TextToImageConfig, run: Run) -> Outcome:
@@ -48,10 +48,10 @@ class TextToImage(Pipeline):
         return train(config, run)
 
     @classmethod
-    def compare(cls, name, folder, runs, configs, samples, judges=None) -> Comparison:
+    def compare(cls, name, folder, runs, configs, asked) -> Comparison:
         from equipoise.pipelines.text_to_image.compare import compare
 
-        return compare(name, folder, runs, configs, samples, judges)
+        return compare(name, folder, runs, configs, asked.samples, asked.judges)
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:

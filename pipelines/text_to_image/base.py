@@ -64,7 +64,7 @@ class Latents(NamedTuple):
     moments: list[
         Tensor
     ]  # (variants, 2, channels, height, width) of each picture: the mean and deviation it encodes to
-    places: Tensor  # (pictures, variants, 6) pixels, as `Family.predict` reads them
+    crops: Tensor  # (pictures, variants, 6) pixels, as `Family.predict` reads them
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -72,9 +72,9 @@ class Latents(NamedTuple):
         return [tuple(moments.shape[2:]) for moments in self.moments]
 
     def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Means, deviations (n, channels, height, width) and places (n, 6) of pictures of one shape."""
+        """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""
         found = torch.stack([self.moments[picture][which] for picture, which in zip(chosen, variant, strict=True)])
-        return found[:, 0], found[:, 1], self.places[list(chosen), list(variant)]
+        return found[:, 0], found[:, 1], self.crops[list(chosen), list(variant)]
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Base:
     identity: str  # what the latents computed with it depend on
     family: Family
     encoders: tuple[str, ...]  # the text encoders that it has
-    pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `noise`
+    pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `set_scheduler`
     schedule: dict[str, Any]  # the checkpoint's own
     latents: dict[str, Latents] = field(default_factory=dict)  # by cache key, shared by the runs of this process
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by caption, as the untouched encoders read
@@ -120,8 +120,8 @@ class Base:
             if name not in self.family.text_encoders or name in self.encoders
         }
 
-    def noise(self, section: NoiseSection) -> Noise:
-        """How a run adds noise. From here on, the pipeline samples accordingly.
+    def set_scheduler(self, section: NoiseSection) -> Noise:
+        """Gives the pipeline the scheduler of a run's noise, to sample by from here on; returns how noise is added.
 
         Raises:
             InputError: the schedule asked for is none for this base.
@@ -142,7 +142,7 @@ class Base:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def encoders_off_device(self) -> Iterator[None]:
         """For the time of the block, the text encoders are in the computer's memory, not in the device's."""
         device = self.denoiser.device
         try:
@@ -152,7 +152,7 @@ class Base:
             self._move_encoders(device)
 
     @contextmanager
-    def woken(self) -> Iterator[None]:
+    def encoders_on_device(self) -> Iterator[None]:
         """The other way around: back on the device for the time of the block, where they are not there."""
         before = getattr(self.pipeline, self.encoders[0]).device
         try:
@@ -224,15 +224,15 @@ class Base:
 
     def _start(self, lora: LoraSection, parts: dict[str, torch.nn.Module]) -> None:
         """Puts the factors of the file `lora.start` where they belong; layers that it lacks keep their fresh ones."""
-        places: dict[str, Factors] = {}
+        present: dict[str, Factors] = {}
         for name, part in parts.items():
-            places |= factors_of(name, part)
-        given = read_lora(Path(lora.start or ""), places, self.shape, key="lora.start")
-        wrong = {f"rank {factors.rank}" for layer, factors in given.items() if factors.rank != places[layer].rank}
+            present |= factors_of(name, part)
+        given = read_lora(Path(lora.start or ""), present, self.shape, key="lora.start")
+        wrong = {f"rank {factors.rank}" for layer, factors in given.items() if factors.rank != present[layer].rank}
         wrong |= {
             f"alpha {factors.alpha:g}"
             for layer, factors in given.items()
-            if not math.isclose(factors.alpha, places[layer].alpha, rel_tol=1e-6)  # float32 in kohya's files
+            if not math.isclose(factors.alpha, present[layer].alpha, rel_tol=1e-6)  # float32 in kohya's files
         }
         if wrong:
             raise InputError(
@@ -241,7 +241,7 @@ class Base:
             )
         with torch.no_grad():
             for layer, factors in given.items():
-                own = places[layer]
+                own = present[layer]
                 pairs = [(own.down, factors.down), (own.up, factors.up)]
                 if (own.magnitude is None) != (factors.magnitude is None):
                     what = "no sizes of DoRA" if lora.dora else "sizes of DoRA"
@@ -258,7 +258,7 @@ class Base:
                     ours.copy_(theirs.view_as(ours))
             for name, part in parts.items() if sizes_for_comfyui(Path(lora.start or "")) else ():
                 for layer, proportions in proportions_of(name, part).items():
-                    if layer in given and (own := places[layer].magnitude) is not None:
+                    if layer in given and (own := present[layer].magnitude) is not None:
                         own.copy_(comfyui_rows(layer, self.shape, own.flatten()).view_as(own))
                         own.div_(proportions.view_as(own))
 
@@ -284,7 +284,7 @@ def load_base(model: ModelSection, precision: str) -> Base:
     device = PartialState().device
     key = json.dumps([model.model_dump(), precision, str(device)])
     if key in _loaded:
-        _loaded[key].noise(NoiseSection())  # a run before may have sampled in another way
+        _loaded[key].set_scheduler(NoiseSection())  # a run before may have sampled in another way
         return _loaded[key]
     _loaded.clear()  # one base in memory at a time
     gc.collect()
@@ -348,7 +348,7 @@ def _write_signatures(part: torch.nn.Module) -> None:
 
 
 def _quantized(kind: Family, model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
-    """What from_pretrained is to be told. `check` has made sure that the package is there."""
+    """What from_pretrained is to be given. `check` has made sure that the package is there."""
     if model.quantize is None:
         return {}
     if model.quantize == "int8":
@@ -382,7 +382,7 @@ def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder
         fits = given == words and tokenizer.model_max_length <= length
         longest = tokenizer.model_max_length
         reads = f"gives up to {longest} tokens, but the text encoder reads {words} words and {length} tokens"
-    else:  # others have rows to spare, and no end of places
+    else:  # others have rows to spare, and no limit of positions
         fits = _FILLED * words <= given <= words
         reads = f"but the text encoder reads {words}"
     if not fits:

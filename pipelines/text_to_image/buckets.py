@@ -36,8 +36,8 @@ def nearest(given: Size, among: Sequence[Size]) -> Size:
     return min(among, key=lambda size: abs(math.log(size[0] / size[1] * given[1] / given[0])))
 
 
-class Batches:
-    """Which examples come at which place of the endless sequence of batches.
+class BucketBatches:
+    """Which examples come at which position of the endless sequence of batches.
 
     In each epoch every example comes as often as it is repeated. Where there is one size, batches are cut from an
     endless sequence of shuffled epochs, across their borders; where there are several, a bucket's last batch is filled
@@ -56,8 +56,8 @@ class Batches:
         """The examples of a batch."""
         if len(self.buckets) == 1:
             (bucket,) = self.buckets.values()
-            places = range(number * self.size, (number + 1) * self.size)
-            return [bucket[place(at, len(bucket), self.seed)] for at in places]
+            positions = range(number * self.size, (number + 1) * self.size)
+            return [bucket[place(at, len(bucket), self.seed)] for at in positions]
         epoch, index = divmod(number, self.per_epoch)
         return self._epoch(epoch)[index]
 
@@ -66,7 +66,7 @@ class Batches:
         made = []
         for _, bucket in sorted(self.buckets.items()):
             order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator)]
-            whole = -(-len(order) // self.size) * self.size
-            order = (order * (whole // len(order) + 1))[:whole]
-            made += [order[start : start + self.size] for start in range(0, whole, self.size)]
+            padded = -(-len(order) // self.size) * self.size
+            order = (order * (padded // len(order) + 1))[:padded]
+            made += [order[start : start + self.size] for start in range(0, padded, self.size)]
         return [made[i] for i in torch.randperm(len(made), generator=generator)]

@@ -1,4 +1,4 @@
-"""What a caption says when it is drawn: tags in another order, or nothing at all."""
+"""A caption as it is drawn for a step: tags in another order, or nothing at all."""
 
 import torch
 
@@ -8,7 +8,7 @@ from equipoise.pipelines.text_to_image.config import DataSection
 def spoken(caption: str, data: DataSection, generator: torch.Generator) -> str:
     """A caption as one step reads it; draws nothing where the configuration asks for nothing.
 
-    With `data.shuffle_tags`, what stands between commas changes places, but for the first `data.keep_tags`; one in
+    With `data.shuffle_tags`, tags, which commas separate, are shuffled, but for the first `data.keep_tags`; one in
     1 / `data.caption_dropout` captions is empty, which teaches what classifier-free guidance leads away from.
     """
     if data.caption_dropout and torch.rand((), generator=generator) < data.caption_dropout:

@@ -87,7 +87,7 @@ def publish(run: Path, config: TextToImageConfig, folder: Path) -> None:
 
 
 def _scheduler(config: TextToImageConfig) -> list[str]:
-    """The lines that sample as the LoRA was taught to answer, where the base was not."""
+    """The lines that sample as the LoRA was trained to predict, where the base was not."""
     words = ", ".join(f"{key}={value!r}" for key, value in config.noise.scheduler.items())
     if not words:
         return []
@@ -111,14 +111,14 @@ def _word(file: Path, config: TextToImageConfig) -> list[str]:
 
 
 def _pictures(run: Path, config: TextToImageConfig) -> list[tuple[str, str]]:
-    """The prompts and places of the newest samples, which are copied to result/images."""
+    """The prompts and paths of the newest samples, which are copied to result/images."""
     folders = sorted((run / "samples").glob("step-*"))
     shown = []
     for picture in sorted(folders[-1].glob("*.png"))[:_MOST] if folders else []:
-        place = run / "result" / PICTURES / picture.name
-        with explained(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(place, picture.read_bytes())
+        path = run / "result" / PICTURES / picture.name
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, picture.read_bytes())
         number = int(picture.name.split("-")[0])
         if number < len(config.samples.prompts):
             shown.append((config.samples.prompts[number], f"{PICTURES}/{picture.name}"))

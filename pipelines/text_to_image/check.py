@@ -8,10 +8,10 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.keys import is_set
-from equipoise.pipelines.config.sections import one_sided
+from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
-from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family, unread
+from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
     hub_problems,
@@ -25,6 +25,7 @@ from equipoise.pipelines.text_to_image.formats.layout import (
     stride,
 )
 from equipoise.pipelines.text_to_image.prior import read_class
+from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 
 FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are tuned at 768, and those of 768 at 512
@@ -65,7 +66,7 @@ def problems(config: TextToImageConfig) -> list[str]:
     for judge, path in config.judges:
         if path and is_local(path) and not (Path(model_source(path)) / "config.json").is_file():
             found.append(f"judges.{judge}: {path} is no folder with a model's config.json, and no hub id.")
-    found += one_sided(config)
+    found += objective_problems(config) + one_sided(config)
     if config.train.precision == "fp16":
         import torch
 

@@ -22,10 +22,10 @@ from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
-from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, SamplesSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, TextToImageConfig, TextToImageSamples
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.generate import Sample, generate
-from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, taught
+from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, with_token
 from equipoise.pipelines.text_to_image.judges import MEANINGS, Judges
 from equipoise.pipelines.text_to_image.metrics import (
     DRAWN_SCORE,
@@ -51,7 +51,7 @@ def compare(
     folder: Path,
     runs: Sequence[Run],
     configs: Sequence[TextToImageConfig],
-    samples: SamplesSection | None = None,
+    samples: TextToImageSamples | None = None,
     judges: JudgesSection | None = None,
 ) -> Comparison:
     """Generates, measures and writes every picture of a comparison into `folder`.
@@ -61,8 +61,8 @@ def compare(
         folder: Where pictures, thumbnails and tables go.
         runs: Finished, diverged or failed runs; a run without a result becomes a cell without pictures.
         configs: Theirs, in the same order.
-        samples: What to generate; the first run's own samples unless told.
-        judges: The models to score pictures by; the first run's own unless told.
+        samples: What to generate; the first run's own samples by default.
+        judges: The models to score pictures by; the first run's own by default.
 
     Raises:
         InputError: the runs tuned different bases, there is no prompt, a LoRA file is missing, or a judge cannot be
@@ -84,19 +84,19 @@ def compare(
                 )
     results = [_result(run) for run in runs]
     scorer = Judges(**(judges or first.judges).model_dump())
-    taught = [_taught(run, config) if scorer else [] for run, config in zip(runs, configs, strict=True)]
+    pictures = [_training_pictures(run, config) if scorer else [] for run, config in zip(runs, configs, strict=True)]
     base = load_base(bases[0], first.train.precision)
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
-    placed = lay_out(configs)
+    layout = lay_out(configs)
     total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
     with progress("pictures", "picture", total=total) as bar:
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
-        def fill(cell: Cell, taught: list[Path]) -> None:
+        def fill(cell: Cell, references: list[Path]) -> None:
             made = generate(base.pipeline, samples, first.data.resolution, bar.update)
             metrics, verdicts, scores = measure(made, drawn, base.pipeline.vae_scale_factor, plain)
             plain.extend(made if not cell.run else ())
-            judged = scorer(made, taught)
+            judged = scorer(made, references)
             cell.metrics |= metrics | means(judged)
             cell.metrics["score"] = score(cell.metrics)
             cell.pictures = _write(folder, cell, samples, made, verdicts)
@@ -106,21 +106,21 @@ def compare(
         untouched = Cell("", "base", math.nan, first.seed, "untouched")
         losses = [result["loss_before"] for result in results if result]
         untouched.metrics = {"loss_before": losses[0], "loss_after": losses[0]} if losses else {}
-        fill(untouched, taught[0])
+        fill(untouched, pictures[0])
         cells = []
-        for run, config, result, files, place in zip(runs, configs, results, taught, placed, strict=True):
-            cell = Cell.of(run, config, place)
+        for run, config, result, files, position in zip(runs, configs, results, pictures, layout, strict=True):
+            cell = Cell.of(run, config, position)
             cells.append(cell)
             if result is None:
                 continue
             cell.metrics = measured(result)
-            base.noise(config.noise)  # what its factors were taught to answer; the untouched base answers as ever
-            with _worn(base, run.folder / "result", samples.scale):
+            base.set_scheduler(config.noise)  # by which its factors were trained; the untouched base keeps its own
+            with _with_lora(base, run.folder / "result", samples.scale):
                 fill(cell, files)
-    said = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
+    meaning = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
     beside = {"kept": KEPT} if "kept" in untouched.metrics else {}
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
-    return Comparison(name, folder, list(samples.prompts), said, untouched, cells, beside, scored, ALIKE)
+    return Comparison(name, folder, list(samples.prompts), meaning, untouched, cells, beside, scored, ALIKE)
 
 
 def _located(run: Run, config: TextToImageConfig) -> ModelSection:
@@ -131,7 +131,7 @@ def _located(run: Run, config: TextToImageConfig) -> ModelSection:
     return config.model.model_copy(update={"path": str(path)}) if local else config.model
 
 
-def _taught(run: Run, config: TextToImageConfig) -> list[Path]:
+def _training_pictures(run: Run, config: TextToImageConfig) -> list[Path]:
     """The pictures that a run was trained on; none, with a word about it, where they are gone."""
     data = config.data
     if data.folder == demo.NAME:
@@ -154,8 +154,8 @@ def _result(run: Run) -> dict | None:
 
 
 @contextmanager
-def _worn(base: Base, folder: Path, scale: float) -> Iterator[None]:
-    """A LoRA file on the base for the time of the block."""
+def _with_lora(base: Base, folder: Path, scale: float) -> Iterator[None]:
+    """The base has the factors of a LoRA file for the time of the block."""
     pipeline = base.pipeline
     try:
         with warnings.catch_warnings():
@@ -167,20 +167,20 @@ def _worn(base: Base, folder: Path, scale: float) -> Iterator[None]:
                 raise InputError(f"{folder / LORA_FILE}: cannot be loaded on this base: {reason}") from error
         pipeline.set_adapters("run", scale)
         word = folder / WORD_FILE
-        with taught(base, *read_word(word, base)) if word.is_file() else nullcontext():
+        with with_token(base, *read_word(word, base)) if word.is_file() else nullcontext():
             yield
     finally:
         for part in base.tunable.values():
             base.restore(part)
 
 
-def _write(folder: Path, cell: Cell, samples: SamplesSection, made: list[Sample], verdicts) -> list[Picture]:
-    place = "base" if not cell.run else cell.run.rsplit("/", 1)[-1]
+def _write(folder: Path, cell: Cell, samples: TextToImageSamples, made: list[Sample], verdicts) -> list[Picture]:
+    name = "base" if not cell.run else cell.run.rsplit("/", 1)[-1]
     pictures = []
     for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):
         prompt = index // samples.count
-        file = f"cells/{place}/{prompt:02d}-{sample.seed}.png"
-        thumbnail = f"cells/{place}/{prompt:02d}-{sample.seed}.thumb.png"
+        file = f"cells/{name}/{prompt:02d}-{sample.seed}.png"
+        thumbnail = f"cells/{name}/{prompt:02d}-{sample.seed}.thumb.png"
         sample.save(folder / file, run=cell.run or "base", row=cell.row, learning_rate=cell.rate, scale=samples.scale)
         small = sample.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -4,89 +4,97 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from equipoise.pipelines.config.records import (
-    BasePath,
-    DataPath,
-    LocalPath,
-    ModelPath,
-    PluginSection,
-    RunConfig,
-    Section,
-)
+from equipoise.pipelines.config.records import BasePath, DataPath, LocalPath, ModelPath, Revision, Section
 from equipoise.pipelines.config.sections import (
-    SHORT_NAMES,
-    CheckpointSection,
-    CoordinatorSection,
-    ObjectiveSection,
+    Batch,
+    GradientCheckpointing,
+    OptimizerName,
+    OptimizerSection,
     Rate,
-    ScheduleSection,
+    SamplesSection,
+    SamplingConfig,
+    TrainSection,
 )
+from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
 
 class ModelSection(Section):
     path: BasePath = Field(
-        "demo", description="a base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion"
+        "demo",
+        description="The base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion.",
     )
-    revision: str | None = Field(None, description="the hub revision (branch, tag or commit)")
-    variant: str | None = Field(None, description="the weights' variant, such as fp16")
+    revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
+    variant: Revision | None = Field(None, description="The variant of the weights, such as fp16.")
     quantize: Literal["int8", "nf4"] | None = Field(
-        None, description="the frozen denoiser in 8 bits (needs torchao) or 4 bits (bitsandbytes and a CUDA device)"
+        None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes and CUDA)."
     )
 
 
 class DataSection(Section):
     folder: DataPath = Field(
         "demo",
-        description="pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object",
+        description="Pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object.",
     )
     instance_prompt: str | None = Field(
-        None, description="one caption for all pictures; captions in the folder are then not read"
+        None, description="One caption for all pictures; the folder's captions are then not read."
     )
     resolution: int = Field(
-        512, ge=16, le=4096, multiple_of=8, description="pixels, the side of the square that pictures are cut to"
+        512, ge=16, le=4096, multiple_of=8, description="The side, in pixels, of the square that pictures are cut to."
     )
-    crop: Literal["center", "random"] = Field("center", description="random keeps four different cuts of every picture")
-    flip: bool = Field(False, description="mirror half of the pictures, left to right")
+    crop: Literal["center", "random"] = Field(
+        "center", description="Where pictures are cut; random keeps four different cuts of each."
+    )
+    flip: bool = Field(False, description="Mirrors half of the pictures, left to right.")
     buckets: bool = Field(
-        False, description="cut pictures to the nearest of several shapes of one area, not to the square; one a batch"
+        False,
+        description="Cuts pictures to the nearest of several shapes of one area; each batch has one shape.",
     )
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] | None = Field(
-        None, description="pixels, what the buckets' sides are multiples of; empty: 64, or an eighth of the resolution"
+        None,
+        description="The pixels that a bucket's sides are multiples of; empty: 64, or an eighth of the resolution.",
     )
-    bucket_limit: float = Field(2.0, ge=1, le=8, description="longer side of a bucket by the shorter, at most")
+    bucket_limit: float = Field(
+        2.0, ge=1, le=8, description="The largest ratio of a bucket's longer side to its shorter one."
+    )
     repeats: dict[str, Annotated[int, Field(ge=1, le=100_000)]] = Field(
         {},
-        description="folder in data.folder → times its pictures come in an epoch; a name such as 10_vase says it too",
+        description="Folder in data.folder → times its pictures come in an epoch; a folder's name, 10_vase, works too.",
     )
     caption_dropout: float = Field(
-        0.0, ge=0, le=1, description="share of the captions left empty in training, for classifier-free guidance"
+        0.0, ge=0, le=1, description="The share of captions left empty in training, for classifier-free guidance."
     )
-    shuffle_tags: bool = Field(False, description="what stands between a caption's commas changes places at each step")
-    keep_tags: int = Field(0, ge=0, le=1000, description="with shuffle_tags: the first tags that stay where they are")
+    shuffle_tags: bool = Field(False, description="Shuffles a caption's tags, which commas separate, at each step.")
+    keep_tags: int = Field(
+        0, ge=0, le=1000, description="The number of first tags that shuffle_tags leaves where they are."
+    )
 
 
 class PriorSection(Section):
     prompt: str | None = Field(
-        None, description="what the subject is one of, such as a photo of a vase: learnt beside it, so that it is kept"
+        None,
+        description="A prompt for the subject's class, such as a photo of a vase, trained on too so that it is kept.",
     )
     folder: LocalPath | None = Field(
-        None, description="pictures of that class; empty: the untouched base draws them, once"
+        None, description="A folder of pictures of that class; empty: the untouched base draws them, once."
     )
-    count: int = Field(100, ge=1, le=100_000, description="class pictures that the base draws")
-    weight: float = Field(1.0, ge=0, le=100, description="of the class pictures' loss beside the subject's")
+    count: int = Field(100, ge=1, le=100_000, description="The number of class pictures that the base draws.")
+    weight: float = Field(1.0, ge=0, le=100, description="The weight of the class pictures' loss beside the subject's.")
 
 
 class TokenSection(Section):
     name: str | None = Field(
-        None, description="a new word for the subject, such as <vase>, which captions use and whose meaning is learnt"
+        None,
+        description="A new word for the subject, such as <vase>, which captions use and whose vectors are trained.",
     )
-    start: str = Field("object", description="what the new word means at first")
-    vectors: int = Field(1, ge=1, le=64, description="of the new word; more hold more, and take more of a prompt")
-    learning_rate: Rate = Field(5e-4, description="of the new word's vectors")
+    start: str = Field("object", description="A known word whose meaning the new word starts from.")
+    vectors: int = Field(
+        1, ge=1, le=64, description="The number of the new word's vectors; more hold more, and take more of a prompt."
+    )
+    learning_rate: Rate = Field(5e-4, description="The learning rate of the new word's vectors.")
 
     @field_validator("name")
     @classmethod
@@ -97,154 +105,100 @@ class TokenSection(Section):
 
 
 class LoraSection(Section):
-    rank: int = Field(4, ge=1, le=1024, description="r of the factors A (r, n) and B (m, r)")
-    alpha: Rate | None = Field(None, description="the update is scaled by alpha / rank; empty means equal to rank")
+    rank: int = Field(4, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
+    alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
     ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
-        {}, description="layers' own ranks: a pattern in their names → rank, such as {up_blocks.1: 16}; the first fits"
+        {}, description="Pattern in layers' names → their rank, such as {up_blocks.1: 16}; the first that fits counts."
     )
-    rslora: bool = Field(False, description="scale by alpha / √rank instead: a higher rank then learns as fast")
-    dora: bool = Field(False, description="learn each output's size apart from its direction (DoRA); slower")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the LoRA's inputs dropped while training")
+    rslora: bool = Field(False, description="Scales by alpha / √rank instead: a higher rank then learns as fast.")
+    dora: bool = Field(False, description="Trains each output's size apart from its direction (DoRA), which is slower.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="The share of the LoRA's inputs dropped while training.")
     targets: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="the denoiser's layers that get factors, by their names' ends; empty: its family's attention"
+        None,
+        description="The denoiser's layers that get factors, by the ends of their names; empty: the family's own.",
     )
     start: LocalPath | None = Field(
-        None, description="a LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty starts afresh"
+        None, description="A LoRA file to go on from, in diffusers', kohya's or ComfyUI's names; empty: new factors."
     )
-    text_encoder: bool = Field(False, description="tune the text encoder too")
+    text_encoder: bool = Field(False, description="Trains LoRA factors on the text encoder too.")
     text_encoder_targets: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1, description="text-encoder layers that get factors"
+        ["q_proj", "k_proj", "v_proj", "out_proj"],
+        min_length=1,
+        description="The text encoder's layers that get factors, by the ends of their names.",
     )
 
 
-class OptimizerSection(PluginSection):
-    KIND = "optimizers"
-    OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
-
-    name: str = Field("scaled_adamw", description="`equipoise list optimizers` shows all; torch.optim's names work too")
-    learning_rate: Rate = Field(1e-4, description="per step")
+class TextToImageOptimizer(OptimizerSection):
+    name: OptimizerName = "scaled_adamw"
     text_encoder_learning_rate: Rate | None = Field(
-        None, description="of the text encoder's factors; empty means learning_rate"
+        None, description="The learning rate of the text encoder's factors; empty: learning_rate."
     )
     rates: dict[str, Rate] = Field(
         {},
-        description="a pattern in layers' names → their learning rate, such as {mid_block: 1e-5}; first fits",
+        description="A pattern in layers' names → their learning rate, such as {mid_block: 1e-5}; the first counts.",
     )
-    options: dict[str, Any] = Field({}, description="the optimizer's own options; `equipoise show NAME` lists them")
 
 
-class NoiseSection(Section):
-    offset: float = Field(
+class TextToImageTrain(TrainSection):
+    batch: Batch = Field(4, description="Pictures of each process in a forward pass.")
+    ema: float = Field(
         0.0,
         ge=0,
-        le=1,
-        description="how much of the noise is the same all over a channel; lets pictures be darker, brighter",
-    )
-    prediction: Literal["epsilon", "v_prediction", "sample"] | None = Field(
-        None, description="diffusion: what the denoiser is taught to answer; empty: what it was taught before"
-    )
-    zero_terminal_snr: bool = Field(
-        False, description="diffusion: the last step is nothing but noise, and samples start there; not with epsilon"
-    )
-    snr_gamma: Rate | None = Field(
-        None, description="diffusion: min-SNR weights of the loss, 5 in the paper; empty: all times count the same"
-    )
-    times: Literal["uniform", "logit_normal", "mode"] | None = Field(
-        None, description="flow matching: how times are drawn; empty: as is usual for the family"
-    )
-    mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal; below 0, more noise")
-    std: Rate = Field(1.0, description="of logit_normal")
-    mode_scale: float = Field(
-        1.29, ge=-1, le=1.75, description="of mode; above 0, times in the middle, below, the ends"
-    )
-    shift: Rate | None = Field(
-        None, description="flow matching: above 1, more noise in training; empty: as the base's scheduler has it"
-    )
-    guidance: float = Field(3.5, ge=0, description="what a guidance-distilled base (FLUX.1-dev) is told in training")
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """What diffusers' scheduler is told of it, for training and for whoever samples with the result."""
-        told: dict[str, Any] = {"prediction_type": self.prediction} if self.prediction else {}
-        if self.zero_terminal_snr:
-            # Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv:2305.08891, 2023, §3.1–3.3
-            told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return told
-
-
-class TrainSection(Section):
-    steps: int = Field(500, ge=1, description="optimizer steps")
-    batch: int = Field(4, ge=1, description="pictures per device and forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 clips nothing")
-    precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="of the frozen base and the forward pass; the factors stay float32"
-    )
-    ema: float = Field(
-        0.0, ge=0, lt=1, description="samples and result are of the weights' moving average with this decay; 0 is none"
+        lt=1,
+        description="Samples and result are of the moving average with this decay; 0: of the weights.",
     )
     give_up: float = Field(
         4.0,
         ge=0,
-        description="diverged: a mean loss over 20 steps that is this many times the untouched base's; 0: never",
+        description="A run has diverged at a mean loss over 20 steps of so many times the untouched base's; 0: never.",
     )
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    gradient_checkpointing: GradientCheckpointing = False
     compile: bool = Field(
         False,
-        description="faster steps by torch.compile; the first of each shape takes minutes, for all runs of "
-        "a process once",
+        description="Makes steps faster by torch.compile; the first of each shape takes minutes, once in a process.",
     )
 
 
-class SamplesSection(Section):
-    prompts: list[str] = Field([], description="what to generate, while training and for comparison")
-    negative: str = Field("", description="negative prompt")
-    count: int = Field(1, ge=1, le=64, description="pictures per prompt, each from its own fixed noise")
-    seed: int = Field(0, ge=0, description="of the noise: equal seeds give equal noise in every run")
-    every: int = Field(0, ge=0, description="steps between samples while training; 0 samples only at the end")
-    steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+class TextToImageSamples(SamplesSection):
+    negative: str = Field("", description="The negative prompt.")
+    count: int = Field(1, ge=1, le=64, description="The pictures of each prompt, each from its own fixed noise.")
+    seed: int = Field(0, ge=0, description="The seed of the noise: equal seeds give equal noise in every run.")
+    steps: int = Field(50, ge=1, le=1000, description="The denoising steps.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="classifier-free guidance scale; empty: what is usual for the family"
+        None, description="The scale of classifier-free guidance; empty: what is usual for the family."
     )
-    scale: float = Field(1.0, ge=0, description="of the LoRA when generating (fusion coefficient)")
-    batch: int = Field(8, ge=1, description="pictures generated at a time")
+    scale: float = Field(1.0, ge=0, description="The strength of the LoRA when generating (fusion coefficient).")
+    batch: int = Field(8, ge=1, description="The pictures that are generated at a time.")
 
 
 class JudgesSection(Section):
     clip: ModelPath | None = Field(
         None,
-        description="a CLIP model (folder or hub id) that scores a comparison's pictures: how well they fit their "
-        "prompts, and how like the training pictures they are",
+        description="A CLIP model that scores how pictures fit their prompts and resemble the training pictures.",
     )
     dino: ModelPath | None = Field(
         None,
-        description="a DINO model (folder or hub id), such as facebook/dinov2-small: likeness to the training pictures",
+        description="A DINO model, such as facebook/dinov2-small, that scores the likeness to the training pictures.",
     )
 
 
-class TextToImageConfig(RunConfig):
+class TextToImageConfig(SamplingConfig):
     SHORT: ClassVar[dict[str, str]] = {
         "model": "model.path",
         "data": "data.folder",
-        "steps": "train.steps",
-        "batch": "train.batch",
         "rank": "lora.rank",
         "alpha": "lora.alpha",
-        **SHORT_NAMES,
+        **SamplingConfig.SHORT,
     }
 
-    pipeline: Literal["text_to_image"] = Field("text_to_image", description="the pipeline this configuration is for")
+    pipeline: Literal["text_to_image"] = Field("text_to_image", description="The pipeline this configuration is for.")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     prior: PriorSection = Field(default_factory=PriorSection)
     token: TokenSection = Field(default_factory=TokenSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    coordinator: CoordinatorSection = Field(default_factory=CoordinatorSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     noise: NoiseSection = Field(default_factory=NoiseSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    samples: SamplesSection = Field(default_factory=SamplesSection)
     judges: JudgesSection = Field(default_factory=JudgesSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    optimizer: TextToImageOptimizer = Field(default_factory=TextToImageOptimizer)
+    train: TextToImageTrain = Field(default_factory=TextToImageTrain)
+    samples: TextToImageSamples = Field(default_factory=TextToImageSamples)

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
-from equipoise.errors import InputError
 from equipoise.pipelines.files import first_line
+from equipoise.pipelines.media.pictures import NAMED, suffixes
+from equipoise.pipelines.media.pictures import open_picture as open_picture
+from equipoise.pipelines.media.reading import VERSION
 from equipoise.pipelines.text_to_image.config import DataSection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 RANDOM_CUTS = 4  # per picture, where data.crop is random
-_TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
-_ORIENTATION = 0x0112
 _REPEATED = re.compile(r"(\d+)_(.+)")
 
 
@@ -46,9 +45,9 @@ def read_examples(data: DataSection) -> tuple[list[Example], list[str]]:
     if not os.path.isdir(folder):  # unlike pathlib's, False also where no path can be so long
         what = "is a file" if os.path.isfile(folder) else "does not exist"
         return [], [f"data.folder: {folder} {what}. Give a folder of pictures."]
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes() and path.is_file())
     if not pictures:
-        return [], [f"data.folder: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})."]
+        return [], [f"data.folder: {folder} holds no pictures ({NAMED})."]
     if data.instance_prompt is not None:
         examples, problems = [Example(path, data.instance_prompt) for path in pictures], []
     else:
@@ -157,30 +156,6 @@ def _listed(missing: list[Path], folder: Path) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture as RGB, upright, transparency over white. Raises InputError if it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
-    except Exception as error:  # whatever a damaged one makes of its decoder
-        raise InputError(f"{path}: cannot be read as a picture ({error}). Remove or replace it.") from None
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture when it is upright; decodes nothing. Raises InputError if it is no picture."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (height, width) if image.getexif().get(_ORIENTATION) in _TURNED else (width, height)
-    except Exception as error:  # whatever a damaged one makes of its decoder
-        raise InputError(f"{path}: cannot be read as a picture ({error}). Remove or replace it.") from None
-
-
 def cut(image: Image.Image, size: tuple[int, int], position: tuple[float, float]) -> Image.Image:
     """Scaled so that it just covers `size` (width, height), then cut at `position` (0 … 1 across and down)."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=position)
@@ -194,7 +169,7 @@ def variants(
 
     Args:
         generator: of the places of random cuts.
-        size: width and height of the cut; the square of `data.resolution` unless told.
+        size: width and height of the cut; the square of `data.resolution` unless it is given.
     """
     import torch
 
@@ -222,7 +197,7 @@ def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 …
 
 def cache_key(examples: list[Example], data: DataSection, base: str) -> str:
     """Names the latents of these files, cut this way, under this autoencoder."""
-    facts: list[Any] = [base, data.resolution, data.crop, data.flip]
+    facts: list[Any] = [VERSION, base, data.resolution, data.crop, data.flip]
     if data.buckets:
         facts.append((data.bucket_step, data.bucket_limit))
     for example in examples:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
-from equipoise.pipelines.text_to_image.config import SamplesSection
+from equipoise.pipelines.text_to_image.config import TextToImageSamples
 from equipoise.pipelines.text_to_image.families import family
 
 
@@ -40,7 +40,7 @@ class Sample:
 
 
 @torch.no_grad()
-def generate(pipeline: DiffusionPipeline, samples: SamplesSection, size: int, progress=None) -> list[Sample]:
+def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int, progress=None) -> list[Sample]:
     """Every prompt from every seed, prompts outermost.
 
     Args:

@@ -1,4 +1,4 @@
-"""Textual inversion (Gal et al., arXiv:2208.01618, 2022): a new word, of which only its vectors are learnt.
+"""Textual inversion (Gal et al., arXiv:2208.01618, 2022): a new word, of which only the vectors are trained.
 
 The tokenizers get the word for the time of a run, and the text encoders' first layer a few rows beside its own, which
 stay as they are. The rows are saved as diffusers' `load_textual_inversion` reads them.
@@ -52,7 +52,7 @@ def fresh_rows(base: Base, token: TokenSection) -> dict[str, Tensor]:
 
 
 @contextmanager
-def taught(base: Base, name: str, rows: Mapping[str, Tensor]) -> Iterator[None]:
+def with_token(base: Base, name: str, rows: Mapping[str, Tensor]) -> Iterator[None]:
     """For the time of the block, the tokenizers know the word and the text encoders read it as `rows`.
 
     Raises:
@@ -103,6 +103,6 @@ def read_word(file: Path, base: Base) -> tuple[str, dict[str, Tensor]]:
 
 def _readers(base: Base) -> dict[str, str]:
     """The text encoders that read new words, with their tokenizers."""
-    if not base.family.words:
+    if not base.family.loads_textual_inversion:
         raise InputError(f"token.name: diffusers loads no new words for {base.family.title}. Leave it out.")
     return {encoder: base.family.text_encoders[encoder] for encoder in base.family.tuned_encoders}

@@ -1,4 +1,4 @@
-"""Scores of pictures where nobody knows what is right: CLIP for the prompt, CLIP and DINO for the taught subject."""
+"""Scores of pictures where nobody knows what is right: CLIP for the prompt, CLIP and DINO for the subject."""
 
 # transformers annotates too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -28,7 +28,7 @@ _AT_A_TIME = 16  # pictures or prompts per forward pass
 
 
 class Judges:
-    """The models that pictures are scored by, each loaded once, and what they see in training pictures.
+    """The models that pictures are scored by, each loaded once, and what they make of training pictures.
 
     `clip` is CLIPScore without its factor 2.5 (Hessel et al., arXiv:2104.08718, 2021); `clip_image` and `dino` are
     CLIP-I and DINO of DreamBooth (Ruiz et al., arXiv:2208.12242, 2022, §4.2).
@@ -38,19 +38,19 @@ class Judges:
     """
 
     def __init__(self, clip: str | None = None, dino: str | None = None):
-        self.clip = Clip(clip) if clip else None
-        self.dino = Dino(dino) if dino else None
-        self._seen: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
+        self.clip = ClipJudge(clip) if clip else None
+        self.dino = DinoJudge(dino) if dino else None
+        self._references: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self.clip or self.dino)
 
-    def __call__(self, samples: Sequence[Sample], taught: Sequence[Path] = ()) -> list[dict[str, float]]:
+    def __call__(self, samples: Sequence[Sample], references: Sequence[Path] = ()) -> list[dict[str, float]]:
         """The scores of each picture.
 
         Args:
             samples: Generated pictures.
-            taught: The training pictures; without any, there is only `clip`.
+            references: The training pictures; without any, there is only `clip`.
         """
         scores: list[dict[str, float]] = [{} for _ in samples]
         for name, model in (("clip_image", self.clip), ("dino", self.dino)):
@@ -62,20 +62,22 @@ class Judges:
                     scores, (made * model.texts([s.prompt for s in samples])).sum(-1), strict=True
                 ):
                     score["clip"] = 100 * max(0.0, cosine.item())
-            if taught:
-                for score, cosine in zip(scores, (made @ self._taught(name, model, taught).T).mean(-1), strict=True):
+            if references:
+                likeness = (made @ self._embedded(name, model, references).T).mean(-1)
+                for score, cosine in zip(scores, likeness, strict=True):
                     score[name] = cosine.item()
         return scores
 
-    def _taught(self, name: str, model: "Clip | Dino", paths: Sequence[Path]) -> Tensor:
+    def _embedded(self, name: str, model: "ClipJudge | DinoJudge", paths: Sequence[Path]) -> Tensor:
         chosen = tuple(paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(MOST, len(paths))))
-        if (name, chosen) not in self._seen:
+        if (name, chosen) not in self._references:
             chunks = [chosen[start : start + _AT_A_TIME] for start in range(0, len(chosen), _AT_A_TIME)]
-            self._seen[name, chosen] = torch.cat([model.pictures([open_picture(p) for p in some]) for some in chunks])
-        return self._seen[name, chosen]
+            rows = [model.pictures([open_picture(path) for path in some]) for some in chunks]
+            self._references[name, chosen] = torch.cat(rows)
+        return self._references[name, chosen]
 
 
-class Clip:
+class ClipJudge:
     """A CLIP model: pictures and prompts as unit vectors of one space."""
 
     def __init__(self, path: str):
@@ -108,7 +110,7 @@ class Clip:
         )
 
 
-class Dino:
+class DinoJudge:
     """A vision transformer (DINO, DINOv2, DINOv3): a picture is what its first token, of the class, came to."""
 
     def __init__(self, path: str):

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.media.reading import forget
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.base import Base, Latents
@@ -30,12 +31,13 @@ def prepare_latents(base: Base, examples: list[Example], data: DataSection, cach
             del base.latents[old]
         file = cache / f"moments-{key}.safetensors"
         base.latents[key] = _kept(file, len(examples)) or _encode(base, examples, data)
+        forget()  # the pictures themselves
         if not file.is_file():
             with explained(file):
                 cache.mkdir(parents=True, exist_ok=True)
                 made = base.latents[key]
                 numbered = {f"moments.{index}": moments for index, moments in enumerate(made.moments)}
-                save_tensors(file, numbered | {"places": made.places})
+                save_tensors(file, numbered | {"places": made.crops})
     return base.latents[key]
 
 
@@ -53,16 +55,16 @@ def _kept(file: Path, count: int) -> Latents | None:
 
 @torch.no_grad()
 def _encode(base: Base, examples: list[Example], data: DataSection) -> Latents:
-    rows, places = [], []
+    rows, crops = [], []
     cuts = torch.Generator().manual_seed(0)
     among = sizes(data, base.stride)
     for example in progress("latents", "picture", examples, leave=False):
         whole = open_picture(example.path)
         cut = variants(whole, data, cuts, nearest(whole.size, among))
         pictures = [to_tensor(picture) for picture, _ in cut]
-        places.append(torch.tensor([[whole.height, whole.width, *corner, *pictures[0].shape[1:]] for _, corner in cut]))
+        crops.append(torch.tensor([[whole.height, whole.width, *corner, *pictures[0].shape[1:]] for _, corner in cut]))
         posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
         moments = torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors])
         moments[:, 0] -= base.vae.config.shift_factor or 0.0  # of the means; deviations have none
         rows.append(moments * base.vae.config.scaling_factor)
-    return Latents(rows, torch.stack(places).float())
+    return Latents(rows, torch.stack(crops).float())

@@ -12,7 +12,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from transformers import BatchEncoding
 
-from equipoise.pipelines.pipeline import Memory
+from equipoise.errors import InputError
+from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
@@ -21,7 +22,7 @@ from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, si
 _BYTES = {"int8": 1.0, "nf4": 0.5}  # of a quantised weight
 
 
-def memory(config: TextToImageConfig) -> Memory | None:
+def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     """None where the checkpoint is not on this machine, or of another family."""
     dtype, model, lora = DTYPES[config.train.precision], config.model, config.lora
     try:
@@ -30,7 +31,7 @@ def memory(config: TextToImageConfig) -> Memory | None:
         encoders = encoders_of(kind, index)
         names = (kind.denoiser, "vae", *encoders)
         described = {part: read_config(model.path, part, model.revision, fetch=False) for part in names}
-    except (KeyError, OSError, ValueError):
+    except (InputError, KeyError, OSError, ValueError):
         return None
     parts: dict[str, Any] = {part: _empty(index[part], described[part]) for part in names}
     for part in names:
@@ -70,7 +71,7 @@ def memory(config: TextToImageConfig) -> Memory | None:
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     kept = activations(step, weights, config.train.gradient_checkpointing)
-    return Memory(size(weights) - saved, training(trained, config.optimizer), kept, PROGRAM)
+    return MemoryEstimate(size(weights) - saved, training(trained, config.optimizer), kept, PROGRAM)
 
 
 def _empty(named: list[str], config: dict[str, Any]) -> Any:

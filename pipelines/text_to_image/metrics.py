@@ -9,7 +9,7 @@ from equipoise.pipelines.comparing.comparison import means
 from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.text_to_image.generate import Sample
 
-DRAWN_SCORE = "share of pictures of the taught object whose colours and outline are right"
+DRAWN_SCORE = "share of pictures of the new object whose colours and outline are right"
 KEPT = "share of pictures of what the base already knew that are right"
 LOSS_SCORE = "share of the base's loss on the training pictures that tuning removed, times that of pictures not broken"
 
@@ -59,7 +59,7 @@ def measure(
     `broken` is the share of pictures that are black, flat, not finite, or noise (FAULTS, of which each has its share
     too): rougher than NOISE and than whatever the untouched base drew for the same prompt, which may ask for gravel;
     `roughness` is the pictures' mean. Where the domain is drawn: `object` is the share of right pictures among prompts
-    for the taught object (with `colour` and `shape` apart, and the mean `overlap`), `kept` the share among prompts the
+    for the new object (with `colour` and `shape` apart, and the mean `overlap`), `kept` the share among prompts the
     base already knew.
 
     Args:
@@ -75,28 +75,28 @@ def measure(
     for sample, value in zip(samples, rough, strict=True):
         noise = value > max([NOISE, *(usual for prompt, usual in known if prompt == sample.prompt)])
         fault = _fault(sample) or ("noise" if noise else "")
-        said = f" {value:.2f}" if fault == "noise" else ""
-        verdicts.append((None, f"broken: {fault.replace('_', ' ')}{said}" if fault else ""))
+        share = f" {value:.2f}" if fault == "noise" else ""
+        verdicts.append((None, f"broken: {fault.replace('_', ' ')}{share}" if fault else ""))
         scores.append(
             {"broken": float(bool(fault)), "roughness": value} | {name: float(name == fault) for name in FAULTS}
         )
     metrics = means(scores)
     if not drawn:
         return metrics, verdicts, scores
-    taught, known = [], []
+    new, known = [], []
     for index, sample in enumerate(samples):
         if subject := drawn_subject(sample.prompt):
             verdict = shapes.judge(sample.image, subject)
-            (taught if subject is shapes.OBJECT else known).append(verdict)
-            seen = f"colour {'right' if verdict.colour else 'wrong'}, shape {'right' if verdict.shape else 'wrong'}"
-            note = ", ".join(filter(None, [verdicts[index][1], seen, f"overlap {verdict.overlap:.2f}"]))
+            (new if subject is shapes.OBJECT else known).append(verdict)
+            parts = f"colour {'right' if verdict.colour else 'wrong'}, shape {'right' if verdict.shape else 'wrong'}"
+            note = ", ".join(filter(None, [verdicts[index][1], parts, f"overlap {verdict.overlap:.2f}"]))
             verdicts[index] = (verdict.right, note)
             scores[index]["right"] = float(verdict.right)
-    if taught:
-        metrics["object"] = float(np.mean([verdict.right for verdict in taught]))
-        metrics["colour"] = float(np.mean([verdict.colour for verdict in taught]))
-        metrics["shape"] = float(np.mean([verdict.shape for verdict in taught]))
-        metrics["overlap"] = float(np.mean([verdict.overlap for verdict in taught]))
+    if new:
+        metrics["object"] = float(np.mean([verdict.right for verdict in new]))
+        metrics["colour"] = float(np.mean([verdict.colour for verdict in new]))
+        metrics["shape"] = float(np.mean([verdict.shape for verdict in new]))
+        metrics["overlap"] = float(np.mean([verdict.overlap for verdict in new]))
     if known:
         metrics["kept"] = float(np.mean([verdict.right for verdict in known]))
     return metrics, verdicts, scores

@@ -1,4 +1,4 @@
-"""Prior preservation (Ruiz et al., DreamBooth, arXiv:2208.12242, 2022, §3.3): the class is learnt beside the subject.
+"""Prior preservation (Ruiz et al., DreamBooth, arXiv:2208.12242, 2022, §3.3): the class is trained on too.
 
 Each step's loss is of pictures of yours + weight × of pictures of the class, such as "a photo of a vase", so that the
 tuned model goes on drawing other vases. Where there are none, the untouched base draws them, once.
@@ -55,7 +55,7 @@ def class_examples(base: Base, config: TextToImageConfig, cache: Path) -> list[E
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{seed:05d}.png" for seed in range(count)]
-    base.noise(NoiseSection())  # an earlier run of this process may have sampled by another schedule
+    base.set_scheduler(NoiseSection())  # an earlier run of this process may have sampled by another schedule
     with progress("class pictures", "picture", total=count, leave=False) as bar:
         for start in range(0, count, samples.batch):
             some = paths[start : start + samples.batch]

@@ -110,7 +110,7 @@ def export(result: Path, format: str, output: Path) -> None:
 
     Args:
         result: the run's result/.
-        format: one of `families.FORMATS`.
+        format: one of `formats.names.FORMATS`.
         output: the file to write.
 
     Raises:
@@ -124,7 +124,7 @@ def export(result: Path, format: str, output: Path) -> None:
         described = json.loads(metadata["equipoise"])
         shape = described["shape"]
         family(shape["family"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (InputError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{source}: its metadata are not those that a run writes. Was it replaced?") from None
     layers = read_lora(source, layer_names(source), shape)
     sized = any(factors.magnitude is not None for factors in layers.values())
@@ -164,12 +164,10 @@ def _sized(layers: Mapping[str, Factors], shape: Mapping[str, Any], file: Path) 
 def _elsewhere(described: Mapping[str, Any], layers: Mapping[str, Factors], name: str) -> dict[str, str]:
     """What kohya's scripts and Stability's ModelSpec call the same facts; ComfyUI's and other apps' menus show them."""
     kind = family(described["shape"]["family"])
-    kohya, stability = kind.versions(described["shape"])
-    known = described.get  # an earlier version's results tell less
+    known = described.get  # an earlier version's results hold less
     side, noise = known("resolution"), known("noise") or {}
-    answer = known("prediction") or noise.get("prediction")
-    if answer == "v_prediction":
-        stability = stability.replace("v2-512", "v2-768-v")
+    prediction = known("prediction") or noise.get("prediction")
+    kohya, stability = kind.versions(described["shape"], prediction)
     # of most layers, as the tensors have it: rsLoRA's factors too are divided by the rank
     (rank, alpha), _ = Counter((factors.rank, factors.alpha) for factors in layers.values()).most_common(1)[0]
     facts = {
@@ -178,11 +176,11 @@ def _elsewhere(described: Mapping[str, Any], layers: Mapping[str, Factors], name
         "ss_noise_offset": noise.get("offset"),
         "ss_min_snr_gamma": noise.get("snr_gamma"),
         "ss_zero_terminal_snr": noise.get("zero_terminal_snr"),
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(answer, answer),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction),
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "ss_base_model_version": kohya,
-        "ss_v2": kohya == "sd_v2",  # A1111 and kohya's merging tell 1.x from 2.x by it
+        "ss_v2": kind.is_kohyas_v2(described["shape"]),  # A1111 and kohya's merging tell 1.x from 2.x by it
         "ss_sd_model_name": described["base"],
         "ss_optimizer": described["optimizer"],
         "ss_learning_rate": described["learning_rate"],

@@ -18,17 +18,18 @@ from torch import Tensor
 from equipoise.balancing.objective import Losses
 from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, Latents, begin_training, load_base
-from equipoise.pipelines.text_to_image.buckets import Batches
+from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import DataSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Example, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
-from equipoise.pipelines.text_to_image.inversion import fresh_rows, taught, write_word
+from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
@@ -65,16 +66,14 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     if not live:
         base.read([*own.captions, *(prior.captions if prior else []), *([""] if data.caption_dropout else [])])
     with (
-        taught(base, config.token.name or "", word) if word else nullcontext(),
+        with_token(base, config.token.name or "", word) if word else nullcontext(),
         base.adapted(config.lora, config.seed) as parts,
-        nullcontext() if live else base.resting(),
+        nullcontext() if live else base.encoders_off_device(),
     ):
         work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word)
         before = work.untouched = work.evaluation_loss()
         started = time.perf_counter()
-        outcome = train_loop(
-            run, work, config.train.steps, config.checkpoint.every, config.checkpoint.keep, config.samples.every
-        )
+        outcome = train_loop(run, work, config)
         if outcome.state != "stopped" and processes.leads():
             with work.averaged():
                 facts = {
@@ -83,7 +82,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
                     "loss_before": number(before),
                     "loss_after": number(work.evaluation_loss()),
                     "seconds": time.perf_counter() - started,
-                    "prediction": getattr(work.noise, "prediction", None),
+                    "prediction": work.noise.prediction,
                 }
                 work.save_result(facts)
             if not run.sweep:  # the comparison of a sweep draws its cells' samples
@@ -98,16 +97,16 @@ class Pictures:
 
     captions: list[str]
     latents: Latents
-    batches: Batches
+    batches: BucketBatches
 
     @classmethod
     def of(cls, examples: list[Example], latents: Latents, config: TextToImageConfig) -> "Pictures":
         repeats = [example.repeats for example in examples]
-        batches = Batches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
+        batches = BucketBatches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
         return cls([example.caption for example in examples], latents, batches)
 
 
-class TextToImageWork(OptimizedWork):
+class TextToImageWork(OptimizedWork[TextToImageConfig]):
     """One run's tuning: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "LoRA factors"
@@ -128,7 +127,8 @@ class TextToImageWork(OptimizedWork):
         self.prior_loss: dict[int, Tensor] = {}  # of the step's micro-batches
         self.untouched = torch.inf  # the base's loss, once it is known
         self.recent: list[float] = []  # the last steps' losses
-        self.noise, self.dtype = base.noise(config.noise), base.denoiser.dtype  # which looks through all its parameters
+        self.noise = base.set_scheduler(config.noise)
+        self.dtype = base.denoiser.dtype  # which looks through all its parameters
         named = {
             f"{part}.{name}": parameter
             for part, module in parts.items()
@@ -145,7 +145,7 @@ class TextToImageWork(OptimizedWork):
             base.denoiser.disable_gradient_checkpointing()
         if config.train.compile and "compiled" not in vars(base) and processes.leads():
             print("train.compile: compiling, which makes the first step take minutes.", file=sys.stderr)
-        self.taught = base.compiled if config.train.compile else base.denoiser  # what a step calls
+        self.denoiser = base.compiled if config.train.compile else base.denoiser  # what a step calls
         self.average = {f"average.{name}": p.detach().clone() for name, p in named.items()} if config.train.ema else {}
         super().__init__(
             config,
@@ -207,25 +207,25 @@ class TextToImageWork(OptimizedWork):
         """The loss of a batch, by its number, with all that is drawn for it; each of several processes draws for all
         of them and evaluates its share."""
         chosen = pictures.batches[number]
-        variant = torch.randint(pictures.latents.places.shape[1], (len(chosen),), generator=generator).tolist()
-        clean, deviation, places = pictures.latents.take(chosen, variant)
+        variant = torch.randint(pictures.latents.crops.shape[1], (len(chosen),), generator=generator).tolist()
+        clean, deviation, crops = pictures.latents.take(chosen, variant)
         if not self.base.family.mean_latents:
             clean = clean + deviation * torch.randn(clean.shape, generator=generator)
         noise, times = self.noise.draw(clean.shape, generator)
         captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
         mine = slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
-        return self._loss(clean[mine], noise[mine], times[mine], captions[mine], places[mine])
+        return self._loss(clean[mine], noise[mine], times[mine], captions[mine], crops[mine])
 
-    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], places: Tensor) -> Tensor:
+    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], crops: Tensor) -> Tensor:
         device = self.accelerator.device
         # an evaluation has it as it is: to compile it for that would take longer than all of it
-        denoiser = self.taught if torch.is_grad_enabled() else self.base.denoiser
+        denoiser = self.denoiser if torch.is_grad_enabled() else self.base.denoiser
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
         noisy = self.noise.add(clean, noise, times).to(self.dtype)
         with self.accelerator.autocast():
             embedded = self._embed(captions)
-            told = self.config.noise.guidance
-            predicted = self.base.family.predict(denoiser, noisy, times, embedded, places.to(device), told)
+            guidance = self.config.noise.guidance
+            predicted = self.base.family.predict(denoiser, noisy, times, embedded, crops.to(device), guidance)
         return self.noise.losses(predicted, clean, noise, times).mean()
 
     def _embed(self, captions: list[str]) -> dict[str, Tensor]:
@@ -275,10 +275,10 @@ class TextToImageWork(OptimizedWork):
             alike = [index for index in range(_EVALUATED) if shapes[drawn[index]] == shape]
             for some in (alike[start : start + most] for start in range(0, len(alike), most)):
                 chosen = [drawn[index] for index in some]
-                clean, _, places = self.latents.take(chosen, [0] * len(some))
+                clean, _, crops = self.latents.take(chosen, [0] * len(some))
                 captions = [self.captions[picture] for picture in chosen]
                 noise = torch.stack([noises[index] for index in some])
-                total += self._loss(clean, noise, times[some], captions, places).item() * len(some)
+                total += self._loss(clean, noise, times[some], captions, crops).item() * len(some)
         return total / _EVALUATED
 
     def sample(self, step: int) -> None:
@@ -286,7 +286,7 @@ class TextToImageWork(OptimizedWork):
             return
         for part in self.parts.values():
             part.eval()
-        with self.base.woken(), self.averaged(), lora_scale(self.parts, self.config.samples.scale):
+        with self.base.encoders_on_device(), self.averaged(), lora_scale(self.parts, self.config.samples.scale):
             made = generate(self.base.pipeline, self.config.samples, self.config.data.resolution)
         folder = self.run.folder / "samples" / f"step-{step:08d}"
         for index, picture in enumerate(made):
@@ -297,8 +297,7 @@ class TextToImageWork(OptimizedWork):
     def save_result(self, facts: dict[str, Any]) -> None:
         """Writes result/pytorch_lora_weights.safetensors with its metadata, and result.json."""
         described = facts_of(self.config, len(self.captions)) | facts
-        fallbacks = getattr(self.optimizer, "fallbacks", None)
-        more = {} if fallbacks is None else {"fallbacks": int(fallbacks)}
+        more = {"fallbacks": self.optimizer.fallbacks} if isinstance(self.optimizer, PairOptimizer) else {}
         if self.word:
             write_word(self.run.folder / "result", self.config.token.name or "", self.word)
         write_result(self.run.folder / "result", self.parts, self.base.shape, described, more)

@@ -82,14 +82,14 @@ def join() -> None:
 
 
 def begin(folder: str) -> None:
-    """Tells the others, who `hear` it once, where the run is, or "" that none begins; only the first word is sent."""
+    """Sends the others, who `receive` it once, the run's folder, or "" if none begins; only the first call sends."""
     global _begun
     if count() > 1 and not _begun:
         _begun = True
         _broadcast(folder)
 
 
-def hear() -> str:
+def receive() -> str:
     """The run's folder, or "": see `begin`."""
     return _broadcast("")
 
@@ -108,8 +108,8 @@ def first(numbers: dict[str, float]) -> dict[str, float]:
     """The first process's numbers, in all of them; exactly."""
     if count() == 1:
         return numbers
-    told = shared(" ".join(float(value).hex() for value in numbers.values()))
-    return {name: float.fromhex(value) for name, value in zip(numbers, told.split(), strict=True)}
+    sent = shared(" ".join(float(value).hex() for value in numbers.values()))
+    return {name: float.fromhex(value) for name, value in zip(numbers, sent.split(), strict=True)}
 
 
 def mean(tensor: "Tensor") -> "Tensor":

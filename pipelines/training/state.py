@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
-from statistics import median
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +25,8 @@ from equipoise import registry
 from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
 from equipoise.optimizers.parts.fused_adamw import FusedAdamW
+from equipoise.optimizers.parts.optional import Perturbing, metrics
+from equipoise.pipelines.config.sections import TrainConfig
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import NonFiniteError
@@ -39,8 +40,11 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=precision)
 
 
-class OptimizedWork:
-    """Most of a `training.loop.Work`, for configurations with the sections that these pipelines share.
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+
+
+class OptimizedWork(Generic[ConfigT]):
+    """Most of a `training.loop.Work`: what the sections of `TrainConfig` say is done here.
 
     Subclasses give `evaluate`, `evaluation_loss` and, where there is something to show, `sample`.
     """
@@ -49,7 +53,7 @@ class OptimizedWork:
 
     def __init__(
         self,
-        config: Any,  # with the sections optimizer, schedule, objective, coordinator and train
+        config: ConfigT,
         run: Run,
         accelerator: Accelerator,
         named: dict[str, Tensor],  # what is trained
@@ -138,7 +142,7 @@ class OptimizedWork:
         if not all(map(finite, values.values())):
             optimizer.zero_grad()
             raise NonFiniteError("the loss was not finite")
-        if hasattr(optimizer, "perturb") and optimizer.perturb():  # it wants the gradient at another point too
+        if isinstance(optimizer, Perturbing) and optimizer.perturb():  # it wants the gradient at another point too
             objective, self.objective = self.objective, copy.copy(self.objective)  # what it hears there is not counted
             try:
                 with self.again():
@@ -172,8 +176,7 @@ class OptimizedWork:
         optimizer.zero_grad()
         processes.average([t for name, t in self.kept.items() if name not in self.named and t.is_floating_point()])
         values |= {"gradient_norm": norm}
-        if alphas := getattr(optimizer, "alphas", None):  # of AlphaAdam and its like, a number for each tensor
-            values["alpha"] = median(alphas.values())
+        logged = metrics(optimizer) | logged
         values |= {name: float(value) for name, value in logged.items() if name not in values}
         values["rate"] = optimizer.param_groups[0]["lr"]
         if len(components) > 1:

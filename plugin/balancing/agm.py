@@ -20,7 +20,7 @@ _CAP = 10.0  # of the difference of ratios, against overflow
 class AGM(Objective):
     """Trains on the joint loss with each encoder's gradient modulated (AGM), for any number of modalities.
 
-    With s_k the cross-entropy of what modality k alone says through the joint head, r_k = exp(mean over j ≠ k of
+    With s_k the cross-entropy of what modality k alone predicts through the joint head, r_k = exp(mean over j ≠ k of
     s_j − s_k) says how far k is ahead in this batch, and r̂_k is the same of the running averages of s before it. The
     gradient of encoder k is multiplied by exp(α·min(r̂_k − r_k, 10)); in the first step by 1.
 

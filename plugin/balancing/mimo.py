@@ -8,7 +8,7 @@ Options: `lam` and `mu` are λ and μ of eq. 13, `preset` a column of Table 9, `
 """
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class MIMO(Objective):
         preset: λ and μ of the paper's Table 9 for a data set of this name: 10 and 0.1 for av_mnist, 10 and 0.01 for
             kinetics_sounds and vggsound, 100 and 0.01 for crema_d and ave, 10 and 1 for ur_funny, 100 and 0.001 for
             cmu_mosei.
-        f_star: The best unimodal loss to hold each modality to, by its name (f*); none: 0 for all, as in the paper's
+        f_star: Modality → the best unimodal loss to hold it to, f*, as {audio: 0.3}; none: 0 for all, as in the paper's
             update.
         overflow: "logsumexp": computed so that it cannot overflow, at the nominal μ. "doubling": μ is doubled, from the
             nominal one again in each step, until the exponentials fit the data type, as in the paper.
@@ -68,7 +68,7 @@ class MIMO(Objective):
         lam: float | None = None,
         mu: float | None = None,
         preset: Preset = "av_mnist",
-        f_star: Any = None,  # dict[str, float]: options know no type for that
+        f_star: dict[str, float] | None = None,
         overflow: Literal["logsumexp", "doubling"] = "logsumexp",
     ) -> None:
         usual = PRESETS[preset]

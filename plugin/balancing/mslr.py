@@ -21,7 +21,8 @@ class MSLR(Objective):
     Choose the factors so that each encoder gets the rate at which it learns best by itself. A schedule goes on top.
 
     Args:
-        factors: Modality → factor on the learning rate, as {audio: 0.3, visual: 3}; modalities not named keep theirs.
+        factors: Modality → factor on its encoder's learning rate, as {audio: 0.3, visual: 3}; modalities that are not
+            named keep theirs. (each >= 0)
 
     Raises:
         InputError: factors is no such mapping, or names no modality.
@@ -33,7 +34,7 @@ class MSLR(Objective):
     uses_unimodal: ClassVar[bool] = False
     modalities: ClassVar[tuple[int, float]] = (1, math.inf)
 
-    def __init__(self, factors: dict) -> None:
+    def __init__(self, factors: dict[str, float]) -> None:
         good = isinstance(factors, dict) and all(
             isinstance(value, int | float) and 0 <= value < math.inf for value in factors.values()
         )

@@ -95,7 +95,7 @@ class Objective:
         return {}
 
     def after_validation(self, losses: Mapping[str, float]) -> str:
-        """Hears each modality's validation loss; returns a sentence for the log if something follows from it."""
+        """Takes each modality's validation loss; returns a sentence for the log if something follows from it."""
         return ""
 
     def state_dict(self) -> dict[str, Any]:

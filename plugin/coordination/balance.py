@@ -23,7 +23,7 @@ _ROWS = 1 << 24  # entries of a block of distributions, so that float32 copies s
 
 
 class Prediction(NamedTuple):
-    """What a model says of a batch."""
+    """What a model predicts for a batch."""
 
     logits: Tensor  # (answer tokens, vocabulary)
     sample: Tensor  # (answer tokens,) which sample of the batch each token belongs to
@@ -43,7 +43,7 @@ class Balance:
 
     @property
     def kappa(self) -> float:
-        """κ of eq. 3: above 1 the language side moves the output more. NaN where that cannot be said."""
+        """κ of eq. 3: above 1 the language side moves the output more. NaN where that is undefined."""
         sound = 0 < self.encoder < float("inf") and 0 < self.language < float("inf")
         return self.language / self.encoder if sound else float("nan")
 
@@ -187,7 +187,7 @@ def balance_of(base: Prediction, language: Tensor, encoder: Tensor) -> Balance:
     values = [language.detach(), encoder.detach(), base.media_norm, base.text_norm, base.encoded_norm]
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several:
-        count = base.sample.unique().numel()  # means over samples: one without any says nothing
+        count = base.sample.unique().numel()  # means over samples: one without any counts for nothing
         values = [count * value if count else 0.0 for value in values] + [count]
     found = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=language.device) for value in values])
     if several:

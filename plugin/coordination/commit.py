@@ -43,7 +43,7 @@ class CommitCLR(Measured):
     def __init__(self, window: int = 10, every: int = 10, measure_every: int = 10, metric: Metric = "jensen_shannon"):
         super().__init__(measure_every, metric)
         self.every = every
-        self.seen: deque[float] = deque(maxlen=window)  # the last values of κ
+        self.recent: deque[float] = deque(maxlen=window)  # the last values of κ
         self.skipped = 0  # measurements without a finite, positive ratio
         self.average = 1.0  # κ̃ that the rates follow now
 
@@ -57,20 +57,20 @@ class CommitCLR(Measured):
 
     def observe(self, step: int, balance: Balance) -> dict[str, float]:
         if math.isfinite(balance.kappa):
-            self.seen.append(balance.kappa)
+            self.recent.append(balance.kappa)
         else:
             self.skipped += 1
         return super().observe(step, balance) | {"skipped": self.skipped}
 
     def stepped(self, components: Mapping[str, Sequence[Tensor]], step: int, steps: int) -> None:
-        if (step + 1) % self.every == 0 and self.seen:
-            self.average = sum(self.seen) / len(self.seen)
+        if (step + 1) % self.every == 0 and self.recent:
+            self.average = sum(self.recent) / len(self.recent)
 
     def state_dict(self) -> dict:
-        return {"seen": list(self.seen), "skipped": self.skipped, "average": self.average}
+        return {"seen": list(self.recent), "skipped": self.skipped, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seen = deque(state["seen"], maxlen=self.seen.maxlen)
+        self.recent = deque(state["seen"], maxlen=self.recent.maxlen)
         self.skipped, self.average = state["skipped"], state["average"]
 
 

@@ -20,7 +20,7 @@ _LISTED = 8  # names in an error
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model's parts are: names of modules or parameters, whole segments of the dotted path."""
+    """Where a model's parts are: names of modules or parameters, full segments of the dotted path."""
 
     tower: tuple[str, ...]
     connector: tuple[str, ...]
@@ -116,7 +116,7 @@ def partition(
     named: Mapping[str, Tensor],  # what is trained
     patterns: Mapping[str, Sequence[str]],  # component → patterns
 ) -> dict[str, dict[str, Tensor]]:
-    """Trained parameters by component. A pattern is one or more whole segments of a dotted name; * and ? stand for any
+    """Trained parameters by component. A pattern is one or more full segments of a dotted name; * and ? stand for any
     characters: `qformer`, `visual.merger`, `language_model.*.layers.1?`.
 
     Raises:
@@ -154,7 +154,7 @@ def partition(
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of whole segments, with * and ?, is found in a dotted name."""
+    """Whether a pattern of full segments, with * and ?, is found in a dotted name."""
     return _end((pattern,), name) >= 0
 
 

@@ -65,7 +65,7 @@ def split(components: Sequence[str], language: float, encoder: float) -> dict[st
 
 
 class Measured(Coordinator):
-    """A coordinator that can be told to measure the balance, for a log, without acting on it."""
+    """A coordinator that can be asked to measure the balance, for a log, without acting on it."""
 
     def __init__(self, measure_every: int = 0, metric: Metric = "jensen_shannon"):
         """

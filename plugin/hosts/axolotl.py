@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from equipoise.errors import InputError
-from equipoise.hosts.script import Choice, choose, refuse_deepspeed
+from equipoise.hosts.choice import Choice, choose, refuse_deepspeed
 from equipoise.hosts.trainer import SayPairs, put_in_place
 
 try:

@@ -7,7 +7,7 @@
 
 The components are `encoder` and `language` by the model's architecture, or by patterns of one's own. Trainer mixes
 everything in two parameter groups; here each component gets groups of its own, which is what rates by component need.
-CoMMIT's regulariser wants further backward passes, which Trainer has no place for: that is the pipeline's.
+CoMMIT's regulariser wants further backward passes, which Trainer does not make: that is the pipeline's.
 """
 
 import json
@@ -63,7 +63,7 @@ def coordinated(trainer: type) -> type:
             assert isinstance(coordinator, Coordinator)
             if any(coordinator.weight(step) for step in range(10_000)):
                 raise InputError(
-                    "coordinator: a regularizer needs further backward passes, which a Trainer has no place for. Use "
+                    "coordinator: a regularizer needs further backward passes, which a Trainer does not make. Use "
                     "commit_clr, or the pipeline instruction_tuning."
                 )
             self.coordination = Coordination(coordinator, find_components(self.model, components))
@@ -92,8 +92,8 @@ def coordinated(trainer: type) -> type:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            seen = {name: value for name, value in self.coordination.seen.items() if value == value}
-            super().log({**logs, **seen} if "loss" in logs else logs, *args, **kwargs)
+            measured = {name: value for name, value in self.coordination.measured.items() if value == value}
+            super().log({**logs, **measured} if "loss" in logs else logs, *args, **kwargs)
 
     Coordinated.__name__ = Coordinated.__qualname__ = f"Coordinated{trainer.__name__}"
     return Coordinated
@@ -144,7 +144,7 @@ class Coordination(TrainerCallback):
 
     def __init__(self, coordinator: Coordinator, components: Mapping[str, Sequence[Tensor]]):
         self.coordinator, self.components = coordinator, components
-        self.seen: dict[str, float] = {}  # what was measured last, for the log
+        self.measured: dict[str, float] = {}  # what was measured last, for the log
         self.batch: dict[str, Any] = {}  # what the model was trained on last
         self.resumed: Path | None = None  # the checkpoint that training begins from
         self._before: dict[str, list[Tensor]] = {}
@@ -172,10 +172,10 @@ class Coordination(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = _bare(kwargs["optimizer"])
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            self.seen[f"rate_{group['component']}"] = group["lr"]
+            self.measured[f"rate_{group['component']}"] = group["lr"]
             group["lr"] = rate  # the schedule goes on from its own
         if self._before:
-            self.seen |= self.coordinator.observe(state.global_step, self._measure(kwargs["model"]))
+            self.measured |= self.coordinator.observe(state.global_step, self._measure(kwargs["model"]))
             self._before = {}
         self.coordinator.stepped(self.components, state.global_step, state.max_steps)
 
@@ -187,16 +187,16 @@ class Coordination(TrainerCallback):
             )
         mask = self.batch["labels"][:, 1:] != IGNORED
         inputs = {name: value for name, value in self.batch.items() if name != "labels"}
-        places = mask.any(dim=0).nonzero()[:, 0]  # logits of all tokens would be the largest tensor of a step
+        positions = mask.any(dim=0).nonzero()[:, 0]  # logits of all tokens would be the largest tensor of a step
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         if "logits_to_keep" in signature(type(plain).forward).parameters:
-            inputs["logits_to_keep"] = places
+            inputs["logits_to_keep"] = positions
 
         def predict() -> Prediction:
             logits = model(**inputs).logits
             if "logits_to_keep" not in inputs:
-                logits = logits[:, places]
-            return Prediction(logits[mask[:, places]], mask.nonzero()[:, 0])
+                logits = logits[:, positions]
+            return Prediction(logits[mask[:, positions]], mask.nonzero()[:, 0])
 
         with undisturbed(model):
             return measure(predict, self.components, self._before, self.coordinator.metric)

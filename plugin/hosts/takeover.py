@@ -1,4 +1,4 @@
-"""Treats the optimizers that a program makes for itself, and says on stderr what was done.
+"""Treats the optimizers that a program makes for itself, and reports on stderr what was done.
 
 Two ways in, both without touching the program's code: scaling and the bound happen in hooks around the step of whatever
 optimizer there is, attached when it takes its first step; an update rule of its own takes torch.optim.AdamW's place.
@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equipoise.errors import EquipoiseError, InputError, NamelessError
-from equipoise.hosts.script import Choice, refuse_deepspeed, say, tell
+from equipoise.hosts.choice import Choice, refuse_deepspeed, report, tell
 from equipoise.lora.pairs import PairReport, find_pairs, live_roots
-from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, attach
+from equipoise.optimizers.attach import attach
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 
 _clipped: Counter[str] = Counter()  # calls of clip_grad_norm_ so far: "tensors" or "nothing"
 
@@ -56,7 +57,7 @@ def treat(choice: Choice) -> None:
                     left.clear()
                     raise _nothing_to_treat(choice, what)
                 left.append(what)
-            say(f"{what} holds no LoRA pairs: left as it is.{f' ({doubt})' if doubt else ''}")
+            report(f"{what} holds no LoRA pairs: left as it is.{f' ({doubt})' if doubt else ''}")
             return
         held.append(kind)
         if len(params) == 1 and all(side.requires_grad for pair in found for side in (pair.A, pair.B)):
@@ -142,7 +143,7 @@ def _or_end(call: Callable[..., None]) -> Callable[..., None]:
 
 
 def replace_adamw(choice: Choice) -> None:
-    """Put the optimizer where scripts find torch.optim.AdamW. What AdamW takes and it does not is dropped, and said.
+    """Put the optimizer where scripts find torch.optim.AdamW. What AdamW alone takes is dropped, and reported.
 
     A program that takes a step before it has made an AdamW is refused: it would train without ours.
     """
@@ -193,16 +194,18 @@ def _report_rest(optimizer: Optimizer, kind: str, params: list[Tensor], found: P
         for rate in dict.fromkeys(g["lr"] for g in optimizer.param_groups)
     )
     clipping = "on" if _clipped["tensors"] else "off"
-    say(
+    report(
         f"{others} other tensors are {kind}'s alone; dtypes {', '.join(f'{n} × {d}' for d, n in dtypes.items())}; "
         f"learning rate {rates}; gradient clipping {clipping}."
     )
     if _clipped["nothing"]:
-        say(
+        report(
             "warning: the script clips an exhausted iterator, so no gradient is clipped at all (a fault of the script)."
         )
     if {"bfloat16", "float16"} & set(dtypes):
-        say("warning: LoRA weights in half precision lose small steps to rounding; train them in float32 if you can.")
+        report(
+            "warning: LoRA weights in half precision lose small steps to rounding; train them in float32 if you can."
+        )
 
 
 def _watch_clipping() -> None:

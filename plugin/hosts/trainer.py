@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from equipoise.errors import InputError
-from equipoise.hosts.script import Choice, say
+from equipoise.hosts.choice import Choice, report
 from equipoise.optimizers.bounded import bounded
 from equipoise.optimizers.scaled import scaled
 
@@ -26,16 +26,16 @@ def put_in_place(choice: Choice, cls: Any, kwargs: Mapping[str, Any]) -> tuple[t
     if choice.method is not None:
         choice.check_base(cls)
         made = (scaled if choice.method == "scaled" else bounded)(cls)
-        say(f"{choice.method} ({choice.words}) on {cls.__name__}.")
+        report(f"{choice.method} ({choice.words}) on {cls.__name__}.")
         return made, {**kwargs, **choice.options}
     return choice.cls, choice.take_place(cls.__name__, kwargs)
 
 
 class SayPairs(TrainerCallback):
-    """Says on stderr, when training starts, which LoRA pairs the optimizer treats."""
+    """Reports on stderr, when training starts, which LoRA pairs the optimizer treats."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if hasattr(optimizer, "pairs"):
-            say(optimizer.pairs.summary)
+            report(optimizer.pairs.summary)

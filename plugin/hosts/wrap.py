@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 
 from equipoise.errors import EquipoiseError, InputError
-from equipoise.hosts.script import choose, install, refuse_deepspeed, take_options
+from equipoise.hosts.choice import choose, refuse_deepspeed, take_options
+from equipoise.hosts.script import install
 
 VARIABLE = "EQUIPOISE_WRAP"  # {"optimizer": NAME, "options": {key: text}} as JSON
 USAGE = "equipoise wrap --optimizer NAME [--optimizer-args key=value …] -- COMMAND …"

@@ -96,7 +96,7 @@ def _norm(weight: Tensor, pair: Pair) -> Tensor:
     if weight.is_meta:
         raise PairingError(
             f"{pair.name}: trust measures the frozen weight, which is not in memory (on the meta device, offloaded). "
-            "Load the layer whole, or leave trust out."
+            "Load the layer in full, or leave trust out."
         )
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         weight = _dequantized(weight, pair)

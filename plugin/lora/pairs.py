@@ -115,7 +115,7 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
 
 REPLACED = (
     "The optimizer's parameters were replaced by flattened or partitioned ones (ZeRO, FSDP1), and a partition holds no "
-    "whole LoRA factor. Use DDP or FSDP2, or another optimizer."
+    "full LoRA factor. Use DDP or FSDP2, or another optimizer."
 )
 
 
@@ -169,7 +169,7 @@ class _Search:
         if any(id(side) in self.partner for side in (A, B)):
             known = self.partner.get(id(A)) or self.partner[id(B)]
             if known.A is A and known.B is B:
-                return  # the same pair, seen under a second name
+                return  # the same pair under a second name
             raise PairingError(
                 f"{name_a} and {name_b} share a factor with the pair {known.name}: one Gram matrix cannot serve two "
                 "products. Give each layer its own factors, or use another optimizer."
@@ -182,7 +182,7 @@ class _Search:
                 f"{name_a} {tuple(A.shape)} and {name_b} {tuple(B.shape)} belong together by name but not by rank: "
                 f"A's first size is {rank_a}, B's second {rank_b}. Use A (r, n) and B (m, r)."
             )
-        pair = Pair(_place(key), A, B, found_by)
+        pair = Pair(_layer(key), A, B, found_by)
         self.pairs.append(pair)
         for side in (A, B):
             self.partner[id(side)] = pair
@@ -233,7 +233,7 @@ def _role(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _place(name: str) -> str:
+def _layer(name: str) -> str:
     tokens = [token for token in name.split(".") if token not in _SIDES]
     if tokens and tokens[-1] == "weight":
         tokens.pop()
@@ -289,7 +289,7 @@ def live_roots() -> list[nn.Module]:
 
 
 def sharding(tensor: Tensor) -> str:
-    """What keeps a parameter from being whole on this process, in words; empty if it is whole."""
+    """What keeps a parameter from being in full on this process, in words; empty if it is."""
     if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
         return "an FSDP1 flat parameter"
     if hasattr(tensor, "ds_id"):
@@ -302,12 +302,12 @@ def sharding(tensor: Tensor) -> str:
 def _refuse_sharded(tensor: Tensor, name: str | None) -> None:
     if what := sharding(tensor):
         raise PairingError(
-            f"{name or 'A parameter'} of shape {tuple(tensor.shape)} is {what}: scaling needs whole LoRA factors. "
+            f"{name or 'A parameter'} of shape {tuple(tensor.shape)} is {what}: scaling needs full LoRA factors. "
             "Use DDP or FSDP2, or another optimizer."
         )
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether processes have a part of it each, under its whole shape (FSDP2)."""
+    """Whether processes have a part of it each, under its full shape (FSDP2)."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported: then there are none
     return module is not None and isinstance(tensor, module.DTensor)

@@ -9,6 +9,7 @@ omits it. The box's strict ">" would keep nothing at the first step, where h is 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,9 +25,9 @@ from equipoise.optimizers.parts.checks import (
     check_not_negative,
     check_switches,
     fill_options,
+    group_label,
     is_number,
     loss_of,
-    place,
 )
 from equipoise.optimizers.parts.pair_optimizer import unpack
 from equipoise.optimizers.parts.preconditioner import chunk_entries
@@ -34,7 +35,7 @@ from equipoise.optimizers.parts.preconditioner import chunk_entries
 Mask = Literal["async", "sync", "none"]
 Compensation = Literal["norm", "algorithm1", "none"]
 _Row = tuple[list[int], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # whose they are, θ, g, h, v
-_Seen = tuple[Tensor, Tensor | None]  # α, and the kept share if it was counted: () on the device
+_Applied = tuple[Tensor, Tensor | None]  # α, and the kept share if it was counted: () on the device
 
 # Stands in for an eps of 0: below the root of the smallest float32, so that 0/0 becomes 0 and nothing else changes.
 _TINY = 1e-30
@@ -110,7 +111,7 @@ class AlphaAdam(Optimizer):
             "compensation": compensation, "bias_correction": bias_correction, "max_alpha": max_alpha,
             "count_kept": count_kept, "maximize": maximize, "foreach": foreach,
         })  # fmt: skip
-        self._seen: dict[Tensor, _Seen] = {}  # of each parameter's last step; no part of the state
+        self._applied: dict[Tensor, _Applied] = {}  # of each parameter's last step; no part of the state
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -123,6 +124,11 @@ class AlphaAdam(Optimizer):
         if not any(group["count_kept"] for group in self.param_groups):
             raise InputError(f"{type(self).__name__}: what the mask keeps is counted only with count_kept=True.")
         return self._read(1)
+
+    def metrics(self) -> dict[str, float]:
+        """`alpha`, the median of `alphas`."""
+        alphas = self.alphas
+        return {"alpha": median(alphas.values())} if alphas else {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -145,7 +151,7 @@ class AlphaAdam(Optimizer):
                 )
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        self._seen = {}
+        self._applied = {}
         fill_options(self, before, self.defaults)
         for saved in filter(None, self.state.values()):  # one saved by AdamW may count on the device
             saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu()
@@ -169,7 +175,7 @@ class AlphaAdam(Optimizer):
             options = {**group, "lr": rate(group)}
             for batch in batches(params, [float(state["step"]) for state in states], _ROWS):
                 taken = [params[i] for i in batch]
-                self._seen.update(zip(taken, update(taken, [states[i] for i in batch], options), strict=True))
+                self._applied.update(zip(taken, update(taken, [states[i] for i in batch], options), strict=True))
         return loss
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
@@ -185,7 +191,7 @@ class AlphaAdam(Optimizer):
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
-                value = self._seen.get(param, (None, None))[which]
+                value = self._applied.get(param, (None, None))[which]
                 if value is not None:
                     values[name] = value
         if not values:
@@ -195,9 +201,9 @@ class AlphaAdam(Optimizer):
         return dict(zip(values, read, strict=True))
 
 
-def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
+def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Applied]:
     """The update as the paper has it, one tensor after the other."""
-    (beta1, beta2), seen = group["betas"], []
+    (beta1, beta2), applied = group["betas"], []
     for param, state in zip(params, states, strict=True):
         assert param.grad is not None
         p, g, h, v = map(widen, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
@@ -221,11 +227,11 @@ def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
         for stored, value in ((param, p), (state["exp_avg"], h), (state["exp_avg_sq"], v)):
             if stored is not value:
                 stored.copy_(value)
-        seen.append((alpha, count / p.numel() if group["count_kept"] else None))
-    return seen
+        applied.append((alpha, count / p.numel() if group["count_kept"] else None))
+    return applied
 
 
-def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Seen]:
+def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Mapping[str, Any]) -> list[_Applied]:
     """The same update in few passes over memory, for tensors of one device, dtype and step count."""
     t = float(states[0]["step"]) if group["bias_correction"] else math.inf
     decay = _scalar(1 - group["lr"] * group["weight_decay"], params[0])
@@ -338,7 +344,7 @@ def _scalar(value: Any, like: Tensor) -> Any:
 
 
 def _check_options(optimizer: Optimizer, index: int) -> None:
-    group, where = optimizer.param_groups[index], place(optimizer, index)
+    group, where = optimizer.param_groups[index], group_label(optimizer, index)
     check_adam(where, group)
     check_not_negative(where, "eps", group["eps"])
     for name, choices in (("mask", get_args(Mask)), ("compensation", get_args(Compensation))):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.parts.arithmetic import batches, narrow, rate, real, widen_all
-from equipoise.optimizers.parts.checks import check_adam, check_dense, fill_options, is_number, loss_of, place
+from equipoise.optimizers.parts.checks import check_adam, check_dense, fill_options, group_label, is_number, loss_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # m, v and v̂, by torch's names
 
@@ -34,7 +34,7 @@ class AMSGrad(Optimizer):
 
     For float16 and bfloat16 the arithmetic is float32, but what is stored between steps has the parameter's dtype, and
     rounds: the parameter; m; v, which in bfloat16 stops at a quarter of a constant g² at the default β₂, for what a
-    step adds is then less than half its last place, so that x moves twice as far; and v̂, whose least value in float16
+    step adds is then less than half its last digit, so that x moves twice as far; and v̂, whose least value in float16
     is 6·10⁻⁵, so that gradients much below √v̂ = 0.008 hardly move anything. Adam's checkpoints load; v̂ then starts at
     the greater of v and ε², or where amsgrad=True had it.
 
@@ -64,7 +64,7 @@ class AMSGrad(Optimizer):
             raise
 
     def _check(self, index: int) -> None:
-        group, where = self.param_groups[index], place(self, index)
+        group, where = self.param_groups[index], group_label(self, index)
         check_adam(where, group)
         if not (is_number(group["eps"]) and group["eps"] > 0):  # 0/0 where there was no gradient yet
             raise InputError(f"{where}: eps must be a finite number above 0; got {group['eps']!r}. Try 1e-8.")

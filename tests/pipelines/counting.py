@@ -38,6 +38,7 @@ class CountingConfig(RunConfig):
         "data": "data.folder",
         "steps": "train.steps",
     }
+    RESUMABLE: ClassVar[tuple[str, ...]] = ("train.steps", "checkpoint")
 
     data: Data
     train: Train = Train()
@@ -45,6 +46,10 @@ class CountingConfig(RunConfig):
     prompts: list[str] = Field([], description="Texts.")
     end: Literal["good", "error", "nan", "bad input", "full disk"] = Field("good", description="How it goes.")
     note: str | None = Field(None, description="A text; `open the data` does that, and `cannot begin` fails.")
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps
 
 
 class TunedConfig(CountingConfig):

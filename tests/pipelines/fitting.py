@@ -1,26 +1,25 @@
 """A third party's pipeline, for tests: real steps of AdamW, in the loop that all pipelines share."""
 
 import time
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from equipoise.pipelines.config import RunConfig, Section
+from equipoise.pipelines.config import TrainConfig
+from equipoise.pipelines.config.sections import CheckpointSection, Steps, TrainSection
 from equipoise.pipelines.pipeline import Pipeline
 from equipoise.pipelines.runs import checkpoints
 from equipoise.pipelines.training.loop import train_loop
 
 
-class Train(Section):
-    steps: int = Field(20, gt=0, description="Steps.")
+class Train(TrainSection):
+    steps: Steps = 20
     pause: float = Field(0.0, ge=0, description="Seconds per step.")
 
 
-class FittingConfig(RunConfig):
-    SHORT: ClassVar[dict[str, str]] = {"steps": "train.steps"}
-
+class FittingConfig(TrainConfig):
     train: Train = Train()
+    checkpoint: CheckpointSection = CheckpointSection(every=5)
 
 
 class Work:
@@ -63,7 +62,7 @@ class Fitting(Pipeline):
     @classmethod
     def run(cls, config, run):
         work = Work(config)
-        outcome = train_loop(run, work, config.train.steps, checkpoint_every=5, keep=2, sample_every=0)
+        outcome = train_loop(run, work, config)
         if outcome.state == "done":
             checkpoints.save_tensors(run.result / "fitted.safetensors", work.weights())
         return outcome

@@ -1,6 +1,7 @@
 """The command line itself, and `equipoise list` and `equipoise show`."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,16 @@ BUILT_IN = {
     "coordinators": ["commit", "commit_clr", "constant", "feature_cd", "language_cd", "language_lr_up", "vision_lr_up"],
     "objectives": ["agm", "equal_weight", "joint", "mgda", "mimo", "mmpareto", "mses", "mslr", "ogm_ge", "unimodal"],
     "pipelines": ["audio_visual", "instruction_tuning", "text_to_image"],
+    "families": [
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "ZImagePipeline",
+    ],
+    "commands": """
+        compare demo export list logs prepare reproduce resume run runs show stop sweep train ui wrap
+    """.split(),
 }
 
 
@@ -70,11 +81,13 @@ def test_help_names_every_command_and_its_module_exists(capsys):
         cli.main(["--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    for command, (_, text) in cli.COMMANDS.items():
-        assert f"  {command} " in shown and text in shown
+    for entry in registry.entries("commands"):
+        words = registry.load("commands", entry.name).__doc__
+        (text,) = re.findall(rf"^`equipoise {entry.name}`: (.+)\.$", words, re.M)
+        assert f"  {entry.name} " in shown and f"  {text}\n" in shown
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"equipoise {__version__}\n"
@@ -118,7 +131,7 @@ def test_list_one_kind(kind, capsys):
     header, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert header.split() == ["NAME", "KIND", "DISTRIBUTION", "VERSION"]
     ours = [row.split() for row in rows if row.split()[2] == "equipoise"]
-    assert ours == [[name, kind[:-1], "equipoise", __version__] for name in BUILT_IN[kind]]
+    assert ours == [[name, registry.KINDS[kind].one, "equipoise", __version__] for name in BUILT_IN[kind]]
     assert len(rows) == len(ours) or kind == "optimizers"
 
 
@@ -172,7 +185,7 @@ def test_every_built_in_says_what_it_is_and_what_its_options_do(kind, capsys):
         record = json.loads(capsys.readouterr().out)
         assert record["summary"] and record["target"] and record["error"] == ""
         assert all(option["type"] and option["help"] for option in record["options"]), name
-        assert record["references"] or kind == "pipelines"
+        assert record["references"] or kind in ("pipelines", "families", "commands")
 
 
 def test_show_default_values_read_as_a_configuration_has_them(capsys):

@@ -16,7 +16,7 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run
 
 SOURCE = Path(__file__).with_name("counting.py").read_text() + (
-    "\n\nfrom equipoise.pipelines.text_to_image.config import SamplesSection\n\n\n"
+    "\n\nfrom equipoise.pipelines.config.sections import SamplesSection\n\n\n"
     "class Config(TunedConfig):\n    samples: SamplesSection = SamplesSection()\n\n\n"
     "class Compared(Counting):\n    Config = Config\n"
 )
@@ -38,10 +38,10 @@ def sweep(distribution, tmp_path, monkeypatch) -> Run:
     return made
 
 
-def draw(cls, name, folder, runs, configs, samples, judges=None):
-    if samples.count == 3:
+def draw(cls, name, folder, runs, configs, asked):
+    if asked.samples.count == 3:
         raise InputError("comparison: three are too many.")
-    if samples.count == 4:
+    if asked.samples.count == 4:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x.png"))
     assert list(Path(configs[0].data.folder).iterdir()) == [], "relative paths lead on"
     Image.new("RGB", (8, 8), "gray").save(folder / "a.png")

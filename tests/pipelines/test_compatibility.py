@@ -52,7 +52,7 @@ def runs(request, tmp_path, monkeypatch) -> Path:
     return tmp_path / "runs"
 
 
-def test_they_are_listed_and_read(runs, capsys):
+def test_old_runs_are_listed_and_read(runs, capsys):
     store = Store(runs)
     assert {item.id: item.state for item in store.list(kinds=("run", "sweep", "cell"))} == STATES | CELLS
     for id in STATES | CELLS:
@@ -67,7 +67,7 @@ def test_they_are_listed_and_read(runs, capsys):
     assert main(["logs", "stopped"]) == 0 and "saved step 3" in capsys.readouterr().out
 
 
-def test_they_are_resumed(runs):
+def test_old_runs_are_resumed(runs):
     assert not all((runs / "stopped" / name).is_dir() for name in FOLDERS), "git keeps none that is empty"
     assert main(["resume", "stopped"]) == 0
     run = Store(runs).get("stopped")
@@ -82,14 +82,14 @@ def test_they_are_resumed(runs):
         assert torch.allclose(whole[name], resumed[name], atol=1e-4), "to how torch's versions and processors round"
 
 
-def test_they_are_compared(runs):
+def test_old_runs_are_compared(runs):
     assert main(["compare", "grid", "done", "--out", "compared"]) == 0
     table = json.loads(Path("compared", "table.json").read_text())
     assert len([cell for cell in table["cells"] if cell["state"] == "done"]) == 3
 
 
 @pytest.mark.parametrize("id", ["pictures", "answers"])
-def test_those_of_the_embedded_models_are_resumed(id, runs, capfd):
+def test_old_runs_of_the_embedded_models_are_resumed(id, runs, capfd):
     (checkpoint,) = checkpoints.complete(runs / id / "checkpoints")
     step, weights, state = checkpoints.load(checkpoint)
     assert step == 3 and weights and state["optimizer"]["state"]

@@ -45,7 +45,7 @@ from equipoise.pipelines.runs import checkpoints
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image.config import DataSection
-from equipoise.pipelines.text_to_image.data import open_picture, read_examples, size_of
+from equipoise.pipelines.text_to_image.data import open_picture, read_examples
 from equipoise.pipelines.text_to_image.families import shape_of
 from equipoise.pipelines.text_to_image.formats import layout
 from equipoise.pipelines.text_to_image.formats.lora_files import layer_names, read_lora, read_metadata
@@ -222,7 +222,8 @@ def picture(format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-PICTURES = {suffix: picture(suffix[1:].upper().replace("JPG", "JPEG")) for suffix in (".png", ".jpg", ".webp", ".bmp")}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".gif": "GIF"}
+PICTURES = {suffix: picture(format) for suffix, format in FORMATS.items()}
 ROWS = b'{"file_name": "a.png", "text": "a vase"}\n{"file_name": "b.png", "text": "a cat"}\n'
 TABLE = b'file_name,text\na.png,a vase\nb.png,"a cat, black"\n'
 LINES = st.lists(
@@ -291,7 +292,7 @@ def test_manifests(here, content):
     with harmless(here):
         manifest = read_manifest(data, here / "m.csv")
         if not manifest.problems:
-            manifest.leave_out(features.Store(data, None).prepare(manifest.clips))
+            manifest.leave_out(features.FeatureStore(data, None).prepare(manifest.clips))
             settle(manifest, skip_bad=False)
     assert manifest.clips or manifest.sentences()
 
@@ -306,7 +307,6 @@ def test_pictures(here, suffix, data):
     file = here / f"a{suffix}"
     file.write_bytes(data.draw(mutated(PICTURES[suffix]) | st.binary(max_size=100)))
     with harmless(here):
-        answer(lambda: size_of(file))
         answer(lambda: open_picture(file))
         answer(lambda: features.read_frames(file, 1, 8))
         assert isinstance(media.media_problem(file, "image"), str)
@@ -319,7 +319,7 @@ def test_a_picture_that_claims_to_be_enormous(here):
     data[16:24] = struct.pack(">II", 60_000, 60_000)
     file.write_bytes(data)
     with harmless(here):
-        for read in (open_picture, size_of, lambda path: features.read_frames(path, 1, 8)):
+        for read in (open_picture, lambda path: features.read_frames(path, 1, 8)):
             assert isinstance(answer(lambda read=read: read(file)), InputError)
         assert media.media_problem(file, "image")
 

@@ -27,7 +27,7 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_crema_d(tmp_path, capsys):
+def test_crema_d_is_split_by_digest_without_lists(tmp_path, capsys):
     names = [f"{1000 + i}_DFA_{emotion}_XX" for i in range(20) for emotion in ("ANG", "HAP")]
     touch(tmp_path, *(f"AudioWAV/{n}.wav" for n in names), *(f"VideoFlash/{n}.flv" for n in names[1:]))
     touch(tmp_path, "AudioWAV/notes.wav", "AudioWAV/1001_DFA_BAD_XX.wav")
@@ -108,7 +108,7 @@ def test_three_modalities(tmp_path, capfd):
     assert (row["video"], row["label"], row["split"]) == ("Raw/v1/0.mp4", "positive", "val")
 
 
-def test_spoken_digits(tmp_path):
+def test_spoken_digits_pairs_recordings_with_pictures(tmp_path):
     labels = np.array([0, 1, 1, 0], np.uint8)
     pixels = np.stack([np.full((28, 28), 10 * i, np.uint8) for i in range(4)])
     touch(
@@ -209,9 +209,9 @@ def test_real_spoken_digits(tmp_path):
     assert len({row["frames"] for row in found}) == 3000
     from equipoise.pipelines.audio_visual.config import DataSection
     from equipoise.pipelines.audio_visual.data import read_manifest
-    from equipoise.pipelines.audio_visual.features import Store
+    from equipoise.pipelines.audio_visual.features import FeatureStore
 
     section = DataSection.model_validate({"audio": {"sample_rate": 8000, "seconds": 0.5}, "visual": {"size": 32}})
     manifest = read_manifest(section, output)
     assert not manifest.sentences()
-    assert Store(section, None).prepare(manifest.clips[::100]) == {}
+    assert FeatureStore(section, None).prepare(manifest.clips[::100]) == {}

@@ -1,5 +1,7 @@
 """The options of a class, read from its signature and docstring."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import pytest
@@ -27,6 +29,7 @@ class Plugin(Base):
     More about it.
 
     Args:
+        factors: Part → factor. (each >= 0)
         rate: How fast, a sentence that goes on
             over two lines. (> 0)
         pair: Two decays. (each 0 <= x < 1)
@@ -50,6 +53,8 @@ class Plugin(Base):
         limit: int | None = None,
         flag: bool = False,
         untyped=0.5,
+        factors: dict[str, float] | None = None,
+        extra: Mapping = MappingProxyType({}),
         **rest,
     ):
         super().__init__(params, **rest)
@@ -59,7 +64,10 @@ BY_NAME = {option.name: option for option in options(Plugin)}
 
 
 def test_names_come_in_order_and_kwargs_lead_to_the_base():
-    assert list(BY_NAME) == ["rate", "pair", "mode", "limit", "flag", "untyped", "momentum", "shared"]
+    assert list(BY_NAME) == [
+        *("rate", "pair", "mode", "limit", "flag", "untyped", "factors", "extra"),  # its own
+        *("momentum", "shared"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,11 +79,13 @@ def test_names_come_in_order_and_kwargs_lead_to_the_base():
         ("limit", "a whole number or none", None, ">= 1", "Optional."),
         ("flag", "true or false", False, "", ""),
         ("untyped", "a number", 0.5, "", ""),
+        ("factors", "{name: a number, …} or none", None, "each >= 0", "Part → factor."),
+        ("extra", "{name: anything, …}", {}, "", ""),
         ("momentum", "a number", 0.9, "0 <= x < 1", "Of the base."),
         ("shared", "a whole number", 1, "", "The subclass's words."),
     ],
 )
-def test_each_option(name, type_, default, bounds, help_):
+def test_an_option_has_type_default_bounds_and_help(name, type_, default, bounds, help_):
     option = BY_NAME[name]
     assert (option.type, option.default, str(option.bounds or ""), option.help) == (type_, default, bounds, help_)
     assert option.required == (name == "rate")
@@ -101,6 +111,10 @@ def test_summary_and_references():
         ("limit", "none", None),
         ("limit", 3.0, 3),
         ("flag", "off", False),
+        ("factors", {"audio": "1e-1", "visual": 2}, {"audio": 0.1, "visual": 2.0}),
+        ("factors", "none", None),
+        ("factors", {}, {}),
+        ("extra", {"a": [1]}, {"a": [1]}),
     ],
 )
 def test_values_are_converted(name, given, value):
@@ -128,6 +142,12 @@ def test_values_are_converted(name, given, value):
         ),
         ("limit", 1.5, "limit: must be a whole number >= 1 or none, got 1.5."),
         ("flag", 1, "flag: must be true or false, got 1."),
+        ("factors", 3, "factors: must be {name: a number, …}, each >= 0 or none, got 3."),
+        ("factors", {"a": -1}, "factors: must be {name: a number, …}, each >= 0 or none, got {'a': -1}."),
+        ("factors", {"a": "x"}, "factors: must be {name: a number, …}, each >= 0 or none, got {'a': 'x'}."),
+        ("factors", {"a": True}, "factors: must be {name: a number, …}, each >= 0 or none, got {'a': True}."),
+        ("factors", {1: 2}, "factors: must be {name: a number, …}, each >= 0 or none, got {1: 2}."),
+        ("extra", [1], "extra: must be {name: anything, …}, got [1]."),
         ("momentum", 1, "momentum: must be a number with 0 <= x < 1, got 1."),
     ],
 )
@@ -151,7 +171,7 @@ def test_all_problems_at_once():
         ("-1 <= x <= 1", [-1, 1], [-1.1, 1.1]),
     ],
 )
-def test_bounds(text, inside, outside):
+def test_bounds_contain_what_they_say(text, inside, outside):
     bounds = Bounds.parse(text)
     assert bounds and all(map(bounds.contain, inside)) and not any(map(bounds.contain, outside))
 

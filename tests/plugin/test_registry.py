@@ -1,4 +1,4 @@
-"""Discovery: what is listed, what is loaded, and what is said about plugins that cannot be used."""
+"""Discovery: what is listed, what is loaded, and what is reported about plugins that cannot be used."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_built_ins_are_found_through_their_entry_points(kind):
     built_in = [entry for entry in registry.entries(kind) if entry.distribution == "equipoise"]
     assert sorted(entry.name for entry in built_in) == sorted(point.name for point in points)
     for entry in built_in:
-        assert registry.load(kind, entry.name).__name__ == entry.target.partition(":")[2]
+        assert registry.load(kind, entry.name).__name__ == (entry.target.partition(":")[2] or entry.target)
         assert registry.check(entry) == ""
 
 
@@ -138,6 +138,10 @@ def test_what_only_loading_can_tell(source, distribution):
         ("pipelines", "import pydantic\nclass X:\n    Config = pydantic.BaseModel\n    def run(self): ...", True),
         ("pipelines", "import pydantic\nclass X:\n    Config = pydantic.BaseModel", False),
         ("pipelines", "class X:\n    Config = dict\n    def run(self): ...", False),
+        ("families", "from equipoise.pipelines.text_to_image.families.flux import Flux as X", True),
+        ("families", "from equipoise.pipelines.text_to_image.families import Family\nclass X(Family): ...", False),
+        ("families", "from equipoise.pipelines.text_to_image.families.unet import UNetFamily as X", False),
+        ("commands", "class X:\n    add_arguments = run = print", False),  # not `module:Class` but a module
     ],
 )
 def test_each_kind_has_its_own_condition(kind, source, ok, distribution):
@@ -248,7 +252,7 @@ def test_constant_leaves_every_rate_and_has_no_state():
         Coordinator().factors(["encoder"])
 
 
-def test_looked_up_once(distribution):
+def test_nothing_is_read_again_within_looked_up_once(distribution):
     """Within the block nothing is read again; after it, what came meanwhile is there."""
     with registry.looked_up_once():
         before = registry.entries()

@@ -154,9 +154,14 @@ def test_no_input_of_any_event_takes_a_file_of_others(planted):
                 dropped = "event_data" in more and event["id"] in takers  # by the guard, where files are chosen
                 assert answer.status_code == (200 if dropped else 400), (event["api_name"], more)
                 tried += 1
+            files = [{"path": uploaded, "meta": META}] * len(event["inputs"])
             for number in (str(event["id"]), float(event["id"])):  # which gradio reads as the number
-                file = {"path": uploaded, "meta": META}
-                assert send(client, number, [file] * len(event["inputs"]), "s").status_code == 400 or not data
+                assert send(client, number, files, "s").status_code == 400 or not data
+            for route in ("call", "call/v2", "run", "api"):  # gradio goes by the number, whatever the name is
+                for name in ("upload", "upload/", "queue/join", "join", "comparison"):
+                    form = {"data": files, "fn_index": event["id"], "session_hash": "s"}
+                    answer = client.post(f"/gradio_api/{route}/{name}", json=form)
+                    assert answer.status_code in (400, 404) or not data, (route, name)
     assert tried > 1000 and taken and not any(SECRET in words or str(text) in words for words in taken)
     planted.nothing_came_out()
 

@@ -12,7 +12,7 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.config.builtin import shipped
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs.status import Status
-from equipoise.ui import draw, forms, launch
+from equipoise.ui import draw, forms, launch, launch_estimates, launch_pictures
 
 
 def filled(name: str):
@@ -120,7 +120,7 @@ def test_all_problems_at_once(site):
         launch.plan(site, "text_to_image", "text_to_image/demo", wrong, [["adamw", "lr", "1", "", "", ""]])
     text = str(error.value)
     assert "train.steps: must be >= 1" in text and "lora.dropout: must be < 1" in text and "learning_rate" in text
-    assert "form:" not in launch.said(error.value)
+    assert "form:" not in launch.error_notice(error.value)
 
 
 @pytest.mark.parametrize(
@@ -180,25 +180,29 @@ def test_a_plan_without_a_preset(site):
 def test_the_estimate_measures(site, run):
     _, shown, rows = filled("text_to_image/demo")
     made = launch.plan(site, "text_to_image", "text_to_image/demo", shown, rows)
-    assert "s per step, measured here" in launch.estimate(site, made, 2)
-    assert "measured here, 2 of them at a time" in launch.memory(site, made, 2)
+    assert "s per step, measured here" in launch_estimates.estimate(site, made, 2)
+    assert "measured here, 2 of them at a time" in launch_estimates.memory(site, made, 2)
     more = {**shown, "train.steps": "10", "optimizer.learning_rate": "1", "samples.prompts": ""}
-    assert "measured here" in launch.estimate(
+    assert "measured here" in launch_estimates.estimate(
         site, launch.plan(site, "text_to_image", "text_to_image/demo", more, rows), 2
     )
     other = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "train.batch": "1"}, rows)
-    assert "not known yet" in launch.estimate(site, other, 2)
-    assert "An estimate from shapes" in launch.memory(site, other, 2)
+    assert "not known yet" in launch_estimates.estimate(site, other, 2)
+    assert "An estimate from shapes" in launch_estimates.memory(site, other, 2)
 
 
 def test_the_estimate_adds_up_runs_of_different_lengths(site, monkeypatch):
     _, shown, rows = filled("text_to_image/demo")
     lone = {**shown, "optimizer.name": ["adamw"], "optimizer.learning_rate": "1e-3", "train.steps": "10, 20, 30"}
     made = launch.plan(site, "text_to_image", "text_to_image/demo", lone, rows)
-    assert "3 runs of 10 to 30 steps each" in launch.estimate(site, made, 1)
-    monkeypatch.setattr(launch, "alike", lambda *_: [Status(id="a", step=10, seconds=10.0, started=1.0, ended=11.0)])
-    assert "about 0:01:00 in all" in launch.estimate(site, made, 1)
-    assert "about 0:00:40 in all" in launch.estimate(site, made, 2), "the first worker takes the third run too"
+    assert "3 runs of 10 to 30 steps each" in launch_estimates.estimate(site, made, 1)
+    monkeypatch.setattr(
+        launch_estimates, "alike", lambda *_: [Status(id="a", step=10, seconds=10.0, started=1.0, ended=11.0)]
+    )
+    assert "about 0:01:00 in all" in launch_estimates.estimate(site, made, 1)
+    assert "about 0:00:40 in all" in launch_estimates.estimate(site, made, 2), (
+        "the first worker takes the third run too"
+    )
 
 
 def test_loading_and_samples_are_no_part_of_a_step(site, run, monkeypatch):
@@ -209,7 +213,7 @@ def test_loading_and_samples_are_no_part_of_a_step(site, run, monkeypatch):
         for step, seconds in enumerate((40.0, 0.1, 0.1, "x", 0.1), 1):
             file.write(json.dumps({"step": step, "seconds": seconds}) + "\n")
     run.update(seconds=60.5)
-    said = launch.estimate(site, made, 1)
+    said = launch_estimates.estimate(site, made, 1)
     assert "0.1 s per step, and 60 s for the rest of each run, measured here" in said
     assert draw.span(made.cells * (1000 * 0.1 + 60)) in said
 
@@ -217,7 +221,7 @@ def test_loading_and_samples_are_no_part_of_a_step(site, run, monkeypatch):
 def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):
     picture = tmp_path / "a.png"
     Image.new("RGB", (64, 64)).save(picture)
-    folder = launch.save_pictures(site, "mine", [str(picture)], [["a.png", "a caption"]])
+    folder = launch_pictures.save_pictures(site, "mine", [str(picture)], [["a.png", "a caption"]])
     config = configs.load("text_to_image/dreambooth", ["model=demo"])
     shown = forms.show(config) | {"data.folder": folder}
     made = launch.plan(site, "text_to_image", "text_to_image/dreambooth", shown, [])
@@ -229,14 +233,14 @@ def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):
 
 def test_captions_outlive_the_choice_of_another_picture():
     before = [["a.png", "one"], ["b.png", "two"]]
-    assert launch.caption_rows(["/x/b.png", "/x/c.png"], before) == [["b.png", "two"], ["c.png", ""]]
+    assert launch_pictures.caption_rows(["/x/b.png", "/x/c.png"], before) == [["b.png", "two"], ["c.png", ""]]
 
 
 @pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
 def test_memory_is_reasoned_where_nothing_has_run(site, name):
     config, shown, rows = filled(name)
     made = launch.plan(site, config.pipeline, name, shown, rows)
-    said = launch.memory(site, made, 2)
+    said = launch_estimates.memory(site, made, 2)
     for words in ("about", "weights and data", "gradients and optimizer", "activations of a batch", "Python and"):
         assert words in said
 
@@ -270,3 +274,25 @@ def test_edited_options_outlive_the_choice_of_another_plugin():
     ]
     found = {(row[0], row[1]): row[2] for row in forms.kept(rows, edited)}
     assert found["sgd", "momentum"] == "0.9" and found["adamw", "eps"] == "" and ("gone", "momentum") not in found
+
+
+def test_an_option_that_is_a_mapping_is_asked_for_and_read(site):
+    _, shown, _ = filled("audio_visual/demo")
+    shown |= {"objective.name": ["mslr"], "optimizer.learning_rate": "1e-3", "train.baselines": ""}
+    (row,) = [
+        r for r in forms.option_rows(configs.config_class("audio_visual/demo"), {"objective.name": ["mslr"]}, None)
+    ]
+    assert row[:5] == ["mslr", "factors", "", "required", "{name: a number, …} each >= 0"] and "{audio: 0.3" in row[5]
+    for text in ("{audio: 0.1}", '{"audio": 1e-1}'):
+        made = launch.plan(site, "audio_visual", "audio_visual/demo", shown, [[*row[:2], text, *row[3:]]])
+        assert made.config.objective.options == {"factors": {"audio": 0.1}}
+        given = forms.option_rows(type(made.config), {"objective.name": ["mslr"]}, made.config)
+        assert given[0][2] == '{"audio": 0.1}'
+    for text, words in (("0.1", "got 0.1."), ("{audio: -1}", "got {'audio': -1}."), ("audio: 1", "got 'audio: 1'.")):
+        with pytest.raises(ConfigError) as error:
+            launch.plan(site, "audio_visual", "audio_visual/demo", shown, [[*row[:2], text, *row[3:]]])
+        assert error.value.problems == [
+            f"form: objective.options.factors: must be {{name: a number, …}}, each >= 0, {words}"
+        ]
+    with pytest.raises(ConfigError, match=r"objective\.options\.factors: missing; must be \{name: a number, …\}"):
+        launch.plan(site, "audio_visual", "audio_visual/demo", shown, [])

@@ -22,7 +22,19 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.runs import status
 from equipoise.pipelines.runs.store import Store
-from equipoise.ui import compare, draw, launch, plugins, runs
+from equipoise.ui import (
+    compare,
+    compare_cell,
+    compare_grid,
+    compare_numbers,
+    draw,
+    launch,
+    plugins,
+    runs,
+    runs_curves,
+    runs_detail,
+    runs_tab,
+)
 
 
 def test_the_table_filters_and_sorts(site, run, finish):
@@ -47,13 +59,13 @@ def test_three_hundred_runs_in_a_blink(site, run):
 
 
 def test_one_run(site, run):
-    heading, curves, samples, log, config, files = runs.detail(site, "one", None)
+    heading, curves, samples, log, config, files = runs_detail.detail(site, "one", None)
     assert "5 of 5" in heading and "done" in heading
     for name in ("loss", "rate", "κ", "gradient norm"):
         assert f"<figcaption>{name}</figcaption>" in curves
     assert curves.count("rate_<wbr>encoder") == 1, "one chart has the rates of all components"
     assert "step-00000005/00-0.png" in samples
-    assert "step-00000002/00-0.png" in runs.samples(site, "one", 3)
+    assert "step-00000002/00-0.png" in runs_detail.samples(site, "one", 3)
     assert configs.load(run.folder / "config.yaml").name in config and "nothing" in log
     assert "metrics.jsonl" in files and "result/result.json" in files
 
@@ -62,7 +74,7 @@ def test_damaged_lines_of_metrics_are_left_out(site, run):
     before = run.metrics()
     with open(run.folder / "metrics.jsonl", "ab") as file:
         file.write(b'{bad\n[1]\n{"loss": 1}\n\xff\xfe\n')
-    assert run.metrics() == before and "<figcaption>loss" in runs.detail(site, "one", None)[1]
+    assert run.metrics() == before and "<figcaption>loss" in runs_detail.detail(site, "one", None)[1]
     run.rewind_metrics(3)
     assert [record["step"] for record in run.metrics()] == [1, 2, 3]
 
@@ -73,7 +85,7 @@ def test_curves_grow_and_are_rewound(site):
 
     def agree(steps: int) -> None:
         wanted = [(record["step"], record["loss"]) for record in made.metrics()]
-        assert runs.read_curves(made).get("loss", []) == wanted and len(wanted) == steps
+        assert runs_curves.read_curves(made).get("loss", []) == wanted and len(wanted) == steps
 
     agree(0)
     with made.session(signals=False):
@@ -128,20 +140,20 @@ def test_what_is_left_of_a_sweep_is_told_by_its_cells(site, swept):
             append(third.folder / "metrics.jsonl", json.dumps({"step": step, "time": ended}) + "\n")
         assert runs.left(site, swept.status()) == draw.span(40 + 50)
         assert runs.together(swept, swept.status()).step == 5 + 5 + 6
-    heading = runs.heading(site, "grid")
+    heading = runs_detail.heading(site, "grid")
     swept.update(state="stopped")
-    assert "not begun" not in heading and "not begun" in runs.heading(site, "grid")
-    assert "not begun" in runs.heading(site, fourth.id)
+    assert "not begun" not in heading and "not begun" in runs_detail.heading(site, "grid")
+    assert "not begun" in runs_detail.heading(site, fourth.id)
 
 
 def test_a_run_that_was_asked_to_stop_says_so(site):
     made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="some")
     with made.session(signals=False):
         made.request("stop")
-        assert ">running<" in runs.heading(site, "some")
-        assert "stop" in made.requested() and ">stopping<" in runs.heading(site, "some")
+        assert ">running<" in runs_detail.heading(site, "some")
+        assert "stop" in made.requested() and ">stopping<" in runs_detail.heading(site, "some")
         made.finish("stopped")
-    assert ">stopped<" in runs.heading(site, "some")
+    assert ">stopped<" in runs_detail.heading(site, "some")
 
 
 def test_the_same_twice_is_refused_while_it_is_at_work(site):
@@ -163,13 +175,13 @@ def test_a_sweep_that_was_killed_can_be_resumed_and_its_workers_stopped(site, sw
     swept.update(state="running", total=20, step=3, **status.process())
     file = swept.folder / "status.json"
     file.write_text(file.read_text().replace(f'"pid": {swept.status().pid}', '"pid": 4194300'))
-    stop, _, resume = runs.possible(site, "grid")
+    stop, _, resume = runs_detail.possible(site, "grid")
     assert swept.status().state == "dead" and stop["interactive"] and resume["interactive"]
-    heading = runs.heading(site, "grid")
+    heading = runs_detail.heading(site, "grid")
     assert "15 of 20" in heading and "not begun" not in heading
     last.update(state="stopped")
-    stop, _, resume = runs.possible(site, "grid")
-    assert not stop["interactive"] and resume["interactive"] and "not begun" in runs.heading(site, "grid")
+    stop, _, resume = runs_detail.possible(site, "grid")
+    assert not stop["interactive"] and resume["interactive"] and "not begun" in runs_detail.heading(site, "grid")
 
 
 def test_a_job_tells_its_bar_in_words():
@@ -182,14 +194,14 @@ def test_curves_that_are_measured_now_and_then(site):
     with made.session(signals=False):
         for step in range(1, 6):
             made.metric(step, loss=1.0, **({"kappa": 0.5, "val_accuracy_joint": step / 9} if step in (2, 4) else {}))
-    assert "<figcaption>κ" in (shown := runs.charts(site, "some")) and "<figcaption>validation accuracy" in shown
+    assert "<figcaption>κ" in (shown := runs_curves.charts(site, "some")) and "<figcaption>validation accuracy" in shown
 
 
 def test_live_samples_follow_until_one_is_chosen():
-    assert runs.followed([], 1, 1) == (None, 0, 1), "the last, whatever it will be"
-    assert runs.followed([5], 1, 1) == (None, 5, 5)
-    assert runs.followed([5, 10], 5, 5) == (None, 5, 10), "at the slider's end one stays at the end"
-    assert runs.followed([5, 10, 15], 5, 10) == (5, 5, 15), "elsewhere one stays there"
+    assert runs_tab.followed([], 1, 1) == (None, 0, 1), "the last, whatever it will be"
+    assert runs_tab.followed([5], 1, 1) == (None, 5, 5)
+    assert runs_tab.followed([5, 10], 5, 5) == (None, 5, 10), "at the slider's end one stays at the end"
+    assert runs_tab.followed([5, 10, 15], 5, 10) == (5, 5, 15), "elsewhere one stays there"
 
 
 def test_a_dead_run_says_its_last_words(site, run):
@@ -198,40 +210,40 @@ def test_a_dead_run_says_its_last_words(site, run):
     (run.folder / "status.json").write_text(
         text.replace('"done"', '"running"').replace(f'"pid": {run.status().pid}', '"pid": 4194300')
     )
-    heading = runs.heading(site, "one")
+    heading = runs_detail.heading(site, "one")
     assert "badge dead" in heading and "the very last line" in heading and "may be resumed" in heading
 
 
 def test_only_what_changed_is_sent(site, run):
-    first, digests = runs.unchanged(runs.detail(site, "one", None), [])
+    first, digests = runs_tab.unchanged(runs_detail.detail(site, "one", None), [])
     assert len(first) == 6 and gr.skip() not in first
-    again, same = runs.unchanged(runs.detail(site, "one", None), digests)
+    again, same = runs_tab.unchanged(runs_detail.detail(site, "one", None), digests)
     assert again == [gr.skip()] * 6 and same == digests
     run.log("news")
-    third, _ = runs.unchanged(runs.detail(site, "one", None), digests)
+    third, _ = runs_tab.unchanged(runs_detail.detail(site, "one", None), digests)
     assert [part != gr.skip() for part in third[:5]] == [False, False, False, True, False]
 
 
 def test_what_can_be_done_to_a_run(site, run, swept):
     with pytest.raises(InputError, match="not at work"):
-        runs.act(site, "one", "stop", 1)
+        runs_detail.act(site, "one", "stop", 1)
     with pytest.raises(InputError, match="nothing to resume"):
-        runs.act(site, "one", "resume", 1)
+        runs_detail.act(site, "one", "resume", 1)
     cell = sweeps.cells(swept)[0]
     for what in ("resume", "delete"):
         with pytest.raises(InputError, match="is a cell"):
-            runs.act(site, cell.id, what, 1)
+            runs_detail.act(site, cell.id, what, 1)
     with run.session(signals=False), pytest.raises(InputError, match="stop it first"):
-        runs.act(site, "one", "delete", 1)
+        runs_detail.act(site, "one", "delete", 1)
     assert "saves its state" in (said := _stopped(site)) and said
-    runs.act(site, "grid", "delete", 1)
+    runs_detail.act(site, "grid", "delete", 1)
     assert not swept.folder.exists() and [item.id for item in site.store.list()] == ["waiting", "one"]
 
 
 def _stopped(site) -> str:
     made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="waiting")
     with made.session(signals=False):
-        said = runs.act(site, "waiting", "stop", 1)
+        said = runs_detail.act(site, "waiting", "stop", 1)
         assert "stop" in made.requested()
         made.finish("stopped")
     return said
@@ -251,50 +263,50 @@ def test_a_comparison_can_be_read_back(site, swept):
 
 def test_the_grid(site, swept):
     id = compare.made(site, ["grid"])[0].id
-    shown = compare.grid(site, id)
+    shown = compare_grid.grid(site, id)
     assert shown.count("<button class='cell") == 2 * 3 and shown.count("class='cell usable'") == 1
     assert shown.index("base") < shown.index("1e-4") < shown.index("1e-3")
     assert "aria-pressed='true'" not in shown
-    one = compare.grid(site, id, prompt=2)
+    one = compare_grid.grid(site, id, prompt=2)
     assert one.count("<img") == 6 and "01-0.png" in one
-    assert "samples/step-00000002/00-0.png" in compare.grid(site, id, step=2)
-    turned = compare.grid(site, id, rows=RATE, columns="optimizer.name")
+    assert "samples/step-00000002/00-0.png" in compare_grid.grid(site, id, step=2)
+    turned = compare_grid.grid(site, id, rows=RATE, columns="optimizer.name")
     assert turned.count("<button class='cell") == 2 * 3 and "<th scope='row'>1e-4</th>" in turned
-    assert ("optimizer.name", "optimizer.name") in compare.axes(compare.read(site, id))
+    assert ("optimizer.name", "optimizer.name") in compare_grid.axes(compare.read(site, id))
 
 
 def test_answers_are_read_in_the_grid(site, swept, answered):
     """Right and wrong, and what was wanted; while training too."""
     id = "grid/comparison"
-    shown = compare.grid(site, id)
+    shown = compare_grid.grid(site, id)
     assert shown.count("✓ red") == 3 * 2 and shown.count("✗ &lt;two&gt; <s>three or 3</s>") == 3 * 2
     assert "<img" not in shown, "cards with words on them cannot be read that small"
-    one = compare.grid(site, id, prompt=2)
+    one = compare_grid.grid(site, id, prompt=2)
     assert one.count("<img") == 6 and "✓ red" not in one and one.count("✗") == 6
-    while_training = compare.grid(site, id, step=2)
+    while_training = compare_grid.grid(site, id, step=2)
     assert while_training.count("✗ blue") == 4 and while_training.count("right</small>") == 2, "the base's"
-    assert "step 2" in (drawn := runs.samples(site, sweeps.cells(swept)[0].id, 2)) and "blue" in drawn
+    assert "step 2" in (drawn := runs_detail.samples(site, sweeps.cells(swept)[0].id, 2)) and "blue" in drawn
     assert ">question<" in drawn and "/data/" not in drawn and "✗" in drawn
 
 
 def test_odd_records_stop_nothing(site, run, swept, answered):
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "": 1.0, "_": 2.0, "val_": 3.0, "loss": "x"}\n')
-    assert runs.charts(site, "one").count("<figcaption>") > 4
+    assert runs_curves.charts(site, "one").count("<figcaption>") > 4
     for place in (swept.folder / "comparison" / "cells").iterdir():
         odd = [{"answer": 5, "score": "x"}, {"answer": "no", "score": 0, "wanted": 7}, {"score": [], "wanted": "y"}]
         (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
-    assert "✗ no <s>7</s>" in (shown := compare.grid(site, "grid/comparison")) and ">5</span>" in shown
+    assert "✗ no <s>7</s>" in (shown := compare_grid.grid(site, "grid/comparison")) and ">5</span>" in shown
 
 
 def test_what_a_comparison_can_be_told(site, run, finish):
     """By the pipeline's own record: what draws has a scale, what answers has prompts, what classifies has neither."""
-    assert set(compare.asked(site, ["one"])) == {"prompts", "count", "scale", "seed"}
+    assert set(compare.accepted(site, ["one"])) == {"prompts", "count", "scale", "seed"}
     for pipeline, wanted in (("instruction_tuning", {"prompts", "count"}), ("audio_visual", set())):
         config = configs.load(f"{pipeline}/demo", [f"runs={site.store.root}"])
         finish(site.store.create(config, id=pipeline))
-        assert set(compare.asked(site, [pipeline])) == wanted
-    assert compare.asked(site, []) == compare.asked(site, ["../one"]) == {}
+        assert set(compare.accepted(site, [pipeline])) == wanted
+    assert compare.accepted(site, []) == compare.accepted(site, ["../one"]) == {}
     compare.generate(site, ["audio_visual"], "a cat", 3, 0.7)
     (job,) = background.jobs(site.store.root)
     assert job.asked == {}
@@ -304,7 +316,7 @@ def test_what_a_comparison_can_be_told(site, run, finish):
 
 def test_what_is_possible_now(site, run, swept):
     def can(id: str) -> list[bool]:
-        return [update["interactive"] for update in runs.possible(site, id)]
+        return [update["interactive"] for update in runs_detail.possible(site, id)]
 
     assert can("") == can("nobody") == [False] * 3
     assert can("one") == [False] * 3, "it is done"
@@ -331,7 +343,7 @@ def test_charts_of_every_kind(site):
     with made.session(signals=False):
         for step in (1, 2):
             made.metric(step, loss=1.0, rate=0.1, **{name: step / 2 for name in names})
-    shown = runs.charts(site, "av")
+    shown = runs_curves.charts(site, "av")
     for title in ("validation accuracy", "validation loss joint", "weight audio", "α, the joint gradient", "α<"):
         assert f"<figcaption>{title}" in shown
 
@@ -343,8 +355,8 @@ def test_long_curves_keep_their_spikes_and_little_else(site):
     values[77_777] = 9.0
     lines = (f'{{"step": {step}, "time": {step}, "loss": {value}}}\n' for step, value in enumerate(values, 1))
     (made.folder / "metrics.jsonl").write_text("".join(lines))
-    points = runs.read_curves(made)["loss"]
-    assert len(points) <= runs.MOST_POINTS and (77_778, 9.0) in points and points[-1] == (100_000, 1.0)
+    points = runs_curves.read_curves(made)["loss"]
+    assert len(points) <= runs_curves.MOST_POINTS and (77_778, 9.0) in points and points[-1] == (100_000, 1.0)
     steps = [step for step, _ in points]
     assert steps == sorted(set(steps)) and max(b - a for a, b in pairwise(steps)) < 200, "evenly"
     path = draw.chart("loss", {"loss": points}).split('points="')[1].split('"')[0].split()
@@ -367,12 +379,14 @@ def test_marks_beside_an_axis_are_round():
 def test_two_cells_under_a_slider(site, swept):
     id = "grid/comparison"
     first, second = (cell.id for cell in sweeps.cells(swept)[:2])
-    alone = compare.cell_detail(site, id, [first], 0)
+    alone = compare_cell.cell_detail(site, id, [first], 0)
     assert "before-after" not in alone and "5 steps." in alone
-    both = compare.cell_detail(site, id, [first, second], 0)
+    both = compare_cell.cell_detail(site, id, [first, second], 0)
     assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
     assert "optimizer.name" not in both, "they have the same one"
-    assert "learning rates that worked" in compare.curve(site, id) and "Table (CSV)" in compare.export(site, id)
+    assert "learning rates that worked" in compare_numbers.curve(site, id) and "Table (CSV)" in compare_numbers.export(
+        site, id
+    )
 
 
 def test_a_comparison_of_runs_that_drew_once_is_opened(site, swept, ask):
@@ -395,8 +409,8 @@ def test_numbers_out_of_bounds_are_taken_for_the_nearest(site, run, swept, ask):
     for scale in (99, -1, None):
         assert "drawn at scale" in (said := str(ask("by_scale", ["grid"], "grid/comparison", scale))) or scale is None
         assert scale != 99 or "scale 10 yet" in said
-    ask("select", "", "all", "youngest", event={"id": "one"})
-    assert "step 2<" in str(ask("refresh", "", "all", "youngest", None, 1, None, None))
+    ask("select", "", "all", "newest", event={"id": "one"})
+    assert "step 2<" in str(ask("refresh", "", "all", "newest", None, 1, None, None))
 
 
 def test_count_is_a_whole_number_of_some_size(site, swept, ask, monkeypatch):
@@ -425,7 +439,7 @@ def test_samples_stand_under_the_prompt_and_step_that_they_are_of(site, swept, d
     assert compare.steps(site, compare.read(site, drawn_anew)) == [], "that prompt was not drawn while training"
     first = sweeps.cells(swept)[0]
     (first.samples / "step-00000002").rename(first.samples / "step-00000004")
-    shown = compare.grid(site, "grid/comparison", step=3)
+    shown = compare_grid.grid(site, "grid/comparison", step=3)
     assert shown.count(">step 2<") == 3 and shown.count(">step 4<") == 1 and "step 3" not in shown
 
 
@@ -450,7 +464,7 @@ def test_the_scale_begins_where_the_runs_have_it(site, finish, monkeypatch):
 
 
 def test_what_a_cell_has_and_others_have(site, swept):
-    shown = compare.cell_detail(site, "grid/comparison", [sweeps.cells(swept)[0].id], 0)
+    shown = compare_cell.cell_detail(site, "grid/comparison", [sweeps.cells(swept)[0].id], 0)
     assert "<td>optimizer.name</td><td>adamw</td><td>scaled_adamw</td>" in shown
 
 
@@ -463,7 +477,7 @@ def test_a_job_that_comes_to_nothing_says_why(site, swept):
     while background.jobs(site.store.root)[0].state == "running":
         assert time.monotonic() < end
         time.sleep(0.2)
-    assert "came to nothing" in compare.working(site, ["grid"])
+    assert "The last comparison failed" in compare.working(site, ["grid"])
 
 
 def test_what_cannot_be_is_not_promised(site, run, swept, finish):
@@ -473,18 +487,18 @@ def test_what_cannot_be_is_not_promised(site, run, swept, finish):
         shutil.rmtree(made.samples)
         made.samples.mkdir()
     for id, words in (("grid", "one of its cells"), ("heard", "draws none"), ("one", "Compare draws")):
-        assert words in (shown := runs.samples(site, id)) and "Sample now" not in shown
-    seen = {id: runs.possible(site, id)[1]["visible"] for id in ("one", "grid", "heard")}
+        assert words in (shown := runs_detail.samples(site, id)) and "Sample now" not in shown
+    seen = {id: runs_detail.possible(site, id)[1]["visible"] for id in ("one", "grid", "heard")}
     assert seen == {"one": True, "grid": False, "heard": False}
 
 
 def test_what_is_missing_is_named(site, run, swept):
     """By the run's id and the file's name, and never by where on the server it lies."""
     (run.folder / "config.yaml").unlink()
-    heading, curves, *_, config, _ = runs.detail(site, "one", None)
+    heading, curves, *_, config, _ = runs_detail.detail(site, "one", None)
     assert "5 of 5" in heading and "<svg" in curves and "one/config.yaml cannot be read: No such file" in config
     shutil.rmtree(run.folder)
-    gone = runs.detail(site, "one", None)[0]
+    gone = runs_detail.detail(site, "one", None)[0]
     assert "no run &#x27;one&#x27;" in gone and str(site.store.root) not in gone
     (swept.folder / "comparison" / "table.json").write_text("{}")
     with pytest.raises(InputError, match=r"^grid/comparison: holds no comparison"):
@@ -503,14 +517,14 @@ def test_a_comparison_speaks_of_its_own_pictures(site, swept, finish):
         cell["pictures"] *= bool(cell["run"])
     file.write_text(json.dumps(table))
     said = compare.pictured(site, compare.read(site, "grid/comparison"))
-    assert said == {"label": "Picture", "info": "0: the first of each; 1: confusion, joint; 2: confusion, audio"}
-    assert compare.grid(site, "grid/comparison").count("the base has none") == 2
+    assert said == {"label": "Picture", "info": "0 shows the first of each. 1: confusion, joint; 2: confusion, audio"}
+    assert compare_grid.grid(site, "grid/comparison").count("the base has none") == 2
     for chosen in (["base"], ["heard", "base"], ["base", "heard"]):
-        assert "no picture of the untouched base" in compare.cell_detail(site, "grid/comparison", chosen, 0)
+        assert "no picture of the untouched base" in compare_cell.cell_detail(site, "grid/comparison", chosen, 0)
 
 
 def test_all_that_a_comparison_wrote_is_linked(site, swept):
-    links = compare.export(site, "grid/comparison")
+    links = compare_numbers.export(site, "grid/comparison")
     for name in ("grid.png", "grid-00.png", "grid-01.png", "report.html", "table.csv", "table.json"):
         assert (swept.folder / "comparison" / name).is_file() and f"/{name}?download=1" in links
 

@@ -10,11 +10,24 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from pydantic import Field
 
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
-from equipoise.ui import compare, draw, launch, runs
+from equipoise.pipelines.config.records import LocalPath, RunConfig, Section
+from equipoise.ui import (
+    api,
+    compare,
+    compare_cell,
+    compare_grid,
+    draw,
+    forms,
+    launch,
+    launch_pictures,
+    runs,
+    runs_detail,
+)
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -111,10 +124,10 @@ def test_ids_are_ids(site, run, secret):
             runs.open_run(site, id)
         for what in ("stop", "resume", "delete", "sample"):
             with pytest.raises(InputError):
-                runs.act(site, id, what, 1)
+                runs_detail.act(site, id, what, 1)
         with pytest.raises(InputError):
             compare.generate(site, [id], "a cat", 1, 1.0)
-        assert "notice bad" in runs.detail(site, id, None)[0]
+        assert "notice bad" in runs_detail.detail(site, id, None)[0]
     assert run.folder.is_dir()
 
 
@@ -123,7 +136,7 @@ def test_a_run_that_is_a_link_is_not_opened(site, run, tmp_path):
     run.folder.rename(other)
     (site.store.root / "one").symlink_to(other)
     with pytest.raises(InputError, match="outside"):
-        runs.act(site, "one", "delete", 1)
+        runs_detail.act(site, "one", "delete", 1)
     assert other.is_dir()
 
 
@@ -152,7 +165,7 @@ def test_one_walks_through_folders_and_not_out(site):
 
 def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
     """Neither those of files nor those of folders, nor those behind links within the root."""
-    cats, shown = site.data["photos"] / "cats", launch.forms.show(configs.load("text_to_image/demo"))
+    cats, shown = site.data["photos"] / "cats", forms.show(configs.load("text_to_image/demo"))
     (site.data["photos"] / "dogs").mkdir()
     (tmp_path / "private.png").touch()
 
@@ -174,7 +187,7 @@ def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
 
 def test_data_is_confined_to_its_roots(site, tmp_path):
     (tmp_path / "private").mkdir()
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    shown = forms.show(configs.load("text_to_image/demo"))
     for place in (str(tmp_path / "private"), "/etc", "~", "../..", "photos/../private", "photos/out"):
         with pytest.raises((ConfigError, InputError), match="may read"):
             launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "data.folder": place}, [])
@@ -218,6 +231,58 @@ def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_pa
         assert site.problems(configs.set_keys(base, {key: "owner/name"}))
 
 
+def test_a_sweep_leads_out_no_more_than_its_cells(site, tmp_path, run):
+    """In the form and at /check, which opens what it estimates; and it is kept where the server keeps runs."""
+    private = str(tmp_path / "private")
+    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    for axis in ({"model.path": ["demo", private]}, {"data": [{"folder": private}]}, {"judges.clip": [private]}):
+        text = configs.dump(configs.load("text_to_image/demo")).replace("sweep: {}", f"sweep: {json.dumps(axis)}")
+        with pytest.raises(ConfigError, match="may read"):
+            api.check(site, 1, text)
+        with pytest.raises(ConfigError, match="may read"):
+            launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "sweep": json.dumps(axis)}, [])
+    text = configs.dump(configs.load("text_to_image/demo", [f"runs={private}"]))
+    assert f"runs: {site.store.root}" in api.check(site, 1, text)["yaml"]
+    with pytest.raises(ConfigError, match="runs: is no axis"):
+        api.check(site, 1, text.replace("sweep: {}", f"sweep: {{runs: [{private}]}}"))
+    assert not (tmp_path / "private").exists()
+
+
+@pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
+def test_a_revision_leads_nowhere_else(name):
+    """Hubs' libraries make a path of it."""
+    base = configs.load(name)
+    keys = [key for key in configs.flat(base) if key.endswith((".revision", ".variant"))]
+    assert keys
+    for key in keys:
+        for good in ("main", "refs/pr/1", "v1.0", "0123456789abcdef", "fp16"):
+            assert configs.flat(configs.set_keys(base, {key: good}))[key] == good
+        for bad in ("/etc/passwd", "../../x", "a/../b", "a//b", "", ".", "a/.", "~", "a\\b", "a\n"):
+            with pytest.raises(ConfigError, match=f"{key}: must be a branch"):
+                configs.set_keys(base, {key: bad})
+
+
+def test_paths_in_lists_and_records_of_others_are_confined_too(site, tmp_path):
+    class Lists(Section):
+        many: list[LocalPath] = Field([], description="d")
+        some: list[LocalPath] | None = Field(None, description="d")
+        named: dict[str, LocalPath] = Field({}, description="d")
+        unmarked: str = Field("", description="d")
+
+    class Others(RunConfig):
+        pipeline: str = "others"
+        name: str = "run"
+        lists: Lists = Field(default_factory=Lists)
+
+    inside, outside = str(site.data["photos"] / "cats"), str(tmp_path / "private")
+    for value in ({"many": [outside]}, {"some": [inside, outside]}, {"named": {"a": outside}}, {"unmarked": outside}):
+        assert len(site.problems(Others(lists=value))) == 1, value
+    assert site.problems(Others(lists={"many": [inside], "named": {"a": inside}, "unmarked": "a word"})) == []
+    with pytest.raises(ValueError, match="names no file"):
+        Lists(many=[inside, ""])
+    assert Lists(named={"a": "~/x"}).named == {"a": str(Path.home() / "x")}
+
+
 WORDS = {  # texts that nothing opens; what is opened is of the type LocalPath, DataPath, ModelPath or BasePath
     *("name", "optimizer.name", "objective.name", "coordinator.name", "token.name", "token.start", "prior.prompt"),
     *("model.revision", "model.variant", "model.audio.revision", "model.visual.revision", "model.text.revision"),
@@ -235,7 +300,7 @@ def test_no_key_that_is_opened_goes_without_its_mark(name):
 def test_a_pipeline_begins_with_a_shipped_configuration_and_no_file(site, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(configs.dump(configs.load("text_to_image/demo")))
-    shown = launch.forms.show(configs.load("text_to_image/demo"))
+    shown = forms.show(configs.load("text_to_image/demo"))
     for name in (str(file), "/etc/passwd", "../mine.yaml"):
         with pytest.raises(InputError, match="not the name of a shipped configuration"):
             launch.plan(site, "text_to_image", name, shown, [])
@@ -247,7 +312,7 @@ def test_words_are_no_paths(site, tmp_path, monkeypatch, text):
     for name in ("vase", "text_to_image", "cosine"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    shown = launch.forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
+    shown = forms.show(configs.load("text_to_image/demo")) | {"name": "vase", "schedule.name": "cosine"}
     words = {"samples.prompts": text, "samples.negative": text, "data.instance_prompt": text}
     made = launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, **words}, [])
     assert made.config.samples.prompts == [text] and made.config.name == "vase"
@@ -260,7 +325,7 @@ def test_links_in_a_circle_are_passed_over(site):
     (site.data["photos"] / "loop").symlink_to("loop")
     assert "photos/cats" in choices(site) and "photos/loop" not in choices(site)
     with pytest.raises(InputError, match="leads out"):
-        site.place("photos/loop")
+        site.path("photos/loop")
 
 
 def test_markup_is_shown_as_text(site, finish, swept):
@@ -269,8 +334,8 @@ def test_markup_is_shown_as_text(site, finish, swept):
         site.store.create(config, id="x"), "failed", message="<script>alert(1)</script> <img src=x onerror=alert(1)>"
     )
     site.store.get("x").log("<script>alert(2)</script>")
-    shown = "".join([runs.table(site), *map(str, runs.detail(site, "x", None)[:4])])
-    shown += compare.grid(site, "grid/comparison") + compare.cell_detail(site, "grid/comparison", ["base"], 1)
+    shown = "".join([runs.table(site), *map(str, runs_detail.detail(site, "x", None)[:4])])
+    shown += compare_grid.grid(site, "grid/comparison") + compare_cell.cell_detail(site, "grid/comparison", ["base"], 1)
     for tag in ("<script", "<img src=x", "<i>cat", "<b>seen"):
         assert tag not in shown
     assert "&lt;script&gt;" in shown and "&lt;i&gt;cat" in shown
@@ -302,10 +367,10 @@ def test_uploads(site, tmp_path):
             check_picture(tmp_path / name, name)
     for name in ("", "../up", "a/b", "a b", "x" * 80):
         with pytest.raises(InputError, match="one word"):
-            launch.save_pictures(site, name, [str(good)], [])
+            launch_pictures.save_pictures(site, name, [str(good)], [])
     with pytest.raises(InputError, match="choose 1 to"):
-        launch.save_pictures(site, "many", [str(good)] * (PICTURES + 1), [])
-    folder = Path(launch.save_pictures(site, "mine", [str(good)], [["a.png", "a <b>red</b> square"]]))
+        launch_pictures.save_pictures(site, "many", [str(good)] * (PICTURES + 1), [])
+    folder = Path(launch_pictures.save_pictures(site, "mine", [str(good)], [["a.png", "a <b>red</b> square"]]))
     assert folder.parent == site.store.root / "uploads"
     assert json.loads((folder / "metadata.jsonl").read_text()) == {
         "file_name": "000.png",
@@ -314,11 +379,20 @@ def test_uploads(site, tmp_path):
     assert str(folder) in choices(site) and site.store.list() == []
 
 
+def test_a_photograph_with_another_behind_it_is_a_jpeg(tmp_path):
+    """As phones take them, with a picture of the depth: what Pillow calls MPO."""
+    two = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    two[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=two[1:])
+    assert check_picture(tmp_path / "a.jpg", "a.jpg") == ".jpg"
+
+
 def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
     """Whatever it is called: pipelines find pictures by their suffixes."""
     for name, kind in (("a.jfif", "JPEG"), ("b.html", "PNG"), ("c.png", "WEBP")):
         Image.new("RGB", (8, 8)).save(tmp_path / name, format=kind)
-    kept = launch.save_pictures(site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], [])
+    kept = launch_pictures.save_pictures(
+        site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], []
+    )
     assert sorted(file.name for file in Path(kept).iterdir()) == ["000.jpg", "001.png", "002.webp", "metadata.jsonl"]
 
 
@@ -342,6 +416,11 @@ def test_uploads_do_not_pile_up(site, serve, tmp_path):
             answer = client.post("/gradio_api/upload", files=files)
             assert answer.status_code == wanted, answer.text
         assert client.post("/gradio_api/upload", content=iter([b"x"])).status_code == 411
+        lying = {"content-length": "5", "transfer-encoding": "chunked"}
+        assert client.post("/gradio_api/queue/join", content=iter([b"x" * 100]), headers=lying).status_code in (
+            400,
+            411,
+        )
     for path, length in (("/gradio_api/upload", ROOM + 1), ("/gradio_api/queue/join", UPLOAD + 1)):
         said = HTTPConnection("127.0.0.1", server.port, timeout=60)
         said.putrequest("POST", path)
@@ -358,7 +437,9 @@ def test_used_pictures_are_not_kept_twice(site, tmp_path, monkeypatch):
     monkeypatch.setenv(launch.UPLOADED, str(tmp_path / "kept"))
     for place in (tmp_path / "kept", tmp_path):
         (place / "a.png").touch()
-    launch.forget([str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")])
+    launch_pictures.forget(
+        [str(tmp_path / "kept" / "a.png"), str(tmp_path / "a.png"), str(tmp_path / "kept" / ".." / "a.png")]
+    )
     assert not (tmp_path / "kept" / "a.png").exists() and (tmp_path / "a.png").exists(), "only what lies there"
 
 

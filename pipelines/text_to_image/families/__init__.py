@@ -1,37 +1,22 @@
 """The kinds of models that can be tuned, one file each; loop, data, sampling and saving are shared.
 
-A new family is a subclass of `Family` in a file of its own here, and its line in FAMILIES. Torch is not imported here.
+A new family is a subclass of `Family`, named by an entry point in the group `equipoise.families` under the class that a
+checkpoint's model_index.json names. Torch is not imported here.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from equipoise.pipelines.config.keys import is_set
+from equipoise import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from equipoise.pipelines.text_to_image.config import TextToImageConfig
+TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"  # what comes with Equipoise
 
-FAMILIES = {  # the class in a checkpoint's model_index.json → the module here and the class in it
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-    "ZImagePipeline": ("z_image", "ZImage"),
-}
-FORMATS = ("diffusers", "kohya", "comfyui")  # of LoRA files: what layers are called in them
-TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"
-
-READ = {  # by the way of adding noise, which of the section `noise` it reads
-    "diffusion": ("offset", "prediction", "zero_terminal_snr", "snr_gamma"),
-    "flow": ("offset", "times", "mean", "std", "mode_scale", "shift"),
-}
-
-
-NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in nothing but noise where the noise is what is learnt
+NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in pure noise where the noise is what is predicted
     "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
     "the last step of such a schedule there is nothing else to see."
 )
@@ -47,21 +32,21 @@ class Family(ABC):
     tuned_encoders: ClassVar[tuple[str, ...]] = ()  # those that diffusers' LoRA loader knows
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a checkpoint may be without
     left_out: ClassVar[tuple[str, ...]] = ()  # components of the pipeline class that nobody needs here
-    targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors unless told
+    targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors by default
     shape: ClassVar[tuple[str, ...]] = ()  # keys of the denoiser's config that other apps' names depend on
 
     noise: ClassVar[Literal["diffusion", "flow"]]  # how it is added: see `families.noise`
-    times: ClassVar[str] = "uniform"  # flow: how they are drawn unless told, as diffusers' script does
+    times: ClassVar[str] = "uniform"  # flow: how they are drawn by default, as diffusers' script does
     preconditioned: ClassVar[bool] = False  # flow: the loss is of the picture that is predicted, not of the velocity
     mean_latents: ClassVar[bool] = False  # trained on the autoencoder's means, not on draws from what it gives
-    distilled: ClassVar[bool] = False  # may be told the guidance in place of being guided
+    distilled: ClassVar[bool] = False  # takes the guidance as an input, in place of being guided
     negative: ClassVar[bool] = True  # reads negative prompts
-    words: ClassVar[bool] = False  # diffusers loads textual inversions for it, into the tuned encoders
+    loads_textual_inversion: ClassVar[bool] = False  # diffusers does for it, into the tuned encoders
 
     network: ClassVar[str] = "networks.lora"  # the module of kohya's scripts that reads such a file
     patch: ClassVar[int] = 1  # cells of the latents to a side of one token
     native: ClassVar[int | None] = None  # pixels, where the denoiser's config does not say
-    guidance: ClassVar[float] = 7.0  # for samples, unless told
+    guidance: ClassVar[float] = 7.0  # for samples, by default
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -79,7 +64,7 @@ class Family(ABC):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 3.5,
     ) -> "Tensor":
         """The denoiser's answer, of the shape of `noisy`.
@@ -88,9 +73,9 @@ class Family(ABC):
             noisy: (batch, channels, height, width), of the denoiser's dtype.
             times: (batch,) timesteps.
             embedded: from `embed`.
-            places: (batch, 6) pixels: height and width of the picture before it was cut, top and left of the cut, and
+            crops: (batch, 6) pixels: height and width of the picture before it was cut, top and left of the cut, and
                 height and width of the cut.
-            guidance: what a distilled model is told.
+            guidance: the input of a distilled model.
         """
 
     def draw(
@@ -128,7 +113,7 @@ class Family(ABC):
         return set()
 
     def fused(self, part: str, module: str, shape: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
-        """Where kohya's layer of that name is several of ours, one below the other: this one's place among them, and
+        """Where kohya's layer of that name is several of ours, one below the other: this one's index among them, and
         the rows of each."""
         return None
 
@@ -143,39 +128,33 @@ class Family(ABC):
         return False
 
     @abstractmethod
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
-        """What kohya's scripts and Stability's ModelSpec call the base."""
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
+        """What kohya's scripts and Stability's ModelSpec call the base, by what its denoiser predicts."""
+
+    def is_kohyas_v2(self, shape: Mapping[str, Any]) -> bool:
+        """Whether the base is a Stable Diffusion 2.x; kohya's files tell it from 1.x by that."""
+        return False
 
 
 def family(pipeline: str) -> Family:
-    """The family of a class in FAMILIES."""
-    module, name = FAMILIES[pipeline]
-    return getattr(import_module(f"{__name__}.{module}"), name)()
+    """The family of a checkpoint's class, as its model_index.json names it.
+
+    Raises:
+        InputError: No distribution has one, more than one has, or it cannot be used.
+    """
+    return _loaded(pipeline)()
+
+
+@cache  # asked for each layer
+def _loaded(pipeline: str) -> type[Family]:
+    return registry.load("families", pipeline)
+
+
+def known() -> list[str]:
+    """The classes that there is a family for."""
+    return [entry.name for entry in registry.entries("families") if not entry.error]
 
 
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:
     """What other apps' names depend on: the family, and some of the denoiser's config."""
     return {"family": pipeline} | {key: denoiser[key] for key in family(pipeline).shape}
-
-
-def unread(config: "TextToImageConfig", kind: Family) -> list[str]:
-    """A sentence for everything that is set and that a base of this family would not read."""
-    found = []
-    known = (*READ[kind.noise], *(["guidance"] if kind.distilled else []))
-    for key in type(config.noise).model_fields:
-        if key not in known and is_set(config.noise, key):
-            others = ", ".join(f"noise.{name}" for name in known)
-            found.append(f"noise.{key}: has no effect on {kind.title}, which reads {others}.")
-    times = config.noise.times or kind.times
-    for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
-        if key in known and times != only and is_set(config.noise, key):
-            found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
-    if config.lora.text_encoder and not kind.tuned_encoders:
-        found.append(
-            f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."
-        )
-    if config.token.name and not kind.words:
-        found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
-    if config.samples.negative and not kind.negative:
-        found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")
-    return found

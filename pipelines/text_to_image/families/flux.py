@@ -1,6 +1,6 @@
 """FLUX.1 (Black Forest Labs, 2024): a transformer that reads T5's words, CLIP's summary, and latents in fours.
 
-The dev model is distilled: it is told how strongly to be guided in place of being guided. Schnell is not told.
+The dev model is distilled: it is given how strongly to be guided in place of being guided. Schnell is not told.
 """
 
 import re
@@ -53,6 +53,8 @@ _MLP = 4  # times the width, in the single blocks
 
 
 class Flux(TransformerFamily):
+    """A transformer that reads T5's words, CLIP's summary, and latents in fours."""
+
     pipeline = "FluxPipeline"
     network = "networks.lora_flux"
     title = "FLUX.1"
@@ -89,7 +91,7 @@ class Flux(TransformerFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 3.5,
     ) -> "Tensor":
         from diffusers import FluxPipeline
@@ -144,5 +146,5 @@ class Flux(TransformerFamily):
     def swapped(self, part: str, module: str, shape: Mapping[str, Any]) -> bool:
         return module == "norm_out.linear"
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "flux1", "flux-1-dev" if shape["guidance_embeds"] else "flux-1-schnell"

@@ -18,12 +18,14 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.text_to_image.config import NoiseSection
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family
+from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
 
 class Noise(ABC):
-    """One way of adding noise. Times are what the denoiser is told: (batch,)."""
+    """One way of adding noise. Times are what the denoiser is given: (batch,)."""
+
+    prediction: str | None = None  # what the denoiser answers, where there is a choice
 
     def __init__(self, section: NoiseSection, kind: Family):
         self.section, self.kind = section, kind
@@ -103,12 +105,12 @@ class Flow(Noise):
     def times(self, count: int, generator: torch.Generator) -> Tensor:
         section, kind = self.section, self.section.times or self.kind.times
         if kind == "logit_normal":
-            place = torch.normal(section.mean, section.std, (count,), generator=generator).sigmoid()
+            fractions = torch.normal(section.mean, section.std, (count,), generator=generator).sigmoid()
         else:
-            place = torch.rand((count,), generator=generator)
+            fractions = torch.rand((count,), generator=generator)
         if kind == "mode":
-            place = 1 - place - section.mode_scale * ((math.pi * place / 2).cos().square() - 1 + place)
-        return self.at(place)
+            fractions = 1 - fractions - section.mode_scale * ((math.pi * fractions / 2).cos().square() - 1 + fractions)
+        return self.at(fractions)
 
     def at(self, fractions: Tensor) -> Tensor:
         return self.table[(fractions * self.steps).long().clamp(0, self.steps - 1)]
@@ -127,8 +129,8 @@ class Flow(Noise):
 
 _SCHEDULERS: dict[str, type] = {"diffusion": DDIMScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 _KINDS: dict[str, type] = {"diffusion": Diffusion, "flow": Flow}
-# DDIM cuts what it predicts to ±1, where pixels end, unless it is told not to. Latents have no such bounds, and the
-# configs of other schedulers, from which it is made, do not tell.
+# DDIM cuts what it predicts to ±1, where pixels end, unless it is set not to. Latents have no such bounds, and the
+# configs of other schedulers, from which it is made, do not set it.
 _BOUNDLESS: dict[str, dict[str, Any]] = {"diffusion": {"clip_sample": False}, "flow": {}}
 
 

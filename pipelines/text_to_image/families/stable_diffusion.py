@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 
 class StableDiffusion(UNetFamily):
+    """A U-Net that reads one CLIP text encoder, of another kind in 2.x."""
+
     pipeline = "StableDiffusionPipeline"
     title = "Stable Diffusion"
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
     tuned_encoders = ("text_encoder",)
-    words = True
+    loads_textual_inversion = True
     left_out = ("safety_checker", "feature_extractor", "image_encoder")
 
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
@@ -28,7 +30,7 @@ class StableDiffusion(UNetFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 0,
     ) -> "Tensor":
         return denoiser(noisy, times, **embedded).sample
@@ -37,11 +39,16 @@ class StableDiffusion(UNetFamily):
         return f"{'lora_unet' if part == 'unet' else 'lora_te'}_{module.replace('.', '_')}"
 
     def encoder(self, part: str, shape: Mapping[str, Any]) -> str:
-        return "clip_h" if _second(shape) else "clip_l"
+        return "clip_h" if _is_v2(shape) else "clip_l"
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
-        return ("sd_v2", "stable-diffusion-v2-512") if _second(shape) else ("sd_v1", "stable-diffusion-v1")
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
+        if not _is_v2(shape):
+            return "sd_v1", "stable-diffusion-v1"
+        return "sd_v2", "stable-diffusion-v2-768-v" if prediction == "v_prediction" else "stable-diffusion-v2-512"
+
+    def is_kohyas_v2(self, shape: Mapping[str, Any]) -> bool:
+        return _is_v2(shape)
 
 
-def _second(shape: Mapping[str, Any]) -> bool:
+def _is_v2(shape: Mapping[str, Any]) -> bool:
     return shape["cross_attention_dim"] == 1024  # 2.x has OpenCLIP's encoder, of that width

@@ -48,6 +48,8 @@ _ROWS = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add
 
 
 class StableDiffusion3(TransformerFamily):
+    """A transformer over picture and words together, which reads two CLIP encoders and T5."""
+
     pipeline = "StableDiffusion3Pipeline"
     network = "networks.lora_sd3"
     title = "Stable Diffusion 3"
@@ -90,7 +92,7 @@ class StableDiffusion3(TransformerFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 0,
     ) -> "Tensor":
         return denoiser(noisy, timestep=times, **embedded).sample
@@ -108,5 +110,5 @@ class StableDiffusion3(TransformerFamily):
         last = shape.get("num_layers", 0) - 1  # whose words are not answered
         return module in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "sd3", "stable-diffusion-3"

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 
 class StableDiffusionXL(UNetFamily):
+    """A U-Net that reads two CLIP text encoders and how a picture was cut."""
+
     pipeline = "StableDiffusionXLPipeline"
     title = "Stable Diffusion XL"
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     tuned_encoders = ("text_encoder", "text_encoder_2")
-    words = True
+    loads_textual_inversion = True
     left_out = ("feature_extractor", "image_encoder")
 
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
@@ -27,10 +29,10 @@ class StableDiffusionXL(UNetFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 0,
     ) -> "Tensor":
-        added = {"text_embeds": embedded["text_embeds"], "time_ids": places.to(noisy.dtype)}
+        added = {"text_embeds": embedded["text_embeds"], "time_ids": crops.to(noisy.dtype)}
         return denoiser(noisy, times, embedded["encoder_hidden_states"], added_cond_kwargs=added).sample
 
     def kohya(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
@@ -41,5 +43,5 @@ class StableDiffusionXL(UNetFamily):
     def encoder(self, part: str, shape: Mapping[str, Any]) -> str:
         return "clip_g" if part == "text_encoder_2" else "clip_l"
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"

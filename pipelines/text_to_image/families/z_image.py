@@ -22,6 +22,8 @@ _ROWS = {"to_q": 0, "to_k": 1, "to_v": 2}
 
 
 class ZImage(TransformerFamily):
+    """A transformer over one stream of picture and words, which are read by a language model."""
+
     pipeline = "ZImagePipeline"
     network = "networks.lora_zimage"
     title = "Z-Image"
@@ -56,7 +58,7 @@ class ZImage(TransformerFamily):
         noisy: "Tensor",
         times: "Tensor",
         embedded: "Mapping[str, Tensor]",
-        places: "Tensor",
+        crops: "Tensor",
         guidance: float = 0,
     ) -> "Tensor":
         import torch
@@ -108,5 +110,5 @@ class ZImage(TransformerFamily):
         row = _ROWS.get(module.rsplit(".", 1)[-1])
         return None if part != self.denoiser or row is None else (row, (shape["dim"],) * 3)
 
-    def versions(self, shape: Mapping[str, Any]) -> tuple[str, str]:
+    def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
         return "zimage", "z-image"

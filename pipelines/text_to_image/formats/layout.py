@@ -8,9 +8,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from equipoise.errors import InputError, UnknownNameError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.records import HUB_ID
-from equipoise.pipelines.text_to_image.families import FAMILIES, TITLES, Family, family
+from equipoise.pipelines.text_to_image.families import TITLES, Family, family, known
 from equipoise.pipelines.training.layers import named_by, unmatched
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
@@ -33,7 +34,7 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
         if folder.suffix == ".safetensors":
             return [
                 f"model.path: {folder} is a single-file checkpoint. Convert it once, by the pipeline that it is for "
-                f'({", ".join(FAMILIES)}): StableDiffusionPipeline.from_single_file("{folder}")'
+                f'({", ".join(known())}): StableDiffusionPipeline.from_single_file("{folder}")'
                 ".save_pretrained(FOLDER), then give FOLDER."
             ]
         return [
@@ -83,8 +84,13 @@ def _index_problems(described: Mapping[str, Any] | None, index: Path, name: str)
     """Why the checkpoint that this model_index.json describes is of another kind."""
     if described is None:
         return [f"model.path: {index} is not a JSON object."]
-    if (kind := str(described.get("_class_name"))) not in FAMILIES:
-        return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(FAMILIES)})."]
+    kind = str(described.get("_class_name"))
+    try:
+        family(kind)
+    except UnknownNameError:
+        return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(known())})."]
+    except InputError as error:
+        return [f"model.path: {name} is a {kind}: {error}"]
     return []
 
 
@@ -114,7 +120,7 @@ def native_resolution(path: str, revision: str | None = None) -> int | None:
         kind = family(read_index(path, revision).get("_class_name", ""))
         denoiser = read_config(path, kind.denoiser, revision)
         return int(denoiser["sample_size"]) * _factor(read_config(path, "vae", revision))
-    except KeyError:  # another family, or one whose config leaves it out
+    except (KeyError, InputError):  # no family, or one whose config leaves it out
         return kind.native if "kind" in locals() else None
     except (OSError, TypeError, ValueError, OverflowError, RecursionError):  # sample_size may be missing, or a pair
         return None
@@ -125,7 +131,7 @@ def stride(path: str, revision: str | None = None) -> int | None:
     try:
         kind = family(read_index(path, revision).get("_class_name", ""))
         return _factor(read_config(path, "vae", revision)) * kind.patch
-    except (KeyError, OSError, TypeError, ValueError, RecursionError):
+    except (InputError, KeyError, OSError, TypeError, ValueError, RecursionError):
         return None
 
 

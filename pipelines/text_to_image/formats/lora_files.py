@@ -24,8 +24,9 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.files import explained
 from equipoise.pipelines.runs.checkpoints import save_tensors
-from equipoise.pipelines.text_to_image.families import FORMATS, family
+from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats.factors import Factors, exchanged, halves_exchanged, join, split
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 
 ADAPTER = "default"  # peft's name for the one that is trained
 COMFYUI_SIZES = "comfyui_sizes"  # in our metadata: the sizes of DoRA are times `proportions_of`
@@ -60,10 +61,8 @@ def name_in(format: str, layer: str, shape: Mapping[str, Any]) -> str:
         layer: as diffusers calls it, such as unet.mid_block.attentions.0.proj_in.
         shape: the base's, from `families.shape_of`.
     """
-    if format == "diffusers":
-        return layer
     part, module = layer.split(".", 1)
-    return getattr(family(shape["family"]), format)(part, module, shape)
+    return FORMATS[format](family(shape["family"]), part, module, shape)
 
 
 def factors_of(part: str, model: torch.nn.Module) -> dict[str, Factors]:

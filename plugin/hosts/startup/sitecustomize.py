@@ -10,7 +10,7 @@ import sys
 
 
 class Watcher:
-    """Finds what the other finders find, and acts once torch, and what of ours asked for it, is imported whole."""
+    """Finds what the other finders find, and acts once torch, and what of ours asked for it, is fully imported."""
 
     def __init__(self):
         self.depth = 0  # imports of torch and of ours that are under way
@@ -53,8 +53,8 @@ def install():
 def hand_on():
     """Run the sitecustomize behind this one, if there is any, as Python would have done."""
     here = os.path.dirname(__spec__.origin)
-    places = [index for index, entry in enumerate(sys.path) if os.path.abspath(entry) == here]
-    for index in reversed(places):
+    indices = [index for index, entry in enumerate(sys.path) if os.path.abspath(entry) == here]
+    for index in reversed(indices):
         del sys.path[index]
     ours = sys.modules.pop(__name__)
     try:
@@ -64,7 +64,7 @@ def hand_on():
             raise
         sys.modules[__name__] = ours
     finally:
-        sys.path[places[0] : places[0]] = [here]  # programs hand their sys.path on to their workers
+        sys.path[indices[0] : indices[0]] = [here]  # programs hand their sys.path on to their workers
 
 
 if __name__ == "sitecustomize":

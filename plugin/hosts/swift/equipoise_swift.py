@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from equipoise import attach, registry
 from equipoise.errors import InputError
-from equipoise.hosts.script import choose, read_pairs, refuse_deepspeed
+from equipoise.hosts.choice import choose, read_pairs, refuse_deepspeed
 from equipoise.hosts.trainer import put_in_place
 
 try:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from equipoise.errors import InputError
 
 
-def place(optimizer: Optimizer, index: int) -> str:
+def group_label(optimizer: Optimizer, index: int) -> str:
     return f"{type(optimizer).__name__}: parameter group {index}"
 
 

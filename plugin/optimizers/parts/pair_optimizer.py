@@ -77,7 +77,7 @@ class PairOptimizer:
         super().__setstate__(state)  # type: ignore[misc]
         for index, group in enumerate(self.param_groups):  # a state saved by another class lacks options: ours stay
             own = before[index] if index < len(before) else self.defaults
-            _fill(group, {name: own.get(name, value) for name, value in self._OPTIONS.items()})
+            fill_group(group, {name: own.get(name, value) for name, value in self._OPTIONS.items()})
         if "_hook" not in self.__dict__:  # copying and unpickling drop hooks
             self._hook = StepHook(None, scales="damping" in self._OPTIONS, found=found, norms=norms)
             self._hook.register(self)
@@ -91,67 +91,11 @@ def with_trust(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return options
 
 
-def _fill(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+def fill_group(group: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Give a group, perhaps loaded from another class's state, the options that it lacks; None counts as lacking."""
     for name, value in options.items():
         if group.get(name) is None:
             group[name] = value
-
-
-def attach(
-    optimizer: Optimizer,
-    model: nn.Module | None = None,
-    *,
-    damping: float | None = 1e-6,
-    damping_mode: str = "absolute",
-    order: str = "simultaneous",
-    trust: float | None = None,
-    reach: float | None = None,
-) -> Optimizer:
-    """Make an optimizer that exists already a scaled or bounded one, in place; its state, groups and schedulers stay.
-
-    The object's class becomes `scaled(its class)`, or `bounded(its class)` if `damping` is None. Options that a
-    parameter group already has win over the arguments.
-
-    Args:
-        optimizer: The optimizer, or accelerate's wrapper around it.
-        model: Where to look for the LoRA pairs. Without it, the modules that own the optimizer's tensors are searched.
-        damping: As in `ScaledAdamW`; None: no scaling, only the bound. (>= 0)
-        damping_mode: As in `ScaledAdamW`.
-        order: As in `ScaledAdamW`.
-        trust: As in `BoundedAdamW`; None: a tenth of reach, or no bound. (> 0)
-        reach: As in `BoundedAdamW`; None: no bound. (> 0)
-
-    Returns:
-        The same object.
-
-    Raises:
-        InputError: It treats its pairs already, is no optimizer, or an option is out of bounds.
-    """
-    from equipoise.optimizers.bounded import bounded
-    from equipoise.optimizers.scaled import scaled
-
-    inner = unwrap(optimizer)
-    if isinstance(optimizer, nn.Module):
-        raise InputError(f"attach(optimizer, model) takes the optimizer first; got a {type(optimizer).__name__}.")
-    if isinstance(inner, PairOptimizer):
-        raise InputError(f"This {type(inner).__name__} treats its LoRA pairs already; change its param_groups.")
-    options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach}
-    if damping is None:
-        if trust is None and reach is None:
-            raise InputError("attach() has nothing to do: damping, trust and reach are None. Give one of them a value.")
-        options = {"trust": trust, "reach": reach}
-    cls = (scaled if damping is not None else bounded)(type(inner))
-    check_options(inner, options)
-    try:
-        inner.__class__ = cls
-    except TypeError as error:
-        made = f"{'scaled' if damping is not None else 'bounded'}({type(inner).__name__})"
-        raise InputError(f"This {type(inner).__name__} cannot change its class; construct {made} instead.") from error
-    for group in inner.param_groups:
-        _fill(group, with_trust(options))
-    inner._work_on_pairs(options, model)
-    return optimizer
 
 
 def unwrap(optimizer: Any) -> Any:

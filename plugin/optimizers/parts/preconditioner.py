@@ -49,7 +49,7 @@ class Preconditioner:
         self.sides = list(sides)
         self._factors = list({id(factor): factor for side in sides for factor in (side.param, side.other)}.values())
         self._params = [side.param for side in self.sides]
-        self._seen: tuple[list, ...] = ()
+        self._layout: tuple[list, ...] = ()
         self._options: list[tuple[float, str]] = []
         self._batches: list[_Batch] = []
         self._counted = 0  # failures of earlier plans
@@ -69,15 +69,15 @@ class Preconditioner:
             options: (damping, damping mode) of each parameter group.
         """
         # Other programs move and replace what is behind a parameter; the plan holds views of it.
-        seen = (
+        layout = (
             list(map(Tensor.data_ptr, self._factors)),
             [factor.dtype for factor in self._factors],
             [param.grad is None for param in self._params],
         )
-        if seen != self._seen:
+        if layout != self._layout:
             self._counted = self.failures
             self._batches = _plan([side for side in self.sides if side.param.grad is not None])
-            self._seen, self._options = seen, []
+            self._layout, self._options = layout, []
         if options != self._options:
             for batch in self._batches:
                 batch.set_options(options)

@@ -53,7 +53,7 @@ class ProductBound:
             shapes = batches.setdefault((A.shape[0], dtype, A.device), {})
             shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
         self._batches = [
-            _Batch(self, room, portion)
+            _PairBatch(self, room, portion)
             for key, shapes in batches.items()
             for room, portion in portions(6, *key, list(shapes.values()))
         ]
@@ -103,7 +103,7 @@ class ProductBound:
                 batch.shrink(trust)
 
 
-class _Batch:
+class _PairBatch:
     """Pairs of one rank, dtype and device: their Gram matrices lie together, and c is found for all of them at once.
 
     Args:
@@ -133,7 +133,7 @@ class _Batch:
         buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
         self.parts = [
-            (_Single if alone else _Stack)(bound, indices, part, *buffers)
+            (_Single if alone else _PairStack)(bound, indices, part, *buffers)
             for (alone, indices), part in zip(chunks, grams, strict=True)
         ]
 
@@ -158,7 +158,7 @@ class _Batch:
             start = end
 
 
-class _Stack:
+class _PairStack:
     """Pairs of one shape, copied together: for factors so small that a call for each would cost more."""
 
     def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, before: Tensor, change: Tensor):

@@ -1,7 +1,7 @@
-"""LoRA factors that FSDP2 spreads over processes (DTensors): put together for the r×r arithmetic, and cut again.
+"""LoRA factors that FSDP2 shards over processes (DTensors): gathered for the r×r arithmetic, and sharded again.
 
-A Gram matrix mixes all rows of a factor, and a shard has some of them. So every process puts the factors together, and
-works out the same; what it writes back are its own rows. That takes an all-gather of each factor and of each gradient
+A Gram matrix mixes all rows of a factor, and a shard has some of them. So every process gathers the factors, and works
+out the same; what it writes back are its own rows. That takes an all-gather of each factor and of each gradient
 in a step, and two more of each factor for the bound.
 """
 
@@ -13,24 +13,24 @@ from torch import Tensor
 from equipoise.lora.pairs import is_dtensor
 
 
-class Whole:
-    """Whole copies of those of `factors` that are spread over processes; the others are their own."""
+class FullFactors:
+    """Full copies of those of `factors` that are sharded over processes; the others are their own."""
 
     def __init__(self, factors: Iterable[Tensor]):
-        spread = {id(factor): factor for factor in factors if is_dtensor(factor)}
-        self._copies = [(f, torch.empty(f.shape, dtype=f.dtype, device=f.device)) for f in spread.values()]
-        self._of = {id(factor): copy for factor, copy in self._copies}
-        self._spread = {id(copy): factor for factor, copy in self._copies}
+        sharded = {id(factor): factor for factor in factors if is_dtensor(factor)}
+        self._copies = [(f, torch.empty(f.shape, dtype=f.dtype, device=f.device)) for f in sharded.values()]
+        self._full = {id(factor): copy for factor, copy in self._copies}
+        self._sharded = {id(copy): factor for factor, copy in self._copies}
 
     def __bool__(self) -> bool:
         return bool(self._copies)
 
-    def of(self, factor: Tensor) -> Tensor:
-        return self._of.get(id(factor), factor)
+    def full(self, factor: Tensor) -> Tensor:
+        return self._full.get(id(factor), factor)
 
-    def spread(self, copy: Tensor) -> Tensor:
-        """What `copy` is the whole of."""
-        return self._spread.get(id(copy), copy)
+    def sharded(self, copy: Tensor) -> Tensor:
+        """The factor that `copy` is the full copy of."""
+        return self._sharded.get(id(copy), copy)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -44,26 +44,26 @@ class Whole:
             copy.grad = None if factor.grad is None else factor.grad.full_tensor()  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def cut(self) -> None:
+    def scatter(self) -> None:
         """Writes the copies into the factors."""
         for factor, copy in self._copies:
-            factor.copy_(_cut(copy, factor))
+            factor.copy_(_shard(copy, factor))
 
     @torch.no_grad()
-    def cut_grads(self) -> None:
+    def scatter_grads(self) -> None:
         for factor, copy in self._copies:
             if factor.grad is not None and copy.grad is not None:
-                factor.grad = _cut(copy.grad, factor.grad)
+                factor.grad = _shard(copy.grad, factor.grad)
             copy.grad = None
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor put together, where it is spread over processes."""
+    """A tensor put together, where it is sharded."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _cut(copy: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all processes have, spread as another is: each keeps its part, and none is sent."""
+def _shard(copy: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all processes have, sharded as another is: each keeps its part, and none is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from equipoise.errors import InputError
 from equipoise.lora.pairs import is_dtensor, live_roots, sharding
 from equipoise.optimizers.parts.arithmetic import real
-from equipoise.optimizers.parts.checks import check_not_negative, check_switches, fill_options, loss_of, place
+from equipoise.optimizers.parts.checks import check_not_negative, check_switches, fill_options, group_label, loss_of
 from equipoise.optimizers.parts.step_hook import is_nested, with_closure
 
 OPTIONS: dict[str, Any] = {"rho": (float, 0.05), "adaptive": (bool, False), "every": (int, 1)}  # (type, default)
@@ -192,7 +192,7 @@ def check_sharpness(optimizer: Any, given: Mapping[str, Any] | None = None) -> N
     """
     groups = [{**(given or {}), **group} for group in optimizer.param_groups]
     for index, group in enumerate(groups):
-        where, rho, every = place(optimizer, index), group["rho"], group["every"]
+        where, rho, every = group_label(optimizer, index), group["rho"], group["every"]
         check_not_negative(where, "rho", rho, " Try 0.05.")
         check_switches(where, group, "adaptive")
         rate = group.get("lr", 0.0)  # torch's own optimizers let NaN through

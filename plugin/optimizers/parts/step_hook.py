@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from equipoise.errors import InputError, PairingError
 from equipoise.lora.frozen import weight_norms
 from equipoise.lora.pairs import REPLACED, Pair, PairReport, find_pairs
-from equipoise.optimizers.parts.checks import check_not_negative, is_number, place
+from equipoise.optimizers.parts.checks import check_not_negative, group_label, is_number
 from equipoise.optimizers.parts.fused_adamw import match_layout
 from equipoise.optimizers.parts.preconditioner import Preconditioner, Side
 from equipoise.optimizers.parts.product_bound import ProductBound
-from equipoise.optimizers.parts.sharded import Whole, full
+from equipoise.optimizers.parts.sharded import FullFactors, full
 
 REACHED = 1.001  # times its reach that a pair may lie out when it is resumed: what rounding may add
 START = "equipoise_start"  # in the optimizer's state of a factor: as the adapter began, where reach is measured from
@@ -55,8 +55,8 @@ class StepHook:
         self._scales = scales
         self._matrices = False  # whether the optimizer was made for any
         self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
-        self._whole = Whole([])
-        self._sides: list[Side] = []  # of whole factors
+        self._factors = FullFactors([])
+        self._sides: list[Side] = []  # of full factors
         self._options: list[tuple[float, str, str]] = []
         self._early = Preconditioner([])  # what is scaled from the old factors
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
@@ -108,12 +108,12 @@ class StepHook:
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not is_nested(optimizer):
             if self._step.bound is not None or self._run.bound is not None:
-                self._whole.gather()
+                self._factors.gather()
                 for asked, beside in ((self._step, self._beside), (self._run, self._starts)):
                     if asked.bound is not None:
                         asked.bound.shrink(asked.limits(optimizer))
                         self._shrink_beside(optimizer, asked.bound, beside)
-                self._whole.cut()
+                self._factors.scatter()
             _restore(self._hidden)
             self._save_starts(optimizer)
 
@@ -131,10 +131,10 @@ class StepHook:
             self._params, self._options, self._starts = params, [], {}
             self._step.bound = self._run.bound = None
             group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            whole = self._whole = Whole(factor for p in self.found for factor in (p.A, p.B))
-            of = whole.of
-            self._sides = [Side(of(p.A), of(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
-            self._sides += [Side(of(p.B), of(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
+            self._factors = FullFactors(factor for p in self.found for factor in (p.A, p.B))
+            full = self._factors.full
+            self._sides = [Side(full(p.A), full(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
+            self._sides += [Side(full(p.B), full(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
         return self.found
 
     @property
@@ -147,7 +147,7 @@ class StepHook:
     def moved(self) -> dict[str, float]:
         if self._run.bound is None or not self._run.names:
             return {}
-        self._whole.gather()
+        self._factors.gather()
         return dict(zip(self._run.names, torch.stack(self._run.bound.moved()).tolist(), strict=True))
 
     def _remember(self, optimizer: Any) -> None:
@@ -160,7 +160,7 @@ class StepHook:
             if not asked.is_current(optimizer):
                 check_options(optimizer)
                 self._make(asked, optimizer)
-        self._whole.gather()
+        self._factors.gather()
         if self._step.bound is not None:
             self._step.bound.remember()
             self._beside = {key: z.clone() for key, z in _beside(optimizer, self._step.bound).items()}
@@ -183,10 +183,10 @@ class StepHook:
         values = asked.values(optimizer)
         if self.norms is None:
             self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
-        if self._whole and any("train_mode" in group for group in optimizer.param_groups):
+        if self._factors and any("train_mode" in group for group in optimizer.param_groups):
             raise InputError(
                 f"{type(optimizer).__name__}: the option {asked.option} cannot bound a schedule-free step of factors "
-                f"that FSDP2 spreads over processes. Leave {asked.option} out, or take another base."
+                f"that FSDP2 shards over processes. Leave {asked.option} out, or take another base."
             )
         pairs, norms, kinds, names = [], [], [], []
         for pair, norm in zip(self.found, self.norms, strict=True):
@@ -198,14 +198,14 @@ class StepHook:
                 names.append(pair.name)
         distinct = list(dict.fromkeys(kinds))
         bound = ProductBound(
-            [(self._whole.of(pair.A), self._whole.of(pair.B)) for pair in pairs],
+            [(self._factors.full(pair.A), self._factors.full(pair.B)) for pair in pairs],
             norms,
             [distinct.index(kind) for kind in kinds],
         )
         asked.set(optimizer, bound, distinct, names)
         if asked is self._run:
             bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
-            self._whole.gather()
+            self._factors.gather()
             self._refuse_far_out(optimizer, kinds)
 
     def _start(self, optimizer: Any, pair: Pair) -> list[Tensor]:
@@ -263,17 +263,17 @@ class StepHook:
         self._scale(self._early, options)
 
     def _scale(self, sides: Preconditioner, options: list[tuple[float, str]]) -> None:
-        self._whole.gather()
-        self._whole.gather_grads()
+        self._factors.gather()
+        self._factors.gather_grads()
         sides.scale(options)
-        self._whole.cut_grads()
+        self._factors.scatter_grads()
 
     def _two_passes(self, optimizer: Any) -> None:
         """The base's own step for everything but the late Bs, then for these alone."""
         step = type(optimizer).step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
         self._scale_early(optimizer)
-        late = {id(self._whole.spread(side.param)) for side in self._late.sides}
+        late = {id(self._factors.sharded(side.param)) for side in self._late.sides}
         counts = _counts(optimizer)
         for second in (False, True):
             if second:
@@ -329,7 +329,7 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
     """
     for index, group in enumerate(optimizer.param_groups):
         options = {**(given or {}), **group}
-        where = place(optimizer, index)
+        where = group_label(optimizer, index)
         trust = options.get("trust")
         if trust is not None and not (is_number(trust) and trust > 0):
             raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
@@ -354,8 +354,8 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
 
 def _refuse_two_passes(optimizer: Any, group: int, counter: str) -> NoReturn:
     raise InputError(
-        f"{place(optimizer, group)}: order 'sequential' steps the base optimizer twice, but this one counts its steps "
-        f"in {counter!r} for the whole group. Use order='simultaneous'."
+        f"{group_label(optimizer, group)}: order 'sequential' steps the base optimizer twice, but this one counts its "
+        f"steps in {counter!r} for the whole group. Use order='simultaneous'."
     )
 
 

@@ -16,7 +16,7 @@ from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
 from equipoise.pipelines.audio_visual.data import doubts, read_manifest, settle, with_validation
 from equipoise.pipelines.audio_visual.features import (
     Batches,
-    Store,
+    FeatureStore,
     mel_bands,
     read_audio,
     read_frames,
@@ -170,7 +170,7 @@ def test_what_no_decoder_says_is_a_problem_of_its_clip(tmp_path):
     assert b"caf\xe9" in odd and read_video(tmp_path / "odd.avi", 2, 8)[0].shape == (2, 3, 8, 8)
     path = made.write_manifest(tmp_path / "m.csv", [{"audio": "both.aac", "label": "a", "split": "train"}])
     data = DataSection(manifest=str(path), modalities=["audio"], **SMALL)
-    assert Store(data, None).prepare(read_manifest(data, path).clips)[2].startswith("both.aac cannot be read")
+    assert FeatureStore(data, None).prepare(read_manifest(data, path).clips)[2].startswith("both.aac cannot be read")
 
 
 def test_columns_that_are_wrong_hide_nothing(messy, tiny, capfd):
@@ -255,27 +255,29 @@ def test_validation_clips_come_from_every_class_where_no_split_is_called_val(cli
 def test_features_are_kept_by_file_and_settings(scale, clips, tmp_path, monkeypatch):
     data = DataSection(manifest=str(clips), **{**SMALL, "audio": {**SMALL["audio"], "scale": scale}})
     clip = read_manifest(data, clips).clips[0]
-    store = Store(data, tmp_path / "cache")
+    store = FeatureStore(data, tmp_path / "cache")
     first = store.get(clip)
     monkeypatch.setattr("equipoise.pipelines.audio_visual.features.extract", None)  # must not be needed again
-    again = Store(data, tmp_path / "cache").get(clip)
+    again = FeatureStore(data, tmp_path / "cache").get(clip)
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
     other = data.model_copy(update={"visual": data.visual.model_copy(update={"size": 8})})
-    assert Store(other, tmp_path / "cache").key(clip) != store.key(clip)
+    assert FeatureStore(other, tmp_path / "cache").key(clip) != store.key(clip)
     monkeypatch.undo()
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:50])
-    assert torch.equal(Store(data, tmp_path / "cache").get(clip)["audio"], first["audio"]), "half a file is made anew"
+    assert torch.equal(FeatureStore(data, tmp_path / "cache").get(clip)["audio"], first["audio"]), (
+        "half a file is made anew"
+    )
 
 
 def test_batches_are_the_same_from_memory_and_from_disk(clips, tmp_path, monkeypatch):
     data = DataSection(manifest=str(clips), **SMALL)
     chosen = read_manifest(data, clips).split("train")
-    held = Batches(Store(data, tmp_path / "cache"), chosen)
+    held = Batches(FeatureStore(data, tmp_path / "cache"), chosen)
     assert not held.store.prepare(chosen) and not held.store.full
     size = held.store.held // len(chosen)
     monkeypatch.setattr("equipoise.pipelines.audio_visual.features.MEMORY", int(2.5 * size))
-    read = Batches(Store(data, tmp_path / "cache"), chosen)
+    read = Batches(FeatureStore(data, tmp_path / "cache"), chosen)
     assert not read.store.prepare(chosen) and read.store.full
     assert len(read.store.memory) == 2 and read.store.held == 2 * size, "of twelve"
     for indices, following in (([0, 3], [5, 1]), ([5, 1], [2, 2]), ([4, 4], ())):
@@ -291,11 +293,13 @@ def test_features_are_made_anew_when_a_file_changes_that_is_read(tmp_path):
     path = made.write_manifest(tmp_path / "m.csv", [row])
     data = DataSection(manifest=str(path), modalities=["visual"], visual={"size": 8})
     (clip,) = read_manifest(data, path).clips
-    assert Store(data, tmp_path / "cache").prepare([clip]) == {}, "a column that is not used may name what is not there"
-    assert Store(data, tmp_path / "cache").get(clip)["visual"][0, :, 0, 0].tolist() == [255, 0, 0]
+    assert FeatureStore(data, tmp_path / "cache").prepare([clip]) == {}, (
+        "a column that is not used may name what is not there"
+    )
+    assert FeatureStore(data, tmp_path / "cache").get(clip)["visual"][0, :, 0, 0].tolist() == [255, 0, 0]
     made.write_picture(folder / "0.png", (0, 0, 255))
     os.utime(folder / "0.png", ns=(1, 1))
-    assert Store(data, tmp_path / "cache").get(clip)["visual"][0, :, 0, 0].tolist() == [0, 0, 255]
+    assert FeatureStore(data, tmp_path / "cache").get(clip)["visual"][0, :, 0, 0].tolist() == [0, 0, 255]
 
 
 def test_clips_that_no_decoder_foresaw_are_problems_too(tmp_path):
@@ -307,7 +311,7 @@ def test_clips_that_no_decoder_foresaw_are_problems_too(tmp_path):
     data = DataSection(manifest=str(path), modalities=["audio"], **SMALL)
     manifest = read_manifest(data, path)
     assert "does not exist." in manifest.bad[4]
-    wrong = Store(data, None).prepare(manifest.clips)
+    wrong = FeatureStore(data, None).prepare(manifest.clips)
     assert "too short to be resampled" in wrong[2] and "x.raw has no sound track." in wrong[3]
     assert "does not exist" in read_manifest(data, tmp_path / ("b" * 300)).problems[0]
 
@@ -316,7 +320,7 @@ def test_a_file_that_goes_away_is_a_problem_of_its_clip(clips, tmp_path):
     data = DataSection(manifest=str(clips), modalities=["audio"], **SMALL)
     clip = read_manifest(data, clips).clips[0]
     gone = clip.__class__(**{**vars(clip), "audio": tmp_path / "gone.wav"})
-    assert "cannot be read: No such file" in Store(data, None).prepare([gone])[clip.line]
+    assert "cannot be read: No such file" in FeatureStore(data, None).prepare([gone])[clip.line]
     with pytest.raises(InputError, match="is silent"):
         soundfile.write(tmp_path / "s.wav", np.zeros(100), 4000)
         read_audio(tmp_path / "s.wav")

@@ -175,7 +175,7 @@ def test_heads_that_learn_beside_leave_the_encoders_alone(tiny, monkeypatch):
         ["data.visual.frames=3"],
     ],
 )
-def test_other_ways_to_train(words, tiny):
+def test_every_way_to_train_ends_with_finite_weights(words, tiny):
     run, outcome = train(*tiny, *words, "learning_rate=1e-3")
     assert outcome.state == "done" and all(torch.isfinite(w.float()).all() for w in weights(run).values())
 
@@ -334,7 +334,7 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["data.modalities=[audio, text]", "model.text.path=./nowhere"], "model.text.path: ./nowhere does not exist."),
         (["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "data.audio.mels=8"], "model: its encoders cannot"),
         (["model.visual={widths: [0, 8], depths: [1, 1]}"], "model: its encoders cannot"),
-        (["objective.options={f_star: {audio: .nan}}"], "f_star: must give a number for each modality, got"),
+        (["objective.options={f_star: {audio: .nan}}"], "f_star: must be {name: a number, …} or none, got"),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):

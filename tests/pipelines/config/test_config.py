@@ -10,6 +10,7 @@ from equipoise.errors import ConfigError, InputError, UnknownNameError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.config import yamlio
 from equipoise.pipelines.config.records import trusting_options
+from equipoise.pipelines.config.sections import TrainConfig
 from equipoise.pipelines.runs.store import Store
 
 SOURCE = (Path(__file__).parents[1] / "counting.py").read_text()
@@ -262,3 +263,17 @@ def test_runs_go_to_the_home_folder_too(tmp_path, monkeypatch):
     monkeypatch.setenv("EQUIPOISE_RUNS", "~/a")
     assert configs.load("text_to_image/demo").runs == f"{tmp_path}/a"
     assert Store().root == tmp_path / "a" and Store("~/b").root == tmp_path / "b"
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "instruction_tuning", "audio_visual"])
+def test_every_pipeline_has_the_keys_of_a_training_and_they_follow_its_own(name):
+    cls = registry.load("pipelines", name).Config
+    mine, shared = ({key.key: key for key in configs.describe(it)} for it in (cls, TrainConfig))
+    for key, common in shared.items():
+        assert (mine[key].short, mine[key].type) == (common.short, common.type)
+        if (name, key) != ("audio_visual", "train.batch"):  # batch normalisation needs two
+            assert mine[key].limits == common.limits
+    sections = list(cls.model_fields)
+    last = [section for section in sections if section in TrainConfig.model_fields and section not in sections[:5]]
+    assert last == ["optimizer", "objective", "coordinator", "schedule", "train", "checkpoint"]
+    assert [section for section in sections if section != "samples"][-len(last) :] == last

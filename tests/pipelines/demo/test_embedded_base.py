@@ -17,7 +17,7 @@ def pipeline():
     return StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32)
 
 
-def test_it_is_small_and_half_precision():
+def test_the_embedded_base_is_small_and_half_precision():
     weights = sorted(base_folder().glob("*/*.safetensors"))
     assert [path.parent.name for path in weights] == ["text_encoder", "unet", "vae"]
     assert sum(path.stat().st_size for path in base_folder().rglob("*") if path.is_file()) <= 15e6

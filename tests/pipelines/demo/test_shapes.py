@@ -21,14 +21,14 @@ def test_every_drawn_picture_is_right():
 
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
-def test_another_shape_is_wrong(name):
+def test_a_picture_of_another_shape_is_wrong(name):
     for other in shapes.SHAPES.keys() - {name}:
         verdict = shapes.judge(shapes.draw(shapes.shape("red", other), "white"), shapes.shape("red", name))
         assert verdict.colour and not verdict.shape, (name, other)
 
 
 @pytest.mark.parametrize("colour", shapes.COLOURS)
-def test_another_colour_is_wrong(colour):
+def test_a_picture_in_another_colour_is_wrong(colour):
     for other in shapes.COLOURS.keys() - {colour}:
         verdict = shapes.judge(shapes.draw(shapes.shape(other, "star"), "black"), shapes.shape(colour, "star"))
         assert verdict.shape and not verdict.colour, (colour, other)
@@ -52,7 +52,7 @@ def test_flat_pictures_are_wrong(level):
     assert shapes.judge(picture, shapes.OBJECT) == shapes.Verdict(False, False, 0.0)
 
 
-def test_noise_is_wrong():
+def test_a_picture_of_noise_is_wrong():
     noise = np.random.default_rng(1).integers(0, 256, (shapes.SIZE, shapes.SIZE, 3), dtype=np.uint8)
     assert not any(shapes.judge(Image.fromarray(noise), shapes.shape(c, s)).right for c, s in PAIRS)
 

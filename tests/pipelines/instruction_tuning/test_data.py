@@ -136,7 +136,7 @@ def test_files_that_are_none(folder, name, text, sentence):
     assert sentence in "\n".join(read_examples(folder / name, None)[1])
 
 
-def test_sounds(folder):
+def test_sounds_are_resampled_and_bad_ones_listed(folder):
     import soundfile
 
     time = np.arange(8000) / 8000
@@ -154,7 +154,7 @@ def test_sounds(folder):
     (folder / "talk.csv").write_text(rows)
     _, problems = read_examples(folder / "talk.csv", None)
     assert len(problems) == 4 and "none.wav has zero length." in problems[0]
-    assert "text.wav cannot be read as a sound" in problems[1]
+    assert "text.wav cannot be read as sound" in problems[1]
     assert "click.wav is too short (0.021 ms) to be heard." in problems[2]
     assert "nan.wav holds samples that are not finite." in problems[3]
 

@@ -41,7 +41,7 @@ from equipoise.pipelines.instruction_tuning.evaluate import judge, plain
         ("Красная звезда", ["красная звезда"], "rouge_l", 1),
     ],
 )
-def test_judging(said, wanted, metric, score):
+def test_an_answer_is_scored_by_its_metric(said, wanted, metric, score):
     assert judge(said, wanted, metric) == pytest.approx(score)
 
 
@@ -53,7 +53,7 @@ def test_rouge_of_ascii_is_rouge_scores_own(said):
     assert judge(said, [right], "rouge_l") == RougeScorer(["rougeL"]).score(right, said)["rougeL"].fmeasure
 
 
-def test_plain_words():
+def test_case_punctuation_articles_and_number_words_do_not_count():
     assert plain("  The answer: an Apple, TWO!  ") == "answer apple 2"
 
 

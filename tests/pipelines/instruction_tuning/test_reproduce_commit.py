@@ -26,7 +26,7 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
     commit.prepare_sounds(place, 2)
     for task in commit.RATES:
         for method in commit.METHODS:
-            cell = {"task": task, "method": method, "seed": 0, "steps": 12, "evaluations": 12, "place": str(place)}
+            cell = {"task": task, "method": method, "seed": 0, "steps": 12, "evaluations": 12, "folder": str(place)}
             cells.append(cell | commit.train(cell))
     assert {cell["state"] for cell in cells} == {"done"}
     for task in commit.RATES:
@@ -51,7 +51,7 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
     def workers(count, name, evaluations):  # what they would train is known
         def measure(train, settings):
             asked.extend((cell["task"], cell["method"]) for cell in settings)
-            return [next(c for c in every if (c["task"], c["method"]) == pair) | {"place": ""} for pair in asked]
+            return [next(c for c in every if (c["task"], c["method"]) == pair) | {"folder": ""} for pair in asked]
 
         yield measure
 
@@ -84,7 +84,7 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
 BOTH = ("Constant LR", "CoMMIT-CLR", "CoMMIT")
 
 
-def test_it_is_listed(capsys):
+def test_commit_is_listed_in_the_help_of_reproduce(capsys):
     with pytest.raises(SystemExit):
         main(["reproduce", "--help"])
     assert "CoMMIT's Table 1 and Figures 2, 3 and 6" in " ".join(capsys.readouterr().out.split())

@@ -110,6 +110,20 @@ def test_a_picture_in_a_later_turn(talk, examples):
     assert len(batch["pixel_values"]) == 3
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3", "smolvlm"])
+def test_the_first_picture_may_come_after_an_answer(kind, talk, examples):
+    """And a conversation without any may be asked and trained on, alone and beside others."""
+    made, first = talk(kind), examples(kind)[0]
+    later = replace(first, turns=(Turn("Hello", "Hi."), Turn("<image>\nWhat colour?", "red")))
+    alone = replace(first, kind="text", media=(), turns=(Turn("Hello", "Hi."),))
+    end = "<|im_end|>\n"
+    for some in ([later], [alone], [later, alone, first]):
+        labels = made.training_batch(some)["labels"]
+        said = [made.tokenizer.decode(row[row != IGNORED]) for row in labels]
+        assert said == ["".join(f"{turn.answer}{end}" for turn in example.turns) for example in some]
+        assert made.question_batch(some)["input_ids"].shape[0] == len(some)
+
+
 def test_what_is_too_long_is_cut_at_its_end(talk, examples):
     made = talk("llava", max_tokens=60)
     example = examples("llava")[3]
@@ -152,7 +166,7 @@ def test_a_sound_longer_than_the_window_is_refused(talk, sounds):
     soundfile.write(sounds.with_name("0.wav"), np.zeros(5 * 8000) + 0.1, 8000)
     long, right = read_examples(sounds, None)[0][:2]
     (problem,) = talk("qwen2_audio").problems(long)
-    assert problem.endswith("0.wav lasts 5.0 s, and qwen2_audio hears only the first 1. Cut it into pieces.")
+    assert problem.endswith("0.wav lasts 5.0 s, and qwen2_audio takes only the first 1. Cut it into pieces.")
     assert talk("qwen2_audio").problems(right) == []
 
 

@@ -21,10 +21,10 @@ from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, ModelSection
 from equipoise.pipelines.instruction_tuning.data import Turn
 from equipoise.pipelines.instruction_tuning.examples import load_examples
-from equipoise.pipelines.instruction_tuning.media import sound_seconds
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor, old_names
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
+from equipoise.pipelines.media.sounds import seconds as sound_seconds
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.training.state import make_accelerator
@@ -497,7 +497,7 @@ def test_what_is_not_multimodal_in_its_parts():
         adapt(model, settings)
 
 
-def test_spoken_digits(short, tmp_path):
+def test_real_recordings_of_digits_are_learnt(short, tmp_path):
     """Real recordings, where they are at hand."""
     folder = Path(__file__).parents[4] / "shared" / "data" / "fsdd" / "recordings"
     if not folder.is_dir():

@@ -122,7 +122,7 @@ def test_a_resumed_trainer_goes_on_as_if_nothing_had_been(make, tmp_path):
     whole.train()
     again = make(CommitCLR(measure_every=1, every=1))
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
-    assert list(again.coordination.coordinator.seen) == pytest.approx(list(whole.coordination.coordinator.seen))
+    assert list(again.coordination.coordinator.recent) == pytest.approx(list(whole.coordination.coordinator.recent))
     left, right = weights(whole), weights(again)
     assert all(torch.allclose(left[name], right[name], atol=1e-7) for name in left)
 

@@ -202,9 +202,9 @@ def test_a_copy_is_the_run_and_what_is_new_follows(url, tmp_path):
     assert here.pull() and not list((run.folder / "requests").iterdir())
     assert [record["step"] for record in run.metrics()] == [1, 2]
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000009"], "old checkpoints go here, too"
-    other.hear()
+    other.fetch_requests()
     assert twin.requested() == {"save"}
-    other.hear()
+    other.fetch_requests()
     assert twin.requested() == set()
 
 

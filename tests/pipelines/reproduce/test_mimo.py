@@ -52,7 +52,7 @@ def test_a_landscape_is_of_clips_from_everywhere():
 
 
 @pytest.mark.slow
-def test_mimo_in_small(tmp_path, capsys):
+def test_the_command_reproduces_mimo_on_given_clips(tmp_path, capsys):
     manifest = write_clips(tmp_path)
     words = ["reproduce", "mimo", "--data", str(manifest), "--seeds", "1", "--steps", "2", "--workers", "1"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0

@@ -33,7 +33,7 @@ def test_joint_training_learns_the_first_modality_first_and_mimo_is_sooner_at_a_
     assert len(mml["curves"]["‖θ₁‖"]) == 60 and mml["final"] < 0.05 and mimo["final"] < 0.01
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_writes_the_toys_table_and_chart(tmp_path, capsys):
     words = [
         "reproduce",
         "mimo-toy",

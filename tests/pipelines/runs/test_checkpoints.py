@@ -29,7 +29,7 @@ def same(left, right) -> bool:
     return type(left) is type(right) and left == right
 
 
-def test_round_trip(tmp_path):
+def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     weights = {"a": torch.randn(3, 4), "b": torch.randn(2, dtype=torch.bfloat16)}
     saved = checkpoints.save(tmp_path, 7, weights, STATE)
     step, loaded, state = checkpoints.load(saved)

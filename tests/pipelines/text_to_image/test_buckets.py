@@ -14,7 +14,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.buckets import Batches, nearest, sizes
+from equipoise.pipelines.text_to_image.buckets import BucketBatches, nearest, sizes
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.config import DataSection
 from equipoise.pipelines.text_to_image.data import read_examples
@@ -45,7 +45,7 @@ def test_a_picture_goes_to_the_size_of_its_shape(given, size):
 
 def test_an_epoch_holds_everything_as_often_as_it_is_repeated_one_size_a_batch():
     repeats, shapes = [1, 3, 1, 1, 2], [(1, 1), (1, 1), (1, 2), (1, 2), (1, 2)]
-    batches = Batches(repeats, shapes, 2, seed=0)
+    batches = BucketBatches(repeats, shapes, 2, seed=0)
     assert batches.per_epoch == 4
     epochs = [[batches[4 * epoch + i] for i in range(4)] for epoch in range(20)]
     for epoch in epochs:
@@ -53,13 +53,13 @@ def test_an_epoch_holds_everything_as_often_as_it_is_repeated_one_size_a_batch()
         assert Counter(chain(*epoch)) == dict(enumerate(repeats)), "both buckets fill their batches here"
     assert len({repr(epoch) for epoch in epochs}) > 10, "each is another order"
     assert [batches[i] for i in range(80)] == list(chain(*epochs)), "whatever was asked before"
-    assert [Batches(repeats, shapes, 2, seed=1)[i] for i in range(80)] != list(chain(*epochs))
-    filled = Batches([1, 1, 1, 1], [(1, 1)] * 3 + [(1, 2)], 2, seed=0)
+    assert [BucketBatches(repeats, shapes, 2, seed=1)[i] for i in range(80)] != list(chain(*epochs))
+    filled = BucketBatches([1, 1, 1, 1], [(1, 1)] * 3 + [(1, 2)], 2, seed=0)
     assert Counter(chain(*(filled[i] for i in range(filled.per_epoch))))[3] == 2, "filled up with itself"
 
 
 def test_one_size_keeps_the_order_that_runs_had_before():
-    batches = Batches([1] * 5, [(1, 1)] * 5, 3, seed=7)
+    batches = BucketBatches([1] * 5, [(1, 1)] * 5, 3, seed=7)
     assert [batches[i] for i in range(4)] == [[place(3 * i + j, 5, 7) for j in range(3)] for i in range(4)]
 
 
@@ -127,7 +127,7 @@ def test_latents_are_of_the_buckets_and_kept_apart_from_squares(shapes, short, t
     data = settings.data.model_copy(update={"buckets": True})
     found = prepare_latents(base, examples, data, tmp_path / "cache")
     assert found.shapes == [(4, 5, 3), (4, 4, 4), (4, 3, 5), (4, 3, 5)]
-    assert found.places[0, 0].tolist() == [60, 30, 4, 0, 40, 24], "48 high when 24 wide; cut from the middle"
+    assert found.crops[0, 0].tolist() == [60, 30, 4, 0, 40, 24], "48 high when 24 wide; cut from the middle"
     base.latents.clear()
     again = prepare_latents(base, examples, data, tmp_path / "cache")
     assert all(torch.equal(one, other) for one, other in zip(again.moments, found.moments, strict=True))

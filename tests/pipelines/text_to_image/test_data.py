@@ -28,7 +28,7 @@ def read(folder, **settings):
     return read_examples(DataSection(folder=str(folder), resolution=16, **settings))
 
 
-def test_captions_that_a_prompt_for_all_leaves_unread_are_told(folder):
+def test_captions_that_a_prompt_for_all_leaves_unread_are_reported(folder):
     data = DataSection(folder=str(folder), resolution=16, instance_prompt="x")
     pictures = sorted(folder.glob("*.*g"))
     assert unread_captions(data, pictures) == ""
@@ -38,7 +38,7 @@ def test_captions_that_a_prompt_for_all_leaves_unread_are_told(folder):
     assert unread_captions(data.model_copy(update={"instance_prompt": None}), pictures) == ""
 
 
-def test_one_prompt_for_all(folder):
+def test_one_prompt_serves_all_pictures(folder):
     examples, problems = read(folder, instance_prompt="a photo of sks vase")
     assert not problems
     assert [(e.path.name, e.caption) for e in examples] == [
@@ -54,14 +54,14 @@ def test_one_prompt_for_all(folder):
         ("metadata.csv", 'file_name,text\nb.png,bee\na.jpg,"ay"\n'),
     ],
 )
-def test_metadata(folder, name, text):
+def test_captions_are_read_from_metadata(folder, name, text):
     (folder / name).write_text(text)
     examples, problems = read(folder)
     assert not problems
     assert [(e.path.name, e.caption) for e in examples] == [("b.png", "bee"), ("a.jpg", "ay")]
 
 
-def test_text_files(folder):
+def test_captions_are_read_from_text_files(folder):
     (folder / "a.txt").write_text("ay\n")
     (folder / "b.txt").write_text("bee")
     examples, problems = read(folder)

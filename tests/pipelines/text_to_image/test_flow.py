@@ -36,13 +36,15 @@ from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import ModelSection, NoiseSection
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, to_tensor, variants
-from equipoise.pipelines.text_to_image.families import FAMILIES, family, shape_of
+from equipoise.pipelines.text_to_image.families import family, known, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Flow
 from equipoise.pipelines.text_to_image.formats.factors import Factors, join, split
-from equipoise.pipelines.text_to_image.formats.lora_files import FORMATS, name_in, read_lora, write_lora
+from equipoise.pipelines.text_to_image.formats.lora_files import name_in, read_lora, write_lora
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
+FAMILIES = known()
 FLOWS = [name for name in FAMILIES if family(name).noise == "flow"]
 PROMPT = "a sks object"
 DRAW = """
@@ -277,8 +279,8 @@ def test_checkpointed_gradients_are_the_same(name, short, build_checkpoint):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_estimate_counts_every_weight(name, short, build_checkpoint):
     folder = build_checkpoint(name)
-    estimate = TextToImage.memory(config.load(NAME, [*short, f"model={folder}", "rank=1"]))
-    more = TextToImage.memory(config.load(NAME, [*short, f"model={folder}", "rank=1", "batch=4"]))
+    estimate = TextToImage.estimate_memory(config.load(NAME, [*short, f"model={folder}", "rank=1"]))
+    more = TextToImage.estimate_memory(config.load(NAME, [*short, f"model={folder}", "rank=1", "batch=4"]))
     weights = sum(
         tensor.numel() * 4
         for file in folder.glob("*/*.safetensors")
@@ -311,7 +313,7 @@ def test_captions_are_read_once_in_a_process(work, build_checkpoint, monkeypatch
 def test_stable_diffusion_3_without_t5(short, build_checkpoint):
     """diffusers has zeros in its place, for training as for sampling."""
     folder = build_checkpoint("StableDiffusion3Pipeline", t5=False)
-    assert TextToImage.memory(config.load(NAME, [*short, f"model={folder}"]))
+    assert TextToImage.estimate_memory(config.load(NAME, [*short, f"model={folder}"]))
     run, outcome = train(*short, f"model={folder}", "samples.count=1")
     assert outcome.state == "done" and (run.folder / "samples" / "step-00000006" / "00-0.png").is_file()
     base = load_base(ModelSection(path=str(folder)), "no")

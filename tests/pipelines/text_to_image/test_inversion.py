@@ -16,7 +16,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.inversion import WORD_FILE, fresh_rows, taught
+from equipoise.pipelines.text_to_image.inversion import WORD_FILE, fresh_rows, with_token
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
@@ -88,12 +88,12 @@ def test_a_word_begins_as_what_it_is_told_and_the_base_forgets_it(short):
     def read(caption):
         return base.family.embed(base.pipeline, [caption])["encoder_hidden_states"]
 
-    with taught(base, "<vase>", fresh_rows(base, settings.token.model_copy(update={"vectors": 1}))):
+    with with_token(base, "<vase>", fresh_rows(base, settings.token.model_copy(update={"vectors": 1}))):
         if len(red) == 1:
             assert torch.allclose(read("a <vase> circle"), read("a red circle"))
         assert torch.equal(read("a red circle"), read("a red circle"))
     with pytest.raises(InputError, match="the base knows circle already"):
-        with taught(base, "circle", rows):
+        with with_token(base, "circle", rows):
             pass
     assert base.pipeline.tokenizer is tokenizer and base.pipeline.text_encoder.get_input_embeddings() is before
     assert torch.equal(before.weight, weights)

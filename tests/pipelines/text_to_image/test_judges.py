@@ -58,25 +58,25 @@ def dino(tmp_path_factory):
 
 
 @pytest.fixture
-def taught(pictures):
+def training(pictures):
     return sorted(pictures.glob("*.png"))
 
 
-def test_clip_is_what_transformers_makes_of_it(clip, taught):
+def test_clip_is_what_transformers_makes_of_it(clip, training):
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
-    images = [sample.image for sample in SAMPLES] + [Image.open(path).convert("RGB") for path in taught]
+    images = [sample.image for sample in SAMPLES] + [Image.open(path).convert("RGB") for path in training]
     inputs = processor(text=[s.prompt for s in SAMPLES], images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         out = model(**inputs)
     pictures, texts = out.image_embeds.double(), out.text_embeds.double()
-    for index, found in enumerate(Judges(clip=str(clip))(SAMPLES, taught)):
+    for index, found in enumerate(Judges(clip=str(clip))(SAMPLES, training)):
         assert found.keys() == {"clip", "clip_image"}
         assert found["clip"] == pytest.approx(100 * max(0, float(pictures[index] @ texts[index])), abs=1e-4)
         mean = float(np.mean([pictures[index] @ other for other in pictures[len(SAMPLES) :]]))
         assert found["clip_image"] == pytest.approx(mean, abs=1e-6)
 
 
-def test_dino_is_what_transformers_makes_of_it(dino, taught):
+def test_dino_is_what_transformers_makes_of_it(dino, training):
     model, processor = Dinov2Model.from_pretrained(dino).eval(), BitImageProcessorPil.from_pretrained(dino)
 
     def seen(image):
@@ -84,26 +84,26 @@ def test_dino_is_what_transformers_makes_of_it(dino, taught):
             token = model(**processor(images=image, return_tensors="pt")).pooler_output[0].double()
         return token / token.norm()
 
-    references = [seen(Image.open(path).convert("RGB")) for path in taught]
-    for sample, found in zip(SAMPLES, Judges(dino=str(dino))(SAMPLES, taught), strict=True):
+    references = [seen(Image.open(path).convert("RGB")) for path in training]
+    for sample, found in zip(SAMPLES, Judges(dino=str(dino))(SAMPLES, training), strict=True):
         mean = float(np.mean([seen(sample.image) @ other for other in references]))
         assert found == {"dino": pytest.approx(mean, abs=1e-6)}
 
 
-def test_a_picture_is_most_like_itself(clip, dino, taught):
-    whole = Sample("x", 0, Image.open(taught[0]).convert("RGB"), True)
-    for found in Judges(str(clip), str(dino))([whole], taught[:1]):
+def test_a_picture_is_most_like_itself(clip, dino, training):
+    whole = Sample("x", 0, Image.open(training[0]).convert("RGB"), True)
+    for found in Judges(str(clip), str(dino))([whole], training[:1]):
         assert found["clip_image"] == pytest.approx(1) and found["dino"] == pytest.approx(1)
     assert Judges(str(clip), str(dino))([whole])[0].keys() == {"clip"}, "nothing to be like"
 
 
-def test_training_pictures_are_read_once_and_not_all_of_many(dino, taught, monkeypatch):
+def test_training_pictures_are_read_once_and_not_all_of_many(dino, training, monkeypatch):
     opened = []
     monkeypatch.setattr(judges, "open_picture", lambda path: opened.append(path) or Image.open(path).convert("RGB"))
     monkeypatch.setattr(judges, "MOST", 2)
     score = Judges(dino=str(dino))
-    assert score(SAMPLES, taught) == score(SAMPLES, taught)
-    assert opened == [taught[0], taught[-1]]
+    assert score(SAMPLES, training) == score(SAMPLES, training)
+    assert opened == [training[0], training[-1]]
 
 
 @pytest.mark.parametrize("judge", ["clip", "dino"])

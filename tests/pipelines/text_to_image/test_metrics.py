@@ -24,7 +24,7 @@ def test_prompts_of_the_drawn_domain_are_recognised():
     assert drawn_subject("a red circle on a beach") is None
 
 
-def test_what_was_taught_and_what_was_known_are_counted_apart():
+def test_the_new_object_and_known_shapes_are_counted_apart():
     known = shapes.shape("red", "circle")
     samples = [
         drawn(shapes.OBJECT, "white"),

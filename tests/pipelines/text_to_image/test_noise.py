@@ -20,7 +20,8 @@ from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import NoiseSection
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.families.noise import Diffusion, scheduler_with
-from equipoise.pipelines.text_to_image.formats.lora_files import FORMATS, factors_of
+from equipoise.pipelines.text_to_image.formats.lora_files import factors_of
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"

@@ -63,7 +63,7 @@ def test_the_loss_is_of_both_and_the_weight_counts(short, tmp_path):
     beside = [record["loss_prior"] for record in half]
     own = [record["loss"] for record in alone]
     assert half[0]["loss"] == pytest.approx(own[0] + 0.5 * beside[0], rel=1e-5) and beside[0] > 0
-    assert half[1]["loss"] != pytest.approx(own[1] + 0.5 * beside[1], rel=1e-6), "it has taught something"
+    assert half[1]["loss"] != pytest.approx(own[1] + 0.5 * beside[1], rel=1e-6), "it has trained something"
     assert [record["loss"] for record in nothing] == pytest.approx(own, rel=1e-6)
 
 

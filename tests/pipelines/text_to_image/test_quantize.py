@@ -58,7 +58,9 @@ def test_the_estimate_of_fewer_bits(short, build_checkpoint):
     folder = build_checkpoint("FluxPipeline")
     sizes = {}
     for quantize in ("null", "int8", "nf4"):
-        estimate = TextToImage.memory(config.load(NAME, [*short, f"model={folder}", f"model.quantize={quantize}"]))
+        estimate = TextToImage.estimate_memory(
+            config.load(NAME, [*short, f"model={folder}", f"model.quantize={quantize}"])
+        )
         assert estimate is not None
         sizes[quantize] = estimate.model
     linear = [m for m in FluxPipeline.from_pretrained(folder).transformer.modules() if isinstance(m, torch.nn.Linear)]

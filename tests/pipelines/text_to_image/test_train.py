@@ -333,7 +333,7 @@ def test_the_target_is_what_the_u_net_predicts(work, build_checkpoint, tmp_path)
         times = torch.tensor([500])
         if expected is None:
             expected = made.noise.scheduler.get_velocity(clean, noise, times).square().mean().item()
-        loss = made._loss(clean, noise, times, made.captions[:1], made.latents.places[:1, 0])
+        loss = made._loss(clean, noise, times, made.captions[:1], made.latents.crops[:1, 0])
         assert loss.item() == pytest.approx(expected)
 
 

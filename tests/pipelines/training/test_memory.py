@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from equipoise import registry
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.config.sections import ObjectiveSection
-from equipoise.pipelines.text_to_image.config import OptimizerSection
+from equipoise.pipelines.config.sections import ObjectiveSection, OptimizerSection
 from equipoise.pipelines.text_to_image.families.stable_diffusion import StableDiffusion
 from equipoise.pipelines.text_to_image.formats.layout import model_source
 from equipoise.pipelines.training import memory
@@ -56,15 +55,15 @@ def test_of_the_shipped_configurations(name):
     """More for a larger batch, in the activations alone; less with gradient checkpointing."""
     config = configs.load(name)
     pipeline = registry.load("pipelines", config.pipeline)
-    one = pipeline.memory(config)
-    two = pipeline.memory(configs.set_keys(config, {"batch": 2 * config.train.batch}))
+    one = pipeline.estimate_memory(config)
+    two = pipeline.estimate_memory(configs.set_keys(config, {"batch": 2 * config.train.batch}))
     assert 1.9 * one.activations < two.activations < 2.1 * one.activations
     assert (one.model, one.training, one.program) == (two.model, two.training, two.program)
     assert one.total == one.model + one.training + one.activations + one.program
     if name != "audio_visual/demo":
-        less = pipeline.memory(configs.set_keys(config, {"train.gradient_checkpointing": True}))
+        less = pipeline.estimate_memory(configs.set_keys(config, {"train.gradient_checkpointing": True}))
         assert less.activations < one.activations
-        half = pipeline.memory(configs.set_keys(config, {"train.precision": "bf16"}))
+        half = pipeline.estimate_memory(configs.set_keys(config, {"train.precision": "bf16"}))
         assert half.model < one.model and half.activations < one.activations
 
 
@@ -75,11 +74,11 @@ def test_weights_are_those_of_the_files():
     ]
     on_disk = sum(file.stat().st_size for file in files)
     config = configs.load("text_to_image/demo", ["rank=1", "lora.targets=[to_q]", "lora.text_encoder=false"])
-    found = registry.load("pipelines", "text_to_image").memory(config)
+    found = registry.load("pipelines", "text_to_image").estimate_memory(config)
     assert found.model == pytest.approx(2 * on_disk, rel=0.02)
 
 
 def test_a_model_that_is_not_here():
     for name in ("text_to_image", "instruction_tuning"):
         config = configs.set_keys(configs.load(f"{name}/demo"), {"model": "nobody/has-this-model"})
-        assert registry.load("pipelines", name).memory(config) is None
+        assert registry.load("pipelines", name).estimate_memory(config) is None

@@ -104,7 +104,7 @@ def test_every_objective_gives_each_parameter_a_finite_gradient_and_sums_over_fo
     assert all(float(value) == float(value) for value in objective.before_step().values())
 
 
-def test_all_of_them_are_covered():
+def test_all_objectives_are_covered():
     names = {e.name for e in registry.entries("objectives") if e.distribution == "equipoise"}
     assert names >= {"joint", "equal_weight", "mimo", "mses", "mslr", "ogm_ge", "agm", "mgda", "mmpareto", "unimodal"}
 
@@ -434,11 +434,11 @@ def test_agm_is_capped():
 def test_mses_stops_a_modality_when_its_validation_loss_rises():
     objective = MSES(patience=2)
     objective.bind({"audio": [], "visual": []})
-    said = [
+    reported = [
         objective.after_validation({"audio": a, "visual": v}) for a, v in ((3, 3), (4, 2), (2.9, 3), (5, 2.5), (5, 1))
     ]
-    assert said[:3] == ["", "", ""] and said[3].startswith("stopped the encoder of visual")
-    assert said[4].startswith("stopped the encoder of audio")
+    assert reported[:3] == ["", "", ""] and reported[3].startswith("stopped the encoder of visual")
+    assert reported[4].startswith("stopped the encoder of audio")
     assert objective.factors(["audio", "visual", "heads"]) == {"audio": 0.0, "visual": 0.0}, "also if it falls again"
     again = MSES(patience=2)
     again.load_state_dict(objective.state_dict())

@@ -52,7 +52,7 @@ def test_a_distance_is_its_definition(metric, size):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_it_is_a_metric(metric):
+def test_a_distance_is_a_metric(metric):
     a, b, c = (torch.randn(500, 7, dtype=torch.float64) * 2 for _ in range(3))
     ab, bc, ac = (distance(*pair, metric) for pair in ((a, b), (b, c), (a, c)))
     assert (ac <= ab + bc + 1e-12).all() and (ab > 0).all()
@@ -70,7 +70,7 @@ def test_a_change_of_the_last_digits_is_seen():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_its_slope_is_finite_and_right(metric):
+def test_the_slope_of_a_distance_is_finite_and_right(metric):
     first = torch.randn(5, 6, dtype=torch.float64) * 4
     second = (first + torch.randn(5, 6, dtype=torch.float64) * torch.tensor([[0.1], [1], [3], [10], [40]])).double()
     second.requires_grad_()
@@ -215,7 +215,7 @@ def test_mixed_precision_and_a_gradient_scaler(dtype):
             optimizer.zero_grad()
         for scaled, plain in zip(*gradients, strict=True):
             torch.testing.assert_close(scaled / 64, plain, rtol=0.02, atol=1e-3)  # half precision's digits
-    assert (found.language, found.encoder) == (0.0, 0.0) and coordinator.skipped == 1 and len(coordinator.seen) == 1
+    assert (found.language, found.encoder) == (0.0, 0.0) and coordinator.skipped == 1 and len(coordinator.recent) == 1
 
 
 def test_what_raises_inside_is_swapped_back():
@@ -293,11 +293,11 @@ def test_what_has_no_ratio_is_skipped_and_counted():
     for balance in (Balance(1.0, 0.0), Balance(math.nan, 1.0), Balance(0.0, 1.0), Balance(math.inf, 1.0)):
         assert math.isnan(balance.kappa)
         made.observe(0, balance)
-    assert made.skipped == 4 and not made.seen
+    assert made.skipped == 4 and not made.recent
     made.observe(0, Balance(2.0, 1.0))
     again = CommitCLR(measure_every=1)
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
-    assert (list(again.seen), again.skipped) == ([2.0], 4)
+    assert (list(again.recent), again.skipped) == ([2.0], 4)
 
 
 def test_the_regulariser_ascends_and_touches_one_side_at_a_time():
@@ -347,12 +347,12 @@ def test_gradients_by_the_size_of_their_weights():
 NAMES = ["constant", "commit", "commit_clr", "feature_cd", "language_cd", "language_lr_up", "vision_lr_up"]
 
 
-def test_all_of_them_are_found():
+def test_all_coordinators_are_found():
     assert sorted(NAMES) == sorted(e.name for e in registry.entries("coordinators") if e.distribution == "equipoise")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_contract(name):
+def test_a_coordinator_keeps_the_contract(name):
     """Factors for any components with both sides, 1 until something is known, and a state that comes back."""
     made = registry.load("coordinators", name)()
     parts = {"tower": [torch.ones(3)], "connector": [torch.ones(2)], "language": [torch.ones(4)]}

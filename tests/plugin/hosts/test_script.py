@@ -12,7 +12,8 @@ import torch
 from lion_pytorch import Lion
 
 from equipoise.errors import InputError
-from equipoise.hosts.script import choose, main, parse
+from equipoise.hosts.choice import choose
+from equipoise.hosts.script import main, parse
 from equipoise.pipelines import cli
 
 # A script as diffusers writes them: it knows nothing of Equipoise, and hands its parameters over in its own way.
@@ -136,7 +137,7 @@ def test_a_run_goes_on_from_the_scripts_own_checkpoint(tmp_path):
         assert "damping 0.01" in rest.stderr and "trust 0.02" in rest.stderr
 
 
-def test_other_bases_methods_and_update_rules(tmp_path):
+def test_sgd_is_bounded_and_adamw_replaced(tmp_path):
     bounded = run(tmp_path, "--style", "sgd", "--optimizer", "bounded", "--optimizer-args", "trust=1e-4")
     assert bounded.returncode == 0 and "bounded (trust 0.0001) on SGD." in bounded.stderr, bounded.stderr
     assert bounded.stdout != run(tmp_path, "--style", "sgd").stdout
@@ -230,7 +231,7 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch, capsys):
     assert "DeepSpeed steps its own partitions" in capsys.readouterr().err
 
 
-def test_parsing(tmp_path):
+def test_words_are_parsed_into_script_and_options(tmp_path):
     script = tmp_path / "train.py"
     script.touch()
     words = [str(script), "--lr", "1", "--optimizer=scaled", "--optimizer-args", "damping=1", "order=sequential", "--x"]
@@ -244,7 +245,7 @@ def test_parsing(tmp_path):
         parse([])
 
 
-def test_the_short_form(tmp_path, capsys):
+def test_equipoise_run_is_short_for_the_module(tmp_path, capsys):
     script = tmp_path / "script.py"
     script.write_text("import sys; print('script', sys.argv[1:])")
     argv, path = sys.argv, sys.path[0]
@@ -345,7 +346,7 @@ def test_fsdp_with_flat_parameters_is_refused(whole, tmp_path):
         assert ended.returncode == 0 and "2 LoRA pairs of rank 2" in ended.stderr, ended.stderr
     else:
         assert ended.returncode == 2 and ended.stdout == "", ended.stderr
-        assert "is an FSDP1 flat parameter: scaling needs whole LoRA factors." in ended.stderr.splitlines()[-1]
+        assert "is an FSDP1 flat parameter: scaling needs full LoRA factors." in ended.stderr.splitlines()[-1]
 
 
 def adapted(tmp_path: Path, source: str, *words: str) -> subprocess.CompletedProcess:

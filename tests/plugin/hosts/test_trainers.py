@@ -134,16 +134,16 @@ def axolotl(trainer: Trainer, **yaml) -> None:
         ({"optimizer": "nadam", "momentum_decay": 0.1}, (torch.optim.NAdam, {"lr": 1e-2, "momentum_decay": 0.1})),
     ],
 )
-def test_axolotl(options, by_hand, programs, tmp_path, capsys):
+def test_axolotl_trains_as_by_hand(options, by_hand, programs, tmp_path, capsys):
     plain, ours = make(tmp_path), make(tmp_path)
     axolotl(ours, learning_rate=1e-2, equipoise=options)
     weights = trained(ours)
     assert type(ours.optimizer.optimizer) is by_hand[0]
     assert [group["weight_decay"] for group in ours.optimizer.param_groups] == [0.1, 0.0]
     assert same(weights, trained(make(tmp_path, by_hand=by_hand))) and not same(weights, trained(plain))
-    said = capsys.readouterr().err
-    assert f"equipoise: {options['optimizer'].removesuffix('_adamw')} " in said
-    assert ("1 LoRA pair of rank 2" in said) is (options["optimizer"] != "nadam")
+    reported = capsys.readouterr().err
+    assert f"equipoise: {options['optimizer'].removesuffix('_adamw')} " in reported
+    assert ("1 LoRA pair of rank 2" in reported) is (options["optimizer"] != "nadam")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_axolotl(options, by_hand, programs, tmp_path, capsys):
         ({"equipoise": {"optimizer": "joint"}}, "equipoise.optimizer joint: this is objective 'joint'"),
     ],
 )
-def test_axolotl_hears_before_anything_is_loaded(yaml, message, programs):
+def test_axolotl_is_refused_before_anything_is_loaded(yaml, message, programs):
     plugin = importlib.import_module("equipoise.hosts.axolotl").EquipoisePlugin()
     with pytest.raises(InputError, match=message):
         plugin.register(yaml)
@@ -191,7 +191,7 @@ def swift(programs):
         ("nadam", "momentum_decay=0.1", (torch.optim.NAdam, {"lr": 1e-2, "momentum_decay": 0.1})),
     ],
 )
-def test_swift(name, words, by_hand, swift, tmp_path, capsys):
+def test_swift_trains_as_by_hand(name, words, by_hand, swift, tmp_path, capsys):
     assert {"default", "multimodal", "equipoise_scaled", f"equipoise_{name}"} <= swift.names
     ours = make(tmp_path, SwiftTrainer, optimizer=f"equipoise_{name}", optim_args=words)
     weights = trained(ours)
@@ -220,7 +220,7 @@ def test_swifts_rates_by_part_stay(swift, tmp_path):
         ({"use_galore": True}, "GaLore is for full weights"),
     ],
 )
-def test_swift_hears_when_the_trainer_is_made(given, message, swift, tmp_path):
+def test_swift_is_refused_when_the_trainer_is_made(given, message, swift, tmp_path):
     with pytest.raises(InputError, match=message):
         make(tmp_path, SwiftTrainer, optimizer="equipoise_scaled", **given)
 

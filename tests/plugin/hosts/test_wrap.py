@@ -134,14 +134,14 @@ def test_a_worker_that_cannot_be_treated_ends_in_a_sentence(name, env, message, 
     assert message in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_so_does_one_that_shows_it_at_its_first_step(folder):
+def test_an_optimizer_refused_at_its_first_step_ends_the_program(folder):
     ended = python("train.py", "spawn", **treated("scaled_adamw"))  # the program goes on after any Exception
     assert ended.returncode == 2 and ended.stdout == "", ended.stderr
     assert ended.stderr.startswith("scaled_adamw: the program's optimizer is SGD, not AdamW.")
     assert ended.stderr.count("\n") == 1
 
 
-def test_so_does_a_python_without_equipoise_and_an_error_of_ours_later(folder):
+def test_a_python_without_equipoise_and_a_later_input_error_end_it_in_a_sentence(folder):
     without = python("-c", "import sys; sys.modules['equipoise'] = None; import torch", **treated("scaled"))
     assert without.returncode == 2 and "cannot import equipoise" in without.stderr.splitlines()[-1]
     late = "import torch, equipoise.errors; raise equipoise.errors.InputError('one sentence')"
@@ -234,7 +234,7 @@ def test_a_flag_that_says_no_is_no_deepspeed(words, folder):
     assert asks_for_deepspeed(["python", "t.py", *words, "--use_deepspeed"])
 
 
-def test_the_help(capsys):
+def test_the_help_of_wrap_has_usage_and_example(capsys):
     with pytest.raises(SystemExit):
         cli.main(["wrap", "--help"])
     shown = capsys.readouterr().out

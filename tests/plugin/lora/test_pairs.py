@@ -134,7 +134,7 @@ def test_a_live_network_with_a_narrow_middle_is_never_taken_for_a_pair():
         pytest.param(split_qkv, id="split qkv"),
     ],
 )
-def test_kohya_modules(make: Callable[[], Kohya], found: str):
+def test_the_pairs_of_kohya_modules_are_found(make: Callable[[], Kohya], found: str):
     network = nn.ModuleDict({"lora_unet_to_q": make(), "lora_unet_to_v": make()})
     report = find_pairs(network if found == "model" else list(network.parameters()))
     params = dict(network.named_parameters())

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from equipoise import AlphaAdam, attach, bounded, scaled
 from equipoise.errors import InputError
 from equipoise.optimizers import alpha_adam as module
+from equipoise.optimizers.parts.optional import metrics
 from equipoise.optimizers.reference import ReferenceAlphaAdam
 from equipoise.options import options, read_options
 
@@ -292,6 +294,20 @@ def test_nothing_waits_for_the_device(foreach: bool, rate_on: str, dtype: torch.
         _ = optimizer.alphas
     with pytest.raises(AssertionError, match="mixes devices"), Watch():
         params[0].detach().mul_(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("of", [AlphaAdam, scaled(AlphaAdam), bounded(AlphaAdam)])
+def test_metrics_give_the_median_alpha_and_nothing_before_the_first_step(of):
+    model = nn.Linear(8, 4)
+    optimizer = of(model, 1e-2)
+    assert metrics(optimizer) == {}
+    train(list(model.parameters()), optimizer, 3)
+    assert metrics(optimizer) == {"alpha": median(optimizer.alphas.values())}
+
+
+def test_an_optimizer_without_metrics_has_none():
+    weight = nn.Parameter(torch.ones(2))
+    assert metrics(SGD([weight], 1e-2)) == {}
 
 
 def test_alphas_are_by_name_and_kept_asks_to_be_switched_on():

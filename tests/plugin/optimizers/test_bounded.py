@@ -128,7 +128,7 @@ def test_within_the_bound_it_is_the_base_to_the_bit_and_beyond_it_is_not():
         assert same(layer, other) is equal
 
 
-def test_it_survives_rates_that_break_adamw():
+def test_the_bound_survives_rates_that_break_adamw():
     losses = {}
     for name, make in (("bounded", BoundedAdamW), ("adamw", lambda net, lr: AdamW(trainable(net), lr))):
         torch.manual_seed(0)

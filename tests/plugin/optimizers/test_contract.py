@@ -98,7 +98,7 @@ def pair(optimizer_class: type[Optimizer], **options) -> tuple[Net, Optimizer]:
     return model, optimizer_class(model.named_parameters(), **{"lr": 1e-2, **options})
 
 
-def test_it_learns(optimizer_class):
+def test_a_loss_falls(optimizer_class):
     model, optimizer = pair(optimizer_class)
     before = fill_gradients(model, 0)
     train(model, optimizer, range(20))

@@ -102,7 +102,7 @@ def spread() -> dict:
 
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("maker", MAKERS)
-def test_factors_that_are_spread_take_the_step_of_whole_ones(maker, r, spread):
+def test_sharded_factors_take_the_step_of_full_ones(maker, r, spread):
     net = model(r)
     for got, expected in zip(spread[maker, r], trained(net, MAKERS[maker](net), None), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)

@@ -600,7 +600,7 @@ def test_a_group_added_later_and_an_option_changed_later_count():
         optimizer.step()
 
 
-def test_the_same_seen_through_every_kind_of_params():
+def test_every_kind_of_params_takes_the_same_step():
     def run(make) -> Tensor:
         torch.manual_seed(1)
         model = net()

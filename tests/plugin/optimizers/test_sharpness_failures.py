@@ -80,7 +80,7 @@ def by_hand(model, optimizer, steps) -> None:
             optimizer.step()
 
 
-def test_its_state_holds_the_bases_moments(make):
+def test_the_state_holds_the_moments_of_the_base(make):
     model = net()
     optimizer = make(model.parameters(), lr=1e-2)
     by_hand(model, optimizer, range(3))
@@ -122,14 +122,14 @@ def test_a_gradient_scaler_takes_the_step(make):
     torch.testing.assert_close(flat(model), flat(plain), rtol=0, atol=1e-6)
 
 
-def test_it_comes_back_to_the_bit(make):
+def test_weights_come_back_to_the_bit_at_rate_0(make):
     model = net()
     before = flat(model)
     by_hand(model, make(model.parameters(), lr=0.0, rho=0.3), range(20))
     assert torch.equal(flat(model), before)
 
 
-def test_it_comes_back_when_the_second_evaluation_raises(make):
+def test_weights_come_back_when_the_second_evaluation_raises(make):
     model = net()
     optimizer = make(model.parameters(), lr=1e-2)
     before, calls = flat(model), []

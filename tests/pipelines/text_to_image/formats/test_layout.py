@@ -47,12 +47,12 @@ def test_not_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
-def test_a_broken_index(tmp_path, text):
+def test_a_broken_index_is_a_problem(tmp_path, text):
     (tmp_path / "model_index.json").write_text(text)
     assert "is not a JSON object" in model_problems(str(tmp_path))[0]
 
 
-def test_another_kind_of_model(copied):
+def test_another_kind_of_model_is_a_problem(copied):
     index = copied / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "LattePipeline"}))
     (problem,) = model_problems(str(copied))
@@ -77,7 +77,7 @@ def test_a_single_file_checkpoint(tmp_path):
     assert "single-file checkpoint. Convert it once" in model_problems(str(tmp_path / "sd.safetensors"))[0]
 
 
-def test_variants(copied):
+def test_a_variant_of_the_weights_is_found_by_its_name(copied):
     for part in ("unet", "vae", "text_encoder"):
         (file,) = (copied / part).glob("*.safetensors")
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
@@ -102,7 +102,7 @@ def test_missing_weights(copied):
         ("tokenizer", "has no vocabulary: neither tokenizer.json nor both"),
     ],
 )
-def test_missing_files(copied, name, message):
+def test_missing_files_are_named(copied, name, message):
     gone = copied / name
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     assert any(message in problem for problem in model_problems(str(copied)))
@@ -126,7 +126,7 @@ def test_weights_that_are_cut_short(copied, part):
         assert f"{weights} cannot be read as safetensors" in problem
 
 
-def test_shards(copied):
+def test_every_shard_is_looked_for(copied):
     """Each is looked for; the index of a pickle is none."""
     (weights,) = (copied / "unet").glob("*.safetensors")
     shard = weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))

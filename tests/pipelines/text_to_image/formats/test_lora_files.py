@@ -17,7 +17,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.families import FORMATS, shape_of
+from equipoise.pipelines.text_to_image.families import shape_of
 from equipoise.pipelines.text_to_image.families.unet import original_name
 from equipoise.pipelines.text_to_image.formats.lora_files import (
     Factors,
@@ -27,6 +27,7 @@ from equipoise.pipelines.text_to_image.formats.lora_files import (
     read_lora,
     write_lora,
 )
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.result import LORA_FILE, export
 
 NAME = "text_to_image/dreambooth"
@@ -94,7 +95,7 @@ def test_original_names_are_those_that_diffusers_converts(options):
     }
 
 
-def test_names():
+def test_layers_have_the_names_of_kohya_and_comfyui():
     shape = {
         "family": "StableDiffusionPipeline",
         "layers_per_block": 2,

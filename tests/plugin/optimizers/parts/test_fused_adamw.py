@@ -45,7 +45,7 @@ def assert_twins(sides):
     [{}, {"maximize": True}, {"amsgrad": True}, {"fused": False}, {"fused": None, "foreach": True}, {"eps": 0.1}],
     ids=str,
 )
-def test_equal_to_torch(options):
+def test_steps_equal_those_of_torch(options):
     step(sides := twins(**options))
     assert_twins(sides)
 
@@ -116,7 +116,7 @@ def test_gradients_of_other_strides_are_laid_out_anew():
     assert_close(params, expected)
 
 
-def test_its_own_path_is_taken(monkeypatch):
+def test_the_fused_path_is_taken(monkeypatch):
     """Else all of the above would compare torch with torch."""
     (ours, params) = twins()[1]
     step([(ours, params)])

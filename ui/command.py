@@ -1,4 +1,7 @@
-"""`equipoise ui`: the web page; needs the extra `ui`."""
+"""`equipoise ui`: the web page: launch runs, watch them, compare what they draw.
+
+It needs the extra `ui`, and is found as plugins' commands are: nothing below this folder knows of it.
+"""
 
 import argparse
 import os
@@ -10,27 +13,27 @@ from equipoise.pipelines.files import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="the port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="The address to listen on (default: %(default)s).")
+    parser.add_argument("--port", type=int, default=7860, help="The port; 0 takes a free one (default: %(default)s).")
     parser.add_argument(
         "--auth",
         type=user_path,
         metavar="FILE",
-        help="a file with NAME:PASSWORD, needed for other addresses; or the environment variable EQUIPOISE_UI_AUTH",
+        help="A file with NAME:PASSWORD, needed for other addresses; or the environment variable EQUIPOISE_UI_AUTH.",
     )
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of runs")
+    parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="a folder of data or models that the page may use; may be given again",
+        help="A folder of data or models that the page may use; may be given several times.",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=min(2, os.cpu_count() or 1),
-        help="processes that train a sweep (default: %(default)s)",
+        help="The number of processes that train a sweep (default: %(default)s).",
     )
 
 

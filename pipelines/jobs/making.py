@@ -1,0 +1,112 @@
+"""Makes the comparison of runs and sweeps: checked, generated and measured by their pipeline, and written as a report.
+
+It is filled beside the folder where it is to be, and takes its place when it is complete.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from equipoise import registry
+from equipoise.errors import InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines.comparing.comparison import Comparison
+from equipoise.pipelines.comparing.report import write_report
+from equipoise.pipelines.files import explained
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs import environment
+from equipoise.pipelines.runs.store import Run
+
+_MAKER = ".pid"  # in a folder that is being filled: who does it
+
+
+def make(
+    found: Sequence[Run], changes: dict[str, Any] | None = None, out: Path | None = None
+) -> tuple[Comparison, dict[str, Path]]:
+    """Compares runs and the cells of sweeps, and writes the report.
+
+    Args:
+        changes: key of the configuration → what it is in place of the first run's.
+        out: where the comparison is to be; None: in the one run's folder, or among the comparisons.
+
+    Returns:
+        The comparison, and what was written of it: what it is → the file.
+
+    Raises:
+        InputError: nothing to compare, runs of different pipelines or bases, a folder that is in use.
+    """
+    runs = [run for one in found for run in (sweeps.cells(one) if one.status().kind == "sweep" else [one])]
+    if not runs:
+        raise InputError("comparison: there are no runs in what was given.")
+    waiting = [run.id for run in runs if not run.status().over]
+    if waiting:
+        raise InputError(
+            f"comparison: {', '.join(waiting[:3])} {'is' if len(waiting) == 1 else 'are'} not finished yet."
+        )
+    loaded = [run.config() for run in runs]
+    if len(kinds := {config.pipeline for config in loaded}) > 1:
+        raise InputError(f"comparison: runs of different pipelines ({', '.join(sorted(kinds))}) cannot be compared.")
+    first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
+    pipeline = registry.load("pipelines", loaded[0].pipeline)
+    folder, name = _place(found, out, own=bool(changes))
+    with _swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
+        comparison = pipeline.compare(name, staging, runs, loaded, first)
+        paths = write_report(comparison)
+    comparison.folder = folder
+    return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def _place(found: Sequence[Run], out: Path | None, own: bool) -> tuple[Path, str]:
+    """The comparison's folder and its name; what was asked for in other words than the runs' gets a folder of its own.
+
+    Raises:
+        InputError: the folder that was asked for is in use.
+    """
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out: {out} exists and is not an empty folder; give a new one.")
+        return out.resolve(), out.name
+    if len(found) == 1 and not own:
+        return found[0].folder / "comparison", found[0].id
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return found[0].root / "comparisons" / name, found[0].id if len(found) == 1 else f"comparison {name}"
+
+
+@contextmanager
+def _swapped_in(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` when it is complete, and vanishes when something fails."""
+    mark = secrets.token_hex(4)
+    staging, old = (folder.with_name(f".{folder.name}.{what}-{mark}") for what in ("new", "old"))
+    try:
+        with explained(folder):
+            staging.mkdir(parents=True)
+            (staging / _MAKER).write_text(str(os.getpid()))
+        yield staging
+        with explained(folder):
+            (staging / _MAKER).unlink()
+            if folder.exists():
+                folder.rename(old)
+            try:
+                staging.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def being_made(folder: Path) -> int | None:
+    """How many files a living process has made so far of the comparison that is to be `folder`; None: none makes it."""
+    for staging in folder.parent.glob(f".{folder.name}.new-*"):
+        with suppress(OSError, ValueError):
+            if psutil.pid_exists(int((staging / _MAKER).read_text())):
+                return sum(path.is_file() for path in staging.rglob("*")) - 1
+    return None

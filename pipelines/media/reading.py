@@ -1,0 +1,75 @@
+"""What the readers share: their errors, the version of what they give, and a memory that spares a second decoding."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+from equipoise.errors import InputError
+from equipoise.pipelines.files import version
+
+VERSION = 2  # of what the readers give for a file: part of every key that something made of it is kept under
+MEMORY = 1 << 29  # bytes of decoded files that are kept during a run; what does not fit is decoded again
+
+T = TypeVar("T")
+
+
+class MediaError(InputError):
+    """A file that cannot be read; `problem` is the sentence without the file's name before it."""
+
+    def __init__(self, path: Path, problem: str):
+        super().__init__(f"{path}: {problem}")
+        self.problem = problem
+
+
+class EnormousError(MediaError):
+    """A picture of more pixels than are decoded."""
+
+
+def brief(error: Exception) -> str:
+    """A decoder's own words, on one line, to be put into a sentence."""
+    return " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
+
+
+_kept: dict[tuple[Any, ...], tuple[Any, int]] = {}  # (reader, path, version of the file) → (what it gave, bytes)
+_lock = Lock()
+_runs = 0  # that are inside of `decoded_once`
+
+
+@contextmanager
+def decoded_once() -> Iterator[None]:
+    """Until the block ends, files that were decoded are kept for whoever asks next, as far as MEMORY goes."""
+    global _runs
+    with _lock:
+        _runs += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _runs -= 1
+        if not _runs:
+            forget()
+
+
+def forget() -> None:
+    """Frees what is kept: nobody will ask for these files again."""
+    with _lock:
+        _kept.clear()
+
+
+def once(
+    read: Callable[[Path], T],
+    path: Path,
+    size: Callable[[T], int],  # bytes of what was read
+) -> T:  # shared with others who ask: not to be changed
+    """What `read` gives for a file, from memory where the same file was read before within `decoded_once`."""
+    key = (read, os.path.abspath(path), *version(path))
+    if key in _kept:
+        return _kept[key][0]
+    made = read(path)
+    with _lock:
+        if _runs and sum(held for _, held in _kept.values()) + size(made) <= MEMORY:
+            _kept[key] = made, size(made)
+    return made

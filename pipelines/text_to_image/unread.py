@@ -1,0 +1,33 @@
+"""What is set in a configuration and has no effect on the base that it names."""
+
+from equipoise.pipelines.config.keys import is_set
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.families import Family
+
+READ = {  # by the way of adding noise, which of the section `noise` it reads
+    "diffusion": ("offset", "prediction", "zero_terminal_snr", "snr_gamma"),
+    "flow": ("offset", "times", "mean", "std", "mode_scale", "shift"),
+}
+
+
+def unread(config: TextToImageConfig, kind: Family) -> list[str]:
+    """A sentence for everything that is set and that a base of this family would not read."""
+    found = []
+    known = (*READ[kind.noise], *(["guidance"] if kind.distilled else []))
+    for key in type(config.noise).model_fields:
+        if key not in known and is_set(config.noise, key):
+            others = ", ".join(f"noise.{name}" for name in known)
+            found.append(f"noise.{key}: has no effect on {kind.title}, which reads {others}.")
+    times = config.noise.times or kind.times
+    for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
+        if key in known and times != only and is_set(config.noise, key):
+            found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
+    if config.lora.text_encoder and not kind.tuned_encoders:
+        found.append(
+            f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."
+        )
+    if config.token.name and not kind.loads_textual_inversion:
+        found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
+    if config.samples.negative and not kind.negative:
+        found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")
+    return found

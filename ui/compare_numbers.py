@@ -1,0 +1,54 @@
+"""The numbers of a comparison as HTML: its curves of scores, the table of all metrics, and its files."""
+
+from equipoise.pipelines.comparing import report
+from equipoise.pipelines.comparing.robustness import shown_rate
+from equipoise.ui import draw
+from equipoise.ui.compare import read
+from equipoise.ui.draw import esc, url
+from equipoise.ui.safety import Site
+
+
+def curve(site: Site, id: str) -> str:
+    """Score against learning rate, and the usable range of every row."""
+    comparison = read(site, id)
+    if not comparison.judged:
+        return draw.notice(report.NOT_JUDGED)
+    ranges = "".join(
+        f"<tr><td><i style='background:{report.line_colour(index)}'></i>{esc(row)}</td>"
+        f"<td>{esc(found) if found else 'none of the rates tried'}</td></tr>"
+        for index, (row, found) in enumerate(comparison.ranges().items())
+    )
+    head = "<thead><tr><th></th><th>learning rates that worked</th></tr></thead>"
+    drawn = report.draw_curve(comparison) if comparison.rates else ""
+    return f"<div class='curve'>{drawn}<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div></div>"
+
+
+def table(site: Site, id: str) -> str:
+    """Every cell's numbers."""
+    comparison = read(site, id)
+    cells = [comparison.base, *comparison.cells]
+    names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
+    head = "".join(f"<th>{esc(name)}</th>" for name in ["", "rate", "seed", "state", *names])
+    rows = "".join(
+        f"<tr><td>{esc(cell.row)}</td><td>{'' if not cell.run else shown_rate(cell.rate)}</td><td>{cell.seed}</td>"
+        f"<td>{esc(cell.state)}</td>"
+        + "".join(f"<td>{draw.number(cell.metrics.get(name))}</td>" for name in names)
+        + "</tr>"
+        for cell in cells
+    )
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def export(site: Site, id: str) -> str:
+    """Links to the comparison's files."""
+    comparison = read(site, id)
+    folder, names = comparison.folder, {"grid.png": "Grid (PNG)"}
+    names |= {f"grid-{index:02d}.png": f"Grid {index + 1} (PNG)" for index in range(len(comparison.prompts))}
+    names |= {"report.html": "Report (HTML)", "table.csv": "Table (CSV)", "prompts.csv": "Prompts (CSV)"}
+    names |= {"table.json": "JSON"}
+    links = [
+        f"<li><a href='{url(f'{id}/{file}')}?download=1' download>{label}</a></li>"
+        for file, label in names.items()
+        if (folder / file).is_file()
+    ]
+    return f"<ul class='files'>{''.join(links)}</ul>"

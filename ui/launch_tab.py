@@ -1,0 +1,365 @@
+"""The tab Launch: a form made from a pipeline's own record, checked, shown as YAML and command, and started."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from equipoise import registry
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.comparing import comparison
+from equipoise.pipelines.config import RunConfig
+from equipoise.ui import draw, forms, launch_pictures
+from equipoise.ui.launch import (
+    PROMPT,
+    UPLOADED,
+    beginning,
+    check_plan,
+    doubts,
+    error_notice,
+    launch,
+    load_shipped,
+    plain,
+    plan,
+    presets,
+    read_yaml,
+)
+from equipoise.ui.launch_estimates import estimate, memory
+from equipoise.ui.safety import Site
+from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
+
+LATEST: Any = {**HIDDEN, "trigger_mode": "always_last"}  # of an event that may come again while it is at work
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The choice between the pipelines' forms."""
+
+    pipeline: gr.Radio
+    columns: Mapping[str, gr.Column]
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What a check shows: the plan of a form."""
+
+    column: gr.Column
+    facts: gr.HTML
+    command: gr.Code
+    yaml: gr.Code
+    save: gr.DownloadButton
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One pipeline's part of the tab."""
+
+    site: Site
+    pipeline: str
+    workers: int
+    items: list[forms.Field]
+    widgets: list[Any]  # of the items, in their order
+    preset: gr.Dropdown
+    bring: gr.UploadButton
+    options: Table  # of the chosen plugins
+    opened: gr.Accordion  # around it
+    message: gr.HTML
+    check: gr.Button
+    start: gr.Button
+    checked: Checked
+
+    @property
+    def record(self) -> type[RunConfig]:
+        return registry.load("pipelines", self.pipeline).Config
+
+    @property
+    def plugins(self) -> dict[str, Any]:
+        """The widgets that choose plugins, by key."""
+        return {
+            item.key.key: widget for item, widget in zip(self.items, self.widgets, strict=True) if item.kind == "plugin"
+        }
+
+    def shown(self, values: Sequence[Any]) -> dict[str, Any]:
+        return {item.key.key: value for item, value in zip(self.items, values, strict=True)}
+
+    def fill(self, config: RunConfig) -> Updates:
+        """Updates of all widgets and the table of options."""
+        shown = forms.show(config)
+        chosen = {key: shown[key] for key in self.plugins}
+        rows = forms.option_rows(type(config), chosen, config)
+        widgets = zip(self.items, self.widgets, strict=True)
+        updates = {widget: gr.update(value=shown[item.key.key]) for item, widget in widgets}
+        return {**updates, self.options: gr.update(value=rows)}
+
+
+def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
+    """Draws the tab; returns the pipelines' forms and the choice between them."""
+    names = [entry.name for entry in registry.entries("pipelines") if not registry.check(entry)]
+    titles = {name: registry.load("pipelines", name).title or name for name in names}
+    names.sort(key=lambda name: name != "text_to_image")
+    gr.HTML(
+        "<h2>Launch</h2><p class='lead'>Choose optimizers and learning rates; several of either make a sweep. "
+        "Runs go on in the background, whatever becomes of this page.</p>"
+    )
+    offered = [(titles[name], name) for name in names]
+    chosen = gr.Radio(offered, value=names[0], label="Pipeline", elem_id="pipeline", interactive=True)
+    found, columns = {}, {}
+    for name in names:
+        with gr.Column(visible=name == names[0], elem_classes=["form"]) as columns[name]:
+            found[name] = _form(site, name, workers)
+    choice = Choice(chosen, columns)
+    chosen.change(bound(on_pipeline, choice), chosen, list(columns.values()), **HIDDEN)
+    chosen.input(None, chosen, None, js="name => equipoise.at({pipeline: name})", **PRIVATE)
+    root().load(bound(restore, choice), None, chosen, **LATEST)
+    return found, chosen
+
+
+def _form(site: Site, pipeline: str, workers: int) -> Form:
+    cls = registry.load("pipelines", pipeline).Config
+    items = forms.fields(cls)
+    shown, rows = beginning(cls)
+    preset, bring = _beginning(pipeline, cls)
+    widgets = _fields(site, cls, items, shown)
+    with gr.Accordion("Options of what is chosen above", open=False) as opened:
+        options = _options(rows)
+    if cls.SHORT.get("data", "").endswith(".folder"):
+        launch_pictures.build(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
+    message = gr.HTML(elem_classes=["message"])
+    with gr.Row(elem_classes=["actions"]):
+        check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
+        words = _start_words(forms.count(cls, shown))
+        start = gr.Button(words, variant="primary", size="md", elem_id=f"start-{pipeline}")
+    ordered = [widgets[item.key.key] for item in items]
+    parts = preset, bring, options, opened, message, check, start, _checked(pipeline)
+    form = Form(site, pipeline, workers, items, ordered, *parts)
+    _connect(form)
+    return form
+
+
+def _beginning(pipeline: str, cls: type[RunConfig]) -> tuple[gr.Dropdown, gr.UploadButton]:
+    ready = presets().get(cls, [])
+    with gr.Row():
+        preset = gr.Dropdown(
+            [("the pipeline's own defaults", ""), *((name, name) for name in ready)],
+            value=ready[0] if ready else "",
+            label="Begin with",
+            info="A configuration that comes with Equipoise. It is empty after another one was loaded.",
+            interactive=True,
+            elem_id=f"preset-{pipeline}",
+        )
+        bring = gr.UploadButton(
+            "Load YAML …", file_types=[".yaml", ".yml"], size="sm", scale=0, min_width=140, elem_id=f"load-{pipeline}"
+        )
+    return preset, bring
+
+
+def _fields(site: Site, cls: type[RunConfig], items: list[forms.Field], shown: dict[str, Any]) -> dict[str, Any]:
+    """The widgets of all keys: the basic ones at once, the others by section in a panel that is closed at first."""
+    widgets: dict[str, Any] = {}
+    with gr.Group(elem_classes=["fields"]):
+        for item in sorted((i for i in items if i.basic), key=_rank):
+            widgets[item.key.key] = _widget(site, cls, item, shown)
+    rest: dict[str, list[forms.Field]] = {}
+    for item in items:
+        if not item.basic:
+            rest.setdefault(item.section, []).append(item)
+    with gr.Accordion("Everything else", open=False):
+        for section, some in rest.items():
+            gr.HTML(f"<h4>{draw.esc(section)}</h4>")
+            with gr.Group(elem_classes=["fields"]):
+                for item in some:
+                    widgets[item.key.key] = _widget(site, cls, item, shown)
+    return widgets
+
+
+def _options(rows: list[list[str]]) -> Table:
+    return Table(
+        rows or None,
+        headers=forms.OPTION_HEADERS,
+        datatype="str",
+        interactive=True,
+        static_columns=[0, 1, 3, 4, 5],
+        column_widths=["130px", "150px", "130px", "110px", "190px", "400px"],
+        wrap=True,
+        label="Edit the column value. An empty value means the default.",
+        buttons=[],
+        max_height=360,
+    )
+
+
+def _checked(pipeline: str) -> Checked:
+    with gr.Column(elem_id=f"plan-{pipeline}"), gr.Column(visible=False, elem_classes=["plan"]) as column:
+        facts = gr.HTML()
+        command = gr.Code(
+            label="The same in a terminal",
+            language="shell",
+            interactive=False,
+            wrap_lines=True,
+            lines=1,
+            show_line_numbers=False,
+        )
+        yaml = gr.Code(label="Complete configuration", language="yaml", interactive=False, max_lines=24)
+        save = gr.DownloadButton("Save as YAML", size="md", elem_id=f"save-{pipeline}")
+    return Checked(column, facts, command, yaml, save)
+
+
+def _connect(form: Form) -> None:
+    inputs, filled = [form.preset, form.options, *form.widgets], [*form.widgets, form.options]
+    checked = form.checked
+    outputs = [form.message, checked.column, checked.facts, checked.command, checked.yaml, checked.save]
+    # What is shown of a form that has changed since is not what would be started. The browser hides it by itself: the
+    # server would come too late, and after the next click.
+    plan_data = f"document.getElementById('plan-{form.pipeline}').dataset"
+    fresh: Any = {"js": f"(...values) => {{ delete {plan_data}.stale; return values }}", "show_progress": "minimal"}
+    form.check.click(bound(on_check, form), inputs, outputs, **fresh, trigger_mode="always_last", **PRIVATE)
+    changes = [form.preset.change, form.options.input, *(widget.change for widget in form.widgets)]
+    gr.on(changes, None, None, None, js=f"() => {{ {plan_data}.stale = '' }}", **PRIVATE)
+    form.start.click(bound(on_start, form), inputs, form.message, **PRIVATE)
+    form.preset.input(bound(on_preset, form), form.preset, [form.message, *filled], **PRIVATE)
+    form.bring.upload(bound(on_yaml, form), form.bring, [form.message, form.preset, *filled], **PRIVATE)
+    plugins = list(form.plugins.values())
+    asks = [form.opened.expand, *(widget.input for widget in plugins)]
+    gr.on(asks, bound(on_plugins, form), [form.options, *plugins], form.options, **LATEST)
+    kinds = ("plugin", "number", "axes")
+    several = [widget.change for item, widget in zip(form.items, form.widgets, strict=True) if item.kind in kinds]
+    gr.on(several, bound(on_count, form), form.widgets, form.start, **LATEST)
+
+
+# Handlers: what they are given stands in the order of the inputs above
+
+
+def on_pipeline(choice: Choice, name: str) -> Updates:
+    return {column: gr.update(visible=name == other) for other, column in choice.columns.items()}
+
+
+def restore(choice: Choice, request: gr.Request) -> Updates:
+    """The pipeline that the page's address names."""
+    name = request.query_params.get("pipeline", "")
+    return {choice.pipeline: name if name in choice.columns else gr.skip()}
+
+
+def on_check(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterator[Updates]:
+    """The plan at once; then, once the model's libraries are imported, whether starting it would be refused."""
+    site, workers, checked = form.site, form.workers, form.checked
+    try:
+        made = plan(site, form.pipeline, preset or "", form.shown(values), table_rows(rows), workers)
+    except EquipoiseError as error:
+        yield {form.message: error_notice(error), checked.column: gr.update(visible=False)}
+        return
+    file = Path(tempfile.mkdtemp(dir=os.environ.get(UPLOADED)), f"{made.config.name}.yaml")
+    file.write_text(made.yaml)
+    time = estimate(site, made, workers)
+    yield {
+        form.message: "",
+        checked.column: gr.update(visible=True),
+        checked.facts: draw.notice(f"{time}\nModel and data: being checked …\nMemory: being worked out …"),
+        checked.command: made.command,
+        checked.yaml: made.yaml,
+        checked.save: str(file),
+    }
+    try:
+        check_plan(made)
+    except EquipoiseError as error:
+        yield {form.message: error_notice(error), checked.column: gr.update(visible=False)}
+        return
+    except Exception as error:
+        words = f"Not checked: {type(error).__name__}: {error}. The server's output says more."
+        yield {form.message: draw.notice(words, "bad"), checked.column: gr.update(visible=False)}
+        raise
+    yield {checked.facts: draw.notice("\n".join([time, memory(site, made, workers), *doubts(made)]))}
+
+
+def on_start(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterator[Updates]:
+    """Answers at once, and starts the runs; gradio's own words for what nobody foresaw do not replace the answer."""
+    yield {form.message: draw.notice("Being checked and started …")}
+    try:
+        made = plan(form.site, form.pipeline, preset or "", form.shown(values), table_rows(rows), form.workers)
+        started = draw.notice(launch(form.site, made, form.workers)[1], "good")
+        yield {form.message: started + draw.notice("\n".join(doubts(made)))}
+    except EquipoiseError as error:
+        yield {form.message: error_notice(error)}
+    except Exception as error:
+        words = f"Not started: {type(error).__name__}: {error}. The server's output says more."
+        yield {form.message: draw.notice(words, "bad")}
+        raise
+
+
+def on_preset(form: Form, name: str) -> Updates:
+    """Fills the form in with a configuration that comes with Equipoise, or the pipeline's defaults."""
+    try:
+        config = load_shipped(name) if name else plain(form.pipeline, form.record, {})
+        return {form.message: "", **form.fill(config)}
+    except EquipoiseError:  # of defaults, where something is required that has none
+        return gr.skip()
+
+
+def on_yaml(form: Form, file: str | None) -> Updates:
+    """Fills the form in with a configuration that the user brings."""
+    try:
+        if not file:
+            raise InputError("Choose a YAML file.")
+        filled = form.fill(read_yaml(file, form.pipeline))
+        return {form.message: "", form.preset: gr.update(value=None), **filled}
+    except EquipoiseError as error:
+        return {form.message: error_notice(error)}
+    finally:
+        launch_pictures.forget([file] if file else [])
+
+
+def on_plugins(form: Form, rows: Any, *names: Any) -> Updates:
+    """The options of the plugins that are chosen now."""
+    chosen = {key: value or [] for key, value in zip(form.plugins, names, strict=True)}
+    options = forms.option_rows(form.record, chosen, None)
+    return {form.options: gr.update(value=forms.kept(options, table_rows(rows)))}
+
+
+def on_count(form: Form, *values: Any) -> Updates:
+    """How many runs the form would start."""
+    return {form.start: _start_words(forms.count(form.record, form.shown(values)))}
+
+
+def _start_words(runs: int) -> str:
+    return f"Start {runs} runs" if runs > 1 else "Start"
+
+
+def _rank(item: forms.Field) -> tuple[int, int]:
+    """What people come for first: plugins, the learning rate, model and data."""
+    first = ["optimizer.name", comparison.RATE]
+    return (first.index(item.key.key) if item.key.key in first else 2, 0 if item.kind != "lines" else 1)
+
+
+def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any]) -> Any:
+    given = {"label": item.label, "info": item.info, "value": shown.get(item.key.key), "interactive": True}
+    given["elem_id"] = f"field-{cls.model_fields['pipeline'].default}-{item.key.key.replace('.', '-')}"
+    if item.kind == "plugin":
+        return gr.Dropdown(list(item.choices), multiselect=True, **given)
+    if item.kind == "choice":
+        choices = ["", *item.choices] if "none" in item.key.type else list(item.choices)
+        return gr.Dropdown(choices, **given)
+    if item.kind == "truth":
+        return gr.Checkbox(**given)
+    if item.kind == "lines":
+        return gr.Textbox(lines=3, max_lines=8, elem_classes=["wide"], **given)
+    if item.key.key in (cls.SHORT.get("data"), cls.SHORT.get("model")):
+        offered = gr.State(["demo", *site.choices()])
+        choice = gr.Dropdown(offered.value, allow_custom_value=True, **given)
+        # What lies there may have changed since the server began; and a folder that is chosen offers what is in it.
+        # Not while someone chooses: a list that changes then moves under the pointer, and undoes what is being typed.
+        both = [choice, offered]
+        gr.on([root().load, choice.blur, choice.change], bound(_offered, site), both, both, **LATEST)
+        return choice
+    return gr.Textbox(max_lines=1, **given)
+
+
+def _offered(site: Site, at: Any, before: list[Any]) -> tuple[Any, list[Any]]:
+    """The folders and files around one, then as many of those offered before as keep the list from getting shorter.
+
+    Gradio's list, when it is open and gets shorter, looks for an entry which it no longer has, and fails.
+    """
+    fresh = ["demo", *site.choices(str(at or ""))]
+    fresh += [path for path in before if path not in fresh][: max(0, len(before) - len(fresh))]
+    return gr.update(choices=fresh), fresh

@@ -1,0 +1,125 @@
+"""The curves of a run: its metrics, read as they grow, and drawn."""
+
+import math
+import re
+import threading
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from posixpath import commonpath
+
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs.run import Run, metric_lines
+from equipoise.ui import draw
+from equipoise.ui.runs import open_run
+from equipoise.ui.safety import Site
+
+MOST_READ = 200  # runs whose curves are kept in memory
+MOST_POINTS = 8_000  # of a curve; of a longer one, the lowest and the highest of so many steps that it has no more
+Curves = dict[str, list[tuple[float, float]]]
+_PIECE = 2**20  # bytes of metrics that are read at a time
+_NOT_CURVES = ("step", "time", "seconds")
+_GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
+_SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight", "alpha": "α"}  # as papers write
+_SECONDS = ("balancing", "loading")
+_LOG_SCALE = ("loss", "rate")  # what spans decades
+
+
+def charts(site: Site, id: str) -> str:
+    """A run's metrics over its steps, those of one kind in one chart; of a sweep, its cells' losses."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    if run.status().kind == "sweep":
+        lines = {cell.folder.name: read_curves(cell).get("loss", []) for cell in sweeps.cells(sweep=run)}
+        return f"<div class='charts wide'>{draw.chart('loss of each cell', lines, log=True)}</div>"
+    lines = read_curves(run)
+    if not lines and run.status().over:
+        return draw.empty("Nothing was measured", "It ended before its first step.")
+    if not lines:
+        return draw.empty("Nothing measured yet", "Curves appear after the first steps.")
+    groups: dict[str, list[str]] = {}
+    for name in lines:
+        start = _GROUP.match(name)
+        groups.setdefault(start[0] if start else name, []).append(name)
+    drawn = [
+        draw.chart(_title(group, some), {name: lines[name] for name in some}, log=group in _LOG_SCALE)
+        for group, some in groups.items()
+    ]
+    return f"<div class='charts'>{''.join(drawn)}</div>"
+
+
+class _Curve:
+    """A line that grows, and of which little is kept however long it is."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[float, float]] = []
+        self._new: list[tuple[float, float]] = []  # less than a group
+        self._last: list[tuple[float, float]] = []  # which is shown as what is the case now
+        self._size = 2  # of a group, of which two points are kept
+
+    def add(self, point: tuple[float, float]) -> None:
+        if not math.isfinite(point[1]):
+            return
+        self._last = [point]
+        self._new.append(point)
+        if len(self._new) == self._size:
+            self._kept += draw.thinned(self._new, self._size)
+            self._new.clear()
+        if len(self._kept) >= MOST_POINTS:
+            self._kept, self._size = draw.thinned(self._kept, 4), 2 * self._size
+
+    def points(self) -> list[tuple[float, float]]:
+        known = [*self._kept, *self._new]
+        return known if known[-1:] == self._last else known + self._last
+
+
+@dataclass
+class _Read:
+    """What has been read of a file of metrics."""
+
+    size: int = 0
+    end: bytes = b""  # what stood before there, by which a file that has grown is known from another one
+    lines: dict[str, "_Curve"] = field(default_factory=dict)
+    busy: threading.Lock = field(default_factory=threading.Lock)  # several pages may be open
+
+
+def read_curves(run: Run) -> Curves:
+    """What a run measured: name → (step, value). Of a file that has grown only what is new is read, in pieces."""
+    with _reading:
+        known = _read[run.folder] = _read.pop(run.folder, _Read())  # as the one used last
+        while len(_read) > MOST_READ:
+            del _read[next(iter(_read))]
+    with known.busy:
+        _read_on(known, run.folder / "metrics.jsonl")
+        return {name: curve.points() for name, curve in known.lines.items()}
+
+
+def _read_on(known: _Read, path: Path) -> None:
+    with path.open("rb") if path.exists() else BytesIO() as file:
+        file.seek(known.size - len(known.end))
+        if file.read(len(known.end)) != known.end:  # it was rewound
+            known.size, known.end, known.lines = 0, b"", {}
+            file.seek(0)
+        while text := file.read(_PIECE) + file.readline():
+            new = text[: text.rfind(b"\n") + 1]
+            if not new:  # the line is still being written
+                break
+            for _, record in metric_lines(new.decode(errors="replace")):
+                for name, value in record.items():
+                    number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+                    if name not in _NOT_CURVES and isinstance(number, int | float):
+                        known.lines.setdefault(name, _Curve()).add((record["step"], number))
+            known.size, known.end = known.size + len(new), new[-100:]
+
+
+_read: dict[Path, _Read] = {}
+_reading = threading.Lock()
+
+
+def _title(group: str, names: list[str]) -> str:
+    """What the names in a chart have in common, in words."""
+    title = commonpath(name.replace("_", "/") for name in names).replace("/", "_") or group
+    symbol = next((symbol for name, symbol in _SYMBOLS.items() if title.startswith(name)), "")
+    unit = ", seconds" if title in _SECONDS else ""
+    return symbol or title.replace("val_", "validation ").replace("_", " ") + unit

@@ -1,0 +1,263 @@
+"""One run as HTML: how it stands, its samples, log, configuration and files; and what can be done to it."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import psutil
+
+from equipoise import registry
+from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.config.keys import section_at
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.jobs.making import being_made
+from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.status import Status
+from equipoise.ui import draw
+from equipoise.ui.draw import esc, url
+from equipoise.ui.runs import badge, bar, left, open_run, together
+from equipoise.ui.runs_curves import charts
+from equipoise.ui.safety import SUFFIXES, Site
+
+LOG_LINES = 60
+MOST_FILES = 400  # of the samples of one step
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Detail(NamedTuple):
+    """A run's parts of the page."""
+
+    heading: str
+    charts: str
+    samples: str
+    log: str
+    config: str
+    files: str
+
+
+class Possible(NamedTuple):
+    """Updates of the buttons, by what a run allows now."""
+
+    stop: dict[str, Any]
+    sample: dict[str, Any]
+    resume: dict[str, Any]
+
+
+def heading(site: Site, id: str) -> str:
+    """What a run is and how it stands, with its cells where it is a sweep."""
+    if not id:
+        return draw.empty("Choose a run", "Its curves, samples, log and files appear here.")
+    run = open_run(site, id)
+    now = together(run, run.status())
+    back = f"<button class='link' data-id='{esc(run.sweep)}'>← {esc(run.sweep)}</button>" if run.sweep else ""
+    ended = bool(run.sweep) and _ended(open_run(site, run.sweep).status())
+    facts = {
+        "pipeline": now.pipeline,
+        "step": f"{now.step} of {now.total}" if now.total else now.step,
+        "left": left(site, now),
+        "loss": draw.number(now.loss),
+        "rate": draw.number(now.rate, 3),
+        "took": draw.span(now.duration) if now.started else "",
+        "memory": _memory(now),
+        "process": f"{now.pid} on {now.host}" if now.state == "running" else "",
+    }
+    parts = [
+        back,
+        f"<h3>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
+        bar(now),
+        draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
+        draw.facts({key: value for key, value in facts.items() if value != ""}),
+    ]
+    if now.over and (count := being_made(run.folder / "comparison")) is not None:
+        parts.append(draw.notice(f"Trained; being compared now: {count} files so far."))
+    if now.state == "dead":
+        parts.append(f"<pre class='log'>{esc(background.tail(run.log_file, 8))}</pre>")
+    if now.kind == "sweep":
+        parts.append(_cells(run, _ended(now)))
+    return "".join(parts)
+
+
+def _ended(sweep: Status) -> bool:
+    """Whether no cell of it begins any more: the workers of a sweep that was killed may well live."""
+    return sweep.over and sweep.state != "dead"
+
+
+def _cells(sweep: Run, ended: bool) -> str:
+    rows = []
+    for cell in sweeps.cells(sweep):
+        now = cell.status()
+        short = draw.breakable(cell.folder.name)
+        rows.append(
+            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now, ended)}</td>"
+            f"<td>{bar(now)}</td><td data-name='loss'>{draw.number(now.loss)}</td></tr>"
+        )
+    head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
+    return f"<div class='scroll'><table class='runs cells'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _memory(now: Status) -> str:
+    """What the process that trains holds in main memory."""
+    if now.state != "running" or not now.pid:
+        return ""
+    try:
+        return f"{psutil.Process(now.pid).memory_info().rss / 1e9:.2f} GB"
+    except psutil.Error:
+        return ""
+
+
+def sample_steps(run: Run) -> list[int]:
+    """The steps at which a run drew or wrote samples."""
+    found = [re.fullmatch(r"step-(\d+)", folder.name) for folder in run.samples.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def samples(site: Site, id: str, step: int | None = None) -> str:
+    """What a run drew at the step nearest to the given one, or at its last."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    steps = sample_steps(run)
+    if not steps:
+        return draw.empty(*_none_drawn(run.status()))
+    near = steps[-1] if step is None else min(steps, key=lambda one: abs(one - step))
+    folder = run.samples / f"step-{near:08d}"
+    parts = []
+    for file in sorted(folder.iterdir())[:MOST_FILES]:
+        name = f"{run.id}/samples/{folder.name}/{file.name}"
+        if file.suffix in _PICTURES:
+            image = f"<img loading='lazy' src='{url(name)}' alt='{esc(file.stem)}'>"
+            parts.append(f"<a href='{url(name)}' target='_blank'>{image}</a>")
+        elif file.suffix == ".jsonl":
+            parts.append(draw.table(file.read_text(errors="replace")))
+        elif file.suffix in (".txt", ".json", ".md"):
+            parts.append(f"<pre>{esc(file.read_text(errors='replace')[:20_000])}</pre>")
+    return f"<p class='hint'>step {near}</p><div class='samples'>{''.join(parts)}</div>"
+
+
+def _none_drawn(now: Status) -> tuple[str, str]:
+    """Why there are no samples, and what to do."""
+    if now.kind == "sweep":
+        return "A sweep draws none itself", "Choose one of its cells above, or see them side by side in Compare."
+    if not draws(now.pipeline):
+        return "No samples", "This pipeline draws none; its results are among the files, and in Compare."
+    if now.over:
+        return (
+            "No samples",
+            "samples.every would have had some drawn while it was trained; Compare draws from its result.",
+        )
+    return "No samples yet", "samples.every sets how often they are drawn; Sample now asks for some."
+
+
+def draws(pipeline: str) -> bool:
+    """Whether a pipeline draws or writes samples while it trains."""
+    try:
+        return section_at(registry.load("pipelines", pipeline).Config, "samples") is not None
+    except EquipoiseError:  # not installed here
+        return False
+
+
+def log(site: Site, id: str) -> str:
+    """The end of a run's log, of a sweep its own and its workers'."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    text = background.tail(run.log_file, LOG_LINES)
+    workers = background.tail(run.folder / "workers.txt", 20)
+    more = f"<h4>workers</h4><pre class='log'>{esc(workers)}</pre>" if workers else ""
+    return f"<pre class='log'>{esc(text) or 'nothing yet'}</pre>{more}"
+
+
+def config_text(site: Site, id: str) -> str:
+    if not id:
+        return ""
+    try:
+        return (open_run(site, id).folder / "config.yaml").read_text(errors="replace")
+    except OSError as error:
+        return f"# {id}/config.yaml cannot be read: {error.strerror}. Without it the run can be shown, but not resumed."
+
+
+def files(site: Site, id: str) -> str:
+    """A run's files, to be downloaded."""
+    if not id:
+        return ""
+    run = open_run(site, id)
+    found = [run.folder / name for name in ("config.yaml", "environment.json", "metrics.jsonl", "log.txt")]
+    found += sorted(file for file in run.result.rglob("*") if file.is_file())
+    if (run.folder / "comparison").is_dir():
+        found += sorted(file for file in (run.folder / "comparison").iterdir() if file.is_file())
+    rows = []
+    for file in found:
+        if file.is_file() and file.suffix in SUFFIXES:
+            name = f"{run.id}/{file.relative_to(run.folder).as_posix()}"
+            size = file.stat().st_size
+            shown = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.1f} kB"
+            words = esc(file.relative_to(run.folder))
+            rows.append(f"<li><a href='{url(name)}?download=1'>{words}</a> <small>{shown}</small></li>")
+    return f"<ul class='files'>{''.join(rows)}</ul>"
+
+
+def possible(site: Site, id: str) -> Possible:
+    """Whether a run can be stopped, sampled and resumed now."""
+    try:
+        run = open_run(site, id) if id else None
+        now = run.status() if run else None
+    except EquipoiseError:
+        run = now = None
+    if run is None or now is None:
+        return Possible(*[gr.update(interactive=False)] * 3)
+    stops = not now.over
+    resumes = now.over and now.kind != "cell" and now.state != "done"
+    if now.over and now.kind == "sweep":  # whose cells may have failed although it is done
+        cells = [cell.status() for cell in sweeps.cells(run)]
+        resumes = now.state == "dead" or any(cell.state not in ("done", "diverged") for cell in cells)
+        stops = any(not cell.over for cell in cells)  # by workers that outlive it
+    samples = now.state == "running" and now.kind != "sweep"
+    stop, sample, resume = (gr.update(interactive=can) for can in (stops, samples, resumes))
+    return Possible(stop, {**sample, "visible": now.kind != "sweep" and draws(now.pipeline)}, resume)
+
+
+def detail(site: Site, id: str, step: int | None) -> Detail:
+    """Heading, charts, samples, log, configuration and files of a run; a sentence instead if it is gone."""
+    try:
+        return Detail(
+            heading(site, id),
+            charts(site, id),
+            samples(site, id, step),
+            log(site, id),
+            config_text(site, id),
+            files(site, id),
+        )
+    except (EquipoiseError, OSError) as error:
+        if isinstance(error, OSError):
+            file = Path(str(error.filename or "a file")).name
+            error = f"{id}: {file} cannot be read ({error.strerror}). If the run is being changed, wait a moment."
+        words = str(error)
+        return Detail(draw.notice(words, "bad"), "", "", "", "", "")
+
+
+def act(site: Site, id: str, what: str, workers: int) -> str:
+    """Stops, resumes, samples or deletes a run; returns a message.
+
+    Raises:
+        InputError: it cannot be done.
+    """
+    if not id:
+        raise InputError("Choose a run first.")
+    run = open_run(site, id)
+    if what == "stop":
+        return background.stop(run)
+    if what == "resume":
+        if not run.status().over:
+            return f"{id}: is at work."
+        first = background.ahead(run)
+        background.resume(run, workers, in_turn=True)
+        return f"{id}: continues {f'when {first.id} has ended' if first else 'in the background'}."
+    if what == "sample":
+        if run.status().state != "running":
+            raise InputError(f"{id}: is not running, so it cannot draw samples now.")
+        run.request("sample")
+        return f"{id}: draws samples after the current step."
+    background.delete(run)
+    return f"{id}: deleted."

@@ -1,0 +1,348 @@
+"""The tab Runs: how every run stands, and of one of them its curves, samples, log, configuration and files."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from equipoise.errors import EquipoiseError
+from equipoise.pipelines.runs.status import STATES
+from equipoise.ui import draw
+from equipoise.ui.launch_tab import Form
+from equipoise.ui.runs import SORTS, open_run, table
+from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
+from equipoise.ui.safety import Site
+from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, Slider, Updates, bound, clicked_id, root
+
+REFRESH = 2.0  # seconds
+ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """Which runs the table shows, and in what order."""
+
+    words: gr.Textbox
+    state: gr.Dropdown
+    sort: gr.Dropdown
+
+
+@dataclass(frozen=True, eq=False)
+class Actions:
+    """What can be done to the chosen run."""
+
+    row: gr.Row
+    stop: gr.Button
+    sample: gr.Button
+    resume: gr.Button
+    duplicate: gr.Button
+    delete: gr.Button
+
+
+@dataclass(frozen=True, eq=False)
+class Confirm:
+    """The question before a run is deleted."""
+
+    row: gr.Row
+    question: gr.HTML
+    yes: gr.Button
+    no: gr.Button
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What is shown of the chosen run, below its heading."""
+
+    tabs: gr.Tabs
+    curves: gr.HTML
+    step: Slider
+    samples: gr.HTML
+    log: gr.HTML
+    config: gr.Code
+    files: gr.HTML
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Where the chosen run's configuration can be put."""
+
+    forms: Mapping[str, Form]  # by pipeline
+    pipeline: gr.Radio
+    tabs: gr.Tabs
+
+
+@dataclass(frozen=True, eq=False)
+class Tab:
+    """The parts of the tab, and what it remembers of one browser."""
+
+    site: Site
+    workers: int
+    launch: Launch
+    filters: Filters
+    listing: gr.HTML
+    head: gr.HTML
+    message: gr.HTML
+    actions: Actions
+    confirm: Confirm
+    parts: Parts
+    chosen: gr.State  # the run's id, or ""
+    digests: gr.State  # of what the browser has already, in the order of `redrawn`
+    end: gr.State  # the slider's last step
+
+    @property
+    def redrawn(self) -> list[Any]:
+        """What shows how the runs stand."""
+        parts, actions = self.parts, self.actions
+        shown = [self.head, parts.curves, parts.samples, parts.log, parts.config, parts.files]
+        return [self.listing, *shown, actions.stop, actions.sample, actions.resume]
+
+
+def build(
+    site: Site, workers: int, forms: Mapping[str, Form], pipelines: gr.Radio, tabs: gr.Tabs, page_tab: gr.Tab
+) -> None:
+    """Draws the tab."""
+    gr.HTML("<h2>Runs</h2>")
+    filters = _filters()
+    listing = gr.HTML(table(site), js_on_load=ON_RUN, elem_id="runs-table")
+    head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
+    message = gr.HTML(elem_id="run-message")
+    above = Launch(forms, pipelines, tabs), filters, listing, head, message
+    tab = Tab(site, workers, *above, _actions(), _confirm(), _parts(), gr.State(""), gr.State([]), gr.State(1))
+    _connect_refresh(tab, page_tab)
+    _connect_choice(tab)
+    _connect_actions(tab)
+
+
+def _filters() -> Filters:
+    with gr.Row(elem_classes=["filters"]):
+        hint = "words of the id, pipeline or message"
+        words = gr.Textbox(label="Filter", placeholder=hint, max_lines=1, scale=3)
+        state = gr.Dropdown(["all", *STATES], value="all", label="State", interactive=True)
+        sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", interactive=True)
+    return Filters(words, state, sort)
+
+
+def _actions() -> Actions:
+    with gr.Row(elem_classes=["actions"], visible=False) as row:
+        return Actions(
+            row,
+            gr.Button("Stop (saves first)", size="md", elem_id="stop"),
+            gr.Button("Sample now", size="md", elem_id="sample"),
+            gr.Button("Resume", size="md", elem_id="resume"),
+            gr.Button("Duplicate into Launch", size="md", elem_id="duplicate"),
+            gr.Button("Delete …", size="md", variant="stop", elem_id="delete"),
+        )
+
+
+def _confirm() -> Confirm:
+    with gr.Row(elem_classes=["actions"], visible=False) as row:
+        question = gr.HTML()
+        yes = gr.Button("Delete for good", size="md", variant="stop", elem_id="delete-yes")
+        return Confirm(row, question, yes, gr.Button("Keep it", size="md"))
+
+
+def _parts() -> Parts:
+    with gr.Tabs(visible=False) as tabs:
+        with gr.Tab("Curves"):
+            curves = gr.HTML()
+        with gr.Tab("Samples"):
+            step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
+            samples = gr.HTML()
+        with gr.Tab("Log"):
+            log = gr.HTML()
+        with gr.Tab("Configuration"):
+            config = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
+        with gr.Tab("Files"):
+            files = gr.HTML()
+    return Parts(tabs, curves, step, samples, log, config, files)
+
+
+def _refreshed(tab: Tab) -> dict[str, Any]:
+    """An event's handler, inputs and outputs that show how the runs stand now."""
+    inputs = [*_filled(tab), tab.chosen, tab.parts.step, tab.end, tab.digests]
+    outputs = [*tab.redrawn, tab.digests, tab.parts.step, tab.end]
+    return {"fn": bound(refresh, tab), "inputs": inputs, "outputs": outputs, **HIDDEN}
+
+
+def _filled(tab: Tab) -> list[Any]:
+    return [tab.filters.words, tab.filters.state, tab.filters.sort]
+
+
+def _connect_refresh(tab: Tab, page_tab: gr.Tab) -> None:
+    gr.Timer(REFRESH).tick(**_refreshed(tab), trigger_mode="once")
+    page_tab.select(**_refreshed(tab))  # what it shows until then is of when the server started
+    filters = tab.filters
+    moved = [filters.words.change, filters.state.input, filters.sort.input, tab.parts.step.input]
+    gr.on(moved, **_refreshed(tab), trigger_mode="always_last")
+
+
+def _connect_choice(tab: Tab) -> None:
+    all_of_it = [*tab.redrawn, tab.digests, tab.parts.step, tab.end, *_of_run(tab)]
+    root().load(bound(restore, tab), None, all_of_it, **HIDDEN)
+    for source in (tab.listing, tab.head):
+        source.select(bound(select, tab), _filled(tab), all_of_it, trigger_mode="multiple", **HIDDEN)
+
+
+def _of_run(tab: Tab) -> list[Any]:
+    """What appears and goes with a chosen run."""
+    return [tab.message, tab.chosen, tab.actions.row, tab.parts.tabs, tab.confirm.row]
+
+
+def _connect_actions(tab: Tab) -> None:
+    actions, confirm = tab.actions, tab.confirm
+    events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample), (confirm.yes, delete))
+    for button, handler in events:
+        button.click(bound(handler, tab), tab.chosen, _of_run(tab), **HIDDEN).then(**_refreshed(tab))
+    confirm.yes.click(None, None, None, js="() => equipoise.at({run: ''})", **PRIVATE)
+    actions.delete.click(bound(ask_delete, tab), tab.chosen, [confirm.row, confirm.question], **HIDDEN)
+    confirm.no.click(bound(keep, tab), None, confirm.row, **HIDDEN)
+    launch = tab.launch
+    fields = [part for form in launch.forms.values() for part in (form.preset, *form.widgets, form.options)]
+    outputs = [tab.message, launch.tabs, launch.pipeline, *fields]
+    copied = actions.duplicate.click(bound(duplicate, tab), tab.chosen, outputs, **HIDDEN)
+    copied.then(None, None, None, js="() => equipoise.at({tab: 'Launch'})", **PRIVATE)
+
+
+# Handlers: what they are given stands in the order of the inputs above
+
+
+def refresh(
+    tab: Tab, words: str, state: str, sort: str, id: str, at: float | None, end: int, digests: list[str]
+) -> Updates:
+    """How the runs stand now, as far as the browser does not show it already."""
+    moved = slide(tab.site, id, at, end)
+    drawn = _drawn(tab, words, state, sort, id, moved.shown, digests)
+    return {**drawn, tab.parts.step: moved.slider, tab.end: moved.end if moved.end != end else gr.skip()}
+
+
+def select(tab: Tab, words: str, state: str, sort: str, event: gr.EventData) -> Updates:
+    return opened(tab, words, state, sort, clicked_id(event))
+
+
+def restore(tab: Tab, request: gr.Request) -> Updates:
+    """The run that the page's address names, if it is there."""
+    id = request.query_params.get("run", "")
+    try:
+        open_run(tab.site, id)
+    except EquipoiseError:
+        return gr.skip()
+    return opened(tab, "", "all", SORTS[0], id)  # as the filters are in a page that was just loaded
+
+
+def opened(tab: Tab, words: str, state: str, sort: str, id: str) -> Updates:
+    """Shows a run."""
+    try:
+        open_run(tab.site, id)
+    except EquipoiseError as error:
+        return {tab.message: draw.notice(str(error), "bad")}
+    moved = slide(tab.site, id, None, 1)
+    return {
+        **_drawn(tab, words, state, sort, id, None, []),
+        tab.parts.step: moved.slider,
+        tab.end: moved.end,
+        tab.message: "",
+        tab.chosen: id,
+        tab.actions.row: gr.update(visible=True),
+        tab.parts.tabs: gr.update(visible=True),
+        tab.confirm.row: gr.update(visible=False),
+    }
+
+
+def _drawn(tab: Tab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str]) -> Updates:
+    shown = [table(tab.site, words, state, sort, id), *detail(tab.site, id, step), *possible(tab.site, id)]
+    outputs, new = unchanged(shown, digests)
+    return {**dict(zip(tab.redrawn, outputs, strict=True)), tab.digests: new if new != digests else gr.skip()}
+
+
+def unchanged(outputs: Sequence[Any], digests: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """The outputs without those that the page has already, by their digests; and the new digests, for the next time."""
+    new = [hashlib.blake2s(json.dumps(one, default=str).encode(), digest_size=8).hexdigest() for one in outputs]
+    before = [*digests, *[""] * (len(outputs) - len(digests))]
+    return [gr.skip() if a == b else out for out, a, b in zip(outputs, new, before, strict=True)], new
+
+
+class Slide(NamedTuple):
+    """How the slider over a run's steps goes on."""
+
+    shown: int | None  # the step to show, None for the last
+    end: int  # the slider's last step
+    slider: dict[str, Any]  # its update
+
+
+def slide(site: Site, id: str, at: float | None, end: int) -> Slide:
+    """The slider that stands at `at` of `end`, over the steps that there are now."""
+    try:
+        steps = sample_steps(open_run(site, id)) if id else []
+        shown, first, last = followed(steps, at, end)
+    except EquipoiseError:  # deleted since
+        return Slide(None, end, gr.skip())
+    if last == end and at is not None:
+        return Slide(shown, end, gr.skip())
+    value = last if shown is None else at
+    update = gr.update(visible=len(steps) > 1, minimum=min(first, last - 1), maximum=last, value=value)
+    return Slide(shown, last, update)
+
+
+def followed(steps: Sequence[int], at: float | None, end: int) -> tuple[int | None, int, int]:
+    """How a slider over steps goes on when there may be more of them.
+
+    Args:
+        steps: those that there are now.
+        at: where it stands.
+        end: where it ended until now.
+
+    Returns:
+        The step to show, None for the last; and the slider's first and last step.
+    """
+    shown = None if at is None or at >= end else round(at)
+    return shown, min(steps, default=0), max(steps, default=0) or 1
+
+
+def stop(tab: Tab, id: str) -> Updates:
+    return _acted(tab, id, "stop")
+
+
+def resume(tab: Tab, id: str) -> Updates:
+    return _acted(tab, id, "resume")
+
+
+def sample(tab: Tab, id: str) -> Updates:
+    return _acted(tab, id, "sample")
+
+
+def delete(tab: Tab, id: str) -> Updates:
+    return _acted(tab, id, "delete")
+
+
+def _acted(tab: Tab, id: str, what: str) -> Updates:
+    hidden = gr.update(visible=False)
+    try:
+        message = draw.notice(act(tab.site, id, what, tab.workers), "good")
+    except EquipoiseError as error:
+        return {tab.message: draw.notice(str(error), "bad"), tab.confirm.row: hidden}
+    gone = {tab.chosen: "", tab.actions.row: hidden, tab.parts.tabs: hidden} if what == "delete" else {}
+    return {tab.message: message, tab.confirm.row: hidden, **gone}
+
+
+def ask_delete(tab: Tab, id: str) -> Updates:
+    question = f"<p>Delete <b>{draw.esc(id)}</b> with all its files? It cannot be undone.</p>"
+    return {tab.confirm.row: gr.update(visible=True), tab.confirm.question: question}
+
+
+def keep(tab: Tab) -> Updates:
+    return {tab.confirm.row: gr.update(visible=False)}
+
+
+def duplicate(tab: Tab, id: str) -> Updates:
+    """Puts the run's configuration into the form of its pipeline."""
+    launch = tab.launch
+    try:
+        config = open_run(tab.site, id).config()
+        form = launch.forms[config.pipeline]
+    except (EquipoiseError, KeyError) as error:
+        return {tab.message: draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad")}
+    filled = {form.preset: gr.update(value=None), **form.fill(config)}
+    return {tab.message: "", launch.tabs: gr.update(selected="launch"), launch.pipeline: config.pipeline, **filled}
