@@ -110,7 +110,7 @@ def test_sharded_factors_take_the_step_of_full_ones(maker, r, spread):
 
 def test_what_cannot_be_right_is_refused(spread):
     assert "is a DTensor, and the norm over all parameters needs whole ones" in spread["sharp"]
-    assert "cannot bound a schedule-free step of factors that FSDP2 spreads" in spread["bounded, schedule-free"]
+    assert "cannot bound a schedule-free step of factors that FSDP2 shards" in spread["bounded, schedule-free"]
 
 
 def prepared(rank: int, maker: str, port: str, file: str) -> None:
