@@ -14,9 +14,9 @@ c is approached from below, so that every iterate keeps the bound: from a feasib
 τ is the option trust times the share of the full learning rate that a schedule leaves: a step that is bounded all along
 has no other way to settle, for its size no longer depends on the rate.
 
-The same arithmetic bounds how far a whole run may go, by the option reach β in place of τ and with (A₀, B₀) the factors as
-the adapter began, or 0 where their product is: each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. Where both are asked for,
-the step is bounded first, then the run, which can make a step at most twice as long as τ allows.
+The same arithmetic bounds how far a whole run may go, by the option reach β in place of τ, with (A₀, B₀) the factors as
+the adapter began, or 0 where their product is: each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. Where both are asked
+for, the step is bounded first, then the run, which can make a step at most twice as long as τ allows.
 
 How it relates to others: LARS and LAMB scale each tensor's step by ‖θ‖ / ‖Δθ‖, up as well as down, which for a LoRA
 factor B that starts at zero means nothing; Muon makes every step of equal size. Here the size that counts is that of
