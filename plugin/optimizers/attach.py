@@ -5,7 +5,7 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.bounded import bounded
-from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, fill_group, unwrap
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, fill_group, unwrap, with_trust
 from equipoise.optimizers.parts.step_hook import check_options
 from equipoise.optimizers.scaled import scaled
 
@@ -18,6 +18,7 @@ def attach(
     damping_mode: str = "absolute",
     order: str = "simultaneous",
     trust: float | None = None,
+    reach: float | None = None,
 ) -> Optimizer:
     """Make an optimizer that exists already a scaled or bounded one, in place; its state, groups and schedulers stay.
 
@@ -30,7 +31,8 @@ def attach(
         damping: As in `ScaledAdamW`; None: no scaling, only the bound. (>= 0)
         damping_mode: As in `ScaledAdamW`.
         order: As in `ScaledAdamW`.
-        trust: As in `BoundedAdamW`; None: no bound. (> 0)
+        trust: As in `BoundedAdamW`; None: a tenth of reach, or no bound. (> 0)
+        reach: As in `BoundedAdamW`; None: no bound. (> 0)
 
     Returns:
         The same object.
@@ -43,11 +45,11 @@ def attach(
         raise InputError(f"attach(optimizer, model) takes the optimizer first; got a {type(optimizer).__name__}.")
     if isinstance(inner, PairOptimizer):
         raise InputError(f"This {type(inner).__name__} treats its LoRA pairs already; change its param_groups.")
-    options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust}
+    options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach}
     if damping is None:
-        if trust is None:
-            raise InputError("attach() has nothing to do: damping and trust are both None. Give one of them a value.")
-        options = {"trust": trust}
+        if trust is None and reach is None:
+            raise InputError("attach() has nothing to do: damping, trust and reach are None. Give one of them a value.")
+        options = {"trust": trust, "reach": reach}
     cls = (scaled if damping is not None else bounded)(type(inner))
     check_options(inner, options)
     try:
@@ -56,6 +58,6 @@ def attach(
         made = f"{'scaled' if damping is not None else 'bounded'}({type(inner).__name__})"
         raise InputError(f"This {type(inner).__name__} cannot change its class; construct {made} instead.") from error
     for group in inner.param_groups:
-        fill_group(group, options)
+        fill_group(group, with_trust(options))
     inner._work_on_pairs(options, model)
     return optimizer

@@ -1,11 +1,12 @@
 """Bounded optimizers: any torch optimizer whose step may move the product BA of a LoRA pair only so far.
 
 Method: a trust region in the space of the adapted weights; derivation in parts/product_bound.py. Not from a paper.
-Options: `trust` is τ of ‖s(BA − B₀A₀)‖_F ≤ τ‖W‖_F at the full learning rate; a schedule lowers both alike.
+Options: `trust` is τ of ‖s(BA − B₀A₀)‖_F ≤ τ‖W‖_F for each step from B₀A₀ at the full learning rate; a schedule lowers
+both alike. `reach` is the same for the whole run, from B₀A₀ where the adapter began, whatever the schedule.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,12 +17,15 @@ from equipoise.optimizers.parts.fused_adamw import FusedAdamW
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, make_class
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
-TRUST = 0.01
+TRUST = 0.01  # where neither trust nor reach is given
+_OPTIONS: dict[str, Any] = {"trust": (float | None, None), "reach": (float | None, None)}
 
 _DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight.
 
 Args:
-    trust: Share of the frozen weight's norm by which one step may move the adapted weight. (> 0)
+    trust: Share of the frozen weight's norm by which one step may move the adapted weight; None: a tenth of reach, or
+        0.01 without one. (> 0)
+    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: no bound. (> 0)
 
 The other options are {base}'s.
 """
@@ -30,7 +34,12 @@ The other options are {base}'s.
 class Bounded(PairOptimizer):
     """What every bounded optimizer class adds to its base. Use `BoundedAdamW`, `bounded` or `attach`."""
 
-    _OPTIONS: ClassVar[dict[str, Any]] = {"trust": TRUST}
+    _OPTIONS: ClassVar[dict[str, Any]] = {"trust": TRUST, "reach": None}
+
+    def _work_on_pairs(self, options: Mapping[str, Any], model: nn.Module | None) -> None:
+        if options["trust"] is None and options["reach"] is None:
+            options = {**options, "trust": TRUST}
+        super()._work_on_pairs(options, model)
 
 
 class BoundedAdamW(Bounded, FusedAdamW):
@@ -47,7 +56,11 @@ class BoundedAdamW(Bounded, FusedAdamW):
         trust: Share of the frozen weight's norm by which one step may move the adapted weight. Smaller: safer at large
             rates, but a run of T steps cannot move further than T·trust. Where a scheduler lowers the learning rate,
             it holds times the share of the full rate that is left: else a rate that is bounded all along would end as
-            restless as it began. (> 0)
+            restless as it began. None: a tenth of reach, or 0.01 without one. (> 0)
+        reach: Share of the frozen weight's norm by which the whole run may move the adapted weight from where the
+            adapter began (BA = 0, or B₀A₀ of PiSSA and of adapters that are trained further), whatever the learning
+            rate and the number of steps. Smaller keeps more of what the base knew; the factors' start is kept in the
+            optimizer's state. None: no bound. (> 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay. (>= 0)
@@ -85,7 +98,8 @@ class BoundedAdamW(Bounded, FusedAdamW):
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 1e-3,
         *,
-        trust: float = TRUST,
+        trust: float | None = None,
+        reach: float | None = None,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -97,7 +111,7 @@ class BoundedAdamW(Bounded, FusedAdamW):
         fused: bool | None = None,
     ) -> None:
         self._make_adamw(
-            params, {"trust": trust},
+            params, {"trust": trust, "reach": reach},
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
             foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip
@@ -120,4 +134,4 @@ def bounded(base: type[Optimizer]) -> type[Optimizer]:
         raise InputError(f"{base.__name__} has the option trust itself. Set that.")
     if base is AdamW:
         return BoundedAdamW
-    return make_class(bounded, Bounded, base, {"trust": (float, TRUST)}, _DOC.format(base=base.__name__))
+    return make_class(bounded, Bounded, base, _OPTIONS, _DOC.format(base=base.__name__), Bounded._work_on_pairs)

@@ -3,7 +3,8 @@
 Method: Riemannian-preconditioned LoRA ("scaled GD", "scaled AdamW").
 Paper: Zhang & Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, arXiv 2402.02347, 2024.
 Options: `damping` is the paper's δ; `order="simultaneous"` is eq. 1, `order="sequential"` the authors' AdamW
-(Algorithm 1: A first, then B with the new A); `damping_mode="relative"` and `trust` are not in the paper.
+(Algorithm 1: A first, then B with the new A); `damping_mode="relative"`, `trust` and `reach` are not in
+the paper.
 
 The raw gradient of each step is scaled, then the base optimizer runs on it. That happens in a step hook, so that
 schedulers, GradScaler and accelerate see an ordinary optimizer and the scaling runs exactly once per step.
@@ -29,6 +30,7 @@ _OPTIONS: dict[str, Any] = {
     "damping_mode": (DampingMode, "absolute"),
     "order": (Order, "simultaneous"),
     "trust": (float | None, None),
+    "reach": (float | None, None),
 }
 _DOC = """{base} on Riemannian-preconditioned LoRA gradients.
 
@@ -37,7 +39,9 @@ Args:
     damping_mode: "absolute": `damping` as it is. "relative": in units of tr(Gram)/r, free of the factors' scale.
     order: "simultaneous": both factors from the old ones (eq. 1). "sequential": A first, then B with the new A, at the
         price of a second pass of {base}; not for bases that count steps for a whole group (Prodigy, schedule-free).
-    trust: Bound on how far a step moves an adapted weight, as a share of the frozen one's norm; None: no bound. (> 0)
+    trust: Bound on how far a step moves an adapted weight, as a share of the frozen one's norm; None: a tenth of reach,
+        or no bound. (> 0)
+    reach: The same for the whole run, from where the adapter began; None: no bound. (> 0)
 
 The other options are {base}'s.
 
@@ -66,7 +70,8 @@ class ScaledAdamW(Scaled, FusedAdamW):
         order: "simultaneous": both factors from the old ones (eq. 1). "sequential": A first, then B with the new A
             (Algorithm 1), at the price of a second pass of AdamW.
         trust: Bound on how far a step moves an adapted weight, as a share of the frozen one's norm: see `BoundedAdamW`;
-            None: no bound. (> 0)
+            None: a tenth of reach, or no bound. (> 0)
+        reach: The same for the whole run, from where the adapter began; None: no bound. (> 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay. (>= 0)
@@ -101,6 +106,7 @@ class ScaledAdamW(Scaled, FusedAdamW):
         damping_mode: DampingMode = "absolute",
         order: Order = "simultaneous",
         trust: float | None = None,
+        reach: float | None = None,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -112,7 +118,8 @@ class ScaledAdamW(Scaled, FusedAdamW):
         fused: bool | None = None,
     ) -> None:
         self._make_adamw(
-            params, {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust},
+            params,
+            {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach},
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
             foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip
@@ -131,7 +138,8 @@ class ScaledGD(Scaled, SGD):
         damping_mode: "absolute": `damping` as it is. "relative": in units of tr(Gram)/r, free of the factors' scale.
         order: "simultaneous": both factors from the old ones (eq. 1). "sequential": A first, then B with the new A.
         trust: Bound on how far a step moves an adapted weight, as a share of the frozen one's norm: see `BoundedAdamW`;
-            None: no bound. (> 0)
+            None: a tenth of reach, or no bound. (> 0)
+        reach: The same for the whole run, from where the adapter began; None: no bound. (> 0)
         momentum: Momentum on the scaled gradient. (>= 0)
         dampening: Dampening of the momentum.
         weight_decay: L2 penalty, added to the scaled gradient. (>= 0)
@@ -157,6 +165,7 @@ class ScaledGD(Scaled, SGD):
         damping_mode: DampingMode = "absolute",
         order: Order = "simultaneous",
         trust: float | None = None,
+        reach: float | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -171,7 +180,8 @@ class ScaledGD(Scaled, SGD):
             given, lr, momentum, dampening, weight_decay, nesterov,
             maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        self._work_on_pairs({"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust}, model)
+        options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach}
+        self._work_on_pairs(options, model)
 
 
 @functools.cache

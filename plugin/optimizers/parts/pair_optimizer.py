@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.lora.pairs import PairReport
+from equipoise.optimizers.parts.checks import is_number
 from equipoise.optimizers.parts.step_hook import StepHook, check_options
+
+STEPS = 0.1  # of reach, the option trust where it is not given
 
 
 class PairOptimizer:
@@ -37,12 +40,19 @@ class PairOptimizer:
         """By pair, the share of the last step that the option trust let through. Waits for the device."""
         return self._hook.shares
 
+    @property
+    def moved(self) -> dict[str, float]:
+        """By pair, how far BA is from where it began, as a share of the frozen weight's norm, where the option reach
+        bounds it. Waits for the device."""
+        return self._hook.moved
+
     def _make_adamw(self, params: Any, options: Mapping[str, Any], **adamw: Any) -> None:
         given, model = unpack(params)
         super().__init__(given, **adamw)  # type: ignore[call-arg]
         self._work_on_pairs(options, model)
 
     def _work_on_pairs(self, options: Mapping[str, Any], model: nn.Module | None) -> None:
+        options = with_trust(options)
         self.defaults.update(options)
         for group in self.param_groups:
             for name, value in options.items():
@@ -71,6 +81,14 @@ class PairOptimizer:
         if "_hook" not in self.__dict__:  # copying and unpickling drop hooks
             self._hook = StepHook(None, scales="damping" in self._OPTIONS, found=found, norms=norms)
             self._hook.register(self)
+
+
+def with_trust(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options with steps that go with their reach, where trust is not given."""
+    reach = options.get("reach")
+    if options.get("trust") is None and is_number(reach) and reach > 0:  # type: ignore[operator]
+        return {**options, "trust": STEPS * reach}  # type: ignore[operator]
+    return options
 
 
 def fill_group(group: dict[str, Any], options: Mapping[str, Any]) -> None:

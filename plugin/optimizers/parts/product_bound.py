@@ -14,6 +14,10 @@ c is approached from below, so that every iterate keeps the bound: from a feasib
 τ is the option trust times the share of the full learning rate that a schedule leaves: a step that is bounded all along
 has no other way to settle, for its size no longer depends on the rate.
 
+The same arithmetic bounds how far a whole run may go, by the option reach β in place of τ, with (A₀, B₀) the factors as
+the adapter began, or 0 where their product is: each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. Where both are asked
+for, the step is bounded first, then the run, which can make a step at most twice as long as τ allows.
+
 How it relates to others: LARS and LAMB scale each tensor's step by ‖θ‖ / ‖Δθ‖, up as well as down, which for a LoRA
 factor B that starts at zero means nothing; Muon makes every step of equal size. Here the size that counts is that of
 the product, a step that is small enough is left untouched to the bit, and no step is ever made larger.
@@ -73,9 +77,19 @@ class ProductBound:
         return list(zip(self._old[::2], self._old[1::2], strict=True))
 
     @torch.no_grad()
-    def remember(self) -> None:
+    def remember(self, factors: Sequence[Tensor] | None = None) -> None:
+        """Keep the factors as they are now, or `factors` (A, B, A, B …): what `shrink` measures from."""
         if self.pairs:
-            torch._foreach_copy_(self._old, self._factors)
+            torch._foreach_copy_(self._old, self._factors if factors is None else list(factors))
+
+    @torch.no_grad()
+    def moved(self) -> list[Tensor]:
+        """() s·‖BA − B₀A₀‖_F / ‖W‖_F of each pair, on its device, for the (A₀, B₀) that were kept."""
+        moved: dict[int, Tensor] = {}
+        for batch in self._batches:
+            with torch.autocast(batch.grams.device.type, enabled=False):
+                moved |= zip(batch.indices, batch.moved(), strict=True)
+        return [moved[i] for i in sorted(moved)]
 
     @torch.no_grad()
     def shrink(self, trust: Sequence[float | Tensor]) -> None:
@@ -122,6 +136,12 @@ class _PairBatch:
             (_Single if alone else _PairStack)(bound, indices, part, *buffers)
             for (alone, indices), part in zip(chunks, grams, strict=True)
         ]
+
+    def moved(self) -> Tensor:  # (k,)
+        for part in self.parts:
+            part.fill_grams()
+        PP, PQ, QQ = _inner_products(*self.grams.unbind(0))
+        return (PP + 2 * PQ + QQ).clamp(min=0).sqrt() / torch.stack(self.norms).sum(0)
 
     def shrink(self, trust: Sequence[float | Tensor]) -> None:
         for part in self.parts:
@@ -210,9 +230,7 @@ def largest_share(
     limits: Tensor,  # (k,) of ‖(B + c·ΔB)(A + c·ΔA) − BA‖_F
 ) -> Tensor:  # (k,) c, from 0 to 1
     """The largest share of each step that stays within its limit, by the derivation at the top of this file."""
-    PP = _dot(BB, dAdA) + _dot(dBdB, AA) + 2 * _dot(BdB, AdA.mT)
-    PQ = _dot(BdB, dAdA) + _dot(dBdB, AdA)
-    QQ = _dot(dBdB, dAdA)
+    PP, PQ, QQ = _inner_products(AA, AdA, dAdA, BB, BdB, dBdB)
     q, c = QQ.clamp(min=0).sqrt(), torch.zeros_like(limits)
     for _ in range(_ITERATIONS):
         moved = (c * c * (PP + c * (2 * PQ + c * QQ))).clamp(min=0).sqrt()
@@ -222,6 +240,14 @@ def largest_share(
         c = (c + 2 * room / (slope + (slope * slope + 4 * q * room).sqrt())).nan_to_num(1.0, posinf=1.0)
     # Changes so large that their squares overflow are taken back whole.
     return torch.where((PP + QQ).isfinite(), c.clamp(max=1), 0.0)
+
+
+def _inner_products(
+    AA: Tensor, AdA: Tensor, dAdA: Tensor, BB: Tensor, BdB: Tensor, dBdB: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(k,) ‖P‖², ⟨P, Q⟩ and ‖Q‖² of P = B·ΔA + ΔB·A and Q = ΔB·ΔA."""
+    PP = _dot(BB, dAdA) + _dot(dBdB, AA) + 2 * _dot(BdB, AdA.mT)
+    return PP, _dot(BdB, dAdA) + _dot(dBdB, AdA), _dot(dBdB, dAdA)
 
 
 def _dot(X: Tensor, Y: Tensor) -> Tensor:  # (k,)

@@ -57,6 +57,11 @@ class FullFactors:
             copy.grad = None
 
 
+def full(tensor: Tensor) -> Tensor:
+    """A tensor put together, where it is sharded."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _shard(copy: Tensor, like: Tensor) -> Tensor:
     """A tensor that all processes have, sharded as another is: each keeps its part, and none is sent."""
     from torch.distributed.tensor import DTensor, Replicate

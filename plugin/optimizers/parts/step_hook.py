@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError, PairingError
 from equipoise.lora.frozen import weight_norms
-from equipoise.lora.pairs import REPLACED, PairReport, find_pairs
+from equipoise.lora.pairs import REPLACED, Pair, PairReport, find_pairs
 from equipoise.optimizers.parts.checks import check_not_negative, group_label, is_number
 from equipoise.optimizers.parts.fused_adamw import match_layout
 from equipoise.optimizers.parts.preconditioner import Preconditioner, Side
 from equipoise.optimizers.parts.product_bound import ProductBound
-from equipoise.optimizers.parts.sharded import FullFactors
+from equipoise.optimizers.parts.sharded import FullFactors, full
 
+REACHED = 1.001  # times its reach that a pair may lie out when it is resumed: what rounding may add
+START = "equipoise_start"  # in the optimizer's state of a factor: as the adapter began, where reach is measured from
 _CHOICES = {"damping_mode": ("absolute", "relative"), "order": ("simultaneous", "sequential")}
 # Entries of param_groups in which a base counts its own steps (Prodigy, schedule-free, apex): two passes count double.
 _STEP_COUNTERS = ("k", "step")
@@ -60,16 +62,16 @@ class StepHook:
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._failures = 0  # of preconditioners that were replaced
-        self._asked: list[float | None] = []  # the option trust of each group, when the bound was made
-        self._kinds: list[tuple[int, ...]] = []  # the groups that ask for it, of each kind of pairs in the bound
-        self._bound: ProductBound | None = None
+        self._step = _Bound("trust")  # how far a step may go
+        self._run = _Bound("reach")  # how far the run may go, from `_starts`
+        self._starts: dict[int, Tensor] = {}  # by id of a factor
         self._beside: dict[int, Tensor] = {}  # by id of a factor, schedule-free's z of it before the step
-        self._bounded: list[str] = []  # names of the pairs in it
 
     def register(self, optimizer: Any) -> None:
         self._matrices = any(param.ndim > 1 for param in _params(optimizer))
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
+        optimizer.register_load_state_dict_post_hook(self._forget_starts)
 
     @property
     def failures(self) -> int:
@@ -105,12 +107,15 @@ class StepHook:
 
     def after(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not is_nested(optimizer):
-            if self._bound is not None:
+            if self._step.bound is not None or self._run.bound is not None:
                 self._factors.gather()
-                self._bound.shrink(self._trust(optimizer))
+                for asked, beside in ((self._step, self._beside), (self._run, self._starts)):
+                    if asked.bound is not None:
+                        asked.bound.shrink(asked.limits(optimizer))
+                        self._shrink_beside(optimizer, asked.bound, beside)
                 self._factors.scatter()
-                self._shrink_beside(optimizer, self._bound)
             _restore(self._hidden)
+            self._save_starts(optimizer)
 
     def look_up(self, optimizer: Any) -> PairReport:
         """Find the pairs, unless they are known for exactly these parameters."""
@@ -123,7 +128,8 @@ class StepHook:
             _log.log(logging.WARNING if doubtful else logging.INFO, self.found.summary)
             self._params, self.norms = [], None
         if not self._params:
-            self._params, self._options, self._bound = params, [], None
+            self._params, self._options, self._starts = params, [], {}
+            self._step.bound = self._run.bound = None
             group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
             self._factors = FullFactors(factor for p in self.found for factor in (p.A, p.B))
             full = self._factors.full
@@ -133,62 +139,109 @@ class StepHook:
 
     @property
     def shares(self) -> dict[str, float]:
-        if self._bound is None or not self._bound.shares:
+        if self._step.bound is None or not self._step.bound.shares:
             return {}
-        return dict(zip(self._bounded, torch.stack(self._bound.shares).tolist(), strict=True))
+        return dict(zip(self._step.names, torch.stack(self._step.bound.shares).tolist(), strict=True))
+
+    @property
+    def moved(self) -> dict[str, float]:
+        if self._run.bound is None or not self._run.names:
+            return {}
+        self._factors.gather()
+        return dict(zip(self._run.names, torch.stack(self._run.bound.moved()).tolist(), strict=True))
 
     def _remember(self, optimizer: Any) -> None:
-        """Keep the factors as they are before the step, if any group asks for the bound."""
-        asked = [group["trust"] for group in optimizer.param_groups]
-        if all(trust is None for trust in asked):
-            self._bound = None
+        """Keep the factors as they are before the step, if any group asks for a bound."""
+        wanted = [asked for asked in (self._step, self._run) if asked.is_wanted(optimizer)]
+        if not wanted:
             return
         self.look_up(optimizer)
-        if self._bound is None or asked != self._asked or not self._bound.current:
-            check_options(optimizer)
-            self._bound, self._asked = self._make_bound(optimizer, asked), asked
+        for asked in wanted:
+            if not asked.is_current(optimizer):
+                check_options(optimizer)
+                self._make(asked, optimizer)
         self._factors.gather()
-        self._bound.remember()
-        self._beside = {key: z.clone() for key, z in _beside(optimizer, self._bound).items()}
+        if self._step.bound is not None:
+            self._step.bound.remember()
+            self._beside = {key: z.clone() for key, z in _beside(optimizer, self._step.bound).items()}
 
     @torch.no_grad()
-    def _shrink_beside(self, optimizer: Any, bound: ProductBound) -> None:
+    def _shrink_beside(self, optimizer: Any, bound: ProductBound, earlier: Mapping[int, Tensor]) -> None:
         """Take back as much of schedule-free's second sequence as of the first; else the two part for good."""
         if not (now := _beside(optimizer, bound)):
             return
         for pair, old, c in zip(bound.pairs, bound.old, bound.shares, strict=True):
             for factor, before in zip(pair, old, strict=True):
                 if (z := now.get(id(factor))) is not None:
-                    before = self._beside.get(id(factor), before)  # z starts as the parameter, within its first step
+                    before = earlier.get(id(factor), before)  # z starts as the parameter, within its first step
                     z.copy_(torch.lerp(before.to(c.dtype), z.to(c.dtype), c))
 
-    def _make_bound(self, optimizer: Any, asked: list[float | None]) -> ProductBound:
+    def _make(self, asked: "_Bound", optimizer: Any) -> None:
+        """Make the bound on a step or on the run, for the pairs of the groups that ask for it."""
         assert self.found is not None
         group = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        values = asked.values(optimizer)
         if self.norms is None:
             self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
-        pairs, norms, kinds, self._bounded = [], [], [], []
-        for pair, norm in zip(self.found, self.norms, strict=True):
-            indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
-            if kind := tuple(sorted({i for i in indices if asked[i] is not None})):
-                pairs.append((self._factors.full(pair.A), self._factors.full(pair.B)))
-                norms.append(norm)
-                kinds.append(kind)
-                self._bounded.append(pair.name)
         if self._factors and any("train_mode" in group for group in optimizer.param_groups):
             raise InputError(
-                f"{type(optimizer).__name__}: the option trust cannot bound a schedule-free step of factors that FSDP2 "
-                "shards over processes. Leave trust out, or take another base."
+                f"{type(optimizer).__name__}: the option {asked.option} cannot bound a schedule-free step of factors "
+                f"that FSDP2 shards over processes. Leave {asked.option} out, or take another base."
             )
-        self._kinds = list(dict.fromkeys(kinds))
-        return ProductBound(pairs, norms, [self._kinds.index(kind) for kind in kinds])
+        pairs, norms, kinds, names = [], [], [], []
+        for pair, norm in zip(self.found, self.norms, strict=True):
+            indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
+            if kind := tuple(sorted({i for i in indices if values[i] is not None})):
+                pairs.append(pair)
+                norms.append(norm)
+                kinds.append(kind)
+                names.append(pair.name)
+        distinct = list(dict.fromkeys(kinds))
+        bound = ProductBound(
+            [(self._factors.full(pair.A), self._factors.full(pair.B)) for pair in pairs],
+            norms,
+            [distinct.index(kind) for kind in kinds],
+        )
+        asked.set(optimizer, bound, distinct, names)
+        if asked is self._run:
+            bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
+            self._factors.gather()
+            self._refuse_far_out(optimizer, kinds)
 
-    def _trust(self, optimizer: Any) -> list[float | Tensor]:
-        """τ of each kind of pairs, now: the option trust, lowered as the schedule has lowered the learning rate."""
-        now = [
-            None if group["trust"] is None else group["trust"] * _progress(group) for group in optimizer.param_groups
-        ]
-        return [functools.reduce(_smaller, (now[i] for i in kind)) for kind in self._kinds]
+    def _start(self, optimizer: Any, pair: Pair) -> list[Tensor]:
+        """A pair's factors as the adapter began: as an earlier run saved them, or as they are before the first step.
+
+        Where their product is 0 they count as 0 themselves: what takes a pair back to its border is then one factor for
+        both, which keeps the direction of BA. On the way back to an A that means nothing, it would turn.
+        """
+        factors = (pair.A, pair.B)
+        if not all(id(factor) in self._starts for factor in factors):
+            saved = [optimizer.state[f].get(START) if f in optimizer.state else None for f in factors]
+            starts = [f.detach().clone() if kept is None else kept for f, kept in zip(factors, saved, strict=True)]
+            if not all(full(start).any() for start in starts):
+                starts = [torch.zeros_like(start) for start in starts]
+            self._starts |= zip(map(id, factors), starts, strict=True)
+        return [self._starts[id(factor)] for factor in factors]
+
+    def _save_starts(self, optimizer: Any) -> None:
+        """Into the optimizer's state of each factor, once its base has made its own there, which may want it empty."""
+        for param in self._params if self._run.bound is not None else ():
+            if id(param) in self._starts and param.grad is not None:
+                optimizer.state[param].setdefault(START, self._starts[id(param)])
+
+    def _forget_starts(self, optimizer: Any) -> None:
+        """After a state was loaded, which brings its own."""
+        self._starts, self._run.bound = {}, None
+
+    def _refuse_far_out(self, optimizer: Any, kinds: list[tuple[int, ...]]) -> None:
+        values = self._run.values(optimizer)
+        for kind, (name, moved) in zip(kinds, self.moved.items(), strict=True):
+            reach = min(values[i] for i in kind if values[i] is not None)  # type: ignore[type-var]
+            if not moved <= reach * REACHED:
+                raise InputError(
+                    f"{name}: has gone {moved:.3g} of the frozen weight's norm from where it began, which is farther "
+                    f"than reach, {reach:g}. Give a reach that is larger, or begin anew."
+                )
 
     def _prepare(self, optimizer: Any) -> list[tuple[float, str]]:
         """Bring pairs and options up to date; (damping, damping mode) of each group."""
@@ -234,6 +287,40 @@ class StepHook:
                 _refuse_two_passes(optimizer, *index)
 
 
+class _Bound:
+    """A bound that groups ask for by an option: on each step (trust), or on the whole run (reach)."""
+
+    def __init__(self, option: str):
+        self.option = option
+        self.bound: ProductBound | None = None
+        self.names: list[str] = []  # of the pairs in it
+        self._asked: list[float | None] = []  # the option of each group, when the bound was made
+        self._kinds: list[tuple[int, ...]] = []  # the groups that ask for it, of each kind of pairs in the bound
+
+    def values(self, optimizer: Any) -> list[float | None]:
+        return [group.get(self.option) for group in optimizer.param_groups]
+
+    def is_wanted(self, optimizer: Any) -> bool:
+        if all(value is None for value in self.values(optimizer)):
+            self.bound = None
+            return False
+        return True
+
+    def is_current(self, optimizer: Any) -> bool:
+        return self.bound is not None and self.values(optimizer) == self._asked and self.bound.current
+
+    def set(self, optimizer: Any, bound: ProductBound, kinds: list[tuple[int, ...]], names: list[str]) -> None:
+        self.bound, self._kinds, self.names, self._asked = bound, kinds, names, self.values(optimizer)
+
+    def limits(self, optimizer: Any) -> list[float | Tensor]:
+        """The bound of each kind of pairs, now; that on a step is lowered as a schedule lowers the learning rate."""
+        now = [
+            value if value is None or self.option == "reach" else value * _progress(group)
+            for value, group in zip(self.values(optimizer), optimizer.param_groups, strict=True)
+        ]
+        return [functools.reduce(_smaller, [now[i] for i in kind if now[i] is not None]) for kind in self._kinds]
+
+
 def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> None:
     """Check the options for LoRA pairs in every parameter group, or `given` where a group says nothing.
 
@@ -246,6 +333,14 @@ def check_options(optimizer: Any, given: Mapping[str, Any] | None = None) -> Non
         trust = options.get("trust")
         if trust is not None and not (is_number(trust) and trust > 0):
             raise InputError(f"{where}: trust must be a finite number above 0, or None; got {trust!r}. Try 0.01.")
+        reach = options.get("reach")
+        if reach is not None and not (is_number(reach) and reach > 0):
+            raise InputError(f"{where}: reach must be a finite number above 0, or None; got {reach!r}. Try 0.02.")
+        if reach is not None and trust is not None and trust > reach:
+            raise InputError(
+                f"{where}: reach, {reach:g}, bounds the whole run, and trust, {trust:g}, each of its steps, which must "
+                "not be more. Leave trust out for a tenth of reach."
+            )
         if "damping" not in options:
             continue
         check_not_negative(where, "damping", options["damping"], " Try 1e-6.")

@@ -29,6 +29,7 @@ MAKERS = {
     "sequential": lambda net: ScaledAdamW(net, 1e-2, order="sequential"),
     "scaled_gd": lambda net: ScaledGD(net, 1e-2, momentum=0.9),
     "bounded": lambda net: BoundedAdamW(net, 0.1, trust=0.01),
+    "bounded run": lambda net: BoundedAdamW(net, 0.1, reach=0.02),
     "scaled and bounded": lambda net: ScaledAdamW(net, 0.1, trust=0.01),
     "attached": lambda net: attach(torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2), net),
     "attached, foreach": lambda net: attach(
