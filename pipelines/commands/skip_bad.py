@@ -38,7 +38,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         return []
     cls = configs.config_class(args.config)
     if not _has(cls):
-        name = cls.model_fields["pipeline"].default
+        name = next((name for name, other in _records().items() if other is cls), args.config)
         raise InputError(
             f"--skip-bad: the pipeline {name} leaves no data out; pipelines that can: {_able()}. Repair or remove what "
             "cannot be used."
@@ -46,10 +46,14 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [f"{KEY}=true"]
 
 
-def _able() -> str:
+def _records() -> dict[str, type[configs.RunConfig]]:
+    """The record of each pipeline that can be loaded."""
     entries = [entry for entry in registry.entries("pipelines") if not registry.check(entry)]
-    classes = {entry.name: registry.load("pipelines", entry.name).Config for entry in entries}
-    return ", ".join(name for name, cls in classes.items() if _has(cls)) or "none"
+    return {entry.name: registry.load("pipelines", entry.name).Config for entry in entries}
+
+
+def _able() -> str:
+    return ", ".join(name for name, cls in _records().items() if _has(cls)) or "none"
 
 
 def _has(cls: type[configs.RunConfig]) -> bool:

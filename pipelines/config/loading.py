@@ -57,7 +57,10 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Any:
         if not sign or not key.strip():
             problems.append(f"{COMMAND_LINE}: {word}: is not of the form key=value, such as train.steps=100.")
             continue
-        for dotted, value in _spread(cls, {key.strip(): parse_value(text)}):
+        key = key.strip()
+        if not text.strip():  # `data=` is an empty path, and no section that is left as it is
+            key = cls.SHORT.get(key, key)
+        for dotted, value in _spread(cls, {key: parse_value(text)}):
             _put(given, dotted, value, COMMAND_LINE)
     return _validated(cls, given, label, problems)
 

@@ -101,7 +101,8 @@ class PluginSection(Section):
         values, found = read_options(plugin, given)
         problems += [line for line in found if line.partition(":")[0] not in cls.OWN]
         if any(": no such option." in line for line in found):  # often the file's, of the plugin that it names itself
-            problems[-1] += " Where another plugin is named than the file's, options={} leaves out the file's options."
+            empty = f"{cls.KIND.removesuffix('s')}.options={{}}"
+            problems[-1] += f" Where another plugin is named than the file's, {empty} leaves out the file's options."
         if problems:
             raise Problems(problems)
         return {option: list(value) if isinstance(value, tuple) else value for option, value in values.items()}

@@ -277,3 +277,20 @@ def test_every_pipeline_has_the_keys_of_a_training_and_they_follow_its_own(name)
     last = [section for section in sections if section in TrainConfig.model_fields and section not in sections[:5]]
     assert last == ["optimizer", "objective", "coordinator", "schedule", "train", "checkpoint"]
     assert [section for section in sections if section != "samples"][-len(last) :] == last
+
+
+@pytest.mark.parametrize(
+    ("config", "word", "key"),
+    [
+        ("text_to_image/demo", "data=", "data.folder"),
+        ("text_to_image/demo", "model= ", "model.path"),
+        ("text_to_image/demo", "optimizer=", "optimizer.name"),
+        ("instruction_tuning/demo", "data=", "data.file"),
+        ("audio_visual/demo", "data=", "data.manifest"),
+        ("audio_visual/demo", "objective=", "objective.name"),
+    ],
+)
+def test_a_short_name_without_a_value_is_refused_and_not_passed_over(config, word, key):
+    """As `data=$PHOTOS` is where the variable is not set."""
+    (problem,) = problems(config, [word])
+    assert problem.startswith(f"command line: {key}: ")
