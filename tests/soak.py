@@ -45,7 +45,7 @@ from equipoise.pipelines.runs import checkpoints, environment
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.config import ModelSection
+from equipoise.pipelines.text_to_image.config import TextToImageModel
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 from equipoise.pipelines.text_to_image.train import TextToImageWork
 
@@ -155,7 +155,7 @@ class Lab:
             *("samples.prompts=[a sks object on a gray background]", "samples.count=1", "samples.steps=2"),
             *("samples.every=2", "schedule=constant"),
         ]
-        load_base(ModelSection(path=str(base)), "no")  # the children find it loaded, and the commit known
+        load_base(TextToImageModel(path=str(base)), "no")  # the children find it loaded, and the commit known
         environment.describe(0)
         child = self.start("whole", "train")
         assert child.wait() == 0, child.said

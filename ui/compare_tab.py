@@ -54,7 +54,7 @@ class Asks:
 
 
 @dataclass(frozen=True, eq=False)
-class Tab:
+class CompareTab:
     """The parts of the tab, and what it remembers of one browser."""
 
     site: Site
@@ -81,7 +81,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     with gr.Row():
         robust = gr.HTML()
     parts = Shown(title, shown, detail, robust, gr.HTML(), gr.HTML(elem_id="export"))
-    made = Tab(site, view, parts, asks, message, gr.State([]), gr.State(""), gr.State([]), gr.State(""))
+    made = CompareTab(site, view, parts, asks, message, gr.State([]), gr.State(""), gr.State([]), gr.State(""))
     _connect_choice(made, tab)
     _connect_view(made)
     _connect_job(made)
@@ -137,7 +137,7 @@ def _asks() -> Asks:
     return Asks(prompt, count, generate)
 
 
-def _connect_choice(tab: Tab, page_tab: gr.Tab) -> None:
+def _connect_choice(tab: CompareTab, page_tab: gr.Tab) -> None:
     view = tab.view
     page_tab.select(bound(offer, tab), None, view.refs, **HIDDEN)
     root().load(bound(restore, tab), None, view.refs, **HIDDEN)
@@ -148,7 +148,7 @@ def _connect_choice(tab: Tab, page_tab: gr.Tab) -> None:
     view.which.change(None, view.which, None, js="id => { if (id) equipoise.at({made: id}) }", **PRIVATE)
 
 
-def _of_comparison(tab: Tab) -> list[Any]:
+def _of_comparison(tab: CompareTab) -> list[Any]:
     """What follows when another comparison is opened."""
     view, shown = tab.view, tab.shown
     sliders = [view.rows, view.columns, view.prompt, view.step]
@@ -156,7 +156,7 @@ def _of_comparison(tab: Tab) -> list[Any]:
     return [*sliders, *parts, tab.chosen, tab.message, tab.opened]
 
 
-def _connect_view(tab: Tab) -> None:
+def _connect_view(tab: CompareTab) -> None:
     view, shown = tab.view, tab.shown
     looked_at = [view.which, view.rows, view.columns, view.prompt, view.step, tab.chosen]
     moved = [view.rows.input, view.columns.input, view.prompt.change, view.step.change]
@@ -168,7 +168,7 @@ def _connect_view(tab: Tab) -> None:
     view.scale.change(bound(by_scale, tab), [view.refs, view.which, view.scale], [view.which, tab.message], **HIDDEN)
 
 
-def _connect_job(tab: Tab) -> None:
+def _connect_job(tab: CompareTab) -> None:
     view, asks = tab.view, tab.asks
     asks.generate.click(bound(start, tab), [view.refs, asks.prompt, asks.count, view.scale], tab.message, **HIDDEN)
     timer = gr.Timer(POLL)
@@ -179,12 +179,12 @@ def _connect_job(tab: Tab) -> None:
 # Handlers: what they are given stands in the order of the inputs above
 
 
-def offer(tab: Tab) -> Updates:
+def offer(tab: CompareTab) -> Updates:
     """The sweeps and runs that there are now."""
     return {tab.view.refs: gr.update(choices=compare.choices(tab.site))}
 
 
-def restore(tab: Tab, request: gr.Request) -> Updates:
+def restore(tab: CompareTab, request: gr.Request) -> Updates:
     """The runs that the page's address names, as far as they are there."""
     offered = compare.choices(tab.site)
     known = {id for _, id in offered}
@@ -192,7 +192,7 @@ def restore(tab: Tab, request: gr.Request) -> Updates:
     return {tab.view.refs: gr.update(choices=offered, value=chosen) if chosen else gr.skip()}
 
 
-def pick(tab: Tab, refs: list[str], request: gr.Request) -> Updates:
+def pick(tab: CompareTab, refs: list[str], request: gr.Request) -> Updates:
     """What there is of these runs; shown is the comparison that the page's address names, or the first."""
     found = compare.made(tab.site, refs or [])
     ids = [item.id for item in found]
@@ -210,11 +210,11 @@ def pick(tab: Tab, refs: list[str], request: gr.Request) -> Updates:
     }
 
 
-def open_another(tab: Tab, id: str, refs: list[str], opened: str) -> Updates:
+def open_another(tab: CompareTab, id: str, refs: list[str], opened: str) -> Updates:
     return open_comparison(tab, id, refs) if id and id != opened else gr.skip()
 
 
-def open_comparison(tab: Tab, id: str, refs: list[str]) -> Updates:
+def open_comparison(tab: CompareTab, id: str, refs: list[str]) -> Updates:
     """Shows a comparison of these runs; where there is none, what to do."""
     if not refs:
         return _cleared(tab, draw.empty("Nothing chosen", "Choose a sweep above."))
@@ -228,13 +228,13 @@ def open_comparison(tab: Tab, id: str, refs: list[str]) -> Updates:
         return _cleared(tab, draw.notice(str(error), "bad"))
 
 
-def _cleared(tab: Tab, words: str, message: str = "") -> Updates:
+def _cleared(tab: CompareTab, words: str, message: str = "") -> Updates:
     shown = tab.shown
     parts = (shown.title, shown.detail, shown.curve, shown.table, shown.export, tab.opened)
     return {shown.grid: words, **dict.fromkeys(parts, ""), tab.chosen: [], tab.message: message}
 
 
-def _filled(tab: Tab, id: str) -> Updates:
+def _filled(tab: CompareTab, id: str) -> Updates:
     site, view, shown = tab.site, tab.view, tab.shown
     comparison = compare.read(site, id)
     steps = compare.steps(site, comparison)
@@ -256,7 +256,9 @@ def _filled(tab: Tab, id: str) -> Updates:
     }
 
 
-def draw_grid(tab: Tab, id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str]) -> Updates:
+def draw_grid(
+    tab: CompareTab, id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str]
+) -> Updates:
     site, shown = tab.site, tab.shown
     if not id:
         return {shown.title: ""}
@@ -273,12 +275,19 @@ def draw_grid(tab: Tab, id: str, rows: str, columns: str, prompt: float, step: f
         return {shown.grid: draw.notice(str(error), "bad"), shown.title: ""}
 
 
-def draw_detail(tab: Tab, id: str, picked: list[str], prompt: float) -> Updates:
+def draw_detail(tab: CompareTab, id: str, picked: list[str], prompt: float) -> Updates:
     return {tab.shown.detail: cell_detail(tab.site, id, picked, int(prompt or 0)) if id else ""}
 
 
 def choose_cell(
-    tab: Tab, id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str], event: gr.EventData
+    tab: CompareTab,
+    id: str,
+    rows: str,
+    columns: str,
+    prompt: float,
+    step: float,
+    picked: list[str],
+    event: gr.EventData,
 ) -> Updates:
     """Marks the cell that was clicked, and keeps the one before it marked."""
     run = clicked_id(event)
@@ -291,7 +300,7 @@ def choose_cell(
     return {tab.chosen: picked, tab.shown.detail: words, tab.shown.grid: drawn.get(tab.shown.grid, gr.skip())}
 
 
-def by_scale(tab: Tab, refs: list[str], id: str, scale: float) -> Updates:
+def by_scale(tab: CompareTab, refs: list[str], id: str, scale: float) -> Updates:
     """Opens the comparison like the one that is shown, but for the LoRA's scale."""
     found = compare.made(tab.site, refs or [])
     now = next((item for item in found if item.id == id), None)
@@ -306,7 +315,7 @@ def by_scale(tab: Tab, refs: list[str], id: str, scale: float) -> Updates:
     return {tab.message: draw.notice(words)}
 
 
-def start(tab: Tab, refs: list[str], prompt: str, count: float, scale: float) -> Updates:
+def start(tab: CompareTab, refs: list[str], prompt: str, count: float, scale: float) -> Updates:
     """Starts a job that makes another comparison."""
     try:
         compare.generate(tab.site, refs or [], prompt or "", count, scale)
@@ -315,7 +324,7 @@ def start(tab: Tab, refs: list[str], prompt: str, count: float, scale: float) ->
         return {tab.message: draw.notice(str(error), "bad")}
 
 
-def follow_job(tab: Tab, refs: list[str], before: str) -> Updates:
+def follow_job(tab: CompareTab, refs: list[str], before: str) -> Updates:
     """Whether a job has gone on or ended since the timer asked `before`."""
     if not refs:
         return gr.skip()
@@ -327,7 +336,7 @@ def follow_job(tab: Tab, refs: list[str], before: str) -> Updates:
     return {tab.job: state} | ({tab.message: words} if words != before.rpartition("|")[0] else {})
 
 
-def offer_new(tab: Tab, refs: list[str], known: list[str]) -> Updates:
+def offer_new(tab: CompareTab, refs: list[str], known: list[str]) -> Updates:
     """When another comparison has come, offers and shows it; nothing else changes what is looked at."""
     new = compare.newest(tab.site, refs or [], known)
     if new is None:

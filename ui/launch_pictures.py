@@ -63,7 +63,7 @@ def caption_rows(paths: Sequence[str], before: Sequence[Sequence[Any]]) -> list[
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class PicturePanel:
     """The parts that take pictures."""
 
     site: Site
@@ -95,13 +95,13 @@ def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox | None = None) -> No
             name = gr.Textbox("pictures", label="Name of the folder", max_lines=1)
             use = gr.Button("Use these pictures", elem_id="use-pictures")
         message = gr.HTML(elem_id="pictures-message")
-    panel = Pictures(site, files, captions, name, use, message, data, prompt)
+    panel = PicturePanel(site, files, captions, name, use, message, data, prompt)
     files.change(bound(on_upload, panel), [files, captions], [captions, files, message], **PRIVATE)
     outputs = [message, data, files, *([prompt] if prompt is not None else [])]
     use.click(bound(on_use, panel), [name, files, captions], outputs, **PRIVATE)
 
 
-def on_upload(panel: Pictures, paths: list[str] | None, rows: Any) -> Updates:
+def on_upload(panel: PicturePanel, paths: list[str] | None, rows: Any) -> Updates:
     """What is no picture goes at once, and is named, so that the rest can be captioned and used."""
     good, wrong = [], []
     for path in paths or []:
@@ -116,7 +116,7 @@ def on_upload(panel: Pictures, paths: list[str] | None, rows: Any) -> Updates:
     return {panel.captions: table, **left}
 
 
-def on_use(panel: Pictures, name: str, paths: list[str] | None, rows: Any) -> Updates:
+def on_use(panel: PicturePanel, name: str, paths: list[str] | None, rows: Any) -> Updates:
     """Makes the folder, and names it in the form."""
     try:
         folder = save_pictures(panel.site, name, paths or [], table_rows(rows))

@@ -36,7 +36,7 @@ LATEST: Any = {**HIDDEN, "trigger_mode": "always_last"}  # of an event that may 
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class PipelineChoice:
     """The choice between the pipelines' forms."""
 
     pipeline: gr.Radio
@@ -111,7 +111,7 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
     for name in names:
         with gr.Column(visible=name == names[0], elem_classes=["form"]) as columns[name]:
             found[name] = _form(site, name, workers)
-    choice = Choice(chosen, columns)
+    choice = PipelineChoice(chosen, columns)
     chosen.change(bound(on_pipeline, choice), chosen, list(columns.values()), **HIDDEN)
     chosen.input(None, chosen, None, js="name => equipoise.at({pipeline: name})", **PRIVATE)
     root().load(bound(restore, choice), None, chosen, **LATEST)
@@ -232,11 +232,11 @@ def _connect(form: Form) -> None:
 # Handlers: what they are given stands in the order of the inputs above
 
 
-def on_pipeline(choice: Choice, name: str) -> Updates:
+def on_pipeline(choice: PipelineChoice, name: str) -> Updates:
     return {column: gr.update(visible=name == other) for other, column in choice.columns.items()}
 
 
-def restore(choice: Choice, request: gr.Request) -> Updates:
+def restore(choice: PipelineChoice, request: gr.Request) -> Updates:
     """The pipeline that the page's address names."""
     name = request.query_params.get("pipeline", "")
     return {choice.pipeline: name if name in choice.columns else gr.skip()}

@@ -75,7 +75,7 @@ class Launch:
 
 
 @dataclass(frozen=True, eq=False)
-class Tab:
+class RunsTab:
     """The parts of the tab, and what it remembers of one browser."""
 
     site: Site
@@ -110,7 +110,7 @@ def build(
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
     above = Launch(forms, pipelines, tabs), filters, listing, head, message
-    tab = Tab(site, workers, *above, _actions(), _confirm(), _parts(), gr.State(""), gr.State([]), gr.State(1))
+    tab = RunsTab(site, workers, *above, _actions(), _confirm(), _parts(), gr.State(""), gr.State([]), gr.State(1))
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
     _connect_actions(tab)
@@ -160,18 +160,18 @@ def _parts() -> Parts:
     return Parts(tabs, curves, step, samples, log, config, files)
 
 
-def _refreshed(tab: Tab) -> dict[str, Any]:
+def _refreshed(tab: RunsTab) -> dict[str, Any]:
     """An event's handler, inputs and outputs that show how the runs stand now."""
     inputs = [*_filled(tab), tab.chosen, tab.parts.step, tab.end, tab.digests]
     outputs = [*tab.redrawn, tab.digests, tab.parts.step, tab.end]
     return {"fn": bound(refresh, tab), "inputs": inputs, "outputs": outputs, **HIDDEN}
 
 
-def _filled(tab: Tab) -> list[Any]:
+def _filled(tab: RunsTab) -> list[Any]:
     return [tab.filters.words, tab.filters.state, tab.filters.sort]
 
 
-def _connect_refresh(tab: Tab, page_tab: gr.Tab) -> None:
+def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
     gr.Timer(REFRESH).tick(**_refreshed(tab), trigger_mode="once")
     page_tab.select(**_refreshed(tab))  # what it shows until then is of when the server started
     filters = tab.filters
@@ -179,19 +179,19 @@ def _connect_refresh(tab: Tab, page_tab: gr.Tab) -> None:
     gr.on(moved, **_refreshed(tab), trigger_mode="always_last")
 
 
-def _connect_choice(tab: Tab) -> None:
+def _connect_choice(tab: RunsTab) -> None:
     all_of_it = [*tab.redrawn, tab.digests, tab.parts.step, tab.end, *_of_run(tab)]
     root().load(bound(restore, tab), None, all_of_it, **HIDDEN)
     for source in (tab.listing, tab.head):
         source.select(bound(select, tab), _filled(tab), all_of_it, trigger_mode="multiple", **HIDDEN)
 
 
-def _of_run(tab: Tab) -> list[Any]:
+def _of_run(tab: RunsTab) -> list[Any]:
     """What appears and goes with a chosen run."""
     return [tab.message, tab.chosen, tab.actions.row, tab.parts.tabs, tab.confirm.row]
 
 
-def _connect_actions(tab: Tab) -> None:
+def _connect_actions(tab: RunsTab) -> None:
     actions, confirm = tab.actions, tab.confirm
     events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample), (confirm.yes, delete))
     for button, handler in events:
@@ -210,7 +210,7 @@ def _connect_actions(tab: Tab) -> None:
 
 
 def refresh(
-    tab: Tab, words: str, state: str, sort: str, id: str, at: float | None, end: int, digests: list[str]
+    tab: RunsTab, words: str, state: str, sort: str, id: str, at: float | None, end: int, digests: list[str]
 ) -> Updates:
     """How the runs stand now, as far as the browser does not show it already."""
     moved = slide(tab.site, id, at, end)
@@ -218,11 +218,11 @@ def refresh(
     return {**drawn, tab.parts.step: moved.slider, tab.end: moved.end if moved.end != end else gr.skip()}
 
 
-def select(tab: Tab, words: str, state: str, sort: str, event: gr.EventData) -> Updates:
+def select(tab: RunsTab, words: str, state: str, sort: str, event: gr.EventData) -> Updates:
     return opened(tab, words, state, sort, clicked_id(event))
 
 
-def restore(tab: Tab, request: gr.Request) -> Updates:
+def restore(tab: RunsTab, request: gr.Request) -> Updates:
     """The run that the page's address names, if it is there."""
     id = request.query_params.get("run", "")
     try:
@@ -232,7 +232,7 @@ def restore(tab: Tab, request: gr.Request) -> Updates:
     return opened(tab, "", "all", SORTS[0], id)  # as the filters are in a page that was just loaded
 
 
-def opened(tab: Tab, words: str, state: str, sort: str, id: str) -> Updates:
+def opened(tab: RunsTab, words: str, state: str, sort: str, id: str) -> Updates:
     """Shows a run."""
     try:
         open_run(tab.site, id)
@@ -251,7 +251,7 @@ def opened(tab: Tab, words: str, state: str, sort: str, id: str) -> Updates:
     }
 
 
-def _drawn(tab: Tab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str]) -> Updates:
+def _drawn(tab: RunsTab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str]) -> Updates:
     shown = [table(tab.site, words, state, sort, id), *detail(tab.site, id, step), *possible(tab.site, id)]
     outputs, new = unchanged(shown, digests)
     return {**dict(zip(tab.redrawn, outputs, strict=True)), tab.digests: new if new != digests else gr.skip()}
@@ -301,23 +301,23 @@ def followed(steps: Sequence[int], at: float | None, end: int) -> tuple[int | No
     return shown, min(steps, default=0), max(steps, default=0) or 1
 
 
-def stop(tab: Tab, id: str) -> Updates:
+def stop(tab: RunsTab, id: str) -> Updates:
     return _acted(tab, id, "stop")
 
 
-def resume(tab: Tab, id: str) -> Updates:
+def resume(tab: RunsTab, id: str) -> Updates:
     return _acted(tab, id, "resume")
 
 
-def sample(tab: Tab, id: str) -> Updates:
+def sample(tab: RunsTab, id: str) -> Updates:
     return _acted(tab, id, "sample")
 
 
-def delete(tab: Tab, id: str) -> Updates:
+def delete(tab: RunsTab, id: str) -> Updates:
     return _acted(tab, id, "delete")
 
 
-def _acted(tab: Tab, id: str, what: str) -> Updates:
+def _acted(tab: RunsTab, id: str, what: str) -> Updates:
     hidden = gr.update(visible=False)
     try:
         message = draw.notice(act(tab.site, id, what, tab.workers), "good")
@@ -327,16 +327,16 @@ def _acted(tab: Tab, id: str, what: str) -> Updates:
     return {tab.message: message, tab.confirm.row: hidden, **gone}
 
 
-def ask_delete(tab: Tab, id: str) -> Updates:
+def ask_delete(tab: RunsTab, id: str) -> Updates:
     question = f"<p>Delete <b>{draw.esc(id)}</b> with all its files? It cannot be undone.</p>"
     return {tab.confirm.row: gr.update(visible=True), tab.confirm.question: question}
 
 
-def keep(tab: Tab) -> Updates:
+def keep(tab: RunsTab) -> Updates:
     return {tab.confirm.row: gr.update(visible=False)}
 
 
-def duplicate(tab: Tab, id: str) -> Updates:
+def duplicate(tab: RunsTab, id: str) -> Updates:
     """Puts the run's configuration into the form of its pipeline."""
     launch = tab.launch
     try:

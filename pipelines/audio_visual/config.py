@@ -48,7 +48,7 @@ class TextSection(Section):
     length: int = Field(128, ge=4, le=4096, description="The largest number of tokens; longer text is cut.")
 
 
-class DataSection(Section):
+class AudioVisualData(Section):
     manifest: DataPath = Field(
         "demo", description="A CSV with the columns clip, audio, frames, video, text, label, split; `demo` draws a set."
     )
@@ -83,7 +83,7 @@ class DataSection(Section):
         return modalities
 
 
-class EncoderSection(Section):
+class AudioVisualEncoder(Section):
     kind: Literal["resnet", "ast", "transformer"] = Field(
         "resnet", description="The architecture; resnet: for sound and pictures; ast: for sound; transformer: for text."
     )
@@ -109,7 +109,7 @@ class EncoderSection(Section):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> "EncoderSection":
+    def _fits(self) -> "AudioVisualEncoder":
         if self.rank and not self.path:
             raise ValueError("rank is for pretrained weights, which stay as they are; give their path, or rank 0.")
         if not self.rank and (self.targets or self.alpha is not None):
@@ -121,24 +121,24 @@ class EncoderSection(Section):
         return self
 
 
-class TextEncoderSection(EncoderSection):
+class TextEncoderSection(AudioVisualEncoder):
     kind: Literal["resnet", "ast", "transformer"] = Field(
         "transformer", description="The architecture; transformer: for text."
     )
 
 
-class ModelSection(Section):
+class AudioVisualModel(Section):
     fusion: Literal["sum", "concat", "gated", "film"] = Field(
         "concat",
         description="How the modalities' features become the joint prediction; gated and film take two modalities.",
     )
-    audio: EncoderSection = Field(default_factory=EncoderSection)
-    visual: EncoderSection = Field(default_factory=EncoderSection)
+    audio: AudioVisualEncoder = Field(default_factory=AudioVisualEncoder)
+    visual: AudioVisualEncoder = Field(default_factory=AudioVisualEncoder)
     text: TextEncoderSection = Field(default_factory=TextEncoderSection)
 
     @field_validator("audio", "visual", "text")
     @classmethod
-    def _suits(cls, encoder: EncoderSection, info: ValidationInfo) -> EncoderSection:
+    def _suits(cls, encoder: AudioVisualEncoder, info: ValidationInfo) -> AudioVisualEncoder:
         good = {"audio": ("resnet", "ast"), "visual": ("resnet",), "text": ("transformer",)}[str(info.field_name)]
         if encoder.kind not in good:
             raise ValueError(f"kind must be {' or '.join(good)} for {info.field_name}, got {encoder.kind}.")
@@ -172,8 +172,8 @@ class AudioVisualConfig(TrainConfig):
     }
 
     pipeline: Literal["audio_visual"] = Field("audio_visual", description="The pipeline this configuration is for.")
-    data: DataSection = Field(default_factory=DataSection)
-    model: ModelSection = Field(default_factory=ModelSection)
+    data: AudioVisualData = Field(default_factory=AudioVisualData)
+    model: AudioVisualModel = Field(default_factory=AudioVisualModel)
     optimizer: AudioVisualOptimizer = Field(default_factory=AudioVisualOptimizer)
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection(name="mimo"))
     train: AudioVisualTrain = Field(default_factory=AudioVisualTrain)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from equipoise.pipelines.audio_visual.config import DataSection
+from equipoise.pipelines.audio_visual.config import AudioVisualData
 from equipoise.pipelines.files import first_line
 
 COLUMNS = ("clip", "audio", "frames", "video", "text", "label", "split")
@@ -68,7 +68,7 @@ class Manifest:
         self.clips = [clip for clip in self.clips if clip.line not in self.bad]
 
 
-def read_manifest(data: DataSection, path: Path) -> Manifest:
+def read_manifest(data: AudioVisualData, path: Path) -> Manifest:
     """The clips, and everything about them that can be said without decoding."""
     found = Manifest(path)
     if not os.path.isfile(path):  # unlike pathlib's, False also where no path can be so long
@@ -107,7 +107,7 @@ def read_manifest(data: DataSection, path: Path) -> Manifest:
     return found
 
 
-def _column_problems(path: Path, columns: Sequence[str], data: DataSection) -> list[str]:
+def _column_problems(path: Path, columns: Sequence[str], data: AudioVisualData) -> list[str]:
     problems = []
     for column in columns:
         if column not in COLUMNS:
@@ -126,7 +126,7 @@ def _column_problems(path: Path, columns: Sequence[str], data: DataSection) -> l
     return problems
 
 
-def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: DataSection) -> tuple[Clip, list[str]]:
+def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: AudioVisualData) -> tuple[Clip, list[str]]:
     """The clip, and what is wrong with its cells; columns that are not there at all are the manifest's problem."""
 
     def file(column: str) -> Path | None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
+from equipoise.pipelines.audio_visual.config import AudioSection, AudioVisualData
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.files import disk_full, explained
 from equipoise.pipelines.media import pictures, sounds, videos
@@ -41,7 +41,7 @@ Features = dict[
 ]  # of one clip: audio (1, bins, windows), visual (frames, 3, size, size) uint8, text (length,)
 
 
-def extract(clip: Clip, data: DataSection, tokenizer: Any = None) -> Features:
+def extract(clip: Clip, data: AudioVisualData, tokenizer: Any = None) -> Features:
     """One clip's features.
 
     Raises:
@@ -54,7 +54,7 @@ def extract(clip: Clip, data: DataSection, tokenizer: Any = None) -> Features:
     return found
 
 
-def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list[str]]:
+def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, list[str]]:
     """A clip's features as far as its files are there and can be read, and what is wrong with those files."""
     found: Features = {}
     lengths: dict[str, float] = {}
@@ -89,7 +89,7 @@ def _read(clip: Clip, data: DataSection, tokenizer: Any) -> tuple[Features, list
     return found, list(dict.fromkeys(wrong))
 
 
-def _media(clip: Clip, data: DataSection, by: dict[str, Any]) -> list[tuple[Any, Path | None]]:
+def _media(clip: Clip, data: AudioVisualData, by: dict[str, Any]) -> list[tuple[Any, Path | None]]:
     """What `by` has for the modalities that are in files, and the file of each."""
     paths = {"audio": clip.audio or clip.video, "visual": clip.frames or clip.video}
     return [(by[name], paths[name]) for name in data.modalities if name in paths]
@@ -191,7 +191,7 @@ def bins(settings: AudioSection) -> tuple[int, int]:
     return height, 1 + max(settings.window, round(settings.seconds * settings.sample_rate)) // settings.hop
 
 
-def blank(data: DataSection, count: int, dtype: torch.dtype = torch.float32) -> Features:
+def blank(data: AudioVisualData, count: int, dtype: torch.dtype = torch.float32) -> Features:
     """Features of `count` clips, all zero: for their shapes."""
     side = data.visual.size
     every = {
@@ -228,7 +228,7 @@ class FeatureStore:
 
     def __init__(
         self,
-        data: DataSection,
+        data: AudioVisualData,
         cache: Path | None,  # a folder; none: nothing is looked for on disk
         tokenizer: Any = None,
         identity: str = "",  # of the tokenizer

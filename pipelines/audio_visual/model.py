@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from equipoise.errors import InputError
-from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig, AudioVisualEncoder
 from equipoise.pipelines.training.layers import named_by, unmatched
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -143,7 +143,7 @@ class Film(nn.Module):
 FUSIONS: dict[str, Any] = {"sum": Sum, "concat": Concat, "gated": Gated, "film": Film}
 
 
-def _encoder(name: str, section: EncoderSection, config: AudioVisualConfig, bins, pretrained) -> Any:
+def _encoder(name: str, section: AudioVisualEncoder, config: AudioVisualConfig, bins, pretrained) -> Any:
     kinds = {"resnet": ResNet, "ast": SpectrogramTransformer, "transformer": Text}
     made = kinds[section.kind](section, name, config, bins, pretrained)
     if section.rank:
@@ -151,7 +151,7 @@ def _encoder(name: str, section: EncoderSection, config: AudioVisualConfig, bins
     return made
 
 
-def _add_factors(net: nn.Module, section: EncoderSection, key: str) -> None:
+def _add_factors(net: nn.Module, section: AudioVisualEncoder, key: str) -> None:
     """Puts LoRA factors beside a net's layers, in place, and freezes the rest."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -167,7 +167,7 @@ def _add_factors(net: nn.Module, section: EncoderSection, key: str) -> None:
     inject_adapter_in_model(LoraConfig(r=section.rank, lora_alpha=alpha, target_modules=chosen), net)
 
 
-def _backbone(section: EncoderSection, settings: Any, pretrained: bool | Mapping[str, Any], name: str) -> Any:
+def _backbone(section: AudioVisualEncoder, settings: Any, pretrained: bool | Mapping[str, Any], name: str) -> Any:
     """transformers' model of these settings, or the pretrained one that the section names."""
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
@@ -197,7 +197,7 @@ def _backbone(section: EncoderSection, settings: Any, pretrained: bool | Mapping
 class ResNet(nn.Module):
     """A residual net on each frame, or on the spectrogram; frames' features are averaged."""
 
-    def __init__(self, section: EncoderSection, name: str, config, bins, pretrained):
+    def __init__(self, section: AudioVisualEncoder, name: str, config, bins, pretrained):
         from transformers import ResNetConfig
 
         super().__init__()
@@ -223,7 +223,7 @@ class ResNet(nn.Module):
 class SpectrogramTransformer(nn.Module):
     """AST on the spectrogram; pretrained ones were made for a deviation of 0.5."""
 
-    def __init__(self, section: EncoderSection, name: str, config, bins: tuple[int, int], pretrained):
+    def __init__(self, section: AudioVisualEncoder, name: str, config, bins: tuple[int, int], pretrained):
         from transformers import ASTConfig
 
         super().__init__()
@@ -257,7 +257,7 @@ class SpectrogramTransformer(nn.Module):
 class Text(nn.Module):
     """A transformer on the text's tokens, averaged."""
 
-    def __init__(self, section: EncoderSection, name: str, config: AudioVisualConfig, bins, pretrained):
+    def __init__(self, section: AudioVisualEncoder, name: str, config: AudioVisualConfig, bins, pretrained):
         from transformers import BertConfig
 
         super().__init__()

@@ -6,7 +6,7 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.audio_visual.config import AudioVisualConfig, EncoderSection
+from equipoise.pipelines.audio_visual.config import AudioVisualConfig, AudioVisualEncoder
 from equipoise.pipelines.audio_visual.data import NEEDED, Clip, Manifest, read_manifest, settle, with_validation
 from equipoise.pipelines.audio_visual.features import FeatureStore
 from equipoise.pipelines.demo import digits
@@ -49,7 +49,7 @@ def prepare(config: AudioVisualConfig) -> Prepared:
     return Prepared(manifest, store)
 
 
-def _tokenizer(section: EncoderSection) -> Any:
+def _tokenizer(section: AudioVisualEncoder) -> Any:
     from transformers import AutoTokenizer
 
     try:

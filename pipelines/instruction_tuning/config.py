@@ -20,7 +20,7 @@ from equipoise.pipelines.config.sections import (
 )
 
 
-class ModelSection(Section):
+class InstructionTuningModel(Section):
     path: BasePath = Field(
         "demo",
         description="A multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2.",
@@ -28,7 +28,7 @@ class ModelSection(Section):
     revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
 
 
-class DataSection(Section):
+class InstructionTuningData(Section):
     file: DataPath = Field(
         "demo",
         description="Conversations in LLaVA's JSON or JSONL, or CSV of image or audio, question, answer; or `demo`.",
@@ -54,7 +54,7 @@ class DataSection(Section):
         return prompt
 
 
-class EncoderSection(Section):
+class InstructionTuningEncoder(Section):
     parts: list[Literal["tower", "connector"]] = Field(
         ["connector"], min_length=1, description="The parts in front of the language model that are trained."
     )
@@ -67,13 +67,13 @@ class EncoderSection(Section):
     )
 
     @model_validator(mode="after")
-    def _lora_has_targets(self) -> "EncoderSection":
+    def _lora_has_targets(self) -> "InstructionTuningEncoder":
         if self.targets and self.method != "lora":
             raise ValueError("targets are for LoRA factors; add method: lora.")
         return self
 
 
-class LoraSection(Section):
+class InstructionTuningLora(Section):
     rank: int = Field(8, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
     alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="The share of the LoRA's inputs dropped while training.")
@@ -125,10 +125,10 @@ class InstructionTuningConfig(SamplingConfig):
     pipeline: Literal["instruction_tuning"] = Field(
         "instruction_tuning", description="The pipeline this configuration is for."
     )
-    model: ModelSection = Field(default_factory=ModelSection)
-    data: DataSection = Field(default_factory=DataSection)
-    encoder: EncoderSection = Field(default_factory=EncoderSection)
-    lora: LoraSection = Field(default_factory=LoraSection)
+    model: InstructionTuningModel = Field(default_factory=InstructionTuningModel)
+    data: InstructionTuningData = Field(default_factory=InstructionTuningData)
+    encoder: InstructionTuningEncoder = Field(default_factory=InstructionTuningEncoder)
+    lora: InstructionTuningLora = Field(default_factory=InstructionTuningLora)
     components: dict[str, list[str]] = Field(
         {},
         description="Component → patterns of its parameters' names, such as vision_tower; empty: by architecture.",

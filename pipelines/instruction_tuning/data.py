@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from equipoise.errors import InputError
 from equipoise.pipelines.files import first_line
-from equipoise.pipelines.instruction_tuning.config import DataSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
 from equipoise.pipelines.instruction_tuning.media import media_problem
 from equipoise.pipelines.progress import progress
 
@@ -54,7 +54,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Example:
+class Conversation:
     kind: Kind
     media: tuple[Path, ...]
     turns: tuple[Turn, ...]
@@ -62,12 +62,12 @@ class Example:
     where: str = ""  # file:line
 
 
-Judge = Callable[[Example], list[str]]  # what is wrong with an example, a sentence each
+Judge = Callable[[Conversation], list[str]]  # what is wrong with an example, a sentence each
 
 
 def read_all(
-    data: DataSection, decode: bool = True, judge: Judge | None = None
-) -> tuple[list[Example], list[Example], list[str]]:
+    data: InstructionTuningData, decode: bool = True, judge: Judge | None = None
+) -> tuple[list[Conversation], list[Conversation], list[str]]:
     """(training examples, held-out ones, everything that is wrong).
 
     Args:
@@ -87,7 +87,7 @@ def read_all(
 
 def read_examples(
     file: Path, folder: str | None, decode: bool = True, key: str = "data.file", judge: Judge | None = None
-) -> tuple[list[Example], list[str]]:
+) -> tuple[list[Conversation], list[str]]:
     """The examples of a file, and all that is wrong with it and its media, line by line."""
     if not os.path.isfile(file):  # unlike pathlib's, False also where no path can be so long
         what = "is a folder; give the file of conversations in it" if os.path.isdir(file) else "does not exist"
@@ -97,8 +97,8 @@ def read_examples(
     if not os.path.isdir(root):
         general.append(f"data.folder: {root} does not exist. Give the folder that the media's paths start in.")
         decode = False
-    read: list[tuple[int, Example]] = []  # the line of each: JSON may have all of them in one
-    good: list[Example] = []
+    read: list[tuple[int, Conversation]] = []  # the line of each: JSON may have all of them in one
+    good: list[Conversation] = []
     wrong: list[tuple[int, str]] = []
     try:
         reader = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}.get(file.suffix.lower())
@@ -135,7 +135,7 @@ def read_examples(
     return examples, general + [f"{file}:{line}: {sentence}" for line, sentence in wrong]
 
 
-def _media_problems(examples: Sequence[tuple[int, Example]]) -> dict[Path, tuple[int, str]]:
+def _media_problems(examples: Sequence[tuple[int, Conversation]]) -> dict[Path, tuple[int, str]]:
     """What is wrong with the media and the line that each is first named in. Every file is looked at once; by threads,
     for decoding leaves Python's lock."""
     kinds: dict[Path, Kind] = {}
@@ -159,7 +159,7 @@ def _also(lines: Sequence[int]) -> str:
     return f" (Also named in {word} {', '.join(map(str, lines[:3]))}{more}.)"
 
 
-def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[str]]:
+def _example(record: Any, root: Path, where: str) -> tuple[Conversation | None, list[str]]:
     """(the example, or None where it is nothing like one, all that is wrong with it). Of one with problems, what could
     be told: its media as far as they are, and all that was said as questions and answers, whether or not in turns."""
     if not isinstance(record, dict):
@@ -200,7 +200,7 @@ def _example(record: Any, root: Path, where: str) -> tuple[Example | None, list[
         turns = (first, *turns[1:])
     if not problems and not all(turn.question.strip() for turn in turns):
         problems.append("has an empty question.")
-    return Example(kind, media, turns, system, where), problems
+    return Conversation(kind, media, turns, system, where), problems
 
 
 def _commonest(turn: Turn) -> Turn:

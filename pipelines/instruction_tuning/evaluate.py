@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningSamples
-from equipoise.pipelines.instruction_tuning.data import Example
+from equipoise.pipelines.instruction_tuning.data import Conversation
 from equipoise.pipelines.instruction_tuning.talk import Talk
 
 METRICS = {
@@ -33,7 +33,7 @@ _NUMBERS = {w: str(n) for n, w in enumerate("zero one two three four five six se
 
 @dataclass(frozen=True)
 class Answer:
-    example: Example
+    example: Conversation
     question: str
     text: str
     wanted: tuple[str, ...]
@@ -48,7 +48,7 @@ class Answer:
 def answer(
     model: nn.Module,
     talk: Talk,
-    examples: Sequence[Example],
+    examples: Sequence[Conversation],
     samples: InstructionTuningSamples,
     tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
 ) -> list[Answer]:

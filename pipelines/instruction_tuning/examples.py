@@ -6,14 +6,14 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
-from equipoise.pipelines.instruction_tuning.data import MARKS, Example, Turn, read_all
+from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Turn, read_all
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
 
 def load_examples(
     config: InstructionTuningConfig, talk: Talk, tell: Callable[[str], object] = print
-) -> tuple[list[Example], list[Example], list[str]]:
+) -> tuple[list[Conversation], list[Conversation], list[str]]:
     """(training examples, held-out ones, everything that is wrong, with file and line). `tell` takes warnings."""
     data = config.data
     if data.file == demo.NAME:
@@ -22,7 +22,7 @@ def load_examples(
     return kept, held, problems or (unusable([*kept, *held], talk, tell) if talk.max_tokens else [])
 
 
-def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object]) -> list[str]:
+def unusable(examples: list[Conversation], talk: Talk, tell: Callable[[str], object]) -> list[str]:
     """Which conversations the processor refuses, or lose all their answers to data.max_tokens, a sentence each; `tell`
     is called with other losses. Processes each of them."""
     most = talk.max_tokens
@@ -48,14 +48,16 @@ def unusable(examples: list[Example], talk: Talk, tell: Callable[[str], object])
     return problems
 
 
-def asked_of(held: list[Example], samples: InstructionTuningSamples, most: int) -> list[Example]:
+def asked_of(held: list[Conversation], samples: InstructionTuningSamples, most: int) -> list[Conversation]:
     """Held-out conversations; or prompts of one's own asked of the first held-out media, about `most` in all, to be
     judged by eye."""
     if not samples.prompts:
         return held[: samples.count]
     few = held[: max(1, most // len(samples.prompts))]
     return [
-        Example(e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where)
+        Conversation(
+            e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where
+        )
         for prompt in samples.prompts
         for e in few
     ]

@@ -27,7 +27,11 @@ from transformers.utils import logging as transformers_logging
 from equipoise.coordination.components import Architecture, architecture, matches, partition, preset
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.instruction_tuning.config import EncoderSection, InstructionTuningConfig, ModelSection
+from equipoise.pipelines.instruction_tuning.config import (
+    InstructionTuningConfig,
+    InstructionTuningEncoder,
+    InstructionTuningModel,
+)
 from equipoise.pipelines.runs.run import memory_full
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
@@ -65,7 +69,7 @@ def source(path: str) -> str:
     return str(demo.multimodal_folder()) if path == demo.NAME else path
 
 
-def model_problems(model: ModelSection) -> list[str]:
+def model_problems(model: InstructionTuningModel) -> list[str]:
     """What is wrong with a local folder, found without loading its weights."""
     folder = Path(source(model.path))
     if not os.path.exists(folder):  # unlike pathlib's, False also where no path can be so long
@@ -93,7 +97,7 @@ def model_problems(model: ModelSection) -> list[str]:
     return []
 
 
-def _where(model: ModelSection) -> dict[str, Any]:
+def _where(model: InstructionTuningModel) -> dict[str, Any]:
     """The options of from_pretrained. Without the last, it asks on the terminal whether to run a hub's own code."""
     return {
         "pretrained_model_name_or_path": source(model.path),
@@ -102,7 +106,7 @@ def _where(model: ModelSection) -> dict[str, Any]:
     }
 
 
-def model_type(model: ModelSection) -> str:
+def model_type(model: InstructionTuningModel) -> str:
     """A model's kind, such as `llava`.
 
     Raises:
@@ -114,7 +118,7 @@ def model_type(model: ModelSection) -> str:
         raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
 
 
-def load_processor(model: ModelSection) -> Any:
+def load_processor(model: InstructionTuningModel) -> Any:
     """The processor that belongs to a model.
 
     Raises:
@@ -162,7 +166,7 @@ def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return made
 
 
-def load_model(model: ModelSection, precision: str) -> Any:
+def load_model(model: InstructionTuningModel, precision: str) -> Any:
     """A model with every parameter frozen, on this process's device.
 
     Raises:
@@ -303,7 +307,7 @@ def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str,
     return [name for name in layers if named_by(ends, name)]
 
 
-def _untrained(trained: Iterable[str], parts: Architecture, encoder: EncoderSection) -> list[str]:
+def _untrained(trained: Iterable[str], parts: Architecture, encoder: InstructionTuningEncoder) -> list[str]:
     found = {parts.part(name) for name in trained}
     if missing := [part for part in encoder.parts if part not in found]:
         what = " and the ".join(missing)

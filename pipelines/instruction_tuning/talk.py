@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import InputError
-from equipoise.pipelines.instruction_tuning.data import MARKS, Example
+from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation
 from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
@@ -54,9 +54,9 @@ class Talk:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         marks = sorted({token.content for token in added if token.special} | {""}, key=len, reverse=True)[:-1]
         self._marks = re.compile("|".join(map(re.escape, marks)) or "(?!)")
-        self._spans: dict[Example, list[tuple[int, int]]] = {}
+        self._spans: dict[Conversation, list[tuple[int, int]]] = {}
 
-    def problems(self, example: Example) -> list[str]:
+    def problems(self, example: Conversation) -> list[str]:
         """Why this model cannot take a conversation, all of it."""
         found = []
         takes = [
@@ -87,7 +87,7 @@ class Talk:
     def _has(self, part: str) -> bool:
         return getattr(self.processor, part, None) is not None
 
-    def text(self, example: Example, turns: int | None = None, ask: bool = False) -> str:
+    def text(self, example: Conversation, turns: int | None = None, ask: bool = False) -> str:
         """The first `turns` turns (all by default), and with `ask` the question of the next, up to its answer."""
         turns = len(example.turns) if turns is None else turns
         if self.processor.chat_template is None:
@@ -104,7 +104,7 @@ class Talk:
         except Exception as error:  # a template is a program
             raise InputError(f"{example.where}: the chat template of {self.model_type} fails: {error}") from None
 
-    def _plain(self, example: Example, turns: int, ask: bool) -> str:
+    def _plain(self, example: Conversation, turns: int, ask: bool) -> str:
         text = f"{example.system} " if example.system else ""
         for index, turn in enumerate(example.turns[: turns + ask]):
             question = turn.question
@@ -116,7 +116,7 @@ class Talk:
                 text += f"{'' if text.endswith(chr(10)) else ' '}{turn.answer}{self.tokenizer.eos_token}"
         return text
 
-    def spans(self, example: Example) -> list[tuple[int, int]]:
+    def spans(self, example: Conversation) -> list[tuple[int, int]]:
         """Where the answers are: (first token, one past the last), both counted from the end of the conversation.
 
         From the end, for how many tokens a picture before them takes only the processor knows.
@@ -145,20 +145,20 @@ class Talk:
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def length(self, example: Example) -> int:
+    def length(self, example: Conversation) -> int:
         """Tokens of the text alone: what conversations are sorted by, so that little is padded."""
         return len(self._tokens(self.text(example)))
 
-    def full_length(self, example: Example) -> int:
+    def full_length(self, example: Conversation) -> int:
         """Tokens with the media's: opens and processes them."""
         return self._length(example, self.text(example))
 
-    def _length(self, example: Example, text: str) -> int:
+    def _length(self, example: Conversation, text: str) -> int:
         token = getattr(self.processor, f"{example.kind}_token", MARKS.get(example.kind, ""))
         media = example.media if self.leads else example.media[: text.count(str(token))]
         return self._process([text], [example], [media])["input_ids"].shape[1]
 
-    def training_batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def training_batch(self, examples: Sequence[Conversation]) -> dict[str, Tensor]:
         """Tokens, media and labels; every token that is no answer's has the label −100."""
         examples = [self._within(example) for example in examples]
         self.tokenizer.padding_side = "right"
@@ -177,7 +177,7 @@ class Talk:
                     batch[name] = tensor[:, : self.max_tokens]
         return batch
 
-    def _within(self, example: Example) -> Example:
+    def _within(self, example: Conversation) -> Conversation:
         """Without the turns whose media data.max_tokens would cut, and what follows them: half a picture is none."""
         for number, turn in enumerate(example.turns):
             marked = any(mark in turn.question for mark in MARKS.values())
@@ -189,7 +189,7 @@ class Talk:
                 return replace(example, turns=turns, media=example.media[:count])
         return example
 
-    def question_batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def question_batch(self, examples: Sequence[Conversation]) -> dict[str, Tensor]:
         """Each conversation up to its last answer, padded on the left, for generation."""
         self.tokenizer.padding_side = "left"
         texts = [self.text(example, len(example.turns) - 1, ask=True) for example in examples]
@@ -206,7 +206,7 @@ class Talk:
             batch["token_type_ids"] = (order > order[:, -1:] - torch.tensor(last)[:, None]).long()
 
     def _process(
-        self, texts: list[str], examples: Sequence[Example], media: Sequence[Sequence[Any]] | None = None
+        self, texts: list[str], examples: Sequence[Conversation], media: Sequence[Sequence[Any]] | None = None
     ) -> dict[str, Tensor]:
         media = [example.media for example in examples] if media is None else media
         kind = next((example.kind for example in examples if example.media), "text")
@@ -253,7 +253,7 @@ def _unmarked(question: str, kind: str) -> str:
     return question.replace(MARKS.get(kind, "\0"), "")
 
 
-def _opened(opener: Callable[[Path], Any], example: Example, path: Path) -> Any:
+def _opened(opener: Callable[[Path], Any], example: Conversation, path: Path) -> Any:
     try:
         return opener(path)
     except InputError as error:

@@ -33,7 +33,7 @@ from equipoise.coordination.commit import look_ahead
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.data import Example, without_marks
+from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
@@ -109,8 +109,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         accelerator: Accelerator,
         tuned: Tuned,
         talk: Talk,
-        kept: list[Example],
-        held: list[Example],
+        kept: list[Conversation],
+        held: list[Conversation],
     ):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
         frozen = [parameter for parameter in tuned.model.parameters() if not parameter.requires_grad]
@@ -254,10 +254,10 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
                 hook.remove()
         return logits[mask], labels[mask], mask.nonzero()[:, 0]
 
-    def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
+    def _batch(self, examples: list[Conversation]) -> dict[str, Tensor]:
         return {name: value.to(self.accelerator.device) for name, value in self.talk.training_batch(examples).items()}
 
-    def _chosen(self, number: int) -> list[Example]:
+    def _chosen(self, number: int) -> list[Conversation]:
         """The examples of a batch, or this process's share of them. An epoch is a permutation, cut into batches of
         similar length in random order, and known from the seed and its number."""
         size = self.config.train.batch * processes.count()
@@ -303,7 +303,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
 
-    def answers(self, what: str, chosen: list[Example] | None = None) -> list[Answer]:
+    def answers(self, what: str, chosen: list[Conversation] | None = None) -> list[Answer]:
         """Answers to held-out questions, with a progress bar."""
         chosen = self.held[: self.config.samples.count] if chosen is None else chosen
         with (
@@ -319,7 +319,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         self.write_answers(step, self.answers("sample", chosen))
 
     @property
-    def prompted(self) -> list[Example]:
+    def prompted(self) -> list[Conversation]:
         """samples.prompts asked of the first held-out media; empty without any."""
         samples = self.config.samples
         return asked_of(self.held, samples, samples.shown) if samples.prompts else []

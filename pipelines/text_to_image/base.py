@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from equipoise.coordination.components import matches
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.run import memory_full
-from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection, NoiseSection
+from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageLora, TextToImageModel
 from equipoise.pipelines.text_to_image.families import Family, family, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Noise, load_scheduler, make_noise, scheduler_with
 from equipoise.pipelines.text_to_image.formats.layout import (
@@ -170,7 +170,7 @@ class Base:
                     torch.cuda.empty_cache()
 
     @contextmanager
-    def adapted(self, lora: LoraSection, seed: int) -> Iterator[dict[str, torch.nn.Module]]:
+    def adapted(self, lora: TextToImageLora, seed: int) -> Iterator[dict[str, torch.nn.Module]]:
         """Adds LoRA factors, float32 and trainable, for the time of the block; yields the tuned parts by name.
 
         They are those of the file `lora.start`, or fresh: equal seeds give equal factors, whatever the optimizer.
@@ -222,7 +222,7 @@ class Base:
             for part in parts.values():
                 self.restore(part)
 
-    def _start(self, lora: LoraSection, parts: dict[str, torch.nn.Module]) -> None:
+    def _start(self, lora: TextToImageLora, parts: dict[str, torch.nn.Module]) -> None:
         """Puts the factors of the file `lora.start` where they belong; layers that it lacks keep their fresh ones."""
         present: dict[str, Factors] = {}
         for name, part in parts.items():
@@ -275,7 +275,7 @@ _loaded: dict[str, Base] = {}
 _FILLED = 0.9  # of a text encoder's rows, the least share that its tokenizer uses
 
 
-def load_base(model: ModelSection, precision: str) -> Base:
+def load_base(model: TextToImageModel, precision: str) -> Base:
     """Loads a checkpoint from safetensors, or returns the one this process already has.
 
     Raises:
@@ -347,7 +347,7 @@ def _write_signatures(part: torch.nn.Module) -> None:
             call.__signature__ = inspect.signature(call)
 
 
-def _quantized(kind: Family, model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
+def _quantized(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[str, Any]:
     """What from_pretrained is to be given. `check` has made sure that the package is there."""
     if model.quantize is None:
         return {}
@@ -358,7 +358,7 @@ def _quantized(kind: Family, model: ModelSection, dtype: torch.dtype) -> dict[st
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping={kind.denoiser: how})}
 
 
-def _own_ranks(lora: LoraSection, part: str, layers: Sequence[str]) -> dict[str, tuple[str, int]]:
+def _own_ranks(lora: TextToImageLora, part: str, layers: Sequence[str]) -> dict[str, tuple[str, int]]:
     """By layer: the first pattern of `lora.ranks` that is found in its name, and its rank."""
     found = {}
     for layer in layers:

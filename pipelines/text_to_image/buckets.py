@@ -10,13 +10,13 @@ from functools import lru_cache
 
 import torch
 
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 from equipoise.pipelines.training.state import mix, place
 
 Size = tuple[int, int]  # pixels or cells: width, height
 
 
-def sizes(data: DataSection, stride: int = 8) -> list[Size]:
+def sizes(data: TextToImageData, stride: int = 8) -> list[Size]:
     """All sizes that pictures are cut to, the square among them: sides are multiples of the step and of `stride`, the
     area is at most the square's, and as near to it as the step allows."""
     side, square = data.resolution, (data.resolution, data.resolution)

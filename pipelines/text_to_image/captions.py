@@ -2,10 +2,10 @@
 
 import torch
 
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 
 
-def spoken(caption: str, data: DataSection, generator: torch.Generator) -> str:
+def spoken(caption: str, data: TextToImageData, generator: torch.Generator) -> str:
     """A caption as one step reads it; draws nothing where the configuration asks for nothing.
 
     With `data.shuffle_tags`, tags, which commas separate, are shuffled, but for the first `data.keep_tags`; one in

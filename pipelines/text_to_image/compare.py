@@ -22,7 +22,12 @@ from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
-from equipoise.pipelines.text_to_image.config import JudgesSection, ModelSection, TextToImageConfig, TextToImageSamples
+from equipoise.pipelines.text_to_image.config import (
+    JudgesSection,
+    TextToImageConfig,
+    TextToImageModel,
+    TextToImageSamples,
+)
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.generate import Sample, generate
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, with_token
@@ -123,7 +128,7 @@ def compare(
     return Comparison(name, folder, list(samples.prompts), meaning, untouched, cells, beside, scored, ALIKE)
 
 
-def _located(run: Run, config: TextToImageConfig) -> ModelSection:
+def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:
     """The base that a run tuned; a relative path starts in the folder that the run was started in."""
     where = environment.working_folder(run.folder / "environment.json")
     path = where and where / config.model.path

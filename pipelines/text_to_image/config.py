@@ -22,7 +22,7 @@ from equipoise.pipelines.config.sections import (
 from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
 
-class ModelSection(Section):
+class TextToImageModel(Section):
     path: BasePath = Field(
         "demo",
         description="The base in diffusers' layout: a folder, a hub id, or `demo`, the embedded Stable Diffusion.",
@@ -34,7 +34,7 @@ class ModelSection(Section):
     )
 
 
-class DataSection(Section):
+class TextToImageData(Section):
     folder: DataPath = Field(
         "demo",
         description="Pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object.",
@@ -104,7 +104,7 @@ class TokenSection(Section):
         return name
 
 
-class LoraSection(Section):
+class TextToImageLora(Section):
     rank: int = Field(4, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
     alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
     ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
@@ -192,11 +192,11 @@ class TextToImageConfig(SamplingConfig):
     }
 
     pipeline: Literal["text_to_image"] = Field("text_to_image", description="The pipeline this configuration is for.")
-    model: ModelSection = Field(default_factory=ModelSection)
-    data: DataSection = Field(default_factory=DataSection)
+    model: TextToImageModel = Field(default_factory=TextToImageModel)
+    data: TextToImageData = Field(default_factory=TextToImageData)
     prior: PriorSection = Field(default_factory=PriorSection)
     token: TokenSection = Field(default_factory=TokenSection)
-    lora: LoraSection = Field(default_factory=LoraSection)
+    lora: TextToImageLora = Field(default_factory=TextToImageLora)
     noise: NoiseSection = Field(default_factory=NoiseSection)
     judges: JudgesSection = Field(default_factory=JudgesSection)
     optimizer: TextToImageOptimizer = Field(default_factory=TextToImageOptimizer)

@@ -22,7 +22,7 @@ from equipoise.pipelines.files import first_line
 from equipoise.pipelines.media.pictures import NAMED, suffixes
 from equipoise.pipelines.media.pictures import open_picture as open_picture
 from equipoise.pipelines.media.reading import VERSION
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Example:
     repeats: int = 1  # times in an epoch
 
 
-def read_examples(data: DataSection) -> tuple[list[Example], list[str]]:
+def read_examples(data: TextToImageData) -> tuple[list[Example], list[str]]:
     """The folder's examples in a fixed order, and all that is wrong with it. Decodes no picture."""
     folder = Path(data.folder)
     if not os.path.isdir(folder):  # unlike pathlib's, False also where no path can be so long
@@ -61,13 +61,13 @@ def read_examples(data: DataSection) -> tuple[list[Example], list[str]]:
     return [replace(example, repeats=_repeats(example.path, folder, data)) for example in examples], problems
 
 
-def _repeats(path: Path, folder: Path, data: DataSection) -> int:
+def _repeats(path: Path, folder: Path, data: TextToImageData) -> int:
     place = path.relative_to(folder).parent
     named = [int(found[1]) for name in reversed(place.parts) if (found := _REPEATED.fullmatch(name))]
     return data.repeats.get(place.as_posix(), max(1, named[0]) if named else 1)
 
 
-def unread_captions(data: DataSection, pictures: Sequence[Path]) -> str:
+def unread_captions(data: TextToImageData, pictures: Sequence[Path]) -> str:
     """A sentence if the folder has captions that an instance prompt leaves unread; else empty."""
     if data.instance_prompt is None:
         return ""
@@ -162,7 +162,7 @@ def cut(image: Image.Image, size: tuple[int, int], position: tuple[float, float]
 
 
 def variants(
-    image: Image.Image, data: DataSection, generator, size: tuple[int, int] | None = None
+    image: Image.Image, data: TextToImageData, generator, size: tuple[int, int] | None = None
 ) -> list[tuple[Image.Image, tuple[int, int]]]:
     """Every cut and mirror image of one picture that training may draw, and where it was cut: (top, left) pixels of the
     picture when it just covers the cut.
@@ -195,7 +195,7 @@ def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 …
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def cache_key(examples: list[Example], data: DataSection, base: str) -> str:
+def cache_key(examples: list[Example], data: TextToImageData, base: str) -> str:
     """Names the latents of these files, cut this way, under this autoencoder."""
     facts: list[Any] = [VERSION, base, data.resolution, data.crop, data.flip]
     if data.buckets:

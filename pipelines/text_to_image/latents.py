@@ -15,11 +15,11 @@ from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.base import Base, Latents
 from equipoise.pipelines.text_to_image.buckets import nearest, sizes
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, cache_key, open_picture, to_tensor, variants
 
 
-def prepare_latents(base: Base, examples: list[Example], data: DataSection, cache: Path) -> Latents:
+def prepare_latents(base: Base, examples: list[Example], data: TextToImageData, cache: Path) -> Latents:
     """Of every picture, computed once.
 
     Kept in memory for the process and on disk for the next one, by the files' names, sizes and times, the cut, and
@@ -54,7 +54,7 @@ def _kept(file: Path, count: int) -> Latents | None:
 
 
 @torch.no_grad()
-def _encode(base: Base, examples: list[Example], data: DataSection) -> Latents:
+def _encode(base: Base, examples: list[Example], data: TextToImageData) -> Latents:
     rows, crops = [], []
     cuts = torch.Generator().manual_seed(0)
     among = sizes(data, base.stride)

@@ -18,7 +18,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.text_to_image.base import Base
-from equipoise.pipelines.text_to_image.config import DataSection, NoiseSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, read_examples
 from equipoise.pipelines.text_to_image.generate import generate
 
@@ -30,7 +30,7 @@ def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
         return [], ["prior.folder: needs prior.prompt, what the class is called."] if prior.folder else []
     if not prior.folder:
         return [], []
-    examples, problems = read_examples(DataSection(folder=prior.folder, instance_prompt=prior.prompt))
+    examples, problems = read_examples(TextToImageData(folder=prior.folder, instance_prompt=prior.prompt))
     return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
 
 

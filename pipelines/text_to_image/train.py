@@ -26,7 +26,7 @@ from equipoise.pipelines.text_to_image.base import Base, Latents, begin_training
 from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
-from equipoise.pipelines.text_to_image.config import DataSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
@@ -37,7 +37,7 @@ from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import DivergedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, seed_all
 
-_PLAIN = DataSection()  # class pictures' captions are read as they are
+_PLAIN = TextToImageData()  # class pictures' captions are read as they are
 _RECENT = 20  # steps over which a loss has to be high for a run to be given up
 _EVALUATED = 64  # fixed draws behind "loss before" and "loss after"
 
@@ -203,7 +203,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             loss = loss + self.config.prior.weight * beside
         return Losses(loss, {})
 
-    def _drawn(self, pictures: Pictures, number: int, generator: torch.Generator, data: DataSection) -> Tensor:
+    def _drawn(self, pictures: Pictures, number: int, generator: torch.Generator, data: TextToImageData) -> Tensor:
         """The loss of a batch, by its number, with all that is drawn for it; each of several processes draws for all
         of them and evaluates its share."""
         chosen = pictures.batches[number]

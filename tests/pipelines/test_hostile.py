@@ -37,14 +37,14 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.instruction_tuning import data as conversations
 from equipoise.pipelines.instruction_tuning import media
-from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.model import model_problems as multimodal_problems
 from equipoise.pipelines.jobs import storage
 from equipoise.pipelines.jobs.executors import Where, remembered
 from equipoise.pipelines.runs import checkpoints
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.store import Store
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples
 from equipoise.pipelines.text_to_image.families import shape_of
 from equipoise.pipelines.text_to_image.formats import layout
@@ -245,7 +245,7 @@ def test_captions(here, name, content):
     (folder / "a.png").write_bytes(PICTURES[".png"])
     (folder / name).write_bytes(content)
     with harmless(here):
-        examples, problems = read_examples(DataSection(folder=str(folder)))
+        examples, problems = read_examples(TextToImageData(folder=str(folder)))
     assert all(isinstance(line, str) for line in problems) and (examples or problems)
 
 
@@ -285,7 +285,7 @@ MANIFEST = (FIXTURES / "clips" / "manifest.csv").read_bytes()
 
 @fuzzed("manifests of clips (.csv)", 30, content=st.one_of(st.binary(max_size=200), mutated(MANIFEST)))
 def test_manifests(here, content):
-    data = audio_visual.DataSection(manifest="m.csv", modalities=["visual"], visual={"size": 8})
+    data = audio_visual.AudioVisualData(manifest="m.csv", modalities=["visual"], visual={"size": 8})
     (here / "m.csv").write_bytes(content)
     for file in (FIXTURES / "clips").glob("*.png"):
         shutil.copyfile(file, here / file.name)
@@ -424,7 +424,7 @@ def test_multimodal_models(here, content):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(content)
     with harmless(here):
-        assert all(isinstance(line, str) for line in multimodal_problems(ModelSection(path=str(folder))))
+        assert all(isinstance(line, str) for line in multimodal_problems(InstructionTuningModel(path=str(folder))))
 
 
 @pytest.fixture

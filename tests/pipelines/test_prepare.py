@@ -207,11 +207,11 @@ def test_real_spoken_digits(tmp_path):
     found = rows(output)
     assert len(found) == 3000 and sum(row["split"] == "test" for row in found) == 300
     assert len({row["frames"] for row in found}) == 3000
-    from equipoise.pipelines.audio_visual.config import DataSection
+    from equipoise.pipelines.audio_visual.config import AudioVisualData
     from equipoise.pipelines.audio_visual.data import read_manifest
     from equipoise.pipelines.audio_visual.features import FeatureStore
 
-    section = DataSection.model_validate({"audio": {"sample_rate": 8000, "seconds": 0.5}, "visual": {"size": 32}})
+    section = AudioVisualData.model_validate({"audio": {"sample_rate": 8000, "seconds": 0.5}, "visual": {"size": 32}})
     manifest = read_manifest(section, output)
     assert not manifest.sentences()
     assert FeatureStore(section, None).prepare(manifest.clips[::100]) == {}

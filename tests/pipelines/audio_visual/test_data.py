@@ -12,7 +12,7 @@ import torch
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
-from equipoise.pipelines.audio_visual.config import AudioSection, DataSection
+from equipoise.pipelines.audio_visual.config import AudioSection, AudioVisualData
 from equipoise.pipelines.audio_visual.data import doubts, read_manifest, settle, with_validation
 from equipoise.pipelines.audio_visual.features import (
     Batches,
@@ -169,7 +169,7 @@ def test_what_no_decoder_says_is_a_problem_of_its_clip(tmp_path):
     (tmp_path / "both.aac").write_bytes(both)
     assert b"caf\xe9" in odd and read_video(tmp_path / "odd.avi", 2, 8)[0].shape == (2, 3, 8, 8)
     path = made.write_manifest(tmp_path / "m.csv", [{"audio": "both.aac", "label": "a", "split": "train"}])
-    data = DataSection(manifest=str(path), modalities=["audio"], **SMALL)
+    data = AudioVisualData(manifest=str(path), modalities=["audio"], **SMALL)
     assert FeatureStore(data, None).prepare(read_manifest(data, path).clips)[2].startswith("both.aac cannot be read")
 
 
@@ -221,14 +221,14 @@ def test_manifests_that_cannot_be_used(text, message, tmp_path):
     made.write_picture(tmp_path / "0.png", (0, 0, 0))
     path = tmp_path / "manifest.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    found = read_manifest(DataSection(manifest=str(path)), path)
+    found = read_manifest(AudioVisualData(manifest=str(path)), path)
     settle(found, skip_bad=False)
     assert any(message in line for line in found.sentences()), found.sentences()
 
 
 def test_a_manifest_that_is_not_there(tmp_path):
     for path, what in ((tmp_path / "no.csv", "does not exist"), (tmp_path, "is a folder")):
-        (line,) = read_manifest(DataSection(), path).sentences()
+        (line,) = read_manifest(AudioVisualData(), path).sentences()
         assert f"data.manifest: {path} {what}." in line
 
 
@@ -237,12 +237,12 @@ def test_classes_that_are_never_tested_are_a_doubt(tmp_path):
         made.write_sound(tmp_path / f"{name}.wav", 500)
     rows = [{"audio": f"{n}.wav", "label": n, "split": s} for n, s in (("a", "train"), ("b", "train"), ("a", "test"))]
     path = made.write_manifest(tmp_path / "m.csv", [{"clip": str(i), **row} for i, row in enumerate(rows)])
-    (line,) = doubts(read_manifest(DataSection(modalities=["audio"]), path))
+    (line,) = doubts(read_manifest(AudioVisualData(modalities=["audio"]), path))
     assert "b: trained, but not in the split test." in line
 
 
 def test_validation_clips_come_from_every_class_where_no_split_is_called_val(clips):
-    data = DataSection(manifest=str(clips))
+    data = AudioVisualData(manifest=str(clips))
     manifest = read_manifest(data, clips)
     manifest.clips = [clip for clip in manifest.clips if clip.split != "val"]
     splits = with_validation(manifest, 0.3, 0)
@@ -253,7 +253,7 @@ def test_validation_clips_come_from_every_class_where_no_split_is_called_val(cli
 
 @pytest.mark.parametrize("scale", ["log_mel", "log_stft"])
 def test_features_are_kept_by_file_and_settings(scale, clips, tmp_path, monkeypatch):
-    data = DataSection(manifest=str(clips), **{**SMALL, "audio": {**SMALL["audio"], "scale": scale}})
+    data = AudioVisualData(manifest=str(clips), **{**SMALL, "audio": {**SMALL["audio"], "scale": scale}})
     clip = read_manifest(data, clips).clips[0]
     store = FeatureStore(data, tmp_path / "cache")
     first = store.get(clip)
@@ -271,7 +271,7 @@ def test_features_are_kept_by_file_and_settings(scale, clips, tmp_path, monkeypa
 
 
 def test_batches_are_the_same_from_memory_and_from_disk(clips, tmp_path, monkeypatch):
-    data = DataSection(manifest=str(clips), **SMALL)
+    data = AudioVisualData(manifest=str(clips), **SMALL)
     chosen = read_manifest(data, clips).split("train")
     held = Batches(FeatureStore(data, tmp_path / "cache"), chosen)
     assert not held.store.prepare(chosen) and not held.store.full
@@ -291,7 +291,7 @@ def test_features_are_made_anew_when_a_file_changes_that_is_read(tmp_path):
     made.write_picture(folder / "0.png", (255, 0, 0))
     row = {"audio": "gone.wav", "frames": "frames", "label": "a", "split": "train"}
     path = made.write_manifest(tmp_path / "m.csv", [row])
-    data = DataSection(manifest=str(path), modalities=["visual"], visual={"size": 8})
+    data = AudioVisualData(manifest=str(path), modalities=["visual"], visual={"size": 8})
     (clip,) = read_manifest(data, path).clips
     assert FeatureStore(data, tmp_path / "cache").prepare([clip]) == {}, (
         "a column that is not used may name what is not there"
@@ -308,7 +308,7 @@ def test_clips_that_no_decoder_foresaw_are_problems_too(tmp_path):
     names = ("one.wav", "x.raw", "a" * 300 + ".wav")
     rows = [{"audio": name, "label": "a", "split": "train"} for name in names]
     path = made.write_manifest(tmp_path / "m.csv", rows)
-    data = DataSection(manifest=str(path), modalities=["audio"], **SMALL)
+    data = AudioVisualData(manifest=str(path), modalities=["audio"], **SMALL)
     manifest = read_manifest(data, path)
     assert "does not exist." in manifest.bad[4]
     wrong = FeatureStore(data, None).prepare(manifest.clips)
@@ -317,7 +317,7 @@ def test_clips_that_no_decoder_foresaw_are_problems_too(tmp_path):
 
 
 def test_a_file_that_goes_away_is_a_problem_of_its_clip(clips, tmp_path):
-    data = DataSection(manifest=str(clips), modalities=["audio"], **SMALL)
+    data = AudioVisualData(manifest=str(clips), modalities=["audio"], **SMALL)
     clip = read_manifest(data, clips).clips[0]
     gone = clip.__class__(**{**vars(clip), "audio": tmp_path / "gone.wav"})
     assert "cannot be read: No such file" in FeatureStore(data, None).prepare([gone])[clip.line]

@@ -10,7 +10,7 @@ from PIL import Image
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
-from equipoise.pipelines.instruction_tuning.config import DataSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import Turn, read_all, read_examples
 from equipoise.pipelines.instruction_tuning.media import media_problem, open_picture, open_sound
 
@@ -239,17 +239,17 @@ def test_sixteen_bits_are_not_all_white(folder):
 
 def test_a_missing_file_is_named_by_its_key(folder):
     file = written(folder, {"image": "red.png", "conversations": [ASK, SAY]})
-    _, _, problems = read_all(DataSection(file=str(file), validation="gone.csv"))
+    _, _, problems = read_all(InstructionTuningData(file=str(file), validation="gone.csv"))
     assert problems == ["data.validation: gone.csv does not exist."]
 
 
 def test_what_is_held_out(folder):
     file = written(folder, *({"image": "red.png", "conversations": [ASK, SAY]} for _ in range(25)))
-    kept, held, _ = read_all(DataSection(file=str(file)))
+    kept, held, _ = read_all(InstructionTuningData(file=str(file)))
     assert [len(kept), len(held)] == [23, 2] and not {e.where for e in kept} & {e.where for e in held}
     few = written(folder, *({"image": "red.png", "conversations": [ASK, SAY]} for _ in range(3)), name="few.jsonl")
-    assert [len(some) for some in read_all(DataSection(file=str(few)))] == [2, 1, 0]
-    kept, held, _ = read_all(DataSection(file=str(file), validation=str(file)))
+    assert [len(some) for some in read_all(InstructionTuningData(file=str(few)))] == [2, 1, 0]
+    kept, held, _ = read_all(InstructionTuningData(file=str(file), validation=str(file)))
     assert len(kept) == len(held) == 25
 
 

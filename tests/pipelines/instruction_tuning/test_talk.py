@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from equipoise.errors import InputError
-from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Turn, read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk, _content
@@ -17,7 +17,9 @@ PLAIN = {"blip-2": "Answer:", "instructblip": "?", "paligemma": "?\n"}  # withou
 
 @pytest.fixture
 def talk(checkpoints):
-    return lambda kind, **options: Talk(load_processor(ModelSection(path=str(checkpoints(kind)))), kind, **options)
+    return lambda kind, **options: Talk(
+        load_processor(InstructionTuningModel(path=str(checkpoints(kind)))), kind, **options
+    )
 
 
 @pytest.fixture

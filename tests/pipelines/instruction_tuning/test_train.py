@@ -18,7 +18,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, ModelSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Turn
 from equipoise.pipelines.instruction_tuning.examples import load_examples
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor, old_names
@@ -67,7 +67,7 @@ def test_every_architecture_learns_and_comes_back(kind, overrides, checkpoints):
     assert metrics[-1]["rate_encoder"] != pytest.approx(1e-2)
     assert (run.folder / "samples" / "step-00000003" / "answers.jsonl").is_file()
 
-    tuned = adapt(load_model(ModelSection(path=str(checkpoints(kind))), "no"), run.config())
+    tuned = adapt(load_model(InstructionTuningModel(path=str(checkpoints(kind))), "no"), run.config())
     assert set(tuned.components) == {"encoder", "language"}
     assert all("lora_" in name for name in tuned.components["language"])
     assert not any("lora_" in name for name in tuned.components["encoder"])
@@ -156,7 +156,7 @@ def test_hub_code_is_never_run(monkeypatch, checkpoints):
 
     for cls in (model.AutoConfig, model.AutoProcessor, model.AutoModelForMultimodalLM):
         monkeypatch.setattr(cls, "from_pretrained", partial(spied, cls.from_pretrained))
-    section = ModelSection(path=str(checkpoints("llava")))
+    section = InstructionTuningModel(path=str(checkpoints("llava")))
     load_processor(section)
     load_model(section, "no")
     model.model_type(section)
@@ -167,7 +167,7 @@ def test_the_presets_have_a_place_for_every_parameter(kinds, checkpoints):
     """With everything trained; adapt refuses what is in no component."""
     assert kinds == KINDS
     for kind in kinds:
-        model = load_model(ModelSection(path=str(checkpoints(kind))), "no")
+        model = load_model(InstructionTuningModel(path=str(checkpoints(kind))), "no")
         names = [name for name, _ in model.named_parameters()]
         known = architecture(kind, names)
         assert {known.part(name) for name in names} == {"tower", "connector", "language"}
@@ -283,13 +283,13 @@ def test_components_of_ones_own_have_rates_of_their_own(overrides):
 
 def test_lora_on_the_encoder_too_and_frozen_parts(overrides, checkpoints):
     settings = config.load(NAME, [*overrides(), "encoder.method=lora", "encoder.parts=[tower]", "frozen=[layers.0]"])
-    tuned = adapt(load_model(ModelSection(path=str(checkpoints("llava"))), "no"), settings)
+    tuned = adapt(load_model(InstructionTuningModel(path=str(checkpoints("llava"))), "no"), settings)
     assert all("lora_" in name for name in tuned.named) and tuned.encoder_weights == {}
     assert {tuned.parts.part(name) for name in tuned.components["encoder"]} == {"tower"}
     assert tuned.named and not any(".layers.0." in name for name in tuned.named)
     ends = ["encoder.targets=[fc1]", "lora.targets=[q_proj]"]
     settings = config.load(NAME, [*overrides(), "encoder.method=lora", "encoder.parts=[tower]", *ends])
-    tuned = adapt(load_model(ModelSection(path=str(checkpoints("llava"))), "no"), settings)
+    tuned = adapt(load_model(InstructionTuningModel(path=str(checkpoints("llava"))), "no"), settings)
     assert all(".fc1.lora_" in name for name in tuned.components["encoder"]) and tuned.components["encoder"]
     assert all(".q_proj.lora_" in name for name in tuned.components["language"])
 

@@ -18,7 +18,7 @@ from equipoise.coordination.commit import CommitCLR
 from equipoise.coordination.descent import FeatureDescent
 from equipoise.errors import InputError
 from equipoise.hosts.coordination import _load, _save, coordinated
-from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
 from equipoise.pipelines.instruction_tuning.talk import Talk
@@ -29,7 +29,7 @@ def make(checkpoints, pictures, tmp_path):
     from transformers import AutoModelForMultimodalLM
 
     folder = checkpoints("blip-2")
-    talk = Talk(load_processor(ModelSection(path=str(folder))), "blip-2")
+    talk = Talk(load_processor(InstructionTuningModel(path=str(folder))), "blip-2")
     examples, _ = read_examples(pictures, None)
 
     def get(coordinator="commit_clr", steps=6, rank=0, optimizer_cls_and_kwargs=None, optimizers=None, **arguments):
@@ -179,7 +179,7 @@ warnings.simplefilter("ignore")
 from transformers import AutoModelForMultimodalLM, Trainer, TrainingArguments
 from equipoise.coordination.commit import CommitCLR
 from equipoise.hosts.coordination import coordinated
-from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
 from equipoise.pipelines.instruction_tuning.talk import Talk
@@ -194,7 +194,7 @@ settings = TrainingArguments(
 )
 trainer = coordinated(Trainer)(
     model=model, args=settings, train_dataset=read_examples(Path(data), None)[0],
-    data_collator=Talk(load_processor(ModelSection(path=folder)), "llava").training_batch,
+    data_collator=Talk(load_processor(InstructionTuningModel(path=folder)), "llava").training_batch,
     coordinator=CommitCLR(measure_every=1, every=1),
 )
 trainer.train()

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from equipoise.coordination.commit import CommitCLR
 from equipoise.hosts.coordination import coordinated
-from equipoise.pipelines.instruction_tuning.config import ModelSection
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.model import load_processor
 
 COLOURS = ("red", "green", "blue", "white")
@@ -53,7 +53,7 @@ def make(checkpoints, tmp_path):
             model=AutoModelForImageTextToText.from_pretrained(folder),
             args=settings,
             train_dataset=Dataset.from_list(rows),
-            processing_class=load_processor(ModelSection(path=str(folder))),
+            processing_class=load_processor(InstructionTuningModel(path=str(folder))),
             peft_config=LoraConfig(
                 r=2, target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["multi_modal_projector"]
             ),

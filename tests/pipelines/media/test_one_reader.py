@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from equipoise.pipelines.audio_visual import features
-from equipoise.pipelines.audio_visual.config import DataSection as ClipSection
+from equipoise.pipelines.audio_visual.config import AudioVisualData as ClipSection
 from equipoise.pipelines.audio_visual.data import read_manifest
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import media
 from equipoise.pipelines.media import reading
 from equipoise.pipelines.text_to_image import data as folders
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 
 SIDE = 32
 RED_AND_CLEAR = np.zeros((SIDE, SIDE, 4), np.uint8)
@@ -42,7 +42,7 @@ def odd_pictures(folder: Path) -> list[Path]:
 
 def test_an_odd_picture_is_the_same_in_all_three_pipelines(tmp_path):
     paths = odd_pictures(tmp_path)
-    section = DataSection(folder=str(tmp_path), resolution=SIDE, instance_prompt="x")
+    section = TextToImageData(folder=str(tmp_path), resolution=SIDE, instance_prompt="x")
     examples, problems = folders.read_examples(section)
     assert [example.path for example in examples] == paths and len(paths) == 5 and not problems
     for path in paths:
@@ -77,7 +77,7 @@ def test_an_odd_sound_is_the_same_in_the_pipelines_that_listen(tmp_path):
 def test_what_was_made_by_earlier_readers_is_not_used_again(tmp_path, monkeypatch):
     Image.fromarray(RED_AND_CLEAR).save(tmp_path / "a.png")
     (tmp_path / "m.csv").write_text("frames,label,split\na.png,x,train\n")
-    section = DataSection(folder=str(tmp_path), instance_prompt="x")
+    section = TextToImageData(folder=str(tmp_path), instance_prompt="x")
     clips = ClipSection(manifest=str(tmp_path / "m.csv"), modalities=["visual"])
 
     def keys() -> tuple[str, str]:

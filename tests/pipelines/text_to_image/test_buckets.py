@@ -16,7 +16,7 @@ from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.buckets import BucketBatches, nearest, sizes
 from equipoise.pipelines.text_to_image.captions import spoken
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.training.state import place
@@ -35,12 +35,12 @@ NAME = "text_to_image/dreambooth"
     ],
 )
 def test_sizes_have_about_one_area_and_sides_of_whole_steps(settings, stride, found):
-    assert sizes(DataSection(**{"buckets": True, **settings}), stride) == found
+    assert sizes(TextToImageData(**{"buckets": True, **settings}), stride) == found
 
 
 @pytest.mark.parametrize(("given", "size"), [((400, 300), (576, 448)), ((300, 400), (448, 576)), ((9, 9), (512, 512))])
 def test_a_picture_goes_to_the_size_of_its_shape(given, size):
-    assert nearest(given, sizes(DataSection(resolution=512, buckets=True))) == size
+    assert nearest(given, sizes(TextToImageData(resolution=512, buckets=True))) == size
 
 
 def test_an_epoch_holds_everything_as_often_as_it_is_repeated_one_size_a_batch():
@@ -66,7 +66,7 @@ def test_one_size_keeps_the_order_that_runs_had_before():
 def test_captions_are_dropped_and_shuffled_as_often_as_asked():
     def draw(count=2000, **settings):
         generator = torch.Generator().manual_seed(0)
-        return [spoken("vase, red, tall, old", DataSection(**settings), generator) for _ in range(count)]
+        return [spoken("vase, red, tall, old", TextToImageData(**settings), generator) for _ in range(count)]
 
     assert set(draw()) == {"vase, red, tall, old"}
     assert draw(caption_dropout=0.25).count("") == pytest.approx(500, abs=60)  # three deviations of a binomial: 58
@@ -79,7 +79,7 @@ def test_captions_are_dropped_and_shuffled_as_often_as_asked():
 
 def test_nothing_is_drawn_for_what_is_not_asked():
     generator = torch.Generator().manual_seed(0)
-    spoken("a, b", DataSection(), generator)
+    spoken("a, b", TextToImageData(), generator)
     assert torch.rand((), generator=generator) == torch.rand((), generator=torch.Generator().manual_seed(0))
 
 
@@ -103,7 +103,7 @@ def shapes(tmp_path):
 
 
 def test_kohyas_folders_say_repeats_and_captions(shapes):
-    examples, problems = read_examples(DataSection(folder=str(shapes)))
+    examples, problems = read_examples(TextToImageData(folder=str(shapes)))
     assert not problems
     assert [(e.path.stem, e.caption, e.repeats) for e in examples] == [
         ("tall", "a vase", 2),
@@ -111,9 +111,9 @@ def test_kohyas_folders_say_repeats_and_captions(shapes):
         ("wide", "thing, tag one, tag two", 1),
         ("wide2", "thing, tag one, tag two", 1),
     ]
-    examples, _ = read_examples(DataSection(folder=str(shapes), repeats={"b": 5, "2_a vase": 1}))
+    examples, _ = read_examples(TextToImageData(folder=str(shapes), repeats={"b": 5, "2_a vase": 1}))
     assert [example.repeats for example in examples] == [1, 5, 5, 5]
-    assert read_examples(DataSection(folder=str(shapes), repeats={"c": 5}))[1] == [
+    assert read_examples(TextToImageData(folder=str(shapes), repeats={"c": 5}))[1] == [
         f"data.repeats: c is no folder with pictures in {shapes}. There are 2_a vase, b."
     ]
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from equipoise.errors import InputError
-from equipoise.pipelines.text_to_image.config import DataSection
+from equipoise.pipelines.text_to_image.config import TextToImageData
 from equipoise.pipelines.text_to_image.data import (
     cache_key,
     open_picture,
@@ -25,11 +25,11 @@ def folder(tmp_path):
 
 
 def read(folder, **settings):
-    return read_examples(DataSection(folder=str(folder), resolution=16, **settings))
+    return read_examples(TextToImageData(folder=str(folder), resolution=16, **settings))
 
 
 def test_captions_that_a_prompt_for_all_leaves_unread_are_reported(folder):
-    data = DataSection(folder=str(folder), resolution=16, instance_prompt="x")
+    data = TextToImageData(folder=str(folder), resolution=16, instance_prompt="x")
     pictures = sorted(folder.glob("*.*g"))
     assert unread_captions(data, pictures) == ""
     (folder / "a.txt").write_text("a red square")
@@ -140,15 +140,15 @@ def test_transparency_is_laid_over_white_and_exif_is_obeyed(tmp_path):
 def test_cuts_are_square_scaled_and_mirrored():
     wide = Image.new("RGB", (40, 20), "black")
     wide.paste("white", (0, 0, 20, 20))
-    data = DataSection(folder="x", resolution=16, flip=True)
+    data = TextToImageData(folder="x", resolution=16, flip=True)
     (left, where), (mirrored, same) = variants(wide, data, torch.Generator())
     assert where == same == (0, 8), "the middle of 32 x 16"
     assert left.size == mirrored.size == (16, 16)
     assert left.getpixel((0, 8)) == (255, 255, 255) and mirrored.getpixel((15, 8)) == (255, 255, 255)
-    random = variants(wide, DataSection(folder="x", resolution=16, crop="random"), torch.Generator().manual_seed(0))
+    random = variants(wide, TextToImageData(folder="x", resolution=16, crop="random"), torch.Generator().manual_seed(0))
     assert len({picture.tobytes() for picture, _ in random}) > 1
     assert all(top == 0 and 0 <= left <= 16 for _, (top, left) in random)
-    both = variants(wide, DataSection(folder="x", resolution=16, crop="random", flip=True), torch.Generator())
+    both = variants(wide, TextToImageData(folder="x", resolution=16, crop="random", flip=True), torch.Generator())
     for (_, (_, left)), (_, (_, other)) in zip(both[: len(both) // 2], both[len(both) // 2 :], strict=True):
         assert left + other == 16, "where the cut is in the mirrored picture"
     for picture, (_, left) in random:  # white up to 16 of 32
@@ -163,7 +163,7 @@ def test_tensors_span_minus_one_to_one():
 
 def test_the_cache_is_for_these_files_and_this_cut_alone(folder):
     examples, _ = read(folder, instance_prompt="x")
-    data = DataSection(folder=str(folder), resolution=16)
+    data = TextToImageData(folder=str(folder), resolution=16)
     key = cache_key(examples, data, "base")
     assert key == cache_key(examples, data, "base")
     others = [

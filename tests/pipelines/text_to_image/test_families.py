@@ -18,7 +18,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.config import DataSection, ModelSection
+from equipoise.pipelines.text_to_image.config import TextToImageData, TextToImageModel
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.families import family, known
 from equipoise.pipelines.text_to_image.formats.layout import model_problems
@@ -132,8 +132,8 @@ def test_xl_is_told_how_pictures_were_cut(xl, xl_checkpoint, tmp_path):
     folder = tmp_path / "wide"
     folder.mkdir()
     Image.new("RGB", (120, 60), "red").save(folder / "a.png")
-    base = load_base(ModelSection(path=str(xl_checkpoint)), "no")
-    data = DataSection(folder=str(folder), instance_prompt="red", resolution=32, flip=True)
+    base = load_base(TextToImageModel(path=str(xl_checkpoint)), "no")
+    data = TextToImageData(folder=str(folder), instance_prompt="red", resolution=32, flip=True)
     latents = prepare_latents(base, read_examples(data)[0], data, tmp_path / "cache")
     assert latents.crops.tolist() == [[[60, 120, 0, 16, 32, 32]] * 2]
     assert prepare_latents(base, read_examples(data)[0], data, tmp_path / "cache") is latents

@@ -34,7 +34,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.config import ModelSection, NoiseSection
+from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel
 from equipoise.pipelines.text_to_image.data import open_picture, read_examples, to_tensor, variants
 from equipoise.pipelines.text_to_image.families import family, known, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Flow
@@ -287,7 +287,7 @@ def test_the_estimate_counts_every_weight(name, short, build_checkpoint):
         for tensor in load_file(file).values()
         if tensor.is_floating_point()
     )
-    base = load_base(ModelSection(path=str(folder)), "no")
+    base = load_base(TextToImageModel(path=str(folder)), "no")
     with base.adapted(config.load(NAME, ["rank=1"]).lora, 0) as parts:
         factors = sum(p.numel() * 4 for part in parts.values() for p in part.parameters() if p.requires_grad)
     assert estimate and more and estimate.model == pytest.approx(weights + factors, rel=5e-3)
@@ -316,7 +316,7 @@ def test_stable_diffusion_3_without_t5(short, build_checkpoint):
     assert TextToImage.estimate_memory(config.load(NAME, [*short, f"model={folder}"]))
     run, outcome = train(*short, f"model={folder}", "samples.count=1")
     assert outcome.state == "done" and (run.folder / "samples" / "step-00000006" / "00-0.png").is_file()
-    base = load_base(ModelSection(path=str(folder)), "no")
+    base = load_base(TextToImageModel(path=str(folder)), "no")
     assert base.encoders == ("text_encoder", "text_encoder_2")
     words = base.family.embed(base.pipeline, ["a"])["encoder_hidden_states"]
     assert words.shape == (1, 32 + 256, 32) and not words[:, 32:].any() and words[:, :32].any()

@@ -8,7 +8,7 @@ import pytest
 
 from equipoise.pipelines import demo
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.config import ModelSection
+from equipoise.pipelines.text_to_image.config import TextToImageModel
 from equipoise.pipelines.text_to_image.formats.layout import model_problems, native_resolution
 
 CLASS = "StableDiffusionPAGPipeline"  # of diffusers, with the parts that Stable Diffusion has
@@ -37,7 +37,7 @@ def test_a_plugins_family_is_found_by_the_class_that_a_checkpoint_names(base, di
     assert native_resolution(str(base)) is None
     distribution("perturbed", {"equipoise.families": {CLASS: "perturbed_family:Perturbed"}}, perturbed_family=FAMILY)
     assert model_problems(str(base)) == [] and native_resolution(str(base)) == 64
-    loaded = load_base(ModelSection(path=str(base)), "no")
+    loaded = load_base(TextToImageModel(path=str(base)), "no")
     assert type(loaded.pipeline).__name__ == CLASS and loaded.family.title.endswith("perturbed attention")
 
 

@@ -18,7 +18,7 @@ from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image import base as bases
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.config import LoraSection, ModelSection
+from equipoise.pipelines.text_to_image.config import TextToImageLora, TextToImageModel
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
@@ -87,7 +87,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(short):
 
 def test_the_base_is_left_as_it_was(short, checkpoint):
     def fingerprint():
-        base = load_base(ModelSection(path=str(checkpoint)), "no")
+        base = load_base(TextToImageModel(path=str(checkpoint)), "no")
         return {
             f"{part}.{k}": v.clone()
             for part in ("unet", "text_encoder")
@@ -98,7 +98,7 @@ def test_the_base_is_left_as_it_was(short, checkpoint):
     train(*short, "lora.text_encoder=true", "learning_rate=0.1")
     after = fingerprint()
     assert equal(before, after)
-    base = load_base(ModelSection(path=str(checkpoint)), "no")
+    base = load_base(TextToImageModel(path=str(checkpoint)), "no")
     assert not any(p.requires_grad for p in base.denoiser.parameters())
 
 
@@ -238,10 +238,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(short, override, message, 
 
 def test_a_target_that_a_loaded_base_lacks(checkpoint):
     """A hub checkpoint's layers are known only when it is there."""
-    base = load_base(ModelSection(path=str(checkpoint)), "no")
+    base = load_base(TextToImageModel(path=str(checkpoint)), "no")
     with (
         pytest.raises(InputError, match=r"lora.targets: nothing: no layer"),
-        base.adapted(LoraSection(targets=["to_q", "nothing"]), 0),
+        base.adapted(TextToImageLora(targets=["to_q", "nothing"]), 0),
     ):
         pass
 
@@ -252,13 +252,13 @@ def test_a_tokenizer_of_another_text_encoder(checkpoint, tmp_path):
     words = copied / "tokenizer" / "tokenizer_config.json"
     words.write_text(words.read_text().replace("32", "77"))
     with pytest.raises(InputError, match=r"gives up to 77 tokens, but the text encoder reads \d+ words and 32 tokens"):
-        load_base(ModelSection(path=str(copied)), "no")
+        load_base(TextToImageModel(path=str(copied)), "no")
     (copied / "tokenizer" / "tokenizer.json").unlink()
     (copied / "tokenizer" / "vocab.json").write_text('{"a": 0}')
     (copied / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     words.write_text(words.read_text().replace("77", "32"))
     with pytest.raises(InputError, match="Put the tokenizer that belongs to this text encoder"):
-        load_base(ModelSection(path=str(copied)), "no")
+        load_base(TextToImageModel(path=str(copied)), "no")
 
 
 def test_an_optimizer_that_takes_no_such_factors(short):
