@@ -50,6 +50,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
             other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", cell.rate, config.seed, figures["state"])
             other.message = f"trained by {run.id} for comparison"
             other.config = cell.config | {"objective.name": objective}
+            other.doubt = cell.doubt  # the optimizer is the same
             cells.append(other)
             _fill(other, figures, file.parent / "baselines" / objective, folder, kinds)
     base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})

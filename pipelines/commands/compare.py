@@ -89,6 +89,8 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         for cell in [comparison.base, *comparison.cells]
     ]
     print(table(["", "RATE", *(["SEED"] if seeds else []), *(name.upper() for name in shown), "STATE"], rows))
+    for doubt in comparison.doubts:
+        print(f"\n{doubt}")
     print(f"\nScore: {comparison.score}." if comparison.judged else f"\n{NOT_JUDGED}")
     for name, words in (comparison.beside | comparison.scored).items():
         print(f"{name.capitalize()}: {words}.")

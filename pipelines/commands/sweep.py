@@ -142,7 +142,7 @@ def _train(sweep: Run, executor: Executor, where: Where) -> int | None:
     if outcome.state == "stopped":
         print(f"`equipoise resume {sweep.ref}` continues it.")
         return sweep.status().exit_code or 0
-    for line in sweeps.troubles(mine):
+    for line in [*sweeps.troubles(mine), *([] if where.compare else sweeps.doubts(mine))]:  # a comparison has them too
         print(line, file=sys.stderr, flush=True)
     return None
 

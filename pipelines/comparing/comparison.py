@@ -51,12 +51,13 @@ class Cell:
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value, where the cells differ
+    doubt: str = ""  # one sentence on why the figures may not be what the configuration promises
 
     @classmethod
     def of(cls, run: Run, config: RunConfig, place: tuple[str, float, dict[str, Any]]) -> "Cell":
         """The cell of a run, where `lay_out` puts it."""
         status, (row, rate, differs) = run.status(), place
-        return cls(run.id, row, rate, config.seed, status.state, status.message, config=differs)
+        return cls(run.id, row, rate, config.seed, status.state, status.message, config=differs, doubt=status.doubt)
 
     @property
     def who(self) -> str:
@@ -99,6 +100,7 @@ class Comparison:
                     {name: math.nan if value is None else value for name, value in it["metrics"].items()},
                     [Picture(**picture) for picture in it["pictures"]],
                     it["config"],
+                    it.get("doubt", ""),
                 )
                 for it in data["cells"]
             ]
@@ -163,6 +165,15 @@ class Comparison:
         return {row: usable_range(self.points(row), line) if line is not None else None for row in self.rows}
 
     @property
+    def doubts(self) -> list[str]:
+        """What to know before rows are believed, one sentence each, with the rows that it is of."""
+        rows: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if cell.doubt and cell.row not in rows.setdefault(cell.doubt, []):
+                rows[cell.doubt].append(cell.row)
+        return [f"{', '.join(of)}: {doubt}" for doubt, of in rows.items()]
+
+    @property
     def picture_scores(self) -> list[str]:
         """What single pictures are scored by."""
         pictures = [picture for cell in [self.base, *self.cells] for picture in cell.pictures]
@@ -215,6 +226,7 @@ class Comparison:
                     "metrics": {k: _finite(v) for k, v in c.metrics.items()},
                     "pictures": [asdict(picture) for picture in c.pictures],
                     "config": c.config,
+                    "doubt": c.doubt,
                 }
                 for c in [self.base, *self.cells]
             ],

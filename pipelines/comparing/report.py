@@ -94,7 +94,7 @@ def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
     beside = [f"{short(name)}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
     base = ["base: before training."] if comparison.base.row == "base" else []
-    same = [comparison.alike] if comparison.alike else []
+    same = [*([comparison.alike] if comparison.alike else []), *comparison.doubts]
     if not comparison.judged:
         return [NOT_JUDGED, *beside, *base, *same]
     return [

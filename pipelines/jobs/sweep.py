@@ -197,6 +197,12 @@ def troubles(mine: Iterable[Run]) -> list[str]:
     ]
 
 
+def doubts(mine: Iterable[Run]) -> list[str]:
+    """Why figures of cells may not be what their configuration promises: each reason once, with how many it is of."""
+    counted = Counter(doubt for cell in mine if (doubt := cell.status().doubt))
+    return [f"  {count} of these cells: {doubt}" for doubt, count in counted.items()]
+
+
 def _end(mine: Iterable[Run], executor: Executor, why: type[BaseException] | None) -> None:
     """However watching ends, nothing goes on training that nobody watches."""
     if why is not None:

@@ -35,6 +35,7 @@ class Status:
     pipeline: str = ""
     state: str = "queued"
     message: str = ""  # one sentence on how it ended
+    doubt: str = ""  # one sentence on why its figures may not be what its configuration promises
     step: int = 0  # steps taken
     total: int | None = None  # steps to take
     loss: float | None = None  # the last one reported

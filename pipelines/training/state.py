@@ -26,6 +26,7 @@ from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
 from equipoise.optimizers.parts.fused_adamw import FusedAdamW
 from equipoise.optimizers.parts.optional import Perturbing, metrics
+from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 from equipoise.pipelines.config.sections import TrainConfig
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
@@ -73,6 +74,8 @@ class OptimizedWork(Generic[ConfigT]):
             self.optimizer = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer.name: {chosen.name} does not take these {self.tensors}: {error}") from error
+        if isinstance(self.optimizer, PairOptimizer) and not self.optimizer.pairs:
+            run.update(doubt=self.optimizer.pairs.summary)
         # Neither is accelerate's: its schedule stays behind where a scaler skips a step, and its optimizer looks for
         # the files of a package twice a step.
         self.schedule = make_schedule(config.schedule, self.optimizer, config.train.steps)

@@ -21,7 +21,9 @@ from equipoise.pipelines.audio_visual.model import FUSIONS, load
 from equipoise.pipelines.audio_visual.scores import scores
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import write_report
+from equipoise.pipelines.jobs import sweep
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.runs import checkpoints
 from equipoise.pipelines.runs.store import Store
@@ -565,6 +567,18 @@ def test_a_sweep_compares_objectives_and_rates(tiny, tmp_path, capfd):
     assert [cell["row"] for cell in table["cells"][1:]] == ["sgd objective=joint"] * 2 + ["sgd objective=mimo"] * 2
     assert table["cells"][0]["metrics"]["score"] == 0.5, "chance"
     assert (tmp_path / "runs" / "grid" / "comparison" / "grid.png").stat().st_size > 1000
+
+
+def test_a_sweep_says_which_rows_found_no_lora_pairs(tiny, tmp_path, capfd):
+    """Their optimizer is its base alone: that stands in the table, in the report, and where nothing is compared."""
+    words = [NAME, *tiny, "steps=2", "optimizer.options={}", "--axis", "optimizer=adamw,bounded_adamw"]
+    assert main(["sweep", *words, "--id", "grid"]) == 0
+    said = "mimo, bounded_adamw: No LoRA pairs found: every parameter is left to the base optimizer."
+    assert said in capfd.readouterr().out.splitlines()
+    folder = tmp_path / "runs" / "grid" / "comparison"
+    assert Comparison.read(folder).doubts == [said] and said in (folder / "report.html").read_text()
+    (line,) = sweep.doubts(sweep.cells(Store(tmp_path / "runs").get("grid")))
+    assert line.startswith("  1 of these cells: No LoRA pairs found")
 
 
 def test_epochs_are_permutations_of_the_clips(tiny, monkeypatch):
