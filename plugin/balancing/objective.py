@@ -54,14 +54,18 @@ class Objective:
             InputError: The objective is not made for this many modalities, or for these.
         """
         least, most = self.modalities
+        if least and not encoders:
+            raise InputError(
+                f"{type(self).__name__} needs a loss of each modality, and here a step has one loss in all. Use the "
+                "objective `joint`."
+            )
         if not least <= len(encoders) <= most:
             wanted = (
                 f"{least:g}" if least == most else f"at least {least:g}" if most == float("inf") else f"1 to {most:g}"
             )
-            got = ", ".join(encoders) or "none"
             raise InputError(
                 f"{type(self).__name__} takes {wanted} modalities with losses of their own, and there are "
-                f"{len(encoders)} ({got}). Use another objective, such as `joint`."
+                f"{len(encoders)} ({', '.join(encoders)}). Use another objective, such as `joint`."
             )
         self.encoders = dict(encoders)
 
