@@ -21,6 +21,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.executors import remembered
 from equipoise.pipelines.runs import status
+from equipoise.pipelines.runs.outcome import ending
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
 from equipoise.pipelines.runs.store import TOP, Store, find
@@ -220,4 +221,4 @@ def _over_within(found: Run, seconds: float) -> bool:
 
 def _ending(now: Status) -> str:
     step = f" at step {now.step}" + (f" of {now.total}" if now.total else "")
-    return f"{now.state}{step}. {now.message}".rstrip()
+    return ending(now.state, now.message, step)

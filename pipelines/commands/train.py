@@ -23,6 +23,7 @@ from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
+from equipoise.pipelines.runs.outcome import ending
 from equipoise.pipelines.runs.run import Run, sentence
 from equipoise.pipelines.runs.store import Store, find
 from equipoise.pipelines.training import processes
@@ -176,7 +177,7 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
             f"{made.id}: interrupted. `{command} resume {ref}` continues it from its last checkpoint.", file=sys.stderr
         )
         return made.status().exit_code or 130
-    print(f"{made.id}: {outcome.state}. {outcome.message}".rstrip())
+    print(f"{made.id}: {ending(outcome.state, outcome.message)}")
     if outcome.state == "stopped":
         print(f"`{command} resume {ref}` continues it.")
     elif any(made.result.iterdir()):

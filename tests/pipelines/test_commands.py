@@ -230,7 +230,7 @@ def test_detached_killed_and_resumed(call, place):
     until(lambda: run.status().step > saved, "going on")
     code, out, _ = call("stop", "bg")
     now = run.status()
-    assert code == 0 and f"{now.step} is saved" in out
+    assert code == 0 and out == f"bg: stopped on request; {now.step} is saved.\n"
     assert (now.state, now.exit_code) == ("stopped", 143)
     code, _, err = call("resume", "bg", "steps=1")
     assert code == 2 and f"bg has taken {now.step} steps already; 1 cannot be its total." in err
