@@ -5,6 +5,11 @@ import textwrap
 from collections.abc import Sequence
 
 
+def listed(items: Sequence[str], most: int = 3) -> str:
+    """The first items in a row, and how many there are besides."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
     """The rows under their headers, columns two spaces apart; the last column wraps at `width` characters.
 

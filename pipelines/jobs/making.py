@@ -23,6 +23,7 @@ from equipoise.pipelines.files import explained
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.store import Run
+from equipoise.pipelines.tables import listed
 
 _MAKER = ".pid"  # in a folder that is being filled: who does it
 
@@ -47,9 +48,7 @@ def make(
         raise InputError("comparison: there are no runs in what was given.")
     waiting = [run.id for run in runs if not run.status().over]
     if waiting:
-        raise InputError(
-            f"comparison: {', '.join(waiting[:3])} {'is' if len(waiting) == 1 else 'are'} not finished yet."
-        )
+        raise InputError(f"comparison: {listed(waiting)} {'is' if len(waiting) == 1 else 'are'} not finished yet.")
     loaded = [run.config() for run in runs]
     if len(kinds := {config.pipeline for config in loaded}) > 1:
         raise InputError(f"comparison: runs of different pipelines ({', '.join(sorted(kinds))}) cannot be compared.")
