@@ -11,11 +11,17 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.commands import hub
 from equipoise.pipelines.files import user_path
-from equipoise.pipelines.runs.store import TOP, find
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs.store import TOP, Run, find
+from equipoise.pipelines.tables import listed
+
+_LISTED = 12  # cells in a refusal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="An id (of a sweep's cell: SWEEP/CELL), a folder, or latest.")
+    parser.add_argument(
+        "run", metavar="RUN", help="An id (of a sweep's cell: SWEEP/CELL or latest/CELL), a folder, or latest."
+    )
     parser.add_argument("--format", metavar="NAME", help="The format: diffusers (the default), kohya or comfyui.")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="A new .safetensors file.")
     parser.add_argument(
@@ -31,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs, TOP if args.run == "latest" else (*TOP, "cell"))
     if found.status().kind == "sweep":
-        raise InputError(f"{found.id} is a sweep, and one of its cells is wanted. `equipoise runs --all` lists them.")
+        raise InputError(f"{found.id} is a sweep, and one of its cells is wanted{_cells(found)}.")
     config = found.config()
     pipeline = registry.load("pipelines", config.pipeline)
     if args.format and pipeline.formats and args.format not in pipeline.formats:
@@ -56,3 +62,9 @@ def run(args: argparse.Namespace) -> int:
                 pipeline.export(result, args.format, Path(folder, f"{args.format}.safetensors"))
             print(hub.push(Path(folder), args.push_to_hub, args.private, f"{found.id}, by equipoise"))
     return 0
+
+
+def _cells(sweep: Run) -> str:
+    """The cells that can be given, as words after a refusal."""
+    refs = [cell.ref for cell in sweeps.cells(sweep) if cell.result.is_dir() and any(cell.result.iterdir())]
+    return f": {listed(refs, _LISTED)}" if refs else ", and none has a result yet"

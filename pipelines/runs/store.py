@@ -89,6 +89,8 @@ class Store:
     def get(self, ref: str, kinds: Collection[str] = TOP) -> Run:
         """The run of that id, or of the only id that starts so, or the newest of `kinds` for "latest".
 
+        In "latest/CELL" it is the newest sweep.
+
         Never leaves this store: folders elsewhere are for `find`.
 
         Raises:
@@ -99,6 +101,9 @@ class Store:
                 return self._open(item.id)
             raise InputError(f"{self.root}: there is no {' or '.join(kinds)} yet.")
         parts = ref.split("/")
+        if parts[0] == "latest" and len(parts) == 2:
+            ref = f"{self.get('latest', kinds=('sweep',)).id}/{parts[1]}"
+            parts = ref.split("/")
         if len(parts) > 2 or not all(_PART.fullmatch(part) for part in parts):
             raise InputError(f"{ref!r} is not the id of a run. `equipoise runs` shows them.")
         if (self.root / ref / "status.json").is_file():

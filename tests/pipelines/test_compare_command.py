@@ -14,6 +14,7 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.store import Store, find
 
 SOURCE = Path(__file__).with_name("counting.py").read_text() + (
     "\n\nfrom equipoise.pipelines.config.sections import SamplesSection\n\n\n"
@@ -110,3 +111,25 @@ def test_runs_are_compared_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["compare", str(tmp_path / "work/runs/k"), "--out", "side"]) == 0
     assert Path("side/report.html").is_file() and Path.cwd() == tmp_path / "elsewhere"
+
+
+def test_a_cell_of_the_newest_sweep_is_found_by_its_name(sweep, capfd):
+    """A refusal lists those that have something to export."""
+    first, second = sweeps.cells(sweep)
+    assert [find(f"latest/{ref}").id for ref in (second.folder.name, "learning_rate=0.001")] == [second.id] * 2
+    assert main(["logs", "latest/learning_rate=0.01"]) == 2 and f"Did you mean {second.id}" in capfd.readouterr().err
+    assert main(["export", "latest", "--output", "a.safetensors"]) == 2
+    assert capfd.readouterr().err == "k is a sweep, and one of its cells is wanted, and none has a result yet.\n"
+    (first.result / "count.txt").touch()
+    assert main(["export", "latest", "--output", "a.safetensors"]) == 2
+    assert capfd.readouterr().err == f"k is a sweep, and one of its cells is wanted: {first.id}.\n"
+    assert main(["export", f"latest/{first.folder.name}", "--output", "a.safetensors"]) == 2
+    assert "exports nothing" in capfd.readouterr().err, "as far as the pipeline"
+
+
+def test_a_refusal_counts_the_cells_that_it_does_not_name(sweep, capfd):
+    config = sweeps.cells(sweep)[0].config()
+    for index in range(5):
+        Store(sweep.root).create(config, kind="cell", sweep="k", id=f"x{index}")
+    assert main(["compare", "k"]) == 2
+    assert " and 2 more are not finished yet." in capfd.readouterr().err

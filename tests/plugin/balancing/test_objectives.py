@@ -465,7 +465,7 @@ def test_mslr_sets_the_rates_it_is_told():
         (OGMGE, "abc", r"OGMGE takes 2 modalities .* there are 3 \(a, b, c\)"),
         (OGMGE, "a", "OGMGE takes 2 modalities"),
         (AGM, "a", r"AGM takes at least 2 modalities"),
-        (MIMO, "", "MIMO needs a loss of each modality, and here a step has one loss in all. Use the objective `joint`"),
+        (MIMO, "", "MIMO needs a loss of each modality, and here a step has one loss in all. Use the objective"),
         (lambda: MIMO(f_star={"c": 1.0}), "ab", "f_star: c is no modality here; there are a, b"),
         (lambda: MIMO(f_star={"a": "low"}), "ab", "must give a number for each modality"),
         (lambda: MIMO(f_star={"a": math.nan}), "ab", "must give a number for each modality"),
