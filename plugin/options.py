@@ -19,7 +19,7 @@ _FLIP = {"<": ">", "<=": ">="}  # `0 < x` says x > 0
 _NUMBER = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?"
 _TWO_SIDED = re.compile(rf"(?:each )?({_NUMBER}) *(<=?) *\w+ *(<=?) *({_NUMBER})")
 _ONE_SIDED = re.compile(rf"(?:each )?(?:[a-z]\w* *)?([<>]=?) *({_NUMBER})")
-_WORDS = {NoneType: "none", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+WORDS = {NoneType: "none", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -140,8 +140,10 @@ def read_options(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], l
 
 
 def summary(cls: Any) -> str:
-    """A class's or module's docstring's first paragraph on one line."""
-    return " ".join(inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")[0].split())
+    """A class's or module's docstring's first paragraph on one line; of a pipeline without one, its title."""
+    words = inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")[0]
+    title = getattr(cls, "title", "")
+    return " ".join((words or (title if isinstance(title, str) else "")).split())
 
 
 def references(cls: Any) -> list[str]:
@@ -197,7 +199,7 @@ def _wanted(kind: Any) -> str:
         return f"[{', '.join(' or '.join(map(_wanted, item)) for item in kind)}]"
     if isinstance(kind, MappingType):
         return f"{{name: {' or '.join(map(_wanted, kind.values)) or 'anything'}, …}}"
-    return _WORDS[kind]
+    return WORDS[kind]
 
 
 def _as(kind: Any, value: Any) -> list[Any]:

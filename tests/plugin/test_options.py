@@ -91,6 +91,12 @@ def test_an_option_has_type_default_bounds_and_help(name, type_, default, bounds
     assert option.required == (name == "rate")
 
 
+def test_a_pipeline_without_a_docstring_is_summed_up_by_its_title():
+    own = {"title": "Learning a curve", "__doc__": "Its own words.\n\nMore."}
+    assert summary(type("Curve", (), {"title": "Learning a curve"})) == "Learning a curve"
+    assert summary(type("Curve", (), own)) == "Its own words."
+
+
 def test_summary_and_references():
     assert summary(Plugin) == "Does one thing, in two lines."
     assert references(Plugin) == ["First et al., A Title on two lines, 2024.", "Second, Another."]
