@@ -16,6 +16,8 @@ from equipoise.pipelines.tables import table
 from equipoise.plugin_cache import load_errors
 
 CONFIGS = "configs"
+_ONE_LINE = 10_000  # characters: what is long stands below an option's line
+_LONG = 40  # characters of a type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,13 +81,22 @@ def _show(args: argparse.Namespace) -> int:
         print(json.dumps(record, indent=2, ensure_ascii=False))
         return 0
     print(f"{entry} ({entry.target})\n{summary(cls) or 'It says nothing about itself.'}\n")
-    lines = table(["OPTION", "TYPE", "DEFAULT", "BOUNDS"], [list(row.values())[:4] for row in rows]).splitlines()
     none = f"`equipoise {entry.name} --help` shows its arguments." if entry.kind == "commands" else "No options."
-    print(lines[0] if rows else none)
-    for line, row in zip(lines[1:], rows, strict=True):
-        print(line)
-        if row["help"]:
-            print(textwrap.fill(row["help"], 100, initial_indent="    ", subsequent_indent="    "))
+    print(_options(rows) if rows else none)
     if papers:
         print("\n".join(["\nReferences:", *(f"  {paper}" for paper in papers)]))
     return 0
+
+
+def _options(rows: list[dict[str, str]]) -> str:
+    """A line on each option, and its help below it; choices that would widen the table stand there, too."""
+    columns = ["name", *(["short"] if "short" in rows[0] else []), "type", "default", "bounds"]
+    headers = ["OPTION", *(column.upper() for column in columns[1:])]
+    long = [row["type"] if len(row["type"]) > _LONG else "" for row in rows]
+    shown = [row | {"type": "one of those below"} if words else row for row, words in zip(rows, long, strict=True)]
+    lines = table(headers, [[row[column] for column in columns] for row in shown], width=_ONE_LINE).splitlines()
+    parts = lines[:1]
+    for line, words, row in zip(lines[1:], long, rows, strict=True):
+        text = f"{words[:1].upper()}{words[1:]}. {row['help']}" if words else row["help"]
+        parts += [line, *textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")]
+    return "\n".join(parts)

@@ -209,7 +209,7 @@ def _keys(cls: type[configs.RunConfig]) -> str:
     lines = []
     for key in configs.describe(cls):
         name = f"{key.key} ({key.short} for short)" if key.short else key.key
-        kind = f"{' or '.join(map(str, key.choices)) or key.type} {key.bounds}".strip()
+        kind = f"{key.wanted} {key.bounds}".strip()
         lines.append(f"{name}: {kind}; {'required' if key.required else f'default {show(key.default)}'}")
         lines.extend(textwrap.wrap(key.help, 112, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(lines)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from equipoise.options import WORDS
+
 if TYPE_CHECKING:
     from equipoise.pipelines.config.records import RunConfig
 
@@ -78,6 +80,7 @@ class Key:
     help: str
     choices: tuple = ()  # the values it may have, where they are few
     limits: dict[str, float] = field(default_factory=dict)  # gt, ge, lt, le
+    wanted: str = ""  # the type for people, as `equipoise.options.Option.type` has it: "a number or none"
     opened: Opened | None = None  # where it names a file or folder
 
     @property
@@ -105,6 +108,7 @@ def describe(cls: "type[RunConfig]") -> list[Key]:
                 help=info.description or "",
                 choices=_choices(info.annotation),
                 limits=_limits(info),
+                wanted=_wanted(info.annotation),
                 opened=next((mark for mark in marks(info) if isinstance(mark, Opened)), None),
             )
 
@@ -178,6 +182,22 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         return "mapping"
     return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+
+
+def _wanted(annotation: Any) -> str:
+    if members := _members(annotation):
+        return " or ".join(map(_wanted, members))
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is Annotated:
+        return _wanted(args[0])
+    if origin is list:
+        choices = _choices(args[0])
+        return f"[{' or '.join(map(repr, choices)) if choices else _wanted(args[0])}, …]"
+    if origin is dict:
+        return f"{{name: {_wanted(args[1])}, …}}"
+    return "anything" if annotation is Any else WORDS.get(annotation) or _type(annotation)
 
 
 def _choices(annotation: Any) -> tuple:

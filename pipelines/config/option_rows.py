@@ -12,22 +12,25 @@ def _yaml(default: Any) -> str:
 
 
 def option_rows(kind: str, cls: Any) -> list[dict[str, str]]:
-    """The options as text; a pipeline's are the keys of its configuration, and a command has arguments instead."""
+    """The options as text; a pipeline's are the keys of its configuration, some with a short name, and a command has
+    arguments instead.
+    """
     if kind == "commands":
         return []
     if kind == "pipelines":
         from equipoise.pipelines.config import describe  # not needed for a listing, which is to be quick
 
-        found = [(key.key, key) for key in describe(cls.Config)]
+        found = [(key.key, key.wanted, {"short": key.short or ""}, key) for key in describe(cls.Config)]
     else:
-        found = [(option.name, option) for option in options(cls)]
+        found = [(option.name, option.type, {}, option) for option in options(cls)]
     return [
         {
             "name": name,
-            "type": option.type,
+            "type": wanted,
             "default": "required" if option.required else _yaml(option.default),
             "bounds": str(option.bounds or ""),
             "help": option.help,
+            **more,
         }
-        for name, option in found
+        for name, wanted, more, option in found
     ]

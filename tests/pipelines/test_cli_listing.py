@@ -178,6 +178,20 @@ def test_show_has_options_and_paper(capsys):
     assert "weight_decay" in shown  # an option of its base
 
 
+def test_keys_of_a_pipeline_are_shown_as_an_optimizers_options_are(capsys):
+    """Their types in the same words, choices among them, and their short names."""
+    assert cli.main(["show", "text_to_image"]) == 0
+    header, *lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert header.split() == ["OPTION", "SHORT", "TYPE", "DEFAULT", "BOUNDS"]
+    shown = {line.split()[0]: re.split(" {2,}", line)[1:] for line in lines if line[0] != " "}
+    assert shown["optimizer.learning_rate"] == ["learning_rate", "a number", "0.0001", "> 0"]
+    assert shown["data.crop"] == ["one of 'center', 'random'", "center"]
+    assert shown["lora.alpha"][-3:] == ["a number or none", "none", "> 0"]
+    assert shown["lora.targets"][-2:] == ["[text, …] or none", "none"]
+    assert shown["schedule.name"] == ["schedule", "one of those below", "constant"]
+    assert any(line.startswith("    One of 'constant', 'constant_with_warmup'") for line in lines)
+
+
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_built_in_says_what_it_is_and_what_its_options_do(kind, capsys):
     for name in BUILT_IN[kind]:

@@ -134,8 +134,8 @@ def test_dry_run_and_keys_write_nothing(call, place):
     assert code == 2 and "folder: nowhere" in out and "no such folder" in err
     code, out, _ = call("train", "vase.yaml", "--keys")
     assert code == 0
-    assert "train.steps (steps for short): int > 0; default 20\n    How far to count.\n" in out
-    assert "data.folder (data for short): str; required\n" in out
+    assert "train.steps (steps for short): a whole number > 0; default 20\n    How far to count.\n" in out
+    assert "data.folder (data for short): text; required\n" in out
     assert not (place / "runs").exists()
 
 
