@@ -82,8 +82,8 @@ def _row(site: Site, item: Status, chosen: bool) -> str:
         bar(item),
         left(site, item),
         draw.number(item.loss),
-        draw.number(item.rate, 3),
-        f"{datetime.fromtimestamp(item.started):%d %b %H:%M}" if item.started else "",
+        draw.number(item.shown_rate, 3),
+        f"{datetime.fromtimestamp(item.begun):%d %b %H:%M}" if item.begun else "",
         draw.span(item.duration) if item.started else "",
     ]
     inside = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in zip(_COLUMNS, cells, strict=True))

@@ -28,6 +28,7 @@ from equipoise.pipelines.runs.store import TOP, Store, find
 from equipoise.pipelines.tables import table
 
 _SHOWN = 20
+_COLUMNS = ("STATE", "STEP", "%", "LOSS", "RATE", "STARTED", "TIME", "NOTE")
 _ENDS = 3  # lines of each cell's log
 _POLL = 0.2  # seconds between two looks
 _GRACE = 10.0  # seconds that a process has after being interrupted, before it is killed
@@ -72,21 +73,25 @@ def _runs(args: argparse.Namespace) -> int:
     if not shown:
         print(f"No runs in {store.root}. `equipoise train CONFIG` makes one; --runs FOLDER looks elsewhere.")
         return 0
-    print(table(["RUN", "STATE", "STEP", "%", "LOSS", "RATE", "STARTED", "TIME", "NOTE"], list(map(_row, shown))))
+    several = len({item.pipeline for item in shown if item.pipeline}) > 1
+    headers = ["RUN", *(["PIPELINE"] if several else []), *_COLUMNS]
+    print(table(headers, [_row(item, several) for item in shown]))
     if len(found) > len(shown):
         print(f"{len(found) - len(shown)} older ones: --all shows them.")
     return 0
 
 
-def _row(item: Status) -> list[str]:
+def _row(item: Status, several: bool) -> list[str]:
+    """A run's cells, its pipeline's among them where there are `several`."""
     return [
         item.id,
+        *([item.pipeline] if several else []),
         item.state,
         f"{item.step}/{item.total}" if item.total else str(item.step),
         f"{100 * item.step // item.total}" if item.total else "",
         "" if item.loss is None else f"{item.loss:.4g}",
-        "" if item.rate is None else f"{item.rate:.3g}",
-        f"{datetime.fromtimestamp(item.started):%m-%d %H:%M:%S}" if item.started else "",
+        "" if item.shown_rate is None else f"{item.shown_rate:.3g}",
+        f"{datetime.fromtimestamp(item.begun):%m-%d %H:%M:%S}" if item.begun else "",
         str(timedelta(seconds=round(item.duration))),
         item.message,
     ]

@@ -126,7 +126,8 @@ class Run:
         with exclusive(self.folder, self.id):
             before = self.status()
             self.signal, self._stop = None, False
-            self._live = replace(before, **status.process(), started=time.time(), seconds=before.duration)
+            now = {"started": time.time(), "seconds": before.duration}
+            self._live = replace(before, **status.process(), **now, first_started=before.begun or now["started"])
             over = threading.Event()
             beat = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
             try:

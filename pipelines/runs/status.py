@@ -40,9 +40,11 @@ class Status:
     total: int | None = None  # steps to take
     loss: float | None = None  # the last one reported
     rate: float | None = None  # the learning rate of the last step
+    learning_rate: float | None = None  # the configured one, which a schedule and the like change
     created: float = 0.0
     queued: float | None = None  # since when it waits in the queue
     started: float | None = None  # the latest session's start
+    first_started: float | None = None  # the first one's
     ended: float | None = None
     seconds: float = 0.0  # spent training, over all sessions that have ended
     heartbeat: float | None = None
@@ -64,6 +66,16 @@ class Status:
         return self.seconds + max(0.0, (last or self.started) - self.started)
 
     @property
+    def begun(self) -> float | None:
+        """When it first started; of a run of an earlier version, when it last did."""
+        return self.first_started or self.started
+
+    @property
+    def shown_rate(self) -> float | None:
+        """The learning rate to tell it by; of a run of an earlier version, that of its last step."""
+        return self.rate if self.learning_rate is None else self.learning_rate
+
+    @property
     def taken_out(self) -> bool:
         """Whether it was taken out of the queue before it began."""
         return self.state == "stopped" and self.pid is None
@@ -75,10 +87,11 @@ class Status:
 
 
 _FIELDS = {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Status).items()}  # name → types
-_TIMES = ("created", "queued", "started", "ended", "heartbeat", "pid_started")
+_TIMES = ("created", "queued", "started", "first_started", "ended", "heartbeat", "pid_started")
+_FREE = ("loss", "rate", "learning_rate")  # any number at all
 _LATEST = 1e11  # seconds; the year 5138
 _LARGEST_PID = 2**31 - 1
-_MOST = 2**53  # of any number but a loss and a rate: what every reader can hold, in seconds, steps and bytes
+_MOST = 2**53  # of any other number: what every reader can hold, in seconds, steps and bytes
 
 
 def read(folder: Path, as_written: bool = False) -> Status:
@@ -102,7 +115,7 @@ def read(folder: Path, as_written: bool = False) -> Status:
 def _parsed(file: str, *version: int) -> Status:
     data = json.loads(Path(file).read_bytes())
     check_format(data.get(KEY, 1), Path(file).parent)
-    for name in ("loss", "rate"):  # NaN is a word in the file
+    for name in _FREE:  # NaN is a word in the file
         if data.get(name) is not None:
             data[name] = float(data[name])
     known = {key: value for key, value in data.items() if key in _FIELDS}
@@ -117,7 +130,7 @@ def _fits(key: str, value: Any) -> bool:
     kinds = _FIELDS[key]
     if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else kinds):
         return False
-    if value is None or isinstance(value, str) or key in ("loss", "rate"):
+    if value is None or isinstance(value, str) or key in _FREE:
         return True
     most = _LATEST if key in _TIMES else _LARGEST_PID if key == "pid" else _MOST
     return (-most if key == "exit_code" else 0) <= value <= most

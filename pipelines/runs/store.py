@@ -183,7 +183,10 @@ def find(ref: str, root: Path | str | None = None, kinds: Collection[str] = TOP)
 
 def _record(config: configs.RunConfig, id: str, kind: str, sweep: str | None, queued: float | None = None) -> Status:
     about = (id, kind, sweep, config.name, config.pipeline)
-    return Status(*about, created=time.time(), queued=queued, token=secrets.token_hex(8))
+    section = None if kind == "sweep" else getattr(config, "optimizer", None)  # of a sweep, each cell has its own
+    rate = getattr(section, "learning_rate", None)
+    known = {"learning_rate": rate} if isinstance(rate, float) else {}  # it may be anything in a plugin's record
+    return Status(*about, created=time.time(), queued=queued, token=secrets.token_hex(8), **known)
 
 
 def _fill(folder: Path, config: configs.RunConfig, record: Status) -> None:

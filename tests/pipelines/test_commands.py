@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.store import Store
@@ -301,3 +302,20 @@ def test_listing_runs_imports_no_torch(call):
     code = "import sys; from equipoise.pipelines.cli import main; main(['runs']); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "done" in shown and shown.endswith("False\n")
+
+
+def test_runs_show_the_configured_rate_and_when_they_first_started(call):
+    """And whose they are, where several pipelines have trained."""
+    run = Store().create(configs.load("text_to_image/demo", ["sweep={}", "learning_rate=0.002"]), id="object")
+    begun = []
+    for rate in (2e-3, 1.5e-8):
+        with run.session(signals=False):
+            run.metric(1, loss=0.5, rate=rate)
+        begun.append(run.status().begun)
+    assert begun[0] == begun[1] != run.status().started and run.status().rate == 1.5e-8
+    header, row = call("runs")[1].splitlines()
+    assert "PIPELINE" not in header and row.split()[:4] == ["object", "done", "1", "0.5"] and row.split()[4] == "0.002"
+    assert call("train", "vase.yaml", "steps=1", "--id", "vase")[0] == 0
+    header, *rows = call("runs")[1].splitlines()
+    assert header.split()[:3] == ["RUN", "PIPELINE", "STATE"]
+    assert [row.split()[:2] for row in rows] == [["vase", "counting"], ["object", "text_to_image"]]
