@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     if args.kind == CONFIGS:
         return _list_configs(args)
+    if args.kind and not any(args.kind in (name, kind.one) for name, kind in registry.KINDS.items()):
+        raise InputError(f"no kind {args.kind!r}. The kinds are {', '.join(registry.KINDS)}, {CONFIGS}.")
     found = registry.entries(args.kind)
     errors = [registry.check(entry) for entry in found] if args.check else load_errors(found)
     if args.json:

@@ -113,7 +113,7 @@ def test_wrong_usage_exits_with_2(words, message, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["list", "planes"], "no kind 'planes'. The kinds are"),
+        (["list", "planes"], f"no kind 'planes'. The kinds are {', '.join(registry.KINDS)}, configs.\n"),
         (["show", "adamwx"], "no plugin 'adamwx'. Did you mean 'adamw' or 'adamax'? `equipoise list` shows all."),
         (["show", "optimizer", "joint"], "no optimizer 'joint'. "),
         (["show", "a", "b", "c"], "show takes NAME or KIND NAME, got 'a b c'."),
