@@ -281,12 +281,14 @@ def _merged(sentences: list[str]) -> list[str]:
 def _close(key: str, keys: list[Key]) -> str:
     if len(key) > 200:
         return ""
-    names = [k.key for k in keys] + [k.short for k in keys if k.short]
+    shorts = {k.key: k.short for k in keys if k.short}
+    names = {k.key: k.key for k in keys} | {short: dotted for dotted, short in shorts.items()}  # name → what it means
     last = key.rpartition(".")[2]
     found = difflib.get_close_matches(key, names, 2, 0.7)
     found += [name for name in names if difflib.SequenceMatcher(None, name.rpartition(".")[2], last).ratio() >= 0.8]
-    found = [name for name in dict.fromkeys(found) if name != key]
-    return f"Did you mean {' or '.join(repr(name) for name in found[:3])}?" if found else ""
+    meant = dict.fromkeys(names[name] for name in found if name != key)  # each key once, under one of its names
+    shown = [dotted if "." in key else shorts.get(dotted, dotted) for dotted in meant]
+    return f"Did you mean {' or '.join(map(repr, shown[:3]))}?" if shown else ""
 
 
 def _source(key: str, sources: Mapping[str, str], label: str) -> str:
