@@ -7,6 +7,7 @@ A pipeline's `Config` is a `RunConfig` made of `Section`s. `load` reads a YAML f
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines.config import format, yamlio
 from equipoise.pipelines.config.builtin import shipped
 from equipoise.pipelines.config.keys import explain, section_at, show
-from equipoise.pipelines.config.records import RunConfig
+from equipoise.pipelines.config.records import RunConfig, trusting_options
 from equipoise.registry import load as load_plugin
 
 COMMAND_LINE = "command line"
@@ -201,6 +202,10 @@ def _validated(cls: type[RunConfig], given: Mapping[str, _Given], label: str, pr
         node[last] = value
     _open_sections(cls, tree)
     try:
+        with_options = any(item.value for key, item in given.items() if "options" in key.split("."))
+        if not with_options and "torch" not in sys.modules:
+            with trusting_options():  # what is wrong with other keys is known before a plugin imports torch, in seconds
+                cls.model_validate(tree)
         config = cls.model_validate(tree)
     except ValidationError as error:
         sources = {key: item.source for key, item in given.items()}

@@ -62,6 +62,18 @@ print(sorted({{"torch", "numpy", "pydantic", "yaml", "diffusers", "transformers"
     assert shown.endswith("[]\n")
 
 
+def test_a_misspelt_key_is_refused_without_importing_torch():
+    """Which takes seconds: only a plugin's options need it."""
+    for words in (["stesp=1"], ["stesp=1", "optimizer.options={}"]):
+        code = f"""
+import sys
+from equipoise.pipelines.cli import main
+print(main(["train", "text_to_image/demo", *{words!r}]), "torch" in sys.modules)
+"""
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ended.stdout == "2 False\n" and "stesp: unknown key. Did you mean 'steps'" in ended.stderr
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = "import equipoise, sys; print({'torch', 'numpy', 'inspect', 'importlib.metadata'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
