@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="For Ray: the storage that cells travel through where nodes share no disk, such as s3://….",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="Print the complete configuration, check every cell, and end."
+        "--dry-run", action="store_true", help="Check every cell, print the complete configuration, and end."
     )
     parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
     parser.add_argument("--id", help="The sweep's id (default: made from time and name).")
@@ -105,9 +105,9 @@ def _dry_run(args: argparse.Namespace, found: Run | None) -> int:
     if found:
         raise InputError(f"--dry-run: {found.id} is there already, and was checked when it was made. Leave it out.")
     config = _asked(args)
-    print(configs.dump(config), end="", flush=True)
     cells = expand(config).values()
     checks.check(cells)
+    print(configs.dump(config), end="", flush=True)
     for line in [*checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
         print(line, file=sys.stderr)
     return 0

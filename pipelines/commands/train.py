@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("config", metavar="CONFIG", help="A YAML file, or a shipped configuration by name.")
         parser.add_argument("--id", help="The run's id (default: made from time and name).")
         parser.add_argument(
-            "--dry-run", action="store_true", help="Print the complete configuration, check it, and end."
+            "--dry-run", action="store_true", help="Check the complete configuration, print it, and end."
         )
         parser.add_argument("--skip-bad", action=skip_bad.SkipBad)
         parser.add_argument("--keys", action="store_true", help="Show every key that can be set, and end.")
@@ -95,9 +95,9 @@ def _train(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
     config = configs.load(args.config, [*overrides, *skipping])
     pipeline = _pipeline(config)
+    checks.check([config])
     if args.dry_run:
         print(configs.dump(config), end="", flush=True)
-    checks.check([config])
     for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
     if args.dry_run:

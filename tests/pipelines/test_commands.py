@@ -132,7 +132,9 @@ def test_dry_run_and_keys_write_nothing(call, place):
     code, out, _ = call("train", "vase.yaml", "steps=3", "--dry-run")
     assert code == 0 and "  steps: 3\n" in out and "seed: 0\n" in out
     code, out, err = call("train", "vase.yaml", "data=nowhere", "--dry-run")
-    assert code == 2 and "folder: nowhere" in out and "no such folder" in err
+    assert (code, out) == (2, "") and "no such folder" in err
+    code, out, err = call("sweep", "vase.yaml", "data=nowhere", "--axis", "seed=0,1", "--dry-run")
+    assert (code, out) == (2, "") and "no such folder" in err
     code, out, _ = call("train", "vase.yaml", "--keys")
     assert code == 0
     assert "train.steps (steps for short): a whole number > 0; default 20\n    How far to count.\n" in out
