@@ -13,12 +13,19 @@ from equipoise.lora.pairs import Pair, is_dtensor, live_roots
 _LEVELS = 3  # peft: the layer, its ModuleDict lora_A, and in that one nn.Linear per adapter
 
 
-def weight_norms(pairs: Sequence[Pair], model: nn.Module | None = None) -> list[float]:
+def weight_norms(
+    pairs: Sequence[Pair],
+    model: nn.Module | None = None,
+    asker: str = "A bound",
+    instead: str = "leave it out",
+) -> list[float]:
     """‖W‖_F / s of each pair, for an adapted weight W + s·BA.
 
     Args:
         pairs: The pairs; see `find_pairs`.
         model: Where they live. Without it every live module is searched.
+        asker: What needs the norms, for messages.
+        instead: What else to do, likewise.
 
     Raises:
         PairingError: No module has both the pair and a frozen weight, or that weight is zero, absent or unreadable.
@@ -32,18 +39,19 @@ def weight_norms(pairs: Sequence[Pair], model: nn.Module | None = None) -> list[
     lost = [pair.name for pair in pairs if id(pair.A) not in found]
     if lost:
         raise PairingError(
-            "The option trust needs the frozen weight under every LoRA pair, and none could be found under "
-            f"{len(lost)} of {len(pairs)} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). Give the optimizer "
-            "the model that holds both, or leave trust out."
+            f"{asker} needs the frozen weight under every LoRA pair, and none could be found under {len(lost)} of "
+            f"{len(pairs)} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). It is looked for as `weight` or "
+            "`base_layer.weight` of the module that has the factors. Name it so, give the optimizer the model that "
+            f"holds both, or {instead}."
         )
     values = []
     for pair in pairs:
         weight, scale = found[id(pair.A)]
-        values.append(value := _norm(weight, pair).item() / scale)
+        values.append(value := _norm(weight, pair, instead).item() / scale)
         if not (math.isfinite(value) and value > 0):
             raise PairingError(
-                f"{pair.name}: trust bounds a step by the size of the frozen weight, which is {value:g} here. "
-                "Take the adapter off this layer, or leave trust out."
+                f"{pair.name}: a bound is a share of the size of the frozen weight, which is {value:g} here. Take the "
+                f"adapter off this layer, or {instead}."
             )
     return values
 
@@ -92,20 +100,20 @@ def _scale(module: Any, below: list[str], pair: Pair) -> float:
 
 
 @torch.no_grad()
-def _norm(weight: Tensor, pair: Pair) -> Tensor:
+def _norm(weight: Tensor, pair: Pair, instead: str) -> Tensor:
     if weight.is_meta:
         raise PairingError(
-            f"{pair.name}: trust measures the frozen weight, which is not in memory (on the meta device, offloaded). "
-            "Load the layer in full, or leave trust out."
+            f"{pair.name}: a bound is a share of the size of the frozen weight, which is not in memory (on the meta "
+            f"device, offloaded). Load the layer in full, or {instead}."
         )
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        weight = _dequantized(weight, pair)
+        weight = _dequantized(weight, pair, instead)
     dtype = torch.promote_types(weight.dtype, torch.float32)  # squares of fp16 weights overflow
     norm = torch.linalg.vector_norm(weight.detach(), dtype=dtype)
     return norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
 
 
-def _dequantized(weight: Any, pair: Pair) -> Tensor:
+def _dequantized(weight: Any, pair: Pair, instead: str) -> Tensor:
     if hasattr(weight, "quant_state"):  # bitsandbytes, 4 bits
         from bitsandbytes.functional import dequantize_4bit  # type: ignore[reportMissingImports]
 
@@ -114,4 +122,7 @@ def _dequantized(weight: Any, pair: Pair) -> Tensor:
         return weight.data.float() * (weight.SCB.float() / 127)[:, None]
     if hasattr(weight, "dequantize"):
         return weight.dequantize()
-    raise PairingError(f"{pair.name}: trust cannot read a frozen weight of dtype {weight.dtype}. Leave trust out.")
+    raise PairingError(
+        f"{pair.name}: a bound is a share of the size of the frozen weight, whose dtype {weight.dtype} cannot be read. "
+        f"{instead[0].upper()}{instead[1:]}."
+    )

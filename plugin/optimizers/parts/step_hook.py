@@ -4,7 +4,7 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -182,7 +182,7 @@ class StepHook:
         group = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         values = asked.values(optimizer)
         if self.norms is None:
-            self.norms = weight_norms(self.found.pairs, self._model() if self._model is not None else None)
+            self.norms = self._measure(optimizer, self.found.pairs)
         if self._factors and any("train_mode" in group for group in optimizer.param_groups):
             raise InputError(
                 f"{type(optimizer).__name__}: the option {asked.option} cannot bound a schedule-free step of factors "
@@ -207,6 +207,14 @@ class StepHook:
             bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
             self._factors.gather()
             self._refuse_far_out(optimizer, kinds)
+
+    def _measure(self, optimizer: Any, pairs: Sequence[Pair]) -> list[float]:
+        """`weight_norms`; errors speak of what the user gave, for a bounded class has a bound without being given one."""
+        model, name = self._model() if self._model is not None else None, type(optimizer).__name__
+        if not self._scales:
+            return weight_norms(pairs, model, name, "take an optimizer without a bound")
+        given = [it.option for it in (self._step, self._run) if any(v is not None for v in it.values(optimizer))]
+        return weight_norms(pairs, model, f"The bound of {name}", f"leave {' and '.join(given)} out")
 
     def _start(self, optimizer: Any, pair: Pair) -> list[Tensor]:
         """A pair's factors as the adapter began: as an earlier run saved them, or as they are before the first step.

@@ -276,6 +276,30 @@ def test_without_trust_a_scaled_optimizer_asks_for_no_frozen_weight():
         ScaledAdamW(factors, trust=0.1).step()
 
 
+@pytest.mark.parametrize(
+    ("make", "asker", "instead"),
+    [
+        (BoundedAdamW, "BoundedAdamW needs", "or take an optimizer without a bound."),
+        (lambda net: bounded(SGD)(net, lr=0.1, reach=0.1), "BoundedSGD needs", "or take an optimizer without a bound."),
+        (lambda net: ScaledAdamW(net, trust=0.1), "The bound of ScaledAdamW needs", "or leave trust out."),
+        (
+            lambda net: attach(AdamW(net.parameters()), net, reach=0.1),
+            "The bound of ScaledAdamW needs",
+            "or leave trust and reach out.",
+        ),
+    ],
+)
+def test_a_frozen_weight_that_is_not_found_is_missed_in_the_words_of_who_asked(make, asker, instead):
+    """A hand-made layer whose frozen part is called neither weight nor base_layer."""
+    net = nn.ModuleDict({"frozen": nn.Linear(8, 8), "lora_A": nn.Linear(8, 2), "lora_B": nn.Linear(2, 8)})
+    net["frozen"].requires_grad_(False)
+    net["lora_B"](net["lora_A"](torch.ones(1, 8))).sum().backward()
+    with pytest.raises(PairingError) as refused:
+        make(net).step()
+    said = str(refused.value)
+    assert said.startswith(asker) and said.endswith(instead) and "`weight` or `base_layer.weight`" in said
+
+
 def test_a_zero_weight_cannot_measure_a_step():
     layer = Lora()
     layer.base_layer.weight.data.zero_()
