@@ -145,9 +145,14 @@ class StepHook:
 
     @property
     def moved(self) -> dict[str, float]:
+        if self._run.bound is not None:
+            self._factors.gather()
+        return self._moved()
+
+    def _moved(self) -> dict[str, float]:
+        """The same, with the full factors as they are."""
         if self._run.bound is None or not self._run.names:
             return {}
-        self._factors.gather()
         return dict(zip(self._run.names, torch.stack(self._run.bound.moved()).tolist(), strict=True))
 
     def _remember(self, optimizer: Any) -> None:
@@ -156,11 +161,11 @@ class StepHook:
         if not wanted:
             return
         self.look_up(optimizer)
+        self._factors.gather()
         for asked in wanted:
             if not asked.is_current(optimizer):
                 check_options(optimizer)
                 self._make(asked, optimizer)
-        self._factors.gather()
         if self._step.bound is not None:
             self._step.bound.remember()
             self._beside = {key: z.clone() for key, z in _beside(optimizer, self._step.bound).items()}
@@ -205,11 +210,10 @@ class StepHook:
         asked.set(optimizer, bound, distinct, names)
         if asked is self._run:
             bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
-            self._factors.gather()
             self._refuse_far_out(optimizer, kinds)
 
     def _measure(self, optimizer: Any, pairs: Sequence[Pair]) -> list[float]:
-        """`weight_norms`; errors speak of what the user gave, for a bounded class has a bound without being given one."""
+        """`weight_norms`; errors speak of what the user gave. A bounded class has a bound without being given one."""
         model, name = self._model() if self._model is not None else None, type(optimizer).__name__
         if not self._scales:
             return weight_norms(pairs, model, name, "take an optimizer without a bound")
@@ -243,7 +247,7 @@ class StepHook:
 
     def _refuse_far_out(self, optimizer: Any, kinds: list[tuple[int, ...]]) -> None:
         values = self._run.values(optimizer)
-        for kind, (name, moved) in zip(kinds, self.moved.items(), strict=True):
+        for kind, (name, moved) in zip(kinds, self._moved().items(), strict=True):
             reach = min(values[i] for i in kind if values[i] is not None)  # type: ignore[type-var]
             if not moved <= reach * REACHED:
                 raise InputError(

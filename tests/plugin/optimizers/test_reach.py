@@ -12,6 +12,7 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer
 
 from equipoise import AdaSAM, AlphaAdam, BoundedAdamW, ScaledAdamW, ScaledGD, attach, bounded, scaled
 from equipoise.errors import InputError
+from equipoise.optimizers.parts.sharded import FullFactors
 from equipoise.optimizers.parts.step_hook import START
 from equipoise.optimizers.reference import reference_share
 
@@ -233,3 +234,17 @@ def test_a_product_that_began_as_nothing_keeps_its_direction():
     )
     assert net.distance == pytest.approx(REACH, rel=1e-6)
     assert not optimizer.state[net.lora_A.weight][START].any()
+
+
+def test_bounds_that_are_made_anew_gather_sharded_factors_once(monkeypatch):
+    """Once before a step and once after it, for each is a transfer of every factor."""
+    gathered = []
+    gather = FullFactors.gather
+    monkeypatch.setattr(FullFactors, "gather", lambda self: gathered.append(1) or gather(self))
+    net = Lora(started=True)
+    optimizer = BoundedAdamW(net, lr=1e-3, reach=REACH, trust=0.01)
+    for reach in (REACH, 2 * REACH):
+        optimizer.param_groups[0]["reach"] = reach
+        gathered.clear()
+        train(net, optimizer, range(1))
+        assert len(gathered) == 2
