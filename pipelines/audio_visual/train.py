@@ -67,13 +67,13 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         facts["baselines"] = {name: figures for name, figures in made.items() if figures}
     if processes.leads():
         work.save_result(found, facts)
-    sentences = [f"{config.objective.name}: {_accuracies(facts)}."]
+    sentences = [f"Test accuracy with {config.objective.name}: {_accuracies(facts)}; guessing {work.chance:.1%}."]
     for name, figures in facts.get("baselines", {}).items():
         when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
-        sentences.append(f"{name} instead{when}: {_accuracies(figures)}.")
+        sentences.append(f"With {name} in its place{when}: {_accuracies(figures)}.")
     if missing := [name for name in baselines if name not in facts["baselines"]]:
         sentences.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
-    message = " ".join([outcome.message, "Test accuracy,", *sentences])
+    message = " ".join([outcome.message, *sentences])
     run.log(message)
     return Outcome(outcome.state, message, outcome.step)
 
@@ -117,8 +117,9 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
 
 
 def _accuracies(figures: dict[str, Any]) -> str:
-    names = [key.removeprefix("accuracy_") for key in figures if key.startswith("accuracy_")]
-    return ", ".join(f"{name} {figures[f'accuracy_{name}']:.1%}" for name in names)
+    found = {key.removeprefix("accuracy_"): value for key, value in figures.items() if key.startswith("accuracy_")}
+    who = {JOINT: "all modalities together"}
+    return ", ".join(f"{who.get(name, f'{name} alone')} {value:.1%}" for name, value in found.items())
 
 
 class AudioVisualWork(OptimizedWork[AudioVisualConfig]):

@@ -183,6 +183,8 @@ def _start(made: Run, ref: str, detach: bool, pipeline: type[Pipeline], config: 
     elif any(made.result.iterdir()):
         weights = list(made.result.glob("*.safetensors"))
         print(f"  result:  {weights[0] if len(weights) == 1 else made.result}")
+        if (figures := made.result / "result.json").is_file():
+            print(f"  figures: {figures}")
         if pipeline.loading:
             print(f"  load it: {pipeline.loading.format(folder=str(made.result))}")
         if pipeline.compare.__func__ is not Pipeline.compare.__func__:

@@ -54,8 +54,9 @@ def equal(left, right) -> bool:
 
 def test_a_run_learns_and_leaves_everything_it_promises(tiny):
     run, outcome = train(*tiny, "steps=30", "train.keep=best", "train.validate_every=10", "train.baselines=[joint]")
-    assert outcome.state == "done" and "Test accuracy, mimo: joint " in outcome.message
-    assert "joint instead: joint " in outcome.message
+    assert outcome.state == "done"
+    assert "30 steps. Test accuracy with mimo: all modalities together 100.0%, audio alone " in outcome.message
+    assert "; guessing 50.0%. With joint in its place: all modalities together " in outcome.message
     records = run.metrics()
     per_step = {"loss", "loss_audio", "loss_visual", "gradient_norm_audio", "weight_visual", "balancing", "rate_heads"}
     assert per_step <= records[0].keys() and len(records) == 30
@@ -226,7 +227,7 @@ def test_two_processes_train_as_one(tiny, launched, tmp_path):
     words = [NAME, *tiny, "data.modalities=[audio]", "model.audio={kind: ast, width: 8, layers: 1, heads: 2}"]
     words += ["train.baselines=[joint]", "train.keep=last", "data.class_weights=balanced"]
     out = launched("train", *words, "batch=2", "--id", "two")
-    assert out.count("two: done.") == 1 and "joint instead: joint " in out
+    assert out.count("two: done.") == 1 and "With joint in its place: all modalities together " in out
     assert main(["train", *words, "batch=4", "--id", "one"]) == 0
     two, one = (weights(Store(tmp_path / "runs").get(name)) for name in ("two", "one"))
     assert all(torch.allclose(two[key], one[key], atol=1e-5) for key in one)
@@ -281,7 +282,9 @@ def test_baselines_that_were_stopped_or_diverged_are_said_to_be(tiny, monkeypatc
 
     monkeypatch.setattr(AudioVisualWork, "step", step)
     run, outcome = train(*tiny, "train.baselines=[joint, equal_weight, agm]")
-    assert outcome.state == "done" and "joint instead (diverged at step 4): joint " in outcome.message
+    assert (
+        outcome.state == "done" and "With joint in its place (diverged at step 4): all modalities " in outcome.message
+    )
     assert "Stopped before equal_weight and agm had been trained instead." in outcome.message
     made = json.loads((run.folder / "result" / "result.json").read_text())["baselines"]
     assert made.keys() == {"joint"} and (made["joint"]["state"], made["joint"]["step"]) == ("diverged", 4)
