@@ -185,8 +185,9 @@ def _record(config: configs.RunConfig, id: str, kind: str, sweep: str | None, qu
     about = (id, kind, sweep, config.name, config.pipeline)
     section = None if kind == "sweep" else getattr(config, "optimizer", None)  # of a sweep, each cell has its own
     rate = getattr(section, "learning_rate", None)
-    known = {"learning_rate": rate} if isinstance(rate, float) else {}  # it may be anything in a plugin's record
-    return Status(*about, created=time.time(), queued=queued, token=secrets.token_hex(8), **known)
+    rate = rate if isinstance(rate, float) else None  # it may be anything in a plugin's record
+    token = secrets.token_hex(8)
+    return Status(*about, created=time.time(), queued=queued, token=token, learning_rate=rate)
 
 
 def _fill(folder: Path, config: configs.RunConfig, record: Status) -> None:
