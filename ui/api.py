@@ -33,7 +33,7 @@ def check(site: Site, workers: int, text: str) -> dict[str, Any]:
     made = launch.planned(site, config, workers=workers)
     launch.check_plan(made)
     return {
-        "runs": made.cells,
+        "runs": len(made.runs),
         "yaml": made.yaml,
         "time": launch_estimates.estimate(site, made, workers),
         "memory": launch_estimates.memory(site, made, workers),

@@ -33,7 +33,7 @@ class Plan:
     """What a filled-in form would start."""
 
     config: RunConfig
-    cells: int  # runs it will train
+    runs: list[RunConfig]  # it will train: the configuration itself, or its sweep's cells
     preset: str  # the shipped configuration it began with, or ""
     workers: int | None = None  # processes that train a sweep; None: as many as the command line would take
 
@@ -98,14 +98,10 @@ def planned(site: Site, config: RunConfig, preset: str = "", workers: int | None
     Raises:
         ConfigError: an axis of its sweep, or a path that leads out of the folders that this page may read.
     """
-    if problems := site.problems(config):
+    runs = list(expand(config).values()) if config.sweep else [config]
+    if problems := site.problems(config, *runs):
         raise ConfigError(problems)
-    return Plan(config, len(runs_of(config)), preset, workers)
-
-
-def runs_of(config: RunConfig) -> list[RunConfig]:
-    """What would be trained: the configuration itself, or its sweep's cells."""
-    return list(expand(config).values()) if config.sweep else [config]
+    return Plan(config, runs, preset, workers)
 
 
 def check_plan(made: Plan) -> None:
@@ -114,7 +110,7 @@ def check_plan(made: Plan) -> None:
     Raises:
         ConfigError: everything that is wrong, one line each.
     """
-    checks.check(runs_of(made.config))
+    checks.check(made.runs)
 
 
 def plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
@@ -156,7 +152,7 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
 def doubts(made: Plan) -> list[str]:
     """What is unlikely to be meant, in the pipeline's words."""
     try:
-        return checks.doubts(runs_of(made.config))
+        return checks.doubts(made.runs)
     except (EquipoiseError, OSError, ValueError):  # of data that is not as it should be, which starting reports
         return []
 

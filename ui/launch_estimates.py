@@ -16,7 +16,7 @@ from equipoise.pipelines.files import version
 from equipoise.pipelines.runs.run import metric_lines
 from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw
-from equipoise.ui.launch import Plan, runs_of
+from equipoise.ui.launch import Plan
 from equipoise.ui.safety import Site
 
 FEW = 5  # finished runs that the estimate is made from
@@ -27,7 +27,7 @@ _SIZES = ("train.batch", "lora.rank", "data.resolution")  # by which the largest
 
 def alike(site: Site, made: Plan) -> list[Status]:
     """The newest finished runs whose steps cost what these will: the same but for rate, length, data and samples."""
-    wanted = {repr(_cost(cell)) for cell in runs_of(made.config)}
+    wanted = {repr(_cost(cell)) for cell in made.runs}
     able = [
         item
         for item in site.store.list(states=("done",), kinds=("run", "cell"))
@@ -58,13 +58,12 @@ def _cost(config: RunConfig) -> list[tuple[str, Any]]:
 
 def estimate(site: Site, made: Plan, workers: int) -> str:
     """How long it may take, from what earlier runs like it measured here."""
-    cells = runs_of(made.config)
-    steps = [count for count in (configs.flat(cell).get("train.steps") for cell in cells) if isinstance(count, int)]
-    runs = f"{made.cells} runs" if made.cells > 1 else "1 run"
+    steps = [count for count in (configs.flat(cell).get("train.steps") for cell in made.runs) if isinstance(count, int)]
+    runs = f"{len(made.runs)} runs" if len(made.runs) > 1 else "1 run"
     long = " to ".join(map(str, dict.fromkeys([min(steps, default=0), max(steps, default=0)])))
     costs = [_took(site.store.root / item.id, item) for item in alike(site, made)]
     if not costs or not steps:
-        each = " each" if made.cells > 1 else ""
+        each = " each" if len(made.runs) > 1 else ""
         return f"{runs} of {long} steps{each}. How long a step takes is not known yet: nothing like it has run here."
     pace, rest = (median(values) for values in zip(*costs, strict=True))
     busy = [0.0] * max(1, workers)  # seconds of each worker, who takes the next run when it is done with one
@@ -90,7 +89,7 @@ def _took(folder: Path, item: Status) -> tuple[float, float]:
 
 def memory(site: Site, made: Plan, workers: int) -> str:
     """How much memory it may take: what earlier runs like it held, or what the pipeline reasons."""
-    at_once = min(made.cells, max(1, workers))
+    at_once = min(len(made.runs), max(1, workers))
     times = f", {at_once} of them at a time" if at_once > 1 else ""
     similar = alike(site, made)
     held, device = (
@@ -99,7 +98,7 @@ def memory(site: Site, made: Plan, workers: int) -> str:
     if held:
         more = f", and {_bytes(device)} on its accelerator" if device else ""
         return f"Memory: about {_bytes(held)} for each run's process{more}, measured here{times}."
-    largest = max(runs_of(made.config), key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
+    largest = max(made.runs, key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
     try:
         found = registry.load("pipelines", made.config.pipeline).estimate_memory(largest)
     except Exception:  # a model that runs on shapes alone is more than a pipeline can promise

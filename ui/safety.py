@@ -11,7 +11,6 @@ from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config import RunConfig, describe, flat
 from equipoise.pipelines.config.records import HUB_ID
-from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.media.pictures import decode
 from equipoise.pipelines.media.reading import EnormousError, MediaError
 from equipoise.pipelines.runs.store import Store
@@ -115,20 +114,16 @@ class Site:
             raise InputError(f"{choice}: leads out of {name}, the folder that this page may read.")
         return str(target.resolve())
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Paths in a configuration and a sweep's cells that lead out of the data roots, and folders with links that do.
+    def problems(self, *configs: RunConfig) -> list[str]:
+        """Paths in configurations that lead out of the data roots, and folders with links that do: a sentence for each.
 
-        Returns:
-            A sentence for each.
-
-        Raises:
-            ConfigError: a cell is not valid.
+        Args:
+            configs: One, or a sweep's and those of its cells.
         """
         roots = [self.store.root, *self.data.values()]
         hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
-        cells = expand(config).values() if config.sweep else ()
         found = []
-        for key, text in dict.fromkeys(item for one in (config, *cells) for item in _paths(one)):
+        for key, text in dict.fromkeys(item for one in configs for item in _paths(one)):
             if not _inside(Path(text), roots):
                 found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
             elif link := _way_out(Path(text).resolve(), roots):

@@ -155,7 +155,7 @@ def test_the_command_does_the_same(site, capsys):
     }
     made = launch.plan(site, "text_to_image", "text_to_image/demo", shown, rows)
     words = shlex.split(made.command)
-    assert words[:3] == ["equipoise", "train", "text_to_image/demo"] and made.cells == 1
+    assert words[:3] == ["equipoise", "train", "text_to_image/demo"] and len(made.runs) == 1
     assert main([*words[1:], "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert configs.flat(configs.load("text_to_image/demo"))["sweep"]  # which `train` leaves alone
@@ -173,7 +173,7 @@ def test_a_plan_without_a_preset(site):
     made = launch.plan(
         site, "audio_visual", "", {**shown, "objective.name": ["mimo"], "optimizer.learning_rate": "1e-3"}, []
     )
-    assert made.config.pipeline == "audio_visual" and made.cells == 1
+    assert made.config.pipeline == "audio_visual" and len(made.runs) == 1
     assert made.command.startswith("equipoise train FILE.yaml")
 
 
@@ -215,7 +215,7 @@ def test_loading_and_samples_are_no_part_of_a_step(site, run, monkeypatch):
     run.update(seconds=60.5)
     said = launch_estimates.estimate(site, made, 1)
     assert "0.1 s per step, and 60 s for the rest of each run, measured here" in said
-    assert draw.span(made.cells * (1000 * 0.1 + 60)) in said
+    assert draw.span(len(made.runs) * (1000 * 0.1 + 60)) in said
 
 
 def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):

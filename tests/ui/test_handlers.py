@@ -159,7 +159,7 @@ def test_a_run_that_was_asked_to_stop_says_so(site):
 def test_the_same_twice_is_refused_while_it_is_at_work(site):
     config = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
     site.store.create(config, id="some")
-    id, words = launch.launch(site, launch.Plan(config, 1, "text_to_image/demo", None))
+    id, words = launch.launch(site, launch.Plan(config, [config], "text_to_image/demo", None))
     assert id == "some" and words.startswith("Started some already, which is queued. It is not started twice;")
     assert len(site.store.list()) == 1
 
