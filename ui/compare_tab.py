@@ -71,8 +71,7 @@ class CompareTab:
 def build(site: Site, tab: gr.Tab) -> None:
     """Draws the tab."""
     gr.HTML(
-        "<h2>Compare</h2><p class='lead'>The same prompts, noise, questions or clips for every cell, beside the "
-        "untouched base.</p>"
+        draw.head("Compare", "The same prompts, noise, questions or clips for every cell, beside the untouched base.")
     )
     view = _view(site)
     title, shown, detail = _grid()

@@ -37,6 +37,11 @@ def notice(text: str, kind: str = "info") -> str:
     return f'<ul class="notice {kind}" role="{"alert" if kind == "bad" else "status"}">{lines}</ul>' if lines else ""
 
 
+def head(title: str, lead: str = "") -> str:
+    """A tab's heading, and a sentence or two of HTML on what it is for."""
+    return f"<h2>{esc(title)}</h2>" + (f"<p class='lead'>{lead}</p>" if lead else "")
+
+
 def empty(title: str, text: str) -> str:
     """What is shown where there is nothing yet, with what to do next."""
     return f'<div class="empty-state"><strong>{esc(title)}</strong><p>{esc(text)}</p></div>'

@@ -102,8 +102,11 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
     titles = {name: registry.load("pipelines", name).title or name for name in names}
     names.sort(key=lambda name: name != "text_to_image")
     gr.HTML(
-        "<h2>Launch</h2><p class='lead'>Choose optimizers and learning rates; several of either make a sweep. "
-        "Runs go on in the background, whatever becomes of this page.</p>"
+        draw.head(
+            "Launch",
+            "Choose optimizers and learning rates; several of either make a sweep. Runs go on in the background, "
+            "whatever becomes of this page.",
+        )
     )
     offered = [(titles[name], name) for name in names]
     chosen = gr.Radio(offered, value=names[0], label="Pipeline", elem_id="pipeline", interactive=True)

@@ -51,8 +51,11 @@ def _card(entry: Entry, error: str) -> str:
 def build(tab: gr.Tab) -> None:
     """Draws the tab; loading every plugin takes seconds, so it is done when the tab is first looked at."""
     gr.HTML(
-        "<h2>Plugins</h2><p class='lead'>Found by their packages' entry points; yours enter by the same door. "
-        "<code>pip install</code> one and start the page again.</p>"
+        draw.head(
+            "Plugins",
+            "Found by their packages' entry points; yours enter by the same door. <code>pip install</code> one and "
+            "start the page again.",
+        )
     )
     shown = gr.HTML(draw.empty("Looking …", "Every plugin is loaded once."))
     tab.select(page, None, shown, show_progress="hidden", api_name="plugins")

@@ -104,7 +104,7 @@ def build(
     site: Site, workers: int, forms: Mapping[str, Form], pipelines: gr.Radio, tabs: gr.Tabs, page_tab: gr.Tab
 ) -> None:
     """Draws the tab."""
-    gr.HTML("<h2>Runs</h2>")
+    gr.HTML(draw.head("Runs"))
     filters = _filters()
     listing = gr.HTML(table(site), js_on_load=ON_RUN, elem_id="runs-table")
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
