@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from lion_pytorch import Lion
+from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer
 
@@ -233,3 +234,32 @@ def test_a_product_that_began_as_nothing_keeps_its_direction():
     )
     assert net.distance == pytest.approx(REACH, rel=1e-6)
     assert not optimizer.state[net.lora_A.weight][START].any()
+
+
+@pytest.mark.parametrize("cls", [BoundedAdamW, ScaledAdamW])
+def test_several_adapters_on_a_layer_keep_the_bounds_together(cls):
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 9, bias=False, dtype=torch.float64)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    model = LoraModel(nn.Sequential(layer), {"one": config, "two": config}, "one")
+    model.set_adapter(["one", "two"])
+    model.double()
+    weight = layer.weight.detach().clone()
+    target, x = torch.randn(9, 12, dtype=torch.float64), torch.randn(64, 12, dtype=torch.float64)
+    optimizer = cls(model, lr=1.0, reach=REACH, trust=REACH / 4)
+
+    def change() -> Tensor:
+        return sum(model.model[0].get_delta_weight(name).detach() for name in ("one", "two"))
+
+    before = change()
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(x) - x @ target.T).square().mean().backward()
+        optimizer.step()
+        now = change()
+        assert (now - before).norm() <= REACH / 4 * weight.norm() * (1 + 1e-9)
+        assert now.norm() <= REACH * weight.norm() * (1 + 1e-9)
+        before = now
+    assert now.norm() >= 0.9 * REACH * weight.norm()  # aligned, they go as far as one alone might
+    assert len(optimizer.moved) == 2
+    assert all(far == pytest.approx(REACH / 2) for far in optimizer.moved.values())
