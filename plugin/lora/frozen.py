@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,20 @@ from equipoise.lora.pairs import Pair, is_dtensor, live_roots
 _LEVELS = 3  # peft: the layer, its ModuleDict lora_A, and in that one nn.Linear per adapter
 
 
+class Frozen(NamedTuple):
+    """The frozen weight under a pair."""
+
+    norm: float  # ‖W‖_F / s, for an adapted weight W + s·BA
+    layer: int  # the same number for pairs on the same layer, whose products add up
+
+
 def weight_norms(
     pairs: Sequence[Pair],
     model: nn.Module | None = None,
     asker: str = "A bound",
     instead: str = "leave it out",
-) -> list[float]:
-    """‖W‖_F / s of each pair, for an adapted weight W + s·BA.
+) -> list[Frozen]:
+    """How large the frozen weight under each pair is, in the order of the pairs.
 
     Args:
         pairs: The pairs; see `find_pairs`.
@@ -31,7 +38,8 @@ def weight_norms(
         PairingError: No module has both the pair and a frozen weight, or that weight is zero, absent or unreadable.
     """
     wanted = {id(pair.A): pair for pair in pairs}
-    found: dict[int, tuple[Tensor, float]] = {}
+    found: dict[int, tuple[nn.Module, Tensor, float]] = {}
+    layers: dict[int, int] = {}
     for root in [model] if model is not None else live_roots():
         for path, chain, A in _owners(root, wanted):
             if id(A) not in found and (frozen := _frozen(path, chain, wanted[id(A)])) is not None:
@@ -46,8 +54,9 @@ def weight_norms(
         )
     values = []
     for pair in pairs:
-        weight, scale = found[id(pair.A)]
-        values.append(value := _norm(weight, pair, instead).item() / scale)
+        layer, weight, scale = found[id(pair.A)]
+        value = _norm(weight, pair, instead).item() / scale
+        values.append(Frozen(value, layers.setdefault(id(layer), len(layers))))
         if not (math.isfinite(value) and value > 0):
             raise PairingError(
                 f"{pair.name}: a bound is a share of the size of the frozen weight, which is {value:g} here. Take the "
@@ -67,21 +76,22 @@ def _owners(root: nn.Module, wanted: dict[int, Pair]) -> Iterator[tuple[list[str
                 yield [*tokens, leaf], chain, param
 
 
-def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[Tensor, float] | None:
-    """The frozen weight of the innermost module that has one besides its factors, and the adapter's scale."""
+def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[nn.Module, Tensor, float] | None:
+    """The innermost module that has a weight besides its factors, that frozen weight, and the adapter's scale."""
     for depth in reversed(range(max(0, len(chain) - _LEVELS), len(chain))):
-        weight = _weight(chain[depth])
+        layer = _adapted(chain[depth])
+        weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight is not pair.A and weight is not pair.B:
-            return weight, _scale(chain[depth], path[depth:], pair)
+            return layer, weight, _scale(chain[depth], path[depth:], pair)
     return None
 
 
-def _weight(module: Any) -> Tensor | None:
+def _adapted(module: Any) -> Any:
+    """The layer that an adapter stands on."""
     if hasattr(module, "get_base_layer"):  # peft
-        return getattr(module.get_base_layer(), "weight", None)
+        return module.get_base_layer()
     base = getattr(module, "base_layer", module)
-    base = getattr(getattr(module, "org_forward", None), "__self__", base)  # kohya took over this layer's forward
-    return getattr(base, "weight", None)
+    return getattr(getattr(module, "org_forward", None), "__self__", base)  # kohya took over this layer's forward
 
 
 def _scale(module: Any, below: list[str], pair: Pair) -> float:

@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from equipoise.errors import InputError
+from equipoise.lora.pairs import find_pairs
 from equipoise.optimizers.parts.fused_adamw import FusedAdamW
-from equipoise.optimizers.parts.pair_optimizer import PairOptimizer, make_class
+from equipoise.optimizers.parts.pair_optimizer import STEPS, PairOptimizer, make_class, unpack
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
-TRUST = 0.01  # where neither trust nor reach is given
+REACH = 0.05  # where neither trust nor reach is given
+RATE, OUTSIDE = 1.0, 1e-3  # learning rates where none is given: of factors, whose steps are bounded, and of all else
 _OPTIONS: dict[str, Any] = {"trust": (float | None, None), "reach": (float | None, None)}
 
 _DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight.
 
 Args:
-    trust: Share of the frozen weight's norm by which one step may move the adapted weight; None: a tenth of reach, or
-        0.01 without one. (> 0)
-    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: no bound. (> 0)
+    trust: Share of the frozen weight's norm by which one step may move the adapted weight; None: a tenth of reach.
+        (> 0)
+    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: 0.05, or no bound
+        where trust is given. (> 0)
 
 The other options are {base}'s.
 """
@@ -34,33 +37,40 @@ The other options are {base}'s.
 class Bounded(PairOptimizer):
     """What every bounded optimizer class adds to its base. Use `BoundedAdamW`, `bounded` or `attach`."""
 
-    _OPTIONS: ClassVar[dict[str, Any]] = {"trust": TRUST, "reach": None}
+    _OPTIONS: ClassVar[dict[str, Any]] = {"trust": None, "reach": None}
 
     def _work_on_pairs(self, options: Mapping[str, Any], model: nn.Module | None) -> None:
-        if options["trust"] is None and options["reach"] is None:
-            options = {**options, "trust": TRUST}
-        super()._work_on_pairs(options, model)
+        if all(value is None for value in options.values()):
+            usual = {"trust": STEPS * REACH, "reach": REACH}
+            for group in self.param_groups:
+                group.update({} if usual.keys() & group.keys() else usual)
+            super()._work_on_pairs(options, model)
+            self.defaults.update(usual)
+        else:
+            super()._work_on_pairs(options, model)
 
 
 class BoundedAdamW(Bounded, FusedAdamW):
-    """AdamW with a bound on how far one step moves each LoRA-adapted weight; other parameters get plain AdamW.
+    """AdamW with bounds on how far a step and the run move each LoRA-adapted weight; other parameters get plain AdamW.
 
     The update: AdamW's step (ΔA, ΔB), shrunk by the largest c ≤ 1 with s·‖(B + cΔB)(A + cΔA) − BA‖_F ≤ τ‖W‖_F for each
-    pair A (r, n), B (m, r) on a frozen weight W (m, n) with scale s. τ is `trust`. Steps within the bound are AdamW's
-    to the bit. Use it where the learning rate is uncertain: too large a rate then acts like a moderate one. It does
-    nothing for a rate that is too small, and nothing for parameters outside LoRA pairs.
+    pair A (r, n), B (m, r) on a frozen weight W (m, n) with scale s. τ is `trust`. Then, likewise, the way from where
+    the run began, by `reach`. Steps within the bounds are AdamW's to the bit. Use it where the learning rate is
+    uncertain: too large a rate then acts like a moderate one. It does nothing for a rate that is too small, and nothing
+    for parameters outside LoRA pairs.
 
     Args:
         params: A model (its trainable parameters), named parameters, parameter groups, or an iterator of tensors.
-        lr: Learning rate. (>= 0)
+        lr: Learning rate. None: 1 for LoRA factors, whose steps are bounded, and 0.001 for all else, in a group of its
+            own. (>= 0)
         trust: Share of the frozen weight's norm by which one step may move the adapted weight. Smaller: safer at large
             rates, but a run of T steps cannot move further than T·trust. Where a scheduler lowers the learning rate,
             it holds times the share of the full rate that is left: else a rate that is bounded all along would end as
-            restless as it began. None: a tenth of reach, or 0.01 without one. (> 0)
+            restless as it began. None: a tenth of reach. (> 0)
         reach: Share of the frozen weight's norm by which the whole run may move the adapted weight from where the
             adapter began (BA = 0, or B₀A₀ of PiSSA and of adapters that are trained further), whatever the learning
             rate and the number of steps. Smaller keeps more of what the base knew; the factors' start is kept in the
-            optimizer's state. None: no bound. (> 0)
+            optimizer's state. None: 0.05, or no bound where trust is given. (> 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay. (>= 0)
@@ -96,7 +106,7 @@ class BoundedAdamW(Bounded, FusedAdamW):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         *,
         trust: float | None = None,
         reach: float | None = None,
@@ -110,11 +120,38 @@ class BoundedAdamW(Bounded, FusedAdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        given, model = unpack(params)
+        if lr is None:
+            given, lr = _with_rates(given, model), RATE
         self._make_adamw(
-            params, {"trust": trust, "reach": reach},
+            given, model, {"trust": trust, "reach": reach},
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
             foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip
+
+
+def _with_rates(given: list[Any], model: nn.Module | None) -> list[dict[str, Any]]:
+    """Parameter groups in which all that is in no LoRA pair has the learning rate OUTSIDE, if its group has none."""
+    factors = {id(factor) for pair in find_pairs(given if model is None else model) for factor in (pair.A, pair.B)}
+    groups = [item for item in given if isinstance(item, Mapping)]
+    if alone := [item for item in given if not isinstance(item, Mapping)]:
+        groups.insert(0, {"params": alone})
+    split = []
+    for group in groups:
+        if "lr" in group:
+            split.append(group)
+            continue
+        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if "param_names" in group:
+            entries = list(zip(group["param_names"], entries, strict=True))
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for entry in entries:
+            parts[id(entry[1] if isinstance(entry, tuple) else entry) not in factors].append(entry)
+        rest = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        split += [
+            {**rest, **rate, "params": part} for part, rate in zip(parts, ({}, {"lr": OUTSIDE}), strict=True) if part
+        ]
+    return split
 
 
 @functools.cache

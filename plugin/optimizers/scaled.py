@@ -118,7 +118,7 @@ class ScaledAdamW(Scaled, FusedAdamW):
         fused: bool | None = None,
     ) -> None:
         self._make_adamw(
-            params,
+            *unpack(params),
             {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach},
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
             foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,

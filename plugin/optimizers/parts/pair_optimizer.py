@@ -46,8 +46,7 @@ class PairOptimizer:
         bounds it. Waits for the device."""
         return self._hook.moved
 
-    def _make_adamw(self, params: Any, options: Mapping[str, Any], **adamw: Any) -> None:
-        given, model = unpack(params)
+    def _make_adamw(self, given: Any, model: nn.Module | None, options: Mapping[str, Any], **adamw: Any) -> None:
         super().__init__(given, **adamw)  # type: ignore[call-arg]
         self._work_on_pairs(options, model)
 
@@ -77,7 +76,11 @@ class PairOptimizer:
         super().__setstate__(state)  # type: ignore[misc]
         for index, group in enumerate(self.param_groups):  # a state saved by another class lacks options: ours stay
             own = before[index] if index < len(before) else self.defaults
-            fill_group(group, {name: own.get(name, value) for name, value in self._OPTIONS.items()})
+            ours = {name: own.get(name, value) for name, value in self._OPTIONS.items()}
+            if "trust" in group:  # saved by a class like this one, perhaps before it had a reach: as it was
+                group.setdefault("reach", None)
+                ours.pop("reach")
+            fill_group(group, ours)
         if "_hook" not in self.__dict__:  # copying and unpickling drop hooks
             self._hook = StepHook(None, scales="damping" in self._OPTIONS, found=found, norms=norms)
             self._hook.register(self)

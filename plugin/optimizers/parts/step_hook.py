@@ -4,6 +4,7 @@ import functools
 import logging
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError, PairingError
-from equipoise.lora.frozen import weight_norms
+from equipoise.lora.frozen import Frozen, weight_norms
 from equipoise.lora.pairs import REPLACED, Pair, PairReport, find_pairs
 from equipoise.optimizers.parts.checks import check_not_negative, group_label, is_number
 from equipoise.optimizers.parts.fused_adamw import match_layout
@@ -48,7 +49,7 @@ class StepHook:
         *,
         scales: bool,
         found: PairReport | None = None,
-        norms: list[float] | None = None,
+        norms: list[Frozen] | None = None,
     ):
         self.found, self.norms = found, norms
         self._model = weakref.ref(model) if model is not None else None
@@ -153,7 +154,8 @@ class StepHook:
         """The same, with the full factors as they are."""
         if self._run.bound is None or not self._run.names:
             return {}
-        return dict(zip(self._run.names, torch.stack(self._run.bound.moved()).tolist(), strict=True))
+        moved = torch.stack(self._run.bound.moved()).tolist()
+        return {name: far / n for name, far, n in zip(self._run.names, moved, self._run.beside, strict=True)}
 
     def _remember(self, optimizer: Any) -> None:
         """Keep the factors as they are before the step, if any group asks for a bound."""
@@ -193,26 +195,29 @@ class StepHook:
                 f"{type(optimizer).__name__}: the option {asked.option} cannot bound a schedule-free step of factors "
                 f"that FSDP2 shards over processes. Leave {asked.option} out, or take another base."
             )
-        pairs, norms, kinds, names = [], [], [], []
-        for pair, norm in zip(self.found, self.norms, strict=True):
+        pairs, frozen, kinds, names = [], [], [], []
+        for pair, under in zip(self.found, self.norms, strict=True):
             indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
             if kind := tuple(sorted({i for i in indices if values[i] is not None})):
                 pairs.append(pair)
-                norms.append(norm)
+                frozen.append(under)
                 kinds.append(kind)
                 names.append(pair.name)
         distinct = list(dict.fromkeys(kinds))
+        # Several adapters on a layer: each may go its part of the way, so that their sum keeps the bound.
+        on_layer = Counter(under.layer for under in frozen)
+        beside = [on_layer[under.layer] for under in frozen]
         bound = ProductBound(
             [(self._factors.full(pair.A), self._factors.full(pair.B)) for pair in pairs],
-            norms,
+            [under.norm / n for under, n in zip(frozen, beside, strict=True)],
             [distinct.index(kind) for kind in kinds],
         )
-        asked.set(optimizer, bound, distinct, names)
+        asked.set(optimizer, bound, distinct, names, beside)
         if asked is self._run:
             bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
             self._refuse_far_out(optimizer, kinds)
 
-    def _measure(self, optimizer: Any, pairs: Sequence[Pair]) -> list[float]:
+    def _measure(self, optimizer: Any, pairs: Sequence[Pair]) -> list[Frozen]:
         """`weight_norms`; errors speak of what the user gave. A bounded class has a bound without being given one."""
         model, name = self._model() if self._model is not None else None, type(optimizer).__name__
         if not self._scales:
@@ -247,8 +252,8 @@ class StepHook:
 
     def _refuse_far_out(self, optimizer: Any, kinds: list[tuple[int, ...]]) -> None:
         values = self._run.values(optimizer)
-        for kind, (name, moved) in zip(kinds, self._moved().items(), strict=True):
-            reach = min(values[i] for i in kind if values[i] is not None)  # type: ignore[type-var]
+        for kind, n, (name, moved) in zip(kinds, self._run.beside, self._moved().items(), strict=True):
+            reach = min(values[i] for i in kind if values[i] is not None) / n  # type: ignore[type-var]
             if not moved <= reach * REACHED:
                 raise InputError(
                     f"{name}: has gone {moved:.3g} of the frozen weight's norm from where it began, which is farther "
@@ -306,6 +311,7 @@ class _Bound:
         self.option = option
         self.bound: ProductBound | None = None
         self.names: list[str] = []  # of the pairs in it
+        self.beside: list[int] = []  # how many of them stand on the layer of each, itself among them
         self._asked: list[float | None] = []  # the option of each group, when the bound was made
         self._kinds: list[tuple[int, ...]] = []  # the groups that ask for it, of each kind of pairs in the bound
 
@@ -321,8 +327,16 @@ class _Bound:
     def is_current(self, optimizer: Any) -> bool:
         return self.bound is not None and self.values(optimizer) == self._asked and self.bound.current
 
-    def set(self, optimizer: Any, bound: ProductBound, kinds: list[tuple[int, ...]], names: list[str]) -> None:
-        self.bound, self._kinds, self.names, self._asked = bound, kinds, names, self.values(optimizer)
+    def set(
+        self,
+        optimizer: Any,
+        bound: ProductBound,
+        kinds: list[tuple[int, ...]],
+        names: list[str],
+        beside: list[int],
+    ) -> None:
+        self.bound, self._kinds, self.names, self.beside = bound, kinds, names, beside
+        self._asked = self.values(optimizer)
 
     def limits(self, optimizer: Any) -> list[float | Tensor]:
         """The bound of each kind of pairs, now; that on a step is lowered as a schedule lowers the learning rate."""

@@ -5,6 +5,7 @@ import doctest
 import io
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -130,7 +131,10 @@ def test_within_the_bound_it_is_the_base_to_the_bit_and_beyond_it_is_not():
 
 def test_the_bound_survives_rates_that_break_adamw():
     losses = {}
-    for name, make in (("bounded", BoundedAdamW), ("adamw", lambda net, lr: AdamW(trainable(net), lr))):
+    for name, make in (
+        ("bounded", partial(BoundedAdamW, trust=0.01)),
+        ("adamw", lambda net, lr: AdamW(trainable(net), lr)),
+    ):
         torch.manual_seed(0)
         layer = Lora()
         optimizer = make(layer, lr=100.0)
@@ -174,7 +178,7 @@ def test_every_adapter_has_its_own_scale():
     optimizer.step()
     for name, old in zip(("one", "two"), before, strict=True):
         change = (model[0].get_delta_weight(name).detach() - old).norm() / model[0].get_base_layer().weight.norm()
-        assert float(change) == pytest.approx(0.01, rel=1e-3)
+        assert float(change) == pytest.approx(0.005, rel=1e-3)  # of each: that of both together is bounded by 0.01
 
 
 class Kohya(nn.Module):

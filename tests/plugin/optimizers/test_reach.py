@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from lion_pytorch import Lion
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer
 
@@ -248,3 +250,93 @@ def test_bounds_that_are_made_anew_gather_sharded_factors_once(monkeypatch):
         gathered.clear()
         train(net, optimizer, range(1))
         assert len(gathered) == 2
+
+
+@pytest.mark.parametrize("cls", [BoundedAdamW, ScaledAdamW])
+def test_several_adapters_on_a_layer_keep_the_bounds_together(cls):
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 9, bias=False, dtype=torch.float64)
+    model, config = nn.Sequential(layer), LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft: "multiple adapters", which are meant
+        for name in ("one", "two"):
+            inject_adapter_in_model(config, model, adapter_name=name)
+    model[0].set_adapter(["one", "two"])
+    model.double()
+    weight = layer.weight.detach().clone()
+    target, x = torch.randn(9, 12, dtype=torch.float64), torch.randn(64, 12, dtype=torch.float64)
+    optimizer = cls(model, lr=1.0, reach=REACH, trust=REACH / 4)
+
+    def change() -> Tensor:
+        return sum(model[0].get_delta_weight(name).detach() for name in ("one", "two"))
+
+    before = change()
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(x) - x @ target.T).square().mean().backward()
+        optimizer.step()
+        now = change()
+        assert (now - before).norm() <= REACH / 4 * weight.norm() * (1 + 1e-9)
+        assert now.norm() <= REACH * weight.norm() * (1 + 1e-9)
+        before = now
+    assert now.norm() >= 0.7 * REACH * weight.norm()  # they pull in nearly one direction
+    assert len(optimizer.moved) == 2
+    assert all(far == pytest.approx(REACH / 2) for far in optimizer.moved.values())
+
+
+class WithHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora, self.head = Lora(), nn.Linear(9, 2, dtype=torch.float64)
+
+
+def test_nothing_need_be_given():
+    """Factors get a large rate and a reach of 0.05; what is outside pairs, which no bound holds, a moderate rate."""
+    model = WithHead()
+    optimizer = BoundedAdamW(model)
+    factors, head = optimizer.param_groups
+    assert [group["lr"] for group in (factors, head)] == [1.0, 1e-3]
+    assert factors["param_names"] == ["lora.lora_A.weight", "lora.lora_B.weight"]
+    assert head["param_names"] == ["head.weight", "head.bias"]
+    assert all((group["reach"], group["trust"]) == (0.05, pytest.approx(0.005)) for group in (factors, head))
+    distances = train(model.lora, optimizer, range(60))
+    assert max(distances) <= 0.05 * (1 + 1e-9) and distances[-1] == pytest.approx(0.05)
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2)))], "lr": 0.1})
+    assert optimizer.param_groups[-1]["reach"] == 0.05
+
+
+def test_a_rate_that_is_given_counts_for_all_and_one_of_a_group_for_the_group():
+    model = WithHead()
+    assert [group["lr"] for group in BoundedAdamW(model, lr=0.1).param_groups] == [0.1]
+    factors, head = list(model.lora.parameters())[1:], list(model.head.parameters())
+    groups = [{"params": factors}, {"params": head, "lr": 0.2, "weight_decay": 0.0}]
+    assert [group["lr"] for group in BoundedAdamW(groups).param_groups] == [1.0, 0.2]
+    mixed = [{"params": factors + head, "betas": (0.5, 0.6)}]
+    made = BoundedAdamW(mixed).param_groups
+    assert [(group["lr"], group["betas"], len(group["params"])) for group in made] == [
+        (1.0, (0.5, 0.6), 2),
+        (1e-3, (0.5, 0.6), 2),
+    ]
+
+
+def test_trust_alone_bounds_no_run_and_a_group_of_ones_own_keeps_to_its_options():
+    assert BoundedAdamW(Lora(), trust=0.1).param_groups[0]["reach"] is None
+    groups = [{"params": list(Lora().parameters())[1:], "trust": 0.2}, {"params": list(Lora().parameters())[1:]}]
+    made = BoundedAdamW(groups, lr=1.0).param_groups
+    assert [(group["trust"], group["reach"]) for group in made] == [(0.2, None), (pytest.approx(0.005), 0.05)]
+
+
+def test_a_state_from_before_there_was_a_reach_goes_on_without_one():
+    net = Lora()
+    old = BoundedAdamW(net, lr=1.0, trust=0.01)
+    train(net, old, range(20))
+    state = old.state_dict()
+    for group in state["param_groups"]:
+        del group["reach"]
+    resumed = BoundedAdamW(net, lr=1.0)
+    resumed.load_state_dict(state)
+    assert (resumed.param_groups[0]["trust"], resumed.param_groups[0]["reach"]) == (0.01, None)
+    twin = copy.deepcopy(net)
+    other = BoundedAdamW(twin, lr=1.0, trust=0.01)
+    other.load_state_dict(copy.deepcopy(old.state_dict()))
+    assert train(net, resumed, range(20, 30)) == train(twin, other, range(20, 30))
