@@ -24,7 +24,7 @@ def weight_norms(pairs: Sequence[Pair], model: nn.Module | None = None) -> list[
         PairingError: No module has both the pair and a frozen weight, or that weight is zero, absent or unreadable.
     """
     wanted = {id(pair.A): pair for pair in pairs}
-    found: dict[int, tuple[Tensor, float]] = {}
+    found: dict[int, tuple[nn.Module, Tensor, float]] = {}
     for root in [model] if model is not None else live_roots():
         for path, chain, A in _owners(root, wanted):
             if id(A) not in found and (frozen := _frozen(path, chain, wanted[id(A)])) is not None:
@@ -38,8 +38,8 @@ def weight_norms(pairs: Sequence[Pair], model: nn.Module | None = None) -> list[
         )
     values = []
     for pair in pairs:
-        weight, scale = found[id(pair.A)]
-        values.append(value := _norm(weight, pair).item() / scale)
+        module, weight, scale = found[id(pair.A)]
+        values.append(value := _norm(module, weight, pair).item() / scale)
         if not (math.isfinite(value) and value > 0):
             raise PairingError(
                 f"{pair.name}: trust bounds a step by the size of the frozen weight, which is {value:g} here. "
@@ -59,18 +59,18 @@ def _owners(root: nn.Module, wanted: dict[int, Pair]) -> Iterator[tuple[list[str
                 yield [*tokens, leaf], chain, param
 
 
-def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[Tensor, float] | None:
-    """The frozen weight of the innermost module that has one besides its factors, and the adapter's scale."""
+def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[nn.Module, Tensor, float] | None:
+    """The innermost module that has a frozen weight besides its factors, that weight, and the adapter's scale."""
     for depth in reversed(range(max(0, len(chain) - _LEVELS), len(chain))):
         weight = _weight(chain[depth])
         if isinstance(weight, Tensor) and weight is not pair.A and weight is not pair.B:
-            return weight, _scale(chain[depth], path[depth:], pair)
+            return chain[depth], weight, _scale(chain[depth], path[depth:], pair)
     return None
 
 
 def _weight(module: Any) -> Tensor | None:
-    if hasattr(module, "get_base_layer"):  # peft
-        return getattr(module.get_base_layer(), "weight", None)
+    if hasattr(module, "get_base_layer"):  # peft, whose target_parameters may be of any name
+        return getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"), None)
     base = getattr(module, "base_layer", module)
     base = getattr(getattr(module, "org_forward", None), "__self__", base)  # kohya took over this layer's forward
     return getattr(base, "weight", None)
@@ -92,7 +92,7 @@ def _scale(module: Any, below: list[str], pair: Pair) -> float:
 
 
 @torch.no_grad()
-def _norm(weight: Tensor, pair: Pair) -> Tensor:
+def _norm(module: Any, weight: Tensor, pair: Pair) -> Tensor:
     if weight.is_meta:
         raise PairingError(
             f"{pair.name}: trust measures the frozen weight, which is not in memory (on the meta device, offloaded). "
@@ -100,9 +100,31 @@ def _norm(weight: Tensor, pair: Pair) -> Tensor:
         )
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         weight = _dequantized(weight, pair)
+    weight = _part(module, weight, pair)
     dtype = torch.promote_types(weight.dtype, torch.float32)  # squares of fp16 weights overflow
     norm = torch.linalg.vector_norm(weight.detach(), dtype=dtype)
     return norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
+
+
+def _part(module: Any, weight: Tensor, pair: Pair) -> Tensor:
+    """What of a frozen weight the pair moves, where its layer has several pairs or adapts some of its rows."""
+    enabled = getattr(module, "enable_lora", None)
+    if pair.block is None and enabled is None:
+        return weight
+    if getattr(module, "fan_in_fan_out", False):
+        weight = weight.mT
+    part: Tensor | None = None
+    if enabled is None:
+        part = pair.block.of_weight(weight) if pair.block is not None else weight
+    elif weight.shape[0] % len(enabled) == 0:  # loralib's MergedLinear: queries, keys and values, or some of them
+        rows = weight.unflatten(0, (len(enabled), -1))[[bool(on) for on in enabled]]
+        part = rows[pair.block.index if pair.block is not None else 0]
+    if part is None:
+        raise PairingError(
+            f"{pair.name}: trust cannot tell which part of the frozen weight {tuple(weight.shape)} this pair moves. "
+            "Leave trust out."
+        )
+    return part
 
 
 def _dequantized(weight: Any, pair: Pair) -> Tensor:
