@@ -170,7 +170,7 @@ class _Search:
         self.learn(named, root)
         self.walk(named, "modules")
 
-    def walk(self, named: list[tuple[str, Tensor]], found_by: str) -> None:
+    def walk(self, named: Sequence[tuple[str, Tensor]], found_by: str) -> None:
         self.learn(named)
         sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
         shared: set[str] = set()  # names that two models have: they tell nothing, the live modules may

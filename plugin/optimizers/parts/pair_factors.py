@@ -16,6 +16,7 @@ class PairFactors:
         self._full = FullFactors(factor for pair in pairs for factor in (pair.A, pair.B))
         self._views: list[tuple[Pair, int, Tensor, Tensor]] = []  # pair, side, what it is a view of, the view
         self._of: dict[int, list[Tensor]] = {id(pair): [] for pair in pairs}
+        self._origins: list[tuple[int, torch.dtype]] = []  # where the parameters of the views lay, when last looked
         self._owner: dict[int, tuple[Pair, int]] = {}  # pair and side by the id of what stands for the factor
         for pair in pairs:
             for side, factor in enumerate((pair.A, pair.B)):
@@ -49,10 +50,11 @@ class PairFactors:
     def gather(self) -> None:
         """Bring them up to date: sharded ones change, and other programs put new storage behind a parameter."""
         self._full.gather()
-        for pair, side, whole, part in self._views:
-            now = pair.part(side, whole.detach())
-            if part.data_ptr() != now.data_ptr() or part.dtype != now.dtype:
-                part.data = now
+        origins = [(whole.data_ptr(), whole.dtype) for _, _, whole, _ in self._views]
+        if origins != self._origins:
+            for pair, side, whole, part in self._views:
+                part.data = pair.part(side, whole.detach())
+            self._origins = origins
 
     @torch.no_grad()
     def gather_grads(self) -> None:

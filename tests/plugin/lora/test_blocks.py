@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from peft import AdaLoraConfig, KasaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD, attach, find_pairs
+from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD, attach, bounded, find_pairs
 from equipoise.errors import PairingError
 from equipoise.optimizers.reference import ReferenceScaled
 
@@ -209,6 +210,35 @@ def test_reach_holds_for_every_block_and_over_a_resumption(kind: str, fresh: boo
     ]
     assert max(far) <= 0.02 * 1.001 and max(far) > 0.015
     assert list(optimizer.moved.values()) == pytest.approx(far, rel=1e-3)
+
+
+def test_schedule_free_blocks_move_as_pairs_of_their_own():
+    """Its second sequence is taken back block by block, too."""
+    model = made("MergedLinear")
+    pairs = find_pairs(model).pairs
+    alone = nn.ModuleList()
+    for pair, W in zip(pairs, blocks("MergedLinear", model.weight.data.T), strict=True):
+        layer = MergedLinear(6, 4, enable_lora=(True,))
+        layer.weight.data.copy_(W.T)
+        layer.lora_A.data.copy_(pair.part(0, pair.A.data))
+        layer.lora_B.data.copy_(pair.part(1, pair.B.data))
+        alone.append(layer)
+    both = [bounded(AdamWScheduleFree)(net, lr=1.0, trust=0.01) for net in (model, alone)]
+    for optimizer in both:
+        optimizer.train()
+    for step in range(5):
+        backward(model, step)
+        for pair, layer in zip(pairs, alone, strict=True):
+            for side, (whole, param) in enumerate(((pair.A, layer.lora_A), (pair.B, layer.lora_B))):
+                assert whole.grad is not None
+                param.grad = pair.part(side, whole.grad).clone()
+        for optimizer in both:
+            optimizer.step()
+    for optimizer in both:
+        optimizer.eval()
+    for pair, layer in zip(pairs, alone, strict=True):
+        torch.testing.assert_close(pair.part(0, pair.A), layer.lora_A)
+        torch.testing.assert_close(pair.part(1, pair.B), layer.lora_B)
 
 
 def test_two_parameters_of_one_module_have_pairs_of_their_own():
