@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import AdaLoraConfig, KasaConfig, LoraConfig, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.variants import QALoraLinearVariant
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -335,10 +336,35 @@ def test_pairs_beside_what_is_none_are_treated(caplog):
 
 
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported for CAUSAL_LM:UserWarning")
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"alora_invocation_tokens": [1]}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"alora_invocation_tokens": [1]},
+        {"velora_config": VeloraConfig(num_groups=2)},
+        {"monteclora_config": MontecloraConfig()},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
 def test_other_variants_are_plain_pairs(options: dict):
     report = find_pairs(peft(nn.Linear(6, 8), target_modules=["layer"], **options))
     assert [(pair.rank, pair.block) for pair in report] == [(4, None)] and not report.rest
+
+
+def test_qalora_is_bounded_by_what_it_adds_to_the_weight():
+    """peft offers it for GPTQ layers alone; the variant itself goes with any."""
+    model = peft(nn.Linear(6, 8, bias=False), target_modules=["layer"])
+    QALoraLinearVariant.init(model, "default", LoraConfig(use_qalora=True, qalora_group_size=3))
+    model.lora_variant["default"] = QALoraLinearVariant()
+    nn.init.normal_(model.lora_B["default"].weight)
+    assert model.lora_A["default"].weight.shape == (4, 2)
+    before, size = weight(model), frozen(model).norm()
+    backward(model)
+    BoundedAdamW(model, lr=10.0, trust=0.01).step()
+    assert (weight(model) - before).norm() / size == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_frozen_weight_that_has_not_as_many_parts_is_refused():
