@@ -48,13 +48,13 @@ def declared(root: nn.Module) -> dict[int, tuple[str, int]]:
     """(kind, count) by the id of A, where a layer says so of itself; rows are seen from the shapes of A and B."""
     found: dict[int, tuple[str, int]] = {}
     for module in root.modules():
-        count = getattr(module, "nblocks", getattr(module, "groups", 1))
-        if isinstance(count, int) and count > 1:
+        count: Any = getattr(module, "nblocks", getattr(module, "groups", 1))
+        if isinstance(count, int) and count > 1:  # this module is A's, if it is any factor's
             found[id(getattr(module, "weight", None))] = ("columns", count)
-    for module in root.modules():
-        count: Any = getattr(module, "num_experts", 1)
-        if hasattr(module, "parameter_name") and isinstance(count, int) and count > 1:
-            found |= {id(layer.weight): ("experts", count) for layer in module.lora_A.values()}  # type: ignore[union-attr]
+        experts: Any = getattr(module, "num_experts", 1)
+        adapters = getattr(module, "lora_A", None)  # a layer of the model's own may count its experts too
+        if hasattr(module, "parameter_name") and isinstance(adapters, nn.ModuleDict) and experts > 1:
+            found |= {id(layer.weight): ("experts", experts) for layer in adapters.values()}
     return found
 
 

@@ -81,7 +81,8 @@ def _scale(module: Any, below: list[str], pair: Pair) -> float:
     scaling = getattr(module, "scaling", None)
     if isinstance(scaling, dict):  # peft: by adapter, whose name follows lora_A
         scaling = scaling.get(below[1])
-        if group := getattr(module, "qalora_group_size", {}).get(below[1]):  # W + s·BAP, where P sums groups of inputs
+        group = getattr(module, "qalora_group_size", {}).get(below[1])
+        if group and scaling is not None:  # W + s·BAP, where P sums groups of inputs
             scaling *= pair.A.shape[1] / math.sqrt(group)  # PPᵀ = (n²/g³)·I, and A has n/g columns
     if scaling is None:
         scaling = getattr(module, "scale", None)  # kohya

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from equipoise import ScaledGD
+from equipoise import ScaledAdamW, ScaledGD
 from equipoise.optimizers.parts import preconditioner
 from equipoise.optimizers.reference import ReferenceScaled
 
@@ -60,6 +61,30 @@ def test_float32_alone_would_be_wrong(rank: int, monkeypatch):
     torch.manual_seed(0)
     found, counted = errors(couples(rank, 4.0), damping=1e-9)
     assert (found > 0.05).sum() >= 3 and counted < (found > 0.05).sum()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_run_at_high_rank_and_rate_is_scaled_exactly(alone: bool, monkeypatch):
+    """Factors as training leaves them: rank 64 on layers of width 64, at a rate of 1e-2."""
+    if alone:  # float32, that is
+        monkeypatch.setattr(preconditioner, "_INEXACT", float("inf"))
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    model = inject_adapter_in_model(LoraConfig(r=64, lora_alpha=64, target_modules=["0", "2"]), base)
+    optimizer = ScaledAdamW(model, 1e-2)
+    target, damping, off = torch.randn(64, 64) / 8, 1e-6 * torch.eye(64, dtype=torch.float64), 0
+    for _ in range(100):
+        x = torch.randn(8, 64)
+        optimizer.zero_grad()
+        (model(x) - torch.tanh(x @ target)).square().mean().backward()
+        wanted = []
+        for pair in optimizer.pairs:
+            A, B, dA, dB = (t.double() for t in (pair.A.detach(), pair.B.detach(), pair.A.grad, pair.B.grad))  # type: ignore[union-attr]
+            wanted += [torch.linalg.solve(B.T @ B + damping, dA), torch.linalg.solve(A @ A.T + damping, dB.T).T]
+        optimizer.step()
+        grads = [side.grad for pair in optimizer.pairs for side in (pair.A, pair.B)]
+        off += sum(bool((g - w).norm() > 0.01 * w.norm()) for g, w in zip(grads, wanted, strict=True))
+    assert off > 40 if alone else off == optimizer.fallbacks == 0
 
 
 def test_what_float64_does_not_carry_either_is_counted():
