@@ -73,11 +73,14 @@ SHAPES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def model(shapes: str, rank: int) -> nn.Module:
+def model(shapes: str, rank: int, decades: float = 0.0) -> nn.Module:
+    """The parameters and their gradients; the columns of every B fall in size by `decades` powers of ten."""
     generator = torch.Generator().manual_seed(0)
     net = SHAPES[shapes](rank)
-    for param in net.parameters():
+    for name, param in net.named_parameters():
         param.data.normal_(0, 0.02, generator=generator)
+        if "lora_B" in name:
+            param.data *= torch.logspace(0, -decades, rank)
         param.grad = torch.randn(param.shape, generator=generator) * 1e-3
     return net
 
@@ -118,9 +121,11 @@ def training_step(rank: int, clock: Callable[[], float]) -> float:
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure(names: list[str], shapes: str, rank: int, steps: int, clock: Callable[[], float]) -> dict[str, float]:
+def measure(
+    names: list[str], shapes: str, rank: int, steps: int, clock: Callable[[], float], decades: float = 0.0
+) -> dict[str, float]:
     """Median seconds per step of each optimizer, after two steps that nobody counts."""
-    models = {name: model(shapes, rank) for name in names}
+    models = {name: model(shapes, rank, decades) for name in names}
     optimizers = {name: OPTIMIZERS[name](models[name]) for name in names}
     grads = {
         name: [(p, p.grad.clone()) for group in opt.param_groups for p in group["params"]]
@@ -146,6 +151,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the optimizers to measure")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer")
+    parser.add_argument(
+        "--decades", type=float, default=0.0, help="powers of ten that the columns of every B differ by"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     arguments = parser.parse_args()
@@ -166,7 +174,7 @@ def main() -> None:
     print(f"| rank | optimizer | median ms | {' | '.join(f'× {name}' for name in versus)} |")
     print(f"| ---: | --- | ---: |{' ---: |' * len(versus)}")
     for rank in arguments.ranks if arguments.shapes != "gpt2" else [0]:
-        medians = measure(names, arguments.shapes, rank, arguments.steps, CLOCKS[arguments.clock])
+        medians = measure(names, arguments.shapes, rank, arguments.steps, CLOCKS[arguments.clock], arguments.decades)
         for name, seconds in medians.items():
             ratios = " | ".join(f"{seconds / medians[other]:.2f}" for other in versus)
             print(f"| {rank or 'full'} | {name} | {seconds * 1e3:.2f} | {ratios} |", flush=True)

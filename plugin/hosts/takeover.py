@@ -89,7 +89,8 @@ def treat(choice: Choice) -> None:
 def _look(optimizer: Optimizer) -> tuple[PairReport, str]:
     """(the pairs, what is doubtful). Tensors that nothing names are no pairs unless their shapes leave no doubt."""
     try:
-        return optimizer.pairs if isinstance(optimizer, PairOptimizer) else find_pairs(optimizer), ""
+        found = optimizer.pairs if isinstance(optimizer, PairOptimizer) else find_pairs(optimizer)
+        return found, "; ".join(found.rest)
     except NamelessError as error:
         return PairReport(()), str(error)
 

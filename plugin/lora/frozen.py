@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import PairingError
+from equipoise.lora.blocks import Block
 from equipoise.lora.pairs import Pair, is_dtensor, live_roots
 
 _LEVELS = 3  # peft: the layer, its ModuleDict lora_A, and in that one nn.Linear per adapter
@@ -38,8 +39,8 @@ def weight_norms(
         PairingError: No module has both the pair and a frozen weight, or that weight is zero, absent or unreadable.
     """
     wanted = {id(pair.A): pair for pair in pairs}
-    found: dict[int, tuple[nn.Module, Tensor, float]] = {}
-    layers: dict[int, int] = {}
+    found: dict[int, tuple[nn.Module, nn.Module, Tensor, float]] = {}
+    layers: dict[tuple[int, Block | None], int] = {}
     for root in [model] if model is not None else live_roots():
         for path, chain, A in _owners(root, wanted):
             if id(A) not in found and (frozen := _frozen(path, chain, wanted[id(A)])) is not None:
@@ -54,9 +55,9 @@ def weight_norms(
         )
     values = []
     for pair in pairs:
-        layer, weight, scale = found[id(pair.A)]
-        value = _norm(weight, pair, instead).item() / scale
-        values.append(Frozen(value, layers.setdefault(id(layer), len(layers))))
+        module, layer, weight, scale = found[id(pair.A)]
+        value = _norm(module, weight, pair, instead).item() / scale
+        values.append(Frozen(value, layers.setdefault((id(layer), pair.block), len(layers))))
         if not (math.isfinite(value) and value > 0):
             raise PairingError(
                 f"{pair.name}: a bound is a share of the size of the frozen weight, which is {value:g} here. Take the "
@@ -76,13 +77,13 @@ def _owners(root: nn.Module, wanted: dict[int, Pair]) -> Iterator[tuple[list[str
                 yield [*tokens, leaf], chain, param
 
 
-def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[nn.Module, Tensor, float] | None:
-    """The innermost module that has a weight besides its factors, that frozen weight, and the adapter's scale."""
+def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[nn.Module, nn.Module, Tensor, float] | None:
+    """The innermost module that has a frozen weight besides its factors; the weight's layer, it, the adapter's scale."""
     for depth in reversed(range(max(0, len(chain) - _LEVELS), len(chain))):
         layer = _adapted(chain[depth])
-        weight = getattr(layer, "weight", None)
+        weight = getattr(layer, getattr(chain[depth], "parameter_name", "weight"), None)  # peft's target_parameters
         if isinstance(weight, Tensor) and weight is not pair.A and weight is not pair.B:
-            return layer, weight, _scale(chain[depth], path[depth:], pair)
+            return chain[depth], layer, weight, _scale(chain[depth], path[depth:], pair)
     return None
 
 
@@ -99,6 +100,9 @@ def _scale(module: Any, below: list[str], pair: Pair) -> float:
     scaling = getattr(module, "scaling", None)
     if isinstance(scaling, dict):  # peft: by adapter, whose name follows lora_A
         scaling = scaling.get(below[1])
+        group = getattr(module, "qalora_group_size", {}).get(below[1])
+        if group and scaling is not None:  # W + s·BAP, where P sums groups of inputs
+            scaling *= pair.A.shape[1] / math.sqrt(group)  # PPᵀ = (n²/g³)·I, and A has n/g columns
     if scaling is None:
         scaling = getattr(module, "scale", None)  # kohya
     if scaling is None and isinstance(alpha := getattr(module, "alpha", None), int | float):
@@ -110,7 +114,7 @@ def _scale(module: Any, below: list[str], pair: Pair) -> float:
 
 
 @torch.no_grad()
-def _norm(weight: Tensor, pair: Pair, instead: str) -> Tensor:
+def _norm(module: Any, weight: Tensor, pair: Pair, instead: str) -> Tensor:
     if weight.is_meta:
         raise PairingError(
             f"{pair.name}: a bound is a share of the size of the frozen weight, which is not in memory (on the meta "
@@ -118,9 +122,31 @@ def _norm(weight: Tensor, pair: Pair, instead: str) -> Tensor:
         )
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         weight = _dequantized(weight, pair, instead)
+    weight = _part(module, weight, pair, instead)
     dtype = torch.promote_types(weight.dtype, torch.float32)  # squares of fp16 weights overflow
     norm = torch.linalg.vector_norm(weight.detach(), dtype=dtype)
     return norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
+
+
+def _part(module: Any, weight: Tensor, pair: Pair, instead: str) -> Tensor:
+    """What of a frozen weight the pair moves, where its layer has several pairs or adapts some of its rows."""
+    enabled = getattr(module, "enable_lora", None)
+    if pair.block is None and enabled is None:
+        return weight
+    if getattr(module, "fan_in_fan_out", False):
+        weight = weight.mT
+    part: Tensor | None = None
+    if enabled is None:
+        part = pair.block.of_weight(weight) if pair.block is not None else weight
+    elif weight.shape[0] % len(enabled) == 0:  # loralib's MergedLinear: queries, keys and values, or some of them
+        rows = weight.unflatten(0, (len(enabled), -1))[[bool(on) for on in enabled]]
+        part = rows[pair.block.index if pair.block is not None else 0]
+    if part is None:
+        raise PairingError(
+            f"{pair.name}: a bound is a share of the size of what the pair moves, and which part of the frozen weight "
+            f"{tuple(weight.shape)} that is does not show. Take the adapter off this layer, or {instead}."
+        )
+    return part
 
 
 def _dequantized(weight: Any, pair: Pair, instead: str) -> Tensor:

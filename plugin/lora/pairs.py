@@ -1,12 +1,13 @@
 """Finds the LoRA factor pairs (A, B) in a model, a parameter list or a live optimizer.
 
 A is (r, n) and B is (m, r), as in PEFT: the weight moves by s·BA. A convolution's A (r, in, kh, kw) counts as
-(r, in·kh·kw) and its B (m, r, 1, 1) as (m, r).
+(r, in·kh·kw) and its B (m, r, 1, 1) as (m, r). Where A and B hold several pairs side by side, each is a pair of its
+own; where something else lies between the two, they are none, and left to the base optimizer.
 """
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -16,14 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.errors import NamelessError, PairingError
+from equipoise.lora.blocks import Block, declared, split
+from equipoise.lora.names import between, layer_of, role
 
-_SIDES = {
-    "lora_A": "lora_B",  # peft, loralib
-    "lora_a": "lora_b",  # torchtune
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_down": "lora_up",  # kohya
-}
-_A_TOKEN = {b: a for a, b in _SIDES.items()}
 _MAX_BARE_RANK = 256  # a wider "factor" without a name is more likely a layer of its own
 _ADVICE = "Pass the model, or named parameters, to find_pairs or to the optimizer."
 
@@ -33,13 +29,20 @@ class Pair:
     """One LoRA pair. Either side may be frozen; a frozen side still supplies its Gram matrix."""
 
     name: str  # where it sits: A's name without its factor token
-    A: Tensor  # (r, n) or (r, in, kh, kw)
+    A: Tensor  # (r, n) or (r, in, kh, kw); the whole parameter, also where the pair is a block of it
     B: Tensor  # (m, r) or (m, r, 1, 1)
     found_by: str  # "modules", "names" or "adjacency"
+    block: Block | None = None  # which of several pairs in A and B
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[0] // (self.block.count if self.block else 1)
+
+    def part(self, side: int, tensor: Tensor) -> Tensor:
+        """What this pair has of a tensor that is shaped as its parameter A (side 0) or B (side 1): a view."""
+        if self.block is None:
+            return tensor
+        return self.block.of_B(tensor) if side else self.block.of_A(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,7 @@ class PairReport:
 
     pairs: tuple[Pair, ...]
     unpaired: tuple[str, ...] = ()  # named like a LoRA factor, without a partner that fits: left to the base optimizer
+    left: tuple[tuple[str, str], ...] = ()  # (where, why) of adapters that are no pairs: left to the base optimizer too
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
@@ -70,10 +74,20 @@ class PairReport:
             text = f"{len(self.pairs)} LoRA pair{plural} of rank {ranks}, found by {' and '.join(self.found_by)}"
         if "adjacency" in self.found_by:
             text += " (a guess from shapes and order; pass the model to be certain)"
+        return "; ".join([text, *self.rest]) + "."
+
+    @property
+    def rest(self) -> list[str]:
+        """What is left to the base optimizer and why, a clause for each reason."""
+        clauses = []
         if self.unpaired:
-            shown = ", ".join(self.unpaired[:3]) + (", …" if len(self.unpaired) > 3 else "")
-            text += f"; {len(self.unpaired)} LoRA factors without a partner ({shown}) are left to the base optimizer"
-        return text + "."
+            count, shown = len(self.unpaired), _some(self.unpaired)
+            clauses.append(f"{count} LoRA factors without a partner ({shown}) are left to the base optimizer")
+        for why in dict.fromkeys(why for _, why in self.left):
+            where = [name for name, reason in self.left if reason == why]
+            count = f"{len(where)} adapters are" if len(where) > 1 else "1 adapter is"
+            clauses.append(f"{count} left to the base optimizer ({_some(where)}), for {why}")
+        return clauses
 
 
 def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
@@ -97,18 +111,23 @@ def find_pairs(source: Any, model: nn.Module | None = None) -> PairReport:
         _refuse_sharded(tensor, names.get(id(tensor)))
 
     search = _Search(wanted)
+    roots: list[nn.Module] = []
     if model is not None:
-        search.walk(model.named_parameters(remove_duplicate=False), "modules")
-        if search.found_elsewhere and not search.pairs:
+        search.walk_modules(model)
+        if search.found_elsewhere and not search.pairs and not search.left:
             raise PairingError(
                 f"The model has {search.found_elsewhere} trainable LoRA pairs, but the optimizer holds none of their "
                 "tensors: it was made for another model, or its parameters were replaced by flattened or partitioned "
                 "ones, which cannot be scaled. Use DDP or FSDP2, or another optimizer."
             )
-    search.walk(((names[key], tensor) for key, tensor in wanted.items() if key in names), "names")
+    elif any(map(role, names.values())):
+        roots = live_roots()
+        for root in roots:  # names do not say that A and B are those of several experts
+            search.learn(root.named_parameters(remove_duplicate=False), root)
+    search.walk([(names[key], tensor) for key, tensor in wanted.items() if key in names], "names")
     if search.nameless() or search.lonely:
-        for root in live_roots():
-            search.walk(root.named_parameters(remove_duplicate=False), "modules")
+        for root in roots or live_roots():
+            search.walk_modules(root)
     search.pair_by_adjacency()
     return search.report()
 
@@ -128,23 +147,42 @@ class _Search:
         self.named: set[int] = set()  # tensors that some source has a name for
         self.lonely: dict[int, str] = {}  # LoRA-named tensors still without a partner
         self.partner: dict[int, Pair] = {}
+        self.left: dict[int, tuple[str, str]] = {}  # by the id of either factor: (layer, why it makes no pair)
         self.found_elsewhere = 0
+        self._blocks: dict[int, tuple[str, int]] = {}
+        self._why: dict[int, str] = {}  # by the id of either factor
 
     def nameless(self) -> list[Tensor]:
         return [tensor for key, tensor in self.wanted.items() if key not in self.named]
 
-    def walk(self, named: Iterable[tuple[str, Tensor]], found_by: str) -> None:
+    def learn(self, named: Iterable[tuple[str, Tensor]], root: nn.Module | None = None) -> None:
+        """What is no plain pair, as far as names and a module tell."""
+        named = list(named)
+        reasons = dict(filter(None, (between(name) for name, _ in named)))
+        for name, tensor in named if reasons else ():
+            if (known := role(name)) and (why := reasons.get(layer_of(known[1]))):
+                self._why[id(tensor)] = why
+        if root is not None:
+            self._blocks |= declared(root)
+
+    def walk_modules(self, root: nn.Module) -> None:
+        named = list(root.named_parameters(remove_duplicate=False))
+        self.learn(named, root)
+        self.walk(named, "modules")
+
+    def walk(self, named: Sequence[tuple[str, Tensor]], found_by: str) -> None:
+        self.learn(named)
         sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
         shared: set[str] = set()  # names that two models have: they tell nothing, the live modules may
         for name, tensor in named:
             self.named.add(id(tensor))
-            role = _role(name)
-            if role is None:
+            known = role(name)
+            if known is None:
                 continue
             if tensor.ndim >= 2:
-                side = sides.setdefault(role[1], {})
-                if side.setdefault(role[0], (name, tensor))[1] is not tensor:
-                    shared.add(role[1])
+                side = sides.setdefault(known[1], {})
+                if side.setdefault(known[0], (name, tensor))[1] is not tensor:
+                    shared.add(known[1])
                     self.named.discard(id(tensor))
             elif id(tensor) in self.wanted and not name.endswith("bias"):
                 raise PairingError(
@@ -158,13 +196,18 @@ class _Search:
             if len(both) == 2:
                 self._add(key, both["A"], both["B"], found_by)
             for name, tensor in both.values():
-                if id(tensor) in self.wanted and id(tensor) not in self.partner:
+                if id(tensor) in self.wanted and id(tensor) not in self.partner and id(tensor) not in self.left:
                     self.lonely[id(tensor)] = name
 
     def _add(self, key: str, a: tuple[str, Tensor], b: tuple[str, Tensor], found_by: str) -> None:
         (name_a, A), (name_b, B) = a, b
         if id(A) not in self.wanted and id(B) not in self.wanted:
             self.found_elsewhere += A.requires_grad or B.requires_grad
+            return
+        if why := self._why.get(id(A)):
+            for side in (A, B):
+                self.left[id(side)] = (layer_of(key) or key, why)
+                self.lonely.pop(id(side), None)
             return
         if any(id(side) in self.partner for side in (A, B)):
             known = self.partner.get(id(A)) or self.partner[id(B)]
@@ -174,18 +217,17 @@ class _Search:
                 f"{name_a} and {name_b} share a factor with the pair {known.name}: one Gram matrix cannot serve two "
                 "products. Give each layer its own factors, or use another optimizer."
             )
-        rank_a, rank_b = A.shape[0], B.flatten(1).shape[1]
-        if rank_a != rank_b:
-            if B.ndim > 2 and rank_a % rank_b == 0:
-                return  # a grouped convolution: B is block-diagonal, so the r×r metric does not describe it
+        blocks = split(A, B, self._blocks.get(id(A)))
+        if blocks is None:
             raise PairingError(
                 f"{name_a} {tuple(A.shape)} and {name_b} {tuple(B.shape)} belong together by name but not by rank: "
-                f"A's first size is {rank_a}, B's second {rank_b}. Use A (r, n) and B (m, r)."
+                f"A's first size is {A.shape[0]}, B's second {B.flatten(1).shape[1]}. Use A (r, n) and B (m, r)."
             )
-        pair = Pair(_layer(key), A, B, found_by)
-        self.pairs.append(pair)
+        layer = layer_of(key) or key
+        pairs = [Pair(f"{layer}[{block.index}]", A, B, found_by, block) for block in blocks]
+        self.pairs += pairs or [Pair(layer, A, B, found_by)]
         for side in (A, B):
-            self.partner[id(side)] = pair
+            self.partner[id(side)] = self.pairs[-1]
             self.lonely.pop(id(side), None)
 
     def pair_by_adjacency(self) -> None:
@@ -213,31 +255,11 @@ class _Search:
             self.pairs.append(pair)
 
     def report(self) -> PairReport:
-        return PairReport(tuple(self.pairs), tuple(self.lonely.values()))
+        return PairReport(tuple(self.pairs), tuple(self.lonely.values()), tuple(dict.fromkeys(self.left.values())))
 
 
-def _role(name: str) -> tuple[str, str] | None:
-    """("A" or "B", the name that A has or would have), or None for a name that is no LoRA factor's."""
-    tokens = name.split(".")
-    for index in reversed(range(len(tokens))):
-        token, parent = tokens[index], tokens[index - 1] if index else ""
-        if token in _SIDES:
-            return "A", name
-        if token in _A_TOKEN:
-            tokens[index] = _A_TOKEN[token]
-            return "B", ".".join(tokens)
-        # LoRALinearLayer of older diffusers: ….to_q_lora.down.weight, ….lora.down.weight
-        if token in ("down", "up") and (parent in ("lora", "lora_linear_layer") or parent.endswith("_lora")):
-            tokens[index] = "down"
-            return ("A" if token == "down" else "B"), ".".join(tokens)
-    return None
-
-
-def _layer(name: str) -> str:
-    tokens = [token for token in name.split(".") if token not in _SIDES]
-    if tokens and tokens[-1] == "weight":
-        tokens.pop()
-    return ".".join(tokens) or name
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _fit(A: Tensor, B: Tensor) -> bool:

@@ -32,7 +32,7 @@ class PairOptimizer:
 
     @property
     def fallbacks(self) -> int:
-        """How many gradients were left unscaled because a Gram matrix could not be inverted. Waits for the device."""
+        """How many gradients were left unscaled or scaled inexactly, for want of an inverse. Waits for the device."""
         return self._hook.failures
 
     @property

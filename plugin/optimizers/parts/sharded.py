@@ -20,17 +20,12 @@ class FullFactors:
         sharded = {id(factor): factor for factor in factors if is_dtensor(factor)}
         self._copies = [(f, torch.empty(f.shape, dtype=f.dtype, device=f.device)) for f in sharded.values()]
         self._full = {id(factor): copy for factor, copy in self._copies}
-        self._sharded = {id(copy): factor for factor, copy in self._copies}
 
     def __bool__(self) -> bool:
         return bool(self._copies)
 
     def full(self, factor: Tensor) -> Tensor:
         return self._full.get(id(factor), factor)
-
-    def sharded(self, copy: Tensor) -> Tensor:
-        """The factor that `copy` is the full copy of."""
-        return self._sharded.get(id(copy), copy)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -47,13 +42,13 @@ class FullFactors:
     def scatter(self) -> None:
         """Writes the copies into the factors."""
         for factor, copy in self._copies:
-            factor.copy_(_shard(copy, factor))
+            factor.copy_(shard(copy, factor))
 
     @torch.no_grad()
     def scatter_grads(self) -> None:
         for factor, copy in self._copies:
             if factor.grad is not None and copy.grad is not None:
-                factor.grad = _shard(copy.grad, factor.grad)
+                factor.grad = shard(copy.grad, factor.grad)
             copy.grad = None
 
 
@@ -62,7 +57,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _shard(copy: Tensor, like: Tensor) -> Tensor:
+def shard(copy: Tensor, like: Tensor) -> Tensor:
     """A tensor that all processes have, sharded as another is: each keeps its part, and none is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 

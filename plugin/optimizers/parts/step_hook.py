@@ -17,9 +17,10 @@ from equipoise.lora.frozen import Frozen, weight_norms
 from equipoise.lora.pairs import REPLACED, Pair, PairReport, find_pairs
 from equipoise.optimizers.parts.checks import check_not_negative, group_label, is_number
 from equipoise.optimizers.parts.fused_adamw import match_layout
+from equipoise.optimizers.parts.pair_factors import PairFactors
 from equipoise.optimizers.parts.preconditioner import Preconditioner, Side
 from equipoise.optimizers.parts.product_bound import ProductBound
-from equipoise.optimizers.parts.sharded import FullFactors, full
+from equipoise.optimizers.parts.sharded import full, shard
 
 REACHED = 1.001  # times its reach that a pair may lie out when it is resumed: what rounding may add
 START = "equipoise_start"  # in the optimizer's state of a factor: as the adapter began, where reach is measured from
@@ -56,8 +57,8 @@ class StepHook:
         self._scales = scales
         self._matrices = False  # whether the optimizer was made for any
         self._params: list[Tensor] = []  # those the pairs were looked up for; held, so that no id is used twice
-        self._factors = FullFactors([])
-        self._sides: list[Side] = []  # of full factors
+        self._factors = PairFactors([])
+        self._sides: list[Side] = []
         self._options: list[tuple[float, str, str]] = []
         self._early = Preconditioner([])  # what is scaled from the old factors
         self._late = Preconditioner([])  # "sequential": the Bs, scaled once A has moved
@@ -132,10 +133,10 @@ class StepHook:
             self._params, self._options, self._starts = params, [], {}
             self._step.bound = self._run.bound = None
             group = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            self._factors = FullFactors(factor for p in self.found for factor in (p.A, p.B))
-            full = self._factors.full
-            self._sides = [Side(full(p.A), full(p.B), True, group[id(p.A)]) for p in self.found if id(p.A) in group]
-            self._sides += [Side(full(p.B), full(p.A), False, group[id(p.B)]) for p in self.found if id(p.B) in group]
+            self._factors = PairFactors(self.found.pairs)
+            couples = [(p, *self._factors.of(p)) for p in self.found]
+            self._sides = [Side(A, B, True, group[id(p.A)]) for p, A, B in couples if id(p.A) in group]
+            self._sides += [Side(B, A, False, group[id(p.B)]) for p, A, B in couples if id(p.B) in group]
         return self.found
 
     @property
@@ -170,18 +171,28 @@ class StepHook:
                 self._make(asked, optimizer)
         if self._step.bound is not None:
             self._step.bound.remember()
-            self._beside = {key: z.clone() for key, z in _beside(optimizer, self._step.bound).items()}
+            self._beside = {key: z.clone() for key, z in self._second(optimizer, self._step.bound).items()}
 
     @torch.no_grad()
     def _shrink_beside(self, optimizer: Any, bound: ProductBound, earlier: Mapping[int, Tensor]) -> None:
         """Take back as much of schedule-free's second sequence as of the first; else the two part for good."""
-        if not (now := _beside(optimizer, bound)):
+        if not (now := self._second(optimizer, bound)):
             return
         for pair, old, c in zip(bound.pairs, bound.old, bound.shares, strict=True):
             for factor, before in zip(pair, old, strict=True):
                 if (z := now.get(id(factor))) is not None:
                     before = earlier.get(id(factor), before)  # z starts as the parameter, within its first step
                     z.copy_(torch.lerp(before.to(c.dtype), z.to(c.dtype), c))
+
+    def _second(self, optimizer: Any, bound: ProductBound) -> dict[int, Tensor]:
+        """Schedule-free's second sequence z of each bounded factor, by its id. Its `eval` goes along y − z."""
+        if not any("train_mode" in group for group in optimizer.param_groups):
+            return {}
+        factors = [factor for pair in bound.pairs for factor in pair]
+        states = [optimizer.state.get(self._factors.parameter(factor), {}) for factor in factors]
+        return {
+            id(f): self._factors.part(f, state["z"]) for f, state in zip(factors, states, strict=True) if "z" in state
+        }
 
     def _make(self, asked: "_Bound", optimizer: Any) -> None:
         """Make the bound on a step or on the run, for the pairs of the groups that ask for it."""
@@ -190,11 +201,13 @@ class StepHook:
         values = asked.values(optimizer)
         if self.norms is None:
             self.norms = self._measure(optimizer, self.found.pairs)
-        if self._factors and any("train_mode" in group for group in optimizer.param_groups):
+        if self._factors.sharded and any("train_mode" in group for group in optimizer.param_groups):
             raise InputError(
                 f"{type(optimizer).__name__}: the option {asked.option} cannot bound a schedule-free step of factors "
                 f"that FSDP2 shards over processes. Leave {asked.option} out, or take another base."
             )
+        if self.found.rest:
+            _log.warning("The option %s bounds LoRA pairs alone: %s.", asked.option, "; ".join(self.found.rest))
         pairs, frozen, kinds, names = [], [], [], []
         for pair, under in zip(self.found, self.norms, strict=True):
             indices = [group[id(factor)] for factor in (pair.A, pair.B) if id(factor) in group]
@@ -207,14 +220,11 @@ class StepHook:
         # Several adapters on a layer: each may go its part of the way, so that their sum keeps the bound.
         on_layer = Counter(under.layer for under in frozen)
         beside = [on_layer[under.layer] for under in frozen]
-        bound = ProductBound(
-            [(self._factors.full(pair.A), self._factors.full(pair.B)) for pair in pairs],
-            [under.norm / n for under, n in zip(frozen, beside, strict=True)],
-            [distinct.index(kind) for kind in kinds],
-        )
+        norms = [under.norm / n for under, n in zip(frozen, beside, strict=True)]
+        bound = ProductBound(list(map(self._factors.of, pairs)), norms, [distinct.index(kind) for kind in kinds])
         asked.set(optimizer, bound, distinct, names, beside)
         if asked is self._run:
-            bound.remember([full(start) for pair in pairs for start in self._start(optimizer, pair)])
+            bound.remember([start for pair in pairs for start in self._start(optimizer, pair)])
             self._refuse_far_out(optimizer, kinds)
 
     def _measure(self, optimizer: Any, pairs: Sequence[Pair]) -> list[Frozen]:
@@ -232,13 +242,19 @@ class StepHook:
         both, which keeps the direction of BA. On the way back to an A that means nothing, it would turn.
         """
         factors = (pair.A, pair.B)
-        if not all(id(factor) in self._starts for factor in factors):
-            saved = [optimizer.state[f].get(START) if f in optimizer.state else None for f in factors]
-            starts = [f.detach().clone() if kept is None else kept for f, kept in zip(factors, saved, strict=True)]
-            if not all(full(start).any() for start in starts):
-                starts = [torch.zeros_like(start) for start in starts]
-            self._starts |= zip(map(id, factors), starts, strict=True)
-        return [self._starts[id(factor)] for factor in factors]
+        for factor in factors:
+            if id(factor) not in self._starts:
+                kept = optimizer.state[factor].get(START) if factor in optimizer.state else None
+                self._starts[id(factor)] = factor.detach().clone() if kept is None else kept
+        starts = [self._starts[id(factor)] for factor in factors]
+        wholes = list(map(full, starts))
+        parts = [pair.part(side, whole) for side, whole in enumerate(wholes)]
+        if not all(part.any() for part in parts):
+            for start, whole, part in zip(starts, wholes, parts, strict=True):
+                part.zero_()
+                if whole is not start:
+                    start.copy_(shard(whole, start))
+        return parts
 
     def _save_starts(self, optimizer: Any) -> None:
         """Into the optimizer's state of each factor, once its base has made its own there, which may want it empty."""
@@ -290,7 +306,7 @@ class StepHook:
         step = type(optimizer).step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks: they run once, outside
         self._scale_early(optimizer)
-        late = {id(self._factors.sharded(side.param)) for side in self._late.sides}
+        late = {id(self._factors.parameter(side.param)) for side in self._late.sides}
         counts = _counts(optimizer)
         for second in (False, True):
             if second:
@@ -394,14 +410,6 @@ def _first_change(counts: list[dict[str, Any]], optimizer: Any) -> tuple[int, st
     """(group, name) of the first number that is new or another; some bases begin to count within their first step."""
     pairs = enumerate(zip(counts, _counts(optimizer), strict=True))
     return next(((i, name) for i, (old, new) in pairs for name in new if new[name] != old.get(name)), None)
-
-
-def _beside(optimizer: Any, bound: ProductBound) -> dict[int, Tensor]:
-    """Schedule-free's second sequence z of each bounded factor, by the factor's id. Its `eval` goes along y − z."""
-    if not any("train_mode" in group for group in optimizer.param_groups):
-        return {}
-    states = {id(factor): optimizer.state.get(factor, {}) for pair in bound.pairs for factor in pair}
-    return {key: state["z"] for key, state in states.items() if "z" in state}
 
 
 def _progress(group: Mapping[str, Any]) -> float | Tensor:

@@ -171,12 +171,18 @@ def test_dora_magnitudes_biases_and_full_layers_are_left_alone(options):
         assert report.unpaired == ()
 
 
-def test_a_grouped_convolution_is_left_to_the_base():
+def test_a_factor_without_a_partner_is_left_to_the_base():
+    report = find_pairs(nn.ModuleDict({"lora_down": nn.Conv2d(8, 4, 3, bias=False)}))
+    assert len(report) == 0
+    assert report.unpaired == ("lora_down.weight",)
+    assert "1 LoRA factors without a partner" in report.summary
+
+
+def test_a_grouped_convolution_is_a_pair_per_group():
     model = Kohya(nn.Conv2d(8, 4, 3, bias=False), nn.Conv2d(4, 8, 1, groups=2, bias=False))
     report = find_pairs(model)
-    assert len(report) == 0
-    assert report.unpaired == ("lora_down.weight", "lora_up.weight")
-    assert "2 LoRA factors without a partner" in report.summary
+    assert [(pair.rank, pair.A, pair.B) for pair in report] == [(2, model.lora_down.weight, model.lora_up.weight)] * 2
+    assert report.unpaired == ()
 
 
 def test_several_adapters_and_a_rank_pattern():

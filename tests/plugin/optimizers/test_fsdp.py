@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.config import BdLoraConfig
 from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,11 +45,19 @@ REFUSED = {
     "sharp": lambda net: SharpnessAware(ScaledAdamW)(net, 1e-2),
     "bounded, schedule-free": lambda net: bounded(AdamWScheduleFree)(net, 1e-2, trust=0.01),
 }
-RANKS = (1, 3)  # one row for two processes, and three
+RANKS = (1, 3, "blocks")  # one row for two processes, and three; and several pairs in two parameters
 
 
-def model(r: int) -> nn.Module:
+def model(r: int | str) -> nn.Module:
     torch.manual_seed(0)
+    if r == "blocks":
+        net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 9)).double()
+        blocks = BdLoraConfig(target_modules_bd_a=["2"], target_modules_bd_b=["0"], nblocks=2)
+        inject_adapter_in_model(LoraConfig(r=6, target_modules=["0", "2"], use_bdlora=blocks), net)
+        for name, param in net.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(param)
+        return net.double()
     net = nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 9)).double()
     config = LoraConfig(r=r, target_modules=["0", "2"], init_lora_weights=False)  # B is not zero
     return inject_adapter_in_model(config, net).double()
