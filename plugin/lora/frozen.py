@@ -78,7 +78,7 @@ def _owners(root: nn.Module, wanted: dict[int, Pair]) -> Iterator[tuple[list[str
 
 
 def _frozen(path: list[str], chain: list[nn.Module], pair: Pair) -> tuple[nn.Module, nn.Module, Tensor, float] | None:
-    """The innermost module with a frozen weight besides the factors; the weight's layer, it, and the adapter's scale."""
+    """The innermost module with a frozen weight besides the factors; its layer, itself, the adapter's scale."""
     for depth in reversed(range(max(0, len(chain) - _LEVELS), len(chain))):
         layer = _adapted(chain[depth])
         weight = getattr(layer, getattr(chain[depth], "parameter_name", "weight"), None)  # peft's target_parameters
