@@ -1,0 +1,225 @@
+"""What each optimizer learns at each learning rate, and what it keeps of the pretrained base.
+
+    python benchmarks/keeping/study.py run --task orders --methods adamw "reach .02" --rates 1e-3 1 --seeds 0 1 2
+    python benchmarks/keeping/study.py report                      the tables of keeping.md
+
+`run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. The pretrained models are described
+in bases.py, the tasks in tasks.py. Every run has gradients clipped to a norm of 1, no weight decay, a cosine schedule, and
+LoRA with alpha equal to the rank, but for the adapters that are rivals themselves.
+
+Gain: 1 − loss / loss of the untouched base, on held-out examples of the task. Forgotten: how far the loss on what the base
+knew before rose. Moved: the median over the layers of ‖ΔW‖ / ‖W‖.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import DeloraConfig, LoraConfig, OFTConfig
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tasks import TASKS, Adapter, Task
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD
+
+CELLS = Path(__file__).with_name("cells.jsonl")
+KEYS = ("task", "method", "rate", "steps", "rank", "batch", "seed")
+
+
+def lora(rank: int, layers: list[str]) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, fan_in_fan_out="c_attn" in layers)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer on an adapter, and what is done after each step."""
+
+    make: Callable[[nn.Module, float], Optimizer]
+    adapter: Adapter = lora
+    after: Callable[[nn.Module], None] = lambda model: None
+
+
+def _plain(cls: type, **options) -> Method:
+    return Method(lambda net, lr: cls([p for p in net.parameters() if p.requires_grad], lr=lr, **options))
+
+
+def _ours(cls: type, **options) -> Method:
+    return Method(lambda net, lr: cls(net, lr=lr, weight_decay=0.0, **options))
+
+
+def _peft(maker: Callable, **options) -> Method:
+    return Method(lambda net, lr: maker(net, AdamW, lr=lr, weight_decay=0.0, **options))
+
+
+def _installed(module: str, name: str, **options) -> Method:
+    def make(net: nn.Module, lr: float) -> Optimizer:
+        try:
+            cls = getattr(__import__(module), name)
+        except ImportError:
+            raise SystemExit(f"{name}: pip install {module}, which has it, or choose other --methods.") from None
+        return cls([p for p in net.parameters() if p.requires_grad], lr=lr, **options)  # peft's order: A, B, A, B, …
+
+    return Method(make)
+
+
+@torch.no_grad()
+def scale_weight_norms(model: nn.Module, most: float = 1.0) -> None:
+    """As kohya's option does it: a product of a norm above `most` is scaled down, by a square root in each factor."""
+    for A, B, scale in _factors(model):
+        norm = scale * (B.flatten(1) @ A.flatten(1)).norm()
+        if norm > most:
+            A *= (most / norm).sqrt()
+            B *= (most / norm).sqrt()
+
+
+def _factors(model: nn.Module):
+    for layer in model.modules():
+        if "default" in getattr(layer, "lora_A", {}):
+            yield layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+
+
+BETAS = (0.7, 0.8)
+METHODS: dict[str, Method] = {
+    "adamw": _plain(AdamW, weight_decay=0.0),
+    "adamw, betas .7 .8": _plain(AdamW, weight_decay=0.0, betas=BETAS),
+    "lora+ 16 (peft)": _peft(create_loraplus_optimizer, loraplus_lr_ratio=16),
+    "riemannian 1e-6 (peft)": _peft(create_riemannian_optimizer, reg=1e-6),
+    "lora-rite (pytorch_optimizer)": _installed("pytorch_optimizer", "LoRARite"),
+    "prodigy (prodigyopt)": _installed("prodigyopt", "Prodigy", weight_decay=0.0),
+    "sgd": _plain(SGD),
+    "scaled gd": Method(lambda net, lr: ScaledGD(net, lr=lr)),
+    "scaled adamw": _ours(ScaledAdamW, damping=1e-6),
+    "max norm 1 (kohya)": Method(_plain(AdamW, weight_decay=0.0).make, after=scale_weight_norms),
+    "delora (peft)": Method(
+        _plain(AdamW, weight_decay=0.0).make, lambda rank, layers: DeloraConfig(r=rank, target_modules=layers)
+    ),
+    "oft (peft)": Method(
+        _plain(AdamW, weight_decay=0.0).make,
+        lambda rank, layers: OFTConfig(oft_block_size=32, r=0, target_modules=layers, use_cayley_neumann=False),
+    ),
+    "bounded": Method(lambda net, lr: BoundedAdamW(net, lr=lr)),  # by its defaults
+    "reach .5/√n": Method(lambda net, lr: BoundedAdamW(net, lr=lr, reach=0.5 / len(list(_factors(net))) ** 0.5)),
+    "reach .3/√n": Method(lambda net, lr: BoundedAdamW(net, lr=lr, reach=0.3 / len(list(_factors(net))) ** 0.5)),
+    "trust .01": _ours(BoundedAdamW, trust=0.01),
+    "trust .003": _ours(BoundedAdamW, trust=0.003),
+    "trust .001": _ours(BoundedAdamW, trust=0.001),
+    "reach .005, no decay": _ours(BoundedAdamW, reach=0.005),
+    "reach .01, no decay": _ours(BoundedAdamW, reach=0.01),
+    "reach .02, no decay": _ours(BoundedAdamW, reach=0.02),
+    "reach .05, no decay": _ours(BoundedAdamW, reach=0.05),
+    "reach .1, no decay": _ours(BoundedAdamW, reach=0.1),
+    "reach .2, no decay": _ours(BoundedAdamW, reach=0.2),
+    "reach .4, no decay": _ours(BoundedAdamW, reach=0.4),
+    "reach .02, betas .7 .8, no decay": _ours(BoundedAdamW, reach=0.02, betas=BETAS),
+    "scaled, reach .02": _ours(ScaledAdamW, damping=1e-6, reach=0.02),
+}
+
+
+def measure(task: Task, method: Method, rate: float, steps: int) -> dict[str, float | None]:
+    """What a run ends with; None for each loss that is not finite."""
+    optimizer = method.make(task.model, rate)
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    schedule, start, finite = CosineAnnealingLR(optimizer, steps), time.perf_counter(), True
+    for step in range(steps):
+        loss = task.loss(step)
+        if not (finite := math.isfinite(loss.item())):
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        method.after(task.model)
+    seconds, moved = round(time.perf_counter() - start, 1), movements(task.model)
+    end = judged(task) if finite else {"loss": math.inf, "general": math.inf, "right": 0.0}
+    far = {"moved": statistics.median(moved), "moved_most": max(moved)} if moved else {}
+    return {k: _short(v) for k, v in (end | far).items()} | {"seconds": seconds}
+
+
+@torch.no_grad()
+def judged(task: Task) -> dict[str, float | None]:
+    task.model.eval()
+    return {"loss": task.held_out(), "right": task.right(), "general": task.general()}
+
+
+@torch.no_grad()
+def movements(model: nn.Module) -> list[float]:
+    """‖ΔW‖ / ‖W‖ of each layer whose adapter adds to its weight."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "get_delta_weight")]
+    weights = [(layer.get_delta_weight("default"), layer.get_base_layer().weight) for layer in layers]
+    return [(change.norm() / weight.norm()).item() for change, weight in weights if change.shape == weight.shape]
+
+
+def _short(value: float | None) -> float | None:
+    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
+
+
+def cells() -> list[dict]:
+    return [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
+
+
+def _store(cell: dict) -> None:
+    with CELLS.open("a") as file:
+        file.write(json.dumps(cell, ensure_ascii=False) + "\n")
+
+
+def run(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads)
+    done = {tuple(cell[key] for key in KEYS) for cell in cells()}
+    axes = (
+        given.task,
+        given.seeds,
+        given.ranks,
+        given.steps or [None],
+        given.batches or [None],
+        given.methods,
+        given.rates,
+    )
+    for name, seed, rank, steps, batch, method, rate in itertools.product(*axes):
+        cls = TASKS[name]
+        steps, batch = steps or cls.steps, batch or cls.batch
+        if method != "untouched" and ("untouched", 0.0) not in {(k[1], k[2]) for k in done if k[0] == name}:
+            key = dict(zip(KEYS, (name, "untouched", 0.0, 0, 0, 0, 0), strict=True))
+            done.add(tuple(key.values()))
+            _store(key | {k: _short(v) for k, v in judged(cls(0, 1, lora)).items()})
+        key = dict(zip(KEYS, (name, method, rate, steps, rank, batch, seed), strict=True))
+        if tuple(key.values()) in done:
+            continue
+        try:
+            cell = measure(cls(seed, rank, METHODS[method].adapter, batch), METHODS[method], rate, steps)
+        except ValueError as error:  # an adapter that does not know the layers
+            print(f"{name}, {method}: left out, {error}", flush=True)
+            continue
+        _store(key | cell)
+        print(f"{name}, {method}, {rate:g}, {steps} steps, rank {rank}, seed {seed}: {json.dumps(cell)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    running.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    running.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1.0, 10.0])
+    running.add_argument("--steps", nargs="+", type=int, help="default: the task's own")
+    running.add_argument("--batches", nargs="+", type=int, help="default: the task's own")
+    running.add_argument("--ranks", nargs="+", type=int, default=[8])
+    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    running.add_argument("--threads", type=int, default=1)
+    running.set_defaults(run=run)
+    given = parser.parse_args()
+    given.run(given)
+
+
+if __name__ == "__main__":
+    main()
