@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 
 import pytest
 from PIL import Image
 
+from equipoise import registry
 from equipoise.errors import ConfigError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
@@ -51,6 +53,14 @@ def test_axes_are_expanded_in_order_and_named():
         1e-3,
     )
     assert last.sweep == {}
+
+
+def test_what_is_installed_is_read_once_for_all_cells(monkeypatch):
+    settings, readings = config.load("text_to_image/demo", ["sweep={seed: [0, 1, 2]}"]), []
+    monkeypatch.setattr(registry, "distributions", lambda: readings.append(1) or distributions())
+    assert len(axes.expand(settings)) == 3 and len(readings) == 1
+    config.set_keys(settings, {"seed": 3})
+    assert len(readings) == 2
 
 
 def test_cells_stand_in_the_order_of_the_sweep_that_is_there_now(tmp_path):
