@@ -152,8 +152,8 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
     words = [
         "sweep",
         *small,
-        "steps=200",
-        "checkpoint_every=20",
+        "steps=100",
+        "checkpoint_every=10",
         "--axis",
         "learning_rate=1e-4,1e-3,1e-2",
         "--axis",
@@ -166,7 +166,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
         time.sleep(0.05)
         found = list(Store(runs).list(kinds=("cell",))) if runs.is_dir() else []
         if any(cell.state == "done" for cell in found) and any(
-            cell.state == "running" and cell.step > 20 for cell in found
+            cell.state == "running" and cell.step > 10 for cell in found
         ):
             break
     process.send_signal(signal.SIGKILL)
