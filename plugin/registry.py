@@ -244,7 +244,7 @@ def _torch_optimizers() -> Iterator[Entry]:
             yield Entry("optimizers", name.lower(), "torch", release, f"torch.optim:{name}")
 
 
-@lru_cache(maxsize=1)  # parsing takes as long as reading the entry points of fifty distributions
+@lru_cache(maxsize=1)  # parsing takes milliseconds, and a configuration asks several times
 def _imported_classes(source: str) -> list[str]:
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     return [alias.name for node in imports for alias in node.names if alias.name[0].isupper()]
