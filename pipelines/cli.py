@@ -84,6 +84,7 @@ def _ours(entry: Entry) -> bool:
     return entry.distribution == "equipoise"
 
 
+@registry.looked_up_once()  # help and options name pipelines, plugins and more
 def _arguments(entry: Entry, module: Any, words: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog=f"equipoise {entry.name}", description=_about(entry))
     parser.set_defaults(command=entry.name)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, distributions, version
 from operator import attrgetter
@@ -82,8 +83,12 @@ def entries(kind: str | None = None) -> list[Entry]:
 
 @contextmanager
 def looked_up_once() -> Iterator[None]:
-    """Within it, what is installed is read from disk once, for those who ask a hundred times in a row."""
-    token = _held.set(_installed(KINDS))
+    """Within it, what is installed is read from disk once, for those who ask a hundred times in a row.
+
+    What runs within another such block takes what that one has read.
+    """
+    held = _held.get()
+    token = _held.set(_installed(KINDS) if held is None else held)
     try:
         yield
     finally:
@@ -234,10 +239,15 @@ def _torch_optimizers() -> Iterator[Entry]:
     """What `torch.optim` exports for ordinary training, read from its source: importing torch takes seconds."""
     _, source = find_source("torch.optim")
     release = version("torch")
-    for node in ast.walk(ast.parse(source)):
-        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-            if alias.name[0].isupper() and alias.name not in _NOT_FOR_TRAINING:
-                yield Entry("optimizers", alias.name.lower(), "torch", release, f"torch.optim:{alias.name}")
+    for name in _imported_classes(source):
+        if name not in _NOT_FOR_TRAINING:
+            yield Entry("optimizers", name.lower(), "torch", release, f"torch.optim:{name}")
+
+
+@lru_cache(maxsize=1)  # parsing takes milliseconds, and a configuration asks several times
+def _imported_classes(source: str) -> list[str]:
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return [alias.name for node in imports for alias in node.names if alias.name[0].isupper()]
 
 
 def _with_rivals(entry: Entry, found: list[Entry]) -> Entry:

@@ -54,6 +54,7 @@ class Field:
         return f"{'; '.join(filter(None, words))} [{self.key.key}]"
 
 
+@registry.looked_up_once()
 def fields(cls: type[RunConfig]) -> list[Field]:
     """The form of a configuration record, in the order of its definition."""
     return [_field(cls, key) for key in configs.describe(cls) if key.key not in NOT_ASKED and not _is_options(cls, key)]
@@ -86,6 +87,7 @@ def _is_options(cls: type[RunConfig], key: Key) -> bool:
     return last == "options" and plugin_kind(cls, f"{parent}.name") is not None
 
 
+@registry.looked_up_once()
 def show(config: RunConfig) -> dict[str, Any]:
     """What each field shows for a configuration, its sweep's axes included, by dotted key."""
     flat, cls = configs.flat(config), type(config)
@@ -141,6 +143,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+@registry.looked_up_once()
 def option_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given: RunConfig | None) -> list[list[str]]:
     """The options of the chosen plugins, as rows under OPTION_HEADERS.
 
@@ -206,6 +209,7 @@ def _given_options(config: RunConfig, key: str, name: str) -> dict[str, Any]:
     return dict(flat[f"{parent}.options"]) if flat[key] == name else {}
 
 
+@registry.looked_up_once()
 def read(
     cls: type[RunConfig], shown: Mapping[str, Any], rows: Sequence[Sequence[Any]], wrong: list[str] | None = None
 ) -> dict[str, Any]:

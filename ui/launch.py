@@ -63,6 +63,7 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+@registry.looked_up_once()
 def plan(
     site: Site,
     pipeline: str,

@@ -10,6 +10,7 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config import RunConfig, describe, flat
+from equipoise.pipelines.config.keys import Opened
 from equipoise.pipelines.config.records import HUB_ID
 from equipoise.pipelines.media.pictures import decode
 from equipoise.pipelines.media.reading import EnormousError, MediaError
@@ -123,7 +124,8 @@ class Site:
         roots = [self.store.root, *self.data.values()]
         hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
         found = []
-        for key, text in dict.fromkeys(item for one in configs for item in _paths(one)):
+        marked = {key.key: key.opened for one in configs[:1] for key in describe(type(one))}
+        for key, text in dict.fromkeys(item for one in configs for item in _paths(one, marked)):
             if not _inside(Path(text), roots):
                 found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
             elif link := _way_out(Path(text).resolve(), roots):
@@ -133,14 +135,17 @@ class Site:
         return found
 
 
-def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _paths(config: RunConfig, marked: Mapping[str, Opened | None]) -> Iterator[tuple[str, str]]:
     """What in a configuration names something on this machine's disks: (key, path).
 
     These are the keys that their record marks as such, whatever they hold. Plugins' options and the records of other
     packages may lack marks, and count where they look like a path. The rest is words: a prompt may begin with a slash.
     Where runs are kept is the server's choice.
+
+    Args:
+        marked: the keys of its record, with the mark of those that name a file or folder.
     """
-    keys = {key.key: key.opened for key in describe(type(config)) if key.key != "runs"}
+    keys = {key: mark for key, mark in marked.items() if key != "runs"}
     foreign = not type(config).__module__.startswith("equipoise.pipelines.")
     for key, value in flat(config).items():
         if mark := keys.get(key):

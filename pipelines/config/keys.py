@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -119,9 +120,14 @@ def section_at(cls: type[BaseModel], dotted: str) -> type[BaseModel] | None:
     """The section that stands at a dotted key, or None where there is no section."""
     model: type[BaseModel] | None = cls
     for part in dotted.split("."):
-        info = model.model_fields.get(part) if model else None
-        model = _section(info.annotation) if info else None
+        model = _sections(model).get(part) if model else None
     return model
+
+
+@lru_cache(1000)  # asked for every key of every configuration
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    found = {name: _section(info.annotation) for name, info in model.model_fields.items()}
+    return {name: section for name, section in found.items() if section}
 
 
 def explain(

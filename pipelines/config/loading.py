@@ -20,6 +20,7 @@ from equipoise.pipelines.config.builtin import shipped
 from equipoise.pipelines.config.keys import explain, section_at, show
 from equipoise.pipelines.config.records import RunConfig, trusting_options
 from equipoise.registry import load as load_plugin
+from equipoise.registry import looked_up_once
 
 COMMAND_LINE = "command line"
 DEEPEST = 32  # parts of a dotted key
@@ -31,6 +32,7 @@ class _Given(NamedTuple):
     source: str
 
 
+@looked_up_once()  # as every plugin's name and options ask what is installed
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Any:
     """Read a configuration.
 
@@ -66,6 +68,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Any:
     return _validated(cls, given, label, problems)
 
 
+@looked_up_once()
 def set_keys(config: RunConfig, values: Mapping[str, Any], source: str = "set_keys") -> Any:
     """A copy of `config` with other values (dotted keys or short names), checked anew; `source` names them in errors.
 

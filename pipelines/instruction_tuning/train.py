@@ -83,7 +83,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         "state": outcome.state,
         "step": outcome.step,
         "loss_before": number(before_loss),
-        "loss_after": number(work.evaluation_loss()),
+        "loss_after": number(work.final_loss()),
         "metric": config.samples.metric,
         "score_before": number(before),
         "score_after": number(after),

@@ -12,6 +12,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.runs.store import LONGEST
+from equipoise.registry import looked_up_once
 
 MOST = 10_000  # cells of a sweep
 
@@ -40,6 +41,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
     return axes
 
 
+@looked_up_once()
 def expand(config: RunConfig) -> dict[str, RunConfig]:
     """Every cell's name and configuration.
 

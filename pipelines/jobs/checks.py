@@ -28,6 +28,7 @@ def doubts(runs: Iterable[RunConfig]) -> list[str]:
     return _found(runs, lambda pipeline, config: pipeline.doubts(config))
 
 
+@registry.looked_up_once()
 def _found(runs: Iterable[RunConfig], ask: Callable[[type[Pipeline], RunConfig], list[str]]) -> list[str]:
     """The answers of the runs' pipelines, each once."""
     # The world does not depend on rate and seed, and looking at it may mean decoding every picture.

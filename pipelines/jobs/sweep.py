@@ -61,8 +61,7 @@ def cells(sweep: Run) -> list[Run]:
 
 @lru_cache(64)  # checking every cell's configuration takes a second or two
 def _order(file: Path, *version: int) -> dict[str, int]:
-    with registry.looked_up_once():
-        return {name: index for index, name in enumerate(expand(configs.load(file)))}
+    return {name: index for index, name in enumerate(expand(configs.load(file)))}
 
 
 @contextmanager

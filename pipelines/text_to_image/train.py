@@ -80,7 +80,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
                     "state": outcome.state,
                     "step": outcome.step,
                     "loss_before": number(before),
-                    "loss_after": number(work.evaluation_loss()),
+                    "loss_after": number(work.final_loss()),
                     "seconds": time.perf_counter() - started,
                     "prediction": work.noise.prediction,
                 }
@@ -257,6 +257,9 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
                 yield
             finally:
                 torch._foreach_copy_(own, trained) if own else None
+
+    def final_loss(self) -> float:
+        return self.evaluation_loss() if self.average else super().final_loss()  # the result is the average
 
     @torch.no_grad()
     def evaluation_loss(self) -> float:

@@ -83,6 +83,7 @@ class OptimizedWork(Generic[ConfigT]):
         self.objective.bind(encoders or {})
         self.coordinator = registry.load("coordinators", config.coordinator.name)(**config.coordinator.options)
         self.good = [tensor.detach().clone() for tensor in self.kept.values()]
+        self.checked: float | None = None  # the loss that `sound` has found, of the weights as they stand since
         self.balancing = 0.0  # seconds that the last step took after its forward passes: the papers' subroutine time
 
     def evaluate(self, step: int, micro: int) -> Losses:
@@ -94,6 +95,10 @@ class OptimizedWork(Generic[ConfigT]):
     def evaluation_loss(self) -> float:
         """A loss that is comparable between runs and steps."""
         raise NotImplementedError
+
+    def final_loss(self) -> float:
+        """`evaluation_loss` once training is over, not evaluated anew where `sound` has just done it."""
+        return self.evaluation_loss() if self.checked is None else self.checked
 
     def share(self, number: int) -> range:
         """The positions of this process's examples, of forward pass `number`, in the endless sequence of examples."""
@@ -135,6 +140,7 @@ class OptimizedWork(Generic[ConfigT]):
     def sample(self, step: int) -> None: ...
 
     def step(self, step: int) -> dict[str, float]:
+        self.checked = None
         optimizer, scaler = self.optimizer, self.accelerator.scaler
         components = list(dict.fromkeys(group["component"] for group in optimizer.param_groups))
         factors, more = self.coordinator.factors(components), self.objective.factors(components)
@@ -249,10 +255,14 @@ class OptimizedWork(Generic[ConfigT]):
 
     @torch.no_grad()
     def sound(self) -> bool:
-        return all(torch.isfinite(tensor).all() for tensor in self.kept.values()) and finite(self.evaluation_loss())
+        if not all(torch.isfinite(tensor).all() for tensor in self.kept.values()):
+            return False
+        self.checked = self.evaluation_loss()
+        return finite(self.checked)
 
     @torch.no_grad()
     def rewind(self) -> None:
+        self.checked = None
         torch._foreach_copy_(list(self.kept.values()), self.good)
 
 

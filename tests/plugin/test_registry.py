@@ -258,4 +258,7 @@ def test_nothing_is_read_again_within_looked_up_once(distribution):
         before = registry.entries()
         distribution("latecomer", {"equipoise.optimizers": {"late": "late_of:Late"}})
         assert registry.entries() == before
+        with registry.looked_up_once():
+            assert registry.entries() == before
+        assert registry.entries() == before
     assert "late" in [entry.name for entry in registry.entries("optimizers")]

@@ -208,15 +208,16 @@ def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     base = configs.load(name)
+    alone = configs.set_keys(base, {"sweep": {}})  # one run; a sweep's cells take the same way, a dozen times
     keys = [key for key in opened(type(base)) if key != "runs"]
     ways = [
         *("private", "./" * 201 + "private", "away", "~/private", "photos/../../private", "", " ", ".", "..", "/"),
         *("x" * 5000, "private/" * 900, "%70rivate", "..\\private", "file:private", str(tmp_path / "private")),
     ]
     for key in keys:
-        for way in ways:
+        for written, way in [(base, ways[0]), *((alone, way) for way in ways)]:
             with pytest.raises((ConfigError, InputError), match=rf"{key}: .*(may read|is empty|leads out)"):
-                if problems := site.problems(configs.set_keys(base, {key: way})):
+                if problems := site.problems(configs.set_keys(written, {key: way})):
                     raise ConfigError(problems)
         assert site.problems(configs.set_keys(base, {key: str(site.data["photos"] / "cats")})) == []
         with pytest.raises(ConfigError, match=key):

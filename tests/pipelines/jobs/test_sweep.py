@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 
 import pytest
 from PIL import Image
 
+from equipoise import registry
 from equipoise.errors import ConfigError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
@@ -51,6 +53,14 @@ def test_axes_are_expanded_in_order_and_named():
         1e-3,
     )
     assert last.sweep == {}
+
+
+def test_what_is_installed_is_read_once_for_all_cells(monkeypatch):
+    settings, readings = config.load("text_to_image/demo", ["sweep={seed: [0, 1, 2]}"]), []
+    monkeypatch.setattr(registry, "distributions", lambda: readings.append(1) or distributions())
+    assert len(axes.expand(settings)) == 3 and len(readings) == 1
+    config.set_keys(settings, {"seed": 3})
+    assert len(readings) == 2
 
 
 def test_cells_stand_in_the_order_of_the_sweep_that_is_there_now(tmp_path):
@@ -142,8 +152,8 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
     words = [
         "sweep",
         *small,
-        "steps=200",
-        "checkpoint_every=20",
+        "steps=100",
+        "checkpoint_every=10",
         "--axis",
         "learning_rate=1e-4,1e-3,1e-2",
         "--axis",
@@ -156,7 +166,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
         time.sleep(0.05)
         found = list(Store(runs).list(kinds=("cell",))) if runs.is_dir() else []
         if any(cell.state == "done" for cell in found) and any(
-            cell.state == "running" and cell.step > 20 for cell in found
+            cell.state == "running" and cell.step > 10 for cell in found
         ):
             break
     process.send_signal(signal.SIGKILL)

@@ -20,6 +20,7 @@ from equipoise.pipelines.text_to_image import base as bases
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import TextToImageLora, TextToImageModel
 from equipoise.pipelines.text_to_image.result import LORA_FILE
+from equipoise.pipelines.text_to_image.train import TextToImageWork
 
 NAME = "text_to_image/dreambooth"
 
@@ -310,6 +311,18 @@ def test_a_second_evaluation_at_the_same_point_changes_nothing(short):
     moved, outcome = train(*short, *words, "optimizer=sam", "optimizer.options={rho: 0.5}")
     assert equal(lora(plain), lora(still)) and outcome.state == "done"
     assert not equal(lora(plain), lora(moved))
+
+
+@pytest.mark.parametrize(("words", "times"), [([], 2), (["train.ema=0.9"], 3)])
+def test_the_evaluation_is_before_and_after(short, monkeypatch, words, times):
+    """Of the weights that are the result: their average, where one is kept, is another than what was trained."""
+    found, evaluation_loss = [], TextToImageWork.evaluation_loss
+    monkeypatch.setattr(
+        TextToImageWork, "evaluation_loss", lambda work: found.append(evaluation_loss(work)) or found[-1]
+    )
+    run, _ = train(*short, *words)
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert len(found) == times and [result["loss_before"], result["loss_after"]] == [found[0], found[-1]]
 
 
 def test_the_evaluation_needs_no_more_memory_than_a_step(work):
