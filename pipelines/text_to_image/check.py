@@ -109,7 +109,7 @@ def doubts(config: TextToImageConfig) -> list[str]:
             ("token", ("start", "vectors", "learning_rate"), config.token.name, "token.name"),
             (
                 "prior",
-                ("count",),
+                ("count", "more_prompts"),
                 config.prior.prompt and not config.prior.folder,
                 "prior.prompt, or with prior.folder",
             ),

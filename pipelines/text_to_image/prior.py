@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,27 +48,38 @@ def class_examples(base: Base, config: TextToImageConfig, cache: Path) -> list[E
     found, problems = read_class(config)
     if problems:
         raise InputError("\n".join(problems))
-    prompt, count, samples = config.prior.prompt, config.prior.count, config.samples
-    if found or not prompt:
+    if found or not config.prior.prompt:
         return found
+    prompts = [config.prior.prompt, *config.prior.more_prompts]
+    counts = [len(range(first, config.prior.count, len(prompts))) for first in range(len(prompts))]
+    base.set_scheduler(NoiseSection())  # an earlier run of this process may have sampled by another schedule
+    with progress("class pictures", "picture", total=config.prior.count, leave=False) as bar:
+        return [
+            Example(path, prompt)
+            for prompt, count in zip(prompts, counts, strict=True)
+            for path in _drawn(base, config, prompt, count, cache, bar)
+        ]
+
+
+def _drawn(base: Base, config: TextToImageConfig, prompt: str, count: int, cache: Path, bar: Any) -> list[Path]:
+    """Pictures of a prompt by the untouched base, those that are not there yet drawn now."""
+    samples = config.samples
     facts = [_fingerprint(base), prompt, config.data.resolution, samples.steps, samples.guidance]
     folder = cache / f"prior-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{seed:05d}.png" for seed in range(count)]
-    base.set_scheduler(NoiseSection())  # an earlier run of this process may have sampled by another schedule
-    with progress("class pictures", "picture", total=count, leave=False) as bar:
-        for start in range(0, count, samples.batch):
-            some = paths[start : start + samples.batch]
-            if not all(path.is_file() for path in some):
-                wanted = {"prompts": [prompt], "negative": "", "count": len(some), "seed": start}
-                asked = samples.model_copy(update=wanted)
-                for path, sample in zip(some, generate(base.pipeline, asked, config.data.resolution), strict=True):
-                    png = io.BytesIO()
-                    sample.image.save(png, "PNG")
-                    write_atomic(path, png.getvalue())
-            bar.update(len(some))
-    return [Example(path, prompt) for path in paths]
+    for start in range(0, count, samples.batch):
+        some = paths[start : start + samples.batch]
+        if not all(path.is_file() for path in some):
+            wanted = {"prompts": [prompt], "negative": "", "count": len(some), "seed": start}
+            asked = samples.model_copy(update=wanted)
+            for path, sample in zip(some, generate(base.pipeline, asked, config.data.resolution), strict=True):
+                png = io.BytesIO()
+                sample.image.save(png, "PNG")
+                write_atomic(path, png.getvalue())
+        bar.update(len(some))
+    return paths
 
 
 def _fingerprint(base: Base) -> str:

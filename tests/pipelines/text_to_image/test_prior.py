@@ -52,6 +52,17 @@ def test_the_untouched_base_draws_them_once(short, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("prior-*"))) == 2
 
 
+def test_each_of_several_prompts_has_its_part_of_the_count(short, tmp_path):
+    words = ["prior.prompt=a vase", "prior.more_prompts=[a cup, a jug]", "prior.count=5"]
+    settings = config.load(NAME, [*short, *words])
+    base = load_base(settings.model, "no")
+    examples = prior.class_examples(base, settings, tmp_path)
+    assert [e.caption for e in examples] == ["a vase", "a vase", "a cup", "a cup", "a jug"]
+    assert len({e.path for e in examples}) == 5 and all(e.path.is_file() for e in examples)
+    alone = prior.class_examples(base, config.load(NAME, [*short, "prior.prompt=a cup", "prior.count=2"]), tmp_path)
+    assert alone == examples[2:4]  # pictures of a prompt are drawn once, in whatever company
+
+
 def test_the_loss_is_of_both_and_the_weight_counts(short, tmp_path):
     """By the first step's loss, before which the factors change nothing: own + weight × class."""
     given = ["samples.prompts=[]", "samples.steps=1", "steps=2", "learning_rate=0.01"]
