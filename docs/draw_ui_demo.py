@@ -3,8 +3,8 @@
     make demo
     python docs/draw_ui_demo.py RUNS [--browser /usr/bin/chromium]
 
-RUNS is the runs folder that the demo wrote into; the youngest sweep there with a row `adamw` and one `bounded_adamw trust=0.01` is
-shown, their cells at the largest learning rate under the slider.
+RUNS is the runs folder that the demo wrote into; the youngest sweep there with a row `adamw` and one `bounded_adamw
+trust=0.01` is shown, their cells at the largest learning rate under the slider.
 """
 
 import argparse

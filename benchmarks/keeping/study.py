@@ -1,14 +1,15 @@
 """What each optimizer learns at each learning rate, and what it keeps of the pretrained base.
 
-    python benchmarks/keeping/study.py run --task orders --methods adamw "reach .02" --rates 1e-3 1 --seeds 0 1 2
-    python benchmarks/keeping/study.py report                      the tables of keeping.md
+    python benchmarks/keeping/study.py run --task orders --methods adamw bounded --rates 1e-3 1 --seeds 0 1 2
+    python benchmarks/keeping/study.py report        the tables of keeping.md
 
-`run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. The pretrained models are described
-in bases.py, the tasks in tasks.py. Every run has gradients clipped to a norm of 1, no weight decay, a cosine schedule, and
-LoRA with alpha equal to the rank, but for the adapters that are rivals themselves.
+`run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. bases.py describes the pretrained
+models, tasks.py the tasks. Every run has gradients clipped to a norm of 1, a cosine schedule, and LoRA with alpha equal
+to the rank, but for the adapters that are rivals themselves; no weight decay, but for `bounded`, which is
+`BoundedAdamW(model, lr=rate)` as it comes.
 
-Gain: 1 − loss / loss of the untouched base, on held-out examples of the task. Forgotten: how far the loss on what the base
-knew before rose. Moved: the median over the layers of ‖ΔW‖ / ‖W‖.
+Gain: 1 − loss / loss of the untouched base, on held-out examples of the task. Forgotten: how far the loss on what the
+base knew before rose. Moved: the median over the layers of ‖ΔW‖ / ‖W‖.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD
 
 CELLS = Path(__file__).with_name("cells.jsonl")
+LAYERS = {"orders": 120, "bookings": 120, "docstringsfew": 6, "docstrings": 18, "code": 18, "docstringsall": 36,
+          "drawn": 32, "emblem": 32, "program": 8, "trees": 8}  # fmt: skip  # how many have an adapter
 KEYS = ("task", "method", "rate", "steps", "rank", "batch", "seed")
 
 
@@ -108,8 +111,6 @@ METHODS: dict[str, Method] = {
         lambda rank, layers: OFTConfig(oft_block_size=32, r=0, target_modules=layers, use_cayley_neumann=False),
     ),
     "bounded": Method(lambda net, lr: BoundedAdamW(net, lr=lr)),  # by its defaults
-    "reach .5/√n": Method(lambda net, lr: BoundedAdamW(net, lr=lr, reach=0.5 / len(list(_factors(net))) ** 0.5)),
-    "reach .3/√n": Method(lambda net, lr: BoundedAdamW(net, lr=lr, reach=0.3 / len(list(_factors(net))) ** 0.5)),
     "trust .01": _ours(BoundedAdamW, trust=0.01),
     "trust .003": _ours(BoundedAdamW, trust=0.003),
     "trust .001": _ours(BoundedAdamW, trust=0.001),
@@ -204,6 +205,118 @@ def run(given: argparse.Namespace) -> None:
         print(f"{name}, {method}, {rate:g}, {steps} steps, rank {rank}, seed {seed}: {json.dumps(cell)}", flush=True)
 
 
+class Table:
+    """The cells, and gain and what was forgotten in medians over seeds."""
+
+    def __init__(self) -> None:
+        found = cells()
+        self.base = {cell["task"]: cell for cell in found if cell["method"] == "untouched"}
+        self.cells: dict[tuple, list[dict]] = {}
+        for cell in found:
+            if cell["method"] != "untouched":
+                self.cells.setdefault(tuple(cell[key] for key in KEYS[:-1]), []).append(cell)
+
+    def settings(self) -> list[tuple]:
+        """(task, steps, rank, batch) with AdamW and the bound, the tasks in order."""
+        return sorted(
+            {(t, s, r, b) for t, m, _, s, r, b in self.cells if m == "bounded"}
+            & {(t, s, r, b) for t, m, _, s, r, b in self.cells if m == "adamw"},
+            key=lambda key: (list(TASKS).index(key[0]), *key[1:]),
+        )
+
+    def rates(self, setting: tuple, method: str) -> list[float]:
+        task, *rest = setting
+        return sorted({key[2] for key in self.cells if key[:2] == (task, method) and list(key[3:]) == rest})
+
+    def cell(self, setting: tuple, method: str, rate: float) -> tuple[float, float, int]:
+        """(gain, forgotten, seeds)."""
+        task, *rest = setting
+        found, base = self.cells[(task, method, rate, *rest)], self.base[task]
+        gains = [-math.inf if c["loss"] is None else 1 - c["loss"] / base["loss"] for c in found]
+        lost = [math.inf if c["general"] is None else c["general"] - base["general"] for c in found]
+        return statistics.median(gains), statistics.median(lost), len(found)
+
+    def best(self, setting: tuple, method: str) -> tuple[float, float, float, int]:
+        """(rate, gain, forgotten, seeds) at the rate with the largest gain."""
+        return max(
+            ((rate, *self.cell(setting, method, rate)) for rate in self.rates(setting, method)), key=lambda c: c[1]
+        )
+
+
+def report(_: argparse.Namespace) -> None:
+    table = Table()
+    _print_verdicts(table)
+    _print_reaches(table)
+    for setting in table.settings():
+        if setting[1] == TASKS[setting[0]].steps and setting[2] == 8:
+            _print_task(table, setting)
+
+
+def _print_verdicts(table: Table) -> None:
+    print("\n## One default against AdamW at its best rate\n")
+    print(
+        "| task | steps, rank | AdamW's best rate | gain, forgotten | seeds of each | bounded at | of that gain | forgotten |"
+    )
+    print("| --- | --- | ---: | --- | ---: | --- | --- | --- |")
+    for setting in table.settings():
+        task, steps, rank, _ = setting
+        rate, gain, lost, seeds = table.best(setting, "adamw")
+        rates = table.rates(setting, "bounded")
+        ours = [table.cell(setting, "bounded", r) for r in rates]
+        shares, forgotten = [g / gain for g, *_ in ours], [f for _, f, _ in ours]
+        told = TASKS[task].base + ("" if TASKS[task].chosen_on else ", not chosen on")
+        fewest = min(n for *_, n in ours)
+        print(
+            f"| {task} ({told}) | {steps}, {rank} | {rate:g} | {gain:.3f}, {lost:.3g} | {seeds}, {fewest} | "
+            f"{', '.join(f'{r:g}' for r in rates)} | {_range(shares, '.0%')} | {_range(forgotten, '.3g')} |"
+        )
+
+
+def _range(values: list[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _print_reaches(table: Table) -> None:
+    named = {
+        name: float(name.split()[1].strip(",")) for name in METHODS if name.startswith("reach") and "betas" not in name
+    }
+    print("\n## Which reach: gain, forgotten at a rate of 1\n")
+    print("| task | layers | " + " | ".join(f"{reach:g}" for reach in named.values()) + " | AdamW, best rate |")
+    print("| --- | ---: |" + " --- |" * (len(named) + 1))
+    for setting in table.settings():
+        tried = {name: table.cell(setting, name, 1.0) for name in named if 1.0 in table.rates(setting, name)}
+        if not tried:
+            continue
+        row = [f"{tried[name][0]:.3f}, {tried[name][1]:.3g}" if name in tried else "" for name in named]
+        _, gain, lost, _ = table.best(setting, "adamw")
+        layers = LAYERS.get(setting[0], "")
+        print(f"| {setting[0]} | {layers} | " + " | ".join(row) + f" | {gain:.3f}, {lost:.3g} |")
+
+
+def _print_task(table: Table, setting: tuple) -> None:
+    task, steps, rank, batch = setting
+    base = table.base[task]
+    print(f"\n## {task}: {TASKS[task].__doc__.splitlines()[0]}\n")
+    print(f"{TASKS[task].base}, {steps} steps of {batch}, rank {rank}; untouched: loss {base['loss']:.4g}, general "
+          f"{base['general']:.4g}. Gain, forgotten.\n")  # fmt: skip
+    names = [name for name in METHODS if table.rates(setting, name)]
+    rates = sorted({rate for name in names for rate in table.rates(setting, name)})
+    print("| optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
+    print("| --- |" + " --- |" * len(rates))
+    for name in names:
+        row = []
+        for rate in rates:
+            if rate not in table.rates(setting, name):
+                row.append("")
+                continue
+            gain, lost, seeds = table.cell(setting, name, rate)
+            row.append(
+                "not finite" if math.isinf(gain) else f"{gain:.3f}, {lost:.3g}" + (f" ({seeds})" if seeds > 1 else "")
+            )
+        print(f"| {name} | " + " | ".join(row) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -217,6 +330,7 @@ def main() -> None:
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     running.add_argument("--threads", type=int, default=1)
     running.set_defaults(run=run)
+    commands.add_parser("report").set_defaults(run=report)
     given = parser.parse_args()
     given.run(given)
 

@@ -220,13 +220,13 @@ class Docstrings(Task):
 class DocstringsFew(Docstrings):
     """The same with an adapter on a third as many layers."""
 
-    layers = ["query"]
+    layers, chosen_on = ["query"], True
 
 
 class DocstringsAll(Docstrings):
     """The same with an adapter on every linear layer, twice as many."""
 
-    layers = ["query", "key", "value", "dense"]
+    layers, chosen_on = ["query", "key", "value", "dense"], True
 
 
 class Code(Docstrings):

@@ -19,9 +19,9 @@ from equipoise.optimizers.parts.fused_adamw import FusedAdamW
 from equipoise.optimizers.parts.pair_optimizer import STEPS, PairOptimizer, make_class, unpack
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
-REACH = (
-    0.5  # over √n for n adapted layers, where neither trust nor reach is given: what many layers do adds up like noise
-)
+# Over √n for n adapted layers, where neither trust nor reach is given: what many layers change adds up like noise.
+# Chosen by benchmarks/keeping.
+REACH = 0.5
 RATE, OUTSIDE = 1.0, 1e-3  # learning rates where none is given: of factors, whose steps are bounded, and of all else
 _OPTIONS: dict[str, Any] = {"trust": (float | None, None), "reach": (float | None, None)}
 
@@ -30,7 +30,7 @@ _DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight
 Args:
     trust: Share of the frozen weight's norm by which one step may move the adapted weight; None: a tenth of reach.
         (> 0)
-    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: 0.4/√n
+    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: 0.5/√n
         for n adapted layers, or no bound where trust is given. (> 0)
 
 The other options are {base}'s.
@@ -74,7 +74,7 @@ class BoundedAdamW(Bounded, FusedAdamW):
         reach: Share of the frozen weight's norm by which the whole run may move the adapted weight from where the
             adapter began (BA = 0, or B₀A₀ of PiSSA and of adapters that are trained further), whatever the learning
             rate and the number of steps. Smaller keeps more of what the base knew; the factors' start is kept in the
-            optimizer's state. None: 0.4/√n for n adapted layers, or no bound where trust is given. (> 0)
+            optimizer's state. None: 0.5/√n for n adapted layers, or no bound where trust is given. (> 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay. (>= 0)

@@ -291,20 +291,20 @@ class WithHead(nn.Module):
 
 
 def test_nothing_need_be_given():
-    """Factors get a large rate and a reach of 0.4/√n; what is outside pairs, which no bound holds, a moderate rate."""
+    """Factors get a large rate and a reach of 0.5/√n; what is outside pairs, which no bound holds, a moderate rate."""
     model = WithHead()
     optimizer = BoundedAdamW(model)
     factors, head = optimizer.param_groups
     assert [group["lr"] for group in (factors, head)] == [1.0, 1e-3]
     assert factors["param_names"] == ["lora.lora_A.weight", "lora.lora_B.weight"]
     assert head["param_names"] == ["head.weight", "head.bias"]
-    assert all((group["reach"], group["trust"]) == (0.4, pytest.approx(0.04)) for group in (factors, head))
+    assert all((group["reach"], group["trust"]) == (0.5, pytest.approx(0.05)) for group in (factors, head))
     distances = train(model.lora, optimizer, range(60))
-    assert max(distances) <= 0.4 * (1 + 1e-9) and distances[-1] == pytest.approx(0.4)
+    assert max(distances) <= 0.5 * (1 + 1e-9) and distances[-1] == pytest.approx(0.5)
     optimizer.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2)))], "lr": 0.1})
-    assert optimizer.param_groups[-1]["reach"] == 0.4
+    assert optimizer.param_groups[-1]["reach"] == 0.5
     four = nn.ModuleList(Lora() for _ in range(4))
-    assert [group["reach"] for group in BoundedAdamW(four).param_groups] == [0.2]
+    assert [group["reach"] for group in BoundedAdamW(four).param_groups] == [0.25]
 
 
 def test_a_rate_that_is_given_counts_for_all_and_one_of_a_group_for_the_group():
@@ -327,7 +327,7 @@ def test_trust_alone_bounds_no_run_and_a_group_of_ones_own_keeps_to_its_options(
     made = BoundedAdamW(groups, lr=1.0).param_groups
     assert [(group["trust"], group["reach"]) for group in made] == [
         (0.2, None),
-        (pytest.approx(0.04 / 2**0.5), 0.4 / 2**0.5),
+        (pytest.approx(0.05 / 2**0.5), 0.5 / 2**0.5),
     ]
 
 
