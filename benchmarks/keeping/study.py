@@ -255,7 +255,7 @@ def report(_: argparse.Namespace) -> None:
 def _print_verdicts(table: Table) -> None:
     print("\n## One default against AdamW at its best rate\n")
     print(
-        "| task | steps, rank | AdamW's best rate | gain, forgotten | seeds of each | bounded at | of that gain | forgotten |"
+        "| task | steps, rank | AdamW's best rate | gain, forgotten | seeds | bounded at | of that gain | forgotten |"
     )
     print("| --- | --- | ---: | --- | ---: | --- | --- | --- |")
     for setting in table.settings():

@@ -105,6 +105,11 @@ def _nothing_to_treat(choice: Choice, what: str) -> InputError:
 def _refuse_other_options(choice: Choice, optimizer: Optimizer) -> None:
     """The script has made a treated optimizer itself: it must be of the method, with the options that the user gave."""
     for group in optimizer.param_groups:
+        if all(group.get(key) is None for key in choice.defaults):
+            raise InputError(
+                f"--optimizer {choice.name}: the script makes a {type(optimizer).__name__} itself, which has none of "
+                f"{', '.join(choice.defaults)}. Leave --optimizer out, or change the script."
+            )
         for key, default in choice.defaults.items():
             own = group.get(key)
             if choice.options.get(key, own) != own or (own is None and default is not None):

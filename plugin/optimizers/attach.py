@@ -32,7 +32,7 @@ def attach(
         damping_mode: As in `ScaledAdamW`.
         order: As in `ScaledAdamW`.
         trust: As in `BoundedAdamW`; None: a tenth of reach, or no bound. (> 0)
-        reach: As in `BoundedAdamW`; None: no bound. (> 0)
+        reach: As in `BoundedAdamW`; None: no bound, or as there if damping and trust are None too. (> 0)
 
     Returns:
         The same object.
@@ -47,8 +47,6 @@ def attach(
         raise InputError(f"This {type(inner).__name__} treats its LoRA pairs already; change its param_groups.")
     options = {"damping": damping, "damping_mode": damping_mode, "order": order, "trust": trust, "reach": reach}
     if damping is None:
-        if trust is None and reach is None:
-            raise InputError("attach() has nothing to do: damping, trust and reach are None. Give one of them a value.")
         options = {"trust": trust, "reach": reach}
     cls = (scaled if damping is not None else bounded)(type(inner))
     check_options(inner, options)
@@ -57,7 +55,8 @@ def attach(
     except TypeError as error:
         made = f"{'scaled' if damping is not None else 'bounded'}({type(inner).__name__})"
         raise InputError(f"This {type(inner).__name__} cannot change its class; construct {made} instead.") from error
-    for group in inner.param_groups:
-        fill_group(group, with_trust(options))
+    if any(value is not None for value in options.values()):  # else the bounds are those of `bounded`
+        for group in inner.param_groups:
+            fill_group(group, with_trust(options))
     inner._work_on_pairs(options, model)
     return optimizer

@@ -386,7 +386,7 @@ NOTHING = "holds no LoRA pairs, and neither does any other optimizer of this pro
         ("ScaledAdamW(factors, damping=0.5)", ["scaled_adamw"], None),
         ("ScaledAdamW(factors, damping=0.25)", ["scaled", "damping=0.5"], "whose damping is 0.25, not 0.5."),
         ("BoundedAdamW(factors)", ["scaled"], "makes a BoundedAdamW itself, whose damping is None, not 1e-06."),
-        ("ScaledAdamW(factors)", ["bounded"], "makes a ScaledAdamW itself, whose trust is None, not 0.01."),
+        ("ScaledAdamW(factors)", ["bounded"], "makes a ScaledAdamW itself, which has none of trust, reach."),
     ],
 )
 def test_an_optimizer_of_ours_that_the_script_makes_is_reported_or_refused(made, words, message, tmp_path):

@@ -419,8 +419,9 @@ def test_refuses_what_makes_no_sense():
         bounded(ScaledAdamW)
     with pytest.raises(InputError, match="bounded already"):
         scaled(BoundedAdamW)
-    with pytest.raises(InputError, match="nothing to do"):
-        attach(SGD(trainable(Lora()), 1e-2), damping=None)
+    layer = Lora()
+    (group,) = attach(SGD(trainable(layer), 1e-2), layer, damping=None).param_groups
+    assert (group["reach"], group["trust"]) == (0.5, 0.05), "as bounded(SGD) has them"
     with pytest.raises(InputError, match=r"torch\.optim\.Optimizer class"):
         bounded("adamw")
 
