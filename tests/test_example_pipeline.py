@@ -49,7 +49,7 @@ def test_the_documented_pipeline_trains_sweeps_resumes_and_compares(command, tmp
         return done.stdout + done.stderr
 
     keys = run("train", "curve.yaml", "--keys")
-    assert "model.width (width for short): int >= 1" in keys and "train.steps (steps for short)" in keys
+    assert "model.width (width for short): a whole number >= 1" in keys and "train.steps (steps for short)" in keys
 
     assert "straight: done" in run("train", "curve.yaml", "steps=3000", "--id", "straight")
     process = subprocess.Popen([*command, "train", "curve.yaml", "steps=3000", "--id", "halted"])

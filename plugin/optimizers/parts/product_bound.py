@@ -40,13 +40,24 @@ class ProductBound:
         pairs: (A, B) of shapes (r, n…) and (m, r…).
         norms: ‖W‖_F / s of each pair.
         kinds: Which entry of the `trust` of each step holds for each pair.
+        start: The factors A, B, A, B … that every `shrink` measures from, used as they are; None: see `remember`.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[float], kinds: Sequence[int]):
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        norms: Sequence[float],
+        kinds: Sequence[int],
+        start: Sequence[Tensor] | None = None,
+    ):
         self.pairs, self.norms, self.kinds = list(pairs), list(norms), list(kinds)
         self._factors = [factor for pair in self.pairs for factor in pair]
         self._places = [factor.data_ptr() for factor in self._factors]
-        self._old = [torch.empty_like(factor, requires_grad=False) for factor in self._factors]
+        self._old = (
+            [torch.empty_like(factor, requires_grad=False) for factor in self._factors]
+            if start is None
+            else list(start)
+        )
         batches: dict[tuple[int, torch.dtype, torch.device], dict[tuple, list[int]]] = {}
         for index, (A, B) in enumerate(self.pairs):
             dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
@@ -77,10 +88,10 @@ class ProductBound:
         return list(zip(self._old[::2], self._old[1::2], strict=True))
 
     @torch.no_grad()
-    def remember(self, factors: Sequence[Tensor] | None = None) -> None:
-        """Keep the factors as they are now, or `factors` (A, B, A, B …): what `shrink` measures from."""
+    def remember(self) -> None:
+        """Keep the factors as they are now: what `shrink` measures from."""
         if self.pairs:
-            torch._foreach_copy_(self._old, self._factors if factors is None else list(factors))
+            torch._foreach_copy_(self._old, self._factors)
 
     @torch.no_grad()
     def moved(self) -> list[Tensor]:

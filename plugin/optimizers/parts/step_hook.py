@@ -221,10 +221,11 @@ class StepHook:
         on_layer = Counter(under.layer for under in frozen)
         beside = [on_layer[under.layer] for under in frozen]
         norms = [under.norm / n for under, n in zip(frozen, beside, strict=True)]
-        bound = ProductBound(list(map(self._factors.of, pairs)), norms, [distinct.index(kind) for kind in kinds])
+        begun = asked is self._run
+        start = [factor for pair in pairs for factor in self._start(optimizer, pair)] if begun else None
+        bound = ProductBound(list(map(self._factors.of, pairs)), norms, [distinct.index(kind) for kind in kinds], start)
         asked.set(optimizer, bound, distinct, names, beside)
-        if asked is self._run:
-            bound.remember([start for pair in pairs for start in self._start(optimizer, pair)])
+        if begun:
             self._refuse_far_out(optimizer, kinds)
 
     def _measure(self, optimizer: Any, pairs: Sequence[Pair]) -> list[Frozen]:
