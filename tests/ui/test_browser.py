@@ -200,6 +200,7 @@ def test_stop_resume_delete_on_a_phone_in_the_dark(tmp_path, serve, look):
     expect(page.locator("#run-head")).to_contain_text(f"waits for {id} to end", timeout=PATIENCE)
     expect(page.locator("#run-head .badge")).to_have_text("queued")
     page.locator("#runs-table").get_by_role("button", name=id).click()
+    expect(page.locator("#run-head .badge")).to_have_text("running", timeout=PATIENCE)  # else the other one is stopped
     page.locator("#stop").click()
     expect(page.locator("#run-head .badge")).to_have_text("stopped", timeout=PATIENCE)
     second.click()
