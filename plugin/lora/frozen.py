@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import PairingError
 from equipoise.lora.blocks import Block
-from equipoise.lora.pairs import Pair, is_dtensor, live_roots
+from equipoise.lora.pairs import Pair, is_dtensor, live_roots, some
 
 _LEVELS = 3  # peft: the layer, its ModuleDict lora_A, and in that one nn.Linear per adapter
 
@@ -49,7 +49,7 @@ def weight_norms(
     if lost:
         raise PairingError(
             f"{asker} needs the frozen weight under every LoRA pair, and none could be found under {len(lost)} of "
-            f"{len(pairs)} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). It is looked for as `weight` or "
+            f"{len(pairs)} ({some(lost)}). It is looked for as `weight` or "
             "`base_layer.weight` of the module that has the factors. Name it so, give the optimizer the model that "
             f"holds both, or {instead}."
         )

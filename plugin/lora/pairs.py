@@ -81,12 +81,12 @@ class PairReport:
         """What is left to the base optimizer and why, a clause for each reason."""
         clauses = []
         if self.unpaired:
-            count, shown = len(self.unpaired), _some(self.unpaired)
+            count, shown = len(self.unpaired), some(self.unpaired)
             clauses.append(f"{count} LoRA factors without a partner ({shown}) are left to the base optimizer")
         for why in dict.fromkeys(why for _, why in self.left):
             where = [name for name, reason in self.left if reason == why]
             count = f"{len(where)} adapters are" if len(where) > 1 else "1 adapter is"
-            clauses.append(f"{count} left to the base optimizer ({_some(where)}), for {why}")
+            clauses.append(f"{count} left to the base optimizer ({some(where)}), for {why}")
         return clauses
 
 
@@ -258,7 +258,8 @@ class _Search:
         return PairReport(tuple(self.pairs), tuple(self.lonely.values()), tuple(dict.fromkeys(self.left.values())))
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first three of many names, for a message."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
