@@ -18,19 +18,18 @@ A score is 1 − loss / loss of the untouched base; the usable range is that of 
 """
 
 import argparse
-import ast
 import copy
 import itertools
 import json
 import math
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+from keeping.bases import as_bytes, drawn, encoded, gpt, modules, windows
 from peft import LoraConfig, inject_adapter_in_model
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from torch import Tensor, nn
@@ -108,23 +107,11 @@ def _shapes() -> tuple:
     """The embedded U-Net, text encoder and noise schedule, and (latents, tokens, text embeddings) of six pictures to
     learn and twelve held out.
     """
-    import numpy as np
-    from diffusers import StableDiffusionPipeline
+    from equipoise.pipelines.demo import shapes
 
-    from equipoise.pipelines.demo import base_folder, shapes
-
-    pipe = StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32, safety_checker=None)
-    rng = np.random.default_rng(0)
-    backgrounds = ["white", "gray", "black"] * 6
-    pictures = [np.asarray(shapes.draw_varied(shapes.OBJECT, b, rng), dtype=np.float32) for b in backgrounds]
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
-    words = [shapes.caption(shapes.OBJECT.name, b) for b in backgrounds]
-    with torch.no_grad():
-        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-        tokens = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        embedded = pipe.text_encoder(tokens).last_hidden_state
-    frozen = pipe.unet.requires_grad_(False), pipe.text_encoder.requires_grad_(False)
-    return *frozen, pipe.scheduler.alphas_cumprod, (latents, tokens, embedded)
+    pictures = [(shapes.OBJECT, background) for background in ["white", "gray", "black"] * 6]
+    unet, text_encoder, *_, alphas = drawn()
+    return unet, text_encoder, alphas, encoded(pictures, 0)
 
 
 class Shapes(Task):
@@ -171,48 +158,11 @@ class TextEncoder(Shapes):
         return self.text_encoder(self.tokens[which]).last_hidden_state
 
 
-def _library(prose: bool) -> list[Tensor]:
-    """Bytes of the standard library's modules, one tensor per module: their docstrings, or their code."""
-    texts = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        if prose:
-            nodes = [
-                n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.Module)
-            ]
-            source = "\n".join(filter(None, (ast.get_docstring(node) for node in nodes)))
-        if len(source) > 2000:
-            texts.append(torch.tensor(list(source.encode("ascii", "ignore")), dtype=torch.long))
-    return texts
-
-
-def _windows(texts: list[Tensor], count: int, generator: torch.Generator, length: int = 64) -> Tensor:
-    rows = []
-    for which in torch.randint(0, len(texts), (count,), generator=generator).tolist():
-        start = int(torch.randint(0, len(texts[which]) - length, (1,), generator=generator))
-        rows.append(texts[which][start : start + length])
-    return torch.stack(rows)
-
-
 @cache
 def _gpt() -> tuple:
     """A byte-level GPT trained on prose, and the code to learn and to hold out."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=128, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0,
-                        attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
-    model, prose, generator = GPT2LMHeadModel(config), _library(prose=True), torch.Generator().manual_seed(0)
-    optimizer = AdamW(model.parameters(), 2e-3)
-    for step in range(400):
-        rows = _windows(prose, 24, generator)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / 400)
-        model(rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    code = _library(prose=False)
-    return model.requires_grad_(False), code[::2], code[1::2]
+    code = as_bytes(list(modules().values()))
+    return gpt()[0], code[::2], code[1::2]
 
 
 class Text(Task):
@@ -225,11 +175,11 @@ class Text(Task):
         self.model, self.seed = inject_adapter_in_model(config, copy.deepcopy(model)), seed
 
     def loss(self, step: int) -> Tensor:
-        rows = _windows(self.seen, 12, torch.Generator().manual_seed(1_000_003 * self.seed + step))
+        rows = windows(self.seen, 12, torch.Generator().manual_seed(1_000_003 * self.seed + step))
         return self.model(rows, labels=rows).loss
 
     def held_out(self) -> float:
-        rows = _windows(self.unseen, 256, torch.Generator().manual_seed(7))
+        rows = windows(self.unseen, 256, torch.Generator().manual_seed(7))
         return self.model(rows, labels=rows).loss.item()
 
 

@@ -68,6 +68,23 @@ def drawn() -> tuple:
     return pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler.alphas_cumprod
 
 
+def encoded(pictures: list[tuple], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, tokens and text embeddings of varied drawings of (subject, background)."""
+    import numpy as np
+
+    from equipoise.pipelines.demo import shapes
+
+    _, text_encoder, tokenizer, vae, _ = drawn()
+    rng = np.random.default_rng(seed)
+    drawings = [np.asarray(shapes.draw_varied(*picture, rng), dtype=np.float32) for picture in pictures]
+    pixels = torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2) / 127.5 - 1
+    words = [shapes.caption(subject.name, background) for subject, background in pictures]
+    with torch.no_grad():
+        tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+        return latents, tokens, text_encoder(tokens).last_hidden_state
+
+
 @cache
 def modules() -> dict[str, str]:
     """The source of each module of the standard library, in order of their names."""

@@ -256,9 +256,9 @@ class Drawn(Task):
 
         self.alphas = bases.drawn()[4]
         grounds = ["white", "gray", "black"] * 6
-        self.pictures = _encoded([(self.subject(), ground) for ground in grounds], 0)
+        self.pictures = bases.encoded([(self.subject(), ground) for ground in grounds], 0)
         known = [shapes.shape(colour, name) for name in shapes.SHAPES for colour in list(shapes.COLOURS)[::2]]
-        self.known = _encoded([(subject, ground) for subject, ground in zip(known, grounds, strict=True)], 1)
+        self.known = bases.encoded([(subject, ground) for subject, ground in zip(known, grounds, strict=True)], 1)
 
     def frozen(self) -> nn.Module:
         return bases.drawn()[0]
@@ -269,8 +269,8 @@ class Drawn(Task):
 
         return shapes.OBJECT
 
-    def _denoising(self, pictures: tuple[Tensor, Tensor], which: Tensor, generator: torch.Generator) -> Tensor:
-        clean, words = pictures[0][which], pictures[1][which]
+    def _denoising(self, pictures: tuple[Tensor, Tensor, Tensor], which: Tensor, generator: torch.Generator) -> Tensor:
+        clean, words = pictures[0][which], pictures[2][which]
         noise = torch.randn(clean.shape, generator=generator)
         times = torch.randint(0, len(self.alphas), (len(which),), generator=generator)
         signal = self.alphas[times].view(-1, 1, 1, 1)
@@ -303,23 +303,6 @@ class Emblem(Drawn):
         inner = shapes.SHAPES["star"] * 0.6
         parts = (shapes.Part(shapes.SHAPES["square"], 120.0), shapes.Part(inner, 285.0))
         return shapes.Subject(shapes.OBJECT.name, parts)
-
-
-def _encoded(pictures: list[tuple], seed: int) -> tuple[Tensor, Tensor]:
-    """Latents and text embeddings of varied drawings."""
-    import numpy as np
-
-    from equipoise.pipelines.demo import shapes
-
-    _, text_encoder, tokenizer, vae, _ = bases.drawn()
-    rng = np.random.default_rng(seed)
-    drawings = [np.asarray(shapes.draw_varied(*picture, rng), dtype=np.float32) for picture in pictures]
-    pixels = torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2) / 127.5 - 1
-    words = [shapes.caption(subject.name, ground) for subject, ground in pictures]
-    with torch.no_grad():
-        tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-        return latents, text_encoder(tokens).last_hidden_state
 
 
 class Program(Task):
