@@ -1,14 +1,19 @@
 """How forgiving an optimizer is of the learning rate: its usable range, in decades. The one definition of it.
 
-Every cell has a score, higher is better, and the untouched base has one. The line is drawn at
+Every cell has a score, higher is better, and the untouched base has one. A rate is usable where it learnt enough and
+kept enough. It learnt enough where its score reaches the line
 
     base + USABLE · (best − base)
 
 where *best* is the best score of any cell in the comparison, so every optimizer has to clear the same bar. Where no
-cell gains at least GAIN over the base, nothing worked, and there is no line: noise would clear it. Scores are joined by
-straight lines over log₁₀(learning rate); an optimizer's usable range is the unbroken stretch above the line that holds
-its own best rate. A stretch that reaches the end of what was tried is open there: "at least". A cell that diverged
-or draws mostly broken pictures is never usable, whatever its score: see `Comparison.counted`.
+cell gains at least GAIN over the base, nothing worked, and there is no line: noise would clear it. It kept enough where
+what is left of what the base knew before reaches KEPT · (what the untouched base has of it). A comparison that measures
+nothing of the kind, or whose base has nothing to lose, has no such line, and judges by what was learnt alone.
+
+Scores, and what was kept, are joined by straight lines over log₁₀(learning rate); an optimizer's usable range is the
+unbroken stretch above both lines that holds its own best usable rate, and ends where the first of them is crossed. A
+stretch that reaches the end of what was tried is open there: "at least". A cell that diverged or draws mostly broken
+pictures is never usable, whatever its score: see `Comparison.counted`.
 """
 
 import math
@@ -16,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 USABLE = 0.75  # share of the best gain over the base that a rate must reach to count as usable
+KEPT = 0.75  # share of what the base kept, untouched, that a rate must keep
 GAIN = 0.02  # in units of the score: two pictures in a hundred, or 2 % of the base's loss; below that is noise
 
 
@@ -23,6 +29,7 @@ GAIN = 0.02  # in units of the score: two pictures in a hundred, or 2 % of the b
 class Point:
     rate: float  # learning rate
     score: float  # higher is better
+    kept: float = math.nan  # of what the base knew before, higher is better; nan where it is not measured
 
 
 @dataclass(frozen=True)
@@ -48,37 +55,77 @@ def threshold(base: float, best: float) -> float | None:
     return base + USABLE * (best - base) if best - base >= GAIN else None
 
 
+def kept_threshold(base: float) -> float | None:
+    """What a rate must keep, or None where the untouched base has nothing to lose, or it is not measured."""
+    return KEPT * base if math.isfinite(base) and base > 0 else None
+
+
 def shown_rate(rate: float, digits: int = 6) -> str:
     """A learning rate as people write it, 1e-4 or 1.5e-4: to `digits` after the point, without zeros at the end."""
     mantissa, exponent = f"{rate:.{digits}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def usable_range(points: Sequence[Point], line: float) -> UsableRange | None:
+def usable(point: Point, line: float, kept_line: float | None = None) -> bool:
+    """Whether a rate works. Neither a score nor a `kept` that is not finite ever does.
+
+    Args:
+        line: The score to reach, from `threshold`.
+        kept_line: What is to be kept, from `kept_threshold`; None where what was learnt decides alone.
+    """
+    return all(math.isfinite(value) and value >= bar for value, bar in _measures(point, line, kept_line))
+
+
+def reach(point: Point, base: float, line: float, kept_line: float | None = None) -> float:
+    """How near a rate is to working: 1 where it just does, by whichever of the two it has less of.
+
+    Args:
+        base: The untouched base's score.
+    """
+    shares = [(point.score - base) / (line - base), *([point.kept / kept_line] if kept_line else [])]
+    return min(share if math.isfinite(share) else -math.inf for share in shares)
+
+
+def usable_range(points: Sequence[Point], line: float, kept_line: float | None = None) -> UsableRange | None:
     """The learning rates that work, or None where none does.
 
     Args:
-        points: One optimizer's cells, one per learning rate, in any order. Scores that are not finite are failures.
-        line: The score to reach, from `threshold`.
+        points: One optimizer's cells, one per learning rate, in any order.
+        line: As for `usable`.
+        kept_line: As for `usable`.
     """
     ordered = sorted(points, key=lambda point: point.rate)
-    scores = [point.score if math.isfinite(point.score) else -math.inf for point in ordered]
-    if not ordered or max(scores) < line:
+    works = [usable(point, line, kept_line) for point in ordered]
+    if not any(works):
         return None
-    top = scores.index(max(scores))
+    top = max((index for index, it in enumerate(works) if it), key=lambda index: ordered[index].score)
     first, last = top, top
-    while first > 0 and scores[first - 1] >= line:
+    while first > 0 and works[first - 1]:
         first -= 1
-    while last + 1 < len(ordered) and scores[last + 1] >= line:
+    while last + 1 < len(ordered) and works[last + 1]:
         last += 1
-    low = ordered[first].rate if first == 0 else _crossing(ordered[first - 1], ordered[first], line)
-    high = ordered[last].rate if last + 1 == len(ordered) else _crossing(ordered[last + 1], ordered[last], line)
-    return UsableRange(low, high, first == 0, last + 1 == len(ordered))
+    low = ordered[first].rate if first == 0 else _crossing(ordered[first - 1], ordered[first], line, kept_line)
+    end = last + 1 == len(ordered)
+    high = ordered[last].rate if end else _crossing(ordered[last + 1], ordered[last], line, kept_line)
+    return UsableRange(low, high, first == 0, end)
 
 
-def _crossing(outside: Point, inside: Point, line: float) -> float:
-    """The rate between two cells at which the straight line between their scores meets the bar."""
-    if not math.isfinite(outside.score) or inside.score == line:
+def _crossing(outside: Point, inside: Point, line: float, kept_line: float | None) -> float:
+    """The rate between two cells at which the first of the straight lines between them meets its bar."""
+    pairs = zip(_measures(outside, line, kept_line), _measures(inside, line, kept_line), strict=True)
+    share = min(_share(there, here, bar) for (there, bar), (here, _) in pairs)
+    if share == 0:
         return inside.rate
-    share = (inside.score - line) / (inside.score - outside.score)
     return 10 ** (math.log10(inside.rate) + share * (math.log10(outside.rate) - math.log10(inside.rate)))
+
+
+def _share(outside: float, inside: float, bar: float) -> float:
+    """How far it is from the inside to where the bar is met, of the whole way; 1 where it is not met before the end."""
+    if not math.isfinite(outside):
+        return 0.0
+    return (inside - bar) / (inside - outside) if outside < bar else 1.0
+
+
+def _measures(point: Point, line: float, kept_line: float | None) -> list[tuple[float, float]]:
+    """What a rate is judged by, each with the bar that it has to reach."""
+    return [(point.score, line), *([] if kept_line is None else [(point.kept, kept_line)])]
