@@ -1,5 +1,6 @@
 """The numbers of a comparison as HTML: its curves of scores, the table of all metrics, and its files."""
 
+from equipoise.pipelines.comparing import curve as curves
 from equipoise.pipelines.comparing import report
 from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.ui import draw
@@ -14,13 +15,16 @@ def curve(site: Site, id: str) -> str:
     if not comparison.judged:
         return draw.notice(report.NOT_JUDGED)
     ranges = "".join(
-        f"<tr><td><i style='background:{report.line_colour(index)}'></i>{esc(row)}</td>"
+        f"<tr><td><i style='background:{curves.line_colour(index)}'></i>{esc(row)}</td>"
         f"<td>{esc(found) if found else 'none of the rates tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )
     head = "<thead><tr><th></th><th>learning rates that worked</th></tr></thead>"
-    drawn = report.draw_curve(comparison) if comparison.rates else ""
-    return f"<div class='curve'>{drawn}<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div></div>"
+    drawn = curves.draw_curve(comparison) if comparison.rates else ""
+    words = [report.best_words(comparison), curves.curve_words(comparison)]
+    hints = "".join(f"<p class='hint'>{esc(line)}</p>" for line in words if line)
+    lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
+    return f"<div class='curve'><div>{drawn}</div><div>{lists}{hints}</div></div>"
 
 
 def table(site: Site, id: str) -> str:
@@ -28,10 +32,10 @@ def table(site: Site, id: str) -> str:
     comparison = read(site, id)
     cells = [comparison.base, *comparison.cells]
     names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
-    head = "".join(f"<th>{esc(name)}</th>" for name in ["", "rate", "seed", "state", *names])
+    head = "".join(f"<th>{esc(name)}</th>" for name in ["", "rate", "seed", "state", "verdict", *names])
     rows = "".join(
         f"<tr><td>{esc(cell.row)}</td><td>{'' if not cell.run else shown_rate(cell.rate)}</td><td>{cell.seed}</td>"
-        f"<td>{esc(cell.state)}</td>"
+        f"<td>{esc(cell.state)}</td><td>{esc(comparison.verdict(cell.row, cell.rate))}</td>"
         + "".join(f"<td>{draw.number(cell.metrics.get(name))}</td>" for name in names)
         + "</tr>"
         for cell in cells

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from equipoise.pipelines.comparing.report import ticks
+from equipoise.pipelines.comparing.curve import ticks
 
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.comparing.report import NOT_JUDGED
-from equipoise.pipelines.comparing.robustness import GAIN, shown_rate
+from equipoise.pipelines.comparing.report import NOT_JUDGED, best_words, usable_words
+from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.files import user_path
 from equipoise.pipelines.jobs.making import make
 from equipoise.pipelines.runs.store import Run, find
@@ -78,6 +78,7 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         if any(name in cell.metrics for cell in [comparison.base, *comparison.cells])
     ]
     seeds = len({cell.seed for cell in comparison.cells}) > 1
+    verdicts = ["VERDICT"] if comparison.judged else []
     rows = [
         [
             cell.row,
@@ -85,21 +86,23 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
             *([cell.seed if cell.run else ""] if seeds else []),
             *(f"{cell.metrics[name]:.3g}" if name in cell.metrics else "" for name in shown),
             cell.state,
+            *(comparison.verdict(cell.row, cell.rate) for _ in verdicts),
         ]
         for cell in [comparison.base, *comparison.cells]
     ]
-    print(table(["", "RATE", *(["SEED"] if seeds else []), *(name.upper() for name in shown), "STATE"], rows))
+    names = [name.upper() for name in shown]
+    print(table(["", "RATE", *(["SEED"] if seeds else []), *names, "STATE", *verdicts], rows))
     for doubt in comparison.doubts:
         print(f"\n{doubt}")
     print(f"\nScore: {comparison.score}." if comparison.judged else f"\n{NOT_JUDGED}")
     for name, words in (comparison.beside | comparison.scored).items():
         print(f"{name.capitalize()}: {words}.")
     if comparison.judged:
+        print(usable_words(comparison))
         print("Learning rates that worked:")
         for row, found in comparison.ranges().items():
             print(f"  {row}: {found or 'none of those tried'}")
-    if comparison.judged and comparison.line is None:
-        print(f"No score is {GAIN:g} or more above the untouched base's; smaller gains are noise.")
+        print(best_words(comparison))
     print()
     for what, path in paths.items():
         print(f"  {what + ':':<8} {path}")

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
-from equipoise.pipelines.comparing.robustness import Point, UsableRange, threshold, usable_range
+from equipoise.pipelines.comparing.robustness import (
+    Point,
+    UsableRange,
+    kept_threshold,
+    reach,
+    threshold,
+    usable,
+    usable_range,
+)
 from equipoise.pipelines.config import flat as flat_config
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.files import write_atomic
@@ -21,6 +29,7 @@ from equipoise.pipelines.runs.run import Run
 RATE = "optimizer.learning_rate"
 _NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
 _SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
+WORKS = "usable"  # the verdict on a rate that learnt and kept enough; any other says what it lacks
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
 _LONG = 40  # characters of a value in a label
 
@@ -83,6 +92,7 @@ class Comparison:
     beside: dict[str, str] = field(default_factory=dict)  # metrics reported beside the score: shares, and what they are
     scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, reported after them
     alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
+    kept: str = ""  # which of `beside` says what is left of what the base knew; "": none, and the score judges alone
 
     @classmethod
     def read(cls, folder: Path) -> "Comparison":
@@ -104,7 +114,7 @@ class Comparison:
                 )
                 for it in data["cells"]
             ]
-            extra = data["beside"], data.get("scored", {}), data.get("alike", "")
+            extra = data["beside"], data.get("scored", {}), data.get("alike", ""), data.get("kept", "")
             return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *extra)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
@@ -126,22 +136,24 @@ class Comparison:
         than the base."""
         if not math.isfinite(cell.score):
             return self.base.score
-        failed = cell.state == "diverged" or cell.metrics.get("broken", 0) > MOSTLY
-        return min(cell.score, self.base.score) if failed else cell.score
+        return min(cell.score, self.base.score) if _failure(cell) else cell.score
 
     def points(self, row: str) -> list[Point]:
-        """A row's mean score over the seeds at each rate."""
+        """A row's means over the seeds at each rate: its score, and what it kept over those that measured it."""
+        places: dict[float, list[Cell]] = {}
+        for cell in sorted((cell for cell in self.cells if cell.row == row), key=lambda cell: cell.seed):
+            places.setdefault(cell.rate, []).append(cell)
         points = []
-        for rate in self.rates:
-            if cells := self.at(row, rate):
-                scores = [self.counted(cell) for cell in cells]
-                points.append(Point(rate, sum(scores) / len(scores)))
+        for rate, cells in sorted(places.items()):
+            scores = [self.counted(cell) for cell in cells]
+            left = [cell.metrics[self.kept] for cell in cells if self.kept in cell.metrics]
+            kept = sum(left) / len(left) if left else math.nan
+            points.append(Point(rate, sum(scores) / len(scores), kept))
         return points
 
     def usable(self, row: str, rate: float) -> bool:
         """Whether a rate worked, by the mean over its seeds, as the curve and the range have it."""
-        line = self.line
-        return line is not None and any(p.rate == rate and p.score >= line for p in self.points(row))
+        return self.verdict(row, rate) == WORKS
 
     @property
     def line(self) -> float | None:
@@ -150,19 +162,48 @@ class Comparison:
         return threshold(self.base.score, best)
 
     @property
+    def kept_line(self) -> float | None:
+        """What a usable rate keeps, or None where it is judged by what was learnt alone."""
+        return kept_threshold(self.base.metrics.get(self.kept, math.nan))
+
+    @property
+    def best(self) -> tuple[str, Point] | None:
+        """The row and rate with the highest score of those that are usable; where none is, what comes nearest to it.
+        None where no gain can be told from noise."""
+        line, bar = self.line, self.kept_line
+        if line is None:
+            return None
+        places = [(row, point) for row in self.rows for point in self.points(row)]
+        works = [(row, point) for row, point in places if usable(point, line, bar)]
+        if works:
+            return max(works, key=lambda place: place[1].score)
+        return max(places, key=lambda place: reach(place[1], self.base.score, line, bar))
+
+    @property
     def judged(self) -> bool:
         """Whether any cell has a score; questions of one's own have no right answer to be compared with."""
         return any(math.isfinite(cell.score) for cell in [self.base, *self.cells])
 
     def verdict(self, row: str, rate: float) -> str:
-        """`usable`, `unusable`, or nothing for the base and where nothing is judged."""
-        if math.isnan(rate) or not self.judged:
+        """WORKS, or why a rate is not usable, in a few words; nothing for the base and where nothing is judged."""
+        point = next((point for point in self.points(row) if point.rate == rate), None)
+        if point is None or not self.judged:
             return ""
-        return "usable" if self.usable(row, rate) else "unusable"
+        line, bar = self.line, self.kept_line
+        if line is not None and usable(point, line, bar):
+            return WORKS
+        failures = [_failure(cell) for cell in self.at(row, rate)]
+        if all(failures):  # of seeds that came out well, the means say what they lack
+            return ", ".join(dict.fromkeys(failures))
+        learnt = line is not None and point.score >= line
+        if learnt and math.isnan(point.kept):
+            return "kept is not measured"
+        kept = bar is None or not point.kept < bar
+        return f"{' & '.join([*([] if learnt else ['learnt']), *([] if kept else ['kept'])])} too little"
 
     def ranges(self) -> dict[str, UsableRange | None]:
-        line = self.line
-        return {row: usable_range(self.points(row), line) if line is not None else None for row in self.rows}
+        line, bar = self.line, self.kept_line
+        return {row: usable_range(self.points(row), line, bar) if line is not None else None for row in self.rows}
 
     @property
     def doubts(self) -> list[str]:
@@ -202,7 +243,9 @@ class Comparison:
             "beside": self.beside,
             "scored": self.scored,
             "alike": self.alike,
+            "kept": self.kept,
             "usable_from": self.line,
+            "kept_from": self.kept_line,
             "usable_ranges": {
                 row: None
                 if found is None
@@ -223,6 +266,7 @@ class Comparison:
                     "run": c.run,
                     "state": c.state,
                     "message": c.message,
+                    "verdict": self.verdict(c.row, c.rate),
                     "metrics": {k: _finite(v) for k, v in c.metrics.items()},
                     "pictures": [asdict(picture) for picture in c.pictures],
                     "config": c.config,
@@ -235,10 +279,24 @@ class Comparison:
         return [self.folder / "table.csv", self.folder / "table.json"]
 
 
+def _failure(cell: Cell) -> str:
+    """Why a cell's rate cannot be usable, whatever its score."""
+    if cell.state == "diverged":
+        return "diverged"
+    if not math.isfinite(cell.score):
+        return "no score" if cell.state == "done" else cell.state
+    return "mostly broken pictures" if cell.metrics.get("broken", 0) > MOSTLY else ""
+
+
 def means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Name by name, over those that have it."""
     found = {name: [one[name] for one in scores if name in one] for name in dict.fromkeys(n for s in scores for n in s)}
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def short(name: str) -> str:
+    """A metric's name in a cell, where there is little room."""
+    return name.removeprefix("accuracy_")
 
 
 def measured(result: Mapping[str, Any]) -> dict[str, float]:

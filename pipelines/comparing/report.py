@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, means
-from equipoise.pipelines.comparing.robustness import GAIN, shown_rate
+from equipoise.pipelines.comparing.comparison import WORKS, Cell, Comparison, Picture, means, short
+from equipoise.pipelines.comparing.curve import curve_words, draw_curve, line_colour
+from equipoise.pipelines.comparing.robustness import GAIN, KEPT, USABLE, shown_rate
 from equipoise.pipelines.files import write_atomic
 
 CELL = 168  # pixels, the side of a cell of the grid picture
@@ -20,8 +21,6 @@ _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
 _MOST = 6  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
 NOT_JUDGED = "Nothing is judged here: there is no score to tell by which learning rates worked."
-_APART, _ROW = 44, 14  # units of the curve that a rate's number takes across, and a word down
-_LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
 
 def write_report(comparison: Comparison) -> dict[str, Path]:
@@ -39,14 +38,14 @@ def write_report(comparison: Comparison) -> dict[str, Path]:
 def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     """Rows × learning rates, the untouched base first; each cell a mosaic of its pictures (or of one prompt's).
 
-    A green frame marks a usable rate, a red one a rate that is not; the number is the score, and a smaller one below it
-    what else is known of the cell; the last lines say what both are. Of several training seeds the first one's pictures
-    are shown, with the mean of all scores, by which the frame goes, and their span.
+    A green frame marks a usable rate, a red one a rate that is not, and below it stands why. The number is the score, a
+    smaller one what else is known of the cell; the last lines say what they are. Of several training seeds the first
+    one's pictures are shown, with the mean of all scores, by which the frame goes, and their span.
     """
     rows, rates = comparison.rows, comparison.rates
     width = _LEFT + (CELL + _GAP) * (len(rates) + 1) + _GAP
     columns, tall = _tiles(comparison, prompt)
-    foot = _FOOT + 16 * bool(comparison.beside or comparison.scored)
+    foot = _FOOT + 16 * comparison.judged + 16 * bool(comparison.beside or comparison.scored)
     pitch = tall + foot + _GAP
     said = explanations(comparison)
     if prompt is None:
@@ -77,14 +76,15 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
                 sheet.paste(small, (x + number % columns * side, y + number // columns * side))
             if not chosen:
                 pen.text((x + CELL / 2, y + tall / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
-            frame = {"usable": _GOOD, "unusable": _BAD}.get(comparison.verdict(row, rate), _MUTED)
+            verdict = comparison.verdict(row, rate)
+            frame = _GOOD if verdict == WORKS else _BAD if verdict else _MUTED
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + tall + 1), outline=frame, width=2)
-            text = _said(comparison, cells)
-            size = 14 if pen.textlength(text, _font(14)) <= CELL else 11
-            pen.text((x + CELL / 2, y + tall + 12), text, frame, font=_font(size), anchor="mm")
-            text = _said_beside(comparison, cells)
-            size = 12 if pen.textlength(text, _font(12)) <= CELL else 9
-            pen.text((x + CELL / 2, y + tall + 28), text, _MUTED, _font(size), anchor="mm")
+            below = [(_said(comparison, cells, verdict), frame, (14, 11))]
+            below += [(verdict, frame, (12, 9))] if comparison.judged else []
+            below += [(_said_beside(comparison, cells), _MUTED, (12, 9))]
+            for number, (text, ink, (large, small)) in enumerate(below):
+                size = large if pen.textlength(text, _font(large)) <= CELL else small
+                pen.text((x + CELL / 2, y + tall + 12 + 16 * number), text, ink, _font(size), anchor="mm")
     for number, words in enumerate(legend):
         pen.text((_GAP, _HEAD + pitch * len(rows) + 18 * number), words, _MUTED, font=_font(13))
     return sheet
@@ -102,13 +102,33 @@ def explanations(comparison: Comparison) -> list[str]:
         *beside,
         *base,
         *same,
-        "Green frame: a learning rate that worked (at least three quarters of the best gain over the base). Red: not.",
+        f"{usable_words(comparison)} Green frame: usable. Red: not, for the reason that stands below.",
     ]
 
 
-def short(name: str) -> str:
-    """A metric's name in a cell, where there is little room."""
-    return name.removeprefix("accuracy_")
+def usable_words(comparison: Comparison) -> str:
+    """What a rate of this comparison has to reach to be usable."""
+    learnt = f"a rate that gains at least {USABLE:.0%} of the best gain over the base"
+    if (bar := comparison.kept_line) is None:
+        return f"Usable, by what was learnt alone: {learnt}."
+    kept = f"{short(comparison.kept)} {bar:.0%} or more"
+    return f"Usable: {learnt} and keeps at least {KEPT:.0%} of what the base knew ({kept})."
+
+
+def best_words(comparison: Comparison) -> str:
+    """The rate that worked best, or what comes nearest where none worked; nothing where nothing is judged."""
+    if not comparison.judged:
+        return ""
+    if (found := comparison.best) is None:
+        return f"No score is {GAIN:g} or more above the base's; smaller gains are noise."
+    row, point = found
+    figures = [f"score {point.score:.0%}"]
+    if comparison.kept_line is not None and math.isfinite(point.kept):
+        figures.append(f"{short(comparison.kept)} {point.kept:.0%}")
+    place = f"{row} at {shown_rate(point.rate)} ({', '.join(figures)})"
+    if (verdict := comparison.verdict(row, point.rate)) == WORKS:
+        return f"Best usable rate: {place}."
+    return f"No rate learnt and kept enough. Nearest: {place}: {verdict}."
 
 
 def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
@@ -116,9 +136,10 @@ def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
     return [comparison.base] if math.isnan(rate) else comparison.at(row, rate)
 
 
-def _said(comparison: Comparison, cells: list[Cell]) -> str:
-    """A place's score, over several seeds their mean and span, and how its cells ended where they are not done."""
-    ended = [cell.state for cell in cells if cell.state not in ("done", "untouched")]
+def _said(comparison: Comparison, cells: list[Cell], verdict: str) -> str:
+    """A place's score, over several seeds their mean and span, and how its cells ended where they are not done and its
+    verdict does not say so."""
+    ended = [cell.state for cell in cells if cell.state not in ("done", "untouched", verdict)]
     states = [state if len(cells) == 1 else f"{count} {state}" for state, count in Counter(ended).items()]
     scores = [comparison.counted(cell) for cell in cells]
     text = ""
@@ -149,63 +170,6 @@ def _tiles(comparison: Comparison, prompt: int | None) -> tuple[int, int]:
     return columns, CELL // columns * max(1, math.ceil(most / columns))
 
 
-def draw_curve(comparison: Comparison) -> str:
-    """The robustness curve as SVG: score against learning rate, a line per row; the bar to clear is dashed."""
-    width, height, left, right, top, bottom = 720, 300, 60, 58, 16, 44
-    points = {row: [p for p in comparison.points(row) if math.isfinite(p.score)] for row in comparison.rows}
-    scores = [p.score for some in points.values() for p in some]
-    scores += [comparison.base.score] if math.isfinite(comparison.base.score) else []
-    if not scores:  # nothing was judged, as with questions of one's own
-        return ""
-    low, high = min([*scores, 0.0]), max([*scores, 0.01])
-    first, last = math.log10(comparison.rates[0]), math.log10(comparison.rates[-1])
-
-    def x(rate: float) -> float:
-        share = (math.log10(rate) - first) / (last - first) if last > first else 0.5
-        return left + share * (width - left - right)
-
-    def y(score: float) -> float:
-        return height - bottom - (score - low) / (high - low) * (height - top - bottom)
-
-    drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="score against learning rate">']
-    written = -math.inf
-    for rate in comparison.rates:
-        if x(rate) - written >= _APART:  # where rates are many, some go without their number
-            written = x(rate)
-            drawn.append(f'<text x="{written:.1f}" y="{height - 24}" text-anchor="middle">{shown_rate(rate)}</text>')
-    for value in ticks(low, high):
-        drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-        drawn.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-    drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">learning rate</text>')
-    above = math.inf  # where the words below are: two may be near each other
-    for label, score in (("base", comparison.base.score), ("usable", comparison.line)):
-        if score is not None and math.isfinite(score):
-            at, above = y(score), min(y(score), above - _ROW)
-            drawn.append(f'<line class="{label}" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            drawn.append(f'<text x="{width - right + 8}" y="{above + 4:.1f}">{label}</text>')
-    for index, (row, some) in enumerate(points.items()):
-        colour = line_colour(index)
-        path = " ".join(f"{x(p.rate):.1f},{y(p.score):.1f}" for p in some)
-        drawn.append(f'<polyline points="{path}" stroke="{colour}"/>')
-        for p in some:
-            title = f"<title>{html.escape(row)} at {shown_rate(p.rate)}: {p.score:.3f}</title>"
-            drawn.append(f'<circle cx="{x(p.rate):.1f}" cy="{y(p.score):.1f}" r="4" fill="{colour}">{title}</circle>')
-    return "".join([*drawn, "</svg>"])
-
-
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers from `low` to `high`, at equal distances, not many more or fewer than `about`."""
-    rough = (high - low) / about
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = unit * next(some for some in (1, 2, 5, 10) if some * unit >= rough * 0.99)
-    return [float(f"{index * step:.12g}") for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def line_colour(index: int) -> str:
-    """The colour of a row's line in the curve."""
-    return _LINES[index % len(_LINES)]
-
-
 def render_html(comparison: Comparison) -> str:
     """The report: one file, thumbnails within it, full-size pictures linked beside it."""
     ranges = "".join(
@@ -224,10 +188,12 @@ def render_html(comparison: Comparison) -> str:
         ],
     }
     names = list(dict.fromkeys(name for cell in [comparison.base, *comparison.cells] for name in cell.metrics))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["row", "learning rate", "seed", "state", *names])
+    titles = ["row", "learning rate", "seed", "state", "verdict", *names]
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     rows = "".join(
         f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
+        f"<td>{html.escape(comparison.verdict(c.row, c.rate))}</td>"
         + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
         + "</tr>"
         for c in [comparison.base, *comparison.cells]
@@ -237,10 +203,8 @@ def render_html(comparison: Comparison) -> str:
         "TITLE": html.escape(comparison.name),
         "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
         "RANGES": ranges or f"<tr><td>{NOT_JUDGED}</td></tr>",
-        "NOISE": f"<p>No score is {GAIN:g} or more above the base's; smaller gains are noise.</p>"
-        if comparison.judged and comparison.line is None
-        else "",
-        "CURVE": draw_curve(comparison) if comparison.rates else "",
+        "BEST": f"<p>{html.escape(best_words(comparison))}</p>",
+        "CURVE": f"{draw_curve(comparison)}<p>{html.escape(curve_words(comparison))}</p>" if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
         "PROMPTS": _prompt_table(comparison),
         "DATA": json.dumps(document).replace("<", "\\u003c"),  # no tag can end the script early
@@ -270,12 +234,13 @@ def _prompt_table(comparison: Comparison) -> str:
 
 def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
     """A place of the grid: what is said of it, and its cells, one per training seed."""
-    cells = _cells(comparison, row, rate)
+    cells, verdict = _cells(comparison, row, rate), comparison.verdict(row, rate)
     return {
-        "said": _said(comparison, cells),
+        "said": _said(comparison, cells, verdict),
+        "verdict": verdict,
         "beside": _said_beside(comparison, cells),
         "base": math.isnan(rate),
-        "usable": comparison.usable(row, rate),
+        "usable": verdict == WORKS,
         "cells": [
             {
                 "run": cell.who,

@@ -123,9 +123,10 @@ def compare(
             with _with_lora(base, run.folder / "result", samples.scale):
                 fill(cell, files)
     meaning = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
-    beside = {"kept": KEPT} if "kept" in untouched.metrics else {}
+    kept = "kept" if "kept" in untouched.metrics else ""
+    beside = {kept: KEPT} if kept else {}
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
-    return Comparison(name, folder, list(samples.prompts), meaning, untouched, cells, beside, scored, ALIKE)
+    return Comparison(name, folder, list(samples.prompts), meaning, untouched, cells, beside, scored, ALIKE, kept)
 
 
 def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:

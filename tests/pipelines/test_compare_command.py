@@ -102,8 +102,30 @@ def test_the_table_tells_seeds_apart_where_there_are_several(capfd, monkeypatch)
     monkeypatch.setattr(sys.modules["counting"].Compared, "compare", classmethod(seeded))
     assert main(["compare", "k"]) == 0
     header, base, *rows = capfd.readouterr().out.splitlines()[:4]
-    assert header.split() == ["RATE", "SEED", "SCORE", "STATE"] and base.split() == ["base", "0", "untouched"]
+    assert header.split() == ["RATE", "SEED", "SCORE", "STATE", "VERDICT"]
+    assert base.split() == ["base", "0", "untouched"]
     assert [row.split()[1:3] for row in rows] == [["1e-4", "5"], ["1e-3", "6"]]
+
+
+def test_a_rate_that_kept_too_little_is_named_so(capfd, monkeypatch):
+    """In the table, and where the best is said: the rate that learnt most kept nothing."""
+
+    def forgetful(*given):
+        comparison = draw(*given)
+        comparison.kept, comparison.beside = "left", {"left": "what is left"}
+        comparison.base.metrics["left"] = 1.0
+        first, second = comparison.cells
+        first.metrics |= {"score": 0.45, "left": 0.9}
+        second.metrics |= {"left": 0.0}
+        return comparison
+
+    monkeypatch.setattr(sys.modules["counting"].Compared, "compare", classmethod(forgetful))
+    assert main(["compare", "k"]) == 0
+    out = capfd.readouterr().out
+    _, base, first, second = out.splitlines()[:4]
+    assert base.endswith("untouched") and first.endswith("usable") and second.endswith("kept too little")
+    assert "keeps at least 75% of what the base knew (left 75% or more)." in out
+    assert "\nBest usable rate: adamw at 1e-4 (score 45%, left 90%).\n" in out
 
 
 def test_runs_are_compared_from_any_folder(tmp_path, monkeypatch):

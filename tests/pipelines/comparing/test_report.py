@@ -1,5 +1,6 @@
 """The report of a comparison that is made by hand, so that what it must say is known."""
 
+import html
 import json
 import math
 import re
@@ -10,7 +11,17 @@ from PIL import Image
 
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
-from equipoise.pipelines.comparing.report import CELL, NOT_JUDGED, draw_grid, render_html, write_report
+from equipoise.pipelines.comparing.curve import curve_words, draw_curve
+from equipoise.pipelines.comparing.report import (
+    CELL,
+    NOT_JUDGED,
+    best_words,
+    draw_grid,
+    explanations,
+    render_html,
+    usable_words,
+    write_report,
+)
 
 RATES = (1e-5, 1e-4, 1e-3)
 SCORES = {"adamw": (0.0, 1.0, 0.0), "scaled_adamw damping=<b>": (0.0, 0.9, 0.8)}
@@ -37,6 +48,135 @@ def comparison(tmp_path):
             cells.append(cell)
     cells[2].state, cells[2].message, cells[2].metrics, cells[2].pictures = "failed", 'it "broke"', {}, []
     return Comparison("a <sweep>", tmp_path, ["one", "two & three"], "how right it is", base, cells)
+
+
+SCALED = "scaled_adamw damping=<b>"
+LEFT = {"adamw": (0.8, 0.0), SCALED: (0.8, 0.7, 0.1)}  # the third of adamw's failed
+
+
+@pytest.fixture
+def keeping(comparison):
+    """The same, where the base has 0.8 of what is to be kept: 0.6 is enough, and adamw's best rate has nothing left."""
+    comparison.kept, comparison.beside = "left", {"left": "what is <left>"}
+    comparison.base.metrics["left"] = 0.8
+    for row, values in LEFT.items():
+        for rate, value in zip(RATES, values, strict=False):
+            comparison.at(row, rate)[0].metrics["left"] = value
+    return comparison
+
+
+def verdicts(comparison, row):
+    return [comparison.verdict(row, rate) for rate in RATES]
+
+
+def test_a_rate_is_usable_where_it_learnt_and_kept_enough(keeping):
+    """The highest score of all kept nothing; it sets the line for scores, and is not usable."""
+    assert keeping.line == 0.75 and keeping.kept_line == pytest.approx(0.6)
+    assert verdicts(keeping, "adamw") == ["learnt too little", "kept too little", "failed"]
+    assert verdicts(keeping, SCALED) == ["learnt too little", "usable", "kept too little"]
+    assert [keeping.usable(SCALED, rate) for rate in RATES] == [False, True, False]
+    ranges = keeping.ranges()
+    assert ranges["adamw"] is None
+    assert ranges[SCALED].low == pytest.approx(10 ** (-4 - 1 / 6)), "0.9 to 0 meets 0.75"
+    assert ranges[SCALED].high == pytest.approx(10 ** (-4 + 1 / 6)), "0.7 to 0.1 meets 0.6"
+    assert best_words(keeping) == f"Best usable rate: {SCALED} at 1e-4 (score 90%, left 70%)."
+
+
+def test_where_none_is_usable_the_nearest_is_named(keeping):
+    keeping.at(SCALED, 1e-4)[0].metrics["left"] = 0.5
+    assert set(keeping.ranges().values()) == {None}
+    said = f"No rate learnt and kept enough. Nearest: {SCALED} at 1e-4 (score 90%, left 50%): kept too little."
+    assert best_words(keeping) == said
+    assert html.escape(said) in render_html(keeping)
+
+
+def test_why_a_rate_is_not_usable(keeping):
+    cell = keeping.at(SCALED, 1e-4)[0]
+    cell.metrics |= {"score": 0.5, "left": 0.1}
+    assert keeping.verdict(SCALED, 1e-4) == "learnt & kept too little"
+    cell.metrics["broken"] = 0.6
+    assert keeping.verdict(SCALED, 1e-4) == "mostly broken pictures"
+    cell.state = "diverged"
+    assert keeping.verdict(SCALED, 1e-4) == "diverged"
+    cell.state, cell.metrics = "done", {"score": 0.9}
+    assert keeping.verdict(SCALED, 1e-4) == "kept is not measured"
+    cell.metrics = {}
+    assert keeping.verdict(SCALED, 1e-4) == "no score"
+    assert keeping.verdict("adamw", 3e-4) == keeping.verdict("base", math.nan) == "", "nothing was tried there"
+
+
+def test_what_was_kept_is_averaged_over_the_seeds(keeping):
+    """0 alone, 0 and 1, and 0, 1 and 1; a seed that failed says nothing of what was kept, and learnt nothing."""
+    for seed, verdict in ((1, "kept too little"), (2, "usable")):
+        metrics = {"score": 1.0, "left": 1.0}
+        keeping.cells.append(Cell(f"sweep/again-{seed}", "adamw", 1e-4, seed, "done", metrics=metrics))
+        assert keeping.verdict("adamw", 1e-4) == verdict
+    assert keeping.points("adamw")[1].kept == pytest.approx(2 / 3)
+    keeping.cells.append(Cell("sweep/again-3", "adamw", 1e-4, 3, "failed"))
+    assert keeping.points("adamw")[1].kept == pytest.approx(2 / 3) and keeping.points("adamw")[1].score == 0.75
+    keeping.cells[-1].state, keeping.cells[-1].metrics = "diverged", {"score": 1.0, "left": 0.0}
+    assert keeping.verdict("adamw", 1e-4) == "kept too little", "one of four diverged, and the others learnt enough"
+
+
+def test_without_what_was_kept_the_score_judges_alone(comparison):
+    """Where none is declared, and where the base has nothing to lose; and the words say so."""
+    before = verdicts(comparison, "adamw"), verdicts(comparison, SCALED), comparison.ranges(), draw_curve(comparison)
+    assert before[:2] == (["learnt too little", "usable", "failed"], ["learnt too little", "usable", "usable"])
+    for kept, left in (("", 1.0), ("left", 0.0), ("left", math.nan)):
+        comparison.kept, comparison.base.metrics["left"] = kept, left
+        for cell in comparison.cells:
+            cell.metrics["left"] = 0.0
+        after = verdicts(comparison, "adamw"), verdicts(comparison, SCALED), comparison.ranges(), draw_curve(comparison)
+        assert after == before and curve_words(comparison) == ""
+        assert "by what was learnt alone" in usable_words(comparison)
+        assert best_words(comparison) == "Best usable rate: adamw at 1e-4 (score 100%)."
+        assert usable_words(comparison) in explanations(comparison)[-1]
+
+
+def test_a_table_says_which_metric_was_kept_and_an_old_one_is_judged_as_it_was(keeping, tmp_path):
+    keeping.write_tables()
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert (document["kept"], document["usable_from"]) == ("left", 0.75)
+    assert document["kept_from"] == pytest.approx(0.6) and document["usable_ranges"]["adamw"] is None
+    assert [cell["verdict"] for cell in document["cells"]] == [
+        "",
+        *verdicts(keeping, "adamw"),
+        *verdicts(keeping, SCALED),
+    ]
+    assert Comparison.read(tmp_path).verdict("adamw", 1e-4) == "kept too little"
+    del document["kept"], document["kept_from"]
+    for cell in document["cells"]:
+        del cell["verdict"]
+    (tmp_path / "table.json").write_text(json.dumps(document))
+    old = Comparison.read(tmp_path)
+    assert old.verdict("adamw", 1e-4) == "usable" and old.ranges()["adamw"].decades == pytest.approx(0.5)
+    assert "by what was learnt alone" in usable_words(old)
+
+
+def test_what_was_kept_is_a_second_line_of_the_curve(keeping):
+    """With a level of its own, which is where the points at that height are."""
+    drawn = draw_curve(keeping)
+    assert drawn.count('<polyline points="') == 2 == drawn.count('<polyline class="kept"')
+    assert drawn.count("<circle") == 6 + 5, "what failed kept nothing that is known"
+    keeping.at(SCALED, 1e-4)[0].metrics["left"] = keeping.kept_line
+    level = re.search(r'<line class="kept" [^>]*y1="([\d.]+)"', drawn)[1]
+    assert f'cy="{level}" r="2.5"' in draw_curve(keeping) and f'cy="{level}"' not in drawn
+    assert "damping=&lt;b&gt; at 1e-4: left 0.700" in drawn and 'aria-label="score and left against' in drawn
+    assert curve_words(keeping) in render_html(keeping) and "Thin dashed lines: left." in curve_words(keeping)
+
+
+def test_a_verdict_is_read_and_not_only_seen(keeping):
+    """Below its red frame in the picture, and in the page."""
+    grid = draw_grid(keeping)
+    assert grid.getpixel((150 + (CELL + 10) * 2 - 1, 64 + CELL // 2)) == (0xCF, 0x22, 0x2E)
+    left, line = 150 + (CELL + 10) * 2, 64 + CELL // 2 + 28  # two pictures side by side, and the second line below
+    words = grid.crop((left, line - 7, left + CELL, line + 8)).getcolors()
+    assert {ink for _, ink in words} > {(0xFF, 0xFF, 0xFF), (0xCF, 0x22, 0x2E)}
+    page = render_html(keeping)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    places = [[(place["verdict"], place["usable"]) for place in row] for row in data["places"]]
+    assert places[0] == [("", False), ("learnt too little", False), ("kept too little", False), ("failed", False)]
+    assert places[1][2] == ("usable", True) and page.count("<td>kept too little</td>") == 2
 
 
 def test_ranges(comparison):
@@ -221,6 +361,8 @@ def test_the_page_in_a_real_browser(comparison, tmp_path, chromium):
         return shown.partition('<div id="grid">')[2].partition("<h2>")[0]
 
     grid = drawn(page)
+    assert grid.count('<div class="verdict">learnt too little</div>') == 2
+    assert grid.count('<div class="verdict usable">usable</div>') == 3
     assert grid.count('class="cell usable"') == 3 and "<b>seen" not in grid
     assert grid.count('class="cell base"') == 2
     assert grid.count("<img") == 2 * (2 + 5)  # two prompts; the base in both rows, and five cells with pictures

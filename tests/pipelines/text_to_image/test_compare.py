@@ -85,3 +85,4 @@ def test_the_score_says_what_it_is(tmp_path):
         document = json.loads((out / "table.json").read_text())
         assert document["score"] == score
         assert ("object" in document["cells"][0]["metrics"]) == (score == DRAWN_SCORE)
+        assert document["kept"] == ("kept" if prompt == "a red circle" else ""), "what the base knew is not asked for"
