@@ -36,6 +36,8 @@ def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
     if without:
         shown += f"<p class='hint'>There is no picture of {esc(' and '.join(without))}.</p>"
     facts: dict[str, object] = {"run": last.who, "state": last.state}
+    if verdict := comparison.verdict(last.row, last.rate):
+        facts["verdict"] = verdict
     if last.message:
         facts["how it ended"] = last.message
     if picture:

@@ -7,7 +7,7 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.comparing import report
-from equipoise.pipelines.comparing.comparison import RATE, Cell, Comparison, Picture
+from equipoise.pipelines.comparing.comparison import RATE, WORKS, Cell, Comparison, Picture
 from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.ui import draw
 from equipoise.ui.compare import read
@@ -95,12 +95,13 @@ def _cell(
     if not inside:
         none = "no samples" if step is not None else cell.state if cell.run else "the base has none"
         inside = f"<div class='none'>{esc(none)}</div>"
-    kind = comparison.verdict(cell.row, cell.rate)
+    verdict = comparison.verdict(cell.row, cell.rate)
+    kind = verdict and ("usable" if verdict == WORKS else "unusable")
     scores = [comparison.counted(one) for one in cells]
     words = f"{sum(scores) / len(scores):.0%}" if math.isfinite(cell.score) and step is None else drawn
     if len(cells) > 1:
         words += f" of {len(cells)}"
-    if cell.state not in ("done", "untouched"):
+    if cell.state not in ("done", "untouched", verdict):
         words = f"{words} {cell.state}".strip()
     marks = [picture.right for picture in shown if picture.right is not None and step is None]
     right = (
@@ -110,12 +111,13 @@ def _cell(
     pressed = "true" if cell.run in chosen else "false"
     rate = shown_rate(cell.rate) if cell.run else ""
     label = ", ".join(
-        filter(None, [cell.row, rate, words, kind, f"{sum(marks)} of {len(marks)} right" if marks else ""])
+        filter(None, [cell.row, rate, words, verdict, f"{sum(marks)} of {len(marks)} right" if marks else ""])
     )
     marked = (
         f"data-id='{esc(cell.run or 'base')}' aria-pressed='{pressed}' aria-label='{esc(label)}' title='{esc(title)}'"
     )
-    return f"<button class='cell {kind}' {marked}>{inside}<div>{esc(words)}</div>{right}</button>"
+    why = f"<small class='verdict'>{esc(verdict)}</small>" if verdict else ""
+    return f"<button class='cell {kind}' {marked}>{inside}<div>{esc(words)}</div>{why}{right}</button>"
 
 
 def _image(name: str, alt: str) -> str:

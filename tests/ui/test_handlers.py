@@ -275,6 +275,25 @@ def test_the_grid(site, swept):
     assert ("optimizer.name", "optimizer.name") in compare_grid.axes(compare.read(site, id))
 
 
+def test_a_rate_that_kept_too_little_is_named_so_in_the_page(site, swept):
+    """The one with the highest score; and nothing is named as the best that is not usable."""
+    read = Comparison.read(swept.folder / "comparison")
+    read.kept = "left"
+    for cell, left in zip([read.base, *read.cells], (1.0, 1.0, 1.0, 0.9, 0.2), strict=True):
+        cell.metrics["left"] = left
+    read.write_tables()
+    id, last = "grid/comparison", read.cells[-1]
+    shown = compare_grid.grid(site, id)
+    assert shown.count("class='cell unusable'") == 4 and "class='cell usable'" not in shown
+    assert shown.count("<small class='verdict'>kept too little</small>") == 1
+    assert f"aria-label='{last.row}, 1e-3, 75%, kept too little, " in shown
+    curve = compare_numbers.curve(site, id)
+    assert "No rate learnt and kept enough. Nearest: scaled_adamw at 1e-4 (score 50%, left 90%)" in curve
+    assert 'class="kept"' in curve and "Thin dashed lines: left." in curve
+    assert "<td>done</td><td>kept too little</td>" in compare_numbers.table(site, id)
+    assert "<dt>verdict</dt><dd>kept too little</dd>" in compare_cell.cell_detail(site, id, [last.run], 0)
+
+
 def test_answers_are_read_in_the_grid(site, swept, answered):
     """Right and wrong, and what was wanted; while training too."""
     id = "grid/comparison"
