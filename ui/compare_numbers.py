@@ -24,7 +24,7 @@ def curve(site: Site, id: str) -> str:
     words = [report.best_words(comparison), curves.curve_words(comparison)]
     hints = "".join(f"<p class='hint'>{esc(line)}</p>" for line in words if line)
     lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
-    return f"<div class='curve'><div>{drawn}</div><div>{lists}{hints}</div></div>"
+    return f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
 
 
 def table(site: Site, id: str) -> str:
@@ -35,7 +35,7 @@ def table(site: Site, id: str) -> str:
     head = "".join(f"<th>{esc(name)}</th>" for name in ["", "rate", "seed", "state", "verdict", *names])
     rows = "".join(
         f"<tr><td>{esc(cell.row)}</td><td>{'' if not cell.run else shown_rate(cell.rate)}</td><td>{cell.seed}</td>"
-        f"<td>{esc(cell.state)}</td><td>{esc(comparison.verdict(cell.row, cell.rate))}</td>"
+        f"<td>{esc(cell.state)}</td><td class='verdict'>{esc(comparison.verdict(cell.row, cell.rate))}</td>"
         + "".join(f"<td>{draw.number(cell.metrics.get(name))}</td>" for name in names)
         + "</tr>"
         for cell in cells

@@ -193,7 +193,7 @@ def render_html(comparison: Comparison) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
-        f"<td>{html.escape(comparison.verdict(c.row, c.rate))}</td>"
+        f"<td class=why>{html.escape(comparison.verdict(c.row, c.rate))}</td>"
         + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
         + "</tr>"
         for c in [comparison.base, *comparison.cells]

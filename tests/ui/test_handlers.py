@@ -290,7 +290,7 @@ def test_a_rate_that_kept_too_little_is_named_so_in_the_page(site, swept):
     curve = compare_numbers.curve(site, id)
     assert "No rate learnt and kept enough. Nearest: scaled_adamw at 1e-4 (score 50%, left 90%)" in curve
     assert 'class="kept"' in curve and "Thin dashed lines: left." in curve
-    assert "<td>done</td><td>kept too little</td>" in compare_numbers.table(site, id)
+    assert "<td>done</td><td class='verdict'>kept too little</td>" in compare_numbers.table(site, id)
     assert "<dt>verdict</dt><dd>kept too little</dd>" in compare_cell.cell_detail(site, id, [last.run], 0)
 
 

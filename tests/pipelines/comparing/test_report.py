@@ -176,7 +176,7 @@ def test_a_verdict_is_read_and_not_only_seen(keeping):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     places = [[(place["verdict"], place["usable"]) for place in row] for row in data["places"]]
     assert places[0] == [("", False), ("learnt too little", False), ("kept too little", False), ("failed", False)]
-    assert places[1][2] == ("usable", True) and page.count("<td>kept too little</td>") == 2
+    assert places[1][2] == ("usable", True) and page.count("<td class=why>kept too little</td>") == 2
 
 
 def test_ranges(comparison):
