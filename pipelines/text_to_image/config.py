@@ -79,7 +79,7 @@ class PriorSection(Section):
         description="A prompt for the subject's class, such as a photo of a vase, trained on too so that it is kept.",
     )
     more_prompts: list[str] = Field(
-        [], description="Other prompts whose pictures shall be kept; the base draws as many for each."
+        [], description="Other prompts whose pictures shall be kept; they share prior.count with prior.prompt."
     )
     folder: LocalPath | None = Field(
         None, description="A folder of pictures of that class; empty: the untouched base draws them, once."

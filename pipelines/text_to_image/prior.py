@@ -30,7 +30,9 @@ def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
     if not prior.prompt:
         return [], ["prior.folder: needs prior.prompt, what the class is called."] if prior.folder else []
     if not prior.folder:
-        return [], []
+        prompts = 1 + len(prior.more_prompts)
+        few = f"prior.count: {prior.count} pictures are too few for {prompts} prompts, which share them. Give at least "
+        return [], [few + f"{prompts}."] if prior.count < prompts else []
     examples, problems = read_examples(TextToImageData(folder=prior.folder, instance_prompt=prior.prompt))
     return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
 

@@ -63,6 +63,13 @@ def test_each_of_several_prompts_has_its_part_of_the_count(short, tmp_path):
     assert alone == examples[2:4]  # pictures of a prompt are drawn once, in whatever company
 
 
+def test_a_count_that_leaves_prompts_without_a_picture_is_refused(short):
+    words = ["prior.prompt=a vase", "prior.more_prompts=[a cup, a jug]"]
+    (problem,) = TextToImage.check(config.load(NAME, [*short, *words, "prior.count=2"]))
+    assert problem == "prior.count: 2 pictures are too few for 3 prompts, which share them. Give at least 3."
+    assert TextToImage.check(config.load(NAME, [*short, *words, "prior.count=3"])) == []
+
+
 def test_the_loss_is_of_both_and_the_weight_counts(short, tmp_path):
     """By the first step's loss, before which the factors change nothing: own + weight × class."""
     given = ["samples.prompts=[]", "samples.steps=1", "steps=2", "learning_rate=0.01"]
