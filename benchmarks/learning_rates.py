@@ -14,8 +14,8 @@ Tasks, all with LoRA on a frozen base:
     least_squares  the ill-conditioned low-rank problem of the paper's Section 7: ‖BA − W‖² from a small start, W of
                    rank r and condition number 100; here the loss itself
 
-A score is 1 − loss / loss of the untouched base; the usable range is that of equipoise.pipelines.comparing.robustness, by
-what was learnt alone.
+A score is 1 − loss / loss of the untouched base; the usable range is that of
+equipoise.pipelines.comparing.robustness, by what was learnt alone.
 """
 
 import argparse
