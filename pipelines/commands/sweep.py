@@ -107,7 +107,7 @@ def _dry_run(args: argparse.Namespace, found: Run | None) -> int:
     config = _asked(args)
     cells = expand(config).values()
     checks.check(cells)
-    print(configs.dump(config), end="", flush=True)
+    print(configs.dump(config, as_given=True), end="", flush=True)
     for line in [*checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
         print(line, file=sys.stderr)
     return 0
