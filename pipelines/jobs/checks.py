@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable
 
 from equipoise import registry
 from equipoise.errors import ConfigError
+from equipoise.hosts.choice import SMALL
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import RATE
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.config.sections import OptimizerSection, own_rates
 from equipoise.pipelines.pipeline import Pipeline
-
-SMALL = 0.01  # of the learning rate that an optimizer's class says it wants
 
 
 def check(runs: Iterable[RunConfig]) -> None:
