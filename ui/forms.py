@@ -181,8 +181,10 @@ def empty_means(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]]) -> di
     found = {}
     for key in (item.key.key for item in fields(cls) if item.key.follows):
         parent, _, last = key.rpartition(".")
-        section, values = section_at(cls, parent), {}
-        for name in chosen.get(f"{parent}.name", ()) if section else ():
+        if (section := section_at(cls, parent)) is None:
+            continue
+        values = {}
+        for name in chosen.get(f"{parent}.name", ()):
             with suppress(ValueError):  # of one that cannot be used, or not without options; the check reports it
                 values[name] = _text(getattr(section.model_validate({"name": name}), last))
         same = len(set(values.values())) == 1

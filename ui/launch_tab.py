@@ -96,11 +96,10 @@ class Form:
         shown = forms.show(config)
         chosen = {key: shown[key] for key in self.plugins}
         rows = forms.option_rows(type(config), chosen, config)
-        hints = forms.empty_means(type(config), chosen)
-        updates = {
-            widget: gr.update(value=shown[key], **({"placeholder": hints[key]} if key in hints else {}))
-            for key, widget in zip((item.key.key for item in self.items), self.widgets, strict=True)
-        }
+        widgets = zip(self.items, self.widgets, strict=True)
+        updates = {widget: gr.update(value=shown[item.key.key]) for item, widget in widgets}
+        for key, words in forms.empty_means(type(config), chosen).items():
+            updates[self.following[key]]["placeholder"] = words
         return {**updates, self.options: gr.update(value=rows)}
 
 
@@ -325,8 +324,8 @@ def on_plugins(form: Form, rows: Any, *names: Any) -> Updates:
     """The options of the plugins that are chosen now, and what an empty field means with them."""
     chosen = {key: value or [] for key, value in zip(form.plugins, names, strict=True)}
     options = forms.option_rows(form.record, chosen, None)
-    hints = forms.empty_means(form.record, chosen)
-    updates = {widget: gr.update(placeholder=hints[key]) for key, widget in form.following.items()}
+    means = forms.empty_means(form.record, chosen)
+    updates = {widget: gr.update(placeholder=means[key]) for key, widget in form.following.items()}
     return {form.options: gr.update(value=forms.kept(options, table_rows(rows))), **updates}
 
 
