@@ -47,7 +47,7 @@ class Field:
     @property
     def placeholder(self) -> str | None:
         """What stands in it while it is empty, before any plugin is imported; `empty_means` knows more."""
-        return f"empty: what is chosen has its own, or {_text(self.key.default)}" if self.key.follows else None
+        return f"empty: its own, or {_text(self.key.default)}" if self.key.follows else None
 
     @property
     def info(self) -> str:
@@ -183,13 +183,12 @@ def empty_means(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]]) -> di
         parent, _, last = key.rpartition(".")
         if (section := section_at(cls, parent)) is None:
             continue
-        values = {}
+        values = []
         for name in chosen.get(f"{parent}.name", ()):
             with suppress(ValueError):  # of one that cannot be used, or not without options; the check reports it
-                values[name] = _text(getattr(section.model_validate({"name": name}), last))
-        same = len(set(values.values())) == 1
-        words = dict.fromkeys(value if same else f"{value} for {name}" for name, value in values.items())
-        found[key] = f"empty: {', '.join(words)}" if words else ""
+                values.append(_text(getattr(section.model_validate({"name": name}), last)))
+        shown = values[:1] if len(set(values)) == 1 else values  # in the order of the names; a field is narrow
+        found[key] = f"{'empty' if len(shown) < 2 else 'each its own'}: {', '.join(shown)}" if shown else ""
     return found
 
 

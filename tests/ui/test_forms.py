@@ -303,13 +303,13 @@ def test_a_rate_left_empty_stays_empty_and_says_what_it_means(site):
     _, shown, rows = filled("text_to_image/dreambooth")
     assert shown["optimizer.learning_rate"] == shown["optimizer.outside_learning_rate"] == ""
     (item,) = [item for item in forms.fields(cls) if item.key.key == "optimizer.learning_rate"]
-    assert item.placeholder == "empty: what is chosen has its own, or 0.0001"
+    assert item.placeholder == "empty: its own, or 0.0001"
 
     def means(*names: str) -> str:
         return forms.empty_means(cls, {"optimizer.name": names})["optimizer.learning_rate"]
 
     assert (means("adamw"), means("bounded_adamw"), means()) == ("empty: 0.0001", "empty: 1", "")
-    assert means("adamw", "bounded_adamw") == "empty: 0.0001 for adamw, 1 for bounded_adamw"
+    assert means("adamw", "bounded_adamw") == "each its own: 0.0001, 1"
     assert means("adamw", "scaled_adamw") == "empty: 0.0001"
 
     def planned(preset: str, *names: str, **more: str) -> launch.Plan:

@@ -629,7 +629,7 @@ def test_choosing_an_optimizer_says_what_an_empty_rate_means(site):
     with asyncio.Runner() as loop:
         form = loop.run(built())
     (rate,) = form.following.values()
-    assert rate.placeholder == "empty: what is chosen has its own, or 0.0001"
+    assert rate.placeholder == "empty: its own, or 0.0001"
     chosen = {"optimizer.name": ["bounded_adamw"], "objective.name": ["joint"], "coordinator.name": ["constant"]}
     updates = launch_tab.on_plugins(form, [], *(chosen[key] for key in form.plugins))
     assert updates[rate]["placeholder"] == "empty: 1" and form.options in updates
