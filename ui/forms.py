@@ -7,6 +7,7 @@ pipeline or optimizer by name, and nothing imports gradio.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -42,6 +43,11 @@ class Field:
     @property
     def section(self) -> str:
         return self.key.key.rpartition(".")[0].replace(".", " · ").replace("_", " ") or "run"
+
+    @property
+    def placeholder(self) -> str | None:
+        """What stands in it while it is empty, before any plugin is imported; `empty_means` knows more."""
+        return f"empty: its own, or {_text(self.key.default)}" if self.key.follows else None
 
     @property
     def info(self) -> str:
@@ -90,7 +96,7 @@ def _is_options(cls: type[RunConfig], key: Key) -> bool:
 @registry.looked_up_once()
 def show(config: RunConfig) -> dict[str, Any]:
     """What each field shows for a configuration, its sweep's axes included, by dotted key."""
-    flat, cls = configs.flat(config), type(config)
+    flat, cls = configs.flat(config, as_given=True), type(config)
     axes = {_canonical(cls, key): values for key, values in shown_axes(config).items()}
     rest = {key: values for key, values in config.sweep.items() if _canonical(cls, key) not in axes}
     shown = {}
@@ -162,6 +168,28 @@ def option_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given
                 if option not in section.OWN:
                     rows.append([name, option, _text(values.get(option)), default, wanted, text])
     return rows
+
+
+@registry.looked_up_once()
+def empty_means(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What an empty field means that follows from the plugins chosen in its section, in words by dotted key.
+
+    Args:
+        cls: the configuration record.
+        chosen: dotted key of a plugin's name → the names chosen there.
+    """
+    found = {}
+    for key in (item.key.key for item in fields(cls) if item.key.follows):
+        parent, _, last = key.rpartition(".")
+        if (section := section_at(cls, parent)) is None:
+            continue
+        values = []
+        for name in chosen.get(f"{parent}.name", ()):
+            with suppress(ValueError):  # of one that cannot be used, or not without options; the check reports it
+                values.append(_text(getattr(section.model_validate({"name": name}), last)))
+        shown = values[:1] if len(set(values)) == 1 else values  # in the order of the names; a field is narrow
+        found[key] = f"{'empty' if len(shown) < 2 else 'each its own'}: {', '.join(shown)}" if shown else ""
+    return found
 
 
 def given_rows(cls: type[RunConfig], chosen: Mapping[str, Sequence[str]], given: RunConfig) -> list[list[str]]:
@@ -273,7 +301,7 @@ def _read_number(found: _Found, item: Field, given: Any) -> None:
         return
     if len(numbers) > 1:
         found.axes[item.key.short or key] = numbers
-    elif numbers or "none" in item.key.type:
+    elif numbers or item.key.follows or "none" in item.key.type:
         found.values[key] = numbers[0] if numbers else None
     else:
         found.problems.append(f"{key}: is empty; give a number.")

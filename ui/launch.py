@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def yaml(self) -> str:
-        return configs.dump(self.config)
+        return configs.dump(self.config, as_given=bool(self.config.sweep))
 
     @property
     def command(self) -> str:
@@ -48,9 +48,9 @@ class Plan:
         more = [f"--workers={self.workers}"] if self.config.sweep and self.workers else []
         if not self.preset:
             return f"{' '.join(['equipoise', verb, 'FILE.yaml', *more])}   # the YAML below"
-        before = configs.flat(configs.load(self.preset))
+        before = configs.flat(configs.load(self.preset), as_given=True)
         words = ["equipoise", verb, self.preset]
-        for key, value in configs.flat(self.config).items():
+        for key, value in configs.flat(self.config, as_given=True).items():
             if value != before.get(key) and key not in ("sweep", "runs"):
                 words.append(f"{key}={_word(value)}")
         if self.config.sweep and self.config.sweep != before["sweep"]:

@@ -83,6 +83,11 @@ class Form:
             item.key.key: widget for item, widget in zip(self.items, self.widgets, strict=True) if item.kind == "plugin"
         }
 
+    @property
+    def following(self) -> dict[str, Any]:
+        """The widgets that may be left empty, and then follow from what is chosen, by key."""
+        return {item.key.key: widget for item, widget in zip(self.items, self.widgets, strict=True) if item.key.follows}
+
     def shown(self, values: Sequence[Any]) -> dict[str, Any]:
         return {item.key.key: value for item, value in zip(self.items, values, strict=True)}
 
@@ -93,6 +98,8 @@ class Form:
         rows = forms.option_rows(type(config), chosen, config)
         widgets = zip(self.items, self.widgets, strict=True)
         updates = {widget: gr.update(value=shown[item.key.key]) for item, widget in widgets}
+        for key, words in forms.empty_means(type(config), chosen).items():
+            updates[self.following[key]]["placeholder"] = words
         return {**updates, self.options: gr.update(value=rows)}
 
 
@@ -226,7 +233,7 @@ def _connect(form: Form) -> None:
     form.bring.upload(bound(on_yaml, form), form.bring, [form.message, form.preset, *filled], **PRIVATE)
     plugins = list(form.plugins.values())
     asks = [form.opened.expand, *(widget.input for widget in plugins)]
-    gr.on(asks, bound(on_plugins, form), [form.options, *plugins], form.options, **LATEST)
+    gr.on(asks, bound(on_plugins, form), [form.options, *plugins], [form.options, *form.following.values()], **LATEST)
     kinds = ("plugin", "number", "axes")
     several = [widget.change for item, widget in zip(form.items, form.widgets, strict=True) if item.kind in kinds]
     gr.on(several, bound(on_count, form), form.widgets, form.start, **LATEST)
@@ -314,10 +321,12 @@ def on_yaml(form: Form, file: str | None) -> Updates:
 
 
 def on_plugins(form: Form, rows: Any, *names: Any) -> Updates:
-    """The options of the plugins that are chosen now."""
+    """The options of the plugins that are chosen now, and what an empty field means with them."""
     chosen = {key: value or [] for key, value in zip(form.plugins, names, strict=True)}
     options = forms.option_rows(form.record, chosen, None)
-    return {form.options: gr.update(value=forms.kept(options, table_rows(rows)))}
+    means = forms.empty_means(form.record, chosen)
+    updates = {widget: gr.update(placeholder=means[key]) for key, widget in form.following.items()}
+    return {form.options: gr.update(value=forms.kept(options, table_rows(rows))), **updates}
 
 
 def on_count(form: Form, *values: Any) -> Updates:
@@ -355,7 +364,7 @@ def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str
         both = [choice, offered]
         gr.on([root().load, choice.blur, choice.change], bound(_offered, site), both, both, **LATEST)
         return choice
-    return gr.Textbox(max_lines=1, **given)
+    return gr.Textbox(max_lines=1, placeholder=item.placeholder, **given)
 
 
 def _offered(site: Site, at: Any, before: list[Any]) -> tuple[Any, list[Any]]:

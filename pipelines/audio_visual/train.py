@@ -148,11 +148,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         }
         parts = {**{name: f"encoders.{name}." for name in encoders}, "heads": ("fusion.", "heads.")}
         groups = [
-            {
-                "params": [(name, p) for name, p in named.items() if name.startswith(prefix)],
-                "lr": config.optimizer.learning_rate,
-                "component": part,
-            }
+            {"params": [(name, p) for name, p in named.items() if name.startswith(prefix)], "component": part}
             for part, prefix in parts.items()
         ]
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]

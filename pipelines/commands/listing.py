@@ -6,6 +6,7 @@ import argparse
 import json
 import textwrap
 from dataclasses import asdict
+from typing import Any
 
 from equipoise import registry
 from equipoise.errors import InputError
@@ -77,17 +78,31 @@ def _show(args: argparse.Namespace) -> int:
         raise InputError(f"show takes NAME or KIND NAME, got {' '.join(args.name)!r}.")
     entry = registry.find(*args.name) if len(args.name) == 2 else registry.find(None, args.name[0])
     cls = registry.load(entry.kind, entry.name)
-    rows, papers = option_rows(entry.kind, cls), references(cls)
+    rows, papers, rates = option_rows(entry.kind, cls), references(cls), _own_rates(entry, cls)
     if args.json:
-        record = asdict(entry) | {"summary": summary(cls), "options": rows, "references": papers}
+        record = asdict(entry) | {"summary": summary(cls), "options": rows, "references": papers, "rates": rates}
         print(json.dumps(record, indent=2, ensure_ascii=False))
         return 0
     print(f"{entry} ({entry.target})\n{summary(cls) or 'It says nothing about itself.'}\n")
     none = f"`equipoise {entry.name} --help` shows its arguments." if entry.kind == "commands" else "No options."
     print(_options(rows) if rows else none)
+    if rates:
+        words = ", ".join(f"{key.replace('_', ' ')} {rate:g}" for key, rate in rates.items())
+        print(f"\nIn a pipeline, where none is given: {words}.")
     if papers:
         print("\n".join(["\nReferences:", *(f"  {paper}" for paper in papers)]))
     return 0
+
+
+def _own_rates(entry: registry.Entry, cls: Any) -> dict[str, float]:
+    if entry.kind != "optimizers":
+        return {}
+    from equipoise.pipelines.config.sections import own_rates  # pydantic is slow to import
+
+    try:
+        return own_rates(entry.name, cls)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _options(rows: list[dict[str, str]]) -> str:

@@ -6,11 +6,13 @@ What came out is compared.
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.commands import skip_bad
+from equipoise.pipelines.config.sections import OptimizerSection
 from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand, parse_axes
@@ -107,10 +109,18 @@ def _dry_run(args: argparse.Namespace, found: Run | None) -> int:
     config = _asked(args)
     cells = expand(config).values()
     checks.check(cells)
-    print(configs.dump(config), end="", flush=True)
-    for line in [*checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
+    print(configs.dump(config, as_given=True), end="", flush=True)
+    for line in [*_rates_left_empty(cells), *checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
         print(line, file=sys.stderr)
     return 0
+
+
+def _rates_left_empty(cells: Iterable[configs.RunConfig]) -> list[str]:
+    """The learning rates of cells whose optimizer says them: the sweep's configuration holds none."""
+    sections = [section for cell in cells if isinstance(section := getattr(cell, "optimizer", None), OptimizerSection)]
+    rates = {section.name: section.learning_rate for section in sections if "learning_rate" in section.left_empty}
+    words = ", ".join(f"{rate:g} for {name}" for name, rate in rates.items())
+    return [f"optimizer.learning_rate: is left empty, which means {words}."] if words else []
 
 
 def check_workers(workers: int | None) -> None:

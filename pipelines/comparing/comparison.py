@@ -30,6 +30,7 @@ RATE = "optimizer.learning_rate"
 _NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not laid out
 _SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
 WORKS = "usable"  # the verdict on a rate that learnt and kept enough; any other says what it lacks
+_OUTSIDE = "optimizer.outside_learning_rate"  # each optimizer may have one of its own
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
 _LONG = 40  # characters of a value in a label
 
@@ -314,7 +315,8 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     flat = [flat_config(config) for config in configs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
-    axes = [key for key in differing if key not in _NOT_AXES and key not in _SHOWN_WITH_IT]
+    hidden = {*_NOT_AXES, *_SHOWN_WITH_IT, *([_OUTSIDE] if _follows_the_optimizer(_OUTSIDE, flat) else [])}
+    axes = [key for key in differing if key not in hidden]
     short = {key: key.removesuffix(".name").split(".")[-1] for key in axes}  # a plugin's section says which it is
     last = Counter(short.values())
     names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
@@ -334,6 +336,12 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
             (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
         )
     return placed
+
+
+def _follows_the_optimizer(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether runs of one optimizer have one value of a key, so that its name tells them apart."""
+    found = {(one.get("optimizer.name"), json.dumps(one.get(key))) for one in flat}
+    return len(found) == len({name for name, _ in found})
 
 
 def _brief(value: Any) -> str:

@@ -69,6 +69,13 @@ class AtHub:
         return text
 
 
+class Follows:
+    """Marks a number that may be left empty, and then follows from other keys: `Annotated[float, Follows()]`.
+
+    Its section drops an empty one before it is validated, sets it afterwards, and has it in `left_empty`.
+    """
+
+
 @dataclass(frozen=True)
 class Key:
     """One thing that can be set."""
@@ -83,6 +90,7 @@ class Key:
     limits: dict[str, float] = field(default_factory=dict)  # gt, ge, lt, le
     wanted: str = ""  # the type for people, as `equipoise.options.Option.type` has it: "a number or none"
     opened: Opened | None = None  # where it names a file or folder
+    follows: bool = False  # left empty, it follows from other keys
 
     @property
     def bounds(self) -> str:
@@ -111,6 +119,7 @@ def describe(cls: "type[RunConfig]") -> list[Key]:
                 limits=_limits(info),
                 wanted=_wanted(info.annotation),
                 opened=next((mark for mark in marks(info) if isinstance(mark, Opened)), None),
+                follows=any(isinstance(item, Follows) for item in info.metadata),
             )
 
     return list(walk(cls, ""))

@@ -18,7 +18,7 @@ from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines.config import format, yamlio
 from equipoise.pipelines.config.builtin import shipped
 from equipoise.pipelines.config.keys import explain, section_at, show
-from equipoise.pipelines.config.records import RunConfig, trusting_options
+from equipoise.pipelines.config.records import RunConfig, Section, trusting_options
 from equipoise.registry import load as load_plugin
 from equipoise.registry import looked_up_once
 
@@ -76,20 +76,32 @@ def set_keys(config: RunConfig, values: Mapping[str, Any], source: str = "set_ke
         ConfigError: everything that is wrong, one line each.
     """
     given: dict[str, _Given] = {}
-    for data, label in ((config.model_dump(mode="json"), "config"), (values, source)):
+    for data, label in ((_plain(config, as_given=True), "config"), (values, source)):
         for dotted, value in _spread(type(config), data):
             _put(given, dotted, value, label)
     return _validated(type(config), given, "config", [])
 
 
-def dump(config: RunConfig) -> str:
-    """The whole configuration as YAML, defaults included, so that it can be replayed."""
-    return yamlio.render({format.KEY: format.FORMAT, **config.model_dump(mode="json")})
+def dump(config: RunConfig, as_given: bool = False) -> str:
+    """The whole configuration as YAML, defaults included, so that it can be replayed.
+
+    Args:
+        as_given: what was left empty stays empty, as in a sweep, whose cells have a value each.
+    """
+    return yamlio.render({format.KEY: format.FORMAT, **_plain(config, as_given)})
 
 
-def flat(config: RunConfig) -> dict[str, Any]:
-    """Every key's value by its dotted path, as plain data."""
-    return dict(_spread(type(config), config.model_dump(mode="json")))
+def flat(config: RunConfig, as_given: bool = False) -> dict[str, Any]:
+    """Every key's value by its dotted path, as plain data; `as_given`: None where it was left empty."""
+    return dict(_spread(type(config), _plain(config, as_given)))
+
+
+def _plain(section: Section, as_given: bool) -> dict[str, Any]:
+    data = section.model_dump(mode="json")
+    if as_given:
+        data |= dict.fromkeys(section.left_empty)
+        data |= {name: _plain(value, as_given) for name, value in section if isinstance(value, Section)}
+    return data
 
 
 def config_class(source: str | Path) -> type[RunConfig]:

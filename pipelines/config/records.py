@@ -27,7 +27,8 @@ _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 @contextmanager
 def trusting_options() -> Iterator[None]:
     """Within it, plugins' options are taken as they are given, so that reading a configuration imports no plugin, and
-    no torch: for showing what is known to be right. What is to be trained is read anew, and checked."""
+    no torch: for showing what is known to be right. What is to be trained is read anew, and checked; and only then has
+    what was left empty the value that a plugin says."""
     token = _trusting.set(True)
     try:
         yield
@@ -49,6 +50,11 @@ class Section(BaseModel):
         coerce_numbers_to_str=True,  # `name: 2024` means the text
         protected_namespaces=(),  # a key may be called model_something
     )
+
+    @property
+    def left_empty(self) -> frozenset[str]:
+        """Keys that nobody gave a value, so that the one they have follows from others, and changes with them."""
+        return frozenset()
 
     @field_validator("*")
     @classmethod
@@ -106,6 +112,10 @@ class PluginSection(Section):
         if problems:
             raise Problems(problems)
         return {option: list(value) if isinstance(value, tuple) else value for option, value in values.items()}
+
+    def plugin(self) -> Any:
+        """The class that is named, imported; None within `trusting_options`."""
+        return None if _trusting.get() else registry.load(self.KIND, self.name)
 
 
 class RunConfig(Section):

@@ -8,13 +8,14 @@ and the key's help and bounds stay those that stand here.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from equipoise import registry
 from equipoise.errors import InputError
+from equipoise.pipelines.config.keys import Follows
 from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,7 +36,11 @@ READ_BY = {
 OptimizerName = Annotated[
     str, Field(description="The optimizer: `equipoise list optimizers` shows all, and torch.optim's names work too.")
 ]
-LearningRate = Annotated[Rate, Field(description="The learning rate, per step.")]
+LearningRate = Annotated[
+    Rate,
+    Field(description="The learning rate, per step; empty: the optimizer's own, or else the default."),
+    Follows(),
+]
 Steps = Annotated[int, Field(ge=1, description="How many steps the optimizer takes.")]
 Batch = Annotated[int, Field(ge=1, description="Examples of each process in a forward pass.")]
 Clip = Annotated[float, Field(ge=0, description="The gradient's norm is cut to this; 0 cuts nothing.")]
@@ -45,14 +50,54 @@ Precision = Annotated[
 ]
 GradientCheckpointing = Annotated[bool, Field(description="Takes less memory, and is about a third slower.")]
 
+# Keys of the section below → the attribute of an optimizer's class that says what an empty one means: docs/plugins.md.
+OWN_RATES = {"learning_rate": "default_lr", "outside_learning_rate": "default_outside_lr"}
+
 
 class OptimizerSection(PluginSection):
     KIND = "optimizers"
     OWN: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
 
     name: OptimizerName = "adamw"
-    learning_rate: LearningRate = 1e-4
+    learning_rate: LearningRate = 1e-4  # the default where the optimizer has none of its own either
+    outside_learning_rate: Rate | None = Field(
+        None,
+        description="The learning rate of weights in no LoRA pair that have none of their own; empty: learning_rate, "
+        "or where that is empty too, the optimizer's own.",
+    )
     options: dict[str, Any] = Field({}, description="The optimizer's own options; `equipoise show NAME` lists them.")
+
+    @property
+    def left_empty(self) -> frozenset[str]:
+        return frozenset(OWN_RATES) - self.model_fields_set
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key not in OWN_RATES}
+
+    @model_validator(mode="after")
+    def _follows_the_optimizer(self) -> "OptimizerSection":
+        if "learning_rate" in self.left_empty and (optimizer := self.plugin()):
+            for key, rate in own_rates(self.name, optimizer).items():
+                if key in self.left_empty:
+                    object.__setattr__(self, key, rate)  # not as a value that was given
+        return self
+
+
+def own_rates(name: str, optimizer: Any) -> dict[str, float]:
+    """The learning rates that an optimizer's class says it wants where none is given, by the section's keys.
+
+    Raises:
+        ValueError: what it says is none.
+    """
+    found = {key: getattr(optimizer, attribute, None) for key, attribute in OWN_RATES.items()}
+    for key, rate in found.items():
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+            raise ValueError(f"{name} cannot be used: its {OWN_RATES[key]} must be a number above 0, got {rate!r}.")
+    return {key: float(rate) for key, rate in found.items() if rate is not None}
 
 
 class ScheduleSection(Section):

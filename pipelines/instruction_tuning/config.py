@@ -85,7 +85,9 @@ class InstructionTuningLora(Section):
 
 class InstructionTuningOptimizer(OptimizerSection):
     learning_rate: LearningRate = Field(
-        1e-4, description="The learning rate, per step, of every component without a rate of its own."
+        1e-4,
+        description="The learning rate, per step, of every component without a rate of its own; empty: the optimizer's "
+        "own, or else the default.",
     )
     rates: dict[str, Rate] = Field({}, description="Component → its own learning rate, such as {encoder: 1e-5}.")
     weight_decays: dict[str, Annotated[float, Field(ge=0)]] = Field(

@@ -383,11 +383,9 @@ def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any
     chosen = config.optimizer
     groups = []
     for component, inside in tuned.components.items():
-        group: dict[str, Any] = {
-            "params": list(inside.items()),
-            "lr": chosen.rates.get(component, chosen.learning_rate),
-            "component": component,
-        }
+        group: dict[str, Any] = {"params": list(inside.items()), "component": component}
+        if component in chosen.rates:
+            group["lr"] = chosen.rates[component]
         if component in chosen.weight_decays:
             group["weight_decay"] = chosen.weight_decays[component]
         groups.append(group)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable
 
 from equipoise import registry
 from equipoise.errors import ConfigError
+from equipoise.hosts.choice import SMALL
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import RATE
 from equipoise.pipelines.config.records import RunConfig
+from equipoise.pipelines.config.sections import OptimizerSection, own_rates
 from equipoise.pipelines.pipeline import Pipeline
 
 
@@ -25,7 +27,23 @@ def check(runs: Iterable[RunConfig]) -> None:
 
 def doubts(runs: Iterable[RunConfig]) -> list[str]:
     """What of these runs may be meant but is unlikely to work, one sentence each."""
-    return _found(runs, lambda pipeline, config: pipeline.doubts(config))
+    runs = list(runs)
+    return [*_small_rates(runs), *_found(runs, lambda pipeline, config: pipeline.doubts(config))]
+
+
+def _small_rates(runs: Iterable[RunConfig]) -> list[str]:
+    """Where an optimizer says which learning rate it wants, and has none near it, as a file's for another optimizer."""
+    largest: dict[str, float] = {}
+    for section in (getattr(config, "optimizer", None) for config in runs):
+        if isinstance(section, OptimizerSection):
+            largest[section.name] = max(section.learning_rate, largest.get(section.name, 0.0))
+    wanted = {name: own_rates(name, registry.load("optimizers", name)).get("learning_rate", 0.0) for name in largest}
+    return [
+        f"optimizer.learning_rate: {rate:g} is small for {name}, whose own is {wanted[name]:g}; `learning_rate=` "
+        "leaves it to the optimizer."
+        for name, rate in largest.items()
+        if rate < SMALL * wanted[name]
+    ]
 
 
 @registry.looked_up_once()

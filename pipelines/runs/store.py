@@ -193,7 +193,7 @@ def _record(config: configs.RunConfig, id: str, kind: str, sweep: str | None, qu
 def _fill(folder: Path, config: configs.RunConfig, record: Status) -> None:
     for sub in FOLDERS:
         (folder / sub).mkdir(parents=True)
-    write_atomic(folder / "config.yaml", configs.dump(config))
+    write_atomic(folder / "config.yaml", configs.dump(config, as_given=record.kind == "sweep"))
     write_atomic(folder / "environment.json", dumps(environment.describe(config.seed), indent=2))
     write_atomic(folder / "log.txt", "")
     write_atomic(folder / "status.json", dumps(status.plain(asdict(record)), indent=2))

@@ -311,6 +311,8 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Of parameters with one rate: a part's own, or that of the first pattern of `optimizer.rates` in their names.
 
+    A group whose rate is `optimizer.learning_rate`, for it has no other, says none.
+
     Raises:
         InputError: a pattern is found in no name.
     """
@@ -328,4 +330,8 @@ def _groups(
         found.setdefault((part, rate), []).append((name, parameter))
     if unused:
         raise InputError(f"optimizer.rates: {', '.join(sorted(unused))}: found in no name of a layer with factors.")
-    return [{"params": pairs, "lr": rate, "component": part} for (part, rate), pairs in found.items() if pairs]
+    groups = [{"params": pairs, "lr": rate, "component": part} for (part, rate), pairs in found.items() if pairs]
+    for group in groups:
+        if group["lr"] == own and (group["component"] == denoiser or not config.optimizer.text_encoder_learning_rate):
+            del group["lr"]
+    return groups

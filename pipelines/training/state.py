@@ -24,8 +24,10 @@ from torch.optim import AdamW
 from equipoise import registry
 from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
+from equipoise.lora.pairs import find_pairs
 from equipoise.optimizers.parts.fused_adamw import FusedAdamW
 from equipoise.optimizers.parts.optional import Perturbing, metrics
+from equipoise.optimizers.parts.outside import with_rate_outside
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 from equipoise.pipelines.config.sections import TrainConfig
 from equipoise.pipelines.runs.run import Run
@@ -58,7 +60,7 @@ class OptimizedWork(Generic[ConfigT]):
         run: Run,
         accelerator: Accelerator,
         named: dict[str, Tensor],  # what is trained
-        groups: list[dict[str, Any]],  # of named parameters, each with a `component` and an `lr`
+        groups: list[dict[str, Any]],  # of named parameters, each with a `component`, and an `lr` if it has its own
         encoders: Mapping[str, Sequence[Tensor]] | None = None,  # modality → parameters that it has to itself
         buffers: dict[str, Tensor] | None = None,  # what changes with the weights and is saved with them
         frozen: Iterable[Tensor] = (),  # what the run stands on: it resumes only on the same
@@ -70,6 +72,8 @@ class OptimizedWork(Generic[ConfigT]):
         optimizer = registry.load("optimizers", chosen.name)
         if optimizer is AdamW:
             optimizer = FusedAdamW
+        if (outside := chosen.outside_learning_rate) is not None:
+            groups = with_rate_outside(groups, find_pairs(groups), outside)
         try:
             self.optimizer = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
         except (TypeError, ValueError) as error:
@@ -189,7 +193,10 @@ class OptimizedWork(Generic[ConfigT]):
         values |= {name: float(value) for name, value in logged.items() if name not in values}
         values["rate"] = optimizer.param_groups[0]["lr"]
         if len(components) > 1:
-            values |= {f"rate_{group['component']}": group["lr"] for group in optimizer.param_groups}
+            groups = optimizer.param_groups
+            if self.config.optimizer.outside_learning_rate is not None:
+                groups = groups[::-1]  # what lies outside of pairs comes after them, whose rate is the component's
+            values |= {f"rate_{group['component']}": group["lr"] for group in groups}
         values |= self.after_step(step)
         self.schedule.step()
         return values

@@ -13,6 +13,8 @@ from equipoise import registry
 from equipoise.errors import InputError, UnknownNameError
 from equipoise.options import read_options
 
+SMALL = 0.01  # of the learning rate that an optimizer has of its own
+
 
 class Choice(NamedTuple):
     """What a user's `--optimizer NAME --optimizer-args key=value …` asks for, checked."""
@@ -43,6 +45,7 @@ class Choice(NamedTuple):
         options = {key: optimizer.param_groups[0][key] for key in self.defaults}
         shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
         report(f"{self.method} ({shown}) on {kind}. {found}")
+        doubt_rate(optimizer)
 
     def take_place(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What `cls` is made with where the program would have made a `kind` with `given`; reports what that loses."""
@@ -58,6 +61,27 @@ class Choice(NamedTuple):
 
 def report(text: str) -> None:
     tell(f"equipoise: {text}")
+
+
+def doubt_rate(optimizer: Any) -> None:
+    """Report a learning rate far below the one that an optimizer of pairs has of its own.
+
+    A program passes one always, and its default cannot be told from what a user gave.
+    """
+    own, outside = (getattr(optimizer, name, None) for name in ("default_lr", "default_outside_lr"))
+    if own is None:
+        return
+    factors = {id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B)}
+    inside = [group for group in optimizer.param_groups if any(id(param) in factors for param in group["params"])]
+    rate = max((float(group.get("initial_lr", group["lr"])) for group in inside), default=0.0)  # a warm-up begins at 0
+    if not 0 < rate < SMALL * own:
+        return
+    rest = sum(id(param) not in factors for group in optimizer.param_groups for param in group["params"])
+    others = f" for factors, and {outside:g} for the {rest} other tensors" if rest and outside else ""
+    report(
+        f"the learning rate {rate:g} is the program's, and small for {type(optimizer).__name__}: {own:g} is "
+        f"recommended{others}."
+    )
 
 
 def tell(text: str) -> None:

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from equipoise.errors import InputError
-from equipoise.hosts.choice import Choice, report
+from equipoise.hosts.choice import Choice, doubt_rate, report
 from equipoise.optimizers.bounded import bounded
 from equipoise.optimizers.scaled import scaled
 
@@ -39,3 +39,4 @@ class SayPairs(TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if hasattr(optimizer, "pairs"):
             report(optimizer.pairs.summary)
+            doubt_rate(optimizer)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from equipoise.errors import InputError
-from equipoise.lora.pairs import find_pairs
+from equipoise.lora.pairs import PairReport, find_pairs
 from equipoise.optimizers.parts.fused_adamw import FusedAdamW
+from equipoise.optimizers.parts.outside import with_rate_outside
 from equipoise.optimizers.parts.pair_optimizer import STEPS, PairOptimizer, make_class, unpack
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
 # Over √n for n adapted layers, where neither trust nor reach is given: what many layers change adds up like noise.
 # Chosen by benchmarks/keeping.
 REACH = 0.5
-RATE, OUTSIDE = 1.0, 1e-3  # learning rates where none is given: of factors, whose steps are bounded, and of all else
 _OPTIONS: dict[str, Any] = {"trust": (float | None, None), "reach": (float | None, None)}
 
 _DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight.
@@ -42,9 +42,12 @@ class Bounded(PairOptimizer):
 
     _OPTIONS: ClassVar[dict[str, Any]] = {"trust": None, "reach": None}
 
-    def _work_on_pairs(self, options: Mapping[str, Any], model: nn.Module | None) -> None:
+    def _work_on_pairs(
+        self, options: Mapping[str, Any], model: nn.Module | None, found: PairReport | None = None
+    ) -> None:
         if all(value is None for value in options.values()):
-            reach = REACH / math.sqrt(max(1, len({id(pair.A) for pair in find_pairs(self, model)})))
+            found = find_pairs(self, model) if found is None else found
+            reach = REACH / math.sqrt(max(1, len({id(pair.A) for pair in found})))
             usual = {"trust": STEPS * reach, "reach": reach}
             for group in self.param_groups:
                 group.update({} if usual.keys() & group.keys() else usual)
@@ -107,6 +110,9 @@ class BoundedAdamW(Bounded, FusedAdamW):
         For the layer-wise ratio of which this is a relative: You et al., LAMB, arXiv 1904.00962, 2020, Algorithm 2
     """
 
+    default_lr: ClassVar[float] = 1.0
+    default_outside_lr: ClassVar[float] = 1e-3
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -125,37 +131,15 @@ class BoundedAdamW(Bounded, FusedAdamW):
         fused: bool | None = None,
     ) -> None:
         given, model = unpack(params)
+        found = None
         if lr is None:
-            given, lr = _with_rates(given, model), RATE
-        self._make_adamw(
-            given, model, {"trust": trust, "reach": reach},
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+            found = find_pairs(given if model is None else model)
+            given, lr = with_rate_outside(given, found, self.default_outside_lr), self.default_lr
+        super().__init__(
+            given, lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
             foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-
-
-def _with_rates(given: list[Any], model: nn.Module | None) -> list[dict[str, Any]]:
-    """Parameter groups in which all that is in no LoRA pair has the learning rate OUTSIDE, if its group has none."""
-    factors = {id(factor) for pair in find_pairs(given if model is None else model) for factor in (pair.A, pair.B)}
-    groups = [item for item in given if isinstance(item, Mapping)]
-    if alone := [item for item in given if not isinstance(item, Mapping)]:
-        groups.insert(0, {"params": alone})
-    split = []
-    for group in groups:
-        if "lr" in group:
-            split.append(group)
-            continue
-        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        if "param_names" in group:
-            entries = list(zip(group["param_names"], entries, strict=True))
-        parts: tuple[list[Any], list[Any]] = ([], [])
-        for entry in entries:
-            parts[id(entry[1] if isinstance(entry, tuple) else entry) not in factors].append(entry)
-        rest = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        split += [
-            {**rest, **rate, "params": part} for part, rate in zip(parts, ({}, {"lr": OUTSIDE}), strict=True) if part
-        ]
-    return split
+        self._work_on_pairs({"trust": trust, "reach": reach}, model, found)
 
 
 @functools.cache

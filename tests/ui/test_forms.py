@@ -296,3 +296,39 @@ def test_an_option_that_is_a_mapping_is_asked_for_and_read(site):
         ]
     with pytest.raises(ConfigError, match=r"objective\.options\.factors: missing; must be \{name: a number, …\}"):
         launch.plan(site, "audio_visual", "audio_visual/demo", shown, [])
+
+
+def test_a_rate_left_empty_stays_empty_and_says_what_it_means(site):
+    cls = configs.config_class("text_to_image/dreambooth")
+    _, shown, rows = filled("text_to_image/dreambooth")
+    assert shown["optimizer.learning_rate"] == shown["optimizer.outside_learning_rate"] == ""
+    (item,) = [item for item in forms.fields(cls) if item.key.key == "optimizer.learning_rate"]
+    assert item.placeholder == "empty: its own, or 0.0001"
+
+    def means(*names: str) -> str:
+        return forms.empty_means(cls, {"optimizer.name": names})["optimizer.learning_rate"]
+
+    assert (means("adamw"), means("bounded_adamw"), means()) == ("empty: 0.0001", "empty: 1", "")
+    assert means("adamw", "bounded_adamw") == "each its own: 0.0001, 1"
+    assert means("adamw", "scaled_adamw") == "empty: 0.0001"
+
+    def planned(preset: str, *names: str, **more: str) -> launch.Plan:
+        given = {**shown, "model.path": "demo", "data.folder": "demo", "optimizer.name": list(names), **more}
+        return launch.plan(site, "text_to_image", preset, given, rows)
+
+    made = planned("text_to_image/dreambooth", "bounded_adamw")
+    assert made.runs[0].optimizer.learning_rate == 1.0 and "  learning_rate: 1.0\n" in made.yaml
+    assert "learning_rate" not in made.command
+    several = planned("text_to_image/dreambooth", "adamw", "bounded_adamw")
+    assert [run.optimizer.learning_rate for run in several.runs] == [1e-4, 1.0]
+    assert "  learning_rate: null\n" in several.yaml
+    emptied = planned("text_to_image/demo", "bounded_adamw")  # whose file gives a rate
+    assert "optimizer.learning_rate=null" in emptied.command and emptied.runs[0].optimizer.learning_rate == 1.0
+    given = planned("text_to_image/dreambooth", "bounded_adamw", **{"optimizer.learning_rate": "0.01"})
+    assert "optimizer.learning_rate=0.01" in given.command and given.runs[0].optimizer.learning_rate == 0.01
+    (doubt,) = [
+        line
+        for line in launch.doubts(planned("", "bounded_adamw", **{"optimizer.learning_rate": "1e-4"}))
+        if "own is 1" in line
+    ]
+    assert doubt.startswith("optimizer.learning_rate: 0.0001 is small")

@@ -1,5 +1,6 @@
 """What the tabs' functions return, without a page; and the page's own programming interface."""
 
+import asyncio
 import json
 import math
 import shutil
@@ -29,6 +30,7 @@ from equipoise.ui import (
     compare_numbers,
     draw,
     launch,
+    launch_tab,
     plugins,
     runs,
     runs_curves,
@@ -636,3 +638,19 @@ application(Site(Store({str(tmp_path)!r})), 1)
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_choosing_an_optimizer_says_what_an_empty_rate_means(site):
+    async def built() -> launch_tab.Form:  # where no loop runs, gradio makes some that nobody closes
+        with gr.Blocks():
+            return launch_tab.build(site, 1)[0]["text_to_image"]
+
+    with asyncio.Runner() as loop:
+        form = loop.run(built())
+    (rate,) = form.following.values()
+    assert rate.placeholder == "empty: its own, or 0.0001"
+    chosen = {"optimizer.name": ["bounded_adamw"], "objective.name": ["joint"], "coordinator.name": ["constant"]}
+    updates = launch_tab.on_plugins(form, [], *(chosen[key] for key in form.plugins))
+    assert updates[rate]["placeholder"] == "empty: 1" and form.options in updates
+    filled = launch_tab.on_preset(form, "text_to_image/dreambooth")
+    assert (filled[rate]["value"], filled[rate]["placeholder"]) == ("", "empty: 0.0001")

@@ -593,3 +593,21 @@ def test_epochs_are_permutations_of_the_clips(tiny, monkeypatch):
     train(*tiny)
     seen = [index for batch in range(6) for index in caught[0]._chosen(batch)]
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]
+
+
+def test_without_a_rate_a_bounded_run_learns_at_a_moderate_one_where_nothing_is_a_pair(tiny):
+    run, outcome = train(*tiny, "optimizer=bounded_adamw", "optimizer.options={}", "learning_rate=", "steps=30")
+    losses = [record["loss"] for record in run.metrics()]
+    assert outcome.state == "done" and max(losses[-5:]) < min(losses[:5])
+    assert {record["rate"] for record in run.metrics()} == {1e-3}
+    assert run.config().optimizer.outside_learning_rate == 1e-3 and "No LoRA pairs" in run.status().doubt
+
+
+def test_without_a_rate_factors_get_a_large_one_and_the_heads_a_moderate_one(tiny, pretrained):
+    lora = f"model.visual={{path: {pretrained}, rank: 2, alpha: 4}}"
+    words = ["optimizer=bounded_adamw", "optimizer.options={}", "learning_rate=", "schedule=constant", "steps=40"]
+    run, outcome = train(*tiny, lora, *words)
+    records = run.metrics()
+    losses = [record["loss"] for record in records]
+    assert outcome.state == "done" and sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert {(record["rate_visual"], record["rate_heads"]) for record in records} == {(1.0, 1e-3)}

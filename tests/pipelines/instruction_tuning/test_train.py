@@ -508,3 +508,18 @@ def test_real_recordings_of_digits_are_learnt(short, tmp_path):
     run, outcome = train(*short("qwen2_audio", tmp_path / "digits.csv"), "learning_rate=1e-2", OFTEN)
     result = json.loads((run.result / "result.json").read_text())
     assert outcome.state == "done" and result["loss_after"] < result["loss_before"] and len(files) >= 20
+
+
+def test_without_a_rate_a_bounded_run_learns_at_a_large_one_for_factors_and_a_moderate_one_for_the_encoder(
+    begun, overrides
+):
+    words = ["optimizer=bounded_adamw", "learning_rate=", "schedule=constant", "coordinator=constant"]
+    rates = {group["component"]: group["lr"] for group in begun(*words).optimizer.param_groups}
+    assert rates == {"language": 1.0, "encoder": 1e-3}
+    given = begun(*words, "optimizer.rates={encoder: 1}").optimizer.param_groups
+    assert {group["component"]: group["lr"] for group in given} == {"language": 1.0, "encoder": 1.0}
+    run, outcome = train(*overrides(), *words)
+    result = json.loads((run.result / "result.json").read_text())
+    assert outcome.state == "done" and result["loss_after"] < result["loss_before"]
+    assert result["learning_rate"] == run.config().optimizer.learning_rate == 1.0
+    assert (run.metrics()[-1]["rate_language"], run.metrics()[-1]["rate_encoder"]) == (1.0, 1e-3)

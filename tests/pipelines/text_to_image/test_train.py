@@ -357,3 +357,45 @@ def test_an_objectives_state_is_saved(work):
     made.objective.load_state_dict = restored.append
     made.restore(made.weights(), made.state())
     assert restored == [{"weight": torch.tensor(0.5)}]
+
+
+BOUNDED = ["optimizer=bounded_adamw", "lora.text_encoder=true", "lora.dora=true", "token.name=<vase>"]
+BOUNDED += ["data.instance_prompt=a <vase> object", "samples.prompts=[]"]
+
+
+def test_without_a_rate_only_what_is_bounded_gets_a_large_one(short, work):
+    """And what has a rate of its own keeps it: a new word, the text encoder, layers that a pattern names."""
+
+    def groups(*words: str) -> list[tuple[str, bool, float]]:
+        made = work(*BOUNDED, *words).optimizer.param_groups
+        return [
+            (
+                group["component"],
+                all("lora_A" in name or "lora_B" in name for name in group["param_names"]),
+                group["lr"],
+            )
+            for group in made
+        ]
+
+    assert groups() == [
+        ("unet", True, 1.0),
+        ("unet", False, 1e-3),  # DoRA's magnitudes
+        ("text_encoder", True, 1.0),
+        ("text_encoder", False, 1e-3),
+        ("word", False, 5e-4),
+    ]
+    given = groups("optimizer.text_encoder_learning_rate=0.5", "optimizer.rates={mid_block: 0.25}")
+    assert given[:2] == [("unet", True, 1.0), ("unet", False, 1e-3)]
+    assert [(part, rate) for part, _, rate in given[2:]] == [("text_encoder", 0.5), ("unet", 0.25), ("word", 5e-4)]
+    assert {rate for part, _, rate in groups("learning_rate=1") if part != "word"} == {1.0}
+
+
+def test_without_a_rate_a_bounded_run_learns_and_resumes_exactly(short, stopped_run):
+    run, outcome = train(*short, *BOUNDED)
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert outcome.state == "done" and result["loss_after"] < result["loss_before"]
+    assert result["learning_rate"] == run.status().learning_rate == run.config().optimizer.learning_rate == 1.0
+    assert (run.metrics()[0]["rate"], run.metrics()[0]["rate_unet"]) == (1.0, 1.0)
+    again = stopped_run(TextToImage, config.load(NAME, [*short, *BOUNDED]), at=3)
+    assert execute(TextToImage, again.config(), again).state == "done"
+    assert equal(lora(run), lora(again))

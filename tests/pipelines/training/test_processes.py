@@ -84,7 +84,7 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
             return Losses(joint, {n: F.cross_entropy(s, labels) for n, s in said.items()}, labels, responses)
 
     def section(name, **options):
-        return SimpleNamespace(name=name, learning_rate=0.05, options=options)
+        return SimpleNamespace(name=name, learning_rate=0.05, outside_learning_rate=None, options=options)
 
     config = SimpleNamespace(
         seed=0,

@@ -147,6 +147,17 @@ def test_sgd_is_bounded_and_adamw_replaced(tmp_path):
     assert "warning: sgd does not have betas=(0.9, 0.999), eps=1e-08, which the program sets." in lost.stderr
 
 
+def test_a_small_rate_of_the_scripts_is_named_where_the_optimizer_has_one_of_its_own(tmp_path, monkeypatch):
+    said = "equipoise: the learning rate {} is the program's, and small for BoundedAdamW: 1 is recommended"
+    assert "is recommended" not in run(tmp_path, "--optimizer", "bounded").stderr, "0.01 is not small"
+    head = "net.append(torch.nn.Linear(4, 4))\noptimizer_class = "
+    small = SCRIPT.replace("lr=1e-2", "lr=1e-4").replace("optimizer_class = ", head, 1)
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", small)
+    assert "is recommended" not in run(tmp_path, "--style", "sgd", "--optimizer", "bounded").stderr, "SGD's is unknown"
+    beside = run(tmp_path, "--optimizer", "bounded_adamw", "--style", "flat").stderr
+    assert f"{said.format('0.0001')} for factors, and 0.001 for the 2 other tensors." in beside
+
+
 @pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
 def test_an_update_rule_takes_adamws_place_with_all_that_the_script_hands_it(style, tmp_path, capsys):
     from torch.optim import AdamW

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer
 
 from equipoise import AdaSAM, AlphaAdam, BoundedAdamW, ScaledAdamW, ScaledGD, attach, bounded, scaled
 from equipoise.errors import InputError
+from equipoise.lora import pairs
 from equipoise.optimizers.parts.sharded import FullFactors
 from equipoise.optimizers.parts.step_hook import START
 from equipoise.optimizers.reference import reference_share
@@ -319,6 +320,17 @@ def test_a_rate_that_is_given_counts_for_all_and_one_of_a_group_for_the_group():
         (1.0, (0.5, 0.6), 2),
         (1e-3, (0.5, 0.6), 2),
     ]
+
+
+def test_modules_are_searched_once_when_nothing_is_given_and_again_at_the_first_step(monkeypatch):
+    """Layers may be wrapped, replaced or merged in between, so that the first step believes nothing from before."""
+    net = Lora()
+    searched, search = [], pairs.live_roots
+    monkeypatch.setattr(pairs, "live_roots", lambda: searched.append(1) or search())
+    optimizer = BoundedAdamW([net.lora_A.weight, net.lora_B.weight])
+    assert len(searched) == 1 and optimizer.param_groups[0]["reach"] == 0.5
+    train(net, optimizer, range(2))
+    assert len(searched) == 2 and list(optimizer.moved) == [pair.name for pair in optimizer.pairs]
 
 
 def test_trust_alone_bounds_no_run_and_a_group_of_ones_own_keeps_to_its_options():
