@@ -6,8 +6,8 @@
     python benchmarks/optimizer_step.py --training-step --ranks 16
 
 `--authors FILE` adds the AdamW of the paper's authors, from your copy of Mix-of-Show/custom_optimizers.py of their
-repository; `--training-step` measures forward and backward of a randomly initialised SD 1.5 U-Net at 64×64 pixels and
-batch 1, the least that anybody trains with, and how much of a training step the optimizer's is.
+repository; `--training-step` measures forward and backward of a randomly initialised SD 1.5 U-Net at batch 1 and
+`--pixels`, and how much of a training step the optimizer's is.
 
 Prints a Markdown table: the median step time of each optimizer, and its ratio to torch's AdamW as it comes. The
 optimizers take turns, one step each, so that whatever else the machine does falls on all of them alike; on a machine
@@ -85,13 +85,23 @@ def model(shapes: str, rank: int, decades: float = 0.0) -> nn.Module:
     return net
 
 
+def fresh(net: nn.Module) -> nn.Module:
+    """The same as adapters begin, with B = 0."""
+    for name, param in net.named_parameters():
+        if "lora_B" in name:
+            param.data.zero_()
+    return net
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "torch AdamW (default)": lambda net: AdamW(net.parameters(), lr=1e-6),
     "torch AdamW (foreach)": lambda net: AdamW(net.parameters(), lr=1e-6, foreach=True),
     "torch AdamW (fused)": lambda net: AdamW(net.parameters(), lr=1e-6, fused=True),
     "ScaledAdamW": lambda net: ScaledAdamW(net, lr=1e-6),
     "ScaledAdamW (sequential)": lambda net: ScaledAdamW(net, lr=1e-6, order="sequential"),
-    "BoundedAdamW": lambda net: BoundedAdamW(net, lr=1e-6),
+    "BoundedAdamW (trust alone)": lambda net: BoundedAdamW(fresh(net), lr=1.0, trust=0.004),
+    "BoundedAdamW": lambda net: BoundedAdamW(fresh(net)),  # at the border of its reach after ten steps
+    "BoundedAdamW (from B ≠ 0)": lambda net: BoundedAdamW(net),  # as PiSSA and adapters that are trained further
     "AlphaAdam": lambda net: AlphaAdam(net, lr=1e-6),
     "peft Riemannian AdamW": lambda net: create_riemannian_optimizer(net, AdamW, lr=1e-6, reg=1e-6),  # type: ignore
 }
@@ -103,13 +113,13 @@ def authors(file: Path) -> Callable[[nn.Module], Optimizer]:
     return lambda net: module["AdamWr"](list(net.parameters()), lr=1e-6, reg=1e-6)
 
 
-def training_step(rank: int, clock: Callable[[], float]) -> float:
+def training_step(rank: int, pixels: int, clock: Callable[[], float]) -> float:
     """Median seconds of forward and backward of the whole U-Net with LoRA on its attention."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
-    inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 768)
+    inputs = torch.randn(1, 4, pixels // 8, pixels // 8), torch.tensor([500]), torch.randn(1, 77, 768)
     times = []
     for _ in range(4):
         start = clock()
@@ -147,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="sd15")
     parser.add_argument("--training-step", action="store_true")
+    parser.add_argument("--pixels", type=int, default=512, help="side of the pictures of the training step")
     parser.add_argument("--authors", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the optimizers to measure")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
@@ -161,9 +172,10 @@ def main() -> None:
 
     if arguments.training_step:
         for rank in arguments.ranks:
-            whole = training_step(rank, CLOCKS[arguments.clock])
-            step = measure(["ScaledAdamW"], "sd15", rank, 10, CLOCKS[arguments.clock])["ScaledAdamW"]
-            print(f"rank {rank}: forward and backward {whole:.2f} s, ScaledAdamW {step:.4f} s ({step / whole:.1%})")
+            whole = training_step(rank, arguments.pixels, CLOCKS[arguments.clock])
+            steps = measure(["ScaledAdamW", "BoundedAdamW"], "sd15", rank, 20, CLOCKS[arguments.clock])
+            shares = ", ".join(f"{name} {step:.4f} s ({step / whole:.1%})" for name, step in steps.items())
+            print(f"rank {rank}, {arguments.pixels} pixels: forward and backward {whole:.2f} s, {shares}")
         return
     if arguments.authors:
         OPTIMIZERS["the authors' AdamWr"] = authors(arguments.authors)

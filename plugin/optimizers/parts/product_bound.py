@@ -15,8 +15,9 @@ c is approached from below, so that every iterate keeps the bound: from a feasib
 has no other way to settle, for its size no longer depends on the rate.
 
 The same arithmetic bounds how far a whole run may go, by the option reach β in place of τ, with (A₀, B₀) the factors as
-the adapter began, or 0 where their product is: each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. Where both are asked
-for, the step is bounded first, then the run, which can make a step at most twice as long as τ allows.
+the adapter began, or 0 where their product is: each step ends within s·‖BA − B₀A₀‖_F ≤ β‖W‖_F. From 0, c has a closed
+form, (β‖W‖_F / s‖BA‖_F)^½, and a third of the Gram matrices. Where both are asked for, the step is bounded first, then
+the run, which can make a step at most twice as long as τ allows.
 
 How it relates to others: LARS and LAMB scale each tensor's step by ‖θ‖ / ‖Δθ‖, up as well as down, which for a LoRA
 factor B that starts at zero means nothing; Muon makes every step of equal size. Here the size that counts is that of
@@ -58,15 +59,16 @@ class ProductBound:
             if start is None
             else list(start)
         )
-        batches: dict[tuple[int, torch.dtype, torch.device], dict[tuple, list[int]]] = {}
-        for index, (A, B) in enumerate(self.pairs):
+        batches: dict[tuple[bool, int, torch.dtype, torch.device], dict[tuple, list[int]]] = {}
+        for index, ((A, B), old) in enumerate(zip(self.pairs, self.old, strict=True)):
             dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-            shapes = batches.setdefault((A.shape[0], dtype, A.device), {})
+            from_zero = start is not None and not any(factor.any() for factor in old)
+            shapes = batches.setdefault((from_zero, A.shape[0], dtype, A.device), {})
             shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
         self._batches = [
-            _PairBatch(self, room, portion)
-            for key, shapes in batches.items()
-            for room, portion in portions(6, *key, list(shapes.values()))
+            _PairBatch(self, room, portion, from_zero)
+            for (from_zero, *key), shapes in batches.items()
+            for room, portion in portions(2 if from_zero else 6, *key, list(shapes.values()))
         ]
 
     @property
@@ -119,11 +121,12 @@ class _PairBatch:
 
     Args:
         bound: What they belong to.
-        room: (6, k or more, r, r) for the Gram matrices; nothing in it need last beyond `shrink`.
+        room: (6, k or more, r, r) for the Gram matrices, or (2, …) from 0; nothing in it need last beyond `shrink`.
         shapes: The k pairs by shape, as indices into `bound.pairs`.
+        from_zero: Whether the old factors are all 0, and stay so.
     """
 
-    def __init__(self, bound: ProductBound, room: Tensor, shapes: list[list[int]]):
+    def __init__(self, bound: ProductBound, room: Tensor, shapes: list[list[int]], from_zero: bool):
         dtype, device = room.dtype, room.device
         self.indices = [index for indices in shapes for index in indices]
         # One row for each kind, 0 where a pair is of another: limits are then made without waiting for the device.
@@ -141,25 +144,33 @@ class _PairBatch:
             chunks += [(alone, indices[i : i + k]) for i in range(0, len(indices), k)]
         # Kept from step to step: memory that is allocated anew costs more than the arithmetic.
         size = max(len(indices) * max(f.numel() for f in bound.pairs[indices[0]]) for _, indices in chunks)
-        buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+        buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(1 if from_zero else 2)]
         grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
+        kinds = (_SingleFromZero, _PairStackFromZero) if from_zero else (_Single, _PairStack)
+        self.from_zero = from_zero
         self.parts = [
-            (_Single if alone else _PairStack)(bound, indices, part, *buffers)
+            kinds[0 if alone else 1](bound, indices, part, *buffers)
             for (alone, indices), part in zip(chunks, grams, strict=True)
         ]
 
     def moved(self) -> Tensor:  # (k,)
         for part in self.parts:
             part.fill_grams()
-        PP, PQ, QQ = _inner_products(*self.grams.unbind(0))
-        return (PP + 2 * PQ + QQ).clamp(min=0).sqrt() / torch.stack(self.norms).sum(0)
+        if self.from_zero:
+            squares = _dot(*self.grams.unbind(0))
+        else:
+            PP, PQ, QQ = _inner_products(*self.grams.unbind(0))
+            squares = PP + 2 * PQ + QQ
+        return squares.clamp(min=0).sqrt() / torch.stack(self.norms).sum(0)
 
     def shrink(self, trust: Sequence[float | Tensor]) -> None:
         for part in self.parts:
             part.fill_grams()
-        AA, AdA, dAdA, BB, BdB, dBdB = self.grams.unbind(0)
         limits = torch.stack([norms * share for norms, share in zip(self.norms, trust, strict=True)]).sum(0)
-        c = self.c = largest_share(AA, AdA, dAdA, BB, BdB, dBdB, limits)
+        if self.from_zero:
+            c = self.c = _share_from_zero(*self.grams.unbind(0), limits)
+        else:
+            c = self.c = largest_share(*self.grams.unbind(0), limits)
         start = 0
         known = c.tolist() if c.device.type == "cpu" else None
         for part in self.parts:
@@ -180,7 +191,7 @@ class _PairStack:
 
     def fill_grams(self) -> None:
         for side in (0, 1):
-            old, change = self._stack(self.old[side], self.before), self._stack(self.now[side], self.change)
+            old, change = _stack(self.old[side], self.before), _stack(self.now[side], self.change)
             change.sub_(old)
             if side == 1:
                 old, change = old.mT, change.mT
@@ -191,17 +202,38 @@ class _PairStack:
 
     def apply(self, c: Tensor) -> None:
         for side in (0, 1):
-            old, new = self._stack(self.old[side], self.before), self._stack(self.now[side], self.change)
+            old, new = _stack(self.old[side], self.before), _stack(self.now[side], self.change)
             torch.lerp(old, new, c[:, None, None], out=new)  # `new` itself, to the bit, where c is 1
             factors = self.now[side]
             torch._foreach_copy_(factors, [m.view_as(f) for m, f in zip(new.unbind(0), factors, strict=True)])
 
-    def _stack(self, factors: list[Tensor], out: Tensor) -> Tensor:  # (k, rows, columns)
-        matrices = [as_matrix(factor) for factor in factors]
-        k, (rows, columns) = len(matrices), matrices[0].shape
-        stack = out[: k * rows * columns]
-        torch.cat(matrices, out=stack.view(k * rows, columns))
-        return stack.view(k, rows, columns)
+
+class _PairStackFromZero:
+    """The same where the factors were 0: the change is what they are now."""
+
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, now: Tensor):
+        self.count = len(indices)
+        self.factors = [[bound.pairs[i][side] for i in indices] for side in (0, 1)]
+        self.grams, self.now = grams.unbind(0), now
+
+    def fill_grams(self) -> None:
+        for side, gram in enumerate(self.grams):
+            now = _stack(self.factors[side], self.now)
+            now = now if side == 0 else now.mT
+            torch.bmm(now, now.mT, out=gram)
+
+    def apply(self, c: Tensor) -> None:
+        for factors in self.factors:
+            now = _stack(factors, self.now).mul_(c[:, None, None])
+            torch._foreach_copy_(factors, [m.view_as(f) for m, f in zip(now.unbind(0), factors, strict=True)])
+
+
+def _stack(factors: list[Tensor], out: Tensor) -> Tensor:  # (k, rows, columns)
+    matrices = [as_matrix(factor) for factor in factors]
+    k, (rows, columns) = len(matrices), matrices[0].shape
+    stack = out[: k * rows * columns]
+    torch.cat(matrices, out=stack.view(k * rows, columns))
+    return stack.view(k, rows, columns)
 
 
 class _Single:
@@ -231,6 +263,25 @@ class _Single:
             torch.lerp(old, now, c[0], out=now)
 
 
+class _SingleFromZero:
+    """The same where the factors were 0."""
+
+    count = 1
+
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, _: Tensor):
+        (index,) = indices
+        self.now, self.grams = bound.pairs[index], grams[:, 0].unbind(0)
+
+    def fill_grams(self) -> None:
+        (A, B), (AA, BB) = self.now, self.grams
+        torch.mm(A, A.mT, out=AA)
+        torch.mm(B.mT, B, out=BB)
+
+    def apply(self, c: Tensor) -> None:
+        for factor in self.now:
+            factor.mul_(c[0])
+
+
 def largest_share(
     AA: Tensor,  # (k, r, r) A·Aᵀ before the step
     AdA: Tensor,  # A·ΔAᵀ
@@ -251,6 +302,13 @@ def largest_share(
         c = (c + 2 * room / (slope + (slope * slope + 4 * q * room).sqrt())).nan_to_num(1.0, posinf=1.0)
     # Changes so large that their squares overflow are taken back whole.
     return torch.where((PP + QQ).isfinite(), c.clamp(max=1), 0.0)
+
+
+def _share_from_zero(AA: Tensor, BB: Tensor, limits: Tensor) -> Tensor:  # (k,) c, from 0 to 1
+    """`largest_share` where A and B were 0: from (k, r, r) A·Aᵀ and Bᵀ·B, c²‖BA‖_F = limit."""
+    squares = _dot(AA, BB)
+    c = (limits / squares.clamp(min=0).sqrt()).sqrt().nan_to_num(1.0, posinf=1.0).clamp(max=1)
+    return torch.where(squares.isfinite(), c, 0.0)
 
 
 def _inner_products(

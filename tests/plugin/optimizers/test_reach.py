@@ -40,8 +40,12 @@ class Lora(nn.Module):
         return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
     @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_A.weight, self.lora_B.weight
+
+    @property
     def distance(self) -> float:
-        A, B = self.began
+        A, B = (factor.to(self.base_layer.weight.dtype) for factor in self.began)
         change = self.lora_B.weight @ self.lora_A.weight - B @ A
         return float(change.detach().norm() / self.base_layer.weight.norm())
 
@@ -102,6 +106,25 @@ def test_a_step_across_the_border_ends_where_the_slow_twin_does():
     torch.testing.assert_close(twin.lora_A.weight.detach(), A + c * dA, rtol=0, atol=1e-5)
     torch.testing.assert_close(twin.lora_B.weight.detach(), B + c * dB, rtol=0, atol=1e-5)
     assert twin.distance == pytest.approx(REACH, rel=1e-4)
+
+
+def test_small_and_large_layers_fresh_and_trained_further_keep_their_bounds_in_one_optimizer():
+    """Small factors are stacked and large ones read where they lie; those that begin with B = 0 go another way back."""
+    torch.manual_seed(0)
+    sizes = [(n, dtype, started) for n in (12, 3000) for dtype in (torch.float32, torch.bfloat16) for started in (0, 1)]
+    layers = [Lora(n, 9, 3, bool(started), dtype) for n, dtype, started in sizes for _ in range(2)]
+    net, still = nn.ModuleList(layers), layers[-1]
+    optimizer = BoundedAdamW(net, lr=0.1, trust=REACH, reach=REACH)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for layer in layers:
+            layer.lora_A.weight.grad, layer.lora_B.weight.grad = (torch.randn_like(w) for w in layer.factors)
+        still.lora_A.weight.grad = still.lora_B.weight.grad = None
+        optimizer.step()
+    for layer in layers[:-1]:
+        slack = 1e-5 if layer.base_layer.weight.dtype == torch.float32 else 0.05  # of what eight bits can say
+        assert layer.float().distance == pytest.approx(REACH, rel=slack)
+    assert still.float().distance == 0
 
 
 def test_a_run_at_its_border_goes_on_learning():
