@@ -4,9 +4,9 @@
     python benchmarks/keeping/study.py report        the tables of keeping.md
 
 `run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. bases.py describes the pretrained
-models, tasks.py the tasks. Every run has gradients clipped to a norm of 1, a cosine schedule, and LoRA with alpha equal
-to the rank, but for the adapters that are rivals themselves; no weight decay, but for `bounded`, which is
-`BoundedAdamW(model, lr=rate)` as it comes.
+models, tasks.py the tasks. Every run has gradients clipped to a norm of 1, a cosine schedule (but for schedule-free),
+and LoRA with alpha equal to the rank, but for the adapters that are rivals themselves; no weight decay, but for
+`bounded`, which is `BoundedAdamW(model, lr=rate)` as it comes.
 
 Gain: 1 − loss / loss of the untouched base, on held-out examples of the task. Forgotten: how far the loss on what the
 base knew before rose. Moved: the median over the layers of ‖ΔW‖ / ‖W‖.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import DeloraConfig, LoraConfig, OFTConfig
+from peft import DeloraConfig, HRAConfig, LoraConfig, OFTConfig
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tasks import TASKS, Adapter, Task
@@ -50,6 +50,7 @@ class Method:
     make: Callable[[nn.Module, float], Optimizer]
     adapter: Adapter = lora
     after: Callable[[nn.Module], None] = lambda model: None
+    scheduled: bool = True  # by a cosine
 
 
 def _plain(cls: type, **options) -> Method:
@@ -64,7 +65,7 @@ def _peft(maker: Callable, **options) -> Method:
     return Method(lambda net, lr: maker(net, AdamW, lr=lr, weight_decay=0.0, **options))
 
 
-def _installed(module: str, name: str, **options) -> Method:
+def _installed(module: str, name: str, scheduled: bool = True, **options) -> Method:
     def make(net: nn.Module, lr: float) -> Optimizer:
         try:
             cls = getattr(__import__(module), name)
@@ -72,7 +73,7 @@ def _installed(module: str, name: str, **options) -> Method:
             raise SystemExit(f"{name}: pip install {module}, which has it, or choose other --methods.") from None
         return cls([p for p in net.parameters() if p.requires_grad], lr=lr, **options)  # peft's order: A, B, A, B, …
 
-    return Method(make)
+    return Method(make, scheduled=scheduled)
 
 
 @torch.no_grad()
@@ -99,12 +100,18 @@ METHODS: dict[str, Method] = {
     "riemannian 1e-6 (peft)": _peft(create_riemannian_optimizer, reg=1e-6),
     "lora-rite (pytorch_optimizer)": _installed("pytorch_optimizer", "LoRARite"),
     "prodigy (prodigyopt)": _installed("prodigyopt", "Prodigy", weight_decay=0.0),
+    "spectral adamw (adv_optm)": _installed("adv_optm", "AdamW_adv", spectral_normalization=True),
+    "muon (pytorch_optimizer)": _installed("pytorch_optimizer", "Muon"),  # each factor by itself, as it comes
+    "schedule-free adamw (schedulefree)": _installed("schedulefree", "AdamWScheduleFree", scheduled=False),
     "sgd": _plain(SGD),
     "scaled gd": Method(lambda net, lr: ScaledGD(net, lr=lr)),
     "scaled adamw": _ours(ScaledAdamW, damping=1e-6),
     "max norm 1 (kohya)": Method(_plain(AdamW, weight_decay=0.0).make, after=scale_weight_norms),
     "delora (peft)": Method(
         _plain(AdamW, weight_decay=0.0).make, lambda rank, layers: DeloraConfig(r=rank, target_modules=layers)
+    ),
+    "hra (peft)": Method(
+        _plain(AdamW, weight_decay=0.0).make, lambda rank, layers: HRAConfig(r=rank, target_modules=layers)
     ),
     "oft (peft)": Method(
         _plain(AdamW, weight_decay=0.0).make,
@@ -130,7 +137,10 @@ def measure(task: Task, method: Method, rate: float, steps: int) -> dict[str, fl
     """What a run ends with; None for each loss that is not finite."""
     optimizer = method.make(task.model, rate)
     trained = [p for p in task.model.parameters() if p.requires_grad]
-    schedule, start, finite = CosineAnnealingLR(optimizer, steps), time.perf_counter(), True
+    schedule = CosineAnnealingLR(optimizer, steps) if method.scheduled else None
+    start, finite = time.perf_counter(), True
+    if schedule_free := hasattr(optimizer, "eval"):
+        optimizer.train()  # type: ignore
     for step in range(steps):
         loss = task.loss(step)
         if not (finite := math.isfinite(loss.item())):
@@ -139,8 +149,11 @@ def measure(task: Task, method: Method, rate: float, steps: int) -> dict[str, fl
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        if schedule:
+            schedule.step()
         method.after(task.model)
+    if schedule_free:
+        optimizer.eval()  # type: ignore
     seconds, moved = round(time.perf_counter() - start, 1), movements(task.model)
     end = judged(task) if finite else {"loss": math.inf, "general": math.inf, "right": 0.0}
     far = {"moved": statistics.median(moved), "moved_most": max(moved)} if moved else {}
