@@ -18,9 +18,10 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import DeloraConfig, HRAConfig, LoraConfig, OFTConfig
@@ -65,13 +66,14 @@ def _peft(maker: Callable, **options) -> Method:
     return Method(lambda net, lr: maker(net, AdamW, lr=lr, weight_decay=0.0, **options))
 
 
-def _installed(module: str, name: str, scheduled: bool = True, **options) -> Method:
+def _installed(module: str, name: str, group: Mapping[str, Any] = {}, scheduled: bool = True, **options) -> Method:
     def make(net: nn.Module, lr: float) -> Optimizer:
         try:
             cls = getattr(__import__(module), name)
         except ImportError:
             raise SystemExit(f"{name}: pip install {module}, which has it, or choose other --methods.") from None
-        return cls([p for p in net.parameters() if p.requires_grad], lr=lr, **options)  # peft's order: A, B, A, B, …
+        factors = [p for p in net.parameters() if p.requires_grad]  # in peft's order: A, B, A, B, …
+        return cls([{"params": factors, **group}], lr=lr, **options)
 
     return Method(make, scheduled=scheduled)
 
@@ -101,7 +103,7 @@ METHODS: dict[str, Method] = {
     "lora-rite (pytorch_optimizer)": _installed("pytorch_optimizer", "LoRARite"),
     "prodigy (prodigyopt)": _installed("prodigyopt", "Prodigy", weight_decay=0.0),
     "spectral adamw (adv_optm)": _installed("adv_optm", "AdamW_adv", spectral_normalization=True),
-    "muon (pytorch_optimizer)": _installed("pytorch_optimizer", "Muon"),  # each factor by itself, as it comes
+    "muon (pytorch_optimizer)": _installed("pytorch_optimizer", "Muon", {"use_muon": True}),  # on each factor by itself
     "schedule-free adamw (schedulefree)": _installed("schedulefree", "AdamWScheduleFree", scheduled=False),
     "sgd": _plain(SGD),
     "scaled gd": Method(lambda net, lr: ScaledGD(net, lr=lr)),
