@@ -88,6 +88,7 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
         "optimizer=signum",
         "objective=worst_modality",
         "objective.options={weight: 2}",
+        "prior={}",
     ]
     trained = run(
         "-m", "equipoise.pipelines.cli", "train", "text_to_image/demo", *words, "samples.prompts=[]", "--id", "plugged"
@@ -105,5 +106,14 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
     base = shutil.copytree(demo.base_folder(), tmp_path / "base")
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
-    words = ["model=base", "data=demo", "steps=1", "samples.prompts=[a vase]", "samples.steps=2", "--id", "perturbed"]
+    words = [
+        "model=base",
+        "data=demo",
+        "steps=1",
+        "samples.prompts=[a vase]",
+        "samples.steps=2",
+        "prior={}",
+        "--id",
+        "perturbed",
+    ]
     assert "perturbed: done" in run("-m", "equipoise.pipelines.cli", "train", "text_to_image/demo", *words)

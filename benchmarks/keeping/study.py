@@ -2,6 +2,7 @@
 
     python benchmarks/keeping/study.py run --task orders --methods adamw bounded --rates 1e-3 1 --seeds 0 1 2
     python benchmarks/keeping/study.py report        the tables of keeping.md
+    python benchmarks/keeping/study.py plot          claim.png, with matplotlib
 
 `run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. bases.py describes the pretrained
 models, tasks.py the tasks. Every run has gradients clipped to a norm of 1, a cosine schedule (but for schedule-free),
@@ -271,24 +272,70 @@ def report(_: argparse.Namespace) -> None:
             _print_task(table, setting)
 
 
+OURS = ("bounded", "trust", "reach", "scaled, reach")  # how the methods are called that are no rivals
+
+
+def rivals(table: Table, setting: tuple) -> list[str]:
+    return [name for name in METHODS if not name.startswith(OURS) and table.rates(setting, name)]
+
+
 def _print_verdicts(table: Table) -> None:
-    print("\n## One default against AdamW at its best rate\n")
-    print("Seed 0; in the last column, the bound at a rate of 1 over all its seeds.\n")
-    print("| task | steps, rank | AdamW at | gain, forgotten | bounded at | of that gain | forgotten | over seeds |")
-    print("| --- | --- | ---: | --- | --- | --- | --- | --- |")
+    print("\n## One default against AdamW and the best rival, each at its best rate\n")
+    print("Seed 0, gain and forgotten; in the last column, the bound at a rate of 1 over all its seeds.\n")
+    print(
+        "| task | steps, rank, batch | AdamW at | | best rival of | | bounded at | of AdamW's gain | lost | seeds |"
+    )
+    print("| --- | --- | ---: | --- | --- | --- | --- | --- | --- | --- |")
     for setting in table.settings():
-        task, steps, rank, _ = setting
+        task, steps, rank, batch = setting
         rate, gain, lost = table.best(setting, "adamw")
+        best = max(rivals(table, setting), key=lambda name: table.best(setting, name)[1])
+        top_rate, top_gain, top_lost = table.best(setting, best)
+        others = len(rivals(table, setting)) - 1
+        rival = f"{others}: {best} at {top_rate:g} | {top_gain:.3f}, {top_lost:.3g}" if others else " | "
         rates = [r for r in table.rates(setting, "bounded") if 0 in table.seeds(setting, "bounded", r)]
         ours = [table.cell(setting, "bounded", r, [0]) for r in rates]
         all_seeds = [table.cell(setting, "bounded", 1.0, [seed]) for seed in table.seeds(setting, "bounded", 1.0)]
         over = f"{_range([g for g, *_ in all_seeds], '.3f')}, {_range([f for _, f, _ in all_seeds], '.3g')}"
         named = TASKS[task].base + ("" if TASKS[task].chosen_on else ", not chosen on")
         print(
-            f"| {task} ({named}) | {steps}, {rank} | {rate:g} | {gain:.3f}, {lost:.3g} | "
+            f"| {task} ({named}) | {steps}, {rank}, {batch} | {rate:g} | {gain:.3f}, {lost:.3g} | {rival} | "
             f"{', '.join(f'{r:g}' for r in rates)} | {_range([g / gain for g, *_ in ours], '.0%')} | "
             f"{_range([f for _, f, _ in ours], '.3g')} | {over if len(all_seeds) > 1 else ''} |"
         )
+
+
+def plot(_: argparse.Namespace) -> None:
+    """Writes claim.png: gain and forgetting of the bound beside AdamW's, and how AdamW's best rate moves."""
+    from matplotlib import pyplot  # pip install matplotlib
+
+    table = Table()
+    figure, (claim, rates) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    claim.axvspan(0.95, 1.1, ymax=1 / 2.5, color="tab:green", alpha=0.12, label="the claim")
+    for name in dict.fromkeys(setting[0] for setting in table.settings()):
+        own = [setting for setting in table.settings() if setting[0] == name]
+        points = []
+        for setting in own:
+            _, gain, lost = table.best(setting, "adamw")
+            ours, ours_lost, _ = table.cell(setting, "bounded", 1.0, [0])
+            points.append((ours / gain, ours_lost / lost))
+        claim.scatter(*zip(*points, strict=True), label=f"{name} ({len(points)})")
+        usual = [s for s in own if s[1] == TASKS[name].steps]
+        by_rank = sorted(
+            (rank, table.best(s, "adamw")[0]) for s in usual for rank in [s[2]] if s[3] == TASKS[name].batch
+        )
+        if len(by_rank) > 1:
+            rates.plot(*zip(*by_rank, strict=True), "o-", label=f"{name}, by rank")
+        by_steps = sorted((s[1], table.best(s, "adamw")[0]) for s in own if s[2:] == (8, TASKS[name].batch))
+        if len(by_steps) > 1:
+            rates.plot(*zip(*by_steps, strict=True), "s--", label=f"{name}, by steps")
+    claim.set(xlabel="gain, in units of AdamW's at its best rate", ylabel="forgotten, in the same units", ylim=(0, 2.5))
+    claim.set_title("The default at a rate of 1; a point is a length, rank and batch (seed 0)")
+    rates.set(xscale="log", yscale="log", xlabel="rank, or steps", ylabel="AdamW's best rate of those tried")
+    rates.set_title("What the bound spares: AdamW's best rate moves")
+    for axes in (claim, rates):
+        axes.legend(fontsize="small")
+    figure.savefig(CELLS.with_name("claim.png"), dpi=100)
 
 
 def _range(values: list[float], form: str) -> str:
@@ -350,6 +397,7 @@ def main() -> None:
     running.add_argument("--threads", type=int, default=1)
     running.set_defaults(run=run)
     commands.add_parser("report").set_defaults(run=report)
+    commands.add_parser("plot").set_defaults(run=plot)
     given = parser.parse_args()
     given.run(given)
 

@@ -1,6 +1,6 @@
 """`equipoise demo`: compare learning rates on the embedded model, with no network.
 
-AdamW, scaled and bounded AdamW at five learning rates.
+AdamW and bounded AdamW at four learning rates, by what they learn and what they keep.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     config = configs.load("text_to_image/demo", overrides)
     sweep = sweeps.create(config)
     print(
-        "Training the embedded model on a new object, from six pictures, at five learning rates.",
+        "Training the embedded model on a new object, from six pictures, at four learning rates.",
         flush=True,
     )
     if code := resume(sweep, args.workers):

@@ -300,7 +300,7 @@ def test_rates_that_are_close_are_told_apart(comparison):
     ],
 )
 def test_a_row_names_everything_that_differs_but_rate_and_seed(key, values, labels):
-    config = configs.load("text_to_image/demo", ["sweep={}", "optimizer.options={}"])
+    config = configs.load("text_to_image/demo", ["sweep={}", "optimizer=scaled_adamw"])
     cells = [
         configs.set_keys(config, {key: value, "seed": seed, "learning_rate": rate})
         for value in values

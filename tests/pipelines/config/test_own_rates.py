@@ -142,7 +142,7 @@ def test_an_attribute_that_is_no_rate_is_refused_in_a_sentence(calm, capsys):
 def test_a_rate_far_below_the_optimizers_own_is_doubted_where_no_cell_has_another():
     """As that of a file for another optimizer; but to try it beside others is what a sweep is for."""
     said = (
-        "optimizer.learning_rate: 0.001 is small for bounded_adamw, whose own is 1; `learning_rate=` leaves it to the "
+        "optimizer.learning_rate: 0.005 is small for bounded_adamw, whose own is 1; `learning_rate=` leaves it to the "
         "optimizer."
     )
 

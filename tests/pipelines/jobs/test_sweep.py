@@ -25,7 +25,7 @@ AXES = ["--axis", "optimizer=adamw,scaled_adamw", "--axis", "learning_rate=1e-3,
 
 @pytest.fixture
 def small(short):
-    return ["text_to_image/demo", *short, "optimizer.options={}"]
+    return ["text_to_image/demo", *short, "prior={}"]
 
 
 def cells(runs):
@@ -137,12 +137,12 @@ def test_a_sweep_trains_compares_and_reports(small, tmp_path, capfd):
         assert grid.width > 500
     page = (folder / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']?https?:""", page), "it opens from disk, without a network"
-    assert page.count("data:image/png;base64,") >= 5 * 6
+    assert page.count("data:image/png;base64,") >= 5 * 8
     assert str(folder / "report.html") in printed and str(folder / "grid.png") in printed
     assert "Learning rates that worked" in printed
     thumbs = list((folder / "cells").glob("*/*.thumb.png"))
     full = [path for path in (folder / "cells").glob("*/*.png") if path not in thumbs]
-    assert len(thumbs) == len(full) == 5 * 6
+    assert len(thumbs) == len(full) == 5 * 8
 
 
 def test_a_killed_sweep_goes_on_where_it_stopped(small, tmp_path):
