@@ -1,9 +1,10 @@
 """What is wrong with what would be started: one answer for `--dry-run`, the page's Check, and the start itself."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from equipoise import registry
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, InputError
 from equipoise.hosts.choice import SMALL
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import RATE
@@ -19,9 +20,10 @@ def check(runs: Iterable[RunConfig]) -> None:
         runs: one run, or all cells of a sweep.
 
     Raises:
-        ConfigError: a pipeline's check found problems, one line each.
+        ConfigError: an optimizer refuses its options, or a pipeline's check found problems, one line each.
     """
-    if problems := _found(runs, lambda pipeline, config: pipeline.check(config)):
+    runs = list(runs)
+    if problems := [*_refused_options(runs), *_found(runs, lambda pipeline, config: pipeline.check(config))]:
         raise ConfigError(problems)
 
 
@@ -44,6 +46,35 @@ def _small_rates(runs: Iterable[RunConfig]) -> list[str]:
         for name, rate in largest.items()
         if rate < SMALL * wanted[name]
     ]
+
+
+def _refused_options(runs: Iterable[RunConfig]) -> list[str]:
+    """What optimizers say of options that are valid one by one, such as a trust beyond the reach."""
+    sections = [getattr(config, "optimizer", None) for config in runs]
+    chosen = {
+        repr((section.name, section.options)): section
+        for section in sections
+        if isinstance(section, OptimizerSection) and section.options
+    }
+    return [f"optimizer.options: {refusal}" for section in chosen.values() if (refusal := _refusal(section))]
+
+
+def _refusal(section: OptimizerSection) -> str:
+    from torch import nn
+
+    def build(options: dict[str, Any]) -> None:
+        factors = {f"lora_{side}.weight": nn.Linear(2, 2, bias=False).weight for side in "AB"}
+        registry.load("optimizers", section.name)([{"params": list(factors.items())}], lr=1e-3, **options)
+
+    try:
+        build(section.options)
+    except (InputError, TypeError, ValueError) as error:
+        try:
+            build({})
+        except (InputError, TypeError, ValueError):
+            return ""  # it wants something else than these factors, or needs an option: the run will tell
+        return str(error)
+    return ""
 
 
 @registry.looked_up_once()

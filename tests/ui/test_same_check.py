@@ -55,6 +55,7 @@ CASES = [
     (T2I, ["noise.zero_terminal_snr=true", "noise.mean=1"]),
     (T2I, ["train.compile=true"]),
     (T2I, ["train.precision=fp16", "optimizer=adamw_8bit"]),
+    (T2I, ["optimizer=bounded_adamw", "optimizer.options={reach: 0.01, trust: 0.1}"]),
     (T2I, ["model.quantize=int8"]),
     (T2I, ["model.quantize=nf4"]),
     (IT, ["objective=mimo"]),
