@@ -19,9 +19,9 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
+from equipoise.quick import no_garbage_collection
 from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, runs_tab, theme
 from equipoise.ui.guard import Guard
-from equipoise.ui.quick import no_garbage_collection
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
