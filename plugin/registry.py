@@ -20,6 +20,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from equipoise.errors import BrokenPluginError, DuplicateNameError, EquipoiseError, InputError, UnknownNameError
+from equipoise.quick import no_garbage_collection
 
 
 class Kind(NamedTuple):
@@ -132,7 +133,8 @@ def load_entry(entry: Entry) -> Any:
     if entry.error:
         raise BrokenPluginError(entry.error)
     try:
-        loaded = EntryPoint(entry.name, entry.target, f"equipoise.{entry.kind}").load()
+        with no_garbage_collection():
+            loaded = EntryPoint(entry.name, entry.target, f"equipoise.{entry.kind}").load()
         problem = _wrong_kind(entry.kind, loaded)
     except (Exception, SystemExit) as error:  # whatever third-party code raises while it is imported
         raise BrokenPluginError(broken(entry, f"{type(error).__name__}: {error}")) from error

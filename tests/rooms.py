@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 ORDER = [  # each room imports only those before it
     "errors",
+    "quick",
     "options",
     "registry",
     "plugin_cache",

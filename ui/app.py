@@ -19,12 +19,13 @@ from fastapi.responses import FileResponse
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
+from equipoise.quick import no_garbage_collection
 from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, runs_tab, theme
 from equipoise.ui.guard import Guard
-from equipoise.ui.quick import no_garbage_collection
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOK = 0.02  # seconds that an event may wait
 
 
 @dataclass
@@ -109,6 +110,8 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         pwa=False,
         enable_monitoring=False,
     )
+    # Gradio looks a thousand times a second whether anything was asked, which takes a twentieth of a core.
+    blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = LOOK, 0.1
     blocks.has_launched = True  # mounting leaves it False, and gradio then skips its own check of files' paths
     uploads = os.environ.get(launch.UPLOADED)
     return Guard(mounted, auth, hosts, Path(uploads) if uploads else None, takes_files(blocks))

@@ -1,21 +1,12 @@
 """A start in half the time: gradio writes stubs for type checkers at each import, and here finds no source for them."""
 
-import gc
 import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Within it, Python collects no garbage: of what is made while starting, nearly all stays."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+from equipoise.quick import no_garbage_collection
 
 
 def import_gradio() -> None:

@@ -8,6 +8,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image.formats.layout import is_local
+from equipoise.quick import no_garbage_collection
 
 
 def problems(config: AudioVisualConfig) -> list[str]:
@@ -55,7 +56,7 @@ def _model_problems(config: AudioVisualConfig) -> list[str]:
     from equipoise.pipelines.audio_visual.model import LateFusion
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_garbage_collection():  # transformers is imported
             model = LateFusion(config, 2, bins(config.data.audio), pretrained=False)
             # a text encoder's attention asks for its mask's values, which meta tensors have not
             model.modalities = [name for name in model.modalities if name != "text"]  # type: ignore[assignment]

@@ -6,6 +6,7 @@ from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
 from equipoise.pipelines.runs.run import Run
+from equipoise.quick import no_garbage_collection
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,12 +41,14 @@ class InstructionTuning(Pipeline):
 
     @classmethod
     def run(cls, config: InstructionTuningConfig, run: Run) -> Outcome:
-        from equipoise.pipelines.instruction_tuning.train import train
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.train import train
 
         return train(config, run)
 
     @classmethod
     def compare(cls, name, folder, runs, configs, asked) -> Comparison:
-        from equipoise.pipelines.instruction_tuning.compare import compare
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.compare import compare
 
         return compare(name, folder, runs, configs, asked.samples)

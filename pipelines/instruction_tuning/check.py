@@ -10,10 +10,12 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.config.sections import objective_problems
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import read_all
+from equipoise.quick import no_garbage_collection
 
 
 def problems(config: InstructionTuningConfig) -> list[str]:
-    from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, model_type, outline
+    with no_garbage_collection():
+        from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, model_type, outline
 
     found = model_problems(config.model)
     known = not found

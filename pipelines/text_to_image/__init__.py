@@ -8,6 +8,7 @@ from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.formats.names import FORMATS
+from equipoise.quick import no_garbage_collection
 
 # Read when transformers is first imported: its notes on parts that are not used here would break up the progress bars.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -43,13 +44,15 @@ class TextToImage(Pipeline):
 
     @classmethod
     def run(cls, config: TextToImageConfig, run: Run) -> Outcome:
-        from equipoise.pipelines.text_to_image.train import train
+        with no_garbage_collection():
+            from equipoise.pipelines.text_to_image.train import train
 
         return train(config, run)
 
     @classmethod
     def compare(cls, name, folder, runs, configs, asked) -> Comparison:
-        from equipoise.pipelines.text_to_image.compare import compare
+        with no_garbage_collection():
+            from equipoise.pipelines.text_to_image.compare import compare
 
         return compare(name, folder, runs, configs, asked.samples, asked.judges)
 

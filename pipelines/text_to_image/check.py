@@ -10,7 +10,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import open_picture, read_examples, unread_captions
+from equipoise.pipelines.text_to_image.data import open_picture, read_class, read_examples, unread_captions
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
@@ -24,7 +24,6 @@ from equipoise.pipelines.text_to_image.formats.layout import (
     read_index,
     stride,
 )
-from equipoise.pipelines.text_to_image.prior import read_class
 from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 

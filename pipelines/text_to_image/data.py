@@ -22,7 +22,7 @@ from equipoise.pipelines.files import first_line
 from equipoise.pipelines.media.pictures import NAMED, suffixes
 from equipoise.pipelines.media.pictures import open_picture as open_picture
 from equipoise.pipelines.media.reading import VERSION
-from equipoise.pipelines.text_to_image.config import TextToImageData
+from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,19 @@ def read_examples(data: TextToImageData) -> tuple[list[Example], list[str]]:
         there = ", ".join(sorted(folders - {"."})) or "no folders"
         problems.append(f"data.repeats: {name} is no folder with pictures in {folder}. There are {there}.")
     return [replace(example, repeats=_repeats(example.path, folder, data)) for example in examples], problems
+
+
+def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
+    """The class pictures of `prior.folder`, if it is given, and all that is wrong with the section."""
+    prior = config.prior
+    if not prior.prompt:
+        return [], ["prior.folder: needs prior.prompt, what the class is called."] if prior.folder else []
+    if not prior.folder:
+        prompts = 1 + len(prior.more_prompts)
+        few = f"prior.count: {prior.count} pictures are too few for {prompts} prompts, which share them. Give at least "
+        return [], [few + f"{prompts}."] if prior.count < prompts else []
+    examples, problems = read_examples(TextToImageData(folder=prior.folder, instance_prompt=prior.prompt))
+    return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
 
 
 def _repeats(path: Path, folder: Path, data: TextToImageData) -> int:

@@ -19,22 +19,9 @@ from equipoise.errors import InputError
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.text_to_image.base import Base
-from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageConfig, TextToImageData
-from equipoise.pipelines.text_to_image.data import Example, read_examples
+from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageConfig
+from equipoise.pipelines.text_to_image.data import Example, read_class
 from equipoise.pipelines.text_to_image.generate import generate
-
-
-def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
-    """The class pictures of `prior.folder`, if it is given, and all that is wrong with the section."""
-    prior = config.prior
-    if not prior.prompt:
-        return [], ["prior.folder: needs prior.prompt, what the class is called."] if prior.folder else []
-    if not prior.folder:
-        prompts = 1 + len(prior.more_prompts)
-        few = f"prior.count: {prior.count} pictures are too few for {prompts} prompts, which share them. Give at least "
-        return [], [few + f"{prompts}."] if prior.count < prompts else []
-    examples, problems = read_examples(TextToImageData(folder=prior.folder, instance_prompt=prior.prompt))
-    return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
 
 
 def class_examples(base: Base, config: TextToImageConfig, cache: Path) -> list[Example]:

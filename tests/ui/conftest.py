@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,18 @@ RATES = (1e-4, 1e-3)
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path)
+
+
+def make_site(folder: Path) -> Site:
     """An empty runs folder, and one data root with a link that leads out of it."""
-    data = tmp_path / "photos"
+    data = folder / "photos"
     (data / "cats").mkdir(parents=True)
     (data / "out").symlink_to("/etc")
-    return Site(Store(tmp_path / "runs"), {"photos": data.resolve()})
+    return Site(Store(folder / "runs"), {"photos": data.resolve()})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def finish():
     """Trains a run without training: metrics, samples, a result and a final state, by the run's own functions."""
 
@@ -74,9 +79,21 @@ def finish():
 
 @pytest.fixture
 def run(site: Site, finish) -> Run:
+    return make_run(site, finish)
+
+
+def make_run(site: Site, finish) -> Run:
     return finish(
         site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}", "steps=5"]), id="one")
     )
+
+
+@pytest.fixture(scope="module")
+def site_of_all(tmp_path_factory: pytest.TempPathFactory, finish) -> Site:
+    """For the tests of a module that leave it as it is: a runs folder with one run."""
+    site = make_site(tmp_path_factory.mktemp("site"))
+    make_run(site, finish)
+    return site
 
 
 @pytest.fixture
@@ -187,6 +204,19 @@ class Server:
 @pytest.fixture
 def serve():
     """Starts servers, and ends them after the test."""
+    with serving() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def serve_all():
+    """Starts servers for all tests of a module: their start takes longer than most of what is asked of them."""
+    with serving() as start:
+        yield start
+
+
+@contextmanager
+def serving() -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
     def start(root: Path, *words: str, **environment: str) -> Server:

@@ -49,6 +49,10 @@ NAMES = [
 
 @pytest.fixture
 def secret(site: Site, run) -> Path:
+    return hide(site, run)
+
+
+def hide(site: Site, run) -> Path:
     """A file beside the runs folder, a link to it in a run, and files of kinds that are not served."""
     file = site.store.root.parent / "secret.txt"
     file.write_text("the secret")
@@ -58,14 +62,28 @@ def secret(site: Site, run) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def server(site_of_all, serve_all, tmp_path_factory):
+    """A server that anybody on this machine may ask, which puts uploads into a folder of its own."""
+    return serve_all(site_of_all.store.root, TMPDIR=str(tmp_path_factory.mktemp("temporary")))
+
+
+@pytest.fixture(scope="module")
+def guarded(site_of_all, serve_all):
+    """One that wants a password."""
+    return serve_all(site_of_all.store.root, EQUIPOISE_UI_AUTH="me:correct horse")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_leads_out(site, secret, name):
     with pytest.raises(InputError, match="no such file"):
         site.file(name)
 
 
-def test_what_is_served_and_to_whom(site, run, secret, serve):
-    with httpx.Client(base_url=serve(site.store.root).url) as client:
+def test_what_is_served_and_to_whom(site_of_all, server):
+    run = site_of_all.store.get("one")
+    secret = hide(site_of_all, run)
+    with httpx.Client(base_url=server.url) as client:
         assert client.get("/runs-file/one/config.yaml").text == (run.folder / "config.yaml").read_text()
         picture = client.get("/runs-file/one/samples/step-00000005/00-0.png")
         assert picture.headers["content-type"] == "image/png"
@@ -90,9 +108,8 @@ def test_what_is_served_and_to_whom(site, run, secret, serve):
         assert mine.status_code == 422, "reached gradio, which misses the body"
 
 
-def test_nothing_is_fetched_for_a_form(site, serve):
+def test_nothing_is_fetched_for_a_form(server):
     """A file of a form is what was uploaded: of an address gradio would take what it finds there."""
-    server = serve(site.store.root)
     with httpx.Client(base_url=server.url) as client:
         event = next(one for one in client.get("/config").json()["dependencies"] if one["api_name"] == "on_upload")
         for path in ("http://127.0.0.1:1/a.png", " HTTPS://example.org/a.png", "file:///etc/passwd", "ftp://a/b"):
@@ -407,10 +424,8 @@ def test_nothing_is_left_in_the_temporary_folder(site, serve, tmp_path):
     assert not any(path.is_file() for path in (tmp_path / "temporary").rglob("*"))
 
 
-def test_uploads_do_not_pile_up(site, serve, tmp_path):
-    (tmp_path / "temporary").mkdir()
-    server = serve(site.store.root, TMPDIR=str(tmp_path / "temporary"))
-    (place,) = (tmp_path / "temporary").glob("equipoise-ui-*")
+def test_uploads_do_not_pile_up(server):
+    (place,) = Path(server.environment["TMPDIR"]).glob("equipoise-ui-*")
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for count, wanted in ((PICTURES, 200), (PICTURES + 1, 413), (1000, 413)):
             files = [("files", (f"{index}.png", bytes(300))) for index in range(count)]
@@ -444,11 +459,10 @@ def test_used_pictures_are_not_kept_twice(site, tmp_path, monkeypatch):
     assert not (tmp_path / "kept" / "a.png").exists() and (tmp_path / "a.png").exists(), "only what lies there"
 
 
-def test_no_page_shows_this_one_in_a_frame(site, run, serve):
-    server = serve(site.store.root, EQUIPOISE_UI_AUTH="me:correct horse")
+def test_no_page_shows_this_one_in_a_frame(guarded):
     for path in ("/", "/config", "/runs-file/one/config.yaml", "/none"):
         for headers in ({}, basic("me:correct horse")):
-            answer = httpx.get(server.url + path, headers=headers)
+            answer = httpx.get(guarded.url + path, headers=headers)
             assert answer.headers["x-frame-options"] == "DENY", path
             assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
 
@@ -457,9 +471,8 @@ def basic(word: str) -> dict[str, str]:
     return {"authorization": f"Basic {base64.b64encode(word.encode()).decode()}"}
 
 
-def test_the_password_stands_before_every_route(site, run, serve):
-    server = serve(site.store.root, EQUIPOISE_UI_AUTH="me:correct horse")
-    with httpx.Client(base_url=server.url) as client:
+def test_the_password_stands_before_every_route(guarded):
+    with httpx.Client(base_url=guarded.url) as client:
         routes = [
             "/",
             "/config",

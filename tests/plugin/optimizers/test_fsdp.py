@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -46,6 +45,7 @@ REFUSED = {
     "bounded, schedule-free": lambda net: bounded(AdamWScheduleFree)(net, 1e-2, trust=0.01),
 }
 RANKS = (1, 3, "blocks")  # one row for two processes, and three; and several pairs in two parameters
+PREPARED = ("scaled_adamw", "scaled and bounded", "attached")  # also by accelerate
 
 
 def model(r: int | str) -> nn.Module:
@@ -96,9 +96,31 @@ def process(rank: int, file: str) -> None:
         with pytest.raises(InputError) as refused:
             trained(net := spread_out(model(3)), make(net), rank)
         found[maker] = str(refused.value)
+    found |= {(maker, "accelerate"): prepared(rank, maker) for maker in PREPARED}
     if rank == 0:
         torch.save(found, f"{file}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # the store's threads, taken down in an order of chance, may abort what has ended well
+
+
+def prepared(rank: int, maker: str) -> list[torch.Tensor]:
+    """The same by accelerate's own FSDP2, which exchanges the parameters of an optimizer that is there already."""
+    launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(launcher, ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Tanh"]
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+    # It offers FSDP for accelerators alone; on the CPU it has to be told.
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    net = model(3)
+    net, optimizer = accelerator.prepare(net, MAKERS[maker](net))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        accelerator.backward(net(x[4 * rank : 4 * rank + 4]).square().mean())
+        optimizer.step()
+    return [param.full_tensor() for param in net.parameters() if param.requires_grad]
 
 
 @pytest.fixture(scope="module")
@@ -123,38 +145,8 @@ def test_what_cannot_be_right_is_refused(spread):
     assert "cannot bound a schedule-free step of factors that FSDP2 shards" in spread["bounded, schedule-free"]
 
 
-def prepared(rank: int, maker: str, port: str, file: str) -> None:
-    """Accelerate's own FSDP2, which exchanges the parameters of an optimizer that is there already."""
-    launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
-    os.environ.update(launcher, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Tanh"]
-    )
-    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
-    # It offers FSDP for accelerators alone; on the CPU it has to be told.
-    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+@pytest.mark.parametrize("maker", PREPARED)
+def test_accelerate_spreads_what_an_optimizer_was_made_for(maker, spread):
     net = model(3)
-    net, optimizer = accelerator.prepare(net, MAKERS[maker](net))
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        x = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        accelerator.backward(net(x[4 * rank : 4 * rank + 4]).square().mean())
-        optimizer.step()
-    found = [param.full_tensor() for param in net.parameters() if param.requires_grad]
-    if rank == 0:
-        torch.save(found, file)
-    accelerator.wait_for_everyone()
-    os._exit(0)  # the store's threads, taken down in an order of chance, may abort what has ended well
-
-
-@pytest.mark.parametrize("maker", ["scaled_adamw", "scaled and bounded", "attached"])
-def test_accelerate_spreads_what_an_optimizer_was_made_for(maker, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    file = str(tmp_path / "found.pt")
-    torch.multiprocessing.spawn(prepared, (maker, port, file), nprocs=2)
-    net = model(3)
-    for got, expected in zip(torch.load(file), trained(net, MAKERS[maker](net), None), strict=True):
+    for got, expected in zip(spread[maker, "accelerate"], trained(net, MAKERS[maker](net), None), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
