@@ -4,7 +4,7 @@
     python docs/draw_ui_demo.py RUNS [--browser /usr/bin/chromium]
 
 RUNS is the runs folder that the demo wrote into; the youngest sweep there with a row `adamw` and one `bounded_adamw
-reach=0.3 trust=0.01` is shown, their cells at the largest learning rate under the slider.
+reach=0.2 trust=0.01` is shown, their cells at the largest learning rate under the slider.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.runs.store import Store
 
-ROWS = ("adamw", "bounded_adamw reach=0.3 trust=0.01")
+ROWS = ("adamw", "bounded_adamw reach=0.2 trust=0.01")
 WIDTH, HEIGHT = 1200, 1640  # pixels
 HERE = Path(__file__).parent
 
