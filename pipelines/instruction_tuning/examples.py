@@ -53,10 +53,10 @@ def asked_of(held: list[Conversation], samples: InstructionTuningSamples, most: 
     judged by eye."""
     if not samples.prompts:
         return held[: samples.count]
-    few = held[: max(1, most // len(samples.prompts))]
+    few = ([e for e in held if e.media] or held)[: max(1, most // len(samples.prompts))]
     return [
         Conversation(
-            e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where
+            e.kind, e.media, (Turn("\n".join([*(MARKS[e.kind] for _ in e.media), prompt]), ""),), e.system, e.where
         )
         for prompt in samples.prompts
         for e in few

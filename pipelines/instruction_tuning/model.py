@@ -134,6 +134,8 @@ def load_processor(model: InstructionTuningModel) -> Any:
             if found and "video_processor" in found.get_attributes():
                 loader = without_videos(found)
         processor = loader.from_pretrained(**where)
+        if getattr(processor, "num_query_tokens", 0) is None:  # older checkpoints': the picture would be left out
+            processor.num_query_tokens = AutoConfig.from_pretrained(**where).num_query_tokens
     except Exception as error:  # whatever a damaged one raises
         raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
     if not hasattr(processor, "tokenizer") or not (
