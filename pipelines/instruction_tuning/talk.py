@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,15 @@ _TEXT = (  # what a batch has one of for each token, and data.max_tokens cuts, b
 _NESTED = ("gemma3", "idefics2", "idefics3", "smolvlm")  # want the pictures of each conversation in a list of its own
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a model's answers end."""
+
+    mark: str  # the token at which they do
+    written: str  # what has to be added to each answer for that
+    closing: str  # all that is learnt after an answer
+
+
 class Talk:
     """Turns conversations into batches for one model."""
 
@@ -63,7 +72,7 @@ class Talk:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         self._marks = _any(token.content for token in added if token.special)
         self._added = _any([*(token.content for token in added), self.tokenizer.eos_token or ""])
-        self._end: tuple[str, str] | None = None  # the mark that ends an answer; what is written for it after each
+        self._end: Ending | None = None
         self._spans: dict[Conversation, list[tuple[int, int]]] = {}
 
     def problems(self, example: Conversation) -> list[str]:
@@ -102,7 +111,7 @@ class Talk:
         turns = len(example.turns) if turns is None else turns
         if self.processor.chat_template is None:
             return self._plain(example, turns, ask)
-        return self._templated(example, turns, ask, self._ending(example)[1])
+        return self._templated(example, turns, ask, self._ending(example).written)
 
     def _templated(self, example: Conversation, turns: int, ask: bool, end: str) -> str:
         messages: list[dict[str, Any]] = []
@@ -117,23 +126,27 @@ class Talk:
         except Exception as error:  # a template is a program
             raise InputError(f"{example.where}: the chat template of {self.model_type} fails: {error}") from None
 
-    def _ending(self, example: Conversation) -> tuple[str, str]:
-        """(the mark that ends every answer, what has to be written for it after each). A template that writes no mark
-        after an answer, as LLaVA 1.5's, gets the tokenizer's own: without one no end would be learnt."""
+    def _ending(self, example: Conversation) -> "Ending":
+        """How answers end. A template that writes no mark after an answer, as LLaVA 1.5's, gets the tokenizer's own:
+        without one no end would be learnt."""
         if self._end is None:
             own = self.tokenizer.eos_token or ""
             if self.processor.chat_template is None:
-                self._end = own, ""  # which the plain prompts have
+                self._end = Ending(own, "", own)  # which the plain prompts have
             else:
                 opened, closed = (self._templated(example, 1 - ask, ask, "") for ask in (True, False))
                 closing = closed.removeprefix(opened).lstrip().removeprefix(example.turns[0].answer)
                 found = self._added.search(closing)
-                self._end = (found.group(), "") if found else (own, own)
+                self._end = Ending(found.group(), "", closing) if found else Ending(own, own, own)
         return self._end
+
+    def closing(self, example: Conversation) -> str:
+        """What is learnt after each answer."""
+        return self._ending(example).closing
 
     def end(self, example: Conversation) -> int | None:
         """The token that ends an answer, at which generation has to end: a right answer runs on where it does not."""
-        mark = self._ending(example)[0]
+        mark = self._ending(example).mark
         return self.tokenizer.convert_tokens_to_ids(mark) if mark else None
 
     def _plain(self, example: Conversation, turns: int, ask: bool) -> str:
@@ -156,7 +169,7 @@ class Talk:
         if (known := self._spans.get(example)) is not None:
             return known
         full, found = self.text(example), []
-        tokens = self._tokens(full)
+        tokens = self.tokens(full)
         for turn in range(len(example.turns)):
             opened, closed = self.text(example, turn, ask=True), self.text(example, turn + 1)
             if not (full.startswith(opened) and full.startswith(closed)):
@@ -164,25 +177,25 @@ class Talk:
                     f"{example.where}: the chat template of {self.model_type} writes earlier turns differently when "
                     "more follow, so that the answers cannot be told apart. Give each conversation one question."
                 )
-            if end := self._ending(example)[1]:  # what the template writes behind it is no answer's
+            if end := self._ending(example).written:  # what the template writes behind it is no answer's
                 closed = closed[: closed.rindex(end) + len(end)]
             if _marked(example.turns[turn + 1 :]):
                 length = self._length(example, full)
                 before, after = (self._before(example, text, turn + 1) for text in (opened, closed))
                 found.append((length - before, length - after))
                 continue
-            begin = self._tokens(opened)
+            begin = self.tokens(opened)
             shared = next((i for i, (a, b) in enumerate(zip(begin, tokens, strict=False)) if a != b), len(begin))
-            found.append((len(tokens) - shared, len(tokens) - len(self._tokens(closed))))
+            found.append((len(tokens) - shared, len(tokens) - len(self.tokens(closed))))
         self._spans[example] = found
         return found
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def length(self, example: Conversation) -> int:
         """Tokens of the text alone: what conversations are sorted by, so that little is padded."""
-        return len(self._tokens(self.text(example)))
+        return len(self.tokens(self.text(example)))
 
     def full_length(self, example: Conversation) -> int:
         """Tokens with the media's: opens and processes them."""
@@ -198,13 +211,17 @@ class Talk:
         if not self.prefixed:
             return self._length(example, text, turns)
         if not _marked(example.turns[:turns]):  # which PaliGemma's processor refuses
-            return len(self._tokens(text))
+            return len(self.tokens(text))
         return self._length(example, text, turns) - 1  # its BOS stands behind the last picture of all
 
-    def training_batch(self, examples: Sequence[Conversation]) -> dict[str, Tensor]:
+    def training_batch(
+        self,
+        examples: Sequence[Conversation],
+        media: Sequence[Sequence[Any]] | None = None,  # opened, in place of the conversations' own
+    ) -> dict[str, Tensor]:
         """Tokens, media and labels; every token that is no answer's has the label −100."""
-        examples = [self._within(example) for example in examples]
-        batch = self._process([self.text(example) for example in examples], examples, side="right")
+        examples = [self.within(example) for example in examples]
+        batch = self._process([self.text(example) for example in examples], examples, media, "right")
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, example in enumerate(examples):
             real = batch["attention_mask"][row].nonzero()[:, 0]
@@ -217,7 +234,7 @@ class Talk:
             batch |= {name: batch[name][:, : self.max_tokens] for name in _TEXT if name in batch}
         return batch
 
-    def _within(self, example: Conversation) -> Conversation:
+    def within(self, example: Conversation) -> Conversation:
         """Without the turns whose media data.max_tokens would cut, and what follows them: half a picture is none."""
         for number, turn in enumerate(example.turns):
             if self.max_tokens is None or number == 0 or not _marked([turn]):
@@ -282,7 +299,7 @@ class Talk:
         if self.prefixed:
             del batch["labels"]
         if closed:
-            self._take_off(batch, len(self._tokens("\n")))
+            self._take_off(batch, len(self.tokens("\n")))
         if "qformer_input_ids" in batch:  # it reads the text too, and must not read the answers
             asked = [example.turns[-1].question.replace(MARKS["image"], "").strip() for example in examples]
             read = self.processor.qformer_tokenizer(asked, return_tensors="pt", padding=True)
@@ -314,7 +331,9 @@ def _unmarked(question: str, kind: str) -> str:
     return question.replace(MARKS.get(kind, "\0"), "")
 
 
-def _opened(opener: Callable[[Path], Any], example: Conversation, path: Path) -> Any:
+def _opened(opener: Callable[[Path], Any], example: Conversation, path: Any) -> Any:
+    if not isinstance(path, Path):
+        return path
     try:
         return opener(path)
     except InputError as error:

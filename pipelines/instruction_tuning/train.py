@@ -39,6 +39,7 @@ from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examp
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
+from equipoise.pipelines.instruction_tuning.verify import media_ids, verify
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.run import Run
@@ -68,7 +69,9 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     tuned = adapt(model, config)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
     leads = processes.leads()
+    checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast)
     if leads:
+        run.log(f"self-check: {checked}")
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
     outcome = train_loop(run, work, config)
@@ -215,7 +218,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         count = len(batch["input_ids"])
         media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
         embeddings, ids = self._embeddings, batch["input_ids"]
-        placeholder = torch.isin(ids, torch.tensor(self._media_ids(), device=ids.device))
+        placeholder = torch.isin(ids, torch.tensor(media_ids(self.tuned.plain.config), device=ids.device))
         text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
 
         def norm(tensors: Sequence[Tensor]) -> float:
@@ -224,11 +227,6 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         if embeddings is None or embeddings.shape[:2] != ids.shape:
             return Prediction(logits, sample)
         return Prediction(logits, sample, norm([embeddings[text]]), norm(media), norm([embeddings[placeholder]]))
-
-    def _media_ids(self) -> list[int]:
-        config = self.tuned.plain.config
-        names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-        return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
     _embeddings: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
 
