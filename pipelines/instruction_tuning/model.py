@@ -37,6 +37,7 @@ from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
 
+_TABLE = re.compile(r"(^|\.)(embed_positions|position_embeddings?|wpe)$")
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
@@ -279,6 +280,23 @@ def old_names() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def positions(model: nn.Module, parts: Architecture) -> int | None:
+    """How many tokens a language model's table of positions is for; None of one that counts without a table."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and parts.part(name) == "language":
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+def tied(tuned: Tuned) -> list[str]:
+    """The layers with factors that share their weights with another, by name: the head and the embedding."""
+    ends = [tuned.plain.get_input_embeddings(), tuned.plain.get_output_embeddings()]
+    weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in ends]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return []
+    return [name for name, module in tuned.plain.named_modules() if hasattr(module, "base_layer") and module in ends]
 
 
 def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> tuple[list[str], list[str]]:

@@ -201,6 +201,10 @@ class Talk:
         """Tokens with the media's: opens and processes them."""
         return self._length(example, self.text(example))
 
+    def asked_length(self, example: Conversation) -> int:
+        """Tokens up to the last answer, with the media's."""
+        return self.full_length(example) - self.spans(example)[-1][0]
+
     def _length(self, example: Conversation, text: str, turns: int | None = None) -> int:
         count = _marked(example.turns[:turns])
         media = example.media if self.leads or turns is None else example.media[:count]

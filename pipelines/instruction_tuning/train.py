@@ -30,13 +30,14 @@ from equipoise.coordination.balance import (
     undisturbed,
 )
 from equipoise.coordination.commit import look_ahead
+from equipoise.coordination.components import architecture
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
-from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
+from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.verify import media_ids, verify
@@ -62,8 +63,9 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         if processes.leads():
             print(text, file=sys.stderr)
 
+    parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)
     with accelerator.main_process_first():  # it may have to draw them
-        kept, held, problems = load_examples(config, talk, tell)
+        kept, held, problems = load_examples(config, talk, tell, positions(model, parts))
     if problems:  # since the check
         raise ConfigError(problems)
     tuned = adapt(model, config)
