@@ -83,10 +83,11 @@ def notes(config: InstructionTuningConfig) -> list[str]:
     if config.data.file == demo.NAME:  # which would have to be drawn
         return []
     from equipoise.pipelines.instruction_tuning.examples import load_examples
+    from equipoise.pipelines.instruction_tuning.model import outline, positions
     from equipoise.pipelines.instruction_tuning.verify import summary, typical
 
-    talk, said = _talk(config), []
-    kept, _, _ = load_examples(config, talk, said.append)
+    talk, said, tuned = _talk(config), [], outline(config)
+    kept, _, _ = load_examples(config, talk, said.append, positions(tuned.plain, tuned.parts))
     return [*said, summary(talk, typical(kept), seen=False)]
 
 
