@@ -62,6 +62,11 @@ class Pipeline:
         return []
 
     @classmethod
+    def notes(cls, config: Any) -> list[str]:
+        """What the check saw of what will be trained on, one sentence each; `--dry-run` shows them."""
+        return []
+
+    @classmethod
     def estimate_memory(cls, config: Any) -> MemoryEstimate | None:
         """How much memory training will take, reasoned without loading a weight; None where that cannot be told."""
         return None

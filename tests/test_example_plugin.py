@@ -88,7 +88,7 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
         "optimizer=signum",
         "objective=worst_modality",
         "objective.options={weight: 2}",
-        "prior={}",
+        "prior.prompt=null",
     ]
     trained = run(
         "-m", "equipoise.pipelines.cli", "train", "text_to_image/demo", *words, "samples.prompts=[]", "--id", "plugged"
@@ -112,7 +112,7 @@ def test_it_is_built_installed_found_and_trains(tmp_path, environment):
         "steps=1",
         "samples.prompts=[a vase]",
         "samples.steps=2",
-        "prior={}",
+        "prior.prompt=null",
         "--id",
         "perturbed",
     ]

@@ -282,9 +282,7 @@ def rivals(table: Table, setting: tuple) -> list[str]:
 def _print_verdicts(table: Table) -> None:
     print("\n## One default against AdamW and the best rival, each at its best rate\n")
     print("Seed 0, gain and forgotten; in the last column, the bound at a rate of 1 over all its seeds.\n")
-    print(
-        "| task | steps, rank, batch | AdamW at | | best rival of | | bounded at | of AdamW's gain | lost | seeds |"
-    )
+    print("| task | steps, rank, batch | AdamW at | | best rival of | | bounded at | of AdamW's gain | lost | seeds |")
     print("| --- | --- | ---: | --- | --- | --- | --- | --- | --- | --- |")
     for setting in table.settings():
         task, steps, rank, batch = setting

@@ -101,6 +101,8 @@ def _train(args: argparse.Namespace) -> int:
     for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
     if args.dry_run:
+        for note in pipeline.notes(config):
+            print(note, file=sys.stderr)
         return 0
     made = Store(config.runs).create(config, id=args.id)
     try:

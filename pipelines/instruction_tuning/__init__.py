@@ -34,6 +34,12 @@ class InstructionTuning(Pipeline):
         return doubts(config)
 
     @classmethod
+    def notes(cls, config: InstructionTuningConfig) -> list[str]:
+        from equipoise.pipelines.instruction_tuning.check import notes
+
+        return notes(config)
+
+    @classmethod
     def estimate_memory(cls, config: InstructionTuningConfig) -> MemoryEstimate | None:
         from equipoise.pipelines.instruction_tuning.memory import estimate_memory
 

@@ -2,26 +2,31 @@
 
 import os
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.options import options
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.sections import objective_problems
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import read_all
 from equipoise.quick import no_garbage_collection
+
+if TYPE_CHECKING:
+    from equipoise.pipelines.instruction_tuning.model import Tuned
+    from equipoise.pipelines.instruction_tuning.talk import Talk
 
 
 def problems(config: InstructionTuningConfig) -> list[str]:
     with no_garbage_collection():
-        from equipoise.pipelines.instruction_tuning.model import load_processor, model_problems, model_type, outline
+        from equipoise.pipelines.instruction_tuning.model import model_problems, outline
 
-    found = model_problems(config.model)
+    found, tuned = model_problems(config.model), None
     known = not found
     if known:
         try:
-            outline(config)  # layers, parts and components, before any weight is read
+            tuned = outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
             found += str(error).splitlines()
     found += objective_problems(config) + _coordination_problems(config)
@@ -31,20 +36,7 @@ def problems(config: InstructionTuningConfig) -> list[str]:
             "optimizer, such as adamw."
         )
     if config.data.file != demo.NAME:
-        talk = None
-        if known:
-            from equipoise.pipelines.instruction_tuning.examples import unusable
-            from equipoise.pipelines.instruction_tuning.talk import Talk
-
-            try:
-                processor = load_processor(config.model)
-                talk = Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
-            except InputError as error:
-                found.append(str(error))
-        kept, held, wrong = read_all(config.data, judge=talk and talk.problems)
-        found += wrong
-        if talk:
-            found += dict.fromkeys(unusable([*kept, *held], talk, lambda text: None))
+        found += _data_problems(config, known, tuned)
     if config.train.precision == "fp16":
         import torch
 
@@ -59,8 +51,63 @@ def problems(config: InstructionTuningConfig) -> list[str]:
     return found
 
 
+def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned | None") -> list[str]:
+    """What is wrong with the conversations; `known` says whether there is a model that might not take them."""
+    if not known:
+        return read_all(config.data, left_out=[] if config.data.skip_bad else None)[2]
+    from equipoise.pipelines.instruction_tuning.examples import load_examples, unanswerable
+    from equipoise.pipelines.instruction_tuning.model import positions
+    from equipoise.pipelines.instruction_tuning.verify import media_ids, token_problems, typical
+
+    try:
+        talk = _talk(config)
+    except InputError as error:
+        return [str(error), *read_all(config.data)[2]]
+    limit = positions(tuned.plain, tuned.parts) if tuned else None
+    kept, held, found = load_examples(config, talk, lambda text: None, limit, measured=True)
+    if not found and limit is not None:
+        found += unanswerable(held, talk, config.samples, limit)
+    if not found and tuned:
+        found += token_problems(talk, typical(kept), media_ids(tuned.plain.config))
+    return found
+
+
+def _talk(config: InstructionTuningConfig) -> "Talk":
+    from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
+    from equipoise.pipelines.instruction_tuning.talk import Talk
+
+    processor = load_processor(config.model)
+    return Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
+
+
+def notes(config: InstructionTuningConfig) -> list[str]:
+    """What will be learnt of some conversations, and what of the data will be cut or left out."""
+    if config.data.file == demo.NAME:  # which would have to be drawn
+        return []
+    from equipoise.pipelines.instruction_tuning.examples import load_examples
+    from equipoise.pipelines.instruction_tuning.model import outline, positions
+    from equipoise.pipelines.instruction_tuning.verify import summary, typical
+
+    talk, said, tuned = _talk(config), [], outline(config)
+    kept, _, _ = load_examples(config, talk, said.append, positions(tuned.plain, tuned.parts))
+    return [*said, summary(talk, typical(kept), seen=False)]
+
+
 def doubts(config: InstructionTuningConfig) -> list[str]:
-    data = config.data
+    return _data_doubts(config.data) + (_tied(config) if config.lora.targets else [])
+
+
+def _tied(config: InstructionTuningConfig) -> list[str]:
+    from equipoise.pipelines.instruction_tuning.model import outline, tied
+
+    return [
+        f"lora.targets: {name} is tied: the head and the embedding are one weight, so that merging the adapter into "
+        "the model changes both. Use it unmerged, or untie them first: docs/instruction_tuning.md."
+        for name in tied(outline(config))
+    ]
+
+
+def _data_doubts(data: InstructionTuningData) -> list[str]:
     if data.file == demo.NAME:
         return []
     train, held, _ = read_all(data, decode=False)

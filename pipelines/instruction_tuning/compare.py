@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from equipoise.coordination.components import architecture
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, measured
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
@@ -16,7 +17,7 @@ from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.media import open_picture
-from equipoise.pipelines.instruction_tuning.model import load_model, load_processor
+from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import ADAPTER, load_result
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
@@ -51,7 +52,9 @@ def compare(
                 raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare others.")
     base = load_model(first.model, first.train.precision)
     talk = Talk(load_processor(first.model), base.config.model_type, first.data.prompt, first.data.max_tokens)
-    _, held, problems = load_examples(first, talk, lambda text: print(text, file=sys.stderr))
+    parts = architecture(talk.model_type, [name for name, _ in base.named_parameters()], first.components)
+    limit = positions(base, parts)  # what was left out for it is not asked either
+    _, held, problems = load_examples(first, talk, lambda text: print(text, file=sys.stderr), limit)
     if problems:
         raise ConfigError(problems)
     asked = asked_of(held, samples, SHOWN)

@@ -42,6 +42,7 @@ class InstructionTuningData(Section):
     max_tokens: int | None = Field(
         None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."
     )
+    skip_bad: bool = Field(False, description="Leaves out the conversations that cannot be used, and says which.")
     prompt: str | None = Field(
         None, description="For models without a chat template: the text before an answer, with {question} in it."
     )

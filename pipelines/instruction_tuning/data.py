@@ -62,21 +62,41 @@ class Conversation:
     where: str = ""  # file:line
 
 
+class FileError(InputError):
+    """What is wrong with a file as a whole, so that none of its lines can be left out in place of it."""
+
+
 Judge = Callable[[Conversation], list[str]]  # what is wrong with an example, a sentence each
 
 
+def conversation(record: Any, folder: Path, where: str = "") -> Conversation:
+    """A record in LLaVA's format.
+
+    Raises:
+        InputError: all that is wrong with it; its media are not opened.
+    """
+    found, problems = _example(record, folder, where)
+    if found is None or problems:
+        raise InputError("\n".join(f"{where}: {problem}" for problem in problems))
+    return found
+
+
 def read_all(
-    data: InstructionTuningData, decode: bool = True, judge: Judge | None = None
+    data: InstructionTuningData,
+    decode: bool = True,
+    judge: Judge | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[list[Conversation], list[Conversation], list[str]]:
     """(training examples, held-out ones, everything that is wrong).
 
     Args:
         decode: whether media are opened, too.
         judge: says what else is wrong with an example, such as what its model cannot take.
+        left_out: where given, gets what is wrong with single conversations, which are then no problems.
     """
-    train, problems = read_examples(Path(data.file), data.folder, decode, judge=judge)
+    train, problems = read_examples(Path(data.file), data.folder, decode, judge=judge, left_out=left_out)
     if data.validation is not None:
-        held, more = read_examples(Path(data.validation), data.folder, decode, "data.validation", judge)
+        held, more = read_examples(Path(data.validation), data.folder, decode, "data.validation", judge, left_out)
         return train, held, list(dict.fromkeys(problems + more))
     if len(train) < HELD_OUT:  # too few to judge anything by; one must be enough
         return train[:-1] or train, train[-1:], problems
@@ -86,7 +106,12 @@ def read_all(
 
 
 def read_examples(
-    file: Path, folder: str | None, decode: bool = True, key: str = "data.file", judge: Judge | None = None
+    file: Path,
+    folder: str | None,
+    decode: bool = True,
+    key: str = "data.file",
+    judge: Judge | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[list[Conversation], list[str]]:
     """The examples of a file, and all that is wrong with it and its media, line by line."""
     if not os.path.isfile(file):  # unlike pathlib's, False also where no path can be so long
@@ -105,6 +130,9 @@ def read_examples(
         if reader is None:
             return [], [f"{key}: {file} is not .json, .jsonl or .csv."]
         for line, record in reader(file):
+            if isinstance(record, FileError):
+                general.append(f"{file}:{line}: {record}")
+                continue
             if isinstance(record, InputError):
                 wrong.append((line, str(record)))
                 continue
@@ -126,13 +154,17 @@ def read_examples(
             f"{file}: has pictures (first in line {first['image']}) and sounds (first in line {first['audio']}); one "
             "model takes one of them. Split the file."
         )
-    if not read and not wrong:
+    if not read and not wrong and not general:
         general.append(f"{file}: holds no conversations.")
     broken = _media_problems(read) if decode else {}
     wrong += broken.values()
     wrong.sort(key=lambda some: some[0])
     examples = [example for example in good if not broken.keys() & set(example.media)]
-    return examples, general + [f"{file}:{line}: {sentence}" for line, sentence in wrong]
+    lines = [f"{file}:{line}: {sentence}" for line, sentence in wrong]
+    if left_out is None:
+        return examples, general + lines
+    left_out += lines
+    return examples, general
 
 
 def _media_problems(examples: Sequence[tuple[int, Conversation]]) -> dict[Path, tuple[int, str]]:
@@ -262,7 +294,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     text = file.read_text(encoding=ENCODING)
     start = len(text) - len(text.lstrip())
     if not text.startswith("[", start):
-        yield 1, InputError("must be a list of conversations, in square brackets; one object a line is .jsonl.")
+        yield 1, FileError("must be a list of conversations, in square brackets; one object a line is .jsonl.")
         return
     decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
     while True:
@@ -273,7 +305,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             record, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield line, InputError(f"is not JSON from here on ({error}).")
+            yield line, FileError(f"is not JSON from here on ({error}).")
             return
         yield line, record
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
@@ -281,7 +313,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
             at += 1
         elif text[at : at + 1] != "]":
             line += text.count("\n", counted, at)
-            yield line, InputError("is not JSON from here on (a comma or ] is missing).")
+            yield line, FileError("is not JSON from here on (a comma or ] is missing).")
             return
 
 
@@ -291,18 +323,18 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             columns = reader.fieldnames or []
         except csv.Error as error:
-            yield 1, InputError(f"cannot be read as CSV ({error}).")
+            yield 1, FileError(f"cannot be read as CSV ({error}).")
             return
         missing = [name for name in ("question", "answer") if name not in columns]
         if missing:
-            yield 1, InputError(f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
+            yield 1, FileError(f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
             return
         if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
-            yield 1, InputError(f"has the column {' and '.join(map(repr, twice))} twice.")
+            yield 1, FileError(f"has the column {' and '.join(map(repr, twice))} twice.")
         if strange := [name for name in columns if name not in _COLUMNS]:
             known = ", ".join(_COLUMNS)
             found = " and ".join(map(repr, strange))
-            yield 1, InputError(f"has the column {found}, which is unknown; there are {known}.")
+            yield 1, FileError(f"has the column {found}, which is unknown; there are {known}.")
         try:
             for row in reader:
                 line = first_line(reader, row.values())
@@ -324,4 +356,4 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
                 ]
                 yield line, record
         except csv.Error as error:
-            yield reader.line_num, InputError(f"cannot be read as CSV ({error}).")
+            yield reader.line_num, FileError(f"cannot be read as CSV ({error}).")

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,13 @@ def answer(
     """The model's answers to each conversation's last question, without sampling."""
     device = next(model.parameters()).device
     model.eval()
+    end, known = talk.end(examples[0]) if examples else None, known_stops(model)
+    stops = {} if end is None or end in known else {"eos_token_id": [*known, end]}
     found = []
     for start in range(0, len(examples), samples.batch):
         chosen = examples[start : start + samples.batch]
         batch = {name: value.to(device) for name, value in talk.question_batch(chosen).items()}
-        ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False)
+        ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False, **stops)
         texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
         for example, text in zip(chosen, texts, strict=True):
             wanted = example.turns[-1].accepted if example.turns else ()
@@ -67,6 +70,14 @@ def answer(
             found.append(Answer(example, example.turns[-1].question, text.strip(), wanted, score))
         tell(len(chosen))
     return found
+
+
+def known_stops(model: Any) -> list[int]:
+    """The tokens at which generation ends by itself."""
+    # a Q-Former's model lets its language model generate
+    inner = getattr(getattr(model, "language_model", None), "generation_config", None)
+    ids = getattr(inner or model.generation_config, "eos_token_id", None)
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def _new(ids: Tensor, prompt: Tensor) -> Tensor:

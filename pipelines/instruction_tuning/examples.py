@@ -10,36 +10,75 @@ from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Tur
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
+_NAMED = 20  # of what is left out
+
 
 def load_examples(
-    config: InstructionTuningConfig, talk: Talk, tell: Callable[[str], object] = print
+    config: InstructionTuningConfig,
+    talk: Talk,
+    tell: Callable[[str], object] = print,
+    limit: int | None = None,
+    measured: bool = False,
 ) -> tuple[list[Conversation], list[Conversation], list[str]]:
-    """(training examples, held-out ones, everything that is wrong, with file and line). `tell` takes warnings."""
+    """(training examples, held-out ones, everything that is wrong, with file and line).
+
+    Args:
+        tell: takes warnings, and with data.skip_bad what is left out.
+        limit: the most tokens that the model has positions for; None where there is no most.
+        measured: whether every conversation is processed once, also where nothing would be cut or left out.
+    """
     data = config.data
     if data.file == demo.NAME:
         data = data.model_copy(update={"file": str(demo.questions_file(Path(config.runs)))})
-    kept, held, problems = read_all(data, decode=config.data.file != demo.NAME, judge=talk.problems)
-    return kept, held, problems or (unusable([*kept, *held], talk, tell) if talk.max_tokens else [])
+    left_out: list[str] = []
+    drawn, skip = config.data.file == demo.NAME, data.skip_bad
+    kept, held, problems = read_all(data, not drawn, talk.problems, left_out if skip else None)
+    if measured or (not problems and (talk.max_tokens or skip)):
+        bad = unusable([*kept, *held], talk, tell, limit)
+        wrong = list(dict.fromkeys(bad.values()))
+        if skip:
+            left_out += wrong
+            kept, held = ([example for example in some if example not in bad] for some in (kept, held))
+        else:
+            problems += wrong
+    if left_out:
+        tell(_named(left_out))
+    if skip and not problems and not (kept and held):
+        problems.append(f"{data.file}: no conversation is left to {'train on' if not kept else 'judge by'}.")
+    return kept, held, problems
 
 
-def unusable(examples: list[Conversation], talk: Talk, tell: Callable[[str], object]) -> list[str]:
-    """Which conversations the processor refuses, or lose all their answers to data.max_tokens, a sentence each; `tell`
-    is called with other losses. Processes each of them."""
+def _named(left_out: list[str]) -> str:
+    more = [f"and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
+    return "\n".join(["left out, for it cannot be used:", *left_out[:_NAMED], *more])
+
+
+def unusable(
+    examples: list[Conversation], talk: Talk, tell: Callable[[str], object], limit: int | None = None
+) -> dict[Conversation, str]:
+    """Which conversations the processor refuses, lose all their answers to data.max_tokens, or are longer than the
+    model's positions, each with a sentence; `tell` is called with other losses. Processes each of them."""
     most = talk.max_tokens
-    problems, cut = [], []
+    problems, cut = {}, []
     for example in progress("measuring", "conversation", examples):
         try:
             length = talk.full_length(example)
+            if limit is not None and min(length, most or length) > limit:
+                problems[example] = (
+                    f"{example.where}: has {length} tokens, and {talk.model_type} has positions for {limit}. Set "
+                    f"data.max_tokens={limit}, or shorten it."
+                )
+                continue
             if most is None or length <= most:
                 continue
             cut.append(example)
             if length - talk.spans(example)[0][0] >= most:
-                problems.append(
+                problems[example] = (
                     f"{example.where}: has {length} tokens, and data.max_tokens={most} cuts its answers away entirely. "
                     "Raise it, or shorten what comes before."
                 )
         except InputError as error:
-            problems.append(str(error))
+            problems[example] = str(error)
     if cut and not problems:
         tell(
             f"{len(cut)} of {len(examples)} conversations are longer than {most} tokens and are cut at their ends, "
@@ -48,15 +87,26 @@ def unusable(examples: list[Conversation], talk: Talk, tell: Callable[[str], obj
     return problems
 
 
+def unanswerable(held: list[Conversation], talk: Talk, samples: InstructionTuningSamples, limit: int) -> list[str]:
+    """Whether the positions end before an answer may, a sentence."""
+    longest = max((talk.asked_length(example) for example in held[: samples.count]), default=0)
+    if longest + samples.max_new_tokens <= limit:
+        return []
+    return [
+        f"samples.max_new_tokens: {samples.max_new_tokens} tokens after a question of up to {longest} are more than "
+        f"the {limit} that {talk.model_type} has positions for. Set at most {max(1, limit - longest)}."
+    ]
+
+
 def asked_of(held: list[Conversation], samples: InstructionTuningSamples, most: int) -> list[Conversation]:
     """Held-out conversations; or prompts of one's own asked of the first held-out media, about `most` in all, to be
     judged by eye."""
     if not samples.prompts:
         return held[: samples.count]
-    few = held[: max(1, most // len(samples.prompts))]
+    few = ([e for e in held if e.media] or held)[: max(1, most // len(samples.prompts))]
     return [
         Conversation(
-            e.kind, e.media, (Turn("\n".join([*[MARKS[e.kind]] * len(e.media), prompt]), ""),), e.system, e.where
+            e.kind, e.media, (Turn("\n".join([*(MARKS[e.kind] for _ in e.media), prompt]), ""),), e.system, e.where
         )
         for prompt in samples.prompts
         for e in few

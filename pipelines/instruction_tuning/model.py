@@ -37,6 +37,7 @@ from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
 
+_TABLE = re.compile(r"(^|\.)(embed_positions|position_embeddings?|wpe)$")
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
@@ -134,6 +135,8 @@ def load_processor(model: InstructionTuningModel) -> Any:
             if found and "video_processor" in found.get_attributes():
                 loader = without_videos(found)
         processor = loader.from_pretrained(**where)
+        if getattr(processor, "num_query_tokens", 0) is None:  # older checkpoints': the picture would be left out
+            processor.num_query_tokens = AutoConfig.from_pretrained(**where).num_query_tokens
     except Exception as error:  # whatever a damaged one raises
         raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
     if not hasattr(processor, "tokenizer") or not (
@@ -277,6 +280,23 @@ def old_names() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def positions(model: nn.Module, parts: Architecture) -> int | None:
+    """How many tokens a language model's table of positions is for; None of one that counts without a table."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and parts.part(name) == "language":
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+def tied(tuned: Tuned) -> list[str]:
+    """The layers with factors that share their weights with another, by name: the head and the embedding."""
+    ends = [tuned.plain.get_input_embeddings(), tuned.plain.get_output_embeddings()]
+    weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in ends]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return []
+    return [name for name, module in tuned.plain.named_modules() if hasattr(module, "base_layer") and module in ends]
 
 
 def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> tuple[list[str], list[str]]:

@@ -45,6 +45,11 @@ def write_result(folder: Path, tuned: Tuned, described: dict[str, Any]) -> None:
         if weights := tuned.encoder_weights:
             save_tensors(folder / ENCODER, weights, metadata)
     write_atomic(folder / "adapter_config.json", json.dumps(adapter, indent=1, default=str) + "\n")
+    describe(folder, described)
+
+
+def describe(folder: Path, described: dict[str, Any]) -> None:
+    """Writes result.json alone."""
     write_atomic(folder / "result.json", json.dumps(described, indent=1) + "\n")
 
 

@@ -30,15 +30,17 @@ from equipoise.coordination.balance import (
     undisturbed,
 )
 from equipoise.coordination.commit import look_ahead
+from equipoise.coordination.components import architecture
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
-from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor
-from equipoise.pipelines.instruction_tuning.result import write_result
+from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
+from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
+from equipoise.pipelines.instruction_tuning.verify import media_ids, verify
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.run import Run
@@ -61,24 +63,23 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         if processes.leads():
             print(text, file=sys.stderr)
 
+    parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)
     with accelerator.main_process_first():  # it may have to draw them
-        kept, held, problems = load_examples(config, talk, tell)
+        kept, held, problems = load_examples(config, talk, tell, positions(model, parts))
     if problems:  # since the check
         raise ConfigError(problems)
     tuned = adapt(model, config)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
     leads = processes.leads()
+    checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast)
     if leads:
+        run.log(f"self-check: {checked}")
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
     outcome = train_loop(run, work, config)
     if outcome.state == "stopped" or not leads:
         return outcome
     seconds = time.perf_counter() - started
-    answers = work.answers("answers of the tuned model")
-    after = mean(answers)
-    own = work.answers("answers to samples.prompts", work.prompted) if work.prompted else []
-    work.write_answers(outcome.step or 0, [*own, *answers])
     facts = {
         "state": outcome.state,
         "step": outcome.step,
@@ -86,11 +87,14 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         "loss_after": number(work.final_loss()),
         "metric": config.samples.metric,
         "score_before": number(before),
-        "score_after": number(after),
-        "questions": len(answers),
         "seconds": seconds,
     }
-    work.save_result(facts)
+    work.save_result(facts)  # first: whatever goes wrong with answers, what was learnt stays
+    answers = work.answers("answers of the tuned model")
+    after = mean(answers)
+    own = work.answers("answers to samples.prompts", work.prompted) if work.prompted else []
+    work.write_answers(outcome.step or 0, [*own, *answers])
+    work.describe_result(facts | {"score_after": number(after), "questions": len(answers)})
     scored = f"{config.samples.metric.replace('_', '-')} accuracy" if config.samples.metric != "rouge_l" else "ROUGE-L"
     asked = "1 held-out question" if len(answers) == 1 else f"{len(answers)} held-out questions"
     found = f" On {asked}, {scored} {after:.1%}; untuned {before:.1%}."
@@ -216,7 +220,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         count = len(batch["input_ids"])
         media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
         embeddings, ids = self._embeddings, batch["input_ids"]
-        placeholder = torch.isin(ids, torch.tensor(self._media_ids(), device=ids.device))
+        placeholder = torch.isin(ids, torch.tensor(media_ids(self.tuned.plain.config), device=ids.device))
         text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
 
         def norm(tensors: Sequence[Tensor]) -> float:
@@ -225,11 +229,6 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         if embeddings is None or embeddings.shape[:2] != ids.shape:
             return Prediction(logits, sample)
         return Prediction(logits, sample, norm([embeddings[text]]), norm(media), norm([embeddings[placeholder]]))
-
-    def _media_ids(self) -> list[int]:
-        config = self.tuned.plain.config
-        names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-        return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
     _embeddings: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
 
@@ -259,23 +258,29 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
     def _chosen(self, number: int) -> list[Conversation]:
         """The examples of a batch, or this process's share of them. An epoch is a permutation, cut into batches of
-        similar length in random order, and known from the seed and its number."""
+        similar length in random order, and known from the seed and its number. What is too little for a batch is left
+        out before lengths are looked at, every conversation as often as any other."""
         size = self.config.train.batch * processes.count()
         each = max(1, len(self.kept_examples) // size)
         epoch, index = divmod(number, each)
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.config.seed, "epoch", epoch))
             order = torch.randperm(len(self.kept_examples), generator=generator)
+            order = order[~torch.isin(order, self._left_out(epoch, len(order) % size if len(order) > size else 0))]
             blocks = [block[self.lengths[block].argsort(stable=True)] for block in order.split(size * _MIXED)]
             batches = [batch for block in blocks for batch in block.split(size)]
-            short = [batch for batch in batches if len(batch) < size][: len(batches) - 1]
-            batches = [batch for batch in batches if len(batch) == size] or short or batches
             self._epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         batches = self._epoch[1]
         batch = batches[index % len(batches)]
         return [self.kept_examples[i] for i in batch[processes.rank() :: processes.count()]]
 
     _epoch: tuple[int, list[Tensor]] = (-1, [])
+
+    def _left_out(self, epoch: int, count: int) -> Tensor:
+        """The next `count` of a permutation that holds for all epochs."""
+        total = len(self.kept_examples)
+        turns = torch.randperm(total, generator=torch.Generator().manual_seed(mix(self.config.seed, "left out")))
+        return turns[torch.arange(epoch * count, (epoch + 1) * count) % total]
 
     @torch.no_grad()
     def evaluation_loss(self) -> float:
@@ -344,8 +349,15 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         self.run.log(f"answered {len(answers)} questions at step {step}{scored}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
+        write_result(Path(self.run.folder / "result"), self.tuned, self._described(facts))
+
+    def describe_result(self, facts: dict[str, Any]) -> None:
+        """Says more of a result that is saved."""
+        describe(Path(self.run.folder / "result"), self._described(facts))
+
+    def _described(self, facts: dict[str, Any]) -> dict[str, Any]:
         chosen = self.config.optimizer
-        described = {
+        return {
             "base": self.config.model.path,
             "optimizer": chosen.name,
             "learning_rate": chosen.learning_rate,
@@ -353,7 +365,6 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             "rank": self.config.lora.rank,
             **facts,
         }
-        write_result(Path(self.run.folder / "result"), self.tuned, described)
 
 
 class FrozenOutputs:

@@ -297,6 +297,35 @@ def _qwen2_audio(folder: Path):
     return Qwen2AudioForConditionalGeneration(config), Qwen2AudioProcessor(hears, words, chat_template=template)
 
 
+def _internvl(folder: Path):
+    """Whose processor pads on the left unless it is asked not to, whatever its tokenizer says."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor, InternVLVisionConfig
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    made = _tokenizer(**names, start="<|im_start|>", end="<|im_end|>").backend_tokenizer
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", extra_special_tokens=names
+    )
+    looks = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_to_patches=False)
+    vision = InternVLVisionConfig(**_TOWER, image_size=[SIDE, SIDE], patch_size=[4, 4])
+    config = InternVLConfig(
+        vision_config=vision.to_dict(),
+        text_config=_llama(len(words)).to_dict(),
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    template = _TEMPLATE.replace("MEDIA", "<IMG_CONTEXT>\n")
+    processor = without_videos(InternVLProcessor)(looks, words, None, image_seq_length=4, chat_template=template)
+    return InternVLForConditionalGeneration(config), processor
+
+
 BUILDERS = {
     "blip-2": _blip2,
     "instructblip": _instructblip,
@@ -310,6 +339,9 @@ BUILDERS = {
 }
 
 
+MORE = {"internvl": _internvl}  # in some tests only
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """{model type: folder}, each built when first asked for."""
@@ -321,7 +353,7 @@ def checkpoints(tmp_path_factory):
             torch.manual_seed(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of classes that transformers renames
-                model, processor = BUILDERS[kind](folder)
+                model, processor = (BUILDERS | MORE)[kind](folder)
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)
             made[kind] = folder

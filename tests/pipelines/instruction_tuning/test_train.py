@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM, PretrainedConfig
 
 from equipoise.coordination.components import ARCHITECTURES, architecture
-from equipoise.errors import InputError
+from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
@@ -485,6 +487,53 @@ def test_the_batches_are_of_similar_length_and_cover_all(overrides, monkeypatch)
     assert len(set(chosen)) == 3 * each and max(max(batch) - min(batch) for batch in seen) < max(work.lengths.tolist())
     again = [e.where for number in range(each, 2 * each) for e in work._chosen(number)]
     assert again != chosen and [e.where for number in range(each) for e in work._chosen(number)] == chosen
+
+
+def test_the_longest_conversations_are_trained_on_as_often_as_any(begun, pictures):
+    """What is too little for a batch is left out in turns, whatever its length."""
+    folder, lines = pictures.parent, []
+    for index in range(15):
+        said = [{"from": "human", "value": "Is it " + "very " * index + "?"}, {"from": "gpt", "value": "Yes"}]
+        lines.append(json.dumps({"image": "0.png", "conversations": said}))
+    (folder / "long.jsonl").write_text("\n".join(lines))
+    (folder / "held.jsonl").write_text(lines[0])
+    words = [f"data={folder / 'long.jsonl'}", f"data.validation={folder / 'held.jsonl'}"]
+    work = begun(*words, "batch=8")
+    epochs = [Counter(e.where for e in work._chosen(number)) for number in range(30)]
+    seen = sum(epochs, Counter())
+    assert len(seen) == 15 and set(seen.values()) == {16}, "30 epochs of 8 are 16 times 15"
+    assert all(len(left | right) == 15 for left, right in pairwise(map(set, epochs))), (
+        "nothing is left out twice in a row"
+    )
+    work = begun(*words, "batch=5")
+    assert Counter(e.where for number in range(3) for e in work._chosen(number)) == Counter(seen.keys())
+
+
+def test_questions_of_ones_own_are_asked_of_held_out_text_too(overrides, pictures, capfd):
+    """Of media, where there are any."""
+    said = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]
+    text, seen = {"conversations": said}, {"conversations": said, "image": "0.png"}
+    file = pictures.with_name("mixed.jsonl")
+    for lines, media in (([seen] * 9 + [text], []), ([text] * 9 + [text, *[seen] * 9, seen], ["0.png"])):
+        file.write_text("\n".join(map(json.dumps, lines)))
+        run, _ = train(*overrides(), f"data={file}", "samples.prompts=['What colour?']")
+        (answers,) = (run.folder / "samples").glob("*/answers.jsonl")
+        first = json.loads(answers.read_text().splitlines()[0])
+        assert first["question"] == "What colour?" and [Path(path).name for path in first["media"]] == media
+
+
+def test_a_result_is_saved_before_anything_is_asked_of_it(overrides, monkeypatch):
+    def broken(work, what, chosen=None):
+        if "tuned" in what.split():
+            raise KeyError("text")
+        return []
+
+    monkeypatch.setattr(InstructionTuningWork, "answers", broken)
+    settings = config.load(NAME, overrides())
+    run = Store(settings.runs).create(settings)
+    with pytest.raises(EquipoiseError):
+        execute(InstructionTuning, settings, run)
+    assert json.loads((run.result / "result.json").read_text())["step"] == 6 and weights(run)
 
 
 def test_what_is_not_multimodal_in_its_parts():

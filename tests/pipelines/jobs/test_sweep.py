@@ -25,7 +25,7 @@ AXES = ["--axis", "optimizer=adamw,scaled_adamw", "--axis", "learning_rate=1e-3,
 
 @pytest.fixture
 def small(short):
-    return ["text_to_image/demo", *short, "prior={}"]
+    return ["text_to_image/demo", *short, "prior.prompt=null"]
 
 
 def cells(runs):

@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_while_pictures_are_written(compare, trained, capfd
 
 def test_the_score_says_what_it_is(tmp_path):
     """The embedded base is scored by the new object only where a prompt asks for that."""
-    words = ["text_to_image/demo", "steps=1", "samples.steps=1", "samples.count=1", "prior={}"]
+    words = ["text_to_image/demo", "steps=1", "samples.steps=1", "samples.count=1", "prior.prompt=null"]
     words.append(f"runs={tmp_path / 'runs'}")
     assert main(["train", *words, "rank=1", "--id", "one"]) == 0
     for prompt, score in (("a sks object", DRAWN_SCORE), ("a red circle", LOSS_SCORE)):

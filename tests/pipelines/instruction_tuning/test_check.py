@@ -1,0 +1,115 @@
+"""What is found before a run: positions, tied heads, conversations that are left out, and what a dry run shows."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM
+
+from equipoise.pipelines import demo
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.instruction_tuning.model import old_names
+
+NAME = "instruction_tuning/demo"
+
+
+def said(question: str, answer: str, **more) -> dict:
+    return {**more, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+@pytest.fixture
+def written(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+
+    def get(*rows: dict | str):
+        file = tmp_path / "talk.jsonl"
+        file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return f"data={file}"
+
+    return get
+
+
+ASKED = said("<image>\nIs it?", "Yes", image="red.png")
+
+
+def test_what_is_longer_than_the_position_table_is_found(short, written, capfd):
+    long = said("<image>\nIs it? " + "very " * 60, "Yes", image="red.png")
+    data = written(ASKED, ASKED, long, *[ASKED] * 7)
+    assert main(["train", NAME, *short("blip-2"), data, "--dry-run"]) == 2
+    assert (
+        "talk.jsonl:3: has 333 tokens, and blip-2 has positions for 256. Set data.max_tokens=256"
+        in capfd.readouterr().err
+    )
+    assert main(["train", NAME, *short("blip-2"), data, "--dry-run", "data.max_tokens=256"]) == 2, "no answer is left"
+    assert main(["train", NAME, *short("blip-2"), data, "--dry-run", "--skip-bad"]) == 0
+    error = capfd.readouterr().err
+    assert "left out, for it cannot be used:" in error
+    assert main(["train", NAME, *short("llava"), data, "--dry-run"]) == 0, "rotary positions have no table"
+    assert main(["train", NAME, *short("blip-2"), written(ASKED), "samples.max_new_tokens=300"]) == 2
+    assert (
+        "samples.max_new_tokens: 300 tokens after a question of up to 28 are more than the 256"
+        in capfd.readouterr().err
+    )
+
+
+def test_bad_conversations_are_left_out_and_named(short, written, tmp_path, capfd):
+    bad = [said("<image>\nIs it?", "No", image="gone.png"), "{", said("</s>?", "No"), said("Is it?", "")]
+    data = written(*[ASKED] * 5, *bad, *[ASKED] * 6)
+    assert main(["train", NAME, *short(), data]) == 2
+    capfd.readouterr()
+    assert main(["train", NAME, *short(), data, "--skip-bad", "--id", "rest"]) == 0
+    error = capfd.readouterr().err
+    assert [f"talk.jsonl:{line}: " in error for line in (5, 6, 7, 8, 9, 10)] == [False, True, True, True, True, False]
+    assert "left out, for it cannot be used:" in (tmp_path / "runs" / "rest" / "log.txt").read_text()
+    assert main(["train", NAME, *short(), written(*bad), "--skip-bad"]) == 2
+    assert "no conversation is left to train on." in capfd.readouterr().err
+
+
+def test_a_file_that_is_wrong_as_a_whole_is_not_skipped(short, tmp_path, capfd):
+    for name, text, message in (
+        ("a.csv", "question,reply\na,b\n", "lacks the column answer"),
+        ("a.json", json.dumps([said("Is it?", "Yes")])[:-1], "is not JSON from here on"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert main(["train", NAME, *short(), f"data={tmp_path / name}", "--skip-bad"]) == 2
+        assert message in capfd.readouterr().err
+
+
+def test_a_dry_run_shows_what_will_be_learnt(short, written, capfd):
+    assert main(["train", NAME, *short(), written(ASKED, said("Is it red?", "Very"), ASKED), "--dry-run"]) == 0
+    assert r"labels of 2 rows: 'Yes<|im_end|>\n', 'Very<|im_end|>\n'." in capfd.readouterr().err
+
+
+def test_a_tied_head_is_said_and_merges_once_it_is_untied(written, tmp_path, capfd):
+    words = [
+        written(*[ASKED] * 12),
+        "model=demo",
+        'lora.targets=["lm_head"]',
+        "steps=3",
+        "batch=2",
+        "coordinator=constant",
+    ]
+    words += ["samples.count=1", "samples.max_new_tokens=1", "learning_rate=1e-2", f"runs={tmp_path / 'runs'}"]
+    assert main(["train", NAME, *words, "--id", "tied"]) == 0
+    assert "lm_head is tied: the head and the embedding are one weight" in capfd.readouterr().err
+    result = tmp_path / "runs" / "tied" / "result"
+    batch = {"input_ids": torch.arange(5, 15)[None]}
+
+    def merged(untied: bool):
+        model = AutoModelForMultimodalLM.from_pretrained(demo.multimodal_folder(), dtype=torch.float32)
+        model.load_state_dict(load_file(result / "encoder.safetensors"), strict=False)
+        if untied:
+            head = model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        with old_names():
+            model = PeftModel.from_pretrained(model, result).eval()
+        before = model.language_model(**batch).logits
+        return (model.merge_and_unload().language_model(**batch).logits - before).abs().max()
+
+    with torch.no_grad():
+        assert merged(untied=True) < 1e-4 < 1e-2 < merged(untied=False)
+    assert main(["train", NAME, *words[:2], "lora.targets=[q_proj]", "--dry-run", f"runs={tmp_path / 'runs'}"]) == 0
+    assert "tied" not in capfd.readouterr().err

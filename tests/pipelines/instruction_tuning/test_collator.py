@@ -1,0 +1,54 @@
+"""The collator, in a Trainer of one's own."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM, Trainer, TrainingArguments
+
+from equipoise.errors import InputError
+from equipoise.pipelines.instruction_tuning.collator import AnswerCollator
+from equipoise.pipelines.instruction_tuning.talk import IGNORED
+
+
+def test_a_trainer_learns_the_answers(checkpoints, pictures, tmp_path):
+    records = [json.loads(line) for line in pictures.read_text().splitlines()]
+    collator = AnswerCollator(str(checkpoints("llava")), folder=pictures.parent)
+    batch = collator(records[2:4])
+    said = [collator.talk.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
+    assert said == ["blue<|im_end|>\n", "red<|im_end|>\nYes, quite sure.<|im_end|>\n"]
+    model = AutoModelForMultimodalLM.from_pretrained(checkpoints("llava"))
+    assert "labels of 2 rows" in collator.verify(model, records, batch=4)
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        str(tmp_path / "out"),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=records, data_collator=collator)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_what_is_wrong_with_a_record_is_a_sentence(checkpoints, pictures):
+    collator = AnswerCollator(str(checkpoints("llava")), folder=pictures.parent)
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    for record, message in (
+        ({"conversations": said}, "conversation 1: mentions <image>, but no image is given."),
+        ({"image": "no.png", "conversations": said}, "conversation 1: image .*no.png does not exist."),
+        (
+            {"audio": "0.wav", "conversations": [{**said[0], "value": "?"}, said[1]]},
+            "conversation 1: has an audio, but",
+        ),
+        ([], "conversation 1: must be an object with conversations, got list."),
+    ):
+        with pytest.raises(InputError, match=message):
+            collator([record])
