@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,15 +52,15 @@ def test_the_documented_pipeline_trains_sweeps_resumes_and_compares(command, tmp
     keys = run("train", "curve.yaml", "--keys")
     assert "model.width (width for short): a whole number >= 1" in keys and "train.steps (steps for short)" in keys
 
-    assert "straight: done" in run("train", "curve.yaml", "steps=3000", "--id", "straight")
-    process = subprocess.Popen([*command, "train", "curve.yaml", "steps=3000", "--id", "halted"])
+    assert "straight: done" in run("train", "curve.yaml", "steps=1500", "--id", "straight")
+    process = subprocess.Popen([*command, "train", "curve.yaml", "steps=1500", "--id", "halted"])
     metrics = Path("runs/halted/metrics.jsonl")
     while process.poll() is None and not (metrics.is_file() and metrics.read_bytes()):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    assert 0 < json.loads(Path("runs/halted/status.json").read_text())["step"] < 3000
-    assert "halted: done. 3000 steps." in run("resume", "halted")
+    assert 0 < json.loads(Path("runs/halted/status.json").read_text())["step"] < 1500
+    assert "halted: done. 1500 steps." in run("resume", "halted")
     straight, halted = (load_file(f"runs/{id}/result/curve.safetensors") for id in ("straight", "halted"))
     assert straight.keys() == halted.keys() and all((straight[name] == halted[name]).all() for name in straight)
 
@@ -73,11 +74,14 @@ def test_the_documented_pipeline_trains_sweeps_resumes_and_compares(command, tmp
     assert "LOSS_AFTER" in compared and (tmp_path / "beside" / "report.html").is_file()
 
 
-@pytest.mark.slow
-def test_the_documented_pipeline_refuses_what_does_not_fit_in_sentences(command):
-    words = ["train", "curve.yaml", "width=0", "train.precision=fp8"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines() == [
+def test_the_documented_pipeline_refuses_what_does_not_fit_in_sentences(distribution, tmp_path, monkeypatch, capfd):
+    files = documented()
+    points = tomllib.loads(files["pyproject.toml"])["project"]["entry-points"]
+    distribution("equipoise-curve", points, equipoise_curve=files["equipoise_curve.py"])
+    monkeypatch.chdir(tmp_path)
+    Path("curve.yaml").write_text(files["curve.yaml"])
+    assert main(["train", "curve.yaml", "width=0", "train.precision=fp8"]) == 2
+    assert capfd.readouterr().err.splitlines() == [
         "command line: model.width: must be >= 1, got 0.",
         "command line: train.precision: must be 'no', 'fp16' or 'bf16', got 'fp8'.",
     ]

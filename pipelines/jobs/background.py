@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,6 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
 from equipoise.pipelines.runs.store import Store
 
-_children: list[subprocess.Popen] = []  # of this process; kept so that they are reaped when they have ended
 _TURN = "has its turn and begins."
 _LOOK = 0.5  # seconds between two looks at who is ahead in the queue
 COMPARISONS = "comparisons"  # the folder in a runs folder for comparisons of several runs, or with other prompts
@@ -35,14 +35,12 @@ COMPARISONS = "comparisons"  # the folder in a runs folder for comparisons of se
 def spawn(log: Path, *words: str) -> int:
     """Starts `equipoise WORDS` in a session of its own, printing into `log`; returns the process's number."""
     command = [sys.executable, "-P", "-m", "equipoise.pipelines.cli", *words]  # -P: no module of the current folder's
-    _children[:] = [child for child in _children if child.poll() is None]
     with explained(log), open(log, "ab") as file:
-        _children.append(
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-    return _children[-1].pid
+    threading.Thread(target=process.wait, daemon=True).start()  # so that no zombie is left while this process lives
+    return process.pid
 
 
 def start(made: Run, workers: int | None = None, in_turn: bool = False) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -89,16 +90,32 @@ def make_run(site: Site, finish) -> Run:
 
 
 @pytest.fixture(scope="module")
-def site_of_all(tmp_path_factory: pytest.TempPathFactory, finish) -> Site:
-    """For the tests of a module that leave it as it is: a runs folder with one run."""
+def site_of_all(tmp_path_factory: pytest.TempPathFactory, finish, grid: Run) -> Site:
+    """For the tests of a module that leave it as it is: a runs folder with one run and one sweep."""
     site = make_site(tmp_path_factory.mktemp("site"))
     make_run(site, finish)
+    copy_grid(site, grid)
     return site
 
 
 @pytest.fixture
-def swept(site: Site, finish) -> Run:
+def swept(site: Site, grid: Run) -> Run:
+    return copy_grid(site, grid)
+
+
+def copy_grid(site: Site, grid: Run) -> Run:
     """A sweep of two optimizers at two rates that is over, with its comparison."""
+    made = site.store.root / grid.id
+    shutil.copytree(grid.folder, made)
+    for file in made.rglob("*"):
+        if file.suffix in (".yaml", ".json", ".html"):  # configurations name the folder of runs
+            file.write_text(file.read_text().replace(str(grid.root), str(site.store.root)))
+    return Run(made)
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory, finish) -> Run:
+    site = make_site(tmp_path_factory.mktemp("grid"))
     axes = {"optimizer": ["adamw", "scaled_adamw"], "learning_rate": list(RATES)}
     config = configs.load("text_to_image/demo", [f"runs={site.store.root}", "steps=5"])
     made = sweeps.create(configs.set_keys(config, {"sweep": axes}), id="grid")

@@ -568,9 +568,14 @@ def test_plugins_and_what_is_broken(distribution):
     assert "cannot be used" in page and "shelf" in page and "<b>no</b>" not in page
 
 
-def test_the_programming_interface(site, run, swept, serve, tmp_path):
+@pytest.fixture(scope="module")
+def server(site_of_all, serve_all):
+    return serve_all(site_of_all.store.root)
+
+
+def test_the_programming_interface(site_of_all, server):
     """What is named only reads."""
-    server = serve(site.store.root)
+    run = site_of_all.store.get("one")
     client = Client(server.url, verbose=False)
     try:
         named = client.view_api(return_format="dict")["named_endpoints"]
@@ -596,13 +601,13 @@ def test_the_programming_interface(site, run, swept, serve, tmp_path):
     assert run.status().state == "done"
 
 
-def test_what_is_not_named_does_nothing_to_crafted_ids(site, run, swept, serve):
+def test_what_is_not_named_does_nothing_to_crafted_ids(site_of_all, server):
     """Every event of the page, asked for as the browser does, with a path in every field, and a chosen id too."""
+    site = site_of_all
     secret = site.store.root.parent / "secret"
     secret.mkdir()
     (secret / "log.txt").write_text("the secret")
     before = {file: file.stat().st_mtime_ns for file in site.store.root.rglob("*") if "index" not in file.name}
-    server = serve(site.store.root)
     answers = []
     with httpx.Client(base_url=server.url, timeout=60) as client:
         events = client.get("/config").json()
