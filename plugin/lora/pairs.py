@@ -300,11 +300,12 @@ def _tensors(source: Any) -> tuple[dict[int, Tensor], dict[int, str]]:
 
 def live_roots() -> list[nn.Module]:
     """Every module alive in this process that is no other module's child."""
+    kinds, waiting = set(), [nn.Module]
+    while waiting:
+        kinds.add(kind := waiting.pop())
+        waiting += [t for t in type.__subclasses__(kind) if t not in kinds and t is not torch.jit.ScriptModule]
     # type(), not isinstance: that asks the object for __class__, and lazy proxies answer by importing things.
     objects = gc.get_objects()
-    kinds = {
-        t for t in set(map(type, objects)) if issubclass(t, nn.Module) and not issubclass(t, torch.jit.ScriptModule)
-    }
     found: list[Any] = list(compress(objects, map(kinds.__contains__, map(type, objects))))
     modules = [module for module in found if "_modules" in vars(module)]  # others are still being made
     children = {id(child) for module in modules for child in vars(module)["_modules"].values()}
