@@ -18,7 +18,7 @@ from equipoise.pipelines.files import write_atomic
 
 CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
-_MOST = 6  # pictures in a cell: the demo's prompts, those for what was known before among them
+_MOST = 8  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
 NOT_JUDGED = "Nothing is judged here: there is no score to tell by which learning rates worked."
 

@@ -112,6 +112,8 @@ def usable_range(points: Sequence[Point], line: float, kept_line: float | None =
 
 def _crossing(outside: Point, inside: Point, line: float, kept_line: float | None) -> float:
     """The rate between two cells at which the first of the straight lines between them meets its bar."""
+    if outside.score < line and not math.isfinite(outside.kept):
+        kept_line = None  # a run that failed before it was known: its score ends the range
     pairs = zip(_measures(outside, line, kept_line), _measures(inside, line, kept_line), strict=True)
     share = min(_share(there, here, bar) for (there, bar), (here, _) in pairs)
     if share == 0:

@@ -1,10 +1,11 @@
 """What is wrong with what would be started: one answer for `--dry-run`, the page's Check, and the start itself."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from equipoise import registry
-from equipoise.errors import ConfigError, InputError
+from equipoise.errors import ConfigError
 from equipoise.hosts.choice import SMALL
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import RATE
@@ -39,13 +40,19 @@ def _small_rates(runs: Iterable[RunConfig]) -> list[str]:
     for section in (getattr(config, "optimizer", None) for config in runs):
         if isinstance(section, OptimizerSection):
             largest[section.name] = max(section.learning_rate, largest.get(section.name, 0.0))
-    wanted = {name: own_rates(name, registry.load("optimizers", name)).get("learning_rate", 0.0) for name in largest}
+    wanted = {name: _own_rate(name) for name in largest}
     return [
         f"optimizer.learning_rate: {rate:g} is small for {name}, whose own is {wanted[name]:g}; `learning_rate=` "
         "leaves it to the optimizer."
         for name, rate in largest.items()
         if rate < SMALL * wanted[name]
     ]
+
+
+def _own_rate(name: str) -> float:
+    with suppress(ValueError):  # the start says that it is none
+        return own_rates(name, registry.load("optimizers", name)).get("learning_rate", 0.0)
+    return 0.0
 
 
 def _refused_options(runs: Iterable[RunConfig]) -> list[str]:
@@ -68,12 +75,12 @@ def _refusal(section: OptimizerSection) -> str:
 
     try:
         build(section.options)
-    except (InputError, TypeError, ValueError) as error:
+    except Exception as error:  # torch raises RuntimeError of options, and a plugin's class may raise anything
         try:
             build({})
-        except (InputError, TypeError, ValueError):
+        except Exception:
             return ""  # it wants something else than these factors, or needs an option: the run will tell
-        return str(error)
+        return f"{section.name}: {error}"
     return ""
 
 

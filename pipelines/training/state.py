@@ -76,7 +76,7 @@ class OptimizedWork(Generic[ConfigT]):
             groups = with_rate_outside(groups, find_pairs(groups), outside)
         try:
             self.optimizer = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"optimizer.name: {chosen.name} does not take these {self.tensors}: {error}") from error
         if isinstance(self.optimizer, PairOptimizer) and not self.optimizer.pairs:
             run.update(doubt=self.optimizer.pairs.summary)
