@@ -56,6 +56,7 @@ CASES = [
     (T2I, ["train.compile=true"]),
     (T2I, ["train.precision=fp16", "optimizer=adamw_8bit"]),
     (T2I, ["optimizer=bounded_adamw", "optimizer.options={reach: 0.01, trust: 0.1}"]),
+    (T2I, ["optimizer=adamw", "optimizer.options={fused: true, foreach: true}"]),
     (T2I, ["model.quantize=int8"]),
     (T2I, ["model.quantize=nf4"]),
     (IT, ["objective=mimo"]),

@@ -80,6 +80,10 @@ def test_a_rate_is_usable_where_it_learnt_and_kept_enough(keeping):
     assert ranges[SCALED].low == pytest.approx(10 ** (-4 - 1 / 6)), "0.9 to 0 meets 0.75"
     assert ranges[SCALED].high == pytest.approx(10 ** (-4 + 1 / 6)), "0.7 to 0.1 meets 0.6"
     assert best_words(keeping) == f"Best usable rate: {SCALED} at 1e-4 (score 90%, left 70%)."
+    equal = keeping.at("adamw", 1e-5)[0]
+    equal.metrics |= {"score": 0.9, "left": 0.65}
+    assert keeping.usable("adamw", 1e-5)
+    assert best_words(keeping) == f"Best usable rate: {SCALED} at 1e-4 (score 90%, left 70%).", "of equal scores"
 
 
 def test_where_none_is_usable_the_nearest_is_named(keeping):

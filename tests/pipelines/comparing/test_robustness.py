@@ -87,6 +87,7 @@ def test_the_range_ends_where_what_was_kept_crosses_its_line():
         (Point(1e-2, 0.0, 0.3), -2.9),  # score: (1 - 0.75) / 1; kept: (0.8 - 0.75) / 0.5
         (Point(1e-2, 0.0, 0.7), -2.75),  # the score is first
         (Point(1e-2, 0.0, 0.8), -2.75),  # what was kept is not crossed at all
+        (Point(1e-2, 0.0), -2.75),  # nor known, as of a run that failed
     ],
 )
 def test_the_first_line_that_is_crossed_ends_the_range(outside, end):
