@@ -304,36 +304,48 @@ def _print_verdicts(table: Table) -> None:
 
 
 def plot(_: argparse.Namespace) -> None:
-    """Writes claim.png: gain and forgetting of the bound beside AdamW's, and how AdamW's best rate moves."""
+    """Writes claim.png: gain and forgetting of the bound beside AdamW's, and the best reach by layers."""
     from matplotlib import pyplot  # pip install matplotlib
 
     table = Table()
-    figure, (claim, rates) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    claim.axvspan(0.95, 1.1, ymax=1 / 2.5, color="tab:green", alpha=0.12, label="the claim")
+    figure, (claim, reach) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    claim.axvspan(0.95, 1.2, ymax=1 / 2.5, color="tab:green", alpha=0.12, label="the claim")
     for name in dict.fromkeys(setting[0] for setting in table.settings()):
-        own = [setting for setting in table.settings() if setting[0] == name]
         points = []
-        for setting in own:
+        for setting in (setting for setting in table.settings() if setting[0] == name):
             _, gain, lost = table.best(setting, "adamw")
             ours, ours_lost, _ = table.cell(setting, "bounded", 1.0, [0])
             points.append((ours / gain, ours_lost / lost))
         claim.scatter(*zip(*points, strict=True), label=f"{name} ({len(points)})")
-        usual = [s for s in own if s[1] == TASKS[name].steps]
-        by_rank = sorted(
-            (rank, table.best(s, "adamw")[0]) for s in usual for rank in [s[2]] if s[3] == TASKS[name].batch
-        )
-        if len(by_rank) > 1:
-            rates.plot(*zip(*by_rank, strict=True), "o-", label=f"{name}, by rank")
-        by_steps = sorted((s[1], table.best(s, "adamw")[0]) for s in own if s[2:] == (8, TASKS[name].batch))
-        if len(by_steps) > 1:
-            rates.plot(*zip(*by_steps, strict=True), "s--", label=f"{name}, by steps")
-    claim.set(xlabel="gain, in units of AdamW's at its best rate", ylabel="forgotten, in the same units", ylim=(0, 2.5))
-    claim.set_title("The default at a rate of 1; a point is a length, rank and batch (seed 0)")
-    rates.set(xscale="log", yscale="log", xlabel="rank, or steps", ylabel="AdamW's best rate of those tried")
-    rates.set_title("What the bound spares: AdamW's best rate moves")
-    for axes in (claim, rates):
-        axes.legend(fontsize="small")
+    claim.set(xlim=(0.6, 1.2), ylim=(0, 2.5), xlabel="gain, in units of AdamW's at its best rate")
+    claim.set(
+        ylabel="forgotten, in the same units", title="The default at a rate of 1, seed 0: lengths, ranks, batches"
+    )
+    for setting in table.settings():
+        tried = [(value, table.cell(setting, name, 1.0)) for name, value in _reaches().items()
+                 if 1.0 in table.rates(setting, name)]  # fmt: skip
+        if tried:
+            _, _, lost = table.best(setting, "adamw")
+            layers, best = LAYERS[setting[0]], max(tried, key=lambda item: item[1][0])[0]
+            spared = max((value for value, (_, forgotten, _) in tried if forgotten <= lost), default=None)
+            reach.scatter(layers, best, marker="^", color="tab:blue")
+            reach.annotate(setting[0], (layers, best), fontsize="small", xytext=(4, 4), textcoords="offset points")
+            if spared:
+                reach.scatter(layers, spared, marker="v", color="tab:orange")
+    reach.plot([5, 150], [0.5 / 5**0.5, 0.5 / 150**0.5], color="tab:gray", label="the default, 0.5/√n")
+    reach.scatter([], [], marker="^", color="tab:blue", label="learns most of those tried")
+    reach.scatter([], [], marker="v", color="tab:orange", label="the largest that forgets at most what AdamW does")
+    reach.set(xscale="log", yscale="log", xlabel="adapted layers n", ylabel="reach", title="Which reach")
+    for axes in (claim, reach):
+        axes.legend(fontsize="small", loc="upper left" if axes is claim else "lower left")
     figure.savefig(CELLS.with_name("claim.png"), dpi=100)
+
+
+def _reaches() -> dict[str, float]:
+    """The methods that differ in their reach alone."""
+    return {
+        name: float(name.split()[1].strip(",")) for name in METHODS if name.startswith("reach") and "betas" not in name
+    }
 
 
 def _range(values: list[float], form: str) -> str:
@@ -342,9 +354,7 @@ def _range(values: list[float], form: str) -> str:
 
 
 def _print_reaches(table: Table) -> None:
-    named = {
-        name: float(name.split()[1].strip(",")) for name in METHODS if name.startswith("reach") and "betas" not in name
-    }
+    named = _reaches()
     print("\n## Which reach: gain, forgotten at a rate of 1\n")
     print("| task | layers | " + " | ".join(f"{reach:g}" for reach in named.values()) + " | AdamW, best rate |")
     print("| --- | ---: |" + " --- |" * (len(named) + 1))
