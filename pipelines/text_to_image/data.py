@@ -70,7 +70,8 @@ def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
         prompts = 1 + len(prior.more_prompts)
         few = f"prior.count: {prior.count} pictures are too few for {prompts} prompts, which share them. Give at least "
         return [], [few + f"{prompts}."] if prior.count < prompts else []
-    examples, problems = read_examples(TextToImageData(folder=prior.folder, instance_prompt=prior.prompt))
+    data = TextToImageData(folder=prior.folder, instance_prompt=prior.prompt)  # pyright: ignore[reportCallIssue]
+    examples, problems = read_examples(data)
     return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
 
 

@@ -8,6 +8,7 @@ A pipeline's work is a subclass with `evaluate` and `evaluation_loss`; the loop 
 
 import copy
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +45,7 @@ def make_accelerator(precision: str) -> Accelerator:
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+FAST = 100  # times an optimizer's own rate for what no bound holds, from which a run is doubted
 
 
 class OptimizedWork(Generic[ConfigT]):
@@ -78,8 +80,8 @@ class OptimizedWork(Generic[ConfigT]):
             self.optimizer = optimizer(groups, lr=chosen.learning_rate, **chosen.options)
         except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"optimizer.name: {chosen.name} does not take these {self.tensors}: {error}") from error
-        if isinstance(self.optimizer, PairOptimizer) and not self.optimizer.pairs:
-            run.update(doubt=self.optimizer.pairs.summary)
+        if isinstance(self.optimizer, PairOptimizer) and (doubt := _doubt(self.optimizer)):
+            run.update(doubt=doubt)
         # Neither is accelerate's: its schedule stays behind where a scaler skips a step, and its optimizer looks for
         # the files of a package twice a step.
         self.schedule = make_schedule(config.schedule, self.optimizer, config.train.steps)
@@ -271,6 +273,26 @@ class OptimizedWork(Generic[ConfigT]):
     def rewind(self) -> None:
         self.checked = None
         torch._foreach_copy_(list(self.kept.values()), self.good)
+
+
+def _doubt(optimizer: PairOptimizer) -> str:
+    """Why a run may not be what was meant: nothing to scale or bound, or a rate that only a bound makes harmless."""
+    if not optimizer.pairs:
+        return optimizer.pairs.summary
+    own = getattr(type(optimizer), "default_outside_lr", math.inf)
+    factors = {id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B)}
+    fast = [
+        group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group["lr"] > FAST * own and id(parameter) not in factors
+    ]
+    if not fast:
+        return ""
+    return (
+        f"{len(fast)} of the trained tensors are in no LoRA pair, so that no bound holds them, and have a learning "
+        f"rate of {max(fast):g}; optimizer.outside_learning_rate={own:g} is the optimizer's own for these"
+    )
 
 
 def _fingerprint(tensors: Iterable[Tensor]) -> str:

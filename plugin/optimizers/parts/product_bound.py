@@ -67,8 +67,8 @@ class ProductBound:
             shapes.setdefault((A.shape, B.shape, A.dtype, B.dtype), []).append(index)
         self._batches = [
             _PairBatch(self, room, portion, from_zero)
-            for (from_zero, *key), shapes in batches.items()
-            for room, portion in portions(2 if from_zero else 6, *key, list(shapes.values()))
+            for (from_zero, rank, dtype, device), shapes in batches.items()
+            for room, portion in portions(2 if from_zero else 6, rank, dtype, device, list(shapes.values()))
         ]
 
     @property
@@ -146,11 +146,9 @@ class _PairBatch:
         size = max(len(indices) * max(f.numel() for f in bound.pairs[indices[0]]) for _, indices in chunks)
         buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(1 if from_zero else 2)]
         grams = self.grams.split([len(indices) for _, indices in chunks], dim=1)
-        kinds = (_SingleFromZero, _PairStackFromZero) if from_zero else (_Single, _PairStack)
         self.from_zero = from_zero
         self.parts = [
-            kinds[0 if alone else 1](bound, indices, part, *buffers)
-            for (alone, indices), part in zip(chunks, grams, strict=True)
+            _part(bound, alone, indices, part, buffers) for (alone, indices), part in zip(chunks, grams, strict=True)
         ]
 
     def moved(self) -> Tensor:  # (k,)
@@ -168,9 +166,9 @@ class _PairBatch:
             part.fill_grams()
         limits = torch.stack([norms * share for norms, share in zip(self.norms, trust, strict=True)]).sum(0)
         if self.from_zero:
-            c = self.c = _share_from_zero(*self.grams.unbind(0), limits)
+            c = self.c = _share_from_zero(*self.grams.unbind(0), limits=limits)
         else:
-            c = self.c = largest_share(*self.grams.unbind(0), limits)
+            c = self.c = largest_share(*self.grams.unbind(0), limits=limits)
         start = 0
         known = c.tolist() if c.device.type == "cpu" else None
         for part in self.parts:
@@ -268,7 +266,7 @@ class _SingleFromZero:
 
     count = 1
 
-    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor, _: Tensor):
+    def __init__(self, bound: ProductBound, indices: list[int], grams: Tensor):
         (index,) = indices
         self.now, self.grams = bound.pairs[index], grams[:, 0].unbind(0)
 
@@ -280,6 +278,17 @@ class _SingleFromZero:
     def apply(self, c: Tensor) -> None:
         for factor in self.now:
             factor.mul_(c[0])
+
+
+def _part(
+    bound: ProductBound, alone: bool, indices: list[int], grams: Tensor, buffers: Sequence[Tensor]
+) -> _Single | _PairStack | _SingleFromZero | _PairStackFromZero:
+    """What works on these pairs: one that is large alone, the others in a stack; with one buffer, from 0."""
+    if len(buffers) == 1:
+        return _SingleFromZero(bound, indices, grams) if alone else _PairStackFromZero(bound, indices, grams, *buffers)
+    before, change = buffers
+    kind = _Single if alone else _PairStack
+    return kind(bound, indices, grams, before, change)
 
 
 def largest_share(

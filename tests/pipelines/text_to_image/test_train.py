@@ -390,6 +390,14 @@ def test_without_a_rate_only_what_is_bounded_gets_a_large_one(short, work):
     assert {rate for part, _, rate in groups("learning_rate=1") if part != "word"} == {1.0}
 
 
+def test_a_rate_for_factors_that_is_given_for_all_is_doubted(short):
+    """A sweep's rates are for what is bounded; DoRA's magnitudes would have them too."""
+    said = train(*short, *BOUNDED, "learning_rate=1")[0].status().doubt
+    assert "in no LoRA pair" in said and "optimizer.outside_learning_rate=0.001" in said
+    for words in ([], ["learning_rate=0.05"], ["learning_rate=1", "optimizer.outside_learning_rate=0.001"]):
+        assert not train(*short, *BOUNDED, *words)[0].status().doubt
+
+
 def test_without_a_rate_a_bounded_run_learns_and_resumes_exactly(short, stopped_run):
     run, outcome = train(*short, *BOUNDED)
     result = json.loads((run.folder / "result" / "result.json").read_text())
