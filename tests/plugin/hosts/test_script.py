@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -88,11 +91,15 @@ print([round(v, 12) for p in net.parameters() if p.requires_grad for v in p.doub
 """
 
 
-def run(tmp_path: Path, *words: str, flags: str = "", launched: bool = True) -> subprocess.CompletedProcess:
-    script = tmp_path / "script.py"
+@pytest.fixture
+def run(forked, tmp_path) -> Callable[..., CompletedProcess[str]]:
+    return partial(run_script, forked, tmp_path)
+
+
+def run_script(python, folder: Path, *words: str, flags: str = "", launched: bool = True) -> CompletedProcess[str]:
+    script = folder / "script.py"
     script.write_text(SCRIPT.replace("{flags}", flags))
-    command = [sys.executable, *(["-m", "equipoise.run"] if launched else []), str(script), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    return python(folder, *(["-m", "equipoise.run"] if launched else []), str(script), *words)
 
 
 def by_hand(make, *words: str) -> None:
@@ -107,13 +114,14 @@ def by_hand(make, *words: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
-def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, tmp_path, capsys):
+def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, started, forked, tmp_path, capsys):
     from equipoise import ScaledAdamW
 
+    run = partial(run_script, started if style == "iterator" else forked, tmp_path)
     words = ["--style", style, *(["--peft"] if style == "iterator" else [])]
-    plain = run(tmp_path, *words, launched=False)
-    untouched = run(tmp_path, *words)
-    ours = run(tmp_path, *words, "--optimizer", "scaled_adamw", "--optimizer-args", "damping=1e-2")
+    plain = run(*words, launched=False)
+    untouched = run(*words)
+    ours = run(*words, "--optimizer", "scaled_adamw", "--optimizer-args", "damping=1e-2")
     assert plain.returncode == untouched.returncode == ours.returncode == 0, ours.stderr
     assert untouched.stdout == plain.stdout and "equipoise" not in untouched.stderr
     assert ours.stdout != plain.stdout
@@ -126,35 +134,35 @@ def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, tmp_path, ca
     assert f"gradient clipping {'off' if style == 'iterator' else 'on'}" in ours.stderr
 
 
-def test_a_run_goes_on_from_the_scripts_own_checkpoint(tmp_path):
+def test_a_run_goes_on_from_the_scripts_own_checkpoint(run):
     flags = ("--style", "groups", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2", "trust=0.02")
-    whole = run(tmp_path, *flags)
-    first = run(tmp_path, *flags, "--steps", "2", "--output", "state")
+    whole = run(*flags)
+    first = run(*flags, "--steps", "2", "--output", "state")
     assert first.returncode == 0, first.stderr
     for words in (flags, ("--style", "groups", "--optimizer", "scaled")):  # the options are in the state, too
-        rest = run(tmp_path, *words, "--resume", "state")
+        rest = run(*words, "--resume", "state")
         assert rest.returncode == 0 and rest.stdout == whole.stdout, rest.stderr
         assert "damping 0.01" in rest.stderr and "trust 0.02" in rest.stderr
 
 
-def test_sgd_is_bounded_and_adamw_replaced(tmp_path):
-    bounded = run(tmp_path, "--style", "sgd", "--optimizer", "bounded", "--optimizer-args", "trust=1e-4")
+def test_sgd_is_bounded_and_adamw_replaced(run):
+    bounded = run("--style", "sgd", "--optimizer", "bounded", "--optimizer-args", "trust=1e-4")
     assert bounded.returncode == 0 and "bounded (trust 0.0001) on SGD." in bounded.stderr, bounded.stderr
-    assert bounded.stdout != run(tmp_path, "--style", "sgd").stdout
-    replaced = run(tmp_path, "--style", "groups", "--optimizer", "nadam", "--optimizer-args", "momentum_decay=0.01")
+    assert bounded.stdout != run("--style", "sgd").stdout
+    replaced = run("--style", "groups", "--optimizer", "nadam", "--optimizer-args", "momentum_decay=0.01")
     assert replaced.returncode == 0 and "nadam takes AdamW's place" in replaced.stderr, replaced.stderr
-    lost = run(tmp_path, "--optimizer", "sgd")
+    lost = run("--optimizer", "sgd")
     assert "warning: sgd does not have betas=(0.9, 0.999), eps=1e-08, which the program sets." in lost.stderr
 
 
 @pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
-def test_an_update_rule_takes_adamws_place_with_all_that_the_script_hands_it(style, tmp_path, capsys):
+def test_an_update_rule_takes_adamws_place_with_all_that_the_script_hands_it(style, run, capsys):
     from torch.optim import AdamW
 
     from equipoise import AlphaAdam
 
     words = ("--style", style, "--optimizer", "alpha_adam", "--optimizer-args", "mask=sync", "max_alpha=2")
-    ours = run(tmp_path, *words)
+    ours = run(*words)
     assert ours.returncode == 0 and "alpha_adam takes AdamW's place" in ours.stderr, ours.stderr
     assert "warning: alpha_adam" not in ours.stderr
     by_hand(lambda params, **given: AlphaAdam(params, mask="sync", max_alpha=2.0, **given), "--style", style)
@@ -163,9 +171,9 @@ def test_an_update_rule_takes_adamws_place_with_all_that_the_script_hands_it(sty
     assert ours.stdout != capsys.readouterr().out
 
 
-def test_a_script_keeps_its_own_option(tmp_path):
+def test_a_script_keeps_its_own_option(run):
     flags = 'parser.add_argument("--optimizer", default="AdamW", choices=["AdamW", "prodigy"])'
-    both = run(tmp_path, "--optimizer", "AdamW", "--optimizer=scaled", flags=flags)
+    both = run("--optimizer", "AdamW", "--optimizer=scaled", flags=flags)
     assert both.returncode == 0 and "scaled (" in both.stderr, both.stderr
 
 
@@ -218,8 +226,8 @@ def test_what_cannot_work_is_one_sentence(words, message, tmp_path, capsys):
         ),
     ],
 )
-def test_what_shows_at_the_first_step_is_said_before_anything_is_trained(words, message, tmp_path):
-    ended = run(tmp_path, *words)
+def test_what_shows_at_the_first_step_is_said_before_anything_is_trained(words, message, run):
+    ended = run(*words)
     assert ended.returncode == 2 and ended.stdout == ""
     assert message in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
 
@@ -299,18 +307,18 @@ def test_a_program_in_a_zip_file_runs(tmp_path):
     assert ended.stdout == "in the zip ['--lr=1']\n", ended.stderr
 
 
-def test_an_optimizer_without_pairs_is_left_alone_beside_one_that_has_them(tmp_path):
-    beside = run(tmp_path, "--style", "beside", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2")
+def test_an_optimizer_without_pairs_is_left_alone_beside_one_that_has_them(run):
+    beside = run("--style", "beside", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2")
     assert beside.returncode == 0, beside.stderr
     assert "SGD of 1 tensors holds no LoRA pairs: left as it is." in beside.stderr
-    flat = run(tmp_path, "--style", "flat", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2")
+    flat = run("--style", "flat", "--optimizer", "scaled", "--optimizer-args", "damping=1e-2")
     assert beside.stdout == flat.stdout and "2 LoRA pairs of rank 2" in beside.stderr
 
 
-def test_a_base_that_works_its_rate_out_itself(tmp_path):
-    ours = run(tmp_path, "--style", "adafactor", "--optimizer", "scaled")
+def test_a_base_that_works_its_rate_out_itself(run):
+    ours = run("--style", "adafactor", "--optimizer", "scaled")
     assert ours.returncode == 0 and "learning rate its own" in ours.stderr, ours.stderr
-    assert ours.stdout != run(tmp_path, "--style", "adafactor").stdout
+    assert ours.stdout != run("--style", "adafactor").stdout
 
 
 FSDP = """
@@ -349,12 +357,15 @@ def test_fsdp_with_flat_parameters_is_refused(whole, tmp_path):
         assert "is an FSDP1 flat parameter: scaling needs full LoRA factors." in ended.stderr.splitlines()[-1]
 
 
-def adapted(tmp_path: Path, source: str, *words: str) -> subprocess.CompletedProcess:
-    """Run a program that has one LoRA layer, `layer`, and what `source` does with it."""
-    script = tmp_path / "script.py"
-    script.write_text(LAYER + source)
-    command = [sys.executable, "-m", "equipoise.run", str(script), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+@pytest.fixture
+def adapted(forked, tmp_path) -> Callable[..., CompletedProcess[str]]:
+    """Runs a program that has one LoRA layer, `layer`, and what `source` does with it."""
+
+    def run(source: str, *words: str) -> CompletedProcess[str]:
+        (tmp_path / "script.py").write_text(LAYER + source)
+        return forked(tmp_path, "-m", "equipoise.run", str(tmp_path / "script.py"), *words)
+
+    return run
 
 
 LAYER = """
@@ -389,10 +400,10 @@ NOTHING = "holds no LoRA pairs, and neither does any other optimizer of this pro
         ("ScaledAdamW(factors)", ["bounded"], "makes a ScaledAdamW itself, which has none of trust, reach."),
     ],
 )
-def test_an_optimizer_of_ours_that_the_script_makes_is_reported_or_refused(made, words, message, tmp_path):
+def test_an_optimizer_of_ours_that_the_script_makes_is_reported_or_refused(made, words, message, adapted):
     name, *options = words
     given = ["--optimizer", name, *(["--optimizer-args", *options] if options else [])]
-    ended = adapted(tmp_path, f"step({made})", *given)
+    ended = adapted(f"step({made})", *given)
     if message is None:
         assert ended.returncode == 0, ended.stderr
         assert "equipoise: scaled (damping 0.5, damping_mode absolute, order simultaneous) on Sc" in ended.stderr
@@ -401,41 +412,41 @@ def test_an_optimizer_of_ours_that_the_script_makes_is_reported_or_refused(made,
         assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_one_side_of_a_pair_whose_other_is_frozen(tmp_path):
+def test_one_side_of_a_pair_whose_other_is_frozen(adapted):
     source = "factors[0].requires_grad_(False)\nstep(torch.optim.AdamW([factors[1]]))"
-    ended = adapted(tmp_path, source, "--optimizer", "scaled")
+    ended = adapted(source, "--optimizer", "scaled")
     assert ended.returncode == 0 and "on AdamW. 1 LoRA pair of rank 2" in ended.stderr, ended.stderr
 
 
-def test_an_optimizer_of_tensors_that_nothing_names(tmp_path):
+def test_an_optimizer_of_tensors_that_nothing_names(adapted):
     bare = "step(torch.optim.SGD([torch.randn(s, requires_grad=True) for s in ((32, 4), (4, 64), (3,))], lr=0.1))\n"
     source = "own = torch.optim.AdamW(factors)\n" + bare
-    ended = adapted(tmp_path, source + "step(own)", "--optimizer", "scaled")
+    ended = adapted(source + "step(own)", "--optimizer", "scaled")
     assert ended.returncode == 0, ended.stderr
     assert "SGD of 3 tensors holds no LoRA pairs: left as it is. (The parameters have no names" in ended.stderr
     assert "on AdamW. 1 LoRA pair of rank 2" in ended.stderr
 
 
-def test_an_optimizer_without_pairs_may_come_first(tmp_path):
-    ended = adapted(tmp_path, "critic()\nstep(torch.optim.AdamW(factors))", "--optimizer", "scaled")
+def test_an_optimizer_without_pairs_may_come_first(adapted):
+    ended = adapted("critic()\nstep(torch.optim.AdamW(factors))", "--optimizer", "scaled")
     assert ended.returncode == 0 and NOTHING not in ended.stderr, ended.stderr
     assert "SGD of 2 tensors holds no LoRA pairs: left as it is." in ended.stderr
     assert "on AdamW. 1 LoRA pair of rank 2" in ended.stderr
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(0)"])
-def test_if_none_with_pairs_has_come_the_exit_code_says_so(end, tmp_path):
-    ended = adapted(tmp_path, f"critic()\nprint('done')\n{end}", "--optimizer", "scaled")
+def test_if_none_with_pairs_has_come_the_exit_code_says_so(end, adapted):
+    ended = adapted(f"critic()\nprint('done')\n{end}", "--optimizer", "scaled")
     assert ended.returncode == 2 and ended.stdout == "done\n"
     assert "SGD of 2 tensors holds no LoRA pairs: left" in ended.stderr.splitlines()[0]
     assert NOTHING in ended.stderr.splitlines()[1] and ended.stderr.count("\n") == 2
-    failed = adapted(tmp_path, "critic()\nraise KeyError('its own')", "--optimizer", "scaled")
+    failed = adapted("critic()\nraise KeyError('its own')", "--optimizer", "scaled")
     assert failed.returncode == 1 and NOTHING not in failed.stderr
-    without = adapted(tmp_path, f"print('done')\n{end}", "--optimizer", "scaled")
+    without = adapted(f"print('done')\n{end}", "--optimizer", "scaled")
     assert without.returncode == 0 and without.stderr == ""
 
 
-def test_what_takes_adamws_place_can_do_what_adamw_can(tmp_path):
+def test_what_takes_adamws_place_can_do_what_adamw_can(adapted):
     source = """
 optimizer = torch.optim.AdamW(factors, 1e-2, (0.8, 0.9))
 step(optimizer)
@@ -448,14 +459,14 @@ class Mine(torch.optim.AdamW):
 for made in (optimizer, Mine(factors, 1e-2)):
     print(type(made).__name__, made.defaults["lr"], made.defaults["betas"], made.defaults["weight_decay"])
 """
-    ended = adapted(tmp_path, source, "--optimizer", "alpha_adam")
+    ended = adapted(source, "--optimizer", "alpha_adam")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["AlphaAdam 0.01 (0.8, 0.9) 0.01", "Mine 0.01 (0.9, 0.999) 0.5"]
     assert ended.stderr.startswith("equipoise: alpha_adam takes AdamW's place, lr 0.01 (options at their defaults).")
 
 
-def test_a_program_without_adamw_is_refused_where_adamws_place_is_taken(tmp_path):
-    ended = adapted(tmp_path, "step(torch.optim.SGD(factors, 0.1))\nprint('trained')", "--optimizer", "alpha_adam")
+def test_a_program_without_adamw_is_refused_where_adamws_place_is_taken(adapted):
+    ended = adapted("step(torch.optim.SGD(factors, 0.1))\nprint('trained')", "--optimizer", "alpha_adam")
     assert ended.returncode == 2 and "trained" not in ended.stdout
     assert "takes the place of torch.optim.AdamW, but the program trains with SGD" in ended.stderr
 
@@ -469,8 +480,8 @@ def test_a_third_partys_scaled_optimizer_is_for_the_class_that_it_scales(distrib
         choice.check_base(torch.optim.AdamW)
 
 
-def test_a_sentence_stands_above_the_progress_bar(tmp_path):
+def test_a_sentence_stands_above_the_progress_bar(adapted):
     source = "from tqdm import tqdm\nfor _ in tqdm(range(3), mininterval=0):\n    critic()"
-    ended = adapted(tmp_path, source, "--optimizer", "scaled")
+    ended = adapted(source, "--optimizer", "scaled")
     lines = ended.stderr.replace("\r", "\n").split("\n")
     assert "3/3" in ended.stderr and "equipoise: SGD of 2 tensors holds no LoRA pairs: left as it is." in lines, lines
