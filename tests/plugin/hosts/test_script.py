@@ -102,6 +102,11 @@ def run_script(python, folder: Path, *words: str, flags: str = "", launched: boo
     return python(folder, *(["-m", "equipoise.run"] if launched else []), str(script), *words)
 
 
+def started(folder: Path, *words: str) -> CompletedProcess[str]:
+    """Python from its very start."""
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder)
+
+
 def by_hand(make, *words: str) -> None:
     """Print what the script prints, with an optimizer of ours made by hand in AdamW's place."""
     space: dict = {"__name__": "__main__"}
@@ -114,7 +119,7 @@ def by_hand(make, *words: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["iterator", "flat", "groups"])
-def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, started, forked, tmp_path, capsys):
+def test_the_weights_are_those_of_our_optimizer_made_by_hand(style, forked, tmp_path, capsys):
     from equipoise import ScaledAdamW
 
     run = partial(run_script, started if style == "iterator" else forked, tmp_path)
