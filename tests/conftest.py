@@ -1,7 +1,9 @@
 """Fixtures for every test."""
 
 import gc
+import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -9,9 +11,10 @@ import site
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -41,13 +44,50 @@ def seed() -> None:
         torch.manual_seed(0)
 
 
+class Forked:
+    """`python WORDS` in a process of its own, but for the start: see `tests/forking.py`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        command = [sys.executable, Path(__file__).with_name("forking.py")]
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def ask(self, **what: object) -> int:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps(what), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def start(self, folder: Path, *words: str, **environment: str) -> Callable[[], CompletedProcess[str]]:
+        """Starts it in a folder; gives what waits for its end and returns its exit code and what it printed."""
+        self.count += 1
+        out, err = (self.folder / f"{self.count}.{kind}" for kind in ("out", "err"))
+        process = self.ask(folder=str(folder), words=words, environment=environment, out=str(out), err=str(err))
+        return lambda: CompletedProcess(words, self.ask(wait=process), out.read_text(), err.read_text())
+
+    def __call__(self, folder: Path, *words: str) -> CompletedProcess[str]:
+        return self.start(folder, *words)()
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """For programs of which it does not matter how they start, which takes longer than all the rest of a small one."""
+    forked = Forked(tmp_path_factory.mktemp("forked"))
+    yield forked
+    os.killpg(forked.server.pid, signal.SIGKILL)  # with programs that a failed test did not wait for
+    forked.server.communicate()
+
+
 @pytest.fixture
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
     """Calls a function in two fresh processes at once, with a rank and what is given, and gives what the two return."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # they meet wherever the machine's own name leads
 
     def call(function: Callable, *arguments) -> list:
-        pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "accelerate"])  # once for all tests that do this
+        pool = ProcessPoolExecutor(2, context, take_over, [dict(os.environ)])
         try:
             started = [pool.submit(function, rank, *arguments) for rank in (0, 1)]
             return [one.result(timeout=240) for one in started]
@@ -57,6 +97,11 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
             pool.shutdown()
 
     return call
+
+
+def take_over(environment: dict[str, str]) -> None:
+    """Has a process that was forked long after its parent's start know of what has changed since."""
+    os.environ.update(environment)
 
 
 @pytest.fixture

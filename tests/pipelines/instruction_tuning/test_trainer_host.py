@@ -1,10 +1,8 @@
 """Coordination in transformers' own Trainer, on a small BLIP-2: groups by component, rates, a log, and resuming."""
 
 import json
-import os
 import runpy
 import socket
-import subprocess
 import sys
 import warnings
 
@@ -205,7 +203,7 @@ Path(out, f"{settings.world_size}-{settings.process_index}.json").write_text(jso
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_on_the_joined_batch(checkpoints, pictures, tmp_path, monkeypatch):
+def test_two_processes_are_one_on_the_joined_batch(checkpoints, pictures, tmp_path, monkeypatch, forked):
     """DistributedDataParallel, as torchrun starts it: κ and rates are the same in both, and those of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -215,20 +213,14 @@ def test_two_processes_are_one_on_the_joined_batch(checkpoints, pictures, tmp_pa
     words = [str(checkpoints("llava")), str(pictures), str(tmp_path / "out")]
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
-        subprocess.Popen(
-            [sys.executable, script, *words, "1"],
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        forked.start(tmp_path, str(script), *words, "1", **together, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in (0, 1)
     ]
     monkeypatch.setattr(sys, "argv", ["train.py", *words, "2"])
     with warnings.catch_warnings():
         runpy.run_path(str(script))
-    for process in started:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
+    for ended in [end() for end in started]:
+        assert ended.returncode == 0, ended.stderr
     alone, first, second = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )

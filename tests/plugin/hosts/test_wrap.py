@@ -72,7 +72,7 @@ def treated(name: str, **options: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_worker_of_a_worker_trains_as_a_script_does(folder):
+def test_a_worker_of_a_worker_trains_as_a_script_does(folder, forked):
     there = folder / "there"
     there.mkdir()
     (there / "sitecustomize.py").write_text(OTHER)
@@ -80,8 +80,8 @@ def test_a_worker_of_a_worker_trains_as_a_script_does(folder):
     assert ours.returncode == 5, ours.stderr
     app, weights = ours.stdout.splitlines()
     assert app == "app False"
-    assert weights == python("-m", "equipoise.run", "train.py", *ASKED).stdout.strip()
-    assert weights != python("train.py").stdout.strip()
+    assert weights == forked(folder, "-m", "equipoise.run", "train.py", *ASKED).stdout.strip()
+    assert weights != forked(folder, "train.py").stdout.strip() != ""
     assert ours.stderr.count(REPORT) == 1
     others = [line for line in ours.stderr.splitlines() if line.startswith("other sitecustomize")]
     # The command line, which becomes the app and so has its number, the app, and the worker: once each.
@@ -108,10 +108,10 @@ def test_the_sitecustomize_behind_runs_under_its_own_name_and_may_fail(folder):
 
 
 @pytest.mark.slow
-def test_a_process_is_treated_once(folder):
+def test_a_process_is_treated_once(folder, forked):
     same = python("-m", "equipoise.run", "train.py", *ASKED, **treated("scaled", damping="1e-2"))
     assert same.returncode == 0 and same.stderr.count(REPORT) == 1, same.stderr
-    assert same.stdout == python("-m", "equipoise.run", "train.py", *ASKED).stdout
+    assert same.stdout == forked(folder, "-m", "equipoise.run", "train.py", *ASKED).stdout
     two = python("-m", "equipoise.run", "train.py", *ASKED, **treated("bounded"))
     assert two.returncode == 2 and two.stdout == ""
     assert "`equipoise wrap` treats this process already, with --optimizer bounded" in two.stderr

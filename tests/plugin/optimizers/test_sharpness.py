@@ -6,8 +6,6 @@ import inspect
 import io
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -693,7 +691,7 @@ if world > 1:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path: Path):
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, forked):
     """DistributedDataParallel with accumulation under no_sync: both processes perturb by the averaged gradient."""
     import socket
 
@@ -703,12 +701,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(_DDP)
     started = [
-        subprocess.Popen([sys.executable, script, str(rank), str(world), port, tmp_path], stderr=subprocess.PIPE)
+        forked.start(tmp_path, str(script), str(rank), str(world), port, str(tmp_path))
         for world, rank in ((1, 0), (2, 0), (2, 1))
     ]
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    for ended in [end() for end in started]:
+        assert ended.returncode == 0, ended.stderr
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(first, second)
     torch.testing.assert_close(one, first, rtol=0, atol=EXACT)
