@@ -94,10 +94,10 @@ def notes(config: InstructionTuningConfig) -> list[str]:
 
 
 def doubts(config: InstructionTuningConfig) -> list[str]:
-    return _data_doubts(config.data) + (_tied(config) if config.lora.targets else [])
+    return _data_doubts(config.data) + (_tied_doubts(config) if config.lora.targets else [])
 
 
-def _tied(config: InstructionTuningConfig) -> list[str]:
+def _tied_doubts(config: InstructionTuningConfig) -> list[str]:
     from equipoise.pipelines.instruction_tuning.model import outline, tied
 
     return [
