@@ -1,7 +1,6 @@
-"""How the learning rate changes over a run's steps: the formulas of diffusers' schedules, without its import."""
+"""How the learning rate changes over a run's steps: diffusers' schedules, by the names and options of the record."""
 
-import math
-
+from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -14,27 +13,21 @@ def make_schedule(
     steps: int,  # of the run
 ) -> LambdaLR:
     """The schedule, stepped once after each optimizer step."""
-    return LambdaLR(optimizer, lambda step: _factor(schedule, steps, step))
+    if schedule.name == "cosine":  # diffusers' get_scheduler knows no cycles for it; it counts whole waves
+        return get_cosine_schedule_with_warmup(optimizer, schedule.warmup, steps, num_cycles=schedule.cycles / 2)
+    if schedule.name == "polynomial":  # diffusers' own ends at a rate that depends on the optimizer's default one
+        return LambdaLR(optimizer, lambda step: _polynomial(step, schedule.warmup, steps, schedule.power))
+    return get_scheduler(
+        schedule.name,
+        optimizer,
+        step_rules=schedule.rules,
+        num_warmup_steps=schedule.warmup,
+        num_training_steps=steps,
+        num_cycles=int(schedule.cycles),
+    )
 
 
-def _factor(schedule: ScheduleSection, steps: int, step: int) -> float:
-    """What the configured rate is multiplied by after so many steps."""
-    if schedule.name == "piecewise_constant":
-        *parts, last = (schedule.rules or "1").split(",")
-        rules = (part.split(":") for part in parts)
-        return next((float(factor) for factor, end in rules if step < int(end)), float(last))
-    if step < schedule.warmup:
-        return step / schedule.warmup
-    length = max(1, steps - schedule.warmup)
-    done = (step - schedule.warmup) / length
-    match schedule.name:
-        case "linear":
-            return max(0.0, (steps - step) / length)
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * schedule.cycles * done))
-        case "cosine_with_restarts":
-            return 0.0 if done >= 1 else 0.5 * (1 + math.cos(math.pi * (schedule.cycles * done % 1)))
-        case "polynomial":  # diffusers' own ends at a rate that depends on the optimizer's default one
-            return max(0.0, 1 - done) ** schedule.power
-        case _:
-            return 1.0
+def _polynomial(step: int, warmup: int, steps: int, power: float) -> float:
+    if step < warmup:
+        return step / warmup
+    return max(0.0, 1 - (step - warmup) / max(1, steps - warmup)) ** power
