@@ -14,6 +14,7 @@ from equipoise.pipelines.config.sections import OptimizerSection, own_rates
 from equipoise.pipelines.pipeline import Pipeline
 
 
+@registry.looked_up_once()
 def check(runs: Iterable[RunConfig]) -> None:
     """Refuses what could not be trained. Nothing is written but a pipeline's own cache of what it read.
 
@@ -28,6 +29,7 @@ def check(runs: Iterable[RunConfig]) -> None:
         raise ConfigError(problems)
 
 
+@registry.looked_up_once()
 def doubts(runs: Iterable[RunConfig]) -> list[str]:
     """What of these runs may be meant but is unlikely to work, one sentence each."""
     runs = list(runs)
@@ -84,7 +86,6 @@ def _refusal(section: OptimizerSection) -> str:
     return ""
 
 
-@registry.looked_up_once()
 def _found(runs: Iterable[RunConfig], ask: Callable[[type[Pipeline], RunConfig], list[str]]) -> list[str]:
     """The answers of the runs' pipelines, each once."""
     # The world does not depend on rate and seed, and looking at it may mean decoding every picture.

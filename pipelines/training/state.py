@@ -280,7 +280,7 @@ def _doubt(optimizer: PairOptimizer) -> str:
     if not optimizer.pairs:
         return optimizer.pairs.summary
     own = getattr(type(optimizer), "default_outside_lr", math.inf)
-    factors = {id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B)}
+    factors = optimizer.pairs.factors
     fast = [
         group["lr"]
         for group in optimizer.param_groups

@@ -71,7 +71,7 @@ def doubt_rate(optimizer: Any) -> None:
     own, outside = (getattr(optimizer, name, None) for name in ("default_lr", "default_outside_lr"))
     if own is None:
         return
-    factors = {id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B)}
+    factors = optimizer.pairs.factors
     inside = [group for group in optimizer.param_groups if any(id(param) in factors for param in group["params"])]
     rate = max((float(group.get("initial_lr", group["lr"])) for group in inside), default=0.0)  # a warm-up begins at 0
     if not 0 < rate < SMALL * own:

@@ -192,7 +192,7 @@ def replace_adamw(choice: Choice) -> None:
 
 
 def _report_rest(optimizer: Optimizer, kind: str, params: list[Tensor], found: PairReport) -> None:
-    factors = {id(factor) for pair in found for factor in (pair.A, pair.B)}
+    factors = found.factors
     others = sum(id(param) not in factors for param in params)
     dtypes = Counter(str(param.dtype).removeprefix("torch.") for param in params)
     rates = ", ".join(

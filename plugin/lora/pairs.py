@@ -60,6 +60,11 @@ class PairReport:
         return len(self.pairs)
 
     @property
+    def factors(self) -> frozenset[int]:
+        """The `id` of every factor: what tells them from other parameters."""
+        return frozenset(id(factor) for pair in self.pairs for factor in (pair.A, pair.B))
+
+    @property
     def found_by(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(pair.found_by for pair in self.pairs))
 

@@ -5,18 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-from equipoise.lora.pairs import Pair
+from equipoise.lora.pairs import PairReport
 
 
-def with_rate_outside(given: Iterable[Any], pairs: Iterable[Pair], rate: float) -> list[dict[str, Any]]:
+def with_rate_outside(given: Iterable[Any], pairs: PairReport, rate: float) -> list[dict[str, Any]]:
     """Parameter groups in which all that is in no pair has the learning rate `rate`, unless its group has one itself.
 
     Args:
         given: Parameter groups, tensors or (name, tensor) pairs, as torch takes them.
         pairs: Those found among them.
     """
-    factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
-    items = list(given)
+    factors, items = pairs.factors, list(given)
     groups = [item for item in items if isinstance(item, Mapping)]
     if alone := [item for item in items if not isinstance(item, Mapping)]:
         groups.insert(0, {"params": alone})
