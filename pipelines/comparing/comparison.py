@@ -16,6 +16,7 @@ from equipoise.pipelines.comparing.robustness import (
     Point,
     UsableRange,
     kept_threshold,
+    merit,
     reach,
     threshold,
     usable,
@@ -169,16 +170,17 @@ class Comparison:
 
     @property
     def best(self) -> tuple[str, Point] | None:
-        """The row and rate with the highest score of those that are usable, and of equal ones that which kept most;
-        where none is usable, what comes nearest to it.
-        None where no gain can be told from noise."""
+        """The row and rate with most merit of those that are usable; where none is, what comes nearest to it.
+
+        None where no gain can be told from noise.
+        """
         line, bar = self.line, self.kept_line
         if line is None:
             return None
         places = [(row, point) for row in self.rows for point in self.points(row)]
         works = [(row, point) for row, point in places if usable(point, line, bar)]
         if works:
-            return max(works, key=lambda place: (place[1].score, 0.0 if bar is None else place[1].kept))
+            return max(works, key=lambda place: merit(place[1], bar))
         return max(places, key=lambda place: reach(place[1], self.base.score, line, bar))
 
     @property

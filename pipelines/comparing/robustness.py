@@ -76,6 +76,11 @@ def usable(point: Point, line: float, kept_line: float | None = None) -> bool:
     return all(math.isfinite(value) and value >= bar for value, bar in _measures(point, line, kept_line))
 
 
+def merit(point: Point, kept_line: float | None) -> tuple[float, float]:
+    """What usable rates are ordered by: their scores, and of equal ones what they kept, where that is judged."""
+    return point.score, 0.0 if kept_line is None else point.kept
+
+
 def reach(point: Point, base: float, line: float, kept_line: float | None = None) -> float:
     """How near a rate is to working: 1 where it just does, by whichever of the two it has less of.
 
@@ -98,7 +103,7 @@ def usable_range(points: Sequence[Point], line: float, kept_line: float | None =
     works = [usable(point, line, kept_line) for point in ordered]
     if not any(works):
         return None
-    top = max((index for index, it in enumerate(works) if it), key=lambda index: ordered[index].score)
+    top = max((index for index, it in enumerate(works) if it), key=lambda index: merit(ordered[index], kept_line))
     first, last = top, top
     while first > 0 and works[first - 1]:
         first -= 1

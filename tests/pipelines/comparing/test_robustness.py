@@ -103,6 +103,14 @@ def test_the_range_holds_the_best_of_those_that_kept_enough():
     assert usable_range(points[1:2], 0.75, KEPT) is None, "it learnt most, and kept nothing"
 
 
+def test_of_equal_scores_the_range_holds_that_which_kept_most():
+    points = [Point(1e-4, 0.9, 0.8), Point(1e-3, 0.0, 1.0), Point(1e-2, 0.9, 1.0)]
+    found = usable_range(points, 0.75, KEPT)
+    assert found is not None and found.high == 1e-2 and found.low > 1e-3
+    alone = usable_range(points, 0.75)
+    assert alone is not None and alone.low == 1e-4, "the first, where only scores are judged"
+
+
 def test_what_was_kept_and_is_not_measured_is_a_failure_where_it_counts():
     found = usable_range([Point(1e-4, 1.0, 1.0), Point(1e-3, 1.0)], 0.75, KEPT)
     assert found is not None and found.high == 1e-4 and not found.open_high

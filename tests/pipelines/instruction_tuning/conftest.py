@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -400,6 +401,19 @@ def sounds(tmp_path) -> Path:
         rows.append(f"{name},High or low?,{'high' if high else 'low'}")
     (folder / "talk.csv").write_text("\n".join(rows) + "\n")
     return folder / "talk.csv"
+
+
+@pytest.fixture
+def hosted() -> dict[str, Any]:
+    """Settings of a transformers Trainer that learns fast on the CPU and reports every loss, to nobody."""
+    return {
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from equipoise.pipelines.instruction_tuning.collator import AnswerCollator
 from equipoise.pipelines.instruction_tuning.talk import IGNORED
 
 
-def test_a_trainer_learns_the_answers(checkpoints, pictures, tmp_path):
+def test_a_trainer_learns_the_answers(checkpoints, pictures, tmp_path, hosted):
     records = [json.loads(line) for line in pictures.read_text().splitlines()]
     collator = AnswerCollator(str(checkpoints("llava")), folder=pictures.parent)
     batch = collator(records[2:4])
@@ -21,16 +21,7 @@ def test_a_trainer_learns_the_answers(checkpoints, pictures, tmp_path):
     assert "labels of 2 rows" in collator.verify(model, records, batch=4)
     torch.manual_seed(0)
     arguments = TrainingArguments(
-        str(tmp_path / "out"),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=4, remove_unused_columns=False, **hosted
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=records, data_collator=collator)
     trainer.train()

@@ -23,7 +23,7 @@ from equipoise.pipelines.instruction_tuning.talk import Talk
 
 
 @pytest.fixture
-def make(checkpoints, pictures, tmp_path):
+def make(checkpoints, pictures, tmp_path, hosted):
     from transformers import AutoModelForMultimodalLM
 
     folder = checkpoints("blip-2")
@@ -41,15 +41,9 @@ def make(checkpoints, pictures, tmp_path):
             str(tmp_path / "out"),
             max_steps=steps,
             per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            logging_steps=1,
             save_steps=3,
-            report_to=[],
-            use_cpu=True,
             remove_unused_columns=False,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **arguments,
+            **(hosted | arguments),
         )
         host, own = (coordinated(Trainer), {"coordinator": coordinator}) if coordinator else (Trainer, {})
         if optimizers is not None:

@@ -20,7 +20,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture
-def make(checkpoints, tmp_path):
+def make(checkpoints, tmp_path, hosted):
     folder = checkpoints("llava")
     asked = {"role": "user", "content": "What colour?"}
     rows = [
@@ -38,15 +38,10 @@ def make(checkpoints, tmp_path):
             str(tmp_path / "out"),
             max_steps=6,
             per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            logging_steps=1,
             save_steps=3,
             max_length=None,
-            report_to=[],
-            use_cpu=True,
             bf16=False,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
+            **hosted,
         )
         host, own = (coordinated(SFTTrainer), {"coordinator": coordinator}) if coordinator else (SFTTrainer, {})
         return host(
