@@ -41,6 +41,7 @@ ORDER = [  # each room imports only those before it
     "pipelines.text_to_image.families",
     "pipelines.text_to_image.formats",
     "pipelines.text_to_image",
+    "pipelines.instruction_tuning.formats",
     "pipelines.instruction_tuning",
     "pipelines.audio_visual",
     "pipelines.reproduce",

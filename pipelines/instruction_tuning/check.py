@@ -53,16 +53,21 @@ def problems(config: InstructionTuningConfig) -> list[str]:
 
 def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned | None") -> list[str]:
     """What is wrong with the conversations; `known` says whether there is a model that might not take them."""
+    from equipoise.pipelines.instruction_tuning.examples import load_examples, summarized, unanswerable, unpacked
+
+    def read() -> list[str]:
+        left_out = [] if config.data.skip_bad else None
+        return summarized(read_all(config.data, left_out=left_out, unpacked=unpacked(config.runs))[2])
+
     if not known:
-        return read_all(config.data, left_out=[] if config.data.skip_bad else None)[2]
-    from equipoise.pipelines.instruction_tuning.examples import load_examples, unanswerable
+        return read()
     from equipoise.pipelines.instruction_tuning.model import positions
     from equipoise.pipelines.instruction_tuning.verify import media_ids, token_problems, typical
 
     try:
         talk = _talk(config)
     except InputError as error:
-        return [str(error), *read_all(config.data)[2]]
+        return [str(error), *read()]
     limit = positions(tuned.plain, tuned.parts) if tuned else None
     kept, held, found = load_examples(config, talk, lambda text: None, limit, measured=True)
     if not found and limit is not None:
@@ -94,7 +99,7 @@ def notes(config: InstructionTuningConfig) -> list[str]:
 
 
 def doubts(config: InstructionTuningConfig) -> list[str]:
-    return _data_doubts(config.data) + (_tied_doubts(config) if config.lora.targets else [])
+    return _data_doubts(config.data, config.runs) + (_tied_doubts(config) if config.lora.targets else [])
 
 
 def _tied_doubts(config: InstructionTuningConfig) -> list[str]:
@@ -107,15 +112,24 @@ def _tied_doubts(config: InstructionTuningConfig) -> list[str]:
     ]
 
 
-def _data_doubts(data: InstructionTuningData) -> list[str]:
+def _data_doubts(data: InstructionTuningData, runs: str) -> list[str]:
     if data.file == demo.NAME:
         return []
-    train, held, _ = read_all(data, decode=False)
-    if data.validation is not None and os.path.samefile(data.file, data.validation):
-        return [f"data.validation: is data.file itself, so that what is trained on is also judged by: {data.file}."]
+    from equipoise.pipelines.instruction_tuning.examples import unpacked
+
+    train, held, _ = read_all(data, decode=False, unpacked=unpacked(runs))
+    for file in [data.file, *data.more]:
+        if data.validation is not None and _same(file, data.validation):
+            key = "data.more" if file in data.more else "data.file"
+            return [f"data.validation: is {key} itself, so that what is trained on is also judged by: {file}."]
     if data.validation is None and len(train) == 1 and train == held:
         return [f"{data.file}: holds one conversation, which is both trained on and judged by. Give data.validation."]
     return []
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two data sets are one; a pattern, or one at the hub, is no file."""
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
 def _decays(optimizer: str) -> bool:

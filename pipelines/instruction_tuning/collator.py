@@ -19,7 +19,7 @@ class AnswerCollator:
     """Makes batches of conversations in which the loss is on the answers and their ends, and on nothing else.
 
     A batch has what the model's processor makes of texts and media, padded on the right, and `labels` with −100 for all
-    that is no answer's. Conversations are records in the pipeline's format, such as
+    that is no answer's. Conversations are records in any of the pipeline's formats, TRL's columns among them, such as
     `{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
     {"from": "gpt", "value": "A star."}]}`, or what `read_examples` gives:
 

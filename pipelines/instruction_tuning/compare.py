@@ -46,6 +46,7 @@ def compare(
         for key, mine, theirs in (
             ("model.path", first.model.path, config.model.path),
             ("data.file", first.data.file, config.data.file),
+            ("data.more", first.data.more, config.data.more),
             ("data.validation", first.data.validation, config.data.validation),
         ):
             if mine != theirs:

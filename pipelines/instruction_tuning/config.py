@@ -31,7 +31,13 @@ class InstructionTuningModel(Section):
 class InstructionTuningData(Section):
     file: DataPath = Field(
         "demo",
-        description="Conversations in LLaVA's JSON or JSONL, or CSV of image or audio, question, answer; or `demo`.",
+        description="Conversations: JSON, JSONL, CSV, Parquet, Arrow or WebDataset, a folder of those, hub:OWNER/NAME; "
+        "or `demo`.",
+    )
+    more: list[LocalPath] = Field([], description="Further data sets in any of the formats, mixed with the first.")
+    weights: list[Rate] = Field(
+        [],
+        description="How much of an epoch each data set is, the first one's first; empty: every conversation as often.",
     )
     folder: LocalPath | None = Field(
         None, description="The folder with the pictures and sounds; empty: the file's own."
@@ -39,6 +45,7 @@ class InstructionTuningData(Section):
     validation: LocalPath | None = Field(
         None, description="Held-out conversations in the same formats; empty: every tenth of the file."
     )
+    question: str | None = Field(None, description="What is asked of media that have a caption and no question.")
     max_tokens: int | None = Field(
         None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."
     )
@@ -53,6 +60,14 @@ class InstructionTuningData(Section):
         if prompt is not None and "{question}" not in prompt:
             raise ValueError(f"must have {{question}} in it, got {prompt!r}.")
         return prompt
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> "InstructionTuningData":
+        if self.more and self.file == "demo":
+            raise ValueError("more: is for data sets of one's own, and file is `demo`. Give the first of them as file.")
+        if self.weights and len(self.weights) != 1 + len(self.more):
+            raise ValueError(f"weights: {1 + len(self.more)} are needed, one for each data set; got {self.weights}.")
+        return self
 
 
 class InstructionTuningEncoder(Section):

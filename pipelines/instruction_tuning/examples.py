@@ -1,6 +1,7 @@
 """The conversations of a configuration, the drawn ones too, as a model can take them."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from equipoise.errors import InputError
@@ -10,7 +11,8 @@ from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Tur
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
-_NAMED = 20  # of what is left out
+_NAMED = 20  # problems that are listed one by one, and kinds of the others
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\d[\d.,]*")  # what differs between two problems of a kind
 
 
 def load_examples(
@@ -32,7 +34,7 @@ def load_examples(
         data = data.model_copy(update={"file": str(demo.questions_file(Path(config.runs)))})
     left_out: list[str] = []
     drawn, skip = config.data.file == demo.NAME, data.skip_bad
-    kept, held, problems = read_all(data, not drawn, talk.problems, left_out if skip else None)
+    kept, held, problems = read_all(data, not drawn, talk.problems, left_out if skip else None, unpacked(config.runs))
     if measured or (not problems and (talk.max_tokens or skip)):
         bad = unusable([*kept, *held], talk, tell, limit)
         wrong = list(dict.fromkeys(bad.values()))
@@ -42,15 +44,32 @@ def load_examples(
         else:
             problems += wrong
     if left_out:
-        tell(_named(left_out))
+        tell("\n".join(["left out, for it cannot be used:", *summarized(left_out)]))
+    files, there = [data.file, *data.more], {example.source for example in kept}
+    for source, file in enumerate(files if data.weights and not problems else []):
+        if source not in there:
+            problems.append(f"data.weights: {file} has no conversation to train on. Leave it out.")
     if skip and not problems and not (kept and held):
         problems.append(f"{data.file}: no conversation is left to {'train on' if not kept else 'judge by'}.")
-    return kept, held, problems
+    return kept, held, summarized(problems)
 
 
-def _named(left_out: list[str]) -> str:
-    more = [f"and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
-    return "\n".join(["left out, for it cannot be used:", *left_out[:_NAMED], *more])
+def unpacked(runs: str) -> Path:
+    """Where media go that are inside of a file of conversations: to those of other runs, each once."""
+    return Path(runs) / ".cache" / "media"
+
+
+def summarized(problems: Sequence[str]) -> list[str]:
+    """The first of many problems, and how many of each kind there are besides."""
+    if len(problems) <= 2 * _NAMED:
+        return list(problems)
+    kinds: dict[str, list[str]] = {}
+    for problem in problems[_NAMED:]:
+        kinds.setdefault(_VARYING.sub("…", problem), []).append(problem)
+    most = sorted(kinds.values(), key=len, reverse=True)
+    lines = [f"and {len(some):,} more like this one: {some[0]}" for some in most[:_NAMED]]
+    rest = sum(map(len, most[_NAMED:]))
+    return [*problems[:_NAMED], *lines, *([f"and {rest:,} more of other kinds."] if rest else [])]
 
 
 def unusable(

@@ -37,6 +37,7 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfi
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
+from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
@@ -265,8 +266,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         epoch, index = divmod(number, each)
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.config.seed, "epoch", epoch))
-            order = torch.randperm(len(self.kept_examples), generator=generator)
-            order = order[~torch.isin(order, self._left_out(epoch, len(order) % size if len(order) > size else 0))]
+            order = self._order(epoch, size, generator)
             blocks = [block[self.lengths[block].argsort(stable=True)] for block in order.split(size * _MIXED)]
             batches = [batch for block in blocks for batch in block.split(size)]
             self._epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
@@ -275,6 +275,16 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         return [self.kept_examples[i] for i in batch[processes.rank() :: processes.count()]]
 
     _epoch: tuple[int, list[Tensor]] = (-1, [])
+
+    def _order(self, epoch: int, size: int, generator: torch.Generator) -> Tensor:
+        """The examples of an epoch, of which there are as many as fill batches of this size."""
+        count = len(self.kept_examples)
+        if weights := self.config.data.weights:
+            sources = torch.tensor([example.source for example in self.kept_examples])
+            chosen = mixed(sources, weights, epoch, count - count % size if count > size else count, self.config.seed)
+            return chosen[torch.randperm(len(chosen), generator=generator)]
+        order = torch.randperm(count, generator=generator)
+        return order[~torch.isin(order, self._left_out(epoch, count % size if count > size else 0))]
 
     def _left_out(self, epoch: int, count: int) -> Tensor:
         """The next `count` of a permutation that holds for all epochs."""

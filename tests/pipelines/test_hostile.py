@@ -14,6 +14,7 @@ import resource
 import shutil
 import struct
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -253,22 +254,48 @@ TALK = (
     b'[{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, '
     b'{"from": "gpt", "value": "A star."}]},\n {"audio": ["a.wav"], "conversations": []}]'
 )
+KEYS = "messages prompt completion query response history instruction output question answers texts text tools".split()
+PARTS = st.lists(
+    st.dictionaries(
+        st.sampled_from(["type", "text", "image", "image_url", "input_audio", "source"]),
+        json_nested
+        | st.sampled_from(["text", "image", "image_url", "input_audio", "data:image/png;base64,!", "file:///["]),
+        max_size=4,
+    ),
+    max_size=3,
+)
 TURNS = st.lists(
-    st.dictionaries(st.sampled_from(["image", "audio", "conversations", "images", "id"]), json_nested, max_size=4),
+    st.dictionaries(st.sampled_from(["image", "audio", "conversations", "images", "id"]), json_nested, max_size=4)
+    | st.dictionaries(st.sampled_from(KEYS), json_nested | PARTS, max_size=6)
+    | PARTS.map(lambda parts: {"messages": [{"role": "user", "content": parts}]}),
     max_size=3,
 )
 
 
+def packed(files: dict[str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as opened:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            opened.addfile(member, io.BytesIO(content))
+    return made.getvalue()
+
+
+SAMPLE = packed({"a.png": PICTURES[".png"], "a.json": b'{"question": "What?", "answer": ["a", "b"]}'})
+
+
 @fuzzed(
-    "conversations (.json, .jsonl, .csv)",
-    40,
-    suffix=st.sampled_from([".json", ".jsonl", ".csv"]),
+    "conversations (.json, .jsonl, .csv, .tar)",
+    80,
+    suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tar"]),
     content=st.one_of(
         st.binary(max_size=200),
         TURNS.map(json.dumps).map(str.encode),
         mutated(TALK),
         mutated(TALK.replace(b"\n", b"")[1:-1]),
         mutated(b"image,question,answer\na.png,What?,a star|a sun\n"),
+        mutated(SAMPLE),
     ),
 )
 def test_conversations(here, suffix, content):
@@ -276,7 +303,7 @@ def test_conversations(here, suffix, content):
     file.write_bytes(content)
     (here / "a.png").write_bytes(PICTURES[".png"])
     with harmless(here):
-        examples, problems = conversations.read_examples(file, None)
+        examples, problems = conversations.read_examples(file, None, unpacked=here / "unpacked")
     assert examples or problems
 
 

@@ -82,7 +82,7 @@ BAD = [
     ({"image": "red.png", "audio": "a.wav", "conversations": [ASK, SAY]}, "has both an image and an audio"),
     ({"image": 3, "conversations": [ASK, SAY]}, "image must be a path or a list of paths, got 3."),
     ({"image": "red.png", "conversations": [ASK, {"from": "gpt", "value": "red \ud83d"}]}, "has half a character"),
-    ({"images": ["red.png"], "conversations": [ASK, SAY]}, "has images; media are named under image or audio"),
+    ({"pictures": ["red.png"], "conversations": [ASK, SAY]}, "has pictures; media are named under image or audio"),
     (
         {"image": "red.png", "conversations": [ASK, {"from": "gpt", "value": "<image>"}]},
         "mentions <image> in an answer",
@@ -128,7 +128,7 @@ def test_everything_that_is_wrong_is_found_at_once(folder):
         ("talk.json", '[{"conversations": 1}\n{}]', "talk.json:2: is not JSON from here on (a comma or ] is missing)"),
         ("talk.jsonl", "", "talk.jsonl: holds no conversations."),
         ("talk.jsonl", b"\xff\xfe\x00", "talk.jsonl: is not UTF-8 text"),
-        ("talk.txt", "", "talk.txt is not .json, .jsonl or .csv."),
+        ("talk.txt", "", "talk.txt is not .json, .jsonl, .csv, .parquet, .arrow or .tar."),
     ],
 )
 def test_files_that_are_none(folder, name, text, sentence):

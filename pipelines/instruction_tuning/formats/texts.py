@@ -1,0 +1,113 @@
+"""Text files of conversations: a list in JSON, an object a line in JSONL, and CSV."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import InputError
+from equipoise.pipelines.files import first_line
+from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
+
+ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
+_COLUMNS = ("id", "image", "audio", "question", "answer")  # of a CSV file; ids are for people
+_SPACE = re.compile(r"\s*")
+
+
+def jsonl(file: Path) -> Iterator[Row]:
+    """Line by line: with pictures inside, a file may be larger than the memory."""
+    before = 0  # bytes
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, start=1):
+            try:
+                text = line.decode(ENCODING if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UnicodeDecodeError(
+                    error.encoding, error.object, before + error.start, before + error.end, error.reason
+                ) from None
+            before += len(line)
+            if text.strip():
+                yield Row(file, str(number), _parsed(text))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"is not JSON ({error}).")
+
+
+def json_list(file: Path) -> Iterator[Row]:
+    """The items of a list, each with the line that it begins in."""
+    text = file.read_text(encoding=ENCODING)
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("[", start):
+        sentence = "must be a list of conversations, in square brackets; one object a line is .jsonl."
+        yield Row(file, "1", FileError(sentence))
+        return
+    decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
+    while True:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it always matches
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            yield Row(file, str(line), FileError(f"is not JSON from here on ({error})."))
+            return
+        yield Row(file, str(line), record)
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        if text[at : at + 1] == ",":
+            at += 1
+        elif text[at : at + 1] != "]":
+            line += text.count("\n", counted, at)
+            yield Row(file, str(line), FileError("is not JSON from here on (a comma or ] is missing)."))
+            return
+
+
+def table(file: Path) -> Iterator[Row]:
+    """CSV: media separated by `;`, several people's answers by `|`."""
+    with file.open(newline="", encoding=ENCODING) as opened:
+        reader = csv.DictReader(opened)
+        try:
+            columns = list(reader.fieldnames or [])
+        except csv.Error as error:
+            yield Row(file, "1", FileError(f"cannot be read as CSV ({error})."))
+            return
+        found = _column_problems(columns)
+        yield from (Row(file, "1", FileError(sentence)) for sentence in found)
+        if any(sentence.startswith("lacks") for sentence in found):
+            return
+        try:
+            for row in reader:
+                yield Row(file, str(first_line(reader, row.values())), _cells(row, len(columns)))
+        except csv.Error as error:
+            yield Row(file, str(reader.line_num), FileError(f"cannot be read as CSV ({error})."))
+
+
+def _column_problems(columns: list[str]) -> list[str]:
+    found = []
+    if missing := [name for name in ("question", "answer") if name not in columns]:
+        return [f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}."]
+    if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+        found.append(f"has the column {' and '.join(map(repr, twice))} twice.")
+    if strange := [name for name in columns if name not in _COLUMNS]:
+        known = ", ".join(_COLUMNS)
+        found.append(f"has the column {' and '.join(map(repr, strange))}, which is unknown; there are {known}.")
+    return found
+
+
+def _cells(row: dict[Any, Any], count: int) -> Any:
+    """A row's record, with lists of media and of answers."""
+    if None in row or row["question"] is None or row["answer"] is None:
+        how = "more" if None in row else "fewer"
+        return InputError(f"has {how} cells than the {count} columns. Put text with commas in quotes.")
+    record: dict[str, Any] = {
+        kind: [part.strip() for part in row[kind].split(";") if part.strip()]
+        for kind in ("image", "audio")
+        if row.get(kind)
+    }
+    return record | {"question": row["question"], "answer": row["answer"].split("|")}
