@@ -1,4 +1,4 @@
-"""`equipoise prepare`: the manifest of a published audio-visual data set: equipoise prepare SET DIR."""
+"""`equipoise prepare`: manifests of audio-visual data sets, and a look at conversations: equipoise prepare SET DIR."""
 
 import argparse
 import csv
@@ -14,6 +14,7 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import SPLITS
+from equipoise.pipelines.commands import conversations
 from equipoise.pipelines.files import explained, user_path, write_atomic
 
 Row = dict[str, str]  # a set's reader gives a str in its place for a clip that is left out: which, and why
@@ -24,20 +25,27 @@ EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in SETS.items())
+    readers = {**SETS, conversations.NAME: conversations.show}
+    known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in readers.items())
     parser.epilog = f"Data sets, and what DIR holds:\n{known}"
     parser.add_argument("set", metavar="SET", help="The data set; see below.")
-    parser.add_argument("folder", metavar="DIR", type=user_path, help="The folder it was unpacked in.")
+    parser.add_argument(
+        "folder", metavar="DIR", type=user_path, help="The folder it was unpacked in; the conversations."
+    )
     parser.add_argument(
         "--output", type=user_path, metavar="CSV", help="The manifest to write (default: manifest.csv in DIR)."
     )
+    conversations.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.set == conversations.NAME:
+        return conversations.show(args)
     if args.set not in SETS:
-        close = get_close_matches(args.set, SETS, n=1)
+        known = [*SETS, conversations.NAME]
+        close = get_close_matches(args.set, known, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise InputError(f"prepare: no data set {args.set!r}. {hint}There are {', '.join(SETS)}.")
+        raise InputError(f"prepare: no data set {args.set!r}. {hint}There are {', '.join(known)}.")
     if not args.folder.is_dir():
         raise InputError(f"prepare: {args.folder} is no folder. Give the one that {args.set} was unpacked into.")
     output = (args.output or args.folder / "manifest.csv").absolute()

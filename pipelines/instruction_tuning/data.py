@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
@@ -130,18 +130,51 @@ def read_examples(
     key: str = "data.file",
     judge: Judge | None = None,
     left_out: list[str] | None = None,
-    asked: str | None = None,  # the question of captions
+    **options: Any,
+) -> tuple[list[Conversation], list[str]]:
+    """The examples of a data set, and all that is wrong with it and its media, line by line; `options` as in
+    `read_data_set`."""
+    found = read_data_set(file, folder, decode, key, judge, tolerant=left_out is not None, **options)
+    if left_out is None:
+        return found.examples, found.problems + found.wrong
+    left_out += found.wrong
+    return found.examples, found.problems
+
+
+class DataSet(NamedTuple):
+    examples: list[Conversation]
+    problems: list[str]  # with all of it
+    wrong: list[str]  # with single conversations, line by line
+    rows: int  # conversations that were looked at, the wrong ones too
+
+
+def read_data_set(
+    file: Path | str,
+    folder: str | None,
+    decode: bool = True,
+    key: str = "data.file",
+    judge: Judge | None = None,
+    tolerant: bool = True,
+    asked: str | None = None,
     unpacked: Path | None = None,
     source: int = 0,
-) -> tuple[list[Conversation], list[str]]:
-    """The examples of a data set, and all that is wrong with it and its media, line by line."""
+) -> DataSet:
+    """All of a data set.
+
+    Args:
+        key: what it was given as, for messages.
+        tolerant: whether one damaged file of several is no problem with all of it.
+        asked: the question of captions.
+        unpacked: where media go that are inside of it.
+        source: its number.
+    """
     name, files = str(file), None
     try:
         files = None if sources.is_hub(name) else sources.files(name)
     except InputError as error:
-        return [], [f"{key}: {file} {error}"]
+        return DataSet([], [f"{key}: {file} {error}"], [], 0)
     root = Path(folder) if folder else _beside(Path(name)) if files else Path()
-    reading = _Reading(root, MediaFolder(unpacked), asked, source, judge, left_out is not None and len(files or ()) > 1)
+    reading = _Reading(root, MediaFolder(unpacked), asked, source, judge, tolerant and len(files or ()) > 1)
     if not os.path.isdir(root):
         reading.general.append(f"data.folder: {root} does not exist. Give the folder that the media's paths start in.")
         decode = False
@@ -151,11 +184,7 @@ def read_examples(
     broken = _media_problems(reading.read) if decode else {}
     reading.wrong += broken.values()
     examples = [example for example in reading.good if not broken.keys() & set(example.media)]
-    lines = reading.lines()
-    if left_out is None:
-        return examples, reading.general + lines
-    left_out += lines
-    return examples, reading.general
+    return DataSet(examples, reading.general, reading.lines(), reading.count)
 
 
 def _beside(source: Path) -> Path:
