@@ -62,6 +62,14 @@ class Pipeline:
         return []
 
     @classmethod
+    def examples(cls, config: Any) -> int | None:
+        """How many examples an epoch has, for `train.epochs`; None where that is not known before training.
+
+        Called after the check has found nothing.
+        """
+        return None
+
+    @classmethod
     def notes(cls, config: Any) -> list[str]:
         """What the check saw of what will be trained on, one sentence each; `--dry-run` shows them."""
         return []

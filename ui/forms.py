@@ -301,7 +301,7 @@ def _read_number(found: _Found, item: Field, given: Any) -> None:
         return
     if len(numbers) > 1:
         found.axes[item.key.short or key] = numbers
-    elif numbers or item.key.follows or "none" in item.key.type:
+    elif numbers or item.key.follows or item.key.replaceable or "none" in item.key.type:
         found.values[key] = numbers[0] if numbers else None
     else:
         found.problems.append(f"{key}: is empty; give a number.")

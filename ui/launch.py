@@ -21,6 +21,7 @@ from equipoise.pipelines.config.records import trusting_options
 from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.jobs.epochs import in_steps
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import Site
 
@@ -142,7 +143,7 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
         run = sweeps.create(config)
     else:
         check_plan(made)
-        run = site.store.create(config)
+        run = site.store.create(in_steps(config)[0])
     first = background.ahead(run)
     background.start(run, workers, in_turn=True)
     if first:

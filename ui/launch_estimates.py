@@ -47,7 +47,7 @@ def _cost_of(file: Path, *version: int) -> str:
 
 def _cost(config: RunConfig) -> list[tuple[str, Any]]:
     """What of a configuration decides how long a step takes and how much memory."""
-    free = ("train.steps", "train.clip", config.SHORT.get("data"))
+    free = ("train.steps", "train.epochs", "train.clip", config.SHORT.get("data"))
     sections = ("model", "data", "lora", "encoder", "train", "objective", "coordinator")
     return [
         (key, value)
@@ -58,6 +58,8 @@ def _cost(config: RunConfig) -> list[tuple[str, Any]]:
 
 def estimate(site: Site, made: Plan, workers: int) -> str:
     """How long it may take, from what earlier runs like it measured here."""
+    if any(configs.flat(cell).get("train.epochs") for cell in made.runs):
+        return "How many steps the epochs are is counted when it starts."
     steps = [count for count in (configs.flat(cell).get("train.steps") for cell in made.runs) if isinstance(count, int)]
     runs = f"{len(made.runs)} runs" if len(made.runs) > 1 else "1 run"
     long = " to ".join(map(str, dict.fromkeys([min(steps, default=0), max(steps, default=0)])))

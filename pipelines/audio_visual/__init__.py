@@ -33,6 +33,12 @@ class AudioVisual(Pipeline):
         return doubts(config)
 
     @classmethod
+    def examples(cls, config: AudioVisualConfig) -> int:
+        from equipoise.pipelines.audio_visual.prepared import prepare
+
+        return len(prepare(config).splits(config)["train"])
+
+    @classmethod
     def estimate_memory(cls, config: AudioVisualConfig) -> MemoryEstimate | None:
         from equipoise.pipelines.audio_visual.memory import estimate_memory
 

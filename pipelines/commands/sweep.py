@@ -16,6 +16,7 @@ from equipoise.pipelines.config.sections import OptimizerSection
 from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand, parse_axes
+from equipoise.pipelines.jobs.epochs import in_steps
 from equipoise.pipelines.jobs.executors import NAMES, Executor, Where, remembered
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.training import processes
@@ -107,10 +108,11 @@ def _dry_run(args: argparse.Namespace, found: Run | None) -> int:
     if found:
         raise InputError(f"--dry-run: {found.id} is there already, and was checked when it was made. Leave it out.")
     config = _asked(args)
+    checks.check(expand(config).values())
+    config, counted = in_steps(config)
     cells = expand(config).values()
-    checks.check(cells)
     print(configs.dump(config, as_given=True), end="", flush=True)
-    for line in [*_rates_left_empty(cells), *checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
+    for line in [*counted, *_rates_left_empty(cells), *checks.doubts(cells), f"{config.name}: {len(cells)} cells."]:
         print(line, file=sys.stderr)
     return 0
 

@@ -20,6 +20,7 @@ from equipoise.pipelines.commands import skip_bad
 from equipoise.pipelines.config.keys import show
 from equipoise.pipelines.files import disk_full, write_atomic
 from equipoise.pipelines.jobs import background, checks
+from equipoise.pipelines.jobs.epochs import in_steps
 from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Pipeline, execute, follow
 from equipoise.pipelines.runs import environment
@@ -96,6 +97,9 @@ def _train(args: argparse.Namespace) -> int:
     config = configs.load(args.config, [*overrides, *skipping])
     pipeline = _pipeline(config)
     checks.check([config])
+    config, counted = in_steps(config)
+    for line in counted:
+        print(line, file=sys.stderr)
     if args.dry_run:
         print(configs.dump(config), end="", flush=True)
     for doubt in checks.doubts([config]):

@@ -76,6 +76,10 @@ class Follows:
     """
 
 
+class Replaceable:
+    """Marks a number that may be left empty where another key is given in its place; its section sees to that."""
+
+
 @dataclass(frozen=True)
 class Key:
     """One thing that can be set."""
@@ -91,6 +95,7 @@ class Key:
     wanted: str = ""  # the type for people, as `equipoise.options.Option.type` has it: "a number or none"
     opened: Opened | None = None  # where it names a file or folder
     follows: bool = False  # left empty, it follows from other keys
+    replaceable: bool = False  # may be left empty, for another key
 
     @property
     def bounds(self) -> str:
@@ -120,6 +125,7 @@ def describe(cls: "type[RunConfig]") -> list[Key]:
                 wanted=_wanted(info.annotation),
                 opened=next((mark for mark in marks(info) if isinstance(mark, Opened)), None),
                 follows=any(isinstance(item, Follows) for item in info.metadata),
+                replaceable=any(isinstance(item, Replaceable) for item in info.metadata),
             )
 
     return list(walk(cls, ""))

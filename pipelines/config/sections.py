@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.pipelines.config.keys import Follows
+from equipoise.pipelines.config.keys import Follows, Replaceable
 from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,7 +41,7 @@ LearningRate = Annotated[
     Field(description="The learning rate, per step; empty: the optimizer's own, or else the default."),
     Follows(),
 ]
-Steps = Annotated[int, Field(ge=1, description="How many steps the optimizer takes.")]
+Steps = Annotated[int, Field(ge=1, description="How many steps the optimizer takes."), Replaceable()]
 Batch = Annotated[int, Field(ge=1, description="Examples of each process in a forward pass.")]
 Clip = Annotated[float, Field(ge=0, description="The gradient's norm is cut to this; 0 cuts nothing.")]
 Precision = Annotated[
@@ -171,10 +171,26 @@ class CheckpointSection(Section):
 
 class TrainSection(Section):
     steps: Steps = 500
+    epochs: Rate | None = Field(
+        None, description="How often every example is trained on, in place of steps, which are then left empty."
+    )
     batch: Batch = 4
     accumulate: int = Field(1, ge=1, description="Forward passes of each step, whose gradients add up.")
     clip: Clip = 1.0
     precision: Precision = "no"
+
+    @field_serializer("steps")
+    def _steps_given(self, steps: int) -> int | None:
+        return steps if self.epochs is None else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("steps") is not None and given.get("epochs") is not None:
+            raise ValueError("steps and epochs are both given. Leave one of them empty: steps= or epochs=.")
+        return {key: value for key, value in given.items() if key != "steps" or value is not None}
 
 
 class SamplesSection(Section):
@@ -195,6 +211,7 @@ class TrainConfig(RunConfig):
 
     SHORT: ClassVar[dict[str, str]] = {
         "steps": "train.steps",
+        "epochs": "train.epochs",
         "batch": "train.batch",
         "learning_rate": "optimizer.learning_rate",
         "optimizer": "optimizer.name",

@@ -34,6 +34,12 @@ class InstructionTuning(Pipeline):
         return doubts(config)
 
     @classmethod
+    def examples(cls, config: InstructionTuningConfig) -> int:
+        from equipoise.pipelines.instruction_tuning.check import examples
+
+        return examples(config)
+
+    @classmethod
     def notes(cls, config: InstructionTuningConfig) -> list[str]:
         from equipoise.pipelines.instruction_tuning.check import notes
 

@@ -98,6 +98,17 @@ def notes(config: InstructionTuningConfig) -> list[str]:
     return [*said, summary(talk, typical(kept), seen=False)]
 
 
+def examples(config: InstructionTuningConfig) -> int:
+    """How many conversations are trained on."""
+    from equipoise.pipelines.instruction_tuning.examples import load_examples, unpacked
+    from equipoise.pipelines.instruction_tuning.model import outline, positions
+
+    if config.data.file != demo.NAME and not config.data.skip_bad:
+        return len(read_all(config.data, decode=False, unpacked=unpacked(config.runs))[0])
+    tuned = outline(config)
+    return len(load_examples(config, _talk(config), lambda text: None, positions(tuned.plain, tuned.parts))[0])
+
+
 def doubts(config: InstructionTuningConfig) -> list[str]:
     return _data_doubts(config.data, config.runs) + (_tied_doubts(config) if config.lora.targets else [])
 

@@ -23,6 +23,7 @@ from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import checks
 from equipoise.pipelines.jobs.axes import expand
+from equipoise.pipelines.jobs.epochs import in_steps
 from equipoise.pipelines.jobs.executors import GRACE, Executor, Local, Where, end_processes
 from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.pipeline import Outcome, execute
@@ -46,8 +47,10 @@ def create(config: RunConfig, id: str | None = None) -> Run:
     for cell in cells.values():
         _steps_of(cell)
     checks.check(cells.values())
-    for doubt in checks.doubts(cells.values()):
-        print(doubt, file=sys.stderr)
+    config, counted = in_steps(config)
+    cells = expand(config)
+    for line in [*counted, *checks.doubts(cells.values())]:
+        print(line, file=sys.stderr)
     return Store(config.runs).create(config, kind="sweep", id=id, cells=cells)
 
 

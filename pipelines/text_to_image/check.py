@@ -31,6 +31,13 @@ FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are
 _DECODED = 2_000  # pictures decoded beforehand; in larger folders the rest is found out while latents are computed
 
 
+def examples(config: TextToImageConfig) -> int:
+    """How many pictures an epoch has, a repeated one as often as it is repeated."""
+    drawn = config.data.folder == demo.NAME
+    folder = str(demo.pictures_folder(Path(config.runs))) if drawn else config.data.folder
+    return sum(example.repeats for example in read_examples(config.data.model_copy(update={"folder": folder}))[0])
+
+
 def problems(config: TextToImageConfig) -> list[str]:
     model = config.model
     local = is_local(model.path)

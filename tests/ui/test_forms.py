@@ -207,6 +207,17 @@ def test_the_estimate_adds_up_runs_of_different_lengths(site, monkeypatch):
     )
 
 
+def test_epochs_take_the_place_of_steps(site):
+    _, shown, rows = filled("text_to_image/demo")
+    lone = {**shown, "optimizer.name": ["adamw"], "optimizer.learning_rate": "1e-3", "train.epochs": "2"}
+    with pytest.raises(ConfigError, match="steps and epochs are both given"):
+        launch.plan(site, "text_to_image", "text_to_image/demo", lone, rows)
+    made = launch.plan(site, "text_to_image", "text_to_image/demo", {**lone, "train.steps": ""}, rows)
+    assert made.config.train.epochs == 2 and "train.steps=null" in made.command
+    assert "  steps: null\n  epochs: 2.0\n" in made.yaml
+    assert launch_estimates.estimate(site, made, 1) == "How many steps the epochs are is counted when it starts."
+
+
 def test_loading_and_samples_are_no_part_of_a_step(site, run, monkeypatch):
     """A step of 0.1 s, whose run took a minute longer."""
     _, shown, rows = filled("text_to_image/demo")
