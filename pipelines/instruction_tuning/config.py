@@ -43,7 +43,7 @@ class InstructionTuningData(Section):
         None, description="The folder with the pictures and sounds; empty: the file's own."
     )
     validation: LocalPath | None = Field(
-        None, description="Held-out conversations in the same formats; empty: every tenth of the file."
+        None, description="Held-out conversations in any of the formats; empty: every tenth of each data set."
     )
     question: str | None = Field(None, description="What is asked of media that have a caption and no question.")
     max_tokens: int | None = Field(
