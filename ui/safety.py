@@ -128,7 +128,7 @@ class Site:
         for key, text in dict.fromkeys(item for one in configs for item in _paths(one, marked)):
             if not _inside(Path(text), roots):
                 found.append(f"{key}: {text[:200]!r} is not in a folder that this page may read; give {hint}.")
-            elif link := _way_out(Path(text).resolve(), roots):
+            elif link := _way_out(_folder(text), roots):
                 found.append(
                     f"{key}: {link} is a link that leads out of the folders that this page may read; remove it."
                 )
@@ -163,6 +163,12 @@ def _is_path(text: str) -> bool:
         return text.startswith(("/", "~")) or ".." in Path(text).parts or os.path.lexists(text)
     except ValueError:  # a NUL
         return True
+
+
+def _folder(text: str) -> Path:
+    """What a path leads into: of a pattern, the folder that its files are in."""
+    path = Path(text)
+    return (path.parent if "*" in path.name and not path.exists() else path).resolve()
 
 
 def _way_out(folder: Path, roots: Sequence[Path]) -> Path | None:

@@ -37,6 +37,10 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         )
     if config.data.file != demo.NAME:
         found += _data_problems(config, known, tuned)
+    elif config.data.more:
+        found.append(
+            "data.more: is for data sets of one's own, and data.file is `demo`. Give one of them as data.file."
+        )
     if config.train.precision == "fp16":
         import torch
 

@@ -63,8 +63,6 @@ class InstructionTuningData(Section):
 
     @model_validator(mode="after")
     def _a_weight_each(self) -> "InstructionTuningData":
-        if self.more and self.file == "demo":
-            raise ValueError("more: is for data sets of one's own, and file is `demo`. Give the first of them as file.")
         if self.weights and len(self.weights) != 1 + len(self.more):
             raise ValueError(f"weights: {1 + len(self.more)} are needed, one for each data set; got {self.weights}.")
         return self

@@ -202,6 +202,24 @@ def test_links_in_a_folder_do_not_lead_out(site, tmp_path):
     assert made()
 
 
+def test_conversations_are_confined_too(site, tmp_path):
+    """Further data sets, those of a pattern, and those that are elsewhere."""
+    shown, cats = forms.show(configs.load("instruction_tuning/demo")), site.data["photos"] / "cats"
+
+    def made(file: str, more: str = "") -> launch.Plan:
+        data = {"data.file": file, "data.more": more, "coordinator.name": ["constant"]}
+        return launch.plan(site, "instruction_tuning", "instruction_tuning/demo", shown | data, [])
+
+    (cats / "a.jsonl").touch()
+    assert made("photos/cats/*.jsonl", str(cats / "a.jsonl")).config.data.file == f"{cats}/*.jsonl"
+    for file, more in (("/etc/*.jsonl", ""), ("hub:owner/name", ""), ("photos/cats/a.jsonl", "/etc/passwd")):
+        with pytest.raises(ConfigError, match="may read"):
+            made(file, more)
+    (cats / "b.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match=r"b.jsonl is a link that leads out"):
+        made("photos/cats/*.jsonl")
+
+
 def test_data_is_confined_to_its_roots(site, tmp_path):
     (tmp_path / "private").mkdir()
     shown = forms.show(configs.load("text_to_image/demo"))
@@ -231,14 +249,19 @@ def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_pa
         *("private", "./" * 201 + "private", "away", "~/private", "photos/../../private", "", " ", ".", "..", "/"),
         *("x" * 5000, "private/" * 900, "%70rivate", "..\\private", "file:private", str(tmp_path / "private")),
     ]
+    several = {key.key for key in configs.describe(type(base)) if key.type.startswith("list")}
     for key in keys:
+
+        def given(way: str, key: str = key) -> dict:
+            return {key: [way] if key in several else way}
+
         for written, way in [(base, ways[0]), *((alone, way) for way in ways)]:
             with pytest.raises((ConfigError, InputError), match=rf"{key}: .*(may read|is empty|leads out)"):
-                if problems := site.problems(configs.set_keys(written, {key: way})):
+                if problems := site.problems(configs.set_keys(written, given(way))):
                     raise ConfigError(problems)
-        assert site.problems(configs.set_keys(base, {key: str(site.data["photos"] / "cats")})) == []
+        assert site.problems(configs.set_keys(base, given(str(site.data["photos"] / "cats")))) == []
         with pytest.raises(ConfigError, match=key):
-            configs.set_keys(base, {key: "photos/\0private"})
+            configs.set_keys(base, given("photos/\0private"))
     assert site.problems(base) == []
     at_hub = {key.key for key in configs.describe(type(base)) if key.opened and key.opened.hub}
     (tmp_path / "owner").mkdir()
@@ -304,7 +327,7 @@ def test_paths_in_lists_and_records_of_others_are_confined_too(site, tmp_path):
 WORDS = {  # texts that nothing opens; what is opened is of the type LocalPath, DataPath, ModelPath or BasePath
     *("name", "optimizer.name", "objective.name", "coordinator.name", "token.name", "token.start", "prior.prompt"),
     *("model.revision", "model.variant", "model.audio.revision", "model.visual.revision", "model.text.revision"),
-    *("data.instance_prompt", "data.prompt", "samples.negative", "schedule.rules"),
+    *("data.instance_prompt", "data.prompt", "data.question", "samples.negative", "schedule.rules"),
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from equipoise.errors import InputError
@@ -39,9 +40,9 @@ def files(source: str) -> list[Path]:
             raise InputError(f"is not {', '.join(list(READERS)[:5])} or .tar.")
         return [path]
     if os.path.isdir(path):
-        return tables.saved(path) or _shards(sorted(path.iterdir()), path)
+        return tables.saved(path) or _shards(_inside(path), path)
     if "*" in path.name and os.path.isdir(path.parent):
-        if found := sorted(path.parent.glob(path.name)):
+        if found := [file for file in _inside(path.parent) if fnmatchcase(file.name, path.name)]:
             return _shards(found, path.parent)
         raise InputError("matches no file.")
     raise InputError("does not exist.")
@@ -60,6 +61,13 @@ def rows(file: Path) -> Iterator[Row]:
 def _suffix(file: Path) -> str:
     name = file.name.lower()
     return ".tar.gz" if name.endswith(".tar.gz") else file.suffix.lower()
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}.") from None
 
 
 def _shards(found: list[Path], folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from equipoise.errors import InputError
 from equipoise.pipelines.files import first_line
@@ -14,6 +14,8 @@ from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 _COLUMNS = ("id", "image", "audio", "question", "answer")  # of a CSV file; ids are for people
 _SPACE = re.compile(r"\s*")
+_DECODER = json.JSONDecoder()
+_READ, _LONGEST = 1 << 20, 20  # characters that are read at a time, and of a literal, whose end may not be there yet
 
 
 def jsonl(file: Path) -> Iterator[Row]:
@@ -40,32 +42,77 @@ def _parsed(text: str) -> Any:
 
 
 def json_list(file: Path) -> Iterator[Row]:
-    """The items of a list, each with the line that it begins in."""
-    text = file.read_text(encoding=ENCODING)
-    start = len(text) - len(text.lstrip())
-    if not text.startswith("[", start):
-        sentence = "must be a list of conversations, in square brackets; one object a line is .jsonl."
-        yield Row(file, "1", FileError(sentence))
-        return
-    decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
-    while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it always matches
-        line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
+    """The items of a list, each with the line that it begins in; item by item, as `jsonl` does line by line."""
+    with file.open(encoding=ENCODING) as opened:
+        text = _Window(opened)
+        if text.next() != "[":
+            sentence = "must be a list of conversations, in square brackets; one object a line is .jsonl."
+            yield Row(file, "1", FileError(sentence))
             return
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            yield Row(file, str(line), FileError(f"is not JSON from here on ({error})."))
-            return
-        yield Row(file, str(line), record)
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-        if text[at : at + 1] == ",":
-            at += 1
-        elif text[at : at + 1] != "]":
-            line += text.count("\n", counted, at)
-            yield Row(file, str(line), FileError("is not JSON from here on (a comma or ] is missing)."))
-            return
+        text.at += 1
+        while text.next() != "]":
+            line = str(text.line)
+            try:
+                record = text.value()
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, UnicodeDecodeError):
+                    raise
+                reason = getattr(error, "msg", error)  # without the position, which is the window's
+                yield Row(file, line, FileError(f"is not JSON from here on ({reason})."))
+                return
+            yield Row(file, line, record)
+            if text.next() == ",":
+                text.at += 1
+            elif text.next() != "]":
+                sentence = "is not JSON from here on (a comma or ] is missing)."
+                yield Row(file, str(text.line), FileError(sentence))
+                return
+
+
+class _Window:
+    """A part of a text, which moves on as its values are taken."""
+
+    def __init__(self, opened: TextIO):
+        self.opened, self.text, self.at, self.line = opened, "", 0, 1
+
+    def next(self) -> str:
+        """The next character that is no space; empty at the end of the text."""
+        while True:
+            end = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it always matches
+            self._pass(end)
+            if end < len(self.text) or not self._more():
+                return self.text[end : end + 1]
+
+    def value(self) -> Any:
+        """The value that begins here.
+
+        Raises:
+            ValueError, RecursionError: there is none.
+        """
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end == len(self.text):  # a number may go on
+                    if self._more():
+                        continue
+                    end = len(self.text)
+                self._pass(end)
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _LONGEST
+                if not cut or not self._more():
+                    raise
+
+    def _pass(self, end: int) -> None:
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def _more(self) -> bool:
+        """Reads on, as much again as is waiting, so that a long value is tried few times; whether there was more."""
+        self.text, self.at = self.text[self.at :], 0
+        read = self.opened.read(max(_READ, len(self.text)))
+        self.text += read
+        return bool(read)
 
 
 def table(file: Path) -> Iterator[Row]:

@@ -29,6 +29,20 @@ def test_a_trainer_learns_the_answers(checkpoints, pictures, tmp_path, hosted):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_rows_of_a_data_set_are_taken_as_they_are(checkpoints, pictures):
+    """TRL's columns, their pictures decoded by `datasets`."""
+    from datasets import Dataset, Image, List
+
+    names = [str(pictures.parent / f"{number}.png") for number in range(2)]
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]}]
+    rows = {"images": [[name] for name in names], "prompt": [asked] * 2, "completion": ["red", "green"]}
+    collator = AnswerCollator(str(checkpoints("llava")), folder=pictures.parent)
+    ours = [json.loads(line) for line in pictures.read_text().splitlines()[:2]]
+    batch = collator(list(Dataset.from_dict(rows).cast_column("images", List(Image()))))
+    for name, tensor in collator(ours).items():
+        assert torch.equal(batch[name], tensor), name
+
+
 def test_what_is_wrong_with_a_record_is_a_sentence(checkpoints, pictures):
     collator = AnswerCollator(str(checkpoints("llava")), folder=pictures.parent)
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]

@@ -457,6 +457,8 @@ def test_splits_are_not_mixed(folder):
         f"data.file: {shards} holds several splits (test, train). Give {shards}/train*.parquet, for one."
     ]
     assert [len(some) for some in read_examples(f"{shards}/train*.parquet", None)] == [1, 0]
+    for pattern in ("dev*", "**", "***x"):
+        assert read_examples(f"{shards}/{pattern}", None)[1][0].startswith(f"data.file: {shards}/{pattern} ")
     assert read_examples(f"{shards}/dev*", None)[1] == [f"data.file: {shards}/dev* matches no file."]
     made = Dataset.from_list([{"messages": TOLD}])
     DatasetDict({"train": made, "test": made}).save_to_disk(folder / "splits")
@@ -507,6 +509,27 @@ def test_a_hundred_thousand_records_take_seconds(folder):
     examples, problems = read_examples(file, None)
     assert len(examples) == 100_000 and problems == []
     assert time.process_time() - started < 20, "a few on a quiet core"
+
+
+def test_a_list_may_be_larger_than_what_is_read_of_it_at_once(folder, monkeypatch):
+    """Whatever stands at the borders of the window: numbers, marks of escapes, lines."""
+    from equipoise.pipelines.instruction_tuning.formats import texts
+
+    items = [{"n": number, "x": [1.5e3, None, True], "text": 'a "\\u00e4\n' * number} for number in range(12)]
+    file = folder / "talk.json"
+    file.write_text(json.dumps(items, indent=1) + "\n \n")
+    lines = [row.at for row in texts.json_list(file)]
+    for size in range(1, 40):
+        monkeypatch.setattr(texts, "_READ", size)
+        rows = list(texts.json_list(file))
+        assert [row.record for row in rows] == items and [row.at for row in rows] == lines
+    broken = file.read_text().replace('"n": 7', '"n" 7')
+    file.write_text(broken)
+    (*rows, last) = texts.json_list(file)
+    assert len(rows) == 7 and str(last.record) == "is not JSON from here on (Expecting ':' delimiter)."
+    for text, sentence in (("[1, 2", "a comma or ]"), ("[1, ", "Expecting value"), ('["a', "Unterminated string")):
+        file.write_text(text)
+        assert sentence in str([*texts.json_list(file)][-1].record)
 
 
 def test_many_problems_are_summarized(folder):

@@ -63,8 +63,8 @@ def test_a_mixture_resumes_exactly(short, pictures, packed, stopped_run):
 def test_a_weight_needs_a_data_set(short, pictures):
     with pytest.raises(ConfigError, match="weights: 1 are needed, one for each data set"):
         config.load(NAME, [*short(), "data.weights=[1, 2]"])
-    with pytest.raises(ConfigError, match="more: is for data sets of one's own"):
-        config.load(NAME, [f"data.more=[{pictures}]"])
+    (problem,) = InstructionTuning.check(config.load(NAME, [f"data.more=[{pictures}]"]))
+    assert problem.startswith("data.more: is for data sets of one's own, and data.file is `demo`.")
     empty = pictures.parent / "empty.jsonl"
     empty.write_text('{"messages": []}\n')
     words = [*short(), f"data.more=[{empty}]", "data.weights=[1, 2]", "data.skip_bad=true"]
