@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from equipoise.pipelines.media.reading import EnormousError, MediaError, brief, once
 
@@ -53,6 +53,20 @@ def decode(path: Path, largest: int = LARGEST, formats: tuple[str, ...] | None =
         raise EnormousError(path, f"is enormous (over {LARGEST} pixels). Make it smaller.") from None
     except MediaError:
         raise
+    except Exception as error:  # whatever a damaged one makes of its decoder
+        raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as `open_picture` gives it, without decoding it.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
 

@@ -37,6 +37,12 @@ class TextToImage(Pipeline):
         return doubts(config)
 
     @classmethod
+    def notes(cls, config: TextToImageConfig) -> list[str]:
+        from equipoise.pipelines.text_to_image.check import notes
+
+        return notes(config)
+
+    @classmethod
     def estimate_memory(cls, config: TextToImageConfig) -> MemoryEstimate | None:
         from equipoise.pipelines.text_to_image.memory import estimate_memory
 
