@@ -12,13 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from equipoise.pipelines.media.pictures import NAMED, suffixes
+from equipoise.pipelines.media.pictures import NAMED, of_systems, suffixes
 from equipoise.pipelines.media.pictures import open_picture as open_picture
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.tables import ENCODING, listed, read_tables, tables_among
 
 CAPTIONS = (".txt", ".caption")  # of the files beside pictures, the first counts
-_SYSTEMS = {"__MACOSX", "@eaDir", "Thumbs.db"}  # what systems put among pictures; so are names that begin with a dot
 _RUN = {"config.yaml", "status.json", "environment.json"}  # a folder that holds all of these is a run's
 _SPLITS = {"train", "validation", "valid", "val", "test", "eval"}
 _REPEATED = re.compile(r"(\d+)_(.+)")
@@ -130,17 +129,13 @@ def _walk(folder: Path, doubts: list[str]) -> set[Path]:
             doubts.append(f"data.folder: {where} is the folder of a run; its pictures are left out.")
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not _systems(name)]
-        for path in (where / name for name in names if not _systems(name)):
+        folders[:] = [name for name in folders if not of_systems(name)]
+        for path in (where / name for name in names if not of_systems(name)):
             if path.is_file():
                 files.add(path)
             elif path.is_symlink():
                 doubts.append(f"data.folder: {path} is a link that leads nowhere; it is passed over.")
     return files
-
-
-def _systems(name: str) -> bool:
-    return name.startswith(".") or name in _SYSTEMS
 
 
 def _without_zeros(pictures: list[Path], data: TextToImageData, made: Folder) -> list[Path]:
