@@ -10,6 +10,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path[0] = sys.executable
 
 import argparse
+import io
 import os
 import re
 import tempfile
@@ -94,6 +95,20 @@ def _arguments(entry: Entry, module: Any, words: Sequence[str]) -> argparse.Name
     return parser.parse_intermixed_args(words)  # intermixed: options may stand between key=value words
 
 
+def _open_streams() -> None:
+    """What was closed, as by `>&-`, leads to nowhere; characters that a terminal's encoding lacks are written as their
+    numbers, as Python does on standard error."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free; a file of ours would otherwise
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
@@ -102,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Pillow's, of pictures that are then refused in a sentence of ours
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    _open_streams()
     argv, entry = sys.argv[1:] if argv is None else argv, None
     try:
         entry = _chosen(argv)

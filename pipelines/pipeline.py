@@ -4,7 +4,7 @@ A third party's pipeline is a subclass of `Pipeline`, named by an entry point in
 Nothing here imports torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -111,6 +111,33 @@ class Pipeline:
             InputError: the runs cannot be compared.
         """
         raise InputError(f"the pipeline {cls.name} has no comparison.")
+
+    @classmethod
+    def compare_files(
+        cls, name: str, folder: Path, given: Mapping[str, Path], config: Any, strengths: Sequence[float]
+    ) -> Comparison:
+        """Generate and measure the same things with files of weights, each at several strengths, into `folder`.
+
+        Args:
+            name: what the comparison is called.
+            folder: where pictures and tables go.
+            given: label → a file that a run or another program wrote, or the folder of a checkpoint.
+            config: what they are for, and what to generate.
+            strengths: of the weights, above 0.
+
+        Raises:
+            InputError: a file does not fit.
+        """
+        raise InputError(f"the pipeline {cls.name} compares runs, and neither files nor strengths.")
+
+    @classmethod
+    def result_file(cls, run: Run) -> Path:
+        """The file of a run's result that `compare_files` takes.
+
+        Raises:
+            InputError: the pipeline compares no files.
+        """
+        raise InputError(f"the pipeline {cls.name} compares runs, and neither files nor strengths.")
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:

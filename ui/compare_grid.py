@@ -24,7 +24,7 @@ def axes(comparison: Comparison) -> list[tuple[str, str]]:
     """What rows and columns can be: (words, key)."""
     keys = list(dict.fromkeys(key for cell in comparison.cells for key in cell.config))
     rest = [(key, key) for key in keys if key != RATE]
-    return [("optimizer and what else differs", ROW), ("learning rate", RATE), *rest]
+    return [("optimizer and what else differs", ROW), (comparison.column, RATE), *rest]
 
 
 def value(cell: Cell, axis: str) -> str:

@@ -13,13 +13,13 @@ def curve(site: Site, id: str) -> str:
     """Score against learning rate, and the usable range of every row."""
     comparison = read(site, id)
     if not comparison.judged:
-        return draw.notice(report.NOT_JUDGED)
+        return draw.notice(report.not_judged(comparison))
     ranges = "".join(
         f"<tr><td><i style='background:{curves.line_colour(index)}'></i>{esc(row)}</td>"
-        f"<td>{esc(found) if found else 'none of the rates tried'}</td></tr>"
+        f"<td>{esc(found) if found else f'none of the {comparison.noun}s tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )
-    head = "<thead><tr><th></th><th>learning rates that worked</th></tr></thead>"
+    head = f"<thead><tr><th></th><th>{comparison.column}s that worked</th></tr></thead>"
     drawn = curves.draw_curve(comparison) if comparison.rates else ""
     words = [report.best_words(comparison), curves.curve_words(comparison)]
     hints = "".join(f"<p class='hint'>{esc(line)}</p>" for line in words if line)
@@ -32,7 +32,7 @@ def table(site: Site, id: str) -> str:
     comparison = read(site, id)
     cells = [comparison.base, *comparison.cells]
     names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
-    head = "".join(f"<th>{esc(name)}</th>" for name in ["", "rate", "seed", "state", "verdict", *names])
+    head = "".join(f"<th>{esc(name)}</th>" for name in ["", comparison.noun, "seed", "state", "verdict", *names])
     rows = "".join(
         f"<tr><td>{esc(cell.row)}</td><td>{'' if not cell.run else shown_rate(cell.rate)}</td><td>{cell.seed}</td>"
         f"<td>{esc(cell.state)}</td><td class='verdict'>{esc(comparison.verdict(cell.row, cell.rate))}</td>"

@@ -144,7 +144,10 @@ def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, siz
 
 def picture_files(path: Path) -> list[Path]:
     """A folder's in the order of their names, or the one."""
-    return [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix.lower() in pictures.suffixes())
+    if path.is_file():
+        return [path]
+    files = (file for file in path.iterdir() if file.suffix.lower() in pictures.suffixes())
+    return sorted(file for file in files if not pictures.of_systems(file.name))
 
 
 def _of_clip(path: Path, error: MediaError) -> InputError:

@@ -8,22 +8,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from equipoise.errors import InputError
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.comparing.report import NOT_JUDGED, best_words, usable_words
+from equipoise.pipelines.comparing.report import best_words, not_judged, usable_words
 from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.files import user_path
-from equipoise.pipelines.jobs.making import make
+from equipoise.pipelines.jobs.making import make, make_of_files
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.tables import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs_or_sweeps", nargs="+", metavar="SWEEP|RUN", help="Ids, folders, or latest.")
+    parser.add_argument(
+        "refs",
+        nargs="+",
+        metavar="SWEEP|RUN|FILE",
+        help="Ids, folders, or latest; or LoRA files (.safetensors) of any program, which are compared by strength.",
+    )
     parser.add_argument(
         "--prompt", action="append", help="A prompt in place of the configured ones; may be given several times."
     )
     parser.add_argument("--count", type=int, help="The number of pictures per prompt.")
-    parser.add_argument("--scale", type=float, help="The strength of the LoRA, such as 0.7.")
+    parser.add_argument(
+        "--scale",
+        type=_strengths,
+        metavar="S[,S…]",
+        help="The strength of the LoRA, such as 0.7; several, such as 0.5,1, become the columns.",
+    )
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="Also draw from each checkpoint that the runs have kept."
+    )
+    parser.add_argument("--model", help="The base of LoRA files, a folder or a hub id, where no run says it.")
     parser.add_argument("--sample-steps", type=int, help="The number of denoising steps.")
     parser.add_argument(
         "--clip",
@@ -40,14 +55,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = [find(ref, args.runs) for ref in args.runs_or_sweeps]
-    keys = {"prompts": args.prompt, "count": args.count, "scale": args.scale, "steps": args.sample_steps}
-    changes = {f"samples.{key}": value for key, value in keys.items() if value is not None}
+    files = [path for ref in args.refs if (path := user_path(ref)).suffix == ".safetensors"]
+    found = [find(ref, args.runs) for ref in args.refs if user_path(ref) not in files]
+    keys = {"prompts": args.prompt, "count": args.count, "steps": args.sample_steps}
+    changes: dict[str, Any] = {f"samples.{key}": value for key, value in keys.items() if value is not None}
     for name in ("clip", "dino"):
         if path := getattr(args, name):
-            changes[f"judges.{name}"] = str(user_path(path).resolve()) if user_path(path).exists() else path
+            changes[f"judges.{name}"] = _path(path)
+    strengths = args.scale or [1.0]
+    if files or args.checkpoints or len(strengths) > 1:
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise InputError(f"{missing[0]}: is no file.")
+        if args.model:
+            changes["model.path"] = _path(args.model)
+        elif not found:
+            raise InputError("--model: LoRA files need their base: a folder in diffusers' layout, or a hub id.")
+        _say(
+            *make_of_files(
+                files, found, strengths, changes, each_checkpoint=args.checkpoints, runs=args.runs, out=args.out
+            )
+        )
+        return 0
+    if args.model:
+        raise InputError("--model: a run says its base itself; this is for LoRA files alone.")
+    if args.scale:
+        changes["samples.scale"] = strengths[0]
     compare_and_report(found, changes, args.out)
     return 0
+
+
+def _path(text: str) -> str:
+    """A path from any working folder; a hub id as it is."""
+    return str(user_path(text).resolve()) if user_path(text).exists() else text
+
+
+def _strengths(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def compare_and_report(
@@ -91,15 +135,15 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         for cell in [comparison.base, *comparison.cells]
     ]
     names = [name.upper() for name in shown]
-    print(table(["", "RATE", *(["SEED"] if seeds else []), *names, "STATE", *verdicts], rows))
+    print(table(["", comparison.noun.upper(), *(["SEED"] if seeds else []), *names, "STATE", *verdicts], rows))
     for doubt in comparison.doubts:
         print(f"\n{doubt}")
-    print(f"\nScore: {comparison.score}." if comparison.judged else f"\n{NOT_JUDGED}")
+    print(f"\nScore: {comparison.score}." if comparison.judged else f"\n{not_judged(comparison)}")
     for name, words in (comparison.beside | comparison.scored).items():
         print(f"{name.capitalize()}: {words}.")
     if comparison.judged:
         print(usable_words(comparison))
-        print("Learning rates that worked:")
+        print(f"{comparison.column.capitalize()}s that worked:")
         for row, found in comparison.ranges().items():
             print(f"  {row}: {found or 'none of those tried'}")
         print(best_words(comparison))

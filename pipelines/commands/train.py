@@ -101,12 +101,13 @@ def _train(args: argparse.Namespace) -> int:
     for line in counted:
         print(line, file=sys.stderr)
     if args.dry_run:
-        print(configs.dump(config), end="", flush=True)
+        print(configs.dump(config), end="")
+        for note in pipeline.notes(config):  # as comments, so that all of it is a configuration
+            print("#", note.replace("\n", "\n# "))
+        sys.stdout.flush()
     for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
     if args.dry_run:
-        for note in pipeline.notes(config):
-            print(note, file=sys.stderr)
         return 0
     made = Store(config.runs).create(config, id=args.id)
     try:

@@ -95,6 +95,7 @@ class Comparison:
     scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, reported after them
     alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
     kept: str = ""  # which of `beside` says what is left of what the base knew; "": none, and the score judges alone
+    column: str = "learning rate"  # what cells differ in from left to right, their `rate`; of files it is the strength
 
     @classmethod
     def read(cls, folder: Path) -> "Comparison":
@@ -117,9 +118,15 @@ class Comparison:
                 for it in data["cells"]
             ]
             extra = data["beside"], data.get("scored", {}), data.get("alike", ""), data.get("kept", "")
-            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *extra)
+            column = data.get("column", "learning rate")
+            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *extra, column)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
+
+    @property
+    def noun(self) -> str:
+        """A column in one word: rate, or strength."""
+        return self.column.split()[-1]
 
     @property
     def rows(self) -> list[str]:
@@ -248,6 +255,7 @@ class Comparison:
             "scored": self.scored,
             "alike": self.alike,
             "kept": self.kept,
+            "column": self.column,
             "usable_from": self.line,
             "kept_from": self.kept_line,
             "usable_ranges": {

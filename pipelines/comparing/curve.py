@@ -38,7 +38,7 @@ def draw_curve(comparison: Comparison) -> str:
     for value in ticks(low, high):
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
         drawn.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-    drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">learning rate</text>')
+    drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">{comparison.column}</text>')
     above = math.inf  # where the words below are: two may be near each other
     for kind, label, value in bars:
         at, above = y(value), min(y(value), above - _ROW)
@@ -51,7 +51,7 @@ def draw_curve(comparison: Comparison) -> str:
 
 def _title(comparison: Comparison) -> str:
     more = "" if comparison.kept_line is None else f" and {short(comparison.kept)}"
-    return f"score{html.escape(more)} against learning rate"
+    return f"score{html.escape(more)} against {comparison.column}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def curve_words(comparison: Comparison) -> str:
     if comparison.kept_line is None or not comparison.judged:
         return ""
     name = short(comparison.kept)
-    return f"Lines: the score. Thin dashed lines: {name}. A usable rate reaches both levels, learnt and kept."
+    return (
+        f"Lines: the score. Thin dashed lines: {name}. A usable {comparison.noun} reaches both levels, learnt and kept."
+    )
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:

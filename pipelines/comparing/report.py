@@ -20,7 +20,11 @@ CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
 _MOST = 8  # pictures in a cell: the demo's prompts, those for what was known before among them
 _INK, _MUTED, _PAPER, _GOOD, _BAD = "#1b1f24", "#6a737d", "#ffffff", "#1a7f37", "#cf222e"
-NOT_JUDGED = "Nothing is judged here: there is no score to tell by which learning rates worked."
+
+
+def not_judged(comparison: Comparison) -> str:
+    """What to say where there is no score."""
+    return f"Nothing is judged here: there is no score to tell by which {comparison.column}s worked."
 
 
 def write_report(comparison: Comparison) -> dict[str, Path]:
@@ -55,7 +59,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     title = "the first of each" if prompt is None else comparison.prompts[prompt]
     pen.text((_GAP, 8), f"{comparison.name} · {title}"[: width // 8], _INK, font=_font(16))
-    pen.text((_GAP, _HEAD - 18), "learning rate", _MUTED, font=_font(15), anchor="lm")
+    pen.text((_GAP, _HEAD - 18), comparison.column, _MUTED, font=_font(15), anchor="lm")
     for column, label in enumerate([comparison.base.row, *(shown_rate(rate) for rate in rates)]):
         x = _LEFT + (CELL + _GAP) * column
         pen.text((x + CELL / 2, _HEAD - 18), label, _INK, font=_font(16), anchor="mm")
@@ -96,7 +100,7 @@ def explanations(comparison: Comparison) -> list[str]:
     base = ["base: before training."] if comparison.base.row == "base" else []
     same = [*([comparison.alike] if comparison.alike else []), *comparison.doubts]
     if not comparison.judged:
-        return [NOT_JUDGED, *beside, *base, *same]
+        return [not_judged(comparison), *beside, *base, *same]
     return [
         f"Score: {comparison.score}.",
         *beside,
@@ -108,7 +112,7 @@ def explanations(comparison: Comparison) -> list[str]:
 
 def usable_words(comparison: Comparison) -> str:
     """What a rate of this comparison has to reach to be usable."""
-    learnt = f"a rate that gains at least {USABLE:.0%} of the best gain over the base"
+    learnt = f"a {comparison.noun} that gains at least {USABLE:.0%} of the best gain over the base"
     if (bar := comparison.kept_line) is None:
         return f"Usable, by what was learnt alone: {learnt}."
     kept = f"{short(comparison.kept)} {bar:.0%} or more"
@@ -127,8 +131,8 @@ def best_words(comparison: Comparison) -> str:
         figures.append(f"{short(comparison.kept)} {point.kept:.0%}")
     place = f"{row} at {shown_rate(point.rate)} ({', '.join(figures)})"
     if (verdict := comparison.verdict(row, point.rate)) == WORKS:
-        return f"Best usable rate: {place}."
-    return f"No rate learnt and kept enough. Nearest: {place}: {verdict}."
+        return f"Best usable {comparison.noun}: {place}."
+    return f"No {comparison.noun} learnt and kept enough. Nearest: {place}: {verdict}."
 
 
 def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
@@ -174,7 +178,7 @@ def render_html(comparison: Comparison) -> str:
     """The report: one file, thumbnails within it, full-size pictures linked beside it."""
     ranges = "".join(
         f'<tr><td><i style="background:{line_colour(index)}"></i>{html.escape(row)}</td>'
-        f"<td>{html.escape(str(found)) if found else 'none of the rates tried'}</td></tr>"
+        f"<td>{html.escape(str(found)) if found else f'none of the {comparison.noun}s tried'}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
         if comparison.judged
     )
@@ -188,7 +192,7 @@ def render_html(comparison: Comparison) -> str:
         ],
     }
     names = list(dict.fromkeys(name for cell in [comparison.base, *comparison.cells] for name in cell.metrics))
-    titles = ["row", "learning rate", "seed", "state", "verdict", *names]
+    titles = ["row", comparison.column, "seed", "state", "verdict", *names]
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     rows = "".join(
         f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
@@ -201,8 +205,9 @@ def render_html(comparison: Comparison) -> str:
     page = files("equipoise.pipelines.comparing").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(comparison.name),
+        "WORKED": f"{comparison.column.capitalize()}s that worked",
         "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
-        "RANGES": ranges or f"<tr><td>{NOT_JUDGED}</td></tr>",
+        "RANGES": ranges or f"<tr><td>{not_judged(comparison)}</td></tr>",
         "BEST": f"<p>{html.escape(best_words(comparison))}</p>",
         "CURVE": f"{draw_curve(comparison)}<p>{html.escape(curve_words(comparison))}</p>" if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
@@ -218,7 +223,7 @@ def _prompt_table(comparison: Comparison) -> str:
     """The pictures' scores, prompt by prompt, to be opened; nothing where they have none."""
     if not (names := comparison.picture_scores):
         return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["prompt", "row", "learning rate", "seed", *names])
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["prompt", "row", comparison.column, "seed", *names])
     rows = [
         f"<tr><td>{html.escape(prompt)}</td><td>{html.escape(c.row)}</td>"
         f"<td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"

@@ -3,11 +3,13 @@
 It is filled beside the folder where it is to be, and takes its place when it is complete.
 """
 
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import write_report
 from equipoise.pipelines.files import explained
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.runs import environment
+from equipoise.pipelines.runs import checkpoints, environment
+from equipoise.pipelines.runs.run import runs_folder
 from equipoise.pipelines.runs.store import Run
 from equipoise.pipelines.tables import listed
 
+_FILES = "text_to_image"  # the pipeline of files that no run says the base of
 _MAKER = ".pid"  # in a folder that is being filled: who does it
 
 
@@ -62,7 +66,61 @@ def make(
     return comparison, {what: folder / path.name for what, path in paths.items()}
 
 
-def _place(found: Sequence[Run], out: Path | None, own: bool) -> tuple[Path, str]:
+def make_of_files(
+    files: Sequence[Path],
+    found: Sequence[Run],
+    strengths: Sequence[float],
+    changes: Mapping[str, Any],
+    *,
+    each_checkpoint: bool = False,
+    runs: Path | str | None = None,
+    out: Path | None = None,
+) -> tuple[Comparison, dict[str, Path]]:
+    """Compares files of weights, and runs' results or checkpoints, each at several strengths, and writes the report.
+
+    Args:
+        files: Of weights, of whatever origin.
+        found: Runs and sweeps; the first one's configuration says the base, if there is one.
+        strengths: Above 0.
+        changes: Key of the configuration → what it is in place of that.
+        each_checkpoint: Takes each checkpoint that a run has kept beside its result.
+        runs: The folder of runs.
+        out: Where the comparison is to be; None: among the comparisons.
+
+    Returns:
+        As `make`.
+
+    Raises:
+        InputError: As `make`; a strength that is not above 0; files without a base.
+    """
+    if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
+        raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is there in any case.")
+    cells = [run for one in found for run in (sweeps.cells(one) if one.status().kind == "sweep" else [one])]
+    config = cells[0].config() if cells else registry.load("pipelines", _FILES).Config(name="files")
+    pipeline = registry.load("pipelines", config.pipeline)
+    given: dict[str, Path] = {}
+    for run in cells:
+        if (file := pipeline.result_file(run)).is_file():
+            given[run.id] = file
+        if each_checkpoint:
+            given |= {f"{run.id} {path.name}": path for path in checkpoints.complete(run.checkpoints)}
+    names = Counter(file.stem for file in files)
+    given |= {file.stem if names[file.stem] == 1 else str(file): file.resolve() for file in files}
+    if not given:
+        raise InputError("comparison: none of these runs has a result yet.")
+    first = configs.set_keys(config, changes, source="comparison")
+    folder, name = _place([*found], out, own=True, root=runs_folder(runs))
+    with (
+        _swapped_in(folder) as staging,
+        environment.there(cells[0].folder / "environment.json") if cells else nullcontext(),
+    ):
+        comparison = pipeline.compare_files(name, staging, given, first, strengths)
+        paths = write_report(comparison)
+    comparison.folder = folder
+    return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def _place(found: Sequence[Run], out: Path | None, own: bool, root: Path | None = None) -> tuple[Path, str]:
     """The comparison's folder and its name; what was asked for in other words than the runs' gets a folder of its own.
 
     Raises:
@@ -75,7 +133,8 @@ def _place(found: Sequence[Run], out: Path | None, own: bool) -> tuple[Path, str
     if len(found) == 1 and not own:
         return found[0].folder / "comparison", found[0].id
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    return found[0].root / "comparisons" / name, found[0].id if len(found) == 1 else f"comparison {name}"
+    parent = found[0].root if found else root or runs_folder()
+    return parent / "comparisons" / name, found[0].id if len(found) == 1 else f"comparison {name}"
 
 
 @contextmanager

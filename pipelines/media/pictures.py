@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from equipoise.pipelines.media.reading import EnormousError, MediaError, brief, once
 
 LARGEST = Image.MAX_IMAGE_PIXELS or 1 << 26  # pixels: from here on Pillow warns, and from twice that refuses
 NAMED = ".png, .jpg, .webp, .tiff and all else that Pillow reads"  # for messages
 _LEFT_OUT = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}  # Pillow has other programs draw them, or knows but names
+_SYSTEMS = {"__MACOSX", "@eaDir", "Thumbs.db"}
 _COLOURS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # of a profile → Pillow's mode
 
 
@@ -53,6 +54,25 @@ def decode(path: Path, largest: int = LARGEST, formats: tuple[str, ...] | None =
         raise EnormousError(path, f"is enormous (over {LARGEST} pixels). Make it smaller.") from None
     except MediaError:
         raise
+    except Exception as error:  # whatever a damaged one makes of its decoder
+        raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
+
+
+def of_systems(name: str) -> bool:
+    """Whether a file or folder is one that systems and programs put among pictures for themselves, by its name."""
+    return name.startswith(".") or name in _SYSTEMS
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as `open_picture` gives it, without decoding it.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
 

@@ -1,8 +1,10 @@
 """What the readers share: their errors, the version of what they give, and a memory that spares a second decoding."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -57,6 +59,24 @@ def forget() -> None:
     """Frees what is kept: nobody will ask for these files again."""
     with _lock:
         _kept.clear()
+
+
+def content(path: Path) -> str:
+    """A digest of a file's content, computed once for as long as the file stays as it is.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    try:
+        return _digest(os.path.abspath(path), version(path))
+    except OSError as error:
+        raise MediaError(path, f"cannot be read: {error.strerror or error}.") from None
+
+
+@lru_cache(1 << 17)
+def _digest(path: str, _: tuple[int, ...]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def once(

@@ -160,18 +160,23 @@ class Run:
 
     def requested(self) -> set[str]:
         """The requests that have come since the last call; "stop" stays once it came. Takes microseconds."""
-        found = set()
-        for kind, file in self._requests.items():
-            try:
-                os.unlink(file)
-                found.add(kind)
-            except OSError:
-                continue
-        self._stop = self._stop or "stop" in found
+        found = {kind for kind in REQUESTS if kind != "stop" and self._taken(kind)}
+        return found | {"stop"} if self.asked_to_stop() else found
+
+    def asked_to_stop(self) -> bool:
+        """Whether this session shall end; other requests are left for `requested`. Takes microseconds."""
+        self._stop = self._taken("stop") or self._stop
         if self._stop and self._live and self._live.message != status.STOPPING:
             with suppress(InputError):  # a full disk: it stops all the same
                 self.update(message=status.STOPPING)
-        return found | {"stop"} if self._stop else found
+        return self._stop
+
+    def _taken(self, kind: str) -> bool:
+        try:
+            os.unlink(self._requests[kind])
+        except OSError:
+            return False
+        return True
 
     def metric(self, step: int, **values: Any) -> None:
         """Add a record to `metrics.jsonl`; `loss` and `rate` (the learning rate), if given, enter the status."""
@@ -243,6 +248,9 @@ class Following(Run):
 
     def requested(self) -> set[str]:
         return set()
+
+    def asked_to_stop(self) -> bool:
+        return False
 
 
 def runs_folder(root: Path | str | None = None) -> Path:

@@ -43,6 +43,12 @@ class TextToImage(Pipeline):
         return examples(config)
 
     @classmethod
+    def notes(cls, config: TextToImageConfig) -> list[str]:
+        from equipoise.pipelines.text_to_image.check import notes
+
+        return notes(config)
+
+    @classmethod
     def estimate_memory(cls, config: TextToImageConfig) -> MemoryEstimate | None:
         from equipoise.pipelines.text_to_image.memory import estimate_memory
 
@@ -61,6 +67,19 @@ class TextToImage(Pipeline):
             from equipoise.pipelines.text_to_image.compare import compare
 
         return compare(name, folder, runs, configs, asked.samples, asked.judges)
+
+    @classmethod
+    def compare_files(cls, name, folder, given, config, strengths) -> Comparison:
+        with no_garbage_collection():
+            from equipoise.pipelines.text_to_image.compare_files import compare_files
+
+        return compare_files(name, folder, given, config, strengths)
+
+    @classmethod
+    def result_file(cls, run: Run) -> Path:
+        from equipoise.pipelines.text_to_image.result import LORA_FILE
+
+        return run.result / LORA_FILE
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:

@@ -272,7 +272,7 @@ class Base:
 
 
 _loaded: dict[str, Base] = {}
-_FILLED = 0.9  # of a text encoder's rows, the least share that its tokenizer uses
+_FILLED = 0.25  # of a text encoder's rows, the least share that its tokenizer uses: an empty one has a hundredth
 
 
 def load_base(model: TextToImageModel, precision: str) -> Base:
@@ -377,14 +377,12 @@ def _layers(part: torch.nn.Module) -> list[str]:
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> None:
     """Without its files, transformers makes an empty tokenizer, and every caption would read the same."""
     given, words = len(tokenizer), text_encoder.config.vocab_size
-    if text_encoder.config.model_type.startswith("clip"):
-        length = text_encoder.config.max_position_embeddings
-        fits = given == words and tokenizer.model_max_length <= length
-        longest = tokenizer.model_max_length
+    fits = _FILLED * words <= given <= words
+    reads = f"but the text encoder reads {words}"
+    if text_encoder.config.model_type.startswith("clip"):  # others have no limit of positions
+        length, longest = text_encoder.config.max_position_embeddings, tokenizer.model_max_length
+        fits = fits and longest <= length
         reads = f"gives up to {longest} tokens, but the text encoder reads {words} words and {length} tokens"
-    else:  # others have rows to spare, and no limit of positions
-        fits = _FILLED * words <= given <= words
-        reads = f"but the text encoder reads {words}"
     if not fits:
         raise InputError(
             f"model.path: {path}: the tokenizer has {given} words and {reads}. "

@@ -1,7 +1,6 @@
 """The model card beside a result: what the LoRA is, how to load it, how it was made, and what it draws."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
     described: dict[str, Any] = json.loads(read_metadata(result / LORA_FILE)["equipoise"])
     kind, base = family(described["shape"]["family"]), described["base"]
     own = config.model.path == demo.NAME
-    source = "demo.base_folder()" if own else f'"{base}"'
+    source = "demo.base_folder()" if own else _quoted(base)
     shown = _pictures(run, config)
     prompt = described["trigger"] or (config.samples.prompts or ["…"])[0]
     header = ModelCardData(
@@ -51,7 +50,7 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
         f"# {run.name}\n",
         f"LoRA factors for `{base}` ({kind.title}), rank {described['rank']}, alpha {described['alpha']:g}.\n",
         *(["<Gallery />\n"] if shown else []),
-        *([f"**Trigger words**: `{described['trigger']}`\n"] if described["trigger"] else []),
+        *([f"**Trigger words**: `{_cell(described['trigger'])}`\n"] if described["trigger"] else []),
         "## Use\n",
         "```python",
         f"import torch\nfrom diffusers import {kind.pipeline}",
@@ -60,7 +59,7 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
         'pipe.load_lora_weights("FOLDER OR REPOSITORY")',
         *_scheduler(config),
         *_word(result / WORD_FILE, config),
-        f'pipe("{_quoted(prompt)}").images[0].save("picture.png")',
+        f'pipe({_quoted(prompt)}).images[0].save("picture.png")',
         "```\n",
         "## Training\n",
         "| | |\n| --- | --- |",
@@ -106,7 +105,7 @@ def _word(file: Path, config: TextToImageConfig) -> list[str]:
     lines = ["from safetensors.torch import load_file\n", f'word = load_file("FOLDER/{file.name}")']
     for key, end in zip(several, ("", "_2"), strict=True):
         where = f"text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end}"
-        lines.append(f'pipe.load_textual_inversion(word["{key}"], token="{config.token.name}", {where})')
+        lines.append(f'pipe.load_textual_inversion(word["{key}"], token={_quoted(config.token.name or "")}, {where})')
     return lines
 
 
@@ -131,8 +130,9 @@ def _told(key: str, value: Any) -> bool:
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace(os.linesep, " ")
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    """A text as Python writes it, on one line."""
+    return json.dumps(text, ensure_ascii=False)

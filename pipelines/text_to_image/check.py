@@ -9,8 +9,9 @@ from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.config.sections import objective_problems, one_sided
+from equipoise.pipelines.text_to_image import overview
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import open_picture, read_class, read_examples, unread_captions
+from equipoise.pipelines.text_to_image.data import open_picture, read_class, read_examples, read_folder
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
@@ -104,9 +105,8 @@ def _no_compiler() -> str:
 
 
 def doubts(config: TextToImageConfig) -> list[str]:
-    """A sentence if captions stay unread, and one if the pictures are far larger or smaller than the base's were."""
-    pictures = [example.path for example in read_examples(config.data)[0]]
-    found = [warning] if (warning := unread_captions(config.data, pictures)) else []
+    """What of the folder, the options and the resolution may not be meant."""
+    found = overview.doubts(config, read_folder(config.data)) if config.data.folder != demo.NAME else []
     found += [
         f"{section}.{key}: has no effect without {other}."
         for section, keys, on, other in (
@@ -134,6 +134,11 @@ def doubts(config: TextToImageConfig) -> list[str]:
         f"data.resolution: {given} pixels, but {config.model.path} was made for {made_for}; what it learns may be of "
         f"little use. data.resolution={made_for} fits.",
     ]
+
+
+def notes(config: TextToImageConfig) -> list[str]:
+    """What the folder holds, as it will be trained on."""
+    return [] if config.data.folder == demo.NAME else overview.notes(config, read_folder(config.data))
 
 
 def _target_problems(config: TextToImageConfig, kind: Family) -> list[str]:

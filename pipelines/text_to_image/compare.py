@@ -9,8 +9,10 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,6 +26,7 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import (
     JudgesSection,
+    NoiseSection,
     TextToImageConfig,
     TextToImageModel,
     TextToImageSamples,
@@ -47,6 +50,7 @@ logging.getLogger("diffusers.loaders.lora_base").addFilter(
     lambda record: not record.getMessage().startswith("No LoRA keys associated to CLIPTextModel")
 )
 
+NOTHING = "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
 ALIKE = "The pictures of a prompt begin from the same noise in every cell."
 THUMBNAIL = 160  # pixels, the longer side
 
@@ -76,9 +80,7 @@ def compare(
     first = configs[0]
     samples = samples or first.samples
     if not samples.prompts:
-        raise InputError(
-            "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
-        )
+        raise InputError(NOTHING)
     bases = [_located(run, config) for run, config in zip(runs, configs, strict=True)]
     for config, base in zip(configs, bases, strict=True):
         resolutions = (first.data.resolution, config.data.resolution)
@@ -91,42 +93,70 @@ def compare(
     scorer = Judges(**(judges or first.judges).model_dump())
     pictures = [_training_pictures(run, config) if scorer else [] for run, config in zip(runs, configs, strict=True)]
     base = load_base(bases[0], first.train.precision)
+    losses = [result["loss_before"] for result in results if result]
+    untouched = {"loss_before": losses[0], "loss_after": losses[0]} if losses else {}
+    cells = []
+    for run, config, result, files, position in zip(runs, configs, results, pictures, lay_out(configs), strict=True):
+        cell = Cell.of(run, config, position)
+        cell.metrics = measured(result or {})
+        # By this schedule its factors were trained; the untouched base keeps its own.
+        with_factors = result and partial(_with_result, base, run.folder / "result", samples.scale, config.noise)
+        cells.append(Drawn(cell, with_factors or None, files, samples.scale))
+    return draw_all(name, folder, base, first, samples, cells, scorer, untouched)
+
+
+@dataclass
+class Drawn:
+    """A cell, and how the base is made to draw it."""
+
+    cell: Cell
+    tuned: Callable[[], AbstractContextManager] | None  # in the block the base has what the cell shows; None: nothing
+    references: list[Path] = field(default_factory=list)  # pictures of the subject, for judges
+    scale: float = 1.0  # strength of the factors, for the pictures' metadata
+
+
+def draw_all(
+    name: str,
+    folder: Path,
+    base: Base,
+    first: TextToImageConfig,
+    samples: TextToImageSamples,
+    cells: Sequence[Drawn],
+    scorer: Judges,
+    losses: dict[str, float],  # the untouched base's metrics as far as they are known
+    column: str = "learning rate",
+) -> Comparison:
+    """Draws the same prompts from the same noise with the untouched base and with each cell, and measures them."""
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
-    layout = lay_out(configs)
-    total = len(samples.prompts) * samples.count * (1 + sum(result is not None for result in results))
+    total = len(samples.prompts) * samples.count * (1 + sum(one.tuned is not None for one in cells))
     with progress("pictures", "picture", total=total) as bar:
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
-        def fill(cell: Cell, references: list[Path]) -> None:
+        def fill(cell: Cell, references: list[Path], scale: float) -> None:
             made = generate(base.pipeline, samples, first.data.resolution, bar.update)
             metrics, verdicts, scores = measure(made, drawn, base.pipeline.vae_scale_factor, plain)
             plain.extend(made if not cell.run else ())
             judged = scorer(made, references)
             cell.metrics |= metrics | means(judged)
             cell.metrics["score"] = score(cell.metrics)
-            cell.pictures = _write(folder, cell, samples, made, verdicts)
+            cell.pictures = _write(folder, cell, samples, made, verdicts, scale)
             for picture, *found in zip(cell.pictures, scores, judged, strict=True):
                 picture.scores = found[0] | found[1]
 
-        untouched = Cell("", "base", math.nan, first.seed, "untouched")
-        losses = [result["loss_before"] for result in results if result]
-        untouched.metrics = {"loss_before": losses[0], "loss_after": losses[0]} if losses else {}
-        fill(untouched, pictures[0])
-        cells = []
-        for run, config, result, files, position in zip(runs, configs, results, pictures, layout, strict=True):
-            cell = Cell.of(run, config, position)
-            cells.append(cell)
-            if result is None:
-                continue
-            cell.metrics = measured(result)
-            base.set_scheduler(config.noise)  # by which its factors were trained; the untouched base keeps its own
-            with _with_lora(base, run.folder / "result", samples.scale):
-                fill(cell, files)
+        untouched = Cell("", "base", math.nan, first.seed, "untouched", metrics=losses)
+        fill(untouched, cells[0].references, samples.scale)
+        for one in cells:
+            if one.tuned is not None:
+                with one.tuned():
+                    fill(one.cell, one.references, one.scale)
     meaning = DRAWN_SCORE if "object" in untouched.metrics else LOSS_SCORE
     kept = "kept" if "kept" in untouched.metrics else ""
     beside = {kept: KEPT} if kept else {}
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
-    return Comparison(name, folder, list(samples.prompts), meaning, untouched, cells, beside, scored, ALIKE, kept)
+    shown = [one.cell for one in cells]
+    return Comparison(
+        name, folder, list(samples.prompts), meaning, untouched, shown, beside, scored, ALIKE, kept, column
+    )
 
 
 def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:
@@ -160,34 +190,48 @@ def _result(run: Run) -> dict | None:
 
 
 @contextmanager
-def _with_lora(base: Base, folder: Path, scale: float) -> Iterator[None]:
-    """The base has the factors of a LoRA file for the time of the block."""
+def _with_result(base: Base, folder: Path, scale: float, noise: NoiseSection) -> Iterator[None]:
+    """The base has what a run has learnt for the time of the block, and its noise schedule."""
+    base.set_scheduler(noise)
+    word = folder / WORD_FILE
+    with with_lora(base, folder / LORA_FILE, scale):
+        with with_token(base, *read_word(word, base)) if word.is_file() else nullcontext():
+            yield
+
+
+@contextmanager
+def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
+    """The base has the factors of a LoRA file for the time of the block.
+
+    Raises:
+        InputError: it is none, or for another base.
+    """
     pipeline = base.pipeline
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # peft's only word on factors that fit nowhere
             try:
-                pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="run")
+                pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="run")
             except (OSError, SafetensorError, ValueError, RuntimeError, RuntimeWarning) as error:
                 reason = " ".join(str(error).split())[:300]
-                raise InputError(f"{folder / LORA_FILE}: cannot be loaded on this base: {reason}") from error
+                raise InputError(f"{file}: cannot be loaded on this base: {reason}") from error
         pipeline.set_adapters("run", scale)
-        word = folder / WORD_FILE
-        with with_token(base, *read_word(word, base)) if word.is_file() else nullcontext():
-            yield
+        yield
     finally:
         for part in base.tunable.values():
             base.restore(part)
 
 
-def _write(folder: Path, cell: Cell, samples: TextToImageSamples, made: list[Sample], verdicts) -> list[Picture]:
+def _write(
+    folder: Path, cell: Cell, samples: TextToImageSamples, made: list[Sample], verdicts, scale: float
+) -> list[Picture]:
     name = "base" if not cell.run else cell.run.rsplit("/", 1)[-1]
     pictures = []
     for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):
         prompt = index // samples.count
         file = f"cells/{name}/{prompt:02d}-{sample.seed}.png"
         thumbnail = f"cells/{name}/{prompt:02d}-{sample.seed}.thumb.png"
-        sample.save(folder / file, run=cell.run or "base", row=cell.row, learning_rate=cell.rate, scale=samples.scale)
+        sample.save(folder / file, run=cell.run or "base", row=cell.row, learning_rate=cell.rate, scale=scale)
         small = sample.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         small.save(folder / thumbnail)

@@ -1,34 +1,25 @@
-"""Captioned pictures in a folder: which there are, what they say, and how they are cut.
+"""The pictures of a folder and their captions: which are trained on, with what words, how often, and what is left out.
 
-Captions come from, in this order: `data.instance_prompt` for all; `metadata.jsonl` or `metadata.csv` (columns
-`file_name` and `text`, as the datasets library's image folders have them); a `.txt` file beside each picture; the name
-of its folder, where that is a number and words (`10_sks vase`), as kohya's scripts have it: the number says how often
-its pictures come in an epoch.
+Captions come from, in this order: `data.instance_prompt` for all; a table, as in `text_to_image.tables`; a `.txt` or
+`.caption` file beside each picture; the name of its folder, where that is a number and words (`10_sks vase`), as
+kohya's scripts have it: the number says how often its pictures come in an epoch, and 0 leaves them out.
 """
 
-import csv
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
-
-from equipoise.pipelines.files import first_line
-from equipoise.pipelines.media.pictures import NAMED, suffixes
+from equipoise.pipelines.media.pictures import NAMED, of_systems, suffixes
 from equipoise.pipelines.media.pictures import open_picture as open_picture
-from equipoise.pipelines.media.reading import VERSION
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
+from equipoise.pipelines.text_to_image.tables import ENCODING, listed, read_tables, tables_among
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
-RANDOM_CUTS = 4  # per picture, where data.crop is random
+CAPTIONS = (".txt", ".caption")  # of the files beside pictures, the first counts
+_RUN = {"config.yaml", "status.json", "environment.json"}  # a folder that holds all of these is a run's
+_SPLITS = {"train", "validation", "valid", "val", "test", "eval"}
 _REPEATED = re.compile(r"(\d+)_(.+)")
 
 
@@ -39,26 +30,73 @@ class Example:
     repeats: int = 1  # times in an epoch
 
 
+@dataclass
+class Folder:
+    """What a folder of pictures holds."""
+
+    path: Path
+    examples: list[Example] = field(default_factory=list)  # in a fixed order
+    problems: list[str] = field(default_factory=list)  # what has to be mended first, a sentence each
+    doubts: list[str] = field(default_factory=list)  # what may be meant, and should be known, a sentence each
+    sources: Counter[str] = field(default_factory=Counter)  # where captions come from → how many
+    others: Counter[str] = field(default_factory=Counter)  # files that are read by nobody: suffix → how many
+
+    @property
+    def summary(self) -> str:
+        """What will be trained on, in a sentence."""
+        pictures = len({example.path for example in self.examples})
+        times = sum(example.repeats for example in self.examples)
+        epoch = f", {times} in an epoch" if times != pictures else ""
+        parts = [f"{self.path}: {pictures} picture{'s' * (pictures != 1)}{epoch}"]
+        if self.sources:
+            parts.append("captions: " + ", ".join(f"{count} from {source}" for source, count in self.sources.items()))
+        if self.others:
+            parts.append(
+                "no pictures: " + ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common())
+            )
+        return "; ".join(parts) + "."
+
+
 def read_examples(data: TextToImageData) -> tuple[list[Example], list[str]]:
     """The folder's examples in a fixed order, and all that is wrong with it. Decodes no picture."""
-    folder = Path(data.folder)
+    found = read_folder(data)
+    return found.examples, found.problems
+
+
+def read_folder(data: TextToImageData) -> Folder:
+    """All that a folder holds, and what is wrong with it. Decodes no picture."""
+    made = Folder(Path(data.folder))
+    folder = made.path
     if not os.path.isdir(folder):  # unlike pathlib's, False also where no path can be so long
         what = "is a file" if os.path.isfile(folder) else "does not exist"
-        return [], [f"data.folder: {folder} {what}. Give a folder of pictures."]
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes() and path.is_file())
-    if not pictures:
-        return [], [f"data.folder: {folder} holds no pictures ({NAMED})."]
+        made.problems.append(f"data.folder: {folder} {what}. Give a folder of pictures.")
+        return made
+    files = _walk(folder, made.doubts)
+    pictures = sorted(path for path in files if path.suffix.lower() in suffixes())
+    tables = tables_among(files)
+    beside = {path.with_suffix(suffix) for path in pictures for suffix in CAPTIONS} & files
+    made.others = Counter(file.suffix.lower() or file.name for file in files.difference(pictures, tables, beside))
+    kept = _without_zeros(pictures, data, made)
+    if not kept:
+        made.problems.append(f"data.folder: {folder} holds no pictures ({NAMED}).")
+        return made
     if data.instance_prompt is not None:
-        examples, problems = [Example(path, data.instance_prompt) for path in pictures], []
+        made.examples = [Example(path, data.instance_prompt) for path in kept]
+        made.sources["data.instance_prompt"] = len(kept)
+        made.doubts += _unread(kept, tables, beside, folder)
     else:
-        tables = ((folder / "metadata.jsonl", _read_jsonl), (folder / "metadata.csv", _read_csv))
-        found = next(((table, reader) for table, reader in tables if table.is_file()), None)
-        examples, problems = _from_metadata(*found, pictures) if found else _from_text_files(folder, pictures)
-    folders = {path.relative_to(folder).parent.as_posix() for path in pictures}
+        _caption(made, kept, tables, beside)
+    folders = {path.relative_to(folder).parent.as_posix() for path in kept}
     for name in data.repeats.keys() - folders:
         there = ", ".join(sorted(folders - {"."})) or "no folders"
-        problems.append(f"data.repeats: {name} is no folder with pictures in {folder}. There are {there}.")
-    return [replace(example, repeats=_repeats(example.path, folder, data)) for example in examples], problems
+        made.problems.append(f"data.repeats: {name} is no folder with pictures in {folder}. There are {there}.")
+    if len(splits := sorted(_SPLITS & {name.split("/")[0].lower() for name in folders})) > 1:
+        made.doubts.append(
+            f"data.folder: {folder} has the folders {' and '.join(splits)}, and the pictures of all are trained on; "
+            f"data.folder={folder / splits[0]} takes one."
+        )
+    made.examples = [replace(example, repeats=_repeats(example.path, folder, data)) for example in made.examples]
+    return made
 
 
 def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
@@ -75,146 +113,132 @@ def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
     return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
 
 
-def _repeats(path: Path, folder: Path, data: TextToImageData) -> int:
-    place = path.relative_to(folder).parent
-    named = [int(found[1]) for name in reversed(place.parts) if (found := _REPEATED.fullmatch(name))]
-    return data.repeats.get(place.as_posix(), max(1, named[0]) if named else 1)
-
-
-def unread_captions(data: TextToImageData, pictures: Sequence[Path]) -> str:
-    """A sentence if the folder has captions that an instance prompt leaves unread; else empty."""
-    if data.instance_prompt is None:
-        return ""
-    files = [Path(data.folder) / name for name in ("metadata.jsonl", "metadata.csv")]
-    found = [file for file in [*files, *(path.with_suffix(".txt") for path in pictures)] if file.is_file()]
-    if not found:
-        return ""
-    return (
-        f"data.instance_prompt is the caption of every picture: the {len(found)} caption files of {data.folder} are "
-        "not read. data.instance_prompt=null reads them."
-    )
-
-
-def _from_metadata(table: Path, reader, pictures: list[Path]) -> tuple[list[Example], list[str]]:
-    examples, problems = [], []
-    known = set(pictures)
-    try:
-        for line, row in reader(table):
-            name, text = row.get("file_name"), row.get("text")
-            if not isinstance(name, str) or not isinstance(text, str):
-                problems.append(
-                    f"{table}:{line}: needs file_name and text, got {', '.join(map(str, row)) or 'nothing'}."
-                )
-            elif (table.parent / name) not in known:
-                problems.append(f"{table}:{line}: a caption for {name}, which is not in {table.parent}.")
-            else:
-                examples.append(Example(table.parent / name, text))
-    except (OSError, ValueError, csv.Error) as error:
-        problems.append(f"{table}: cannot be read ({error}).")
-    if not examples and not problems:
-        problems.append(f"{table}: holds no captions.")
-    missing = sorted(known - {example.path for example in examples})
-    if missing and not problems:
-        problems.append(
-            f"{table}: has no captions for {_listed(missing, table.parent)}. Add their lines, take the pictures away, "
-            "or set data.instance_prompt."
-        )
-    return examples, problems
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding=ENCODING).splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from None
-            yield number, row if isinstance(row, dict) else {}
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(newline="", encoding=ENCODING) as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield first_line(reader, row.values()), row
-
-
-def _from_text_files(folder: Path, pictures: list[Path]) -> tuple[list[Example], list[str]]:
-    examples, missing, problems = [], [], []
-    for path in pictures:
-        text, named = path.with_suffix(".txt"), _REPEATED.fullmatch(path.parent.name if path.parent != folder else "")
-        if not text.is_file():
-            if named:
-                examples.append(Example(path, named[2]))
-                continue
-            missing.append(path)
+def _walk(folder: Path, doubts: list[str]) -> set[Path]:
+    """All files below a folder, links followed, but for what systems and programs put there for themselves and for
+    what runs have drawn."""
+    files: set[Path] = set()
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        where, real = Path(place), os.path.realpath(place)
+        if real in seen:
+            doubts.append(f"data.folder: {where} is a link to a folder that is read already; it is passed over.")
+            folders.clear()
             continue
-        try:
-            examples.append(Example(path, text.read_text(encoding=ENCODING).strip()))
-        except UnicodeDecodeError:
-            problems.append(f"{text}: is not UTF-8 text.")
-        except OSError as error:
-            problems.append(f"{text}: cannot be read: {error.strerror or error}.")
+        seen.add(real)
+        if where != folder and {*names} >= _RUN:
+            doubts.append(f"data.folder: {where} is the folder of a run; its pictures are left out.")
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not of_systems(name)]
+        for path in (where / name for name in names if not of_systems(name)):
+            if path.is_file():
+                files.add(path)
+            elif path.is_symlink():
+                doubts.append(f"data.folder: {path} is a link that leads nowhere; it is passed over.")
+    return files
+
+
+def _without_zeros(pictures: list[Path], data: TextToImageData, made: Folder) -> list[Path]:
+    """The pictures without those of folders such as `0_old`, which kohya's scripts leave out."""
+    kept = [path for path in pictures if _repeats(path, made.path, data)]
+    zero = sorted({path.parent for path in pictures} - {path.parent for path in kept})
+    if zero:
+        count = len(pictures) - len(kept)
+        made.doubts.append(
+            f"data.folder: {count} picture{'s' * (count > 1)} of {listed(zero, made.path)} "
+            f"{'are' if count > 1 else 'is'} left out: the folder's name asks for 0 repeats."
+        )
+    return kept
+
+
+def _named(path: Path, folder: Path) -> tuple[int, str] | None:
+    """The repeats and words in the name of the nearest folder above a picture that has such a name."""
+    for name in reversed(path.relative_to(folder).parent.parts):
+        if found := _REPEATED.fullmatch(name):
+            return int(found[1]), found[2]
+    return None
+
+
+def _repeats(path: Path, folder: Path, data: TextToImageData) -> int:
+    named = _named(path, folder)
+    return data.repeats.get(path.relative_to(folder).parent.as_posix(), named[0] if named else 1)
+
+
+def _unread(pictures: Sequence[Path], tables: Sequence[Path], beside: Iterable[Path], folder: Path) -> list[str]:
+    """A sentence if the folder has captions that an instance prompt leaves unread."""
+    files = [*tables, *beside]
+    words = {named[1] for path in pictures if (named := _named(path, folder))}
+    found = (
+        [f"the {len(files)} caption files of {folder}" if len(files) > 1 else f"the captions of {files[0]}"]
+        if files
+        else []
+    )
+    found += [f"the words of its folders ({', '.join(sorted(words))})"] if words else []
+    if not found:
+        return []
+    return [
+        f"data.instance_prompt is the caption of every picture: {' and '.join(found)} are not read. "
+        "data.instance_prompt=null reads them."
+    ]
+
+
+def _caption(made: Folder, pictures: list[Path], tables: list[Path], beside: set[Path]) -> None:
+    """Finds each picture's caption: in its table, in the file beside it, or in its folder's name."""
+    captions = read_tables(tables, pictures)
+    made.problems += captions.problems
+    made.doubts += captions.doubts
+    made.examples = [Example(path, text) for path, text in captions.found]
+    if captions.found:
+        made.sources[" and ".join(dict.fromkeys(table.name for table in tables))] = len(captions.found)
+    missing: list[Path] = []
+    for path in (path for path in pictures if path not in captions.governed):
+        file = next((file for suffix in CAPTIONS if (file := path.with_suffix(suffix)) in beside), None)
+        if file is not None:
+            _read_file(made, path, file)
+        elif named := _named(path, made.path):
+            made.examples.append(Example(path, named[1]))
+            made.sources["the folders' names"] += 1
+        else:
+            missing.append(path)
     if missing:
-        name = missing[0].relative_to(folder).as_posix()
-        problems.append(
-            f"data.folder: {folder} has no captions for {_listed(missing, folder)}. Set data.instance_prompt, "
+        name = missing[0].relative_to(made.path).as_posix()
+        made.problems.append(
+            f"data.folder: {made.path} has no captions for {listed(missing, made.path)}. Set data.instance_prompt, "
             f'add metadata.jsonl (lines such as {{"file_name": "{name}", "text": "…"}}), or put a .txt file beside '
             "each picture."
         )
-    return examples, problems
+    made.doubts += _doubtful(made, beside)
 
 
-def _listed(missing: list[Path], folder: Path) -> str:
-    names = [path.relative_to(folder).as_posix() for path in missing]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _read_file(made: Folder, path: Path, file: Path) -> None:
+    try:
+        made.examples.append(Example(path, file.read_text(encoding=ENCODING).strip()))
+        made.sources[f"{file.suffix} files"] += 1
+    except UnicodeDecodeError:
+        made.problems.append(f"{file}: is not UTF-8 text.")
+    except OSError as error:
+        made.problems.append(f"{file}: cannot be read: {error.strerror or error}.")
 
 
-def cut(image: Image.Image, size: tuple[int, int], position: tuple[float, float]) -> Image.Image:
-    """Scaled so that it just covers `size` (width, height), then cut at `position` (0 … 1 across and down)."""
-    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=position)
-
-
-def variants(
-    image: Image.Image, data: TextToImageData, generator, size: tuple[int, int] | None = None
-) -> list[tuple[Image.Image, tuple[int, int]]]:
-    """Every cut and mirror image of one picture that training may draw, and where it was cut: (top, left) pixels of the
-    picture when it just covers the cut.
-
-    Args:
-        generator: of the places of random cuts.
-        size: width and height of the cut; the square of `data.resolution` unless it is given.
-    """
-    import torch
-
-    positions = [(0.5, 0.5)]
-    if data.crop == "random":
-        positions = [tuple(torch.rand(2, generator=generator).tolist()) for _ in range(RANDOM_CUTS)]
-    size = size or (data.resolution, data.resolution)
-    scale = max(wanted / side for wanted, side in zip(size, image.size, strict=True))
-    free = [max(0, round(side * scale) - wanted) for wanted, side in zip(size, image.size, strict=True)]  # across, down
-    cuts = [
-        (cut(image, size, (x, y)), (round(y * free[1]), round(x * free[0])))  # (top, left)
-        for x, y in positions
-    ]
-    if not data.flip:
-        return cuts
-    return cuts + [(ImageOps.mirror(picture), (top, free[0] - left)) for picture, (top, left) in cuts]
-
-
-def to_tensor(image: Image.Image) -> "Tensor":  # (3, height, width) in −1 … 1
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def cache_key(examples: list[Example], data: TextToImageData, base: str) -> str:
-    """Names the latents of these files, cut this way, under this autoencoder."""
-    facts: list[Any] = [VERSION, base, data.resolution, data.crop, data.flip]
-    if data.buckets:
-        facts.append((data.bucket_step, data.bucket_limit))
-    for example in examples:
-        stat = example.path.stat()
-        facts.append((str(example.path.resolve()), stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+def _doubtful(made: Folder, beside: set[Path]) -> list[str]:
+    """What captions may not be meant: empty ones, one file for two pictures, two files for one."""
+    found, folder = [], made.path
+    if empty := [example.path for example in made.examples if not example.caption.strip()]:
+        count = len(empty)
+        found.append(
+            f"data.folder: the caption{'s' * (count > 1)} of {listed(empty, folder)} "
+            f"{'are' if count > 1 else 'is'} empty, and trained on as {'such' if count > 1 else 'it is'}."
+        )
+    stems = Counter(path.with_suffix("") for path in dict.fromkeys(example.path for example in made.examples))
+    shared = sorted(stem for stem, count in stems.items() if count > 1)
+    if shared := [stem for stem in shared if any(stem.with_name(stem.name + suffix) in beside for suffix in CAPTIONS)]:
+        found.append(
+            f"data.folder: several pictures are called {listed(shared, folder)}, but for their endings; they share "
+            "one caption file, and each is trained on with it."
+        )
+    if both := sorted(file for file in beside if file.suffix == ".txt" and file.with_suffix(".caption") in beside):
+        found.append(
+            f"data.folder: {listed(both, folder)} {'have' if len(both) > 1 else 'has'} a .caption file beside "
+            f"{'them' if len(both) > 1 else 'it'}, which is not read."
+        )
+    return found

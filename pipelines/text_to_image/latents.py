@@ -1,51 +1,124 @@
-"""What training reads in place of the pictures: the autoencoder's means and deviations, computed once and kept."""
+"""What training reads in place of the pictures: the autoencoder's means and deviations, made once and kept.
+
+Each picture's are kept in a file of their own, named by all that they depend on: the picture's content, how it is cut,
+the version of the reader, and the autoencoder. So a picture that is added costs its own encoding, one that is renamed
+costs none, and what was made before a stop or a damaged picture is there the next time.
+"""
 
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from equipoise.pipelines.files import explained
-from equipoise.pipelines.media.reading import forget
+from equipoise.pipelines.media.reading import VERSION, content, forget
 from equipoise.pipelines.progress import progress
-from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.text_to_image.base import Base, Latents
-from equipoise.pipelines.text_to_image.buckets import nearest, sizes
+from equipoise.pipelines.text_to_image.buckets import Size, nearest, sizes
 from equipoise.pipelines.text_to_image.config import TextToImageData
-from equipoise.pipelines.text_to_image.data import Example, cache_key, open_picture, to_tensor, variants
+from equipoise.pipelines.text_to_image.cuts import to_tensor, variants
+from equipoise.pipelines.text_to_image.data import Example, open_picture
+from equipoise.pipelines.training.loop import StoppedError
+from equipoise.pipelines.training.state import mix
+
+KEPT = 16 << 30  # bytes of latents on disk, from which on those that were not used for longest are deleted
+
+Made = tuple[Tensor, Tensor]  # of a picture: moments (variants, 2, channels, height, width) and crops (variants, 6)
 
 
-def prepare_latents(base: Base, examples: list[Example], data: TextToImageData, cache: Path) -> Latents:
-    """Of every picture, computed once.
+def prepare_latents(
+    base: Base,
+    examples: Sequence[Example],
+    data: TextToImageData,
+    cache: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Latents:
+    """Of every picture, from memory or disk where they were made before.
 
-    Kept in memory for the process and on disk for the next one, by the files' names, sizes and times, the cut, and
-    the autoencoder.
+    Args:
+        cache: The folder of what runs keep for each other.
+        stopped: Asked after each picture whether to end.
+
+    Raises:
+        StoppedError: It said so; what was made is kept on disk.
+        InputError: A picture cannot be read, or nothing can be written.
     """
-    key = cache_key(examples, data, base.identity)
-    if key not in base.latents:
+    folder = cache / "latents"
+    keys = [cache_key(example.path, data, base.identity) for example in examples]
+    whole = hashlib.sha256("".join(keys).encode()).hexdigest()
+    if whole not in base.latents:
         for old in list(base.latents)[:-1]:  # those of the last pictures stay: a run may have class pictures beside
             del base.latents[old]
-        file = cache / f"moments-{key}.safetensors"
-        base.latents[key] = _kept(file, len(examples)) or _encode(base, examples, data)
+        base.latents[whole] = _prepare(base, examples, keys, data, folder, stopped)
         forget()  # the pictures themselves
-        if not file.is_file():
-            with explained(file):
-                cache.mkdir(parents=True, exist_ok=True)
-                made = base.latents[key]
-                numbered = {f"moments.{index}": moments for index, moments in enumerate(made.moments)}
-                save_tensors(file, numbered | {"places": made.crops})
-    return base.latents[key]
+        _clean(cache, {_file(folder, key) for key in keys})
+    return base.latents[whole]
 
 
-def _kept(file: Path, count: int) -> Latents | None:
-    """What an earlier process has computed; a file that was damaged since is no more."""
+def cache_key(path: Path, data: TextToImageData, base: str) -> str:
+    """Names the latents of a file's content, cut this way, under this autoencoder."""
+    facts = [VERSION, base, data.resolution, data.crop, data.flip, content(path)]
+    if data.buckets:
+        facts.append((data.bucket_step, data.bucket_limit))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def _prepare(
+    base: Base,
+    examples: Sequence[Example],
+    keys: Sequence[str],
+    data: TextToImageData,
+    folder: Path,
+    stopped: Callable[[], bool],
+) -> Latents:
+    made: dict[str, Made] = {}
+    among = sizes(data, base.stride)
+    for example, key in progress("latents", "picture", list(zip(examples, keys, strict=True)), leave=False):
+        if key in made:  # a picture that is there twice
+            continue
+        if stopped():
+            raise StoppedError(f"stopped on request after {len(made)} of {len(set(keys))} pictures were encoded")
+        file = _file(folder, key)
+        if (known := _kept(file)) is None:
+            known = _encode(base, example.path, data, among, key)
+            _keep(file, known)
+        made[key] = known
+    return Latents([made[key][0] for key in keys], torch.stack([made[key][1] for key in keys]))
+
+
+@torch.no_grad()
+def _encode(base: Base, path: Path, data: TextToImageData, among: Sequence[Size], key: str) -> Made:
+    whole = open_picture(path)
+    where = torch.Generator().manual_seed(mix("cuts", key))
+    cut = variants(whole, data, where, nearest(whole.size, among))
+    pictures = [to_tensor(picture) for picture, _ in cut]
+    crops = torch.tensor([[whole.height, whole.width, *corner, *pictures[0].shape[1:]] for _, corner in cut])
+    posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
+    moments = torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors])
+    moments[:, 0] -= base.vae.config.shift_factor or 0.0  # of the means; deviations have none
+    return moments * base.vae.config.scaling_factor, crops.float()
+
+
+def _kept(file: Path) -> Made | None:
+    """What an earlier run has made; a file that was damaged since is no more."""
     try:
         found = load_file(file)
-        return Latents([found[f"moments.{index}"] for index in range(count)], found["places"])
+        os.utime(file)  # when it was last used
+        return found["moments"], found["crops"]
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError):
@@ -53,18 +126,30 @@ def _kept(file: Path, count: int) -> Latents | None:
         return None
 
 
-@torch.no_grad()
-def _encode(base: Base, examples: list[Example], data: TextToImageData) -> Latents:
-    rows, crops = [], []
-    cuts = torch.Generator().manual_seed(0)
-    among = sizes(data, base.stride)
-    for example in progress("latents", "picture", examples, leave=False):
-        whole = open_picture(example.path)
-        cut = variants(whole, data, cuts, nearest(whole.size, among))
-        pictures = [to_tensor(picture) for picture, _ in cut]
-        crops.append(torch.tensor([[whole.height, whole.width, *corner, *pictures[0].shape[1:]] for _, corner in cut]))
-        posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
-        moments = torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors])
-        moments[:, 0] -= base.vae.config.shift_factor or 0.0  # of the means; deviations have none
-        rows.append(moments * base.vae.config.scaling_factor)
-    return Latents(rows, torch.stack(crops).float())
+def _keep(file: Path, made: Made) -> None:
+    """Not flushed to disk, which would take longer than the encoding: what a crash damages is made anew."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(save({"moments": made[0].contiguous(), "crops": made[1]}))
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _clean(cache: Path, used: set[Path]) -> None:
+    """Deletes the latents that were not used for longest, until the rest takes KEPT bytes at most; never this run's."""
+    files = [*(cache / "latents").rglob("*.safetensors"), *cache.glob("moments-*.safetensors")]  # 0.1.0 had the latter
+    known = []
+    for file in files:
+        with suppress(OSError):  # another run may be cleaning up too
+            about = file.stat()
+            known.append((about.st_mtime, about.st_size, file))
+    total = sum(size for _, size, _ in known)
+    for _, size, file in sorted(known):
+        if total <= KEPT:
+            return
+        if file not in used:
+            file.unlink(missing_ok=True)
+            total -= size

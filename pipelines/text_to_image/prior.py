@@ -10,6 +10,7 @@ tuned model goes on drawing other vases. Where there are none, the untouched bas
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,22 @@ from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Example, read_class
 from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.training.loop import StoppedError
 
 
-def class_examples(base: Base, config: TextToImageConfig, cache: Path) -> list[Example]:
+def class_examples(
+    base: Base, config: TextToImageConfig, cache: Path, stopped: Callable[[], bool] = lambda: False
+) -> list[Example]:
     """The pictures that the class is learnt from: those of `prior.folder`, or drawn by the untouched base.
 
     Args:
         base: without factors.
         cache: where drawn pictures are kept for the next run.
+        stopped: asked before each batch is drawn whether to end.
 
     Raises:
         InputError: the folder holds none.
+        StoppedError: it was to end; what was drawn is kept.
     """
     found, problems = read_class(config)
     if problems:
@@ -46,11 +52,19 @@ def class_examples(base: Base, config: TextToImageConfig, cache: Path) -> list[E
         return [
             Example(path, prompt)
             for prompt, count in zip(prompts, counts, strict=True)
-            for path in _drawn(base, config, prompt, count, cache, bar)
+            for path in _drawn(base, config, prompt, count, cache, bar, stopped)
         ]
 
 
-def _drawn(base: Base, config: TextToImageConfig, prompt: str, count: int, cache: Path, bar: Any) -> list[Path]:
+def _drawn(
+    base: Base,
+    config: TextToImageConfig,
+    prompt: str,
+    count: int,
+    cache: Path,
+    bar: Any,
+    stopped: Callable[[], bool],
+) -> list[Path]:
     """Pictures of a prompt by the untouched base, those that are not there yet drawn now."""
     samples = config.samples
     facts = [_fingerprint(base), prompt, config.data.resolution, samples.steps, samples.guidance]
@@ -61,6 +75,10 @@ def _drawn(base: Base, config: TextToImageConfig, prompt: str, count: int, cache
     for start in range(0, count, samples.batch):
         some = paths[start : start + samples.batch]
         if not all(path.is_file() for path in some):
+            if stopped():
+                raise StoppedError(
+                    f"stopped on request after {bar.n} of {config.prior.count} class pictures were drawn"
+                )
             wanted = {"prompts": [prompt], "negative": "", "count": len(some), "seed": start}
             asked = samples.model_copy(update=wanted)
             for path, sample in zip(some, generate(base.pipeline, asked, config.data.resolution), strict=True):

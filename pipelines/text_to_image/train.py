@@ -3,6 +3,7 @@
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -20,21 +21,23 @@ from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
 from equipoise.pipelines import demo
+from equipoise.pipelines.media.reading import content
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.text_to_image import overview
 from equipoise.pipelines.text_to_image.base import Base, Latents, begin_training, load_base
 from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
-from equipoise.pipelines.text_to_image.data import Example, read_examples, unread_captions
+from equipoise.pipelines.text_to_image.data import Example, read_folder
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import DivergedError, train_loop
+from equipoise.pipelines.training.loop import DivergedError, StoppedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, seed_all
 
 _PLAIN = TextToImageData()  # class pictures' captions are read as they are
@@ -51,16 +54,15 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
         with accelerator.main_process_first():
             drawn = demo.pictures_folder(runs)
         data = data.model_copy(update={"folder": str(drawn)})
-    examples, wrong = read_examples(data)
-    if wrong:  # since the check
-        raise ConfigError(wrong)
-    if warning := unread_captions(data, [example.path for example in examples]):
-        run.log(warning)
-    prior = None
-    with accelerator.main_process_first():  # the others find what it has made on disk
-        own = Pictures.of(examples, prepare_latents(base, examples, data, runs / ".cache"), config)
-        if classed := class_examples(base, config, runs / ".cache"):
-            prior = Pictures.of(classed, prepare_latents(base, classed, data, runs / ".cache"), config)
+    found = read_folder(data)
+    if found.problems:  # since the check
+        raise ConfigError(found.problems)
+    for line in [*overview.notes(config, found), *overview.doubts(config, found)]:
+        run.log(line)
+    prepared = _prepare(base, found.examples, data, config, run)
+    if isinstance(prepared, Outcome):
+        return prepared
+    own, prior = prepared
     word = fresh_rows(base, config.token) if config.token.name else {}
     live = config.lora.text_encoder or data.shuffle_tags or bool(word)
     if not live:
@@ -91,6 +93,29 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     return outcome
 
 
+def _prepare(
+    base: Base, examples: list[Example], data: TextToImageData, config: TextToImageConfig, run: Run
+) -> "tuple[Pictures, Pictures | None] | Outcome":
+    """What is trained on, and the class pictures where there are some; the outcome where the run is to stop."""
+    cache, stopped = Path(config.runs) / ".cache", run.asked_to_stop
+
+    def prepare() -> tuple[Pictures, Pictures | None]:
+        own = Pictures.of(examples, prepare_latents(base, examples, data, cache, stopped), config)
+        if not (classed := class_examples(base, config, cache, stopped)):
+            return own, None
+        return own, Pictures.of(classed, prepare_latents(base, classed, data, cache, stopped), config)
+
+    made, message = None, ""
+    if processes.leads():
+        try:
+            made = prepare()
+        except StoppedError as reason:
+            message = f"{reason}; what was made is kept."
+    if message := processes.shared(message):
+        return Outcome("stopped", message, 0)
+    return made or prepare()  # the others find what the first one has made on disk
+
+
 @dataclass(frozen=True)
 class Pictures:
     """What is trained on, of one kind: the subject's, or those of the class beside it."""
@@ -98,12 +123,15 @@ class Pictures:
     captions: list[str]
     latents: Latents
     batches: BucketBatches
+    digest: str  # of all files, their captions and repeats, in their order, wherever they lie
 
     @classmethod
     def of(cls, examples: list[Example], latents: Latents, config: TextToImageConfig) -> "Pictures":
         repeats = [example.repeats for example in examples]
         batches = BucketBatches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
-        return cls([example.caption for example in examples], latents, batches)
+        facts = [(content(example.path), example.caption, example.repeats) for example in examples]
+        digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+        return cls([example.caption for example in examples], latents, batches, digest)
 
 
 class TextToImageWork(OptimizedWork[TextToImageConfig]):
@@ -182,9 +210,14 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.prior_loss = first
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"recent": list(self.recent)}
+        return super().state() | {"recent": list(self.recent), "pictures": self.own.digest}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if state.get("pictures", self.own.digest) != self.own.digest:
+            raise InputError(
+                f"data.folder: {self.config.data.folder}: its pictures or captions are not those that this run was "
+                "trained on so far. Put them back, or train anew."
+            )
         super().restore(weights, state)
         self.recent = state.get("recent", [])  # an earlier version's checkpoints have none
 

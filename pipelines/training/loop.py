@@ -37,6 +37,10 @@ class EarlyStopError(Exception):
     """More steps would not help, for the reason in the message; raised by a step before it does anything."""
 
 
+class StoppedError(Exception):
+    """The run was asked to stop before its first step; the message says how far what comes before that has got."""
+
+
 class Work(Protocol):
     """What a pipeline trains, as the loop calls it; `training.state.OptimizedWork` has most of it."""
 

@@ -27,6 +27,13 @@ def make_schedule(
     )
 
 
+def renew_rates(schedule: LambdaLR) -> None:
+    """Makes the rates of the next step those of this schedule: a state that was loaded has those of another one, if the
+    run goes on for more steps than it was to take."""
+    rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    schedule._last_lr = [rate * factor(schedule.last_epoch) for rate, factor in rates]
+
+
 def _polynomial(step: int, warmup: int, steps: int, power: float) -> float:
     if step < warmup:
         return step / warmup

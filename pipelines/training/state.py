@@ -34,7 +34,7 @@ from equipoise.pipelines.config.sections import TrainConfig
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import NonFiniteError
-from equipoise.pipelines.training.schedule import make_schedule
+from equipoise.pipelines.training.schedule import make_schedule, renew_rates
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -255,6 +255,7 @@ class OptimizedWork(Generic[ConfigT]):
             tensor.copy_(weights[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        renew_rates(self.schedule)
         self.coordinator.load_state_dict(state["coordinator"])
         self.objective.load_state_dict(state["objective"])
         if self.accelerator.scaler and state["scaler"]:

@@ -30,6 +30,7 @@ class Family(ABC):
     denoiser: ClassVar[str]  # the part that is trained, and its folder
     text_encoders: ClassVar[dict[str, str]]  # each with the folder of its tokenizer
     tuned_encoders: ClassVar[tuple[str, ...]] = ()  # those that diffusers' LoRA loader knows
+    tokens: ClassVar[dict[str, int]] = {}  # of a caption, that an encoder reads at most, if not as its tokenizer says
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a checkpoint may be without
     left_out: ClassVar[tuple[str, ...]] = ()  # components of the pipeline class that nobody needs here
     targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors by default

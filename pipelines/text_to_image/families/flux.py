@@ -59,6 +59,7 @@ class Flux(TransformerFamily):
     network = "networks.lora_flux"
     title = "FLUX.1"
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    tokens: ClassVar[dict[str, int]] = {"text_encoder_2": 512}  # as in diffusers' pipeline
     tuned_encoders = ("text_encoder",)
     left_out = ("image_encoder", "feature_extractor")
     targets = (

@@ -58,6 +58,7 @@ class StableDiffusion3(TransformerFamily):
         "text_encoder_2": "tokenizer_2",
         "text_encoder_3": "tokenizer_3",
     }
+    tokens: ClassVar[dict[str, int]] = {"text_encoder_3": 256}  # as in diffusers' pipeline
     tuned_encoders = ("text_encoder", "text_encoder_2")
     optional = ("text_encoder_3",)
     left_out = ("image_encoder", "feature_extractor")

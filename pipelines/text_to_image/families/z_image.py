@@ -28,6 +28,7 @@ class ZImage(TransformerFamily):
     network = "networks.lora_zimage"
     title = "Z-Image"
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
+    tokens: ClassVar[dict[str, int]] = {"text_encoder": _TOKENS}
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     shape = ("dim",)
     mean_latents = True

@@ -18,6 +18,7 @@ from equipoise.pipelines.audio_visual.features import (
     Batches,
     FeatureStore,
     mel_bands,
+    picture_files,
     read_audio,
     read_frames,
     read_video,
@@ -324,3 +325,9 @@ def test_a_file_that_goes_away_is_a_problem_of_its_clip(clips, tmp_path):
     with pytest.raises(InputError, match="is silent"):
         soundfile.write(tmp_path / "s.wav", np.zeros(100), 4000)
         read_audio(tmp_path / "s.wav")
+
+
+def test_what_systems_put_among_frames_is_none_of_them(tmp_path):
+    for name in ("2.png", "1.png", "._1.png", ".thumb.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in picture_files(tmp_path)] == ["1.png", "2.png"]

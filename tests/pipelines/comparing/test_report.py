@@ -14,10 +14,10 @@ from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, 
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve
 from equipoise.pipelines.comparing.report import (
     CELL,
-    NOT_JUDGED,
     best_words,
     draw_grid,
     explanations,
+    not_judged,
     render_html,
     usable_words,
     write_report,
@@ -204,7 +204,7 @@ def test_nothing_is_said_to_have_failed_where_nothing_is_judged(comparison):
     assert not comparison.judged and comparison.verdict("adamw", 1e-4) == ""
     assert draw_grid(comparison).getpixel((150 + (CELL + 10) * 2 - 1, 64 + CELL // 2)) == (0x6A, 0x73, 0x7D)
     page = render_html(comparison)
-    assert NOT_JUDGED in page and "none of the rates tried" not in page and "are noise" not in page
+    assert not_judged(comparison) in page and "none of the rates tried" not in page and "are noise" not in page
 
 
 def test_seeds_are_averaged(comparison):

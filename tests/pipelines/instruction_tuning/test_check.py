@@ -80,7 +80,7 @@ def test_a_file_that_is_wrong_as_a_whole_is_not_skipped(short, tmp_path, capfd):
 
 def test_a_dry_run_shows_what_will_be_learnt(short, written, capfd):
     assert main(["train", NAME, *short(), written(ASKED, said("Is it red?", "Very"), ASKED), "--dry-run"]) == 0
-    assert r"labels of 2 rows: 'Yes<|im_end|>\n', 'Very<|im_end|>\n'." in capfd.readouterr().err
+    assert r"# labels of 2 rows: 'Yes<|im_end|>\n', 'Very<|im_end|>\n'." in capfd.readouterr().out
 
 
 def test_a_tied_head_is_said_and_merges_once_it_is_untied(written, tmp_path, capfd):

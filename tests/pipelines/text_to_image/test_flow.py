@@ -35,7 +35,8 @@ from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel
-from equipoise.pipelines.text_to_image.data import open_picture, read_examples, to_tensor, variants
+from equipoise.pipelines.text_to_image.cuts import to_tensor, variants
+from equipoise.pipelines.text_to_image.data import open_picture, read_examples
 from equipoise.pipelines.text_to_image.families import family, known, shape_of
 from equipoise.pipelines.text_to_image.families.noise import Flow
 from equipoise.pipelines.text_to_image.formats.factors import Factors, join, split

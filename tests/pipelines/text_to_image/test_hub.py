@@ -1,5 +1,6 @@
 """Model cards, and the hub: its real client in a process of its own, against a server that keeps what it is sent."""
 
+import ast
 import base64
 import hashlib
 import json
@@ -158,3 +159,16 @@ def test_what_goes_wrong_is_one_sentence_without_the_token(tuned, hub, monkeypat
     assert done.returncode == 1 and "did not take it" in done.stderr and "no rights for …" in done.stderr
     assert SECRET not in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert main(["export", str(tuned)]) == 2, "neither a file nor a repository"
+
+
+def test_the_cards_python_reads_whatever_a_prompt_holds(short, tmp_path):
+    prompt = 'two\nlines, "quoted" \\ and \u2028 more'
+    words = [f"data.instance_prompt={json.dumps(prompt)}", "samples.prompts=[]", "steps=1", "--id", "one"]
+    assert main(["train", "text_to_image/dreambooth", *short, *words]) == 0
+    card = (tmp_path / "runs" / "one" / "result" / "README.md").read_text()
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(card.split("```python")[1].split("```")[0]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "pipe"
+    ]
+    assert ast.literal_eval(call.args[0]) == prompt

@@ -77,3 +77,29 @@ def test_what_cannot_work_is_said(overrides, message):
     with pytest.raises(ConfigError) as caught:
         config.load("text_to_image/dreambooth", overrides)
     assert message in str(caught.value) and len(caught.value.problems) == 1
+
+
+def test_a_run_that_goes_on_for_longer_has_the_longer_schedule_from_its_next_step(short):
+    from equipoise.pipelines import config
+    from equipoise.pipelines.pipeline import execute
+    from equipoise.pipelines.runs.store import Store
+    from equipoise.pipelines.text_to_image import TextToImage
+
+    words = [*short, "schedule=cosine", "learning_rate=1e-3", "samples.prompts=[]"]
+    settings = config.load("text_to_image/dreambooth", words)
+    run = Store(settings.runs).create(settings)
+    write = run.metric
+
+    def metric(step, **values):
+        write(step, **values)
+        if step == 4:
+            run.request("stop")
+
+    run.metric = metric
+    assert execute(TextToImage, settings, run).state == "stopped"
+    run.forget_requests()
+    longer = config.load("text_to_image/dreambooth", [*words, "steps=16"])
+    assert execute(TextToImage, longer, run).state == "done"
+    seen = [record["rate"] for record in run.metrics()]
+    wanted = [5e-4 * (1 + math.cos(math.pi * n / (6 if n < 4 else 16))) for n in range(16)]
+    assert seen == pytest.approx(wanted)

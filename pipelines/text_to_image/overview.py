@@ -1,0 +1,122 @@
+"""What a run will be trained on, told before it begins, and what of that may not be meant."""
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import InputError
+from equipoise.pipelines.media.pictures import size_of
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.data import Example, Folder
+from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.formats.layout import encoders_of, is_local, model_source, read_index, stride
+from equipoise.pipelines.text_to_image.tables import listed
+
+_SHOWN = 8  # shapes in a sentence
+
+
+def notes(config: TextToImageConfig, folder: Folder) -> list[str]:
+    """What will be trained on, a sentence each."""
+    found = [folder.summary]
+    if shapes := _shapes(config, folder.examples):
+        parts = [f"{count} of {width} × {height}" for (width, height), count in shapes.most_common(_SHOWN)]
+        more = f" and {len(shapes) - _SHOWN} shapes more" if len(shapes) > _SHOWN else ""
+        found.append(f"pictures in an epoch by shape: {', '.join(parts)}{more}.")
+    first = next((example for example in folder.examples if example.caption), None)
+    if first and config.data.instance_prompt is None:
+        found.append(f"the first caption, of {first.path.name}: {first.caption[:200]!r}")
+    return found
+
+
+def doubts(config: TextToImageConfig, folder: Folder) -> list[str]:
+    """What may not be meant of what will be trained on, a sentence each."""
+    return [*folder.doubts, *_lone_shapes(config, folder.examples), *_cut_captions(config, folder)]
+
+
+def _shapes(config: TextToImageConfig, examples: Iterable[Example]) -> Counter[tuple[int, int]]:
+    """How often the pictures of each shape come in an epoch; nothing where there is one shape, or none is known.
+    Pictures that cannot be read are left to the check."""
+    data, model = config.data, config.model
+    if not data.buckets or not is_local(model.path) or not (cells := stride(model.path, model.revision)):
+        return Counter()
+    from equipoise.pipelines.text_to_image.buckets import nearest, sizes  # which needs torch
+
+    among, found = sizes(data, cells), Counter()
+    for example in examples:
+        try:
+            found[nearest(size_of(example.path), among)] += example.repeats
+        except InputError:
+            continue
+    return found
+
+
+def _lone_shapes(config: TextToImageConfig, examples: Iterable[Example]) -> list[str]:
+    batch = config.train.batch
+    few = {shape: count for shape, count in _shapes(config, examples).items() if count < batch}
+    if not few:
+        return []
+    named = ", ".join(f"{count} of {width} × {height}" for (width, height), count in list(few.items())[:_SHOWN])
+    times = batch // min(few.values())
+    return [
+        f"data.buckets: of some shapes there are fewer pictures than a batch of {batch} holds ({named}); such a batch "
+        f"is filled up with the same ones, which then count up to {times} times as much as others. "
+        "Cut them to a commoner shape, add pictures, or use a smaller train.batch."
+    ]
+
+
+def _cut_captions(config: TextToImageConfig, folder: Folder) -> list[str]:
+    """A sentence if captions are longer than all text encoders read. Of a base on the hub the run itself can tell."""
+    model = config.model
+    captions = {example.caption for example in folder.examples}
+    if not is_local(model.path):
+        return []
+    try:
+        lost = {caption: words for caption in captions if (words := unread_words(model.path, caption))}
+    except (InputError, KeyError, NotImplementedError, OSError, TypeError, ValueError):
+        return []  # a damaged checkpoint, which the check describes
+    if not lost:
+        return []
+    cut = [example for example in folder.examples if example.caption in lost]
+    words = lost[cut[0].caption]
+    shown = words if len(words) <= 80 else f"{words[:80]}…"
+    if config.data.instance_prompt is not None:
+        return [f"data.instance_prompt: is longer than the text encoders read; “{shown}” is cut off."]
+    return [
+        f"data.folder: {len(cut)} caption{'s' * (len(cut) > 1)} ({listed((e.path for e in cut), folder.path)}) "
+        f"{'are' if len(cut) > 1 else 'is'} longer than the text encoders read; what comes last is cut off, such as "
+        f"“{shown}”. Put what matters first, or write less."
+    ]
+
+
+def unread_words(path: str, caption: str) -> str:
+    """The end of a caption that none of a local base's text encoders reads; empty where one reads all."""
+    read = [(_tokenizer(folder), most) for folder, most in _encoders(path)]
+    ends = []
+    for tokenizer, most in read:
+        most = most or tokenizer.model_max_length
+        if len(caption.encode()) + 2 <= most:  # fewer bytes than tokens, with begin and end: none can be cut
+            return ""
+        given = tokenizer(caption, add_special_tokens=True, truncation=False, verbose=False)
+        offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        extra = len(given["input_ids"]) - len(offsets["input_ids"])
+        place = offsets["offset_mapping"][most - extra :]
+        ends.append(place[0][0] if place else len(caption))
+    return caption[max(ends) :].strip() if ends else ""
+
+
+@lru_cache(4)
+def _encoders(path: str) -> list[tuple[Path, int]]:
+    """Of each text encoder of a local base: its tokenizer's folder, and the tokens it reads, if not as that says."""
+    index = read_index(path)
+    kind = family(index["_class_name"])
+    folder = Path(model_source(path))
+    return [(folder / kind.text_encoders[name], kind.tokens.get(name, 0)) for name in encoders_of(kind, index)]
+
+
+@lru_cache(8)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
