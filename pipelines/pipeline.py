@@ -5,7 +5,7 @@ Nothing here imports torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,15 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return self.model + self.training + self.activations + self.program
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a trained run makes of data that is given to it."""
+
+    rows: list[dict[str, Any]]  # one for each example: texts, numbers, None and lists of texts by name
+    figures: dict[str, float] = field(default_factory=dict)  # how right it is on all of them, where that is known
+    meaning: str = ""  # of the figures, a sentence
 
 
 class Pipeline:
@@ -103,6 +112,35 @@ class Pipeline:
             InputError: the runs cannot be compared.
         """
         raise InputError(f"the pipeline {cls.name} has no comparison.")
+
+    @classmethod
+    def predict(cls, run: Path, config: Any, source: Path, prompts: Sequence[str]) -> Predictions:
+        """Let a run's result answer for data without labels; `equipoise predict` writes what it says.
+
+        Args:
+            run: the run's folder.
+            config: its configuration.
+            source: an absolute path that exists: a file or a folder.
+            prompts: what to ask of each example, for pipelines that are asked something; empty: what `source` asks.
+
+        Raises:
+            InputError: there is no result, or the data cannot be used; with all that is wrong, a line each.
+        """
+        raise InputError(f"the pipeline {cls.name} predicts nothing from the command line.")
+
+    @classmethod
+    def evaluate(cls, run: Path, config: Any, file: Path) -> Predictions:
+        """Measure a run's result on labelled data, with `figures`; `equipoise evaluate` shows them.
+
+        Args:
+            run: the run's folder.
+            config: its configuration.
+            file: an absolute path that exists, of data in the format that the pipeline trains on.
+
+        Raises:
+            InputError: there is no result, or the data cannot be used; with all that is wrong, a line each.
+        """
+        raise InputError(f"the pipeline {cls.name} evaluates nothing from the command line.")
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:

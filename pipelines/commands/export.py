@@ -10,12 +10,8 @@ from pathlib import Path
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.commands import hub
+from equipoise.pipelines.commands.one_run import one_run
 from equipoise.pipelines.files import user_path
-from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.runs.store import TOP, Run, find
-from equipoise.pipelines.tables import listed
-
-_LISTED = 12  # cells in a refusal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = find(args.run, args.runs, TOP if args.run == "latest" else (*TOP, "cell"))
-    if found.status().kind == "sweep":
-        raise InputError(f"{found.id} is a sweep, and one of its cells is wanted{_cells(found)}.")
+    found = one_run(args.run, args.runs)
     config = found.config()
     pipeline = registry.load("pipelines", config.pipeline)
     if args.format and pipeline.formats and args.format not in pipeline.formats:
@@ -62,9 +56,3 @@ def run(args: argparse.Namespace) -> int:
                 pipeline.export(result, args.format, Path(folder, f"{args.format}.safetensors"))
             print(hub.push(Path(folder), args.push_to_hub, args.private, f"{found.id}, by equipoise"))
     return 0
-
-
-def _cells(sweep: Run) -> str:
-    """The cells that can be given, as words after a refusal."""
-    refs = [cell.ref for cell in sweeps.cells(sweep) if cell.result.is_dir() and any(cell.result.iterdir())]
-    return f": {listed(refs, _LISTED)}" if refs else ", and none has a result yet"

@@ -4,7 +4,7 @@ import os
 
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline, Predictions
 from equipoise.pipelines.runs.run import Run
 from equipoise.quick import no_garbage_collection
 
@@ -58,3 +58,17 @@ class InstructionTuning(Pipeline):
             from equipoise.pipelines.instruction_tuning.compare import compare
 
         return compare(name, folder, runs, configs, asked.samples)
+
+    @classmethod
+    def predict(cls, run, config, source, prompts) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.predict import predict
+
+        return predict(run, config, source, prompts)
+
+    @classmethod
+    def evaluate(cls, run, config, file) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.predict import evaluate
+
+        return evaluate(run, config, file)

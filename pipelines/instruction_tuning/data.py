@@ -28,7 +28,7 @@ Kind = Literal["image", "audio", "text"]
 MARKS = {"image": "<image>", "audio": "<audio>"}
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 HELD_OUT = 10  # every so many-th conversation is held out where no validation file is given
-_COLUMNS = ("id", *MARKS, "question", "answer")  # of a CSV file; ids are for people
+COLUMNS = ("id", *MARKS, "question", "answer")  # of a CSV file; ids are for people
 _MISNAMED = ("images", "audios", "picture", "pictures", "sound", "sounds", "video", "videos")
 _SPACE = re.compile(r"\s*")
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can name halves of a UTF-16 pair, which are no text
@@ -331,8 +331,8 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
             return
         if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
             yield 1, FileError(f"has the column {' and '.join(map(repr, twice))} twice.")
-        if strange := [name for name in columns if name not in _COLUMNS]:
-            known = ", ".join(_COLUMNS)
+        if strange := [name for name in columns if name not in COLUMNS]:
+            known = ", ".join(COLUMNS)
             found = " and ".join(map(repr, strange))
             yield 1, FileError(f"has the column {found}, which is unknown; there are {known}.")
         try:

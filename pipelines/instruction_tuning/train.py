@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -37,7 +36,7 @@ from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.ahead import BatchesAhead
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
-from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
+from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
@@ -169,7 +168,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
             self._probed = batch, base, outputs
-        return Losses(_loss(logits, labels, sample), {})
+        return Losses(answer_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
 
@@ -300,7 +299,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         size = min(16, self.config.train.batch)
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
-            total += _loss(*self._forward(self._batch(part))).item() * len(part)
+            total += answer_loss(*self._forward(self._batch(part))).item() * len(part)
         return total / len(chosen)
 
     def state(self) -> dict[str, Any]:
@@ -415,13 +414,6 @@ def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any
             rate = chosen.loraplus_lr_ratio * own.get("lr", chosen.learning_rate)
             groups.append({**own, "params": list(up.items()), "lr": rate})
     return groups
-
-
-def _loss(logits: Tensor, labels: Tensor, sample: Tensor) -> Tensor:
-    """Cross-entropy averaged over each sample's answer tokens, then over samples, as the paper's L."""
-    each = F.cross_entropy(logits.float(), labels, reduction="none")
-    _, index, counts = sample.unique(return_inverse=True, return_counts=True)
-    return (each / counts.to(each)[index]).sum() / len(counts)
 
 
 def has_dropout(model: nn.Module) -> bool:
