@@ -55,7 +55,8 @@ class Pipeline:
     Config: ClassVar[type[RunConfig]] = RunConfig
     loading: ClassVar[str] = ""  # the line of code that loads a result elsewhere; {folder} stands for result/
     comparing: ClassVar[str] = "lays it beside other runs"  # what `equipoise compare RUN` does with one
-    formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows
+    formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows; the first where none is asked for
+    exports_folders: ClassVar[bool] = False  # whether they are folders, ready for a hub, or one file each
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -144,12 +145,12 @@ class Pipeline:
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:
-        """Write what a run has learnt as one file in another app's format.
+        """Write what a run has learnt as one file in another app's format, or as a folder with a model card in it.
 
         Args:
             result: the run's folder of that name.
             format: one of `formats`.
-            output: the file to write.
+            output: the file or folder to write, an absolute path; nothing is there.
 
         Raises:
             InputError: there is no result, or the file cannot be written.
@@ -159,6 +160,8 @@ class Pipeline:
     @classmethod
     def publish(cls, run: Path, config: Any, folder: Path) -> None:
         """Fill a folder with what other people need of a result: its weights, and a model card in README.md.
+
+        Not asked of a pipeline that exports folders: what it exports is published.
 
         Args:
             run: the run's folder.

@@ -108,7 +108,7 @@ def _tied_doubts(config: InstructionTuningConfig) -> list[str]:
     return [
         f"lora.targets: {name} is tied: the head and the embedding are one weight, so that merging the adapter into "
         "the model changes both. Use it unmerged, or untie them first: docs/instruction_tuning.md."
-        for name in tied(outline(config))
+        for name in tied(outline(config).plain)
     ]
 
 

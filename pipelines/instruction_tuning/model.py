@@ -130,6 +130,20 @@ def model_type(model: InstructionTuningModel) -> str:
         raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
 
 
+def own_dtype(model: InstructionTuningModel) -> torch.dtype:
+    """The format of numbers that a model is kept in, by its configuration; float32 where that does not say.
+
+    Raises:
+        InputError: its configuration cannot be read.
+    """
+    try:
+        found = AutoConfig.from_pretrained(**_where(model))
+    except Exception as error:  # whatever a damaged one raises
+        raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
+    kept: Any = found.dtype or found.get_text_config().dtype or torch.float32
+    return kept
+
+
 def load_processor(model: InstructionTuningModel) -> Any:
     """The processor that belongs to a model.
 
@@ -168,7 +182,7 @@ def _set_pixels(processor: Any, model: InstructionTuningModel) -> None:
     chosen = {name: value for name, value in given.items() if value is not None}
     if not chosen:
         return
-    looks = getattr(processor, "image_processor", None)
+    looks: Any = getattr(processor, "image_processor", None)
     known = getattr(getattr(looks, "valid_kwargs", None), "__annotations__", {})
     size = dict(getattr(looks, "size", None) or {})
     key = f"model.{next(iter(chosen))}"
@@ -373,13 +387,13 @@ def positions(model: nn.Module, parts: Architecture) -> int | None:
     return None
 
 
-def tied(tuned: Tuned) -> list[str]:
+def tied(plain: Any) -> list[str]:
     """The layers with factors that share their weights with another, by name: the head and the embedding."""
-    ends = [tuned.plain.get_input_embeddings(), tuned.plain.get_output_embeddings()]
+    ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
     weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in ends]
     if weights[0] is None or weights[0] is not weights[1]:
         return []
-    return [name for name, module in tuned.plain.named_modules() if hasattr(module, "base_layer") and module in ends]
+    return [name for name, module in plain.named_modules() if hasattr(module, "base_layer") and module in ends]
 
 
 def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> tuple[list[str], list[str]]:

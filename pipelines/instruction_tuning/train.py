@@ -34,6 +34,7 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.lora.names import role
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.ahead import BatchesAhead
+from equipoise.pipelines.instruction_tuning.card import public_base
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
@@ -367,7 +368,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def _described(self, facts: dict[str, Any]) -> dict[str, Any]:
         chosen = self.config.optimizer
         return {
-            "base": self.config.model.path,
+            "base": public_base(self.config),  # of a folder on this machine, the name alone
             "optimizer": chosen.name,
             "learning_rate": chosen.learning_rate,
             "coordinator": self.config.coordinator.name,
