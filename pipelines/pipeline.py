@@ -17,6 +17,7 @@ from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.runs.lock import stop_signals
 from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
+from equipoise.pipelines.tables import size_words
 from equipoise.pipelines.training import processes
 
 
@@ -33,6 +34,17 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return self.model + self.training + self.activations + self.program
+
+    @property
+    def in_parts(self) -> str:
+        """A sentence on what the total is made of."""
+        parts = {
+            "weights and data": self.model,
+            "gradients and optimizer": self.training,
+            f"activations of a batch{f' {self.assuming}' if self.assuming else ''}": self.activations,
+            "Python and its libraries": self.program,
+        }
+        return f"An estimate from shapes: {', '.join(f'{size_words(value)} {name}' for name, value in parts.items())}."
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,23 @@ def test_full_tuning_in_bf16_and_with_checkpointing(short):
             assert all(torch.allclose(found[key], value, atol=1e-5) for key, value in weights(plain).items())
 
 
+def test_checkpointing_reaches_a_connector_in_front_of_a_frozen_language_model(short):
+    words = [*short(), *ALONE, "language.method=frozen"]
+    plain, checked = (weights(train(*words, f"train.gradient_checkpointing={flag}")) for flag in ("false", "true"))
+    assert all(torch.allclose(checked[name], tensor, atol=1e-6) for name, tensor in plain.items()) and plain
+
+
+def test_a_dry_run_says_how_much_memory_it_will_take(short, capfd):
+    found = []
+    for words in ("language.method=lora", "language.method=full"):
+        rate = ["train.validate_every=1", "train.keep=best"]
+        assert main(["train", NAME, *short(), *rate, words, "--dry-run"]) == 0
+        line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("Memory: about "))
+        assert "for each process. An estimate from shapes: " in line
+        found.append(float(line.split(" weights and data, ")[1].split()[0]))
+    assert 0 < found[0] < found[1], "gradients and optimizer of all weights take more"
+
+
 def test_loraplus_gives_the_factors_b_a_multiple_of_the_rate(begun, short):
     words = [*ALONE, "encoder.method=lora", "optimizer.rates={encoder: 1e-4}", "optimizer.loraplus_lr_ratio=16"]
     work = begun(*words)
