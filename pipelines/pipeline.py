@@ -5,7 +5,7 @@ Nothing here imports torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from equipoise.pipelines.media.reading import decoded_once
 from equipoise.pipelines.runs.lock import stop_signals
 from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
+from equipoise.pipelines.tables import size_words
 from equipoise.pipelines.training import processes
 
 
@@ -34,6 +35,26 @@ class MemoryEstimate:
     def total(self) -> int:
         return self.model + self.training + self.activations + self.program
 
+    @property
+    def in_parts(self) -> str:
+        """A sentence on what the total is made of."""
+        parts = {
+            "weights and data": self.model,
+            "gradients and optimizer": self.training,
+            f"activations of a batch{f' {self.assuming}' if self.assuming else ''}": self.activations,
+            "Python and its libraries": self.program,
+        }
+        return f"An estimate from shapes: {', '.join(f'{size_words(value)} {name}' for name, value in parts.items())}."
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a trained run makes of data that is given to it."""
+
+    rows: list[dict[str, Any]]  # one for each example: texts, numbers, None and lists of texts by name
+    figures: dict[str, float] = field(default_factory=dict)  # how right it is on all of them, where that is known
+    meaning: str = ""  # of the figures, a sentence
+
 
 class Pipeline:
     """Base of all pipelines.
@@ -46,7 +67,8 @@ class Pipeline:
     Config: ClassVar[type[RunConfig]] = RunConfig
     loading: ClassVar[str] = ""  # the line of code that loads a result elsewhere; {folder} stands for result/
     comparing: ClassVar[str] = "lays it beside other runs"  # what `equipoise compare RUN` does with one
-    formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows
+    formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows; the first where none is asked for
+    exports_folders: ClassVar[bool] = False  # whether they are folders, ready for a hub, or one file each
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -140,13 +162,42 @@ class Pipeline:
         raise InputError(f"the pipeline {cls.name} compares runs, and neither files nor strengths.")
 
     @classmethod
+    def predict(cls, run: Path, config: Any, source: Path, prompts: Sequence[str]) -> Predictions:
+        """Let a run's result answer for data without labels; `equipoise predict` writes what it says.
+
+        Args:
+            run: the run's folder.
+            config: its configuration.
+            source: an absolute path that exists: a file or a folder.
+            prompts: what to ask of each example, for pipelines that are asked something; empty: what `source` asks.
+
+        Raises:
+            InputError: there is no result, or the data cannot be used; with all that is wrong, a line each.
+        """
+        raise InputError(f"the pipeline {cls.name} predicts nothing from the command line.")
+
+    @classmethod
+    def evaluate(cls, run: Path, config: Any, file: Path) -> Predictions:
+        """Measure a run's result on labelled data, with `figures`; `equipoise evaluate` shows them.
+
+        Args:
+            run: the run's folder.
+            config: its configuration.
+            file: an absolute path that exists, of data in the format that the pipeline trains on.
+
+        Raises:
+            InputError: there is no result, or the data cannot be used; with all that is wrong, a line each.
+        """
+        raise InputError(f"the pipeline {cls.name} evaluates nothing from the command line.")
+
+    @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:
-        """Write what a run has learnt as one file in another app's format.
+        """Write what a run has learnt as one file in another app's format, or as a folder with a model card in it.
 
         Args:
             result: the run's folder of that name.
             format: one of `formats`.
-            output: the file to write.
+            output: the file or folder to write, an absolute path; nothing is there.
 
         Raises:
             InputError: there is no result, or the file cannot be written.
@@ -156,6 +207,8 @@ class Pipeline:
     @classmethod
     def publish(cls, run: Path, config: Any, folder: Path) -> None:
         """Fill a folder with what other people need of a result: its weights, and a model card in README.md.
+
+        Not asked of a pipeline that exports folders: what it exports is published.
 
         Args:
             run: the run's folder.

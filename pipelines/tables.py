@@ -10,6 +10,11 @@ def listed(items: Sequence[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def size_words(count: float) -> str:
+    """Bytes as people say them."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.3g} MB"
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
     """The rows under their headers, columns two spaces apart; the last column wraps at `width` characters.
 

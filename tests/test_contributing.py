@@ -22,7 +22,7 @@ BESIDES = {
     "an objective": {"min_norm", "objective"},
     "a coordinator": {"balance", "components", "coordinator"},
     "a family of text-to-image models": {"config", "noise", "transformer", "unet"},
-    "a command": {"conversations", "hub", "skip_bad"},
+    "a command": {"conversations", "hub", "one_run", "skip_bad"},
     "a pipeline": set(),
 }
 

@@ -15,6 +15,7 @@ from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.files import version
 from equipoise.pipelines.runs.run import metric_lines
 from equipoise.pipelines.runs.status import Status
+from equipoise.pipelines.tables import size_words
 from equipoise.ui import draw
 from equipoise.ui.launch import Plan
 from equipoise.ui.safety import Site
@@ -98,8 +99,8 @@ def memory(site: Site, made: Plan, workers: int) -> str:
         max((getattr(item, name) or 0 for item in similar), default=0) for name in ("memory", "device_memory")
     )
     if held:
-        more = f", and {_bytes(device)} on its accelerator" if device else ""
-        return f"Memory: about {_bytes(held)} for each run's process{more}, measured here{times}."
+        more = f", and {size_words(device)} on its accelerator" if device else ""
+        return f"Memory: about {size_words(held)} for each run's process{more}, measured here{times}."
     largest = max(made.runs, key=lambda cell: math.prod(configs.flat(cell).get(key) or 1 for key in _SIZES))
     try:
         found = registry.load("pipelines", made.config.pipeline).estimate_memory(largest)
@@ -107,15 +108,4 @@ def memory(site: Site, made: Plan, workers: int) -> str:
         found = None
     if found is None:
         return "Memory: cannot be reasoned for this model before it has run here once."
-    parts = {
-        "weights and data": found.model,
-        "gradients and optimizer": found.training,
-        f"activations of a batch{f' {found.assuming}' if found.assuming else ''}": found.activations,
-        "Python and its libraries": found.program,
-    }
-    listed = ", ".join(f"{_bytes(value)} {name}" for name, value in parts.items())
-    return f"Memory: about {_bytes(found.total)} for each run's process{times}. An estimate from shapes: {listed}."
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.3g} MB"
+    return f"Memory: about {size_words(found.total)} for each run's process{times}. {found.in_parts}"

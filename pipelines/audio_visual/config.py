@@ -17,7 +17,7 @@ from equipoise.pipelines.config.sections import (
     Rate,
     Steps,
     TrainConfig,
-    TrainSection,
+    ValidatedTrainSection,
 )
 
 Modality = Literal["audio", "visual", "text"]
@@ -150,7 +150,7 @@ class AudioVisualOptimizer(OptimizerSection):
     learning_rate: LearningRate = 1e-3
 
 
-class AudioVisualTrain(TrainSection):
+class AudioVisualTrain(ValidatedTrainSection):
     steps: Steps = 1000
     batch: int = Field(64, ge=2, description="Clips of each process in a forward pass; 2 at least.")
     clip: Clip = 0.0

@@ -6,7 +6,6 @@
 import csv
 import io
 import json
-import math
 import sys
 import time
 from collections import Counter
@@ -126,6 +125,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     """One run's training: see `equipoise.pipelines.training.loop.Work` for when each method is called."""
 
     tensors = "weights"
+    watched = "joint validation loss"
 
     def __init__(self, config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared):
         splits = prepared.splits(config)
@@ -153,8 +153,6 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         ]
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
-        self.best: dict[str, Tensor] = {}
-        self.best_loss, self.waited = math.inf, 0
         self.loading = 0.0  # seconds that the last step waited for its batch
 
     def _class_weights(self, config: AudioVisualConfig, clips: Sequence[Clip]) -> Tensor:
@@ -170,15 +168,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         return (self.labels["test"] == most).double().mean().item()
 
     def step(self, step: int) -> dict[str, float]:
-        patience = self.config.train.patience
-        if patience and self.waited >= patience:
-            raise EarlyStopError(f"no better joint validation loss in {patience} validations")
         self.loading = 0.0
-        values = super().step(step)
-        values |= {"balancing": self.balancing, "loading": self.loading}
-        if (step + 1) % self.config.train.validate_every == 0 or step + 1 == self.config.train.steps:
-            values |= self.validate()
-        return values
+        return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
 
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
@@ -269,17 +260,14 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             for name, parts in outputs.items()
         }
 
-    def validate(self) -> dict[str, float]:
-        """Validation figures for the log; remembers the best weights and tells the objective."""
+    def validate(self, taken: int) -> dict[str, float]:
+        """As the base does, and tells the objective."""
         found = self.predict("val")
         # the first process's numbers, for what follows from them must be the same in all
         shown = processes.first({name: score.loss for name, score in found.items()})
         watched = shown[JOINT] if self.objective.trains_joint else sum(shown[name] for name in self.model.modalities)
-        if watched < self.best_loss:
-            self.best_loss, self.waited = watched, 0
-            self.best = {name: tensor.detach().clone() for name, tensor in self.kept.items()}
-        else:
-            self.waited += 1
+        assert self.validation is not None
+        self.validation.take(watched, taken)
         if note := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
             self.run.log(note)
         return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
@@ -293,18 +281,11 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     def evaluation_loss(self) -> float:
         return self.predict("val")[JOINT].loss
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Takes the weights that are the result."""
-        if self.config.train.keep == "best" and self.best:
-            torch._foreach_copy_(list(self.kept.values()), list(self.best.values()))
-
     def test(self) -> dict[str, Scores]:
         return self.predict("test")
 
     def state(self) -> dict[str, Any]:
-        watched = {"best": self.best, "best_loss": number(self.best_loss), "waited": self.waited}
-        return {**super().state(), **watched, "clips": self.digest}
+        return {**super().state(), "clips": self.digest}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state.get("clips", self.digest) != self.digest:
@@ -313,9 +294,6 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
                 "was trained on so far. Put them back, or train anew."
             )
         super().restore(weights, state)
-        self.best = {name: tensor.to(self.accelerator.device) for name, tensor in state["best"].items()}
-        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-        self.waited = state["waited"]
 
     def save_result(self, found: dict[str, Scores], facts: dict[str, Any]) -> None:
         """Writes the model with all it takes to load it, the figures, and a confusion matrix per prediction."""

@@ -1,29 +1,33 @@
 """`equipoise export`: a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load.
 
-Or as a repository on the hub.
+Of a multimodal language model as a folder: the adapter, or merged weights. Or as a repository on the hub.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.commands import hub
+from equipoise.pipelines.commands.one_run import one_run
 from equipoise.pipelines.files import user_path
-from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.runs.store import TOP, Run, find
-from equipoise.pipelines.tables import listed
-
-_LISTED = 12  # cells in a refusal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", metavar="RUN", help="An id (of a sweep's cell: SWEEP/CELL or latest/CELL), a folder, or latest."
     )
-    parser.add_argument("--format", metavar="NAME", help="The format: diffusers (the default), kohya or comfyui.")
-    parser.add_argument("--output", type=user_path, metavar="FILE", help="A new .safetensors file.")
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="The format: of a LoRA for pictures diffusers (the default), kohya or comfyui; of a language model "
+        "adapter (the default) or merged.",
+    )
+    parser.add_argument(
+        "--output", type=user_path, metavar="FILE", help="A new .safetensors file; of instruction tuning a new folder."
+    )
     parser.add_argument(
         "--push-to-hub",
         metavar="REPO",
@@ -35,36 +39,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = find(args.run, args.runs, TOP if args.run == "latest" else (*TOP, "cell"))
-    if found.status().kind == "sweep":
-        raise InputError(f"{found.id} is a sweep, and one of its cells is wanted{_cells(found)}.")
+    found = one_run(args.run, args.runs)
     config = found.config()
     pipeline = registry.load("pipelines", config.pipeline)
     if args.format and pipeline.formats and args.format not in pipeline.formats:
         raise InputError(f"--format: {args.format!r} is none of {', '.join(pipeline.formats)}.")
+    usual = pipeline.formats[0] if pipeline.formats else "diffusers"
+    kind = "folder" if pipeline.exports_folders else ".safetensors file"
     if not args.output and not args.push_to_hub:
-        raise InputError("--output: give a new .safetensors file, or --push-to-hub REPO.")
+        raise InputError(f"--output: give a new {kind}, or --push-to-hub REPO.")
     if args.push_to_hub:
         hub.token()  # before anything is written
-    output: Path | None = args.output
     result = found.folder / "result"
-    if output:
-        if output.suffix != ".safetensors":
-            raise InputError(f"--output: {output} must end in .safetensors.")
-        if output.exists():
-            raise InputError(f"--output: {output} is there already. Give a new name, or delete it first.")
-        pipeline.export(result, args.format or "diffusers", output)
-        print(output)
+    if args.output:
+        output = Path(os.path.abspath(args.output))
+        if output.suffix != ".safetensors" and not pipeline.exports_folders:
+            raise InputError(f"--output: {args.output} must end in .safetensors.")
+        if os.path.lexists(output):
+            raise InputError(f"--output: {args.output} is there already. Give a new name, or delete it first.")
+        pipeline.export(result, args.format or usual, output)
+        print(args.output)
     if args.push_to_hub:
         with tempfile.TemporaryDirectory() as folder:
-            pipeline.publish(found.folder, config, Path(folder))
-            if args.format not in (None, "diffusers"):
-                pipeline.export(result, args.format, Path(folder, f"{args.format}.safetensors"))
-            print(hub.push(Path(folder), args.push_to_hub, args.private, f"{found.id}, by equipoise"))
+            repository = Path(folder, "repository")
+            if pipeline.exports_folders:
+                pipeline.export(result, args.format or usual, repository)
+            else:
+                repository.mkdir()
+                pipeline.publish(found.folder, config, repository)
+                if args.format not in (None, usual):
+                    pipeline.export(result, args.format, repository / f"{args.format}.safetensors")
+            print(hub.push(repository, args.push_to_hub, args.private, f"{found.id}, by equipoise"))
     return 0
-
-
-def _cells(sweep: Run) -> str:
-    """The cells that can be given, as words after a refusal."""
-    refs = [cell.ref for cell in sweeps.cells(sweep) if cell.result.is_dir() and any(cell.result.iterdir())]
-    return f": {listed(refs, _LISTED)}" if refs else ", and none has a result yet"

@@ -27,6 +27,7 @@ from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.outcome import ending
 from equipoise.pipelines.runs.run import Run, sentence
 from equipoise.pipelines.runs.store import Store, find
+from equipoise.pipelines.tables import size_words
 from equipoise.pipelines.training import processes
 
 _AFTERWARDS = (
@@ -102,8 +103,8 @@ def _train(args: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
     if args.dry_run:
         print(configs.dump(config), end="")
-        for note in pipeline.notes(config):  # as comments, so that all of it is a configuration
-            print("#", note.replace("\n", "\n# "))
+        for note in [*pipeline.notes(config), *_memory(pipeline, config)]:
+            print("#", note.replace("\n", "\n# "))  # comments, so that all of it is a configuration
         sys.stdout.flush()
     for doubt in checks.doubts([config]):
         print(doubt, file=sys.stderr)
@@ -117,6 +118,15 @@ def _train(args: argparse.Namespace) -> int:
         if not made.metrics() and not disk_full(error.__cause__ or error):
             shutil.rmtree(made.folder)
         raise
+
+
+def _memory(pipeline: type[Pipeline], config: configs.RunConfig) -> list[str]:
+    """A sentence on how much memory training will take, where that can be told."""
+    try:
+        found = pipeline.estimate_memory(config)
+    except Exception:  # a model that runs on shapes alone is more than a pipeline can promise
+        found = None
+    return [f"Memory: about {size_words(found.total)} for each process. {found.in_parts}"] if found else []
 
 
 @decoded_once()

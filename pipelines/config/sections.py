@@ -193,6 +193,25 @@ class TrainSection(Section):
         return {key: value for key, value in given.items() if key != "steps" or value is not None}
 
 
+class ValidatedTrainSection(TrainSection):
+    """That of a training which can look at held-out examples on its way: `equipoise.pipelines.training.validation`."""
+
+    validate_every: int = Field(
+        0, ge=0, description="The steps between validations on the same held-out examples; 0: none before the end."
+    )
+    patience: int = Field(0, ge=0, description="Ends after so many validations without a better loss; 0: never.")
+    keep: Literal["best", "last"] = Field(
+        "last", description="The weights of the result: the best by validation loss, or the last."
+    )
+
+    @model_validator(mode="after")
+    def _validates(self) -> "ValidatedTrainSection":
+        if not self.validate_every and (self.patience or self.keep == "best"):
+            what = "patience counts" if self.patience else "keep: best chooses by"
+            raise ValueError(f"{what} validations, and there are none. Give validate_every, the steps between them.")
+        return self
+
+
 class SamplesSection(Section):
     prompts: list[str] = Field([], description="What to generate, while training and for comparison.")
     count: int = Field(1, ge=1, description="How many to generate.")

@@ -1,10 +1,12 @@
 """Instruction tuning of multimodal language models: config → check → train → an adapter that PEFT loads."""
 
 import os
+from pathlib import Path
 
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline, Predictions
+from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run
 from equipoise.quick import no_garbage_collection
 
@@ -20,6 +22,8 @@ class InstructionTuning(Pipeline):
     Config = InstructionTuningConfig
     comparing = "asks it what it asks the untouched base"
     loading = "PeftModel.from_pretrained(model, {folder!r})  # after encoder.safetensors: docs/instruction_tuning.md"
+    formats = ("adapter", "merged")
+    exports_folders = True
 
     @classmethod
     def check(cls, config: InstructionTuningConfig) -> list[str]:
@@ -64,3 +68,26 @@ class InstructionTuning(Pipeline):
             from equipoise.pipelines.instruction_tuning.compare import compare
 
         return compare(name, folder, runs, configs, asked.samples)
+
+    @classmethod
+    def predict(cls, run, config, source, prompts) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.predict import predict
+
+        return predict(run, config, source, prompts)
+
+    @classmethod
+    def evaluate(cls, run, config, file) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.predict import evaluate
+
+        return evaluate(run, config, file)
+
+    @classmethod
+    def export(cls, result: Path, format: str, output: Path) -> None:
+        with no_garbage_collection():
+            from equipoise.pipelines.instruction_tuning.export import export
+
+        run = Run(result.parent)
+        with environment.there(run.folder / "environment.json"):  # a base's relative path starts there
+            export(result, run.config(), format, output)

@@ -29,7 +29,7 @@ def problems(config: InstructionTuningConfig) -> list[str]:
             tuned = outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
             found += str(error).splitlines()
-    found += objective_problems(config) + _coordination_problems(config)
+    found += objective_problems(config) + _coordination_problems(config, tuned) + _rate_problems(config, tuned)
     if config.optimizer.weight_decays and not _decays(config.optimizer.name):
         found.append(
             f"optimizer.weight_decays: {config.optimizer.name} has no weight decay. Leave them out, or use another "
@@ -41,6 +41,11 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         found.append(
             "data.more: is for data sets of one's own, and data.file is `demo`. Give one of them as data.file."
         )
+    elif known and (config.model.min_pixels or config.model.max_pixels):
+        try:
+            _talk(config)
+        except InputError as error:
+            found.append(str(error))
     if config.train.precision == "fp16":
         import torch
 
@@ -123,7 +128,7 @@ def _tied_doubts(config: InstructionTuningConfig) -> list[str]:
     return [
         f"lora.targets: {name} is tied: the head and the embedding are one weight, so that merging the adapter into "
         "the model changes both. Use it unmerged, or untie them first: docs/instruction_tuning.md."
-        for name in tied(outline(config))
+        for name in tied(outline(config).plain)
     ]
 
 
@@ -151,11 +156,34 @@ def _decays(optimizer: str) -> bool:
     return any(option.name == "weight_decay" for option in options(registry.load("optimizers", optimizer)))
 
 
-def _coordination_problems(config: InstructionTuningConfig) -> list[str]:
+def _rate_problems(config: InstructionTuningConfig, tuned: "Tuned | None") -> list[str]:
+    """Whether an optimizer of LoRA pairs would train a language model's own weights at the rate of its factors."""
+    from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
+
+    chosen = config.optimizer
+    if tuned is None or not tuned.language_weights or "outside_learning_rate" not in chosen.left_empty:
+        return []
+    free = set(map(id, tuned.language_weights.values()))
+    rated = all(name in chosen.rates for name, some in tuned.components.items() if free & set(map(id, some.values())))
+    if rated or not issubclass(registry.load("optimizers", chosen.name), PairOptimizer):
+        return []
+    return [
+        f"optimizer.outside_learning_rate: {chosen.name} treats LoRA pairs, and weights of the language model that are "
+        "trained in full are in none. Give them a rate of their own, such as 1e-5."
+    ]
+
+
+def _coordination_problems(config: InstructionTuningConfig, tuned: "Tuned | None") -> list[str]:
     from equipoise.optimizers.parts.optional import Perturbing
 
     chosen = config.coordinator
     coordinator = registry.load("coordinators", chosen.name)(**chosen.options)
+    measures = any(map(coordinator.measures, range(config.train.steps)))
+    if tuned and "language" not in tuned.components and (coordinator.two_sided or measures):
+        return [
+            f"coordinator.name: {chosen.name} sets the language model's side against the encoder's, and nothing of the "
+            "language model is trained. Use constant, without options."
+        ]
     twice = issubclass(registry.load("optimizers", config.optimizer.name), Perturbing)
     if twice and any(coordinator.weight(step) for step in range(config.train.steps)):
         return [

@@ -36,6 +36,8 @@ class AnswerCollator:
         prompt: for models without a chat template: the text before an answer, with {question} in it.
         max_tokens: the longest sequence, media included; a longer one is cut at its end.
         revision: on the hub: a branch, tag or commit.
+        min_pixels: the least pixels that a picture is enlarged to, for processors that count them.
+        max_pixels: the most pixels that a picture is reduced to, likewise.
 
     Raises:
         InputError: there is no processor for media.
@@ -48,8 +50,12 @@ class AnswerCollator:
         prompt: str | None = None,
         max_tokens: int | None = None,
         revision: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ):
-        section = InstructionTuningModel(path=str(model), revision=revision)
+        section = InstructionTuningModel(
+            path=str(model), revision=revision, min_pixels=min_pixels, max_pixels=max_pixels
+        )
         self.folder = Path(folder)
         self.talk = Talk(load_processor(section), model_type(section), prompt, max_tokens)
 

@@ -18,7 +18,7 @@ from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, ans
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.media import open_picture
 from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, positions
-from equipoise.pipelines.instruction_tuning.result import ADAPTER, load_result
+from equipoise.pipelines.instruction_tuning.result import load_result, missing
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.run import Run
@@ -59,7 +59,7 @@ def compare(
     if problems:
         raise ConfigError(problems)
     asked = asked_of(held, samples, SHOWN)
-    results = [_result(run) for run in runs]
+    results = [_result(run, config) for run, config in zip(runs, configs, strict=True)]
     layout = lay_out(configs)
     total = len(asked) * (1 + sum(result is not None for result in results))
     with progress("answers", "answer", total=total) as bar:
@@ -82,12 +82,12 @@ def compare(
     return Comparison(name, folder, prompts, meaning, untouched, cells, alike="Every cell answers the same questions.")
 
 
-def _result(run: Run) -> dict | None:
+def _result(run: Run, config: InstructionTuningConfig) -> dict | None:
     folder = run.folder / "result"
     if not (folder / "result.json").is_file():
         return None
-    if not (folder / ADAPTER).is_file():
-        raise InputError(f"{folder / ADAPTER}: is missing. Put it back, or compare the other runs without {run.id}.")
+    if file := missing(folder, config):
+        raise InputError(f"{file}: is missing. Put it back, or compare the other runs without {run.id}.")
     return json.loads((folder / "result.json").read_text())
 
 

@@ -16,7 +16,7 @@ from equipoise.pipelines.config.sections import (
     Rate,
     SamplesSection,
     SamplingConfig,
-    TrainSection,
+    ValidatedTrainSection,
 )
 
 
@@ -26,6 +26,18 @@ class InstructionTuningModel(Section):
         description="A multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2.",
     )
     revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
+    min_pixels: int | None = Field(
+        None, ge=1, description="The least pixels that a picture is enlarged to; empty: as the processor has it."
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="The most pixels that a picture is reduced to; empty: as the processor has it."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "InstructionTuningModel":
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}.")
+        return self
 
 
 class InstructionTuningData(Section):
@@ -87,13 +99,26 @@ class InstructionTuningEncoder(Section):
         return self
 
 
+class InstructionTuningLanguage(Section):
+    method: Literal["lora", "full", "frozen"] = Field(
+        "lora", description="Trains LoRA factors on the language model, all of its weights, or nothing of it."
+    )
+
+
 class InstructionTuningLora(Section):
     rank: int = Field(8, ge=1, le=1024, description="The rank r of the factors A (r, n) and B (m, r).")
     alpha: Rate | None = Field(None, description="The update is scaled by alpha / rank; empty: as the rank.")
+    rslora: bool = Field(False, description="Scales by alpha / √rank instead: a higher rank then learns as fast.")
+    dora: bool = Field(False, description="Trains each output's size apart from its direction (DoRA), which is slower.")
     dropout: float = Field(0.0, ge=0, lt=1, description="The share of the LoRA's inputs dropped while training.")
     targets: list[str] = Field(
         [],
         description="The language model's layers that get factors, by the ends of their names; empty: all linear ones.",
+    )
+    modules_to_save: list[str] = Field(
+        [],
+        description="The language model's modules that are trained in full beside the factors, by the ends of their "
+        "names, such as lm_head.",
     )
 
 
@@ -107,11 +132,17 @@ class InstructionTuningOptimizer(OptimizerSection):
     weight_decays: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="Component → its own weight decay, for optimizers that have one."
     )
+    loraplus_lr_ratio: Rate | None = Field(
+        None, description="LoRA+: the learning rate of the factors B, as a multiple of that of A; empty: the same."
+    )
 
 
-class InstructionTuningTrain(TrainSection):
+class InstructionTuningTrain(ValidatedTrainSection):
     batch: Batch = Field(
         4, description="Conversations of each process in a forward pass; those of similar length go together."
+    )
+    workers: int = Field(
+        0, ge=0, le=64, description="The threads that make the next batches while a step runs; 0: none."
     )
     gradient_checkpointing: GradientCheckpointing = False
 
@@ -144,6 +175,7 @@ class InstructionTuningConfig(SamplingConfig):
     model: InstructionTuningModel = Field(default_factory=InstructionTuningModel)
     data: InstructionTuningData = Field(default_factory=InstructionTuningData)
     encoder: InstructionTuningEncoder = Field(default_factory=InstructionTuningEncoder)
+    language: InstructionTuningLanguage = Field(default_factory=InstructionTuningLanguage)
     lora: InstructionTuningLora = Field(default_factory=InstructionTuningLora)
     components: dict[str, list[str]] = Field(
         {},
@@ -160,3 +192,13 @@ class InstructionTuningConfig(SamplingConfig):
         if components and ("language" not in components or len(components) < 2):
             raise ValueError(f"must name `language` and at least one more, got {', '.join(components)}.")
         return components
+
+    @model_validator(mode="after")
+    def _has_factors(self) -> "InstructionTuningConfig":
+        method = self.language.method
+        for key in ("targets", "modules_to_save"):
+            if method != "lora" and getattr(self.lora, key):
+                raise ValueError(f"lora.{key} is for language.method=lora, and it is {method}. Leave one of them out.")
+        if method != "lora" and self.encoder.method != "lora" and self.optimizer.loraplus_lr_ratio:
+            raise ValueError("optimizer.loraplus_lr_ratio is for LoRA factors, and nothing gets any. Leave it out.")
+        return self

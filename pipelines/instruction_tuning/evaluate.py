@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import Conversation
@@ -70,6 +71,13 @@ def answer(
             found.append(Answer(example, example.turns[-1].question, text.strip(), wanted, score))
         tell(len(chosen))
     return found
+
+
+def answer_loss(logits: Tensor, labels: Tensor, sample: Tensor) -> Tensor:
+    """Cross-entropy averaged over each sample's answer tokens, then over samples, as the paper's L."""
+    each = F.cross_entropy(logits.float(), labels, reduction="none")
+    _, index, counts = sample.unique(return_inverse=True, return_counts=True)
+    return (each / counts.to(each)[index]).sum() / len(counts)
 
 
 def known_stops(model: Any) -> list[int]:

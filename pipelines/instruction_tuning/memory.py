@@ -40,5 +40,6 @@ def estimate_memory(config: InstructionTuningConfig) -> MemoryEstimate | None:
             continue
         kept += _LOGITS * 4 * batch * length * text.vocab_size
         added = training(tuned.named.values(), config.optimizer)
+        added += size(tuned.named.values()) if config.train.keep == "best" else 0
         return MemoryEstimate(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
     return None

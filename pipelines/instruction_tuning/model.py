@@ -45,14 +45,18 @@ _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 class Tuned:
     """A model with its LoRA factors, and what of it is trained."""
 
-    model: PeftModel
+    model: Any  # peft's, or where nothing has factors that of transformers
     parts: Architecture
     components: dict[str, dict[str, Tensor]]  # component → name → parameter, all trained ones
 
     @property
     def plain(self) -> Any:
         """The model of transformers inside."""
-        return self.model.base_model.model
+        return self.model.base_model.model if self.has_factors else self.model
+
+    @property
+    def has_factors(self) -> bool:
+        return isinstance(self.model, PeftModel)
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -60,10 +64,17 @@ class Tuned:
 
     @property
     def encoder_weights(self) -> dict[str, Tensor]:
-        """What is trained without factors, by its names in the model of transformers."""
-        return {
-            name.removeprefix("base_model.model."): tensor for name, tensor in self.named.items() if "lora_" not in name
-        }
+        """What is trained in full in front of the language model, by its names in the model of transformers."""
+        return {name: tensor for name, tensor in self._in_full.items() if self.parts.part(name) != "language"}
+
+    @property
+    def language_weights(self) -> dict[str, Tensor]:
+        """What is trained in full of the language model, likewise."""
+        return {name: tensor for name, tensor in self._in_full.items() if self.parts.part(name) == "language"}
+
+    @property
+    def _in_full(self) -> dict[str, Tensor]:
+        return {_plain(name): tensor for name, tensor in self.named.items() if "lora_" not in name}
 
 
 def source(path: str) -> str:
@@ -119,6 +130,20 @@ def model_type(model: InstructionTuningModel) -> str:
         raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
 
 
+def own_dtype(model: InstructionTuningModel) -> torch.dtype:
+    """The format of numbers that a model is kept in, by its configuration; float32 where that does not say.
+
+    Raises:
+        InputError: its configuration cannot be read.
+    """
+    try:
+        found = AutoConfig.from_pretrained(**_where(model))
+    except Exception as error:  # whatever a damaged one raises
+        raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
+    kept: Any = found.dtype or found.get_text_config().dtype or torch.float32
+    return kept
+
+
 def load_processor(model: InstructionTuningModel) -> Any:
     """The processor that belongs to a model.
 
@@ -143,7 +168,37 @@ def load_processor(model: InstructionTuningModel) -> Any:
         getattr(processor, "image_processor", None) or getattr(processor, "feature_extractor", None)
     ):
         raise InputError(f"model.path: {model.path} has no processor for pictures or sounds, only for text.")
+    _set_pixels(processor, model)
     return processor
+
+
+def _set_pixels(processor: Any, model: InstructionTuningModel) -> None:
+    """Gives a processor the sizes of pictures that are set.
+
+    Raises:
+        InputError: it counts no pixels, or they are in the wrong order with the one that it has.
+    """
+    given = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if not chosen:
+        return
+    looks: Any = getattr(processor, "image_processor", None)
+    known = getattr(getattr(looks, "valid_kwargs", None), "__annotations__", {})
+    size = dict(getattr(looks, "size", None) or {})
+    key = f"model.{next(iter(chosen))}"
+    if not (chosen.keys() <= known.keys() and {"shortest_edge", "longest_edge"} <= size.keys()):
+        raise InputError(
+            f"{key}: the processor of {model.path} does not size pictures by their number of pixels, as Qwen2-VL's "
+            "does. Leave it out."
+        )
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # what transformers calls these pixels
+    size |= {edges[name]: value for name, value in chosen.items()}
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise InputError(
+            f"{key}: the processor of {model.path} would enlarge pictures to {size['shortest_edge']} pixels and reduce "
+            f"them to {size['longest_edge']}. Give both min_pixels and max_pixels."
+        )
+    looks.size = size
 
 
 def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -215,7 +270,7 @@ def outline(config: InstructionTuningConfig, *, local: bool = False) -> Tuned:
 
 
 def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
-    """Adds the LoRA factors, sets free what is trained of the encoder side, and splits all into components.
+    """Adds the LoRA factors, sets free what is trained in full, and splits all into components.
 
     Everything trained is float32. Equal seeds give equal factors, whatever the optimizer.
 
@@ -232,37 +287,27 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     parts = architecture(kind, names, config.components)
     idle = [pattern for pattern in config.frozen if not any(matches(pattern, name) for name in names)]
     wrong = [f"frozen: {', '.join(idle)}: matches no parameter of the model."] * bool(idle)
+    chosen, unfit = targets(model, parts, config)
+    full = _in_full(model, parts, config, unfit)
+    language = bool(unfit) or any(parts.part(name) == "language" for name in [*chosen, *full])
+    known = [name for name in config.components or preset(parts) if language or name != "language"]
     for key, given in (("rates", config.optimizer.rates), ("weight_decays", config.optimizer.weight_decays)):
-        known = list(config.components or preset(parts))
         if strangers := [name for name in given if name not in known]:
             wrong.append(f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(known)}.")
-    chosen, unfit = targets(model, parts, config)
     wrong += unfit
-    if not chosen:  # without factors nothing of it can be split into components
+    if unfit and not chosen:  # without factors nothing of it can be split into components
         raise InputError("\n".join(wrong))
     torch.manual_seed(config.seed)
-    lora = config.lora
-    settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha or lora.rank, lora_dropout=lora.dropout, target_modules=chosen
-    )
-    with old_names():
-        wrapped = get_peft_model(model, settings)
-    fuse(wrapped)
-    settings.base_model_name_or_path = config.model.path
+    wrapped = _with_factors(model, chosen, config) if chosen else model
+    free = set(map(id, full.values()))
     for name, tensor in wrapped.named_parameters():
-        plain = name.removeprefix("base_model.model.")
-        if "lora_" not in name:
-            trained = config.encoder.method == "full" and parts.part(plain) in config.encoder.parts
-            tensor.requires_grad_(trained and not any(matches(pattern, plain) for pattern in config.frozen))
+        tensor.requires_grad_("lora_" in name or id(tensor) in free)
         if tensor.requires_grad:
             tensor.data = tensor.data.float()
     trained = {name: tensor for name, tensor in wrapped.named_parameters() if tensor.requires_grad}
-    patterns = dict(config.components)
-    if not patterns:
+    if not config.components:
         wrong += [] if unfit else _untrained(trained, parts, config.encoder)
-        patterns = {side: _used(some, trained) for side, some in preset(parts).items()}
-        first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
-        patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
+    patterns = {name: some for name, some in _patterns(config, parts, trained).items() if name in known}
     components = {}
     if config.components or not wrong:  # a preset's own fit what is trained of a model in which all else is right
         try:
@@ -272,6 +317,58 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     if wrong:
         raise InputError("\n".join(wrong))
     return Tuned(wrapped, parts, components)
+
+
+def _with_factors(model: Any, chosen: list[str], config: InstructionTuningConfig) -> PeftModel:
+    lora = config.lora
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or lora.rank,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        target_modules=chosen,
+    )
+    with old_names():
+        wrapped = get_peft_model(model, settings)
+    fuse(wrapped)
+    settings.base_model_name_or_path = config.model.path
+    return wrapped
+
+
+def _in_full(
+    model: nn.Module, parts: Architecture, config: InstructionTuningConfig, wrong: list[str]
+) -> dict[str, nn.Parameter]:
+    """What is trained in full, by name; `wrong` gets a sentence for each of lora.modules_to_save that names nothing."""
+    saved = config.lora.modules_to_save
+    modules = [name for name, _ in model.named_modules() if parts.part(name) == "language"]
+    wrong += unmatched(saved, modules, "lora.modules_to_save", "language model") if saved else []
+    inside = {id(p) for name in modules if named_by(saved, name) for p in model.get_submodule(name).parameters()}
+
+    def is_free(name: str, tensor: nn.Parameter) -> bool:
+        part = parts.part(name)
+        if any(matches(pattern, name) for pattern in config.frozen):
+            return False
+        if part == "language":
+            return config.language.method == "full" or id(tensor) in inside
+        return config.encoder.method == "full" and part in config.encoder.parts
+
+    return {name: tensor for name, tensor in model.named_parameters() if is_free(name, tensor)}
+
+
+def _patterns(config: InstructionTuningConfig, parts: Architecture, trained: Iterable[str]) -> dict[str, Sequence[str]]:
+    """Component → patterns of its parameters' names: the configuration's, or else the architecture's."""
+    if config.components:
+        return dict(config.components)
+    patterns = {side: _used(some, trained) for side, some in preset(parts).items()}
+    first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
+    patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
+    return {**patterns}
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the model of transformers."""
+    return name.removeprefix("base_model.model.")
 
 
 @contextmanager
@@ -290,13 +387,13 @@ def positions(model: nn.Module, parts: Architecture) -> int | None:
     return None
 
 
-def tied(tuned: Tuned) -> list[str]:
+def tied(plain: Any) -> list[str]:
     """The layers with factors that share their weights with another, by name: the head and the embedding."""
-    ends = [tuned.plain.get_input_embeddings(), tuned.plain.get_output_embeddings()]
+    ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
     weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in ends]
     if weights[0] is None or weights[0] is not weights[1]:
         return []
-    return [name for name, module in tuned.plain.named_modules() if hasattr(module, "base_layer") and module in ends]
+    return [name for name, module in plain.named_modules() if hasattr(module, "base_layer") and module in ends]
 
 
 def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConfig) -> tuple[list[str], list[str]]:
@@ -304,21 +401,32 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
     encoder side's trained parts, a sentence each)."""
     wrong: list[str] = []
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _LINEAR)}
-    language = [name for name in layers if parts.part(name) == "language"]
-    if config.lora.targets:
-        found = _ending(language, config.lora.targets, "lora", "language model", wrong)
-    else:
-        found = [n for n in language if isinstance(layers[n], nn.Linear) and not re.search(r"(^|\.)lm_head$", n)]
+    found: list[str] = []
+    if config.language.method == "lora":
+        language = [name for name in layers if parts.part(name) == "language"]
+        if config.lora.targets:
+            found = _ending(language, config.lora.targets, "lora", "language model", wrong)
+        else:
+            found = [n for n in language if isinstance(layers[n], nn.Linear) and not re.search(r"(^|\.)lm_head$", n)]
+        if not found and not wrong:
+            wrong.append("lora.targets: the language model has no linear layer to get factors; name others.")
+        found = [name for name in found if not _within(config.lora.modules_to_save, name)]
     if config.encoder.method == "lora":
         encoder = [name for name in layers if parts.part(name) in config.encoder.parts]
         if config.encoder.targets:
             found += _ending(encoder, config.encoder.targets, "encoder", " and ".join(config.encoder.parts), wrong)
         else:
             found += [name for name in encoder if isinstance(layers[name], nn.Linear)]
-    found = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
-    if not found and not wrong:
+    left = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
+    if found and not left and (config.lora.targets or config.encoder.method == "lora"):
         wrong.append("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
-    return found, wrong
+    return left, wrong
+
+
+def _within(ends: Sequence[str], layer: str) -> bool:
+    """Whether a layer is one of some modules, which are given by the ends of their names, or inside of one."""
+    steps = layer.split(".")
+    return any(named_by(ends, ".".join(steps[: count + 1])) for count in range(len(steps)))
 
 
 def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str, wrong: list[str]) -> list[str]:

@@ -78,9 +78,7 @@ class Talk:
     def problems(self, example: Conversation) -> list[str]:
         """Why this model cannot take a conversation, all of it."""
         found = []
-        takes = [
-            kind for kind, part in (("image", "image_processor"), ("audio", "feature_extractor")) if self._has(part)
-        ]
+        takes = self.kinds
         if example.kind != "text" and example.kind not in takes:
             found.append(f"has an {example.kind}, but {self.model_type} takes {' or '.join(takes)}.")
         elif self.leads and len(example.media) != 1:
@@ -102,6 +100,13 @@ class Talk:
                         f"{self.window:g}. Cut it into pieces."
                     )
         return found
+
+    @property
+    def kinds(self) -> list[str]:
+        """What this model takes beside text."""
+        return [
+            kind for kind, part in (("image", "image_processor"), ("audio", "feature_extractor")) if self._has(part)
+        ]
 
     def _has(self, part: str) -> bool:
         return getattr(self.processor, part, None) is not None

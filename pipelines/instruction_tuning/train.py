@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -32,10 +31,13 @@ from equipoise.coordination.balance import (
 from equipoise.coordination.commit import look_ahead
 from equipoise.coordination.components import architecture
 from equipoise.errors import ConfigError, InputError
+from equipoise.lora.names import role
 from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.instruction_tuning.ahead import BatchesAhead
+from equipoise.pipelines.instruction_tuning.card import public_base
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
-from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, mean
+from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
@@ -80,12 +82,15 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     outcome = train_loop(run, work, config)
     if outcome.state == "stopped" or not leads:
         return outcome
+    work.settle()
     seconds = time.perf_counter() - started
     facts = {
         "state": outcome.state,
         "step": outcome.step,
         "loss_before": number(before_loss),
         "loss_after": number(work.final_loss()),
+        "kept": config.train.keep,
+        "best_step": work.validation.best_step if work.validation and config.train.validate_every else None,
         "metric": config.samples.metric,
         "score_before": number(before),
         "seconds": seconds,
@@ -130,6 +135,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
                 f"{len(kept)} to train on. Use a smaller batch or fewer processes."
             )
         self.lengths = torch.tensor([talk.length(example) for example in kept])
+        total = config.train.steps * config.train.accumulate
+        self.batches = BatchesAhead(talk, self._chosen, total, config.train.workers)
         self.components = {name: list(inside.values()) for name, inside in tuned.components.items()}
         if self.coordinator.two_sided:
             sides(self.components)
@@ -153,7 +160,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def evaluate(self, step: int, micro: int) -> Losses:
         own = [processes.rank()] if processes.rank() else []
         seed_all(mix(self.config.seed, step, micro, *own))  # for dropout
-        batch = self._batch(self._chosen(step * self.config.train.accumulate + micro))
+        batch = self._moved_to_device(self.batches.get(step * self.config.train.accumulate + micro))
         self.model.train()
         last = micro == self.config.train.accumulate - 1
         probed = last and self.coordinator.measures(step) and not self._moved
@@ -163,7 +170,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
             self._probed = batch, base, outputs
-        return Losses(_loss(logits, labels, sample), {})
+        return Losses(answer_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
 
@@ -255,7 +262,10 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         return logits[mask], labels[mask], mask.nonzero()[:, 0]
 
     def _batch(self, examples: list[Conversation]) -> dict[str, Tensor]:
-        return {name: value.to(self.accelerator.device) for name, value in self.talk.training_batch(examples).items()}
+        return self._moved_to_device(self.talk.training_batch(examples))
+
+    def _moved_to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.accelerator.device) for name, value in batch.items()}
 
     def _chosen(self, number: int) -> list[Conversation]:
         """The examples of a batch, or this process's share of them. An epoch is a permutation, cut into batches of
@@ -300,7 +310,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         size = min(16, self.config.train.batch)
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
-            total += _loss(*self._forward(self._batch(part))).item() * len(part)
+            total += answer_loss(*self._forward(self._batch(part))).item() * len(part)
         return total / len(chosen)
 
     def state(self) -> dict[str, Any]:
@@ -368,7 +378,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def _described(self, facts: dict[str, Any]) -> dict[str, Any]:
         chosen = self.config.optimizer
         return {
-            "base": self.config.model.path,
+            "base": public_base(self.config),  # of a folder on this machine, the name alone
             "optimizer": chosen.name,
             "learning_rate": chosen.learning_rate,
             "coordinator": self.config.coordinator.name,
@@ -401,23 +411,20 @@ class FrozenOutputs:
 
 
 def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any]]:
-    chosen = config.optimizer
-    groups = []
+    """Of parameters with one rate; with LoRA+ the factors B of a component come after all else of it."""
+    chosen, groups = config.optimizer, []
     for component, inside in tuned.components.items():
-        group: dict[str, Any] = {"params": list(inside.items()), "component": component}
+        own: dict[str, Any] = {"component": component}
         if component in chosen.rates:
-            group["lr"] = chosen.rates[component]
+            own["lr"] = chosen.rates[component]
         if component in chosen.weight_decays:
-            group["weight_decay"] = chosen.weight_decays[component]
-        groups.append(group)
+            own["weight_decay"] = chosen.weight_decays[component]
+        up = {n: p for n, p in inside.items() if chosen.loraplus_lr_ratio and (role(n) or "A")[0] == "B"}
+        groups.append({**own, "params": [(n, p) for n, p in inside.items() if n not in up]})
+        if up and chosen.loraplus_lr_ratio:
+            rate = chosen.loraplus_lr_ratio * own.get("lr", chosen.learning_rate)
+            groups.append({**own, "params": list(up.items()), "lr": rate})
     return groups
-
-
-def _loss(logits: Tensor, labels: Tensor, sample: Tensor) -> Tensor:
-    """Cross-entropy averaged over each sample's answer tokens, then over samples, as the paper's L."""
-    each = F.cross_entropy(logits.float(), labels, reduction="none")
-    _, index, counts = sample.unique(return_inverse=True, return_counts=True)
-    return (each / counts.to(each)[index]).sum() / len(counts)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ Channels are mixed by their mean. Samples span −1 … 1; where a file in float
 the full scale of 16, 24 or 32 bits where it holds such integers, and otherwise so that its loudest sample is 1.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
 _OVERSHOT = 256.0  # peaks beyond are of integers; what mixing and lossy codecs overshoot by is far less
 _SCALES = (2.0**15, 2.0**23, 2.0**31)
 _UNKNOWN = 1 << 62  # frames: what libsndfile says of a stream that does not tell
+
+_NAMED = frozenset({".aac", ".aif", ".m4a", ".mka", ".mp3", ".opus", ".webm", ".wma"})  # beside soundfile's formats
 
 Sound = tuple[np.ndarray, int]  # (samples,) float32, mono; samples per second
 
@@ -43,6 +46,14 @@ def decode(path: Path) -> Sound:
     if not np.isfinite(channels).all():
         raise MediaError(path, "holds samples that are not finite.")
     return _scaled(path, channels.mean(axis=1)), rate
+
+
+@lru_cache
+def suffixes() -> frozenset[str]:
+    """What the names of sounds usually end in, in small letters; a sound may have another, and is read all the same."""
+    import soundfile
+
+    return _NAMED | {f".{kind.lower()}" for kind in soundfile.available_formats()}
 
 
 def seconds(path: Path) -> float:

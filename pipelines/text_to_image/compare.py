@@ -100,8 +100,8 @@ def compare(
         cell = Cell.of(run, config, position)
         cell.metrics = measured(result or {})
         # By this schedule its factors were trained; the untouched base keeps its own.
-        with_factors = result and partial(_with_result, base, run.folder / "result", samples.scale, config.noise)
-        cells.append(Drawn(cell, with_factors or None, files, samples.scale))
+        tuned = partial(_with_result, base, run.folder / "result", samples.scale, config.noise)
+        cells.append(Drawn(cell, tuned if result else None, files, samples.scale))
     return draw_all(name, folder, base, first, samples, cells, scorer, untouched)
 
 

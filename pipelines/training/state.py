@@ -30,11 +30,12 @@ from equipoise.optimizers.parts.fused_adamw import FusedAdamW
 from equipoise.optimizers.parts.optional import Perturbing, metrics
 from equipoise.optimizers.parts.outside import with_rate_outside
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
-from equipoise.pipelines.config.sections import TrainConfig
+from equipoise.pipelines.config.sections import TrainConfig, ValidatedTrainSection
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import NonFiniteError
 from equipoise.pipelines.training.schedule import make_schedule, renew_rates
+from equipoise.pipelines.training.validation import Validation
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -55,6 +56,7 @@ class OptimizedWork(Generic[ConfigT]):
     """
 
     tensors = "parameters"  # what is trained, for messages
+    watched = "validation loss"  # by what validations judge, likewise
 
     def __init__(
         self,
@@ -91,6 +93,8 @@ class OptimizedWork(Generic[ConfigT]):
         self.good = [tensor.detach().clone() for tensor in self.kept.values()]
         self.checked: float | None = None  # the loss that `sound` has found, of the weights as they stand since
         self.balancing = 0.0  # seconds that the last step took after its forward passes: the papers' subroutine time
+        validated = isinstance(config.train, ValidatedTrainSection)
+        self.validation = Validation(config.train, self.kept, self.watched) if validated else None
 
     def evaluate(self, step: int, micro: int) -> Losses:
         """The losses of one forward pass. All it draws must come from (seed, step, micro): asked again, it is the same
@@ -145,7 +149,29 @@ class OptimizedWork(Generic[ConfigT]):
 
     def sample(self, step: int) -> None: ...
 
+    def validate(self, taken: int) -> dict[str, float]:
+        """Validation figures after so many steps, for the log; `validation` takes the one that it judges by."""
+        assert self.validation is not None
+        # the first process's number, for what follows from it must be the same in all
+        loss = self.checked = processes.first({"loss": self.evaluation_loss()})["loss"]
+        self.validation.take(loss, taken)
+        return {"val_loss": loss} if finite(loss) else {}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Takes the weights that are to be the result."""
+        if self.validation and self.validation.settle():
+            self.checked = None
+
     def step(self, step: int) -> dict[str, float]:
+        if self.validation:
+            self.validation.begin_step()
+        values = self._optimize(step)
+        if self.validation and self.validation.due(step + 1):
+            values |= self.validate(step + 1)
+        return values
+
+    def _optimize(self, step: int) -> dict[str, float]:
         self.checked = None
         optimizer, scaler = self.optimizer, self.accelerator.scaler
         components = list(dict.fromkeys(group["component"] for group in optimizer.param_groups))
@@ -195,10 +221,8 @@ class OptimizedWork(Generic[ConfigT]):
         values |= {name: float(value) for name, value in logged.items() if name not in values}
         values["rate"] = optimizer.param_groups[0]["lr"]
         if len(components) > 1:
-            groups = optimizer.param_groups
-            if self.config.optimizer.outside_learning_rate is not None:
-                groups = groups[::-1]  # what lies outside of pairs comes after them, whose rate is the component's
-            values |= {f"rate_{group['component']}": group["lr"] for group in groups}
+            # of several groups the first one's: what lies outside of pairs, and LoRA+'s B, come after it
+            values |= {f"rate_{group['component']}": group["lr"] for group in optimizer.param_groups[::-1]}
         values |= self.after_step(step)
         self.schedule.step()
         return values
@@ -242,6 +266,7 @@ class OptimizedWork(Generic[ConfigT]):
             "frozen": self.frozen,
             # the weights above may be those of a step that went wrong, which only the next loss will tell
             "good": dict(zip(self.kept, self.good, strict=True)),
+            **(self.validation.state() if self.validation else {}),
         }
 
     @torch.no_grad()
@@ -262,12 +287,14 @@ class OptimizedWork(Generic[ConfigT]):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name, kept in zip(self.kept, self.good, strict=True):
             kept.copy_(state["good"][name])
+        if self.validation:
+            self.validation.restore(state)
 
     @torch.no_grad()
     def sound(self) -> bool:
         if not all(torch.isfinite(tensor).all() for tensor in self.kept.values()):
             return False
-        self.checked = self.evaluation_loss()
+        self.checked = self.final_loss()
         return finite(self.checked)
 
     @torch.no_grad()

@@ -1,12 +1,15 @@
 """Small checkpoints of every family in their real layouts, pictures to train on, and runs that are interrupted."""
 
+import base64
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +304,90 @@ def place(distribution, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
     return folder
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that an upload takes: a repository, what goes how, large files, a commit."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    do_PUT = do_GET = do_POST
+
+    def answer(self, body: bytes) -> None:
+        server: HubServer = self.server
+        server.asked.append((self.command, self.path.split("?")[0], self.headers.get("Authorization"), body))
+        here = f"http://127.0.0.1:{server.server_port}"
+        if server.refuses:
+            return self.reply({"error": f"no rights for {server.secret}"}, 403)
+        if self.path == "/api/repos/create":
+            return self.reply({"url": f"{here}/somebody/{json.loads(body)['name']}"})
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
+            return self.reply(
+                {"files": [{"path": n, "uploadMode": modes[n.endswith("s")], "shouldIgnore": False} for n in names]}
+            )
+        if self.path.endswith("/info/lfs/objects/batch"):
+            wanted = [(one["oid"], one["size"]) for one in json.loads(body)["objects"]]
+            up = [{"oid": o, "size": s, "actions": {"upload": {"href": f"{here}/put/{o}"}}} for o, s in wanted]
+            return self.reply({"transfer": "basic", "objects": up}, kind="application/vnd.git-lfs+json")
+        if self.path.startswith("/put/"):
+            server.large[self.path.rsplit("/")[-1]] = body
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    server.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    server.files[value["path"]] = server.large[value["oid"]]
+            return self.reply({"commitUrl": f"{here}/somebody/vase/commit/1", "commitOid": "1", "success": True})
+        return self.reply({})
+
+    def reply(self, document: dict, code: int = 200, kind: str = "application/json") -> None:
+        data = json.dumps(document).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class HubServer(ThreadingHTTPServer):
+    """Takes uploads as the Hugging Face hub does, and keeps them."""
+
+    daemon_threads = True
+    secret = "hf_thisIsTheSecretOfThisTest"
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Hub)
+        self.asked: list[tuple[str, str, str | None, bytes]] = []
+        self.large: dict[str, bytes] = {}  # by their SHA-256
+        self.files: dict[str, bytes] = {}  # of the repository
+        self.refuses = False
+
+    def push(self, run: Path, *words: str) -> subprocess.CompletedProcess:
+        """Exports a run to it, by the command line in a process of its own."""
+        environment = os.environ | {
+            "HF_TOKEN": self.secret,
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+            "HF_HUB_DISABLE_XET": "1",  # the hub's older protocol, which is plain HTTP
+            "HF_HOME": str(run.parent / "hub"),
+        }
+        command = [sys.executable, "-m", "equipoise.pipelines.cli", "export", str(run), "--push-to-hub", "vase", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def hub():
+    """A hub that takes what is pushed to it."""
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ BUILT_IN = {
         "ZImagePipeline",
     ],
     "commands": """
-        compare demo export list logs prepare reproduce resume run runs show stop sweep train ui wrap
+        compare demo evaluate export list logs predict prepare reproduce resume run runs show stop sweep
+        train ui wrap
     """.split(),
 }
 

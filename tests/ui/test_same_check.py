@@ -59,6 +59,8 @@ CASES = [
     (T2I, ["optimizer=adamw", "optimizer.options={fused: true, foreach: true}"]),
     (T2I, ["model.quantize=int8"]),
     (T2I, ["model.quantize=nf4"]),
+    (IT, ["language.method=full", "optimizer=bounded_adamw"]),
+    (IT, ["language.method=frozen", "coordinator=commit_clr"]),
     (IT, ["objective=mimo"]),
     (IT, ["objective=unimodal", "data=ROOT/nowhere.jsonl"]),
     (IT, ["coordinator=commit", "optimizer=sam"]),

@@ -12,7 +12,7 @@ from equipoise.pipelines.files import first_line
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
-_COLUMNS = ("id", "image", "audio", "question", "answer")  # of a CSV file; ids are for people
+COLUMNS = ("id", "image", "audio", "question", "answer")  # of a CSV file; ids are for people
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _READ, _LONGEST = 1 << 20, 20  # characters that are read at a time, and of a literal, whose end may not be there yet
@@ -141,8 +141,8 @@ def _column_problems(columns: list[str]) -> list[str]:
         return [f"lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}."]
     if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
         found.append(f"has the column {' and '.join(map(repr, twice))} twice.")
-    if strange := [name for name in columns if name not in _COLUMNS]:
-        known = ", ".join(_COLUMNS)
+    if strange := [name for name in columns if name not in COLUMNS]:
+        known = ", ".join(COLUMNS)
         found.append(f"has the column {' and '.join(map(repr, strange))}, which is unknown; there are {known}.")
     return found
 
