@@ -52,7 +52,8 @@ def token_problems(talk: Talk, examples: Sequence[Conversation], placeholders: S
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         learnt, wanted = (talk.tokenizer.decode(some) for some in (labels[labels != IGNORED], _wanted(talk, example)))
         cut = talk.max_tokens is not None and len(ids) >= talk.max_tokens
-        if not _alike(learnt, wanted, cut):
+        opening = talk.frame(example).opening.strip()  # as an empty reasoning
+        if not _alike(learnt.replace(opening, ""), wanted, cut):
             found.append(
                 f"{example.where}: the loss would be on {_short(learnt)} and not on {_short(wanted)}. The processor of "
                 f"{talk.model_type} writes this conversation otherwise than its text says."
@@ -147,7 +148,7 @@ def verify(
 
 def _wanted(talk: Talk, example: Conversation) -> list[int]:
     """The answers and what is written after each, as tokens."""
-    closing = talk.closing(example)
+    closing = talk.frame(example).closing
     return [token for turn in example.turns for token in talk.tokens(turn.answer + closing)]
 
 
