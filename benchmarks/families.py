@@ -16,6 +16,7 @@ import os
 import runpy
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,7 +28,9 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from equipoise.pipelines.cli import main as equipoise
 from equipoise.pipelines.instruction_tuning.collator import AnswerCollator
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import read_all
+from equipoise.pipelines.instruction_tuning.model import missing_package
 from equipoise.pipelines.runs.store import Store
 
 TESTS = Path(__file__).parents[1] / "tests" / "pipelines" / "instruction_tuning"
@@ -39,7 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="FAMILY")
     chosen = parser.parse_args().only
-    warnings.simplefilter("ignore")  # of parts that are on their way out of transformers
     print("| family | processor | media | components | κ | loaded |\n| --- | --- | --- | --- | ---: | --- |")
     with tempfile.TemporaryDirectory() as root:
         data = {
@@ -51,17 +53,16 @@ def main() -> None:
                 print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 
-def rows(name: str, write, data: dict[str, Path], root: Path) -> list[list[str]]:
+def rows(name: str, write: Callable[[str, Path], Path], data: dict[str, Path], root: Path) -> list[list[str]]:
+    """The table's rows of a family, one for each kind of media it takes."""
     try:
         with quiet():
             folder = write(name, root / "checkpoints" / name)
-    except ImportError as error:  # a package that its configuration or processor needs
-        return [["", "", "not built: " + " ".join(str(error).split())[:80], "", ""]]
+    except ImportError as error:
+        return [["", "", f"needs the package {missing_package(error)}", "", ""]]
     settings = json.loads((folder / "processor_config.json").read_text())
-    kinds = {"image": "image_processor", "audio": "feature_extractor"}
-    takes = [
-        kind for kind, part in kinds.items() if part in settings or (kind == "audio" and "audio_processor" in settings)
-    ]
+    parts = {"image_processor": "image", "feature_extractor": "audio", "audio_processor": "audio"}
+    takes = [kind for part, kind in parts.items() if part in settings]
     return [[settings["processor_class"], kind, *trained(f"{name}-{kind}", folder, data[kind], root)] for kind in takes]
 
 
@@ -73,8 +74,9 @@ def trained(run: str, folder: Path, data: Path, root: Path) -> list[str]:
     with quiet(said):
         code = equipoise(["train", "instruction_tuning/demo", *words, f"runs={root / 'runs'}", "--id", run])
     if code:
-        lines = [line for line in said.getvalue().splitlines() if ": " in line]
-        return ["refused: " + (lines[-1].strip() if lines else said.getvalue()[-200:]), "", ""]
+        lines = [line for line in said.getvalue().splitlines() if ": " in line] or [said.getvalue()]
+        reason = next((line for line in lines if line.startswith("model.path: ")), lines[-1])
+        return ["refused: " + reason.replace(f"{root}/", ""), "", ""]
     found = Store(root / "runs").get(run)
     metrics, result = found.metrics()[-1], json.loads((found.result / "result.json").read_text())
     parts = ", ".join(sorted(key.removeprefix("rate_") for key in metrics if key.startswith("rate_")))
@@ -91,20 +93,20 @@ def loaded(folder: Path, result: Path, data: Path) -> float:
         model = AutoModelForMultimodalLM.from_pretrained(folder, **{"config": thinker} if thinker else {})
         assert not model.load_state_dict(load_file(result / "encoder.safetensors"), strict=False).unexpected_keys
         model = PeftModel.from_pretrained(model, result).merge_and_unload().eval()
-        from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
-
         held = read_all(InstructionTuningData(file=str(data)))[1]
         collator, losses = AnswerCollator(str(folder)), []
         for example in held:
-            batch = collator([example])
-            losses.append(model(**batch).loss.item())
+            losses.append(model(**collator([example])).loss.item())
     return sum(losses) / len(losses)
 
 
 @contextlib.contextmanager
-def quiet(into: io.StringIO | None = None):
+def quiet(into: io.StringIO | None = None) -> Iterator[None]:
+    """Keeps what is printed, or leaves it out."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(into or io.StringIO()):
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of parts that are on their way out of transformers
+            yield
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def load_processor(model: InstructionTuningModel) -> Any:
         if getattr(processor, "num_query_tokens", 0) is None:  # older checkpoints': the picture would be left out
             processor.num_query_tokens = AutoConfig.from_pretrained(**where).num_query_tokens
     except Exception as error:  # whatever a damaged one raises
-        raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
+        raise InputError(f"model.path: the processor of {model.path} {_failed(error)}") from None
     parts = ("image_processor", "feature_extractor", "audio_processor")
     if not hasattr(processor, "tokenizer") or not any(getattr(processor, part, None) for part in parts):
         raise InputError(f"model.path: {model.path} has no processor for pictures or sounds, only for text.")
@@ -207,7 +207,7 @@ def load_model(model: InstructionTuningModel, precision: str) -> Any:
     except Exception as error:  # whatever a damaged one makes of transformers
         if memory_full(error):
             raise
-        raise InputError(f"model.path: {model.path} cannot be loaded: {_short(error)}") from None
+        raise InputError(f"model.path: {model.path} {_failed(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model.path: {model.path} lacks {len(missing)} weights of a {loaded.config.model_type}, such as "
@@ -231,6 +231,8 @@ def outline(config: InstructionTuningConfig, *, local: bool = False) -> Tuned:
         with torch.device("meta"):
             made = AutoModelForMultimodalLM.from_config(chosen, dtype=DTYPES[config.train.precision])
     except Exception as error:  # whatever a model makes of sizes that do not fit
+        if missing_package(error):
+            raise InputError(f"model.path: {model.path} {_failed(error)}") from None
         raise InputError(f"model.path: the configuration of {model.path} makes no model: {_short(error)}") from None
     with torch.device("meta"):
         return adapt(made.requires_grad_(False), config)
@@ -337,6 +339,13 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
         else:
             found += [name for name in encoder if isinstance(layers[name], nn.Linear)]
     found = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
+    mistaken = _mistaken(model, found)
+    if mistaken and config.lora.targets:
+        wrong.append(
+            f"lora.targets: peft would put the factors for {mistaken[0]} on the experts of this "
+            f"{model.config.model_type}. Leave out {', '.join(sorted({name.rpartition('.')[2] for name in mistaken}))}."
+        )
+    found = [name for name in found if name not in mistaken]
     if not found and not wrong:
         wrong.append("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
     return found, wrong
@@ -347,6 +356,20 @@ def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
     their kind, and some such layers give more than one tensor."""
     above, _, own = name.rpartition(".")
     return "router" in name.split(".") or own == "gate" or f"{above}.experts" in modules
+
+
+def _mistaken(model: nn.Module, names: list[str]) -> list[str]:
+    """The layers whose names peft reads as the names that a model's experts once had, and would not give factors to."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older one, which reads names as they are
+        return []
+    settings = LoraConfig(target_modules=names)
+    try:
+        convert_peft_config_for_transformers(settings, model, None)
+    except ValueError:  # some of the names that one weight of the experts now stands for, and not all
+        return [name for name in names if re.search(r"(^|\.)(gate|up|down)_proj$", name)]
+    return [name for name in names if name not in (settings.target_modules or ())]
 
 
 def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str, wrong: list[str]) -> list[str]:
@@ -363,6 +386,19 @@ def _untrained(trained: Iterable[str], parts: Architecture, encoder: Instruction
         what = " and the ".join(missing)
         return [f"encoder.parts: nothing is trained of the {what}: this model has none, or frozen covers it."]
     return []
+
+
+def _failed(error: BaseException) -> str:
+    """Why something could not be loaded, to go on after its name."""
+    if package := missing_package(error):
+        return f"needs the package {package}, which is not installed. pip install {package}."
+    return f"cannot be loaded: {_short(error)}"
+
+
+def missing_package(error: BaseException) -> str | None:
+    """What transformers says is missing."""
+    found = re.search(r"requires the (\S+) library|[Mm]issing optional dependencies: (\w+)", str(error))
+    return (found[1] or found[2]).lower() if found else None
 
 
 def _short(error: BaseException) -> str:

@@ -237,6 +237,8 @@ class Talk:
                 f"model.path: the processor of {self.model_type} does not pad on the {side} when asked to, so that "
                 "answers cannot be told from questions. Use train.batch=1 and samples.batch=1."
             )
+        # Llama 4's gives pixels in 16 bits
+        batch |= {name: value.float() for name, value in batch.items() if value.is_floating_point()}
         if self.prefixed:
             del batch["labels"]
         if closed:

@@ -26,7 +26,8 @@ Precision = Callable[[], AbstractContextManager[Any]]
 def media_ids(config: Any) -> list[int]:
     """The tokens that a model puts pictures and sounds in place of, from its configuration."""
     names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-    return [value for name in names if isinstance(value := getattr(config, name, None), int)]
+    inside = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]  # Phi-4's are there
+    return [value for part in inside for name in names if isinstance(value := getattr(part, name, None), int)]
 
 
 def typical(examples: Sequence[Conversation]) -> list[Conversation]:

@@ -179,11 +179,17 @@ class Template:
         # answers are given without reasoning
         options = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
         try:
-            return self.processor.apply_chat_template(
+            text = self.processor.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=ask, **options
             )
         except Exception as error:  # a template is a program
             raise InputError(f"{where}: the chat template of {self.model_type} fails: {error}") from None
+        if not isinstance(text, str):
+            raise InputError(
+                f"{where}: the processor of {self.model_type} makes tokens of a conversation by itself and takes no "
+                "media beside a text, so that answers cannot be told apart. Use another model."
+            )
+        return text
 
     def _content(self, text: str) -> Any:
         if not self.texts:

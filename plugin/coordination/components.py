@@ -55,6 +55,11 @@ _QFORMER = Architecture(
 )
 _CONNECTED = Architecture(("vision_model",), ("connector",), ("text_model", "lm_head"))
 _MERGED = Architecture(("visual",), ("visual.merger", "visual.deepstack_merger_list"), ("language_model", "lm_head"))
+_EXTENDED = Architecture(  # a language model at the top, which the rest extends
+    ("img_processor", "audio_embed.encoder"),
+    ("image_embed", "audio_embed"),
+    ("model.embed_tokens", "model.layers", "model.norm", "lm_head"),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {  # by config.model_type
     "blip-2": _QFORMER,
@@ -75,6 +80,7 @@ ARCHITECTURES: dict[str, Architecture] = {  # by config.model_type
     "smolvlm": _CONNECTED,
     "qwen2_audio": _PROJECTED,
     "voxtral": _PROJECTED,
+    "phi4_multimodal": _EXTENDED,
 }
 # What other models of that shape call them (DeepSeek-VL, MiniCPM-V, Kimi-VL, PaddleOCR-VL, Granite Speech, …).
 _OTHERS = Architecture(
@@ -86,7 +92,7 @@ _OTHERS = Architecture(
     ),
     (),
 )
-_ALL = [*dict.fromkeys(ARCHITECTURES.values()), _OTHERS]
+_ALL = [*(a for a in dict.fromkeys(ARCHITECTURES.values()) if a is not _EXTENDED), _OTHERS]
 _SHAPE = Architecture(*(tuple(dict.fromkeys(n for a in _ALL for n in getattr(a, part))) for part in get_args(Part)))
 
 

@@ -786,6 +786,189 @@ def _ovis2(folder: Path):
     return Ovis2ForConditionalGeneration(config), processor
 
 
+def _llama4(folder: Path):
+    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4ImageProcessor, Llama4Processor
+
+    marks = "<|header_start|> <|header_end|> <|eot|> <|image_start|> <|image_end|> <|image|> <|patch|>"
+    words = _named("<|begin_of_text|>", "<|eot|>", f"{marks} <|tile_x_separator|> <|tile_y_separator|>")
+    text = _llama(len(words)).to_dict() | {"model_type": "llama4_text", "head_dim": 8, "intermediate_size_mlp": 48}
+    config = Llama4Config(
+        text_config=text | {"num_local_experts": 4, "attention_chunk_size": 64, "rope_parameters": None},
+        vision_config=_TOWER
+        | {"image_size": SIDE, "patch_size": 4, "vision_output_dim": 32, "intermediate_size": 64}
+        | {"projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5},
+        image_token_index=words.convert_tokens_to_ids("<|patch|>"),
+    )
+    looks = Llama4ImageProcessor(size={"height": SIDE, "width": SIDE}, max_patches=2)
+    processor = Llama4Processor(looks, words, patch_size=4, chat_template=_chat(_LLAMA, "<|image|>"))
+    return Llama4ForConditionalGeneration(config), processor
+
+
+def _lfm2_vl(folder: Path):
+    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration, Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    names = {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
+    names |= {"image_thumbnail_token": "<|img_thumbnail|>"}
+    words = _named("<|startoftext|>", "<|im_end|>", "<|im_start|>", **names)
+    text = {name: value for name, value in _llama(len(words)).to_dict().items() if name in _GEMMA_KEYS}
+    config = Lfm2VlConfig(
+        text_config=text
+        | {
+            "model_type": "lfm2",
+            "layer_types": ["conv", "full_attention"],
+            "block_multiple_of": 8,
+            "bos_token_id": 257,
+        },
+        vision_config=_TOWER
+        | {"model_type": "siglip2_vision_model", "patch_size": 4, "num_patches": 16}
+        | {"vision_use_head": False},
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        projector_hidden_size=32,
+    )
+    looks = Lfm2VlImageProcessor(
+        encoder_patch_size=4,
+        tile_size=SIDE,
+        do_image_splitting=False,
+        max_num_patches=64,
+        max_image_tokens=16,
+        min_image_tokens=4,
+    )
+    template = "{{ bos_token }}" + _chat(_CHATML, "<image>")
+    return Lfm2VlForConditionalGeneration(config), Lfm2VlProcessor(looks, words, chat_template=template)
+
+
+def _phi4_multimodal(folder: Path):
+    from transformers import (
+        Phi4MultimodalConfig,
+        Phi4MultimodalFeatureExtractor,
+        Phi4MultimodalForCausalLM,
+        Phi4MultimodalImageProcessor,
+        Phi4MultimodalProcessor,
+    )
+
+    names = {"image_token": "<|image|>", "audio_token": "<|audio|>"}
+    words = _named("", "<|end|>", "<|user|> <|assistant|> <|system|>", **names)
+    text = {name: value for name, value in _llama(len(words)).to_dict().items() if name in _GEMMA_KEYS}
+    config = Phi4MultimodalConfig(
+        **text,
+        vision_config=_TOWER
+        | {"image_size": 32, "crop_size": 32, "patch_size": 1, "image_token_id": words.image_token_id},
+        audio_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_blocks": 2,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16,
+            "nemo_conv_channels": 16,
+            "audio_token_id": words.audio_token_id,
+        },
+        bos_token_id=257,
+    )
+    # its processor counts on 32 patches a side
+    looks = Phi4MultimodalImageProcessor(size={"height": 32, "width": 32}, patch_size=1, dynamic_hd=1)
+    template = _CONTENT + (
+        "{% for m in messages %}<|{{ m.role }}|>{{ written(m.content) }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    processor = Phi4MultimodalProcessor(
+        looks, Phi4MultimodalFeatureExtractor(), words, chat_template=_chat(template, "<|image|>", "<|audio|>")
+    )
+    return Phi4MultimodalForCausalLM(config), processor
+
+
+def _granite_speech(folder: Path):
+    from transformers import (
+        GraniteSpeechConfig,
+        GraniteSpeechFeatureExtractor,
+        GraniteSpeechForConditionalGeneration,
+        GraniteSpeechProcessor,
+    )
+
+    words = _named("", "<|end_of_text|>", "<|start_of_role|> <|end_of_role|> <|audio|>")
+    config = GraniteSpeechConfig(
+        text_config=_llama(len(words)).to_dict() | {"model_type": "granite"},
+        encoder_config={"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "dim_head": 8, "output_dim": 8}
+        | {"context_size": 20, "max_pos_emb": 32, "conv_kernel_size": 3},
+        projector_config={"model_type": "blip_2_qformer", "encoder_hidden_size": 16, **_TOWER, "num_hidden_layers": 1},
+        audio_token_index=words.convert_tokens_to_ids("<|audio|>"),
+        has_lora_adapter=False,
+    )
+    template = _CONTENT + (
+        "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ written(m.content) }}<|end_of_text|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+    )
+    processor = GraniteSpeechProcessor(
+        GraniteSpeechFeatureExtractor(), words, chat_template=_chat(template, audio="<|audio|>")
+    )
+    return GraniteSpeechForConditionalGeneration(config), processor
+
+
+def _voxtral(folder: Path):
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
+
+    words = _named("<s>", "</s>", "[INST] [/INST] [AUDIO] [BEGIN_AUDIO]")
+    audio = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = VoxtralConfig(
+        text_config=_llama(len(words)).to_dict(),
+        audio_config=audio | {"num_mel_bins": 16},
+        audio_token_id=words.convert_tokens_to_ids("[AUDIO]"),
+    )
+    processor = VoxtralProcessor(WhisperFeatureExtractor(feature_size=16), words)
+    processor.chat_template = _chat(_MISTRAL, audio="[BEGIN_AUDIO][AUDIO]")
+    return VoxtralForConditionalGeneration(config), processor
+
+
+def _minicpm_v(folder: Path):
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+    names = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    }
+    words = _named("", "<|im_end|>", "<|im_start|>", **names)
+    words.add_tokens(["<think>", "</think>"])
+    linear = {f"linear_{side}_head_dim": 8 for side in ("key", "value")} | {
+        f"linear_num_{side}_heads": 2 for side in ("key", "value")
+    }
+    config = MiniCPMV4_6Config(
+        text_config=_qwen3_text(words, "qwen3_5_text", layer_types=["linear_attention", "full_attention"], **linear),
+        vision_config=_TOWER | {"image_size": 64, "patch_size": 4, "insert_layer_id": 0},
+        image_size=64,
+        insert_layer_id=0,
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+    )
+    looks = MiniCPMV4_6ImageProcessorPil(patch_size=4, scale_resolution=32, max_slice_nums=1)
+    processor = without_videos(MiniCPMV4_6Processor)(looks, None, words, chat_template=_chat(_QWEN3_5, "<|image_pad|>"))
+    return MiniCPMV4_6ForConditionalGeneration(config), processor
+
+
+def _florence2(folder: Path):
+    from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = _named("<s>", "</s>", image_token="<image>")
+    text = {"vocab_size": len(words), "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48}
+    heads = {"decoder_ffn_dim": 48, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = Florence2Config(
+        text_config=text | heads | {"model_type": "bart", "max_position_embeddings": 256},
+        vision_config={"depths": [1], "embed_dim": [16], "num_heads": [2], "num_groups": [2], "patch_size": [4]}
+        | {"patch_stride": [4], "patch_padding": [0], "patch_prenorm": [False], "projection_dim": 32},
+        image_token_id=words.image_token_id,
+    )
+    looks = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    looks.image_seq_length = 16
+    return Florence2ForConditionalGeneration(config), Florence2Processor(looks, words)
+
+
 BUILDERS = {
     "blip-2": _blip2,
     "instructblip": _instructblip,
@@ -816,6 +999,13 @@ FAMILIES = {
     "aya_vision": _aya_vision,
     "smolvlm2": _smolvlm2,
     "ovis2": _ovis2,
+    "minicpm_v": _minicpm_v,
+    "voxtral": _voxtral,
+    "florence2": _florence2,
+    "llama4": _llama4,
+    "lfm2_vl": _lfm2_vl,
+    "phi4_multimodal": _phi4_multimodal,
+    "granite_speech": _granite_speech,
 }
 MORE = {"internvl": _internvl, **FAMILIES}  # in some tests only
 
