@@ -136,7 +136,11 @@ def load_processor(model: InstructionTuningModel) -> Any:
         loader = AutoProcessor
         if not find_spec("torchvision"):
             kind = AutoConfig.from_pretrained(**where).model_type
-            found = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(kind) or "", None)
+            # of a part that was saved alone, as an Omni's thinker, only its processor knows
+            known = (
+                PROCESSOR_MAPPING_NAMES.get(kind) or ProcessorMixin.get_processor_dict(**where)[0]["processor_class"]
+            )
+            found = getattr(transformers, known, None)
             if found and "video_processor" in found.get_attributes():
                 loader = without_videos(found)
         processor = loader.from_pretrained(**where)

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForMultimodalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.instruction_tuning.model import adapt
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
+from equipoise.pipelines.instruction_tuning.model import adapt, load_processor
 
 COMMAND = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "families.py"))
 ONE, TWO = "encoder, language", "audio, language, vision"
@@ -71,6 +72,17 @@ def test_the_side_that_no_media_reach_stays_as_it_is(checkpoints, pictures, tmp_
     base = AutoModelForMultimodalLM.from_pretrained(folder).state_dict()
     assert {name.split(".")[1] for name in moved} == {"embed_vision", "embed_audio"}
     assert {name.split(".")[1] for name in moved if not torch.equal(moved[name], base[name])} == {"embed_vision"}
+
+
+def test_an_omnis_thinker_that_was_saved_alone(checkpoints, data, tmp_path):
+    """As a result is that was merged and saved."""
+    whole, alone = checkpoints("qwen2_5_omni"), tmp_path / "thinker"
+    thinker = AutoConfig.from_pretrained(whole).thinker_config
+    AutoModelForMultimodalLM.from_pretrained(whole, config=thinker).save_pretrained(alone)
+    load_processor(InstructionTuningModel(path=str(whole))).save_pretrained(alone)
+    assert json.loads((alone / "config.json").read_text())["model_type"] == "qwen2_5_omni_thinker"
+    found = COMMAND["rows"]("thinker", lambda *_: alone, data, tmp_path)
+    assert [row[-1] for row in found] == ["yes", "yes"]
 
 
 def test_a_rate_for_each_tower(checkpoints):
