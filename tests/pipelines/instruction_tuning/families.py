@@ -625,7 +625,12 @@ def _gemma3n(folder: Path):
 
     names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     names |= {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
-    words = _named("<bos>", "<eos>", "<start_of_turn> <end_of_turn>", **names)
+    # pictures have the 128 tokens from `first` on, and sounds the 128 after those
+    more = {kind: " ".join(f"<{kind}{number}>" for number in range(2, 128)) for kind in ("seen", "heard")}
+    before = "<bos> <eos> <start_of_turn> <end_of_turn> <start_of_image> <start_of_audio>"
+    pictures = f"<end_of_image> <image_soft_token> {more['seen']}"
+    words = _named("<bos>", "<eos>", f"{before} {pictures} <end_of_audio> <audio_soft_token> {more['heard']}", **names)
+    first = words.eoi_token_id
     looks = SiglipImageProcessorPil(size={"height": 64, "width": 64})
     gemma = {name: value for name, value in _llama(len(words)).to_dict().items() if name in _GEMMA_KEYS}
     text = gemma | {
@@ -633,7 +638,8 @@ def _gemma3n(folder: Path):
         "intermediate_size": [48, 48],
         "sliding_window": 64,
         "hidden_size_per_layer_input": 4,
-        "vocab_size_per_layer_input": len(words),
+        "vocab_size": first + 256,
+        "vocab_size_per_layer_input": first,
         "laurel_rank": 4,
         "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -642,10 +648,9 @@ def _gemma3n(folder: Path):
     audio = {"hidden_size": 16, "input_feat_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2}
     config = Gemma3nConfig(
         text_config=text,
-        vision_config={"hidden_size": 2048, "vocab_offset": len(words)},
-        audio_config=audio | {"sscp_conv_channel_size": [8, 4], "vocab_offset": len(words) + 128},
+        vision_config={"hidden_size": 2048, "vocab_offset": first},
+        audio_config=audio | {"sscp_conv_channel_size": [8, 4], "vocab_offset": first + 128},
         audio_soft_tokens_per_image=8,
-        vision_soft_tokens_per_image=4,
         **{f"{name}_id": words.convert_tokens_to_ids(mark) for name, mark in names.items()},
     )
     processor = Gemma3nProcessor(
@@ -654,7 +659,6 @@ def _gemma3n(folder: Path):
         words,
         chat_template=_chat(_GEMMA, "<image_soft_token>", "<audio_soft_token>"),
         audio_seq_length=8,
-        image_seq_length=4,
     )
     return Gemma3nForConditionalGeneration(config), processor
 
