@@ -43,7 +43,9 @@ def main() -> None:
             with torch.device("meta"):
                 parts = adapt(model, settings).components
             split += 1
-            numbers = [f"{sum(p.numel() for p in parts[name].values()) / 1e6:.1f}" for name in ("encoder", "language")]
+            language = sum(p.numel() for p in parts["language"].values())
+            before = sum(p.numel() for inside in parts.values() for p in inside.values()) - language
+            numbers = [f"{before / 1e6:.1f}", f"{language / 1e6:.1f}"]
         except InputError as error:
             refused += 1
             numbers = [str(error).partition(": ")[2].partition(". ")[0], ""]

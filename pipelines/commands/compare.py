@@ -4,6 +4,7 @@ The same prompts from the same noise for every run, side by side.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         if path := getattr(args, name):
             changes[f"judges.{name}"] = _path(path)
     strengths = args.scale or [1.0]
+    if wrong := [strength for strength in strengths if not 0 <= strength < math.inf]:
+        raise InputError(f"--scale: must be 0 or more, got {wrong[0]:g}.")
     if files or args.checkpoints or len(strengths) > 1:
         missing = [file for file in files if not file.is_file()]
         if missing:

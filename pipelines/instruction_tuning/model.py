@@ -7,12 +7,11 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ import transformers
 from accelerate.state import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from equipoise.coordination.components import Architecture, architecture, matches, partition, preset
+from equipoise.coordination.components import Architecture, architecture, matches, partition
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.instruction_tuning.config import (
@@ -118,6 +117,12 @@ def _where(model: InstructionTuningModel) -> dict[str, Any]:
     }
 
 
+def described(model: InstructionTuningModel, **options: Any) -> PretrainedConfig:
+    """A model's configuration; of one that also speaks, as Qwen's Omni, that of the part which reads and writes."""
+    found = AutoConfig.from_pretrained(**_where(model), **options)
+    return getattr(found, "thinker_config", found)
+
+
 def model_type(model: InstructionTuningModel) -> str:
     """A model's kind, such as `llava`.
 
@@ -125,7 +130,7 @@ def model_type(model: InstructionTuningModel) -> str:
         InputError: its configuration cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(**_where(model)).model_type
+        return described(model).model_type
     except Exception as error:  # whatever a damaged one raises
         raise InputError(f"model.path: the configuration of {model.path} cannot be read: {_short(error)}") from None
 
@@ -156,17 +161,20 @@ def load_processor(model: InstructionTuningModel) -> Any:
         loader = AutoProcessor
         if not find_spec("torchvision"):
             kind = AutoConfig.from_pretrained(**where).model_type
-            found = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(kind) or "", None)
+            # of a part that was saved alone, as an Omni's thinker, only its processor knows
+            known = (
+                PROCESSOR_MAPPING_NAMES.get(kind) or ProcessorMixin.get_processor_dict(**where)[0]["processor_class"]
+            )
+            found = getattr(transformers, known, None)
             if found and "video_processor" in found.get_attributes():
                 loader = without_videos(found)
         processor = loader.from_pretrained(**where)
         if getattr(processor, "num_query_tokens", 0) is None:  # older checkpoints': the picture would be left out
             processor.num_query_tokens = AutoConfig.from_pretrained(**where).num_query_tokens
     except Exception as error:  # whatever a damaged one raises
-        raise InputError(f"model.path: the processor of {model.path} cannot be loaded: {_short(error)}") from None
-    if not hasattr(processor, "tokenizer") or not (
-        getattr(processor, "image_processor", None) or getattr(processor, "feature_extractor", None)
-    ):
+        raise InputError(f"model.path: the processor of {model.path} {_failed(error)}") from None
+    parts = ("image_processor", "feature_extractor", "audio_processor")
+    if not hasattr(processor, "tokenizer") or not any(getattr(processor, part, None) for part in parts):
         raise InputError(f"model.path: {model.path} has no processor for pictures or sounds, only for text.")
     _set_pixels(processor, model)
     return processor
@@ -203,6 +211,7 @@ def _set_pixels(processor: Any, model: InstructionTuningModel) -> None:
 
 def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A processor class that leaves videos alone: they need torchvision, and pictures do not."""
+    index = cls.get_attributes().index("video_processor")
 
     @classmethod
     def get_attributes(kind: type[ProcessorMixin]) -> list[str]:
@@ -211,17 +220,30 @@ def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     @classmethod
     def load(kind: type[ProcessorMixin], *args: Any, **kwargs: Any) -> list[Any]:
         found = super(made, kind)._get_arguments_from_pretrained(*args, **kwargs)
-        found.insert(cls.get_attributes().index("video_processor"), None)  # arguments are given by position
+        found.insert(index, None)  # arguments are given by position
         return found
+
+    class Without(ProcessorMixin):  # between the class and its base, which would miss the part
+        def __init__(self, *args: Any, **kwargs: Any):
+            kwargs.pop("video_processor", None)
+            super().__init__(*args[:index], *args[index + 1 :], **kwargs)
 
     own = {
         "get_attributes": get_attributes,
         "_get_arguments_from_pretrained": load,
-        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's templates ask for its defaults
+        "video_processor": _NoVideos(),
         "__module__": cls.__module__,
     }
-    made = type(cls.__name__, (cls,), own)
+    made = type(cls.__name__, (cls, Without), own)  # pyright: ignore[reportGeneralTypeIssues]
     return made
+
+
+class _NoVideos:
+    """Whatever a processor or a template asks of its part for videos is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def load_model(model: InstructionTuningModel, precision: str) -> Any:
@@ -235,12 +257,16 @@ def load_model(model: InstructionTuningModel, precision: str) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         loaded, report = AutoModelForMultimodalLM.from_pretrained(
-            **_where(model), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
+            **_where(model),
+            config=described(model),
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever a damaged one makes of transformers
         if memory_full(error):
             raise
-        raise InputError(f"model.path: {model.path} cannot be loaded: {_short(error)}") from None
+        raise InputError(f"model.path: {model.path} {_failed(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model.path: {model.path} lacks {len(missing)} weights of a {loaded.config.model_type}, such as "
@@ -260,10 +286,12 @@ def outline(config: InstructionTuningConfig, *, local: bool = False) -> Tuned:
     """
     model = config.model
     try:
-        described = AutoConfig.from_pretrained(**_where(model), local_files_only=local)
+        chosen = described(model, local_files_only=local)
         with torch.device("meta"):
-            made = AutoModelForMultimodalLM.from_config(described, dtype=DTYPES[config.train.precision])
+            made = AutoModelForMultimodalLM.from_config(chosen, dtype=DTYPES[config.train.precision])
     except Exception as error:  # whatever a model makes of sizes that do not fit
+        if missing_package(error):
+            raise InputError(f"model.path: {model.path} {_failed(error)}") from None
         raise InputError(f"model.path: the configuration of {model.path} makes no model: {_short(error)}") from None
     with torch.device("meta"):
         return adapt(made.requires_grad_(False), config)
@@ -290,7 +318,7 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     chosen, unfit = targets(model, parts, config)
     full = _in_full(model, parts, config, unfit)
     language = bool(unfit) or any(parts.part(name) == "language" for name in [*chosen, *full])
-    known = [name for name in config.components or preset(parts) if language or name != "language"]
+    known = [name for name in config.components or parts.components(names) if language or name != "language"]
     for key, given in (("rates", config.optimizer.rates), ("weight_decays", config.optimizer.weight_decays)):
         if strangers := [name for name in given if name not in known]:
             wrong.append(f"optimizer.{key}: {', '.join(strangers)}: no such component. There are {', '.join(known)}.")
@@ -305,15 +333,17 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
         if tensor.requires_grad:
             tensor.data = tensor.data.float()
     trained = {name: tensor for name, tensor in wrapped.named_parameters() if tensor.requires_grad}
-    if not config.components:
-        wrong += [] if unfit else _untrained(trained, parts, config.encoder)
-    patterns = {name: some for name, some in _patterns(config, parts, trained).items() if name in known}
-    components = {}
-    if config.components or not wrong:  # a preset's own fit what is trained of a model in which all else is right
+    components: dict[str, dict[str, Tensor]] = {}
+    if config.components:
+        patterns = {name: some for name, some in config.components.items() if name in known}
         try:
             components = partition(trained, patterns)
         except InputError as error:
             wrong.append(str(error))
+    else:
+        wrong += [] if unfit else _untrained(trained, parts, config.encoder)
+        for name in parts.components(trained):
+            components[name] = {n: tensor for n, tensor in trained.items() if parts.component(n) == name}
     if wrong:
         raise InputError("\n".join(wrong))
     return Tuned(wrapped, parts, components)
@@ -356,16 +386,6 @@ def _in_full(
     return {name: tensor for name, tensor in model.named_parameters() if is_free(name, tensor)}
 
 
-def _patterns(config: InstructionTuningConfig, parts: Architecture, trained: Iterable[str]) -> dict[str, Sequence[str]]:
-    """Component → patterns of its parameters' names: the configuration's, or else the architecture's."""
-    if config.components:
-        return dict(config.components)
-    patterns = {side: _used(some, trained) for side, some in preset(parts).items()}
-    first = patterns["encoder"]  # a name deeper in the tower, such as visual.merger, is in visual already
-    patterns["encoder"] = [p for p in first if not any(q != p and matches(q, p) for q in first)]
-    return {**patterns}
-
-
 def _plain(name: str) -> str:
     """A parameter's name in the model of transformers."""
     return name.removeprefix("base_model.model.")
@@ -400,7 +420,8 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
     """(the layers that get factors, by their full names; targets that name no layer of the language model, or of the
     encoder side's trained parts, a sentence each)."""
     wrong: list[str] = []
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LINEAR)}
+    modules = dict(model.named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, _LINEAR) and not _routes(name, modules)}
     found: list[str] = []
     if config.language.method == "lora":
         language = [name for name in layers if parts.part(name) == "language"]
@@ -418,7 +439,14 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
         else:
             found += [name for name in encoder if isinstance(layers[name], nn.Linear)]
     left = [name for name in found if not any(matches(pattern, name) for pattern in config.frozen)]
-    if found and not left and (config.lora.targets or config.encoder.method == "lora"):
+    mistaken = _mistaken(model, left) if left else []
+    if mistaken and config.lora.targets:
+        wrong.append(
+            f"lora.targets: peft would put the factors for {mistaken[0]} on the experts of this "
+            f"{model.config.model_type}. Leave out {', '.join(sorted({name.rpartition('.')[2] for name in mistaken}))}."
+        )
+    left = [name for name in left if name not in mistaken]
+    if found and not left and not wrong and (config.lora.targets or config.encoder.method == "lora"):
         wrong.append("lora.targets: no layer is left to get factors; fewer patterns in frozen leave some.")
     return left, wrong
 
@@ -429,6 +457,27 @@ def _within(ends: Sequence[str], layer: str) -> bool:
     return any(named_by(ends, ".".join(steps[: count + 1])) for count in range(len(steps)))
 
 
+def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer chooses among experts: an update of it would send tokens to experts that were never trained on
+    their kind, and some such layers give more than one tensor."""
+    above, _, own = name.rpartition(".")
+    return "router" in name.split(".") or own == "gate" or f"{above}.experts" in modules
+
+
+def _mistaken(model: nn.Module, names: list[str]) -> list[str]:
+    """The layers whose names peft reads as the names that a model's experts once had, and would not give factors to."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older one, which reads names as they are
+        return []
+    settings = LoraConfig(target_modules=names)
+    try:
+        convert_peft_config_for_transformers(settings, model, None)
+    except ValueError:  # some of the names that one weight of the experts now stands for, and not all
+        return [name for name in names if re.search(r"(^|\.)(gate|up|down)_proj$", name)]
+    return [name for name in names if name not in (settings.target_modules or ())]
+
+
 def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str, wrong: list[str]) -> list[str]:
     layers = list(layers)
     wrong += unmatched(ends, layers, f"{section}.targets", what)
@@ -437,15 +486,25 @@ def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str,
 
 def _untrained(trained: Iterable[str], parts: Architecture, encoder: InstructionTuningEncoder) -> list[str]:
     found = {parts.part(name) for name in trained}
+    if "language" not in found:
+        return ["lora.targets: nothing is trained of the language model: frozen covers it."]
     if missing := [part for part in encoder.parts if part not in found]:
         what = " and the ".join(missing)
         return [f"encoder.parts: nothing is trained of the {what}: this model has none, or frozen covers it."]
     return []
 
 
-def _used(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    names = list(names)
-    return [pattern for pattern in patterns if any(matches(pattern, name) for name in names)]
+def _failed(error: BaseException) -> str:
+    """Why something could not be loaded, to go on after its name."""
+    if package := missing_package(error):
+        return f"needs the package {package}, which is not installed. pip install {package}."
+    return f"cannot be loaded: {_short(error)}"
+
+
+def missing_package(error: BaseException) -> str | None:
+    """What transformers says is missing."""
+    found = re.search(r"requires the (\S+) library|[Mm]issing optional dependencies: (\w+)", str(error))
+    return (found[1] or found[2]).lower() if found else None
 
 
 def _short(error: BaseException) -> str:

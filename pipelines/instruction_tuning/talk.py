@@ -1,8 +1,8 @@
-"""Conversations as a processor's text and a model's tokens: chat templates, media, and which tokens are answers."""
+"""Conversations as a model's tokens: text and media by its processor, and which tokens are answers."""
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,10 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Turn
 from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.writing import Frame, any_of, writer
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
-_PROMPTS = {  # model types without chat templates, as their authors prompt them
-    "blip-2": "Question: {question} Answer:",
-    "instructblip": "{question}",
-    "paligemma": "{question}\n",
-}
-_PROMPT = "USER: {question} ASSISTANT:"  # LLaVA's
 _TEXT = (  # what a batch has one of for each token, and data.max_tokens cuts, by name: media can be as wide by chance
     "input_ids",
     "attention_mask",
@@ -31,16 +26,6 @@ _TEXT = (  # what a batch has one of for each token, and data.max_tokens cuts, b
     "cross_attention_mask",
     "labels",
 )
-_NESTED = ("gemma3", "idefics2", "idefics3", "smolvlm")  # want the pictures of each conversation in a list of its own
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a model's answers end."""
-
-    mark: str  # the token at which they do
-    written: str  # what has to be added to each answer for that
-    closing: str  # all that is learnt after an answer
 
 
 class Talk:
@@ -55,24 +40,26 @@ class Talk:
     ):
         self.processor, self.model_type, self.max_tokens = processor, model_type, max_tokens
         self.tokenizer = processor.tokenizer
-        self.prompt = prompt or _PROMPTS.get(model_type, _PROMPT)
         if getattr(self.tokenizer, "pad_token", None) is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        listener = getattr(processor, "feature_extractor", None)
+        self.writer = writer(processor, model_type, prompt)
+        listener = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
         self.rate: int = getattr(listener, "sampling_rate", 16_000)  # samples per second
         # a Q-Former's processor puts the one picture before the text by itself
         self.leads = hasattr(processor, "num_query_tokens")
         # PaliGemma's ends every text in a line break by itself, and the model reads a question both ways
         self.prefixed = model_type == "paligemma"
-        if self.prefixed:
-            self.prompt = self.prompt.rstrip("\n") + "\n"
+        # some want the pictures of each conversation in a list of its own
+        self.nested = any(
+            hasattr(sys.modules[type(part).__module__], "make_nested_list_of_images")
+            for part in (processor, getattr(processor, "image_processor", None))
+        )
         # the longest sound, where the extractor cuts longer ones off without a word
-        samples: int | None = getattr(listener, "n_samples", None)
+        whole = getattr(processor, "audio_kwargs", {}).get("truncation") is False
+        samples: int | None = None if whole else getattr(listener, "n_samples", None)
         self.window = samples / self.rate if samples else None  # seconds
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        self._marks = _any(token.content for token in added if token.special)
-        self._added = _any([*(token.content for token in added), self.tokenizer.eos_token or ""])
-        self._end: Ending | None = None
+        self._marks = any_of(token.content for token in added if token.special)
         self._spans: dict[Conversation, list[tuple[int, int]]] = {}
 
     def problems(self, example: Conversation) -> list[str]:
@@ -92,6 +79,7 @@ class Talk:
                 f"has {', '.join(marks)} in its text, which {self.model_type} reads as a mark of its own. Write it "
                 "otherwise."
             )
+        found += self.writer.problems(example)
         if example.kind == "audio" and self.window is not None:
             for path in example.media:
                 if (seconds := sound_seconds(path)) > self.window:
@@ -104,67 +92,24 @@ class Talk:
     @property
     def kinds(self) -> list[str]:
         """What this model takes beside text."""
-        return [
-            kind for kind, part in (("image", "image_processor"), ("audio", "feature_extractor")) if self._has(part)
-        ]
+        parts = (("image", "image_processor"), ("audio", "feature_extractor"), ("audio", "audio_processor"))
+        return list(dict.fromkeys(kind for kind, part in parts if self._has(part)))
 
     def _has(self, part: str) -> bool:
         return getattr(self.processor, part, None) is not None
 
-    def text(self, example: Conversation, turns: int | None = None, ask: bool = False) -> str:
-        """The first `turns` turns (all by default), and with `ask` the question of the next, up to its answer."""
-        turns = len(example.turns) if turns is None else turns
-        if self.processor.chat_template is None:
-            return self._plain(example, turns, ask)
-        return self._templated(example, turns, ask, self._ending(example).written)
+    def text(self, example: Conversation, asked: bool = False) -> str:
+        """All of a conversation, or what is `asked`: all up to the last answer."""
+        return self.writer.write(example, asked).text
 
-    def _templated(self, example: Conversation, turns: int, ask: bool, end: str) -> str:
-        messages: list[dict[str, Any]] = []
-        if example.system:
-            messages.append({"role": "system", "content": [{"type": "text", "text": example.system}]})
-        for index, turn in enumerate(example.turns[: turns + ask]):
-            messages.append({"role": "user", "content": _content(turn.question)})
-            if index < turns:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer + end}]})
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template is a program
-            raise InputError(f"{example.where}: the chat template of {self.model_type} fails: {error}") from None
-
-    def _ending(self, example: Conversation) -> "Ending":
-        """How answers end. A template that writes no mark after an answer, as LLaVA 1.5's, gets the tokenizer's own:
-        without one no end would be learnt."""
-        if self._end is None:
-            own = self.tokenizer.eos_token or ""
-            if self.processor.chat_template is None:
-                self._end = Ending(own, "", own)  # which the plain prompts have
-            else:
-                opened, closed = (self._templated(example, 1 - ask, ask, "") for ask in (True, False))
-                closing = closed.removeprefix(opened).lstrip().removeprefix(example.turns[0].answer)
-                found = self._added.search(closing)
-                self._end = Ending(found.group(), "", closing) if found else Ending(own, own, own)
-        return self._end
-
-    def closing(self, example: Conversation) -> str:
-        """What is learnt after each answer."""
-        return self._ending(example).closing
+    def frame(self, example: Conversation) -> Frame:
+        """What answers stand between."""
+        return self.writer.frame(example.where)
 
     def end(self, example: Conversation) -> int | None:
         """The token that ends an answer, at which generation has to end: a right answer runs on where it does not."""
-        mark = self._ending(example).mark
+        mark = self.frame(example).mark
         return self.tokenizer.convert_tokens_to_ids(mark) if mark else None
-
-    def _plain(self, example: Conversation, turns: int, ask: bool) -> str:
-        text = f"{example.system} " if example.system else ""
-        for index, turn in enumerate(example.turns[: turns + ask]):
-            question = turn.question
-            for kind, mark in MARKS.items():
-                token = "" if self.leads else str(getattr(self.processor, f"{kind}_token", mark))
-                question = question.replace(f"{mark}\n" if self.prefixed else mark, token).replace(mark, token)
-            text += self.prompt.replace("{question}", question.strip())
-            if index < turns:
-                text += f"{'' if text.endswith(chr(10)) else ' '}{turn.answer}{self.tokenizer.eos_token or ''}"
-        return text
 
     def spans(self, example: Conversation) -> list[tuple[int, int]]:
         """Where the answers are: (first token, one past the last), both counted from the end of the conversation.
@@ -173,17 +118,10 @@ class Talk:
         """
         if (known := self._spans.get(example)) is not None:
             return known
-        full, found = self.text(example), []
-        tokens = self.tokens(full)
-        for turn in range(len(example.turns)):
-            opened, closed = self.text(example, turn, ask=True), self.text(example, turn + 1)
-            if not (full.startswith(opened) and full.startswith(closed)):
-                raise InputError(
-                    f"{example.where}: the chat template of {self.model_type} writes earlier turns differently when "
-                    "more follow, so that the answers cannot be told apart. Give each conversation one question."
-                )
-            if end := self._ending(example).written:  # what the template writes behind it is no answer's
-                closed = closed[: closed.rindex(end) + len(end)]
+        written, found = self.writer.write(example), []
+        full, tokens = written.text, self.tokens(written.text)
+        for turn, (start, stop) in enumerate(written.answers):
+            opened, closed = full[:start], full[:stop]
             if _marked(example.turns[turn + 1 :]):
                 length = self._length(example, full)
                 before, after = (self._before(example, text, turn + 1) for text in (opened, closed))
@@ -255,7 +193,7 @@ class Talk:
 
     def question_batch(self, examples: Sequence[Conversation]) -> dict[str, Tensor]:
         """Each conversation up to its last answer, padded on the left, for generation."""
-        texts = [self.text(example, len(example.turns) - 1, ask=True) for example in examples]
+        texts = [self.text(example, asked=True) for example in examples]
         batch = self._process(texts, examples, side="left")
         spans = [self.spans(example) if len(example.turns) > 1 else [(0, 0)] for example in examples]
         self._read_forwards(batch, [some[0][0] - some[-1][0] for some in spans])
@@ -280,8 +218,7 @@ class Talk:
         given: dict[str, Any] = {}
         if kind == "image":
             pictures = [[_opened(open_picture, e, p) for p in some] for e, some in zip(examples, media, strict=True)]
-            nested = self.model_type in _NESTED
-            given["images"] = pictures if nested else [picture for some in pictures for picture in some]
+            given["images"] = pictures if self.nested else [picture for some in pictures for picture in some]
         elif kind == "audio":
             opener = partial(open_sound, rate=self.rate)
             given["audio"] = [_opened(opener, e, p) for e, some in zip(examples, media, strict=True) for p in some]
@@ -305,6 +242,8 @@ class Talk:
                 f"model.path: the processor of {self.model_type} does not pad on the {side} when asked to, so that "
                 "answers cannot be told from questions. Use train.batch=1 and samples.batch=1."
             )
+        # Llama 4's gives pixels in 16 bits
+        batch |= {name: value.float() for name, value in batch.items() if value.is_floating_point()}
         if self.prefixed:
             del batch["labels"]
         if closed:
@@ -325,12 +264,6 @@ class Talk:
         batch["token_type_ids"] = batch["token_type_ids"][:, :-count]
 
 
-def _any(marks: Iterable[str]) -> re.Pattern[str]:
-    """What finds any of some marks, the longest first; white space is none."""
-    chosen = sorted({mark for mark in marks if mark.strip()}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, chosen)) or "(?!)")
-
-
 def _marked(turns: Sequence[Turn]) -> int:
     """How many media stand in some turns."""
     return sum(turn.question.count(mark) for turn in turns for mark in MARKS.values())
@@ -347,17 +280,3 @@ def _opened(opener: Callable[[Path], Any], example: Conversation, path: Any) -> 
         return opener(path)
     except InputError as error:
         raise InputError(f"{example.where}: {error}") from None
-
-
-def _content(question: str) -> list[dict[str, str]]:
-    """A question's text and marks as a chat template's content."""
-    content: list[dict[str, str]] = []
-    rest = question
-    while rest:
-        at, kind = min(((rest.find(mark), kind) for kind, mark in MARKS.items() if mark in rest), default=(-1, ""))
-        text, rest = (rest, "") if at < 0 else (rest[:at], rest[at + len(MARKS[kind]) :])
-        if text.strip():
-            content.append({"type": "text", "text": text.strip()})
-        if kind:
-            content.append({"type": kind})
-    return content

@@ -7,8 +7,10 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -392,14 +394,20 @@ class FrozenOutputs:
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.kept: dict[nn.Module, Any] = {}
+        self.kept: dict[nn.Module, list[Any]] = {
+            module: [] for module in modules
+        }  # one for each call in a forward pass
 
     @contextmanager
     def reused(self) -> Iterator[None]:
+        calls: Counter[nn.Module] = Counter()
+
         def recall(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if module not in self.kept:
-                self.kept[module] = forward(*args, **kwargs)
-            return self.kept[module]
+            kept, number = self.kept[module], calls[module]
+            calls[module] += 1
+            if number == len(kept):
+                kept.append(forward(*args, **kwargs))
+            return copy(kept[number])  # Ovis 2 changes what its tower gave it
 
         for module in self.modules:
             module.forward = partial(recall, module, module.forward)

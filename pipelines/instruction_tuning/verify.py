@@ -26,7 +26,8 @@ Precision = Callable[[], AbstractContextManager[Any]]
 def media_ids(config: Any) -> list[int]:
     """The tokens that a model puts pictures and sounds in place of, from its configuration."""
     names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-    return [value for name in names if isinstance(value := getattr(config, name, None), int)]
+    inside = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]  # Phi-4's are there
+    return [value for part in inside for name in names if isinstance(value := getattr(part, name, None), int)]
 
 
 def typical(examples: Sequence[Conversation]) -> list[Conversation]:
@@ -52,7 +53,8 @@ def token_problems(talk: Talk, examples: Sequence[Conversation], placeholders: S
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         learnt, wanted = (talk.tokenizer.decode(some) for some in (labels[labels != IGNORED], _wanted(talk, example)))
         cut = talk.max_tokens is not None and len(ids) >= talk.max_tokens
-        if not _alike(learnt, wanted, cut):
+        opening = talk.frame(example).opening.strip()  # as an empty reasoning
+        if not _alike(learnt.replace(opening, ""), wanted, cut):
             found.append(
                 f"{example.where}: the loss would be on {_short(learnt)} and not on {_short(wanted)}. The processor of "
                 f"{talk.model_type} writes this conversation otherwise than its text says."
@@ -147,7 +149,7 @@ def verify(
 
 def _wanted(talk: Talk, example: Conversation) -> list[int]:
     """The answers and what is written after each, as tokens."""
-    closing = talk.closing(example)
+    closing = talk.frame(example).closing
     return [token for turn in example.turns for token in talk.tokens(turn.answer + closing)]
 
 

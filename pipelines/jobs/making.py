@@ -94,7 +94,7 @@ def make_of_files(
         InputError: As `make`; a strength that is not above 0; files without a base.
     """
     if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
-        raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is there in any case.")
+        raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is drawn in any case.")
     cells = [run for one in found for run in (sweeps.cells(one) if one.status().kind == "sweep" else [one])]
     config = cells[0].config() if cells else registry.load("pipelines", _FILES).Config(name="files")
     pipeline = registry.load("pipelines", config.pipeline)

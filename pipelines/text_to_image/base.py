@@ -186,14 +186,14 @@ class Base:
             for name, part in parts.items():
                 key = "lora.targets" if name == own else "lora.text_encoder_targets"
                 targets = lora.targets or self.family.targets if name == own else lora.text_encoder_targets
-                layers = _layers(part)
-                if wrong := unmatched(targets, layers, key) if name == own else encoder_problems(targets, layers):
+                known = layers(part)
+                if wrong := unmatched(targets, known, key) if name == own else encoder_problems(targets, known):
                     raise InputError("\n".join(wrong))
                 for layer, module in part.named_modules():
-                    if named_by(targets, layer) and layer not in layers:
+                    if named_by(targets, layer) and layer not in known:
                         what = f"a {type(module).__name__}, which factors cannot be added to"
                         raise InputError(f"{key}: they name {layer} too, {what}. Write out more of the names.")
-                ranks = _own_ranks(lora, name, [layer for layer in layers if named_by(targets, layer)])
+                ranks = _own_ranks(lora, name, [layer for layer in known if named_by(targets, layer)])
                 unused -= {pattern for pattern, _ in ranks.values()}
                 pattern = {f"^{re.escape(layer)}": rank for layer, (_, rank) in ranks.items()}
                 adapter = LoraConfig(
@@ -368,7 +368,7 @@ def _own_ranks(lora: TextToImageLora, part: str, layers: Sequence[str]) -> dict[
     return found
 
 
-def _layers(part: torch.nn.Module) -> list[str]:
+def layers(part: torch.nn.Module) -> list[str]:
     """The names of the layers with a matrix or a kernel, which factors can be added to."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [name for name, module in part.named_modules() if isinstance(module, kinds)]

@@ -14,7 +14,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.runs import checkpoints
-from equipoise.pipelines.text_to_image.base import Base, load_base
+from equipoise.pipelines.text_to_image.base import Base, layers, load_base
 from equipoise.pipelines.text_to_image.compare import NOTHING, Drawn, draw_all, with_lora
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.formats.factors import Factors
@@ -118,8 +118,8 @@ def _pairs(path: Path) -> int:
 
 def _rewrite(base: Base, path: Path, output: Path) -> None:
     """Writes a file anew as diffusers reads it, α within the factors."""
-    names = [canonical(part, name) for part, module in base.tunable.items() for name, _ in module.named_modules()]
-    found = read_lora(path, [name for name in names if not name.endswith(".")], base.shape)
+    names = [canonical(part, name) for part, module in base.tunable.items() for name in layers(module)]
+    found = read_lora(path, names, base.shape)
     if sizes_for_comfyui(path) and any(factors.magnitude is not None for factors in found.values()):
         raise InputError(f"{path}: its sizes of DoRA are ComfyUI's. Give the run, or its file for diffusers.")
     plain = {

@@ -7,7 +7,7 @@ puts every trained parameter into exactly one component, or refuses with a list.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class Architecture:
     tower: tuple[str, ...]
     connector: tuple[str, ...]
     language: tuple[str, ...]
+    apart: bool = False  # whether there is a tower of pictures and one of sounds, each with a component of its own
 
     def part(self, name: str) -> Part | None:
         """The part that a parameter or module belongs to; what lies deeper in the path decides, as in visual.merger."""
@@ -32,6 +33,18 @@ class Architecture:
         ends = {part: _end(getattr(self, part), name) for part in parts}
         part = max(parts, key=lambda part: ends[part])
         return part if ends[part] >= 0 else None
+
+    def component(self, name: str) -> str:
+        """The component that a parameter belongs to where none are given: `encoder`, everything before the language
+        model, or `language`; in place of the first `vision` and `audio` where there is a tower of each."""
+        if self.part(name) == "language":
+            return "language"
+        return _medium(name) if self.apart else "encoder"
+
+    def components(self, names: Iterable[str]) -> list[str]:
+        """The components of some parameters, `language` last."""
+        found = dict.fromkeys(self.component(name) for name in names)
+        return sorted(found, key=lambda name: name == "language")
 
 
 _PROJECTED = Architecture(
@@ -42,6 +55,11 @@ _QFORMER = Architecture(
 )
 _CONNECTED = Architecture(("vision_model",), ("connector",), ("text_model", "lm_head"))
 _MERGED = Architecture(("visual",), ("visual.merger", "visual.deepstack_merger_list"), ("language_model", "lm_head"))
+_EXTENDED = Architecture(  # a language model at the top, which the rest extends
+    ("img_processor", "audio_embed.encoder"),
+    ("image_embed", "audio_embed"),
+    ("model.embed_tokens", "model.layers", "model.norm", "lm_head"),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {  # by config.model_type
     "blip-2": _QFORMER,
@@ -62,15 +80,22 @@ ARCHITECTURES: dict[str, Architecture] = {  # by config.model_type
     "smolvlm": _CONNECTED,
     "qwen2_audio": _PROJECTED,
     "voxtral": _PROJECTED,
+    "phi4_multimodal": _EXTENDED,
 }
 # What other models of that shape call them (DeepSeek-VL, MiniCPM-V, Kimi-VL, PaddleOCR-VL, Granite Speech, …).
 _OTHERS = Architecture(
-    ("vision_encoder", "image_tower", "video_tower", "embed_vision", "embed_audio", "model.encoder"),
-    ("aligner", "projector", "mm_projector", "vision_projection", "vision_adapter", "resampler_model", "merger"),
+    ("vision_encoder", "image_tower", "video_tower", "model.encoder"),
+    (
+        *("aligner", "projector", "mm_projector", "vision_projection", "vision_adapter", "resampler_model", "merger"),
+        *("visual.merger_list", "audio_tower.proj", "audio_tower.proj1", "audio_tower.proj2"),  # Qwen's Omni
+        *("embed_vision", "embed_audio", "visual_embeddings_table"),  # Gemma 3n's and 4's, Ovis 2's
+    ),
     (),
 )
-_ALL = [*dict.fromkeys(ARCHITECTURES.values()), _OTHERS]
-_SHAPE = Architecture(*(tuple(dict.fromkeys(n for a in _ALL for n in getattr(a, part))) for part in get_args(Part)))
+_ALL = [*(a for a in dict.fromkeys(ARCHITECTURES.values()) if a is not _EXTENDED), _OTHERS]
+_SHAPE = Architecture(
+    **{part: tuple(dict.fromkeys(n for a in _ALL for n in getattr(a, part))) for part in get_args(Part)}
+)
 
 
 def architecture(
@@ -104,12 +129,8 @@ def architecture(
             f"model.path: {model_type} has parameters outside its tower, connector and language model: "
             f"{_listed(_tops(outside))}. Name the parts by patterns in components."
         )
-    return known
-
-
-def preset(known: Architecture) -> dict[str, list[str]]:
-    """The two components of an architecture: `encoder`, everything before the language model, and `language`."""
-    return {"encoder": [*known.tower, *known.connector], "language": list(known.language)}
+    media = {_medium(name) for name, part in parts.items() if part == "tower"}
+    return replace(known, apart={"vision", "audio"} <= media)
 
 
 def partition(
@@ -165,6 +186,13 @@ def _end(patterns: Iterable[str], name: str) -> int:
         text = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
         ends += [match.end(1) for match in re.finditer(rf"(?=(?:^|\.)({text})(?:\.|$))", name)]
     return max(ends)
+
+
+def _medium(name: str) -> str:
+    """What a tower or connector is for, as its name says; `encoder` where that does not."""
+    if re.search("audio|speech|sound", name):
+        return "audio"
+    return "vision" if re.search("vision|visual|image|video", name) else "encoder"
 
 
 def _tops(names: Iterable[str]) -> list[str]:

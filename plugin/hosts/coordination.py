@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from equipoise import registry
-from equipoise.coordination.balance import LANGUAGE, Prediction, measure, sides, undisturbed
-from equipoise.coordination.components import architecture, partition, preset
+from equipoise.coordination.balance import Prediction, measure, sides, undisturbed
+from equipoise.coordination.components import architecture, partition
 from equipoise.coordination.coordinator import Coordinator
 from equipoise.errors import InputError
 
@@ -110,10 +110,11 @@ def find_components(
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     if patterns is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        known = architecture(kind, [name for name, _ in model.named_parameters()])
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in preset(known)}
+        names = [name for name, _ in model.named_parameters()]
+        known = architecture(kind, names)
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in known.components(names)}
         for name, tensor in trained.items():
-            found[LANGUAGE if known.part(name) == LANGUAGE else "encoder"][name] = tensor
+            found[known.component(name)][name] = tensor
     else:
         found = partition(trained, patterns)
     components: Any = {name: list(inside.values()) for name, inside in found.items()}

@@ -10,7 +10,8 @@ from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Turn, read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
-from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk, _content
+from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
+from equipoise.pipelines.instruction_tuning.writing import content
 
 PLAIN = {"blip-2": "Answer:", "instructblip": "?", "paligemma": "?\n"}  # without chat templates: a prompt's end
 
@@ -183,10 +184,10 @@ def test_a_prompt_of_ones_own(talk, examples):
     assert talk("blip-2", prompt="Q {question} A").text(examples("llava")[0]) == "Q What colour? A red</s>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(talk, examples):
+def test_a_template_that_does_not_write_what_it_is_given_is_refused(talk, examples):
     made = talk("llava")
     made.processor.chat_template = "{{ messages | length }}{% if add_generation_prompt %}!{% endif %}"
-    with pytest.raises(InputError, match=r"talk.jsonl:4: the chat template of llava writes earlier turns differently"):
+    with pytest.raises(InputError, match=r"talk.jsonl:4: the chat template of llava does not write questions and answ"):
         made.spans(examples("llava")[3])
 
 
@@ -202,7 +203,7 @@ def test_what_a_model_cannot_take(talk, examples):
 
 
 def test_marks_become_content():
-    assert _content("<image>\nWhat?<image> And this?") == [
+    assert content("<image>\nWhat?<image> And this?") == [
         {"type": "image"},
         {"type": "text", "text": "What?"},
         {"type": "image"},

@@ -81,7 +81,7 @@ def test_the_words_say_strength_where_the_columns_are(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
-        (None, ["--scale", "0"], "--scale: must be above 0, got 0"),
+        (None, ["--scale", "0,1", "--model", "BASE"], "--scale: must be above 0, got 0"),
         (None, [], "--model: LoRA files need their base"),
         ("other", ["--model", "BASE"], "are no LoRA factors of layers"),
         ("text", ["--model", "BASE"], "cannot be"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from equipoise.coordination.components import ARCHITECTURES, architecture, matches, partition, preset
+from equipoise.coordination.components import ARCHITECTURES, architecture, matches, partition
 from equipoise.errors import InputError
 
 # Names as the models of transformers 5 have them; the pipeline's tests build five of these for real.
@@ -108,7 +108,31 @@ def test_a_pattern_that_matches_nothing_is_refused_though_all_else_is_well():
         partition(TRAINED, patterns)
 
 
-def test_the_presets_two_sides():
-    for known in ARCHITECTURES.values():
-        both = preset(known)
-        assert list(both) == ["encoder", "language"] and "lm_head" in both["language"]
+def test_two_components_where_none_are_named():
+    for kind, some in LAYOUTS.items():
+        names = [name for names in some.values() for name in names]
+        known = architecture(kind, names)
+        assert known.components(names) == ["encoder", "language"]
+        assert {known.component(name) for name in some["language"]} == {"language"}
+
+
+def test_a_model_with_a_tower_of_pictures_and_one_of_sounds_has_a_component_of_each():
+    layout = {
+        "vision": ["model.visual.blocks.0.mlp.up_proj.weight", "model.visual.merger.mlp.0.weight"],
+        "audio": ["model.audio_tower.layers.0.fc1.weight", "model.audio_tower.proj.weight"],
+        "language": ["model.language_model.norm.weight", "lm_head.weight"],
+    }
+    names = {name: component for component, some in layout.items() for name in some}
+    known = architecture("qwen2_5_omni_thinker", names)
+    assert {name: known.component(name) for name in names} == names and known.components(names) == list(layout)
+    assert [known.part(name) for name in names] == ["tower", "connector", "tower", "connector", "language", "language"]
+    one = [name for name in names if "audio" not in name]
+    assert architecture("qwen2_5_omni_thinker", one).components(one) == ["encoder", "language"]
+
+
+def test_gemmas_embedders_are_connectors():
+    names = ["vision_tower.encoder.x", "embed_vision.embedding_projection.weight", "audio_tower.layers.0.x"]
+    names += ["embed_audio.embedding_projection.weight", "language_model.norm.weight"]
+    known = architecture("gemma4", [f"model.{name}" for name in names])
+    assert [known.part(name) for name in names] == ["tower", "connector", "tower", "connector", "language"]
+    assert known.components(names) == ["vision", "audio", "language"]
