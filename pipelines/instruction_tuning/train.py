@@ -3,6 +3,7 @@
 # peft, accelerate and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
+import copy
 import hashlib
 import json
 import sys
@@ -31,6 +32,7 @@ from equipoise.coordination.balance import (
 )
 from equipoise.coordination.commit import look_ahead
 from equipoise.coordination.components import architecture
+from equipoise.coordination.sides import Watch, resting
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
@@ -58,11 +60,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     model = load_model(config.model, config.train.precision)
     talk = Talk(processor, model.config.model_type, config.data.prompt, config.data.max_tokens)
 
-    def tell(text: str) -> None:
-        run.log(text)
-        if processes.leads():
-            print(text, file=sys.stderr)
-
+    tell = partial(_tell, run)
     parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)
     with accelerator.main_process_first():  # it may have to draw them
         kept, held, problems = load_examples(config, talk, tell, positions(model, parts))
@@ -135,6 +133,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
         self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
         self.random = has_dropout(tuned.model)
+        self.watch = Watch()
         self.decoders = [
             m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")
         ]
@@ -174,10 +173,43 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         finally:
             self._moved = False
 
+    def step(self, step: int) -> dict[str, float]:
+        factors = self.coordinator.factors(list(self.components))
+        with resting(self.components, factors):
+            values = super().step(step)
+        if self._balance is not None and all(factors.values()):
+            gradients = {name: values.get(f"gradient_{name}", 0.0) for name in self.components}
+            if words := self.watch.observe(self._balance, gradients):
+                _tell(self.run, words)
+        self._balance = None
+        return values
+
+    def amend(self, step: int) -> None:
+        """Where the regulariser is taken within the step, takes one on trial for its gradient, and takes it back."""
+        if not (self.coordinator.within and self.coordinator.weight(step)):
+            return
+        torch._foreach_copy_(self.good, [tensor.detach() for tensor in self.kept.values()])
+        whole = {name: tensor.grad.clone() for name, tensor in self.named.items() if tensor.grad is not None}
+        state = copy.deepcopy(self.optimizer.state_dict())
+        if self.config.train.clip:
+            torch.nn.utils.clip_grad_norm_(self.named.values(), self.config.train.clip)
+        self.optimizer.step()
+        for name, gradient in whole.items():
+            self.named[name].grad = gradient
+        self._balance = self._measure(step)
+        self.optimizer.load_state_dict(state)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.kept.values()), self.good)
+
     def after_step(self, step: int) -> dict[str, float]:
-        measured = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
+        measured = {}
+        if self.coordinator.measures(step):
+            self._balance = self._balance or self._measure(step)
+            measured = self.coordinator.observe(step, self._balance)
         self.coordinator.stepped(self.components, step, self.config.train.steps)
         return measured
+
+    _balance: Balance | None = None  # of the step that is being taken
 
     def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
         values, logged = super()._evaluate_all(step)
@@ -188,7 +220,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         return values, logged
 
     def _measure(self, step: int) -> Balance:
-        """κ of this step, from its last batch; with a regulariser, whose gradient then waits for the next step."""
+        """κ of this step, from its last batch; with a regulariser, whose gradient is added to what is there."""
         old = dict(zip(self.named, self.good, strict=True))  # the weights before the step, which are kept in any case
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
         weight, metric = self.coordinator.weight(step), self.coordinator.metric
@@ -203,7 +235,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         with undisturbed(self.model, checkpointing=weight > 0):
             base = base or self._before(batch, before)
             if weight:
-                return look_ahead(predict, self.components, before, base, weight, metric, self.backward)
+                ascends = self.coordinator.ascends
+                return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends)
             return measure(predict, self.components, before, metric, base)
 
     @torch.no_grad()
@@ -388,6 +421,12 @@ class FrozenOutputs:
         finally:
             for module in self.modules:
                 del module.forward  # the class's own shows again
+
+
+def _tell(run: Run, text: str) -> None:
+    run.log(text)
+    if processes.leads():
+        print(text, file=sys.stderr)
 
 
 def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any]]:

@@ -90,10 +90,19 @@ def _root(squares: Tensor) -> Tensor:
 
 def mean_distance(first: Prediction, second: Prediction, metric: Metric = "jensen_shannon") -> Tensor:  # scalar
     """d averaged over each sample's answer tokens, then over the samples, as in eq. 7 and 8."""
+    return mean_of(distances(first, second, metric), first.sample)
+
+
+def distances(first: Prediction, second: Prediction, metric: Metric = "jensen_shannon") -> Tensor:  # (tokens,)
+    """d of each answer token."""
     rows = max(1, _ROWS // max(1, first.logits.shape[-1]))
     blocks = zip(first.logits.split(rows), second.logits.split(rows), strict=True)
-    each = torch.cat([distance(one, other, metric) for one, other in blocks])
-    _, index, counts = first.sample.unique(return_inverse=True, return_counts=True)
+    return torch.cat([distance(one, other, metric) for one, other in blocks])
+
+
+def mean_of(each: Tensor, sample: Tensor) -> Tensor:  # scalar
+    """The mean of values (tokens,) over each sample's tokens, then over the samples."""
+    _, index, counts = sample.unique(return_inverse=True, return_counts=True)
     return (each / counts.to(each)[index]).sum() / len(counts)
 
 
