@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from equipoise.coordination.balance import (
 )
 from equipoise.coordination.commit import look_ahead
 from equipoise.coordination.components import architecture
+from equipoise.coordination.norms import with_norms
 from equipoise.coordination.sides import Watch, resting
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.files import write_atomic
@@ -42,7 +43,7 @@ from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examp
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
-from equipoise.pipelines.instruction_tuning.verify import media_ids, verify
+from equipoise.pipelines.instruction_tuning.verify import verify
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.run import Run
@@ -247,21 +248,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             logits, _, sample = self._forward(batch)
             return self._prediction(batch, logits, sample)
 
-    @torch.no_grad()
     def _prediction(self, batch: dict[str, Tensor], logits: Tensor, sample: Tensor) -> Prediction:
-        """With the norms of eq. 5, each a root mean square over the samples."""
-        count = len(batch["input_ids"])
-        media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
-        embeddings, ids = self._embeddings, batch["input_ids"]
-        placeholder = torch.isin(ids, torch.tensor(media_ids(self.tuned.plain.config), device=ids.device))
-        text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
-
-        def norm(tensors: Sequence[Tensor]) -> float:
-            return sum(t.float().square().sum().item() for t in tensors) ** 0.5 / count**0.5
-
-        if embeddings is None or embeddings.shape[:2] != ids.shape:
-            return Prediction(logits, sample)
-        return Prediction(logits, sample, norm([embeddings[text]]), norm(media), norm([embeddings[placeholder]]))
+        return with_norms(Prediction(logits, sample), batch, self._embeddings, self.tuned.plain.config)
 
     _embeddings: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
 
