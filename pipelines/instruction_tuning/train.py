@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -140,10 +140,14 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         ]
         self.still = [
             module
-            for name, module in tuned.plain.named_modules()
-            if name.split(".")[-1] in tuned.parts.tower
-            and not any(p.requires_grad for p in module.parameters())
-            and not has_dropout(module)
+            for module in _modules(tuned, tuned.parts.tower)
+            if not any(p.requires_grad for p in module.parameters()) and not has_dropout(module)
+        ]
+        language = {id(tensor) for tensor in self.components.get("language", ())}
+        self.encoders = [  # what comes before the language model, apart from those above
+            module
+            for module in _modules(tuned, (*tuned.parts.tower, *tuned.parts.connector))
+            if module not in self.still and not any(id(p) in language for p in module.parameters())
         ]
         # The last of this step's batches, if it is measured, with the prediction and the towers' outputs that training
         # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
@@ -228,17 +232,25 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         assert self._probed is not None
         (batch, base, outputs), self._probed = self._probed, None
 
+        encoded = FrozenOutputs(self.encoders)  # the same at (T_t, S_t) and at (T_{t+1}, S_t)
+
         def predict() -> Prediction:
             with outputs.reused():
                 logits, _, sample = self._forward(batch)
             return Prediction(logits, sample)
 
+        def predict_anew() -> Prediction:
+            with encoded.reused():
+                return predict()
+
         with undisturbed(self.model, checkpointing=weight > 0):
-            base = base or self._before(batch, before)
+            if base is None:
+                with outputs.reused(), encoded.reused():
+                    base = self._before(batch, before)
             if weight:
                 ascends = self.coordinator.ascends
                 return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends)
-            return measure(predict, self.components, before, metric, base)
+            return measure(predict, self.components, before, metric, base, predict_anew)
 
     @torch.no_grad()
     def _before(self, batch: dict[str, Tensor], before: dict[str, list[Tensor]]) -> Prediction:
@@ -389,18 +401,22 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
 
 class FrozenOutputs:
-    """The outputs of frozen towers for one batch, so that they run once, however often the rest of the model does."""
+    """The outputs of modules for one batch, so that they run once, however often the rest of the model does."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.kept: dict[nn.Module, Any] = {}
+        self.kept: dict[nn.Module, list[Any]] = {module: [] for module in modules}  # one for each call
 
     @contextmanager
     def reused(self) -> Iterator[None]:
+        calls = dict.fromkeys(self.modules, 0)
+
         def recall(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if module not in self.kept:
-                self.kept[module] = forward(*args, **kwargs)
-            return self.kept[module]
+            kept, number = self.kept[module], calls[module]
+            calls[module] += 1
+            if number == len(kept):
+                kept.append(forward(*args, **kwargs))
+            return kept[number]
 
         for module in self.modules:
             module.forward = partial(recall, module, module.forward)
@@ -415,6 +431,12 @@ def _tell(run: Run, text: str) -> None:
     run.log(text)
     if processes.leads():
         print(text, file=sys.stderr)
+
+
+def _modules(tuned: Tuned, names: Sequence[str]) -> list[nn.Module]:
+    """The modules of those names, as an architecture has them, that lie in no other of them."""
+    found = {n: m for n, m in tuned.plain.named_modules() if any(f".{n}".endswith(f".{name}") for name in names)}
+    return [m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)]
 
 
 def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any]]:

@@ -176,6 +176,7 @@ def measure(
     before: Mapping[str, Sequence[Tensor]],  # their values before it, in the same order
     metric: Metric = "jensen_shannon",
     base: Prediction | None = None,  # at (T_t, S_t), where the step's own forward pass gave it already
+    predict_anew: Callable[[], Prediction] | None = None,  # `predict` where the encoder side is that of `base`
 ) -> Balance:
     """Measures κ's two distances and H^S, H^T on a step's batch, without gradients. Call it inside `undisturbed`."""
     language, encoder = sides(components)
@@ -187,7 +188,7 @@ def measure(
                     base = predict()
             stepped_encoder = mean_distance(base, predict(), metric)  # (T_t, S_{t+1})
         with swapped(encoder, old_encoder):
-            stepped_language = mean_distance(base, predict(), metric)  # (T_{t+1}, S_t)
+            stepped_language = mean_distance(base, (predict_anew or predict)(), metric)  # (T_{t+1}, S_t)
     return balance_of(base, stepped_language, stepped_encoder)
 
 

@@ -99,7 +99,7 @@ class Commit(CommitCLR):
     Args:
         window: N_κ, how many measured values the moving average has (>= 1).
         every: L_lr, steps between changes of the rates (>= 1).
-        regularizer: The regulariser's weight; 0 is CoMMIT-CLR (>= 0).
+        regularizer: The regulariser's weight; 0 is CoMMIT-CLR, 1 is the paper's, on d (>= 0).
         regularize_every: Steps between regularised ones; 1 is the paper's (>= 1).
         ascends: `squared` is d², whose pull is in proportion to the step; `distance` is d, as the paper has it, whose
             pull is as large after the smallest step as after any, and costs accuracy.
@@ -116,7 +116,7 @@ class Commit(CommitCLR):
         self,
         window: int = 10,
         every: int = 10,
-        regularizer: float = 1.0,
+        regularizer: float = 0.1,
         regularize_every: int = 1,
         ascends: Ascended = "squared",
         within: bool = False,
