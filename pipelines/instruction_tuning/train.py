@@ -149,9 +149,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             for module in _modules(tuned, (*tuned.parts.tower, *tuned.parts.connector))
             if module not in self.still and not any(id(p) in language for p in module.parameters())
         ]
-        # The last of this step's batches, if it is measured, with the prediction and the towers' outputs that training
+        # The last of this step's batches, if it is measured, with the prediction and the encoders' outputs that training
         # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
-        self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs] | None = None
+        self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs, FrozenOutputs] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
         own = [processes.rank()] if processes.rank() else []
@@ -161,11 +161,12 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         last = micro == self.config.train.accumulate - 1
         probed = last and self.coordinator.measures(step) and not self._moved
         outputs = FrozenOutputs(self.still if probed else [])
-        with outputs.reused():
+        encoded = FrozenOutputs(self.encoders if probed else [])  # the same at (T_t, S_t) and at (T_{t+1}, S_t)
+        with outputs.reused(), nullcontext() if self.random else encoded.reused():
             logits, labels, sample = self._forward(batch)
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
-            self._probed = batch, base, outputs
+            self._probed = batch, base, outputs, encoded
         return Losses(_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
@@ -230,9 +231,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
         weight, metric = self.coordinator.weight(step), self.coordinator.metric
         assert self._probed is not None
-        (batch, base, outputs), self._probed = self._probed, None
-
-        encoded = FrozenOutputs(self.encoders)  # the same at (T_t, S_t) and at (T_{t+1}, S_t)
+        (batch, base, outputs, encoded), self._probed = self._probed, None
 
         def predict() -> Prediction:
             with outputs.reused():
@@ -416,7 +415,8 @@ class FrozenOutputs:
             calls[module] += 1
             if number == len(kept):
                 kept.append(forward(*args, **kwargs))
-            return kept[number]
+            found = kept[number]
+            return found if isinstance(found, Tensor) else copy.copy(found)  # Qwen2-VL changes what its tower returns
 
         for module in self.modules:
             module.forward = partial(recall, module, module.forward)

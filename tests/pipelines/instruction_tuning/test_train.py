@@ -131,7 +131,7 @@ def test_what_is_kept_to_measure_does_not_grow_with_accumulation(begun):
         work = begun(f"train.accumulate={count}", OFTEN)
         last = work._batch(work._chosen(count - 1))
         work._evaluate_all(0)
-        batch, base, _ = work._probed
+        batch, base, _, _ = work._probed
         assert all(torch.equal(batch[name], last[name]) for name in last) and base is not None
         assert "kappa" in work.after_step(0) and work._probed is None
 
