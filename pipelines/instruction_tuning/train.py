@@ -149,8 +149,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             for module in _modules(tuned, (*tuned.parts.tower, *tuned.parts.connector))
             if module not in self.still and not any(id(p) in language for p in module.parameters())
         ]
-        # The last of this step's batches, if it is measured, with the prediction and the encoders' outputs that training
-        # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
+        # The last of this step's batches, if it is measured, with what training gave of it: the prediction and the
+        # encoders' outputs. The last alone, so that memory does not grow with train.accumulate, as in a Trainer.
         self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs, FrozenOutputs] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
