@@ -20,7 +20,7 @@ LISTS = {what: row for what, row in ROWS.items() if row[2] != "pyproject.toml"}
 BESIDES = {
     "a method": {"amsgrad", "attach", "reference"},
     "an objective": {"min_norm", "objective"},
-    "a coordinator": {"balance", "components", "coordinator"},
+    "a coordinator": {"norms", "sides", "balance", "components", "coordinator"},
     "a family of text-to-image models": {"config", "noise", "transformer", "unet"},
     "a command": {"conversations", "hub", "one_run", "skip_bad"},
     "a pipeline": set(),

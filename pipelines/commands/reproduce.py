@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
@@ -20,12 +21,13 @@ PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",
     "alpha-adam": "AlphaAdam's Table 3",
     "ada-sam": "AdaSAM's Tables I and II and Figure 2",
-    "commit": "CoMMIT's Table 1 and Figures 2, 3 and 6",
+    "commit": "CoMMIT's Table 1 and Figures 2, 3, 5 and 6",
     "mimo": "MIMO's Table 1 and Figures 2 and 3",
     "mimo-toy": "MIMO's Appendix B and Figure 1",
 }
 WITH_DATA = ("mimo",)  # those that take a manifest in place of their embedded data
 WITH_ADD = ("commit",)  # those that go on from an earlier call's results, for they take longest
+CELLS = "cells.jsonl"  # one trained run a line, until results.json has them all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--add",
         action="store_true",
-        help="Train only the seeds that the results in the output folder lack, and add them, for "
+        help="Train only what the results in the output folder lack, of an interrupted call too, and add it, for "
         f"{' and '.join(WITH_ADD)}.",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        help=f"One of the paper's tasks; may be given several times (default: all), for {' and '.join(WITH_ADD)}.",
     )
     parser.add_argument(
         "--output",
@@ -71,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--data: is for {' and '.join(WITH_DATA)}; {args.paper} has its own.")
     if args.add and args.paper not in WITH_ADD:
         raise InputError(f"--add: is for {' and '.join(WITH_ADD)}; {args.paper} is trained anew.")
+    if args.task and args.paper not in WITH_ADD:
+        raise InputError(f"--task: is for {' and '.join(WITH_ADD)}; {args.paper} has one.")
     own: dict[str, Any] = {"data": str(user_path(args.data).resolve())} if args.data else {}
     root = runs_folder(args.runs)
     folder = (args.output or root / f"reproduce-{args.paper}").resolve()
@@ -78,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--output: {folder} is a file; give a folder, new or not.")
     spent: dict[str, float] = {}  # by earlier calls
     if args.add:
-        before = _earlier(folder / "results.json", args.paper)
+        before = _earlier(folder, args.paper)
         own["earlier"] = before["runs"]
         spent = {name: before[name] for name in _SPENT}
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -87,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         module = import_module(f"equipoise.pipelines.reproduce.{args.paper.replace('-', '_')}")
+        if args.paper in WITH_ADD:
+            own |= {"tasks": args.task, "keep": _keeper(folder / CELLS, args.add)}
         found = module.reproduce(args.seeds, args.workers, args.steps, **own)
         seconds = time.perf_counter() - started
         print(found.text, flush=True)
@@ -98,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         about = {"paper": args.paper, "workers": args.workers, **took}
         about |= {"python": platform.python_version(), "torch": str(__version__), "machine": platform.machine()}
         paths = found.write(folder, about)
+        (folder / CELLS).unlink(missing_ok=True)
     except BaseException:
         with suppress(OSError):  # unless something else is in it
             for path in new or [folder]:
@@ -115,20 +127,48 @@ def run(args: argparse.Namespace) -> int:
 _SPENT = ("seconds", "processor_seconds")
 
 
-def _earlier(file: Path, paper: str) -> dict[str, Any]:
-    """What an earlier call wrote.
+def _keeper(file: Path, add: bool) -> Callable[[dict[str, Any]], None]:
+    """Gives a function that keeps a trained run on disk, whatever becomes of those after it."""
+    from torch import __version__
+
+    if not add:
+        file.unlink(missing_ok=True)
+
+    def keep(cell: dict[str, Any]) -> None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"torch": str(__version__), "run": cell}) + "\n")
+
+    return keep
+
+
+def _earlier(folder: Path, paper: str) -> dict[str, Any]:
+    """What earlier calls wrote: results.json, and the runs of a call that was interrupted.
 
     Raises:
         InputError: there is nothing, or it is another paper's or another version's of torch, whose numbers differ.
     """
     from torch import __version__
 
+    file, cells = folder / "results.json", folder / CELLS
+    found: dict[str, Any] = {"runs": [], **dict.fromkeys(_SPENT, 0.0)}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        same = {"paper": paper, "torch": str(__version__)}
-        if strange := [f"{name} {found[name]}, not {value}" for name, value in same.items() if found[name] != value]:
-            raise InputError(f"--add: {file} is of {' and '.join(strange)}. Give another --output, or leave out --add.")
-        return {"runs": [dict(run) for run in found["runs"]], **{name: float(found[name]) for name in _SPENT}}
+        if file.exists() or not cells.exists():
+            whole = json.loads(file.read_text(encoding="utf-8"))
+            same = {"paper": paper, "torch": str(__version__)}
+            strange = [f"{name} {whole[name]}, not {value}" for name, value in same.items() if whole[name] != value]
+            found = {"runs": [dict(run) for run in whole["runs"]], **{name: float(whole[name]) for name in _SPENT}}
+        else:
+            strange = []
+        if cells.exists():
+            file = cells
+            lines = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
+            strange += [f"torch {x['torch']}, not {__version__}" for x in lines if x["torch"] != str(__version__)][:1]
+            found["runs"] += [dict(line["run"]) for line in lines]
+            for name in _SPENT:
+                found[name] += sum(line["run"]["processor_seconds"] for line in lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or f"not what `equipoise reproduce {paper}` writes ({error!r})"
         raise InputError(f"--add: {file} cannot be added to: {reason}. Leave out --add to begin anew.") from None
+    if strange:
+        raise InputError(f"--add: {file} is of {' and '.join(strange)}. Give another --output, or leave out --add.")
+    return found

@@ -52,16 +52,24 @@ def play(sound: Sound, rng: np.random.Generator) -> np.ndarray:  # (RATE,) float
     return (wave * loud + rng.normal(0, 0.01, RATE)).astype(np.float32)
 
 
+def caption(sound: Sound) -> str:
+    """A description in other words than those the base learns, and in another order."""
+    times = {"one": "once", "two": "twice", "three": "three times"}[sound.number]
+    return f"a {sound.timbre} at a {sound.pitch} pitch sounds {times}"
+
+
 def write_questions(folder: Path, count: int, seed: int) -> Path:
-    """Writes WAV files and questions.csv into an existing folder."""
+    """Writes WAV files, questions.csv and captions.csv into an existing folder."""
     import soundfile
 
     rng = np.random.default_rng(seed)
-    rows = ["audio,question,answer"]
+    rows, captions = ["audio,question,answer"], ["audio,question,answer"]
     for index in range(count):
         sound, kind = random_sound(rng), str(rng.choice(list(QUESTIONS)))
         soundfile.write(folder / f"{index:05d}.wav", play(sound, rng), RATE)
         rows.append(f"{index:05d}.wav,{QUESTIONS[kind]},{getattr(sound, kind)}")
+        captions.append(f"{index:05d}.wav,describe the sound.,{caption(sound)}")
+    (folder / "captions.csv").write_text("\n".join(captions) + "\n")
     (folder / "questions.csv").write_text("\n".join(rows) + "\n")
     return folder / "questions.csv"
 

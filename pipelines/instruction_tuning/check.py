@@ -190,4 +190,9 @@ def _coordination_problems(config: InstructionTuningConfig, tuned: "Tuned | None
             f"coordinator.name: {chosen.name} with a regularizer and {config.optimizer.name} both want further "
             "evaluations of a step, and cannot be combined. Use commit_clr, or another optimizer."
         ]
+    if coordinator.within and config.train.precision == "fp16":
+        return [
+            "coordinator.options.within: a step on trial does not go with the loss scaling of fp16. Use "
+            "train.precision bf16 or no, or leave within out."
+        ]
     return []

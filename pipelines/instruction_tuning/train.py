@@ -3,14 +3,13 @@
 # peft, accelerate and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
+import copy
 import hashlib
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,8 @@ from equipoise.coordination.balance import (
 )
 from equipoise.coordination.commit import look_ahead
 from equipoise.coordination.components import architecture
+from equipoise.coordination.norms import with_norms
+from equipoise.coordination.sides import Watch, resting
 from equipoise.errors import ConfigError, InputError
 from equipoise.lora.names import role
 from equipoise.pipelines.files import write_atomic
@@ -45,7 +46,7 @@ from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
-from equipoise.pipelines.instruction_tuning.verify import media_ids, verify
+from equipoise.pipelines.instruction_tuning.verify import verify
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.run import Run
@@ -63,11 +64,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     model = load_model(config.model, config.train.precision)
     talk = Talk(processor, model.config.model_type, config.data.prompt, config.data.max_tokens)
 
-    def tell(text: str) -> None:
-        run.log(text)
-        if processes.leads():
-            print(text, file=sys.stderr)
-
+    tell = partial(_tell, run)
     parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)
     with accelerator.main_process_first():  # it may have to draw them
         kept, held, problems = load_examples(config, talk, tell, positions(model, parts))
@@ -145,19 +142,24 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
         self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
         self.random = has_dropout(tuned.model)
+        self.watch = Watch()
         self.decoders = [
             m for n, m in tuned.plain.named_modules() if n.split(".")[-1] in ("language_model", "text_model")
         ]
         self.still = [
             module
-            for name, module in tuned.plain.named_modules()
-            if name.split(".")[-1] in tuned.parts.tower
-            and not any(p.requires_grad for p in module.parameters())
-            and not has_dropout(module)
+            for module in _modules(tuned, tuned.parts.tower)
+            if not any(p.requires_grad for p in module.parameters()) and not has_dropout(module)
         ]
-        # The last of this step's batches, if it is measured, with the prediction and the towers' outputs that training
-        # gave. The last alone, so that memory does not grow with train.accumulate; in a Trainer it is the same.
-        self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs] | None = None
+        language = {id(tensor) for tensor in self.components.get("language", ())}
+        self.encoders = [  # what comes before the language model, apart from those above
+            module
+            for module in _modules(tuned, (*tuned.parts.tower, *tuned.parts.connector))
+            if module not in self.still and not any(id(p) in language for p in module.parameters())
+        ]
+        # The last of this step's batches, if it is measured, with what training gave of it: the prediction and the
+        # encoders' outputs. The last alone, so that memory does not grow with train.accumulate, as in a Trainer.
+        self._probed: tuple[dict[str, Tensor], Prediction | None, FrozenOutputs, FrozenOutputs] | None = None
 
     def evaluate(self, step: int, micro: int) -> Losses:
         own = [processes.rank()] if processes.rank() else []
@@ -167,11 +169,12 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         last = micro == self.config.train.accumulate - 1
         probed = last and self.coordinator.measures(step) and not self._moved
         outputs = FrozenOutputs(self.still if probed else [])
-        with outputs.reused():
+        encoded = FrozenOutputs(self.encoders if probed else [])  # the same at (T_t, S_t) and at (T_{t+1}, S_t)
+        with outputs.reused(), nullcontext() if self.random else encoded.reused():
             logits, labels, sample = self._forward(batch)
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
-            self._probed = batch, base, outputs
+            self._probed = batch, base, outputs, encoded
         return Losses(answer_loss(logits, labels, sample), {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
@@ -184,10 +187,43 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         finally:
             self._moved = False
 
+    def step(self, step: int) -> dict[str, float]:
+        factors = self.coordinator.factors(list(self.components))
+        with resting(self.components, factors):
+            values = super().step(step)
+        if self._balance is not None and all(factors.values()):
+            gradients = {name: values.get(f"gradient_{name}", 0.0) for name in self.components}
+            if words := self.watch.observe(self._balance, gradients):
+                _tell(self.run, words)
+        self._balance = None
+        return values
+
+    def amend(self, step: int) -> None:
+        """Where the regulariser is taken within the step, takes one on trial for its gradient, and takes it back."""
+        if not (self.coordinator.within and self.coordinator.weight(step)):
+            return
+        torch._foreach_copy_(self.good, [tensor.detach() for tensor in self.kept.values()])
+        whole = {name: tensor.grad.clone() for name, tensor in self.named.items() if tensor.grad is not None}
+        state = copy.deepcopy(self.optimizer.state_dict())
+        if self.config.train.clip:
+            torch.nn.utils.clip_grad_norm_(self.named.values(), self.config.train.clip)
+        self.optimizer.step()
+        for name, gradient in whole.items():
+            self.named[name].grad = gradient
+        self._balance = self._measure(step)
+        self.optimizer.load_state_dict(state)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.kept.values()), self.good)
+
     def after_step(self, step: int) -> dict[str, float]:
-        measured = self.coordinator.observe(step, self._measure(step)) if self.coordinator.measures(step) else {}
+        measured = {}
+        if self.coordinator.measures(step):
+            self._balance = self._balance or self._measure(step)
+            measured = self.coordinator.observe(step, self._balance)
         self.coordinator.stepped(self.components, step, self.config.train.steps)
         return measured
+
+    _balance: Balance | None = None  # of the step that is being taken
 
     def _evaluate_all(self, step: int) -> tuple[dict[str, float], dict[str, Any]]:
         values, logged = super()._evaluate_all(step)
@@ -198,23 +234,30 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         return values, logged
 
     def _measure(self, step: int) -> Balance:
-        """κ of this step, from its last batch; with a regulariser, whose gradient then waits for the next step."""
+        """κ of this step, from its last batch; with a regulariser, whose gradient is added to what is there."""
         old = dict(zip(self.named, self.good, strict=True))  # the weights before the step, which are kept in any case
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
         weight, metric = self.coordinator.weight(step), self.coordinator.metric
         assert self._probed is not None
-        (batch, base, outputs), self._probed = self._probed, None
+        (batch, base, outputs, encoded), self._probed = self._probed, None
 
         def predict() -> Prediction:
             with outputs.reused():
                 logits, _, sample = self._forward(batch)
             return Prediction(logits, sample)
 
+        def predict_anew() -> Prediction:
+            with encoded.reused():
+                return predict()
+
         with undisturbed(self.model, checkpointing=weight > 0):
-            base = base or self._before(batch, before)
+            if base is None:
+                with outputs.reused(), encoded.reused():
+                    base = self._before(batch, before)
             if weight:
-                return look_ahead(predict, self.components, before, base, weight, metric, self.backward)
-            return measure(predict, self.components, before, metric, base)
+                ascends = self.coordinator.ascends
+                return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends)
+            return measure(predict, self.components, before, metric, base, predict_anew)
 
     @torch.no_grad()
     def _before(self, batch: dict[str, Tensor], before: dict[str, list[Tensor]]) -> Prediction:
@@ -224,21 +267,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             logits, _, sample = self._forward(batch)
             return self._prediction(batch, logits, sample)
 
-    @torch.no_grad()
     def _prediction(self, batch: dict[str, Tensor], logits: Tensor, sample: Tensor) -> Prediction:
-        """With the norms of eq. 5, each a root mean square over the samples."""
-        count = len(batch["input_ids"])
-        media = [t for name, t in batch.items() if t.is_floating_point() and name != "labels"]
-        embeddings, ids = self._embeddings, batch["input_ids"]
-        placeholder = torch.isin(ids, torch.tensor(media_ids(self.tuned.plain.config), device=ids.device))
-        text = ~placeholder & batch["attention_mask"].bool() & (batch["labels"] == IGNORED)  # I^T is without answers
-
-        def norm(tensors: Sequence[Tensor]) -> float:
-            return sum(t.float().square().sum().item() for t in tensors) ** 0.5 / count**0.5
-
-        if embeddings is None or embeddings.shape[:2] != ids.shape:
-            return Prediction(logits, sample)
-        return Prediction(logits, sample, norm([embeddings[text]]), norm(media), norm([embeddings[placeholder]]))
+        return with_norms(Prediction(logits, sample), batch, self._embeddings, self.tuned.plain.config)
 
     _embeddings: Tensor | None = None  # what the language model was given last: (batch, tokens, width)
 
@@ -390,24 +420,23 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
 
 class FrozenOutputs:
-    """The outputs of frozen towers for one batch, so that they run once, however often the rest of the model does."""
+    """The outputs of modules for one batch, so that they run once, however often the rest of the model does."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.kept: dict[nn.Module, list[Any]] = {
-            module: [] for module in modules
-        }  # one for each call in a forward pass
+        self.kept: dict[nn.Module, list[Any]] = {module: [] for module in modules}  # one for each call
 
     @contextmanager
     def reused(self) -> Iterator[None]:
-        calls: Counter[nn.Module] = Counter()
+        calls = dict.fromkeys(self.modules, 0)
 
         def recall(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             kept, number = self.kept[module], calls[module]
             calls[module] += 1
             if number == len(kept):
                 kept.append(forward(*args, **kwargs))
-            return copy(kept[number])  # Ovis 2 changes what its tower gave it
+            found = kept[number]
+            return found if isinstance(found, Tensor) else copy.copy(found)  # Qwen2-VL changes what its tower returns
 
         for module in self.modules:
             module.forward = partial(recall, module, module.forward)
@@ -416,6 +445,18 @@ class FrozenOutputs:
         finally:
             for module in self.modules:
                 del module.forward  # the class's own shows again
+
+
+def _tell(run: Run, text: str) -> None:
+    run.log(text)
+    if processes.leads():
+        print(text, file=sys.stderr)
+
+
+def _modules(tuned: Tuned, names: Sequence[str]) -> list[nn.Module]:
+    """The modules of those names, as an architecture has them, that lie in no other of them."""
+    found = {n: m for n, m in tuned.plain.named_modules() if any(f".{n}".endswith(f".{name}") for name in names)}
+    return [m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)]
 
 
 def _groups(config: InstructionTuningConfig, tuned: Tuned) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from equipoise.coordination.norms import media_ids
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import Conversation
 from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
@@ -21,13 +22,6 @@ _SHOWN = 40  # characters of an answer
 _MEDIA = 3  # of a conversation that are tried
 
 Precision = Callable[[], AbstractContextManager[Any]]
-
-
-def media_ids(config: Any) -> list[int]:
-    """The tokens that a model puts pictures and sounds in place of, from its configuration."""
-    names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-    inside = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]  # Phi-4's are there
-    return [value for part in inside for name in names if isinstance(value := getattr(part, name, None), int)]
 
 
 def typical(examples: Sequence[Conversation]) -> list[Conversation]:

@@ -72,7 +72,8 @@ def size_of(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=_formats()) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+            width, height = image.size
+            return (height, width) if turned else (width, height)
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
 

@@ -70,7 +70,7 @@ class Reproduction:
 
 
 @contextmanager
-def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
+def workers(count: int, name: str, evaluations: int, keep: Callable[[Trial], None] | None = None) -> Iterator[Measure]:
     """Processes of one thread each, so that no number depends on their count or on the machine's.
 
     Gives a function that trains cells in them, and returns each with its results, in order.
@@ -79,6 +79,7 @@ def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
         count: Processes.
         name: Of the progress bar on standard error.
         evaluations: Of gradients, in all cells that will be trained: the bar's length.
+        keep: Gets each cell with its results as soon as it is trained.
     """
     with _safe_path():
         executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
@@ -91,8 +92,10 @@ def workers(count: int, name: str, evaluations: int) -> Iterator[Measure]:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
-            future.result()
-            bar.update(futures[future]["evaluations"])
+            trained = futures[future] | future.result()
+            if keep:
+                keep(trained)
+            bar.update(trained["evaluations"])
         return [cell | future.result() for future, cell in futures.items()]
 
     try:

@@ -143,6 +143,9 @@ class OptimizedWork(Generic[ConfigT]):
         """What to log of the step's gradients before they are clipped."""
         return {}
 
+    def amend(self, step: int) -> None:
+        """Called with the gradients of the whole step, before they are clipped: a subclass may add to them."""
+
     def after_step(self, step: int) -> dict[str, float]:
         """Called when the optimizer has stepped, while `good` still holds the weights before; gives what to log."""
         return {}
@@ -198,6 +201,7 @@ class OptimizedWork(Generic[ConfigT]):
         if scaler:
             scaler.unscale_(optimizer)
         logged |= self.gradients()
+        self.amend(step)
         length = torch.nn.utils.get_total_norm(t.grad for t in self.named.values() if t.grad is not None)
         norm, clip = float(length), self.config.train.clip
         if not finite(norm) and scaler is None:  # with a scaler, it skips the step by itself

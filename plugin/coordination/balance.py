@@ -90,10 +90,19 @@ def _root(squares: Tensor) -> Tensor:
 
 def mean_distance(first: Prediction, second: Prediction, metric: Metric = "jensen_shannon") -> Tensor:  # scalar
     """d averaged over each sample's answer tokens, then over the samples, as in eq. 7 and 8."""
+    return mean_of(distances(first, second, metric), first.sample)
+
+
+def distances(first: Prediction, second: Prediction, metric: Metric = "jensen_shannon") -> Tensor:  # (tokens,)
+    """d of each answer token."""
     rows = max(1, _ROWS // max(1, first.logits.shape[-1]))
     blocks = zip(first.logits.split(rows), second.logits.split(rows), strict=True)
-    each = torch.cat([distance(one, other, metric) for one, other in blocks])
-    _, index, counts = first.sample.unique(return_inverse=True, return_counts=True)
+    return torch.cat([distance(one, other, metric) for one, other in blocks])
+
+
+def mean_of(each: Tensor, sample: Tensor) -> Tensor:  # scalar
+    """The mean of values (tokens,) over each sample's tokens, then over the samples."""
+    _, index, counts = sample.unique(return_inverse=True, return_counts=True)
     return (each / counts.to(each)[index]).sum() / len(counts)
 
 
@@ -167,6 +176,7 @@ def measure(
     before: Mapping[str, Sequence[Tensor]],  # their values before it, in the same order
     metric: Metric = "jensen_shannon",
     base: Prediction | None = None,  # at (T_t, S_t), where the step's own forward pass gave it already
+    predict_anew: Callable[[], Prediction] | None = None,  # `predict` where the encoder side is that of `base`
 ) -> Balance:
     """Measures κ's two distances and H^S, H^T on a step's batch, without gradients. Call it inside `undisturbed`."""
     language, encoder = sides(components)
@@ -178,7 +188,7 @@ def measure(
                     base = predict()
             stepped_encoder = mean_distance(base, predict(), metric)  # (T_t, S_{t+1})
         with swapped(encoder, old_encoder):
-            stepped_language = mean_distance(base, predict(), metric)  # (T_{t+1}, S_t)
+            stepped_language = mean_distance(base, (predict_anew or predict)(), metric)  # (T_{t+1}, S_t)
     return balance_of(base, stepped_language, stepped_encoder)
 
 

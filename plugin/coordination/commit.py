@@ -7,7 +7,11 @@ mean of the last `window` values of κ (eq. 6), the paper's rates are β^T = α/
     language side:  rate × 2/(κ̃+1)          encoder side:  rate × 2κ̃/(κ̃+1)
 
 CoMMIT adds ascent on d(ŷ, ŷ^T) and d(ŷ, ŷ^S): ŷ is the prediction before a step, ŷ^X the one with only X's step
-taken. Its gradient is taken there, after the step, for at equal weights it is zero, and enters the next step.
+taken. Its gradient is taken there, after the step, for at equal weights it is zero.
+
+Near equal predictions a metric grows as |x| does: its slope is as large after the smallest step as after a long one.
+So ∇d never fades, while ∇L and the rates do, and at weight 1 it soon decides where the steps go. The slope of d² is in
+proportion to the step. That is the default here; the paper's letter is an option.
 """
 
 import math
@@ -16,8 +20,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from equipoise.coordination.balance import Balance, Metric, Prediction, balance_of, mean_distance, sides, swapped
-from equipoise.coordination.coordinator import Measured, split
+from equipoise.coordination.balance import (
+    Balance,
+    Metric,
+    Prediction,
+    balance_of,
+    distances,
+    mean_of,
+    sides,
+    swapped,
+)
+from equipoise.coordination.coordinator import Ascended, Measured, split
 
 
 class CommitCLR(Measured):
@@ -25,6 +38,7 @@ class CommitCLR(Measured):
 
     language × 2/(κ̃+1), encoder × 2κ̃/(κ̃+1), set anew every `every` steps from the moving average κ̃ of
     κ = (how far the language side's step alone moves the answers' distributions) / (how far the encoder side's does).
+    Until there are `window` values κ is measured at every step, so that the first change does not rest on one of them.
     When to use it: an encoder side and a language adapter trained together, and no good ratio of their rates known.
     It finds a ratio, not a level: with one side frozen there is nothing to balance.
 
@@ -52,6 +66,8 @@ class CommitCLR(Measured):
         return split(components, language, 2 - language)  # 2κ̃/(κ̃+1) = 2 − 2/(κ̃+1)
 
     def measures(self, step: int) -> bool:
+        if len(self.recent) + self.skipped < self.recent.maxlen:  # type: ignore[operator]  # it has one
+            return True
         # the last of its steps, not the first: where `every` is a multiple, the rates change right after a measurement
         return step % self.measure_every == self.measure_every - 1
 
@@ -77,14 +93,18 @@ class CommitCLR(Measured):
 class Commit(CommitCLR):
     """CoMMIT-CLR, and a regulariser that keeps each side's steps from vanishing (CoMMIT).
 
-    θ^X ← θ^X − β^X (∇L − regularizer · ∇d(ŷ, ŷ^X)), through the optimizer like any gradient. A regularised step also
+    θ^X ← θ^X − β^X (∇L − regularizer · ∇d(ŷ, ŷ^X)²), through the optimizer like any gradient. A regularised step also
     measures κ, for it has all that κ needs; it costs two further forward and backward passes.
 
     Args:
         window: N_κ, how many measured values the moving average has (>= 1).
         every: L_lr, steps between changes of the rates (>= 1).
-        regularizer: The regulariser's weight; 0 is CoMMIT-CLR (>= 0).
+        regularizer: The regulariser's weight; 0 is CoMMIT-CLR, 1 is the paper's, on d (>= 0).
         regularize_every: Steps between regularised ones; 1 is the paper's (>= 1).
+        ascends: `squared` is d², whose pull is in proportion to the step; `distance` is d, as the paper has it, whose
+            pull is as large after the smallest step as after any, and costs accuracy.
+        within: Whether a step is taken on trial for the regulariser's gradient, and then anew with it, as the paper has
+            it; else that gradient is taken after the step and enters the next, which needs no copy of the state.
         measure_every: Steps between measurements of κ where none is regularised (>= 1).
         metric: d, what the distance between two predictions is.
 
@@ -96,13 +116,16 @@ class Commit(CommitCLR):
         self,
         window: int = 10,
         every: int = 10,
-        regularizer: float = 1.0,
+        regularizer: float = 0.1,
         regularize_every: int = 1,
+        ascends: Ascended = "squared",
+        within: bool = False,
         measure_every: int = 10,
         metric: Metric = "jensen_shannon",
     ):
         super().__init__(window, every, measure_every, metric)
         self.regularizer, self.regularize_every = regularizer, regularize_every
+        self.ascends, self.within = ascends, within
 
     def weight(self, step: int) -> float:
         return 0.0 if (step + 1) % self.regularize_every else self.regularizer
@@ -119,21 +142,24 @@ def look_ahead(
     weight: float,
     metric: Metric = "jensen_shannon",
     backward: Callable[..., object] = Tensor.backward,
+    ascends: Ascended = "squared",
 ) -> Balance:
-    """Adds −weight · ∇d(ŷ, ŷ^X) to the `.grad` of each side X's parameters; returns what κ is made of.
+    """Adds −weight · ∇d(ŷ, ŷ^X)² to the `.grad` of each side X's parameters; returns what κ is made of.
 
     Under DistributedDataParallel, `predict` asks the module inside it: each process's gradients then wait in `.grad`,
     and are averaged with those of the next step by its backward pass.
 
     Args:
         backward: What differentiates a scalar with respect to `inputs`; a loop passes `accelerator.backward`.
+        ascends: `distance` has d in the place of d².
     """
     language, encoder = sides(components)
     old_language, old_encoder = sides(before)
     found = []
     for mine, other, old in ((language, encoder, old_encoder), (encoder, language, old_language)):
         with swapped(other, old):
-            moved = mean_distance(base, predict(), metric)
-            backward(-weight * moved, inputs=[tensor for tensor in mine if tensor.requires_grad])
-            found.append(moved)
+            each = distances(base, predict(), metric)
+            ascended = mean_of(each if ascends == "distance" else each.square(), base.sample)
+            backward(-weight * ascended, inputs=[tensor for tensor in mine if tensor.requires_grad])
+            found.append(mean_of(each, base.sample))
     return balance_of(base, *found)

@@ -93,9 +93,13 @@ _OTHERS = Architecture(
     (),
 )
 _ALL = [*(a for a in dict.fromkeys(ARCHITECTURES.values()) if a is not _EXTENDED), _OTHERS]
-_SHAPE = Architecture(
-    **{part: tuple(dict.fromkeys(n for a in _ALL for n in getattr(a, part))) for part in get_args(Part)}
-)
+
+
+def _names(part: Part) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for known in _ALL for name in getattr(known, part)))
+
+
+_SHAPE = Architecture(_names("tower"), _names("connector"), _names("language"))
 
 
 def architecture(

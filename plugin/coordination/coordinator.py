@@ -1,18 +1,22 @@
 """What a coordinator is: it sets the learning rates of a model's components against one another while training."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from equipoise.coordination.balance import LANGUAGE, Balance, Metric
 from equipoise.errors import InputError
 
+Ascended = Literal["squared", "distance"]
+
 
 class Coordinator:
     """Base of every coordinator: one factor per component on the learning rate that the schedule gives it.
 
     A component is a named part of the model with its own parameter groups, such as `encoder` and `language`. Factors
-    multiply the scheduled rate and never overwrite it. A training loop asks before each step for the `factors`, and
+    multiply the scheduled rate and never overwrite it; a component whose factor is 0 rests, and gets no gradient. A
+    training loop asks before each step for the `factors`, and
     whether it is to measure the balance after it (`measures`); what it measured it hands to `observe`, and after
     every step the parameters to `stepped`.
 
@@ -22,6 +26,8 @@ class Coordinator:
 
     metric: Metric = "jensen_shannon"
     two_sided = False  # whether it needs a component `language` and another one
+    ascends: Ascended = "squared"  # what a look-ahead regulariser ascends
+    within = False  # whether its gradient is taken within the step, after one on trial
 
     def factors(self, components: Sequence[str]) -> dict[str, float]:
         """The factor of each component for the next step; 1.0 leaves the scheduled rate as it is."""

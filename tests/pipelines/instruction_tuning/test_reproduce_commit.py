@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from equipoise.errors import InputError
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.reproduce import commit
 
@@ -19,6 +20,7 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
     monkeypatch.setattr(commit, "METHODS", {name: commit.METHODS[name] for name in BOTH})
+    monkeypatch.setattr(commit, "RATES", {name: commit.RATES[name] for name in ("pictures", "captions")})
     monkeypatch.setattr(commit.demo, "QUESTIONS", 60)
     monkeypatch.setattr(commit, "SOUNDS", 60)
     cells, place = [], tmp_path
@@ -32,11 +34,13 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
     for task in commit.RATES:
         mine = [cell for cell in cells if cell["task"] == task]
         assert len({cell["losses"][-1] for cell in mine}) == 3, "every method does something"
+        assert all(cell["processor_seconds"] > 0 for cell in mine)
         assert all(len(cell["kappas"]) == commit.TENTHS and cell["kappa_mean"] > 0 for cell in mine)
         assert mine[0]["losses"][0] == mine[1]["losses"][0], "all start from the same weights and batches"
 
     # --add: what is there already is not trained again. Copies stand for the baselines, and one run is taken out.
     monkeypatch.undo()
+    monkeypatch.setattr(commit, "RATES", {name: commit.RATES[name] for name in ("pictures", "captions")})
     every = [
         next(c for c in cells if (c["task"], c["method"]) == (task, method if method in BOTH else "Constant LR"))
         | {"method": method}
@@ -45,13 +49,19 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
     ]
     out = ("pictures", "CoMMIT-CLR")
     earlier = [cell for cell in every if (cell["task"], cell["method"]) != out]
-    asked = []
+    asked, fails = [], []
 
     @contextmanager
-    def workers(count, name, evaluations):  # what they would train is known
+    def workers(count, name, evaluations, keep):  # what they would train is known
         def measure(train, settings):
-            asked.extend((cell["task"], cell["method"]) for cell in settings)
-            return [next(c for c in every if (c["task"], c["method"]) == pair) | {"folder": ""} for pair in asked]
+            asked[:] = [(cell["task"], cell["method"]) for cell in settings]
+            found = []
+            for pair in asked:
+                found.append(next(c for c in every if (c["task"], c["method"]) == pair) | {"folder": "somewhere"})
+                keep(found[-1])
+                if len(found) in fails:
+                    raise KeyboardInterrupt
+            return found
 
         yield measure
 
@@ -70,6 +80,26 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
         (c["task"], c["method"], c["accuracy"]) for c in every
     ]
 
+    # what an interrupted call has finished is not trained again either
+    again = tmp_path / "again"
+    fails.append(3)
+    assert main([*words[:-2], "--output", str(again)]) == 130
+    assert len(asked) == 14 and [item.name for item in again.iterdir()] == ["cells.jsonl"]
+    fails.clear()
+    assert main([*words, str(again)]) == 0
+    assert len(asked) == 11 and sorted(item.name for item in again.iterdir()) == ["chart.png", "results.json"]
+    left, right = (
+        [(run["task"], run["method"], run["losses"]) for run in runs]
+        for runs in (json.loads((again / "results.json").read_text())["runs"], found["runs"])
+    )
+    assert left == right
+    capsys.readouterr()
+    assert main([*words[:-1], "--task", "captions", "--output", str(tmp_path)]) == 0
+    assert "Pictures" not in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["runs"]) == 14, "those of the other task stay"
+    with pytest.raises(InputError, match="--task: 'smells' is none of pictures, captions"):
+        commit.reproduce(1, 1, tasks=["smells"])
+
     for wrong, message in (
         ({"torch": "0.1"}, f"results.json is of torch 0.1, not {torch.__version__}. Give another --output, or"),
         ({"paper": "mimo"}, "is of paper mimo, not commit."),
@@ -87,7 +117,7 @@ BOTH = ("Constant LR", "CoMMIT-CLR", "CoMMIT")
 def test_commit_is_listed_in_the_help_of_reproduce(capsys):
     with pytest.raises(SystemExit):
         main(["reproduce", "--help"])
-    assert "CoMMIT's Table 1 and Figures 2, 3 and 6" in " ".join(capsys.readouterr().out.split())
+    assert "CoMMIT's Table 1 and Figures 2, 3, 5 and 6" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_papers_numbers_are_table_1s():

@@ -131,7 +131,7 @@ def test_what_is_kept_to_measure_does_not_grow_with_accumulation(begun):
         work = begun(f"train.accumulate={count}", OFTEN)
         last = work._batch(work._chosen(count - 1))
         work._evaluate_all(0)
-        batch, base, _ = work._probed
+        batch, base, _, _ = work._probed
         assert all(torch.equal(batch[name], last[name]) for name in last) and base is not None
         assert "kappa" in work.after_step(0) and work._probed is None
 
@@ -226,6 +226,37 @@ def test_coordination_does_something(overrides):
     assert equal(still, clr), "without its regulariser it is CLR"
 
 
+def test_the_regularizer_within_a_step_is_equation_7(begun):
+    """With plain SGD: θ − β(∇L − ∇d²), where d² is that of θ − β∇L. Else the same gradient waits for the next step."""
+
+    def stepped(*words):
+        work = begun("optimizer=sgd", "learning_rate=0.1", "schedule=constant", "train.clip=0", *words)
+        assert work.step(0).get("kappa", 1.0) > 0
+        return work.weights(), work.state()["waiting"]
+
+    plain, _ = stepped("coordinator=constant")
+    late, waiting = stepped("coordinator=commit", "coordinator.options={regularizer: 50}")
+    within, none = stepped("coordinator=commit", "coordinator.options={regularizer: 50, within: true}")
+    assert equal(plain, late) and not none and waiting.keys() == plain.keys()
+    for side in ("lora_", "multi_modal_projector"):
+        names = [name for name in plain if side in name]
+        moved = torch.cat([(within[name] - plain[name]).flatten() for name in names])
+        due = torch.cat([-0.1 * waiting[name].flatten() for name in names])
+        torch.testing.assert_close(moved, due, rtol=0, atol=0.02 * due.abs().max().item())
+        assert due.any()
+
+
+def test_a_step_on_trial_is_taken_back(begun):
+    """With weight almost nothing, the optimizer's moments and the weights are those of plain steps."""
+    words = "optimizer=adamw", "coordinator.options={window: 99, every: 99, regularizer: 1e-9, within: %s}"
+    found = [begun(words[0], "coordinator=commit", words[1] % within) for within in ("true", "false")]
+    for step in range(3):
+        for work in found:
+            work.step(step)
+    left, right = (work.weights() for work in found)
+    assert all(torch.allclose(left[name], right[name], atol=1e-6) for name in left)
+
+
 def test_coordinate_descent_leaves_the_other_side_alone(overrides, checkpoints):
     base = AutoModelForMultimodalLM.from_pretrained(checkpoints("llava")).state_dict()
     for name, still in (("feature_cd", "language"), ("language_cd", "encoder")):
@@ -234,6 +265,33 @@ def test_coordinate_descent_leaves_the_other_side_alone(overrides, checkpoints):
         moved = load_file(run.result / "encoder.safetensors")
         assert all(not tensor.any() for key, tensor in factors.items() if "lora_B" in key) == (still == "language")
         assert all(torch.equal(tensor, base[key]) for key, tensor in moved.items()) == (still == "encoder")
+
+
+def test_the_resting_side_has_no_gradient(overrides):
+    """It is not computed, and neither in the clipped norm nor in the optimizer's moments; half way the sides change."""
+    run, _ = train(*overrides(), "coordinator=feature_cd", "train.steps=4", "checkpoint.every=2")
+    norms = [(record["gradient_norm"], record["rate_language"] > 0) for record in run.metrics()]
+    assert [learns for _, learns in norms] == [False, False, True, True]
+    halves = {}
+    for name in ("feature_cd", "constant"):
+        run, _ = train(*overrides(), f"coordinator={name}", "coordinator.options={measure_every: 1}", "train.steps=1")
+        halves[name] = run.metrics()[0]
+    assert halves["feature_cd"]["gradient_language"] == 0 and halves["constant"]["gradient_language"] > 0
+    assert halves["feature_cd"]["gradient_encoder"] == pytest.approx(halves["constant"]["gradient_encoder"])
+    assert 0 < halves["feature_cd"]["gradient_norm"] < halves["constant"]["gradient_norm"]
+
+
+def test_a_side_that_cannot_learn_is_reported(overrides, capsys):
+    """LLaVA takes what the tower's layers give: no answer depends on the normalisation after them. Reported once, in
+    the log and on the terminal, with what to set."""
+    still = "frozen=['vision_tower.*embeddings', 'vision_tower.*pre_layrnorm', 'vision_tower.*layers']"
+    words = [*overrides(), "coordinator=commit_clr", "steps=8", "encoder.parts=[tower]", still]
+    run, outcome = train(*words)
+    told = capsys.readouterr().err
+    assert outcome.state == "done"
+    assert told.count("coordinator: κ has had no finite value in 5 measurements") == 1
+    assert "encoder gets no gradient" in told and "set the coordinator to constant" in told
+    assert "κ has had no finite value in 5 measurements" in (run.folder / "log.txt").read_text()
 
 
 EXTRA = [

@@ -15,7 +15,7 @@ from equipoise import ScaledAdamW
 from equipoise.coordination.commit import CommitCLR
 from equipoise.coordination.descent import FeatureDescent
 from equipoise.errors import InputError
-from equipoise.hosts.coordination import _load, _save, coordinated
+from equipoise.hosts.coordination import _load, _save, coordinated, whole_labels
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
@@ -26,26 +26,34 @@ from equipoise.pipelines.instruction_tuning.talk import Talk
 def make(checkpoints, pictures, tmp_path, hosted):
     from transformers import AutoModelForMultimodalLM
 
-    folder = checkpoints("blip-2")
-    talk = Talk(load_processor(InstructionTuningModel(path=str(folder))), "blip-2")
     examples, _ = read_examples(pictures, None)
 
-    def get(coordinator="commit_clr", steps=6, rank=0, optimizer_cls_and_kwargs=None, optimizers=None, **arguments):
+    def get(
+        coordinator="commit_clr",
+        steps=6,
+        rank=0,
+        optimizer_cls_and_kwargs=None,
+        optimizers=None,
+        host=Trainer,
+        kind="blip-2",
+        **arguments,
+    ):
         torch.manual_seed(0)
+        folder = checkpoints(kind)
+        talk = Talk(load_processor(InstructionTuningModel(path=str(folder))), kind)
         model = AutoModelForMultimodalLM.from_pretrained(folder)
-        model.vision_model.requires_grad_(False)
+        getattr(model, "vision_model", model).requires_grad_(kind != "blip-2")
         if rank:
             lora = LoraConfig(r=rank, target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["qformer"])
             model = get_peft_model(model, lora)
         settings = TrainingArguments(
             str(tmp_path / "out"),
             max_steps=steps,
-            per_device_train_batch_size=2,
             save_steps=3,
             remove_unused_columns=False,
-            **(hosted | arguments),
+            **({"per_device_train_batch_size": 2} | hosted | arguments),
         )
-        host, own = (coordinated(Trainer), {"coordinator": coordinator}) if coordinator else (Trainer, {})
+        host, own = (coordinated(host), {"coordinator": coordinator}) if coordinator else (host, {})
         if optimizers is not None:
             own["optimizers"] = optimizers(model)
         return host(
@@ -78,6 +86,96 @@ def test_rates_by_component_in_a_trainer(make):
         rates = record["rate_encoder"], record["rate_language"]
         assert sum(rates) == pytest.approx(2e-2 * (7 - record["step"]) / 6), "both together as the schedule has them"
         assert rates[0] != pytest.approx(rates[1])
+
+
+class Cutting(Trainer):
+    """What ms-swift 4 does between a batch and its model (`SwiftMixin.prepare_logits_to_keep` and `Template`)."""
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        if len(labels) == 1:
+            mask = (labels != -100)[0]
+            inputs["labels"] = torch.nn.functional.pad(labels[:, mask], (1, 0), value=-100)
+            inputs["logits_to_keep"] = torch.nn.functional.pad(mask[1:], (0, 1), value=True)
+        else:
+            inputs["logits_to_keep"] = labels.shape[-1] - ((labels != -100).int().argmax(-1).min().item()) + 1
+            inputs["labels"] = labels[:, -inputs["logits_to_keep"] :]
+        inputs["compute_loss_func"] = None
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs.pop("compute_loss_func")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        self.model.register_forward_pre_hook(self.encode, with_kwargs=True)
+        return super().train(*args, **kwargs)
+
+    @staticmethod
+    def encode(model, args, kwargs):  # the pictures, before the model: κ must ask for it anew
+        ids = kwargs.pop("input_ids")
+        embeddings = model.get_input_embeddings()(ids)
+        features = model.get_image_features(kwargs.pop("pixel_values")).pooler_output
+        features = torch.cat(list(features)).to(embeddings)
+        mask = (ids == model.config.image_token_id)[..., None].expand_as(embeddings)
+        return args, kwargs | {"inputs_embeds": embeddings.masked_scatter(mask, features)}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_trainer_that_cuts_the_labels_down_measures_the_same(make, batch):
+    """ms-swift asks for the logits of the answers alone, by a mask or a count from the end: κ is as without."""
+    found = []
+    for host in (Trainer, Cutting):
+        trainer = make(CommitCLR(measure_every=1, every=1), host=host, kind="llava", per_device_train_batch_size=batch)
+        trainer.train()
+        found.append([record for record in trainer.state.log_history if "kappa" in record])
+        assert len(found[-1]) == 6
+    plain, cut = found
+    assert [r["kappa"] for r in cut] == pytest.approx([r["kappa"] for r in plain], rel=1e-3)
+    assert [r["moved_encoder"] for r in cut] == pytest.approx([r["moved_encoder"] for r in plain], rel=1e-3)
+    assert all(r["gradient_encoder"] > 0 and r["gradient_language"] > 0 for r in cut)
+    assert all(r["h_encoder"] > 0 and r["h_language"] > 0 for r in plain)
+
+
+def test_labels_that_fit_nothing_are_refused():
+    labels, ids = torch.tensor([[-100, 4]]), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(InputError, match="labels of 2 tokens where the model is given 5, with no logits_to_keep"):
+        whole_labels({"input_ids": ids, "labels": labels})
+    with pytest.raises(InputError, match="with another logits_to_keep"):
+        whole_labels({"input_ids": ids, "labels": labels, "logits_to_keep": 3})
+    kept = torch.tensor([False, True, False, False, True])
+    found = whole_labels({"input_ids": ids, "labels": labels, "logits_to_keep": kept})["labels"]
+    assert found.tolist() == [[-100, -100, 4, -100, -100]]
+
+
+def test_the_resting_side_has_no_gradient(make):
+    """Coordinate descent: it is not in the clipped norm, and the optimizer keeps nothing for it."""
+    for name, still in (("feature_cd", "language"), ("language_cd", "encoder")):
+        norms = {}
+        for coordinator in (name, "constant"):
+            trainer = make(coordinator, steps=1)
+            trainer.train()
+            norms[coordinator] = trainer.state.log_history[0]["grad_norm"]
+            kept = [
+                any(trainer.optimizer.state[p] for p in group["params"])
+                for group in trainer.optimizer.param_groups
+                if group["component"] == still
+            ]
+            assert any(kept) == (coordinator == "constant")
+        assert norms[name] < norms["constant"] and all(
+            p.requires_grad for inside in trainer.coordination.components.values() for p in inside
+        )
+
+
+def test_a_side_that_cannot_learn_is_reported(make, capsys):
+    trainer = make(CommitCLR(measure_every=1), steps=7)
+    for tensor in trainer.coordination.components["encoder"]:
+        tensor.register_hook(torch.zeros_like)
+    trainer.args.weight_decay = 0.0
+    trainer.train()
+    assert capsys.readouterr().err.count("equipoise: coordinator: κ has had no finite value in 5 measurements") == 1
+    assert [record["skipped"] for record in trainer.state.log_history if "skipped" in record] == [*range(1, 8)]
 
 
 def test_an_optimizer_of_ones_own_is_taken_and_a_scheduler_refused(make):

@@ -300,22 +300,24 @@ def test_what_has_no_ratio_is_skipped_and_counted():
     assert (list(again.recent), again.skipped) == ([2.0], 4)
 
 
-def test_the_regulariser_ascends_and_touches_one_side_at_a_time():
-    """Its gradient against a finite difference, and 0 before any step."""
+@pytest.mark.parametrize(("ascends", "power"), [("squared", 2), ("distance", 1)])
+def test_the_regulariser_ascends_and_touches_one_side_at_a_time(ascends, power):
+    """Its gradient against a finite difference, and 0 before any step. With one sample of one token, the mean of d² is
+    the square of the mean."""
     torch.manual_seed(3)
-    model, x = Linear().eval(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = Linear().eval(), torch.randn(1, 3, dtype=torch.float64)
 
     def predict():
-        return Prediction(model(x), torch.arange(6), 1.0, 1.0, 1.0)
+        return Prediction(model(x), torch.arange(1), 1.0, 1.0, 1.0)
 
     base = predict()
     base = base._replace(logits=base.logits.detach())
     same = {name: [t.detach().clone() for t in some] for name, some in model.components().items()}
-    look_ahead(predict, model.components(), same, base, 1.0)
+    look_ahead(predict, model.components(), same, base, 1.0, ascends=ascends)
     assert all((p.grad == 0).all() for p in (model.encoder.weight, model.language.weight)), "at equal weights"
     before = stepped(model)
     model.zero_grad()
-    found = look_ahead(predict, model.components(), before, base, 0.5)
+    found = look_ahead(predict, model.components(), before, base, 0.5, ascends=ascends)
     assert found == measure(predict, model.components(), before, base=base)
     for name, weight in (("encoder", model.encoder.weight), ("language", model.language.weight)):
         change = torch.zeros_like(weight)
@@ -324,15 +326,53 @@ def test_the_regulariser_ascends_and_touches_one_side_at_a_time():
         for sign in (1, -1):
             with torch.no_grad():
                 weight.add_(sign * change)
-            moved.append(getattr(measure(predict, model.components(), before, base=base), name))
+            moved.append(getattr(measure(predict, model.components(), before, base=base), name) ** power)
             with torch.no_grad():
                 weight.sub_(sign * change)
         assert weight.grad[0, 1].item() == pytest.approx(-0.5 * (moved[0] - moved[1]) / 2e-6, rel=1e-4)
 
 
+def test_the_pull_of_the_square_fades_with_the_step_and_that_of_the_distance_does_not():
+    """Why the default is the square: after a step a thousandth as long, d pulls as hard as before."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    pulls: dict[str, list[float]] = {"squared": [], "distance": []}
+    for ascends, found in pulls.items():
+        for length in (1e-2, 1e-5):
+            model = Linear().eval()
+            base = Prediction(model(x).detach(), torch.arange(6))
+            before = {name: [t.detach().clone() for t in some] for name, some in model.components().items()}
+            with torch.no_grad():
+                model.language.weight.add_(length)
+                model.language.weight[0].add_(length)
+
+            def predict(model=model):
+                return Prediction(model(x), torch.arange(6))
+
+            look_ahead(predict, model.components(), before, base, 1.0, ascends=ascends)
+            found.append(model.language.weight.grad.norm().item())
+    assert pulls["distance"][1] == pytest.approx(pulls["distance"][0], rel=0.05)
+    assert pulls["squared"][1] == pytest.approx(pulls["squared"][0] / 1000, rel=0.05)
+
+
+def test_the_first_change_rests_on_a_whole_window():
+    """κ is measured at every step until there are so many, and then at every tenth; what is undefined counts too."""
+    made, measured = CommitCLR(), []
+    for step in range(40):
+        if made.measures(step):
+            measured.append(step)
+            made.observe(step, Balance(2.0 if step % 3 else math.nan, 1.0))
+        made.stepped({}, step, 40)
+        assert (made.factors(["encoder", "language"])["language"] == 1.0) == (step < 9)
+    assert measured == [*range(10), 19, 29, 39] and made.average == 2.0
+
+
 def test_commit_measures_where_it_regularises():
     made = Commit(regularize_every=4, measure_every=10)
     assert [step for step in range(12) if made.weight(step)] == [3, 7, 11]
+    assert all(made.measures(step) for step in range(12)), "until the window is full"
+    for step in range(10):
+        made.observe(step, Balance(1.0, 1.0))
     assert [step for step in range(12) if made.measures(step)] == [3, 7, 9, 11]
     assert not any(Commit(regularizer=0).weight(step) for step in range(5))
 

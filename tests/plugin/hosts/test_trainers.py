@@ -8,6 +8,7 @@ import importlib.util
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,14 @@ class ByPart(OptimizerCallback):
         return cls([{"params": [first], "lr": self.args.vit_lr}, {"params": rest}], **kwargs)
 
 optimizers_map = {"default": OptimizerCallback, "multimodal": ByPart, "lorap": ByPart}
+"""
+SWIFT_TRAINERS = """
+class Seq2SeqTrainer: ...
+
+class TrainerFactory:
+    @classmethod
+    def get_trainer_cls(cls, args):
+        return Seq2SeqTrainer
 """
 
 
@@ -100,7 +109,13 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
     """Both programs' packages, importable; forgotten after the test."""
-    for place, source in {"axolotl/integrations/base.py": AXOLOTL, "swift/optimizers/__init__.py": SWIFT}.items():
+    sources = {
+        "axolotl/integrations/base.py": AXOLOTL,
+        "axolotl/core/trainers/base.py": "from transformers import Trainer\n\nclass AxolotlTrainer(Trainer): ...\n",
+        "swift/optimizers/__init__.py": SWIFT,
+        "swift/trainers/__init__.py": SWIFT_TRAINERS,
+    }
+    for place, source in sources.items():
         file = tmp_path / "programs" / place
         file.parent.mkdir(parents=True)
         file.write_text(source)
@@ -173,6 +188,38 @@ def test_axolotls_own_optimizer_is_what_is_treated(programs, tmp_path):
         axolotl(make(tmp_path, by_hand=(lambda: None, {})), equipoise={"optimizer": "scaled"})
 
 
+def test_axolotls_trainer_is_coordinated(programs, tmp_path):
+    plugin = importlib.import_module("equipoise.hosts.axolotl").EquipoisePlugin()
+    asked = {"equipoise": {"coordinator": {"name": "commit_clr", "window": "5"}}}
+    plugin.register(asked)
+    cls = plugin.get_trainer_cls(asked)
+    assert cls.__name__ == "CoordinatedAxolotlTrainer" and issubclass(cls, Trainer)
+    made = make(tmp_path, partial(cls, components={"encoder": ["ln_f"], "language": ["attn"]}))
+    plugin.post_trainer_create(asked, made)
+    trained(made)
+    assert made.coordination.coordinator.recent.maxlen == 5 and len(made.coordination.coordinator.recent) == 3
+    assert plugin.get_trainer_cls({"equipoise": {"optimizer": "scaled"}}) is None
+    with pytest.raises(InputError, match="another plugin has made the trainer, a Trainer"):
+        plugin.post_trainer_create(asked, make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ({"equipoise": {"coordinator": "comit"}}, "equipoise.coordinator: no coordinator 'comit'"),
+        ({"equipoise": {"coordinator": {"name": "commit_clr", "windw": 1}}}, "equipoise.coordinator: commit_clr: "),
+        (
+            {"equipoise": {"coordinator": "commit_clr"}, "rl": "dpo"},
+            "supervised .* and rl asks for another",
+        ),
+    ],
+)
+def test_axolotls_coordinator_is_refused(yaml, message, programs):
+    plugin = importlib.import_module("equipoise.hosts.axolotl").EquipoisePlugin()
+    with pytest.raises(InputError, match=message):
+        plugin.get_trainer_cls(yaml)
+
+
 @pytest.fixture
 def swift(programs):
     """ms-swift has imported the file that `--external_plugins $(python -m equipoise.hosts.swift)` names."""
@@ -223,6 +270,41 @@ def test_swifts_rates_by_part_stay(swift, tmp_path):
 def test_swift_is_refused_when_the_trainer_is_made(given, message, swift, tmp_path):
     with pytest.raises(InputError, match=message):
         make(tmp_path, SwiftTrainer, optimizer="equipoise_scaled", **given)
+
+
+def asked_of_swift(optim_args, **more) -> SimpleNamespace:
+    return SimpleNamespace(optim_args=optim_args, task_type="causal_lm", **more)
+
+
+def test_swifts_trainer_is_coordinated(swift, tmp_path):
+    factory = sys.modules["swift.trainers"].TrainerFactory
+    words = "coordinator=commit_clr,coordinator.window=5,damping=1e-2"
+    assert factory.get_trainer_cls(asked_of_swift("damping=1e-2")).__name__ == "Seq2SeqTrainer"
+    sys.modules["swift.trainers"].Seq2SeqTrainer = SwiftTrainer
+    for optimizer in (None, "equipoise_scaled"):
+        cls = factory.get_trainer_cls(asked_of_swift(words))
+        assert cls.__name__ == "CoordinatedSwiftTrainer"
+        kind = partial(cls, components={"encoder": ["ln_f"], "language": ["attn"]})
+        made = make(tmp_path, kind, optimizer=optimizer, optim_args=words)
+        trained(made)
+        inside = made.optimizer.optimizer
+        assert {group["component"] for group in inside.param_groups} == {"encoder", "language"}
+        assert isinstance(inside, ScaledAdamW) == (optimizer is not None)
+        assert made.coordination.coordinator.recent.maxlen == 5 and len(made.coordination.coordinator.recent) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (asked_of_swift("coordinator=comit"), "--optim_args coordinator: no coordinator 'comit'"),
+        (asked_of_swift("coordinator=commit_clr,coordinator.windw=1"), "--optim_args coordinator: commit_clr: "),
+        (asked_of_swift("coordinator.window=1"), "coordinator.window: of which coordinator"),
+        (asked_of_swift("coordinator=commit_clr", rlhf_type="dpo"), "is for `swift sft` of a language model"),
+    ],
+)
+def test_swifts_coordinator_is_refused(args, message, swift):
+    with pytest.raises(InputError, match=message):
+        sys.modules["swift.trainers"].TrainerFactory.get_trainer_cls(args)
 
 
 @pytest.mark.parametrize("module", ["equipoise.hosts.axolotl", "equipoise.hosts.swift.equipoise_swift"])
