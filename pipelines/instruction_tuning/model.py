@@ -486,8 +486,6 @@ def _ending(layers: Iterable[str], ends: Sequence[str], section: str, what: str,
 
 def _untrained(trained: Iterable[str], parts: Architecture, encoder: InstructionTuningEncoder) -> list[str]:
     found = {parts.part(name) for name in trained}
-    if "language" not in found:
-        return ["lora.targets: nothing is trained of the language model: frozen covers it."]
     if missing := [part for part in encoder.parts if part not in found]:
         what = " and the ".join(missing)
         return [f"encoder.parts: nothing is trained of the {what}: this model has none, or frozen covers it."]

@@ -157,7 +157,8 @@ def test_refusals_are_sentences(trained, pictures, tmp_path, capsys):
         and "ask.jsonl:3: must be an object" in error
         and "ask.jsonl:4: has no" in error
     )
-    assert main(["evaluate", str(run.folder), str(folder)]) == 2
+    (folder / "none").mkdir()
+    assert main(["evaluate", str(run.folder), str(folder / "none")]) == 2
     assert "is a folder" in capsys.readouterr().err
     (run.result / "adapter_model.safetensors").unlink()
     assert main(["evaluate", str(run.folder), str(pictures)]) == 2
