@@ -10,7 +10,6 @@ KNOWN = {
     ("pipelines/demo/train_base.py", "main"),
     ("pipelines/reproduce/ada_sam.py", "reproduce"),
     ("pipelines/reproduce/mimo.py", "reproduce"),
-    ("pipelines/text_to_image/compare.py", "compare"),
     ("pipelines/text_to_image/formats/lora_files.py", "read_lora"),
     ("plugin/hosts/coordination.py", "coordinated"),
 }

@@ -6,7 +6,6 @@ both alike. `reach` is the same for the whole run, from B₀A₀ where the adapt
 """
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -20,9 +19,8 @@ from equipoise.optimizers.parts.outside import with_rate_outside
 from equipoise.optimizers.parts.pair_optimizer import STEPS, PairOptimizer, make_class, unpack
 from equipoise.optimizers.sharpness import SharpOptimizer, compose
 
-# Over √n for n adapted layers, where neither trust nor reach is given: what many layers change adds up like noise.
-# Chosen by benchmarks/keeping.
-REACH = 0.5
+# Where neither trust nor reach is given, n adapted layers share this: by benchmarks/keeping, where n is 6 to 120.
+REACH, LEAST, MOST = 1.8, 0.02, 0.5
 _OPTIONS: dict[str, Any] = {"trust": (float | None, None), "reach": (float | None, None)}
 
 _DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight.
@@ -30,8 +28,8 @@ _DOC = """{base} with a bound on how far one step moves each LoRA-adapted weight
 Args:
     trust: Share of the frozen weight's norm by which one step may move the adapted weight; None: a tenth of reach.
         (> 0)
-    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: 0.5/√n
-        for n adapted layers, or no bound where trust is given. (> 0)
+    reach: Share of the frozen weight's norm by which the whole run may move the adapted weight; None: 1.8/n
+        for n adapted layers, at least 0.02 and at most 0.5, or no bound where trust is given. (> 0)
 
 The other options are {base}'s.
 """
@@ -47,7 +45,7 @@ class Bounded(PairOptimizer):
     ) -> None:
         if all(value is None for value in options.values()):
             found = find_pairs(self, model) if found is None else found
-            reach = REACH / math.sqrt(max(1, len({id(pair.A) for pair in found})))
+            reach = min(MOST, max(LEAST, REACH / max(1, len({id(pair.A) for pair in found}))))
             usual = {"trust": STEPS * reach, "reach": reach}
             for group in self.param_groups:
                 group.update({} if usual.keys() & group.keys() else usual)
@@ -77,7 +75,8 @@ class BoundedAdamW(Bounded, FusedAdamW):
         reach: Share of the frozen weight's norm by which the whole run may move the adapted weight from where the
             adapter began (BA = 0, or B₀A₀ of PiSSA and of adapters that are trained further), whatever the learning
             rate and the number of steps. Smaller keeps more of what the base knew; the factors' start is kept in the
-            optimizer's state. None: 0.5/√n for n adapted layers, or no bound where trust is given. (> 0)
+            optimizer's state. None: 1.8/n for n adapted layers, at least 0.02 and at most 0.5, or no bound where trust
+            is given. (> 0)
         betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay. (>= 0)

@@ -238,7 +238,7 @@ def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):
     config = configs.load("text_to_image/dreambooth", ["model=demo"])
     shown = forms.show(config) | {"data.folder": folder}
     made = launch.plan(site, "text_to_image", "text_to_image/dreambooth", shown, [])
-    assert "the 1 caption files of" in "\n".join(launch.doubts(made))
+    assert "the captions of" in "\n".join(launch.doubts(made))
     shown[launch.PROMPT] = ""  # as `Use these pictures` leaves it
     made = launch.plan(site, "text_to_image", "text_to_image/dreambooth", shown, [])
     assert "caption files" not in "\n".join(launch.doubts(made))

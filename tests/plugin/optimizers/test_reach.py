@@ -315,7 +315,7 @@ class WithHead(nn.Module):
 
 
 def test_nothing_need_be_given():
-    """Factors get a large rate and a reach of 0.5/√n; what is outside pairs, which no bound holds, a moderate rate."""
+    """Factors get a large rate and a reach of 1.8/n; what is outside pairs, which no bound holds, a moderate rate."""
     model = WithHead()
     optimizer = BoundedAdamW(model)
     factors, head = optimizer.param_groups
@@ -327,8 +327,9 @@ def test_nothing_need_be_given():
     assert max(distances) <= 0.5 * (1 + 1e-9) and distances[-1] == pytest.approx(0.5)
     optimizer.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2)))], "lr": 0.1})
     assert optimizer.param_groups[-1]["reach"] == 0.5
-    four = nn.ModuleList(Lora() for _ in range(4))
-    assert [group["reach"] for group in BoundedAdamW(four).param_groups] == [0.25]
+    for count, reach in ((2, 0.5), (4, 0.45), (18, 0.1), (90, 0.02), (200, 0.02)):
+        several = nn.ModuleList(Lora() for _ in range(count))
+        assert [group["reach"] for group in BoundedAdamW(several).param_groups] == [pytest.approx(reach)]
 
 
 def test_a_rate_that_is_given_counts_for_all_and_one_of_a_group_for_the_group():
@@ -362,7 +363,7 @@ def test_trust_alone_bounds_no_run_and_a_group_of_ones_own_keeps_to_its_options(
     made = BoundedAdamW(groups, lr=1.0).param_groups
     assert [(group["trust"], group["reach"]) for group in made] == [
         (0.2, None),
-        (pytest.approx(0.05 / 2**0.5), 0.5 / 2**0.5),
+        (pytest.approx(0.05), 0.5),
     ]
 
 
