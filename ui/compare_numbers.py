@@ -2,7 +2,6 @@
 
 from equipoise.pipelines.comparing import curve as curves
 from equipoise.pipelines.comparing import report
-from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.ui import draw
 from equipoise.ui.compare import read
 from equipoise.ui.draw import esc, url
@@ -34,7 +33,7 @@ def table(site: Site, id: str) -> str:
     names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
     head = "".join(f"<th>{esc(name)}</th>" for name in ["", comparison.noun, "seed", "state", "verdict", *names])
     rows = "".join(
-        f"<tr><td>{esc(cell.row)}</td><td>{'' if not cell.run else shown_rate(cell.rate)}</td><td>{cell.seed}</td>"
+        f"<tr><td>{esc(cell.row)}</td><td>{comparison.shown(cell.rate)}</td><td>{cell.seed}</td>"
         f"<td>{esc(cell.state)}</td><td class='verdict'>{esc(comparison.verdict(cell.row, cell.rate))}</td>"
         + "".join(f"<td>{draw.number(cell.metrics.get(name))}</td>" for name in names)
         + "</tr>"

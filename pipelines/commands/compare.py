@@ -12,7 +12,6 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import best_words, not_judged, usable_words
-from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.files import user_path
 from equipoise.pipelines.jobs.making import make, make_of_files
 from equipoise.pipelines.runs.store import Run, find
@@ -129,7 +128,7 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
     rows = [
         [
             cell.row,
-            "" if not cell.run else shown_rate(cell.rate),
+            comparison.shown(cell.rate),
             *([cell.seed if cell.run else ""] if seeds else []),
             *(f"{cell.metrics[name]:.3g}" if name in cell.metrics else "" for name in shown),
             cell.state,

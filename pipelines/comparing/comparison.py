@@ -18,6 +18,7 @@ from equipoise.pipelines.comparing.robustness import (
     kept_threshold,
     merit,
     reach,
+    shown_rate,
     threshold,
     usable,
     usable_range,
@@ -127,6 +128,12 @@ class Comparison:
     def noun(self) -> str:
         """A column in one word: rate, or strength."""
         return self.column.split()[-1]
+
+    def shown(self, rate: float) -> str:
+        """A column as people write it: 1e-4, or a strength of 0.5; nothing of the base's."""
+        if math.isnan(rate):
+            return ""
+        return shown_rate(rate) if self.column == "learning rate" else f"{rate:g}"
 
     @property
     def rows(self) -> list[str]:

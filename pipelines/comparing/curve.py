@@ -34,7 +34,9 @@ def draw_curve(comparison: Comparison) -> str:
     for rate in comparison.rates:
         if x(rate) - written >= _APART:  # where rates are many, some go without their number
             written = x(rate)
-            drawn.append(f'<text x="{written:.1f}" y="{height - 24}" text-anchor="middle">{shown_rate(rate)}</text>')
+            drawn.append(
+                f'<text x="{written:.1f}" y="{height - 24}" text-anchor="middle">{comparison.shown(rate)}</text>'
+            )
     for value in ticks(low, high):
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
         drawn.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')

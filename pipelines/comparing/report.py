@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.pipelines.comparing.comparison import WORKS, Cell, Comparison, Picture, means, short
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve, line_colour
-from equipoise.pipelines.comparing.robustness import GAIN, KEPT, USABLE, shown_rate
+from equipoise.pipelines.comparing.robustness import GAIN, KEPT, USABLE
 from equipoise.pipelines.files import write_atomic
 
 CELL = 168  # pixels, the side of a cell of the grid picture
@@ -60,7 +60,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     title = "the first of each" if prompt is None else comparison.prompts[prompt]
     pen.text((_GAP, 8), f"{comparison.name} · {title}"[: width // 8], _INK, font=_font(16))
     pen.text((_GAP, _HEAD - 18), comparison.column, _MUTED, font=_font(15), anchor="lm")
-    for column, label in enumerate([comparison.base.row, *(shown_rate(rate) for rate in rates)]):
+    for column, label in enumerate([comparison.base.row, *(comparison.shown(rate) for rate in rates)]):
         x = _LEFT + (CELL + _GAP) * column
         pen.text((x + CELL / 2, _HEAD - 18), label, _INK, font=_font(16), anchor="mm")
     for index, row in enumerate(rows):
@@ -129,7 +129,7 @@ def best_words(comparison: Comparison) -> str:
     figures = [f"score {point.score:.0%}"]
     if comparison.kept_line is not None and math.isfinite(point.kept):
         figures.append(f"{short(comparison.kept)} {point.kept:.0%}")
-    place = f"{row} at {shown_rate(point.rate)} ({', '.join(figures)})"
+    place = f"{row} at {comparison.shown(point.rate)} ({', '.join(figures)})"
     if (verdict := comparison.verdict(row, point.rate)) == WORKS:
         return f"Best usable {comparison.noun}: {place}."
     return f"No {comparison.noun} learnt and kept enough. Nearest: {place}: {verdict}."
@@ -185,7 +185,7 @@ def render_html(comparison: Comparison) -> str:
     document = {
         "prompts": comparison.prompts,
         "rows": comparison.rows,
-        "columns": [comparison.base.row, *map(shown_rate, comparison.rates)],
+        "columns": [comparison.base.row, *map(comparison.shown, comparison.rates)],
         "seeds": sorted({cell.seed for cell in comparison.cells}),
         "places": [
             [_as_json(comparison, row, rate) for rate in (math.nan, *comparison.rates)] for row in comparison.rows
@@ -195,7 +195,7 @@ def render_html(comparison: Comparison) -> str:
     titles = ["row", comparison.column, "seed", "state", "verdict", *names]
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     rows = "".join(
-        f"<tr><td>{html.escape(c.row)}</td><td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
+        f"<tr><td>{html.escape(c.row)}</td><td>{comparison.shown(c.rate)}</td><td>{c.seed}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
         f"<td class=why>{html.escape(comparison.verdict(c.row, c.rate))}</td>"
         + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
@@ -226,7 +226,7 @@ def _prompt_table(comparison: Comparison) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["prompt", "row", comparison.column, "seed", *names])
     rows = [
         f"<tr><td>{html.escape(prompt)}</td><td>{html.escape(c.row)}</td>"
-        f"<td>{'' if math.isnan(c.rate) else shown_rate(c.rate)}</td><td>{c.seed}</td>"
+        f"<td>{comparison.shown(c.rate)}</td><td>{c.seed}</td>"
         + "".join(f"<td>{found[name]:.4g}</td>" if name in found else "<td></td>" for name in names)
         + "</tr>"
         for index, prompt in enumerate(comparison.prompts)

@@ -99,11 +99,14 @@ def make_of_files(
     config = cells[0].config() if cells else registry.load("pipelines", _FILES).Config(name="files")
     pipeline = registry.load("pipelines", config.pipeline)
     given: dict[str, Path] = {}
+    names = Counter(run.id.rpartition("/")[2] for run in cells)
     for run in cells:
+        short = run.id.rpartition("/")[2]  # of a cell, what sets it apart in its sweep
+        label = short if names[short] == 1 else run.id
         if (file := pipeline.result_file(run)).is_file():
-            given[run.id] = file
+            given[label] = file
         if each_checkpoint:
-            given |= {f"{run.id} {path.name}": path for path in checkpoints.complete(run.checkpoints)}
+            given |= {f"{label} {path.name}": path for path in checkpoints.complete(run.checkpoints)}
     names = Counter(file.stem for file in files)
     given |= {file.stem if names[file.stem] == 1 else str(file): file.resolve() for file in files}
     if not given:

@@ -73,7 +73,7 @@ def test_the_words_say_strength_where_the_columns_are(run, tmp_path, capsys):
     words = ["compare", str(run), "--scale", "0.5,1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "STRENGTH" in said and "learning rate" not in said and "by which strengths worked" in said
+    assert "STRENGTH" in said and "learning rate" not in said and "Strengths that worked:" in said
     report = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Strengths that worked</h2>" in report and "learning rate" not in report.lower()
 
