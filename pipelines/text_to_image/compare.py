@@ -216,6 +216,8 @@ def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"{file}: cannot be loaded on this base: {reason}") from error
         pipeline.set_adapters("run", scale)
+        for part in base.tunable.values():
+            part.eval()  # the loader's new layers would drop as many of their inputs as in training
         yield
     finally:
         for part in base.tunable.values():
