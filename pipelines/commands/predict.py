@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", metavar="RUN", help="An id (of a sweep's cell: SWEEP/CELL or latest/CELL), a folder, or latest."
     )
+    written = "A new .csv or .jsonl file for what is found of each example."
     if parser.get_default("command") == "evaluate":
         parser.add_argument(
             "source",
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="Labelled data in the format that the run was trained on: a file, or a folder of captioned pictures.",
         )
     else:
+        written = "A new .csv or .jsonl file; otherwise JSONL is printed. Text to image: a new folder for the pictures."
         parser.add_argument(
             "sources",
             nargs="*",
@@ -59,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help="Audio-visual classification: a new .npz file for features and probabilities of each modality.",
         )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        metavar="FILE",
-        help="A new .csv or .jsonl file; of predict otherwise JSONL is printed. Text to image: a new folder.",
-    )
+    parser.add_argument("--output", type=user_path, metavar="FILE", help=written)
     parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
 
