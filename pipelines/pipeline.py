@@ -20,6 +20,8 @@ from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
 from equipoise.pipelines.tables import size_words
 from equipoise.pipelines.training import processes
 
+_LISTED = 20  # problems
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -48,12 +50,24 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is wanted of a trained run beside data; a pipeline reads the fields that its `asks` names."""
+
+    prompts: Sequence[str] = ()  # what to ask of each example, or what to draw; empty: what the data ask
+    count: int | None = None  # pictures of each prompt; None: as the run's samples
+    scale: float | None = None  # strength of what was learnt; None: as the run's samples
+    features: bool = False  # whether `Predictions.arrays` is wanted
+    folder: Path | None = None  # an empty one for the files of a pipeline that draws
+
+
+@dataclass(frozen=True)
 class Predictions:
     """What a trained run makes of data that is given to it."""
 
     rows: list[dict[str, Any]]  # one for each example: texts, numbers, None and lists of texts by name
     figures: dict[str, float] = field(default_factory=dict)  # how right it is on all of them, where that is known
     meaning: str = ""  # of the figures, a sentence
+    arrays: dict[str, Any] = field(default_factory=dict)  # of numpy, by name: what the rows' figures were made from
 
 
 class Pipeline:
@@ -69,6 +83,8 @@ class Pipeline:
     comparing: ClassVar[str] = "lays it beside other runs"  # what `equipoise compare RUN` does with one
     formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows; the first where none is asked for
     exports_folders: ClassVar[bool] = False  # whether they are folders, ready for a hub, or one file each
+    asks: ClassVar[tuple[str, ...]] = ()  # the fields of `Asked` that `predict` reads
+    draws: ClassVar[bool] = False  # whether `predict` makes files, into a folder where the table lies beside them
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -162,14 +178,14 @@ class Pipeline:
         raise InputError(f"the pipeline {cls.name} compares runs, and neither files nor strengths.")
 
     @classmethod
-    def predict(cls, run: Path, config: Any, source: Path, prompts: Sequence[str]) -> Predictions:
+    def predict(cls, run: Path, config: Any, sources: Sequence[Path], asked: Asked) -> Predictions:
         """Let a run's result answer for data without labels; `equipoise predict` writes what it says.
 
         Args:
             run: the run's folder.
             config: its configuration.
-            source: an absolute path that exists: a file or a folder.
-            prompts: what to ask of each example, for pipelines that are asked something; empty: what `source` asks.
+            sources: absolute paths that exist: files or folders. None where prompts may be enough.
+            asked: what is wanted beside them.
 
         Raises:
             InputError: there is no result, or the data cannot be used; with all that is wrong, a line each.
@@ -183,7 +199,7 @@ class Pipeline:
         Args:
             run: the run's folder.
             config: its configuration.
-            file: an absolute path that exists, of data in the format that the pipeline trains on.
+            file: an absolute path that exists, of data in the format that the pipeline trains on: a file or a folder.
 
         Raises:
             InputError: there is no result, or the data cannot be used; with all that is wrong, a line each.
@@ -219,6 +235,17 @@ class Pipeline:
             InputError: there is no result.
         """
         raise InputError(f"the pipeline {cls.name} publishes nothing.")
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Ends with all that is wrong with data, a line each; of very many the first.
+
+    Raises:
+        InputError: there are problems.
+    """
+    if problems:
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        raise InputError("\n".join([*problems[:_LISTED], *more]))
 
 
 @decoded_once()

@@ -4,7 +4,7 @@ import os
 
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline, Predictions
 from equipoise.pipelines.runs.run import Run
 from equipoise.quick import no_garbage_collection
 
@@ -19,6 +19,7 @@ class AudioVisual(Pipeline):
     title = "Audio-visual classification"
     Config = AudioVisualConfig
     loading = "from equipoise.pipelines.audio_visual.model import load; model, classes = load({folder!r})"
+    asks = ("features",)
 
     @classmethod
     def check(cls, config: AudioVisualConfig) -> list[str]:
@@ -57,3 +58,17 @@ class AudioVisual(Pipeline):
             from equipoise.pipelines.audio_visual.compare import compare
 
         return compare(name, folder, runs, configs)
+
+    @classmethod
+    def predict(cls, run, config, sources, asked) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.audio_visual.predict import predict
+
+        return predict(run, sources)
+
+    @classmethod
+    def evaluate(cls, run, config, file) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.audio_visual.predict import evaluate
+
+        return evaluate(run, file)

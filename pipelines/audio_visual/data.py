@@ -68,7 +68,11 @@ class Manifest:
         self.clips = [clip for clip in self.clips if clip.line not in self.bad]
 
 
-def read_manifest(data: AudioVisualData, path: Path) -> Manifest:
+def read_manifest(
+    data: AudioVisualData,
+    path: Path,
+    needed: Sequence[str] = ("label", "split"),  # columns that there have to be; the other one is not judged
+) -> Manifest:
     """The clips, and everything about them that can be said without decoding."""
     found = Manifest(path)
     if not os.path.isfile(path):  # unlike pathlib's, False also where no path can be so long
@@ -83,7 +87,7 @@ def read_manifest(data: AudioVisualData, path: Path) -> Manifest:
             columns = [(column or "").strip() for column in reader.fieldnames or ()]
             reader.fieldnames = columns
             found.columns = set(columns)
-            found.problems += _column_problems(path, columns, data)
+            found.problems += _column_problems(path, columns, data, needed)
             rows = [(first_line(reader, row.values()), row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         found.problems.append(f"{path}: cannot be read as CSV in UTF-8 ({error}).")
@@ -93,7 +97,8 @@ def read_manifest(data: AudioVisualData, path: Path) -> Manifest:
         return found
     names: dict[str, int] = {}
     for line, row in rows:
-        clip, problems = _read_row(path.parent, line, {k: (v or "").strip() for k, v in row.items() if k}, row, data)
+        cells = {k: (v or "").strip() for k, v in row.items() if k}
+        clip, problems = _read_row(path.parent, line, cells, row, data, needed)
         if clip.name in names:
             hint = "" if row.get("clip") else ", in a column clip"
             problems.append(
@@ -107,7 +112,7 @@ def read_manifest(data: AudioVisualData, path: Path) -> Manifest:
     return found
 
 
-def _column_problems(path: Path, columns: Sequence[str], data: AudioVisualData) -> list[str]:
+def _column_problems(path: Path, columns: Sequence[str], data: AudioVisualData, needed: Sequence[str]) -> list[str]:
     problems = []
     for column in columns:
         if column not in COLUMNS:
@@ -116,7 +121,7 @@ def _column_problems(path: Path, columns: Sequence[str], data: AudioVisualData) 
             problems.append(f"{path}:1: unknown column {column!r}.{hint}")
     if twice := [column for column, count in Counter(columns).items() if count > 1]:
         problems.append(f"{path}:1: the column {', '.join(twice)} is there twice.")
-    problems += [f"{path}:1: there is no column {c!r}." for c in ("label", "split") if c not in columns]
+    problems += [f"{path}:1: there is no column {c!r}." for c in needed if c not in columns]
     for modality in data.modalities:
         if not set(NEEDED[modality]) & set(columns):
             wanted = " or ".join(map(repr, NEEDED[modality]))
@@ -126,7 +131,9 @@ def _column_problems(path: Path, columns: Sequence[str], data: AudioVisualData) 
     return problems
 
 
-def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: AudioVisualData) -> tuple[Clip, list[str]]:
+def _read_row(
+    folder: Path, line: int, row: dict[str, str], raw: dict, data: AudioVisualData, needed: Sequence[str]
+) -> tuple[Clip, list[str]]:
     """The clip, and what is wrong with its cells; columns that are not there at all are the manifest's problem."""
 
     def file(column: str) -> Path | None:
@@ -138,9 +145,9 @@ def _read_row(folder: Path, line: int, row: dict[str, str], raw: dict, data: Aud
     problems = []
     if raw.get(""):
         problems.append("has more cells than there are columns.")
-    if "label" in row and not clip.label:
+    if "label" in needed and row.get("label") == "":
         problems.append("has no label.")
-    if "split" in row and clip.split not in SPLITS:
+    if "split" in needed and "split" in row and clip.split not in SPLITS:
         problems.append(f"the split must be train, val or test, got {clip.split or 'nothing'}.")
     for modality in data.modalities:
         given = [column for column in NEEDED[modality] if row.get(column)]

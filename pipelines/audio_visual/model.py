@@ -40,6 +40,7 @@ class LateFusion(nn.Module):
         pretrained: bool | Mapping[str, dict[str, Any]] = True,
     ):
         super().__init__()
+        self.config = config
         self.modalities = list(config.data.modalities)
         sections = {name: getattr(config.model, name) for name in self.modalities}
         encoders = {name: _encoder(name, section, config, bins, pretrained) for name, section in sections.items()}

@@ -36,17 +36,31 @@ def prepare(config: AudioVisualConfig) -> Prepared:
     """
     runs = Path(config.runs)
     path = digits.manifest(runs) if config.data.manifest == demo.NAME else Path(config.data.manifest)
+    store = feature_store(config, runs / ".cache" / "features")
+    manifest = read_manifest(config.data, path)
+    extract_all(manifest, store)
+    settle(manifest, config.data.skip_bad)
+    return Prepared(manifest, store)
+
+
+def feature_store(config: AudioVisualConfig, cache: Path | None) -> FeatureStore:
+    """Of a configuration's features, with the text encoder's tokenizer, if there is one.
+
+    Raises:
+        InputError: The tokenizer cannot be used.
+    """
     section = config.model.text
-    tokenizer = identity = None
+    tokenizer, identity = None, ""
     if "text" in config.data.modalities and section.path:
         tokenizer = _tokenizer(section)
         identity = f"{section.path}@{section.revision}"
-    store = FeatureStore(config.data, runs / ".cache" / "features", tokenizer, identity or "")
-    manifest = read_manifest(config.data, path)
-    if all(set(NEEDED[modality]) & manifest.columns for modality in config.data.modalities):
+    return FeatureStore(config.data, cache, tokenizer, identity)
+
+
+def extract_all(manifest: Manifest, store: FeatureStore) -> None:
+    """Makes every clip's features, and leaves out the clips that cannot be used; none where a column is missing."""
+    if all(set(NEEDED[modality]) & manifest.columns for modality in store.data.modalities):
         manifest.leave_out(store.prepare(manifest.clips, manifest.spoilt))
-    settle(manifest, config.data.skip_bad)
-    return Prepared(manifest, store)
 
 
 def _tokenizer(section: AudioVisualEncoder) -> Any:

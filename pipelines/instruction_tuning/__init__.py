@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from equipoise.errors import InputError
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline, Predictions
@@ -24,6 +25,7 @@ class InstructionTuning(Pipeline):
     loading = "PeftModel.from_pretrained(model, {folder!r})  # after encoder.safetensors: docs/instruction_tuning.md"
     formats = ("adapter", "merged")
     exports_folders = True
+    asks = ("prompts",)
 
     @classmethod
     def check(cls, config: InstructionTuningConfig) -> list[str]:
@@ -70,11 +72,13 @@ class InstructionTuning(Pipeline):
         return compare(name, folder, runs, configs, asked.samples)
 
     @classmethod
-    def predict(cls, run, config, source, prompts) -> Predictions:
+    def predict(cls, run, config, sources, asked) -> Predictions:
+        if len(sources) != 1:
+            raise InputError(f"FILE_OR_FOLDER: give one, got {len(sources)}.")
         with no_garbage_collection():
             from equipoise.pipelines.instruction_tuning.predict import predict
 
-        return predict(run, config, source, prompts)
+        return predict(run, config, sources[0], asked.prompts)
 
     @classmethod
     def evaluate(cls, run, config, file) -> Predictions:

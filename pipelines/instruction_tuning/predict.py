@@ -34,11 +34,10 @@ from equipoise.pipelines.instruction_tuning.model import load_model, load_proces
 from equipoise.pipelines.instruction_tuning.result import load_result, missing
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.media import pictures, sounds
-from equipoise.pipelines.pipeline import Predictions
+from equipoise.pipelines.pipeline import Predictions, refuse
 from equipoise.pipelines.progress import progress
 
 _TABLES = (".csv", ".json", ".jsonl")
-_LISTED = 20  # problems
 
 
 def predict(run: Path, config: InstructionTuningConfig, source: Path, prompts: Sequence[str]) -> Predictions:
@@ -65,7 +64,7 @@ def evaluate(run: Path, config: InstructionTuningConfig, file: Path) -> Predicti
     """
     tuned = _Tuned(run, config)
     examples, problems = read_examples(file, None, key="FILE", judge=tuned.talk.problems)
-    _refuse(problems)
+    refuse(problems)
     answers = tuned.answers(examples)
     rows = [_row(found) | {"wanted": "|".join(found.wanted), "score": found.score} for found in answers]
     metric = config.samples.metric
@@ -94,7 +93,7 @@ class _Tuned:
     def answers(self, examples: list[Conversation]) -> list[Answer]:
         samples = self.config.samples.model_copy(update={"count": len(examples)})
         if self.limit is not None:
-            _refuse(unanswerable(examples, self.talk, samples, self.limit))
+            refuse(unanswerable(examples, self.talk, samples, self.limit))
         with progress("answers", "answer", total=len(examples)) as bar:
             return answer(self.model, self.talk, examples, samples, bar.update)
 
@@ -141,7 +140,7 @@ def _to_ask(source: Path, prompts: Sequence[str], talk: Talk) -> list[Conversati
     with ThreadPoolExecutor(8) as pool:  # decoding leaves Python's lock
         wrong = pool.map(media_problem, kinds, kinds.values())
         problems += filter(None, progress("reading", "file", wrong, len(kinds)))
-    _refuse(list(dict.fromkeys(problems)))
+    refuse(list(dict.fromkeys(problems)))
     if not examples:
         raise InputError(f"{source}: holds nothing to ask about.")
     return examples
@@ -216,9 +215,3 @@ def _of_csv(file: Path) -> Iterator[tuple[str, Any]]:
                 continue
             media = {kind: [part.strip() for part in row.get(kind, "").split(";") if part.strip()] for kind in MARKS}
             yield where, {**media, "question": row.get("question", "")}
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        raise InputError("\n".join([*problems[:_LISTED], *more]))

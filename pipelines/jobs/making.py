@@ -59,7 +59,7 @@ def make(
     first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
     pipeline = registry.load("pipelines", loaded[0].pipeline)
     folder, name = _place(found, out, own=bool(changes))
-    with _swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
+    with swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
         comparison = pipeline.compare(name, staging, runs, loaded, first)
         paths = write_report(comparison)
     comparison.folder = folder
@@ -114,7 +114,7 @@ def make_of_files(
     first = configs.set_keys(config, changes, source="comparison")
     folder, name = _place([*found], out, own=True, root=runs_folder(runs))
     with (
-        _swapped_in(folder) as staging,
+        swapped_in(folder) as staging,
         environment.there(cells[0].folder / "environment.json") if cells else nullcontext(),
     ):
         comparison = pipeline.compare_files(name, staging, given, first, strengths)
@@ -141,7 +141,7 @@ def _place(found: Sequence[Run], out: Path | None, own: bool, root: Path | None 
 
 
 @contextmanager
-def _swapped_in(folder: Path) -> Iterator[Path]:
+def swapped_in(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` when it is complete, and vanishes when something fails."""
     mark = secrets.token_hex(4)
     staging, old = (folder.with_name(f".{folder.name}.{what}-{mark}") for what in ("new", "old"))

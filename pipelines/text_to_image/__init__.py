@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline
+from equipoise.pipelines.pipeline import MemoryEstimate, Outcome, Pipeline, Predictions
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.formats.names import FORMATS
@@ -23,6 +23,8 @@ class TextToImage(Pipeline):
     comparing = "draws it beside the untouched base"
     loading = "pipeline.load_lora_weights({folder!r})"
     formats = tuple(FORMATS)
+    asks = ("prompts", "count", "scale")
+    draws = True
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:
@@ -80,6 +82,20 @@ class TextToImage(Pipeline):
         from equipoise.pipelines.text_to_image.result import LORA_FILE
 
         return run.result / LORA_FILE
+
+    @classmethod
+    def predict(cls, run, config, sources, asked) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.text_to_image.predict import predict
+
+        return predict(run, config, sources, asked)
+
+    @classmethod
+    def evaluate(cls, run, config, file) -> Predictions:
+        with no_garbage_collection():
+            from equipoise.pipelines.text_to_image.predict import evaluate
+
+        return evaluate(run, config, file)
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:

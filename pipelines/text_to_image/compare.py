@@ -100,7 +100,7 @@ def compare(
         cell = Cell.of(run, config, position)
         cell.metrics = measured(result or {})
         # By this schedule its factors were trained; the untouched base keeps its own.
-        tuned = partial(_with_result, base, run.folder / "result", samples.scale, config.noise)
+        tuned = partial(with_result, base, run.folder / "result", samples.scale, config.noise)
         cells.append(Drawn(cell, tuned if result else None, files, samples.scale))
     return draw_all(name, folder, base, first, samples, cells, scorer, untouched)
 
@@ -190,7 +190,7 @@ def _result(run: Run) -> dict | None:
 
 
 @contextmanager
-def _with_result(base: Base, folder: Path, scale: float, noise: NoiseSection) -> Iterator[None]:
+def with_result(base: Base, folder: Path, scale: float, noise: NoiseSection) -> Iterator[None]:
     """The base has what a run has learnt for the time of the block, and its noise schedule."""
     base.set_scheduler(noise)
     word = folder / WORD_FILE
@@ -216,6 +216,8 @@ def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"{file}: cannot be loaded on this base: {reason}") from error
         pipeline.set_adapters("run", scale)
+        for part in base.tunable.values():
+            part.eval()  # the loader's new layers would drop as many of their inputs as in training
         yield
     finally:
         for part in base.tunable.values():
