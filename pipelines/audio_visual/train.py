@@ -120,15 +120,16 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
 
 
 def _accuracies(figures: dict[str, Any]) -> str:
-    """Those of the model's own heads, each with that of a probe."""
-    found = {key.removeprefix("accuracy_"): value for key, value in figures.items() if key.startswith("accuracy_")}
-    who = {JOINT: "all modalities together"}
-    probed = {name: figures.get(f"probe_{name}") for name in found}
-    return ", ".join(
-        f"{who.get(name, f'{name} alone')} {value:.1%}"
-        + ("" if probed[name] is None else f" (probe {probed[name]:.1%})")
-        for name, value in found.items()
-    )
+    """Those of the model's own heads; each modality's with that of a probe on it."""
+    said = []
+    for key, value in figures.items():
+        if key == f"accuracy_{JOINT}":
+            said.append(f"all modalities together {value:.1%}")
+        elif key.startswith("accuracy_"):
+            name = key.removeprefix("accuracy_")
+            probed = figures.get(f"probe_{name}")
+            said.append(f"{name} alone {value:.1%}" + ("" if probed is None else f" (probe {probed:.1%})"))
+    return ", ".join(said)
 
 
 class AudioVisualWork(OptimizedWork[AudioVisualConfig]):

@@ -76,7 +76,7 @@ def test_a_run_reports_what_its_encoders_know_beside_its_heads(tiny, tmp_path):
     for found in (result, result["baselines"]["joint"]):
         assert found["probe_joint"] == found["probe_audio"] == found["probe_visual"] == 1.0
         assert found["contribution_audio"] == found["contribution_visual"] == 0.25, "of a half above chance, half each"
-    assert outcome.message.count("(probe 100.0%)") == 6
+    assert outcome.message.count("(probe 100.0%)") == 4
     made = AudioVisual.compare("one", tmp_path, [run], [settings], "fixed")
     assert list(made.beside) == ["probe_audio", "probe_visual", "accuracy_audio", "accuracy_visual"]
     assert all(cell.metrics["contribution_visual"] == 0.25 for cell in made.cells)
