@@ -200,7 +200,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         responses = None
         if self.objective.uses_responses:
             with torch.no_grad(), self.accelerator.autocast():
-                responses = {name: self.model.fusion.alone(name, features) for name in features}
+                responses = self.model.responses(features, unimodal)
         weigh = self.weights_of_classes
         share: Tensor | float = 1.0  # of the weight of all processes' clips, if those had each the same
         if processes.count() > 1:
