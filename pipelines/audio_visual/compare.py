@@ -16,6 +16,7 @@ from equipoise.pipelines.runs.run import Run
 
 SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
 ALIKE = "Every cell is judged by the same test clips; chance is what guessing gets right."
+_SHOWN = ("accuracy", "probe", "contribution", "f1", "loss", "seconds", "step")  # metrics of a cell, by first word
 _SIDE, _DARK = 320, (9, 60, 120)  # pixels; the colour of a full cell
 
 
@@ -54,7 +55,8 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
             cells.append(other)
             _fill(other, figures, file.parent / "baselines" / objective, folder, kinds)
     base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})
-    beside = {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
+    beside = {f"probe_{m}": f"accuracy of a probe on the frozen features of {m}" for m in first.modalities}
+    beside |= {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
     prompts = [f"confusion, {kind} (rows: true classes)" for kind in kinds]
     return Comparison(name, folder, prompts, SCORE, base, cells, beside, alike=ALIKE)
 
@@ -62,9 +64,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
 def _fill(cell: Cell, figures: dict, results: Path, folder: Path, kinds: Sequence[str]) -> None:
     """A cell's metrics and its confusion matrices as pictures."""
     cell.metrics = {
-        key: value
-        for key, value in figures.items()
-        if isinstance(value, int | float) and key.split("_")[0] in ("accuracy", "f1", "loss", "seconds", "step")
+        key: value for key, value in figures.items() if isinstance(value, int | float) and key.split("_")[0] in _SHOWN
     }
     joint = figures.get("accuracy_joint")
     cell.metrics["score"] = max(figures[f"accuracy_{m}"] for m in kinds[1:]) if joint is None else joint

@@ -68,6 +68,16 @@ class LateFusion(nn.Module):
         """The settings of encoders that come pretrained, by modality; a result then needs no folder they came from."""
         return {name: self.encoders[name].net.config.to_dict() for name in self.modalities if self.come[name]}
 
+    def responses(self, features: dict[str, Tensor], unimodal: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each modality alone gives: its part of the joint logits where they are a sum of parts.
+
+        Gated and modulated features cannot be taken apart: with the other modality's zero, the joint head's logits say
+        which of the two is the gate and not which is ahead. There each modality's own head stands in.
+        """
+        if isinstance(self.fusion, Sum | Concat):
+            return {name: self.fusion.alone(name, features) for name in features}
+        return {name: logits.detach() for name, logits in unimodal.items()}
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The joint logits, (batch, classes), and every modality's own."""
         features = self.features(batch)
@@ -119,10 +129,6 @@ class Gated(nn.Module):
         one, other = features.values()
         return self.out(torch.sigmoid(self.first(one)) * self.second(other))
 
-    def alone(self, name: str, features: dict[str, Tensor]) -> Tensor:
-        """The prediction where the other modality's features are zero."""
-        return self({n: made if n == name else torch.zeros_like(made) for n, made in features.items()})
-
 
 class Film(nn.Module):
     """The second modality's features, scaled and shifted by linear functions of the first's (FiLM)."""
@@ -137,8 +143,6 @@ class Film(nn.Module):
         one, other = features.values()
         scale, shift = self.film(one).chunk(2, 1)
         return self.out((1 + scale) * other + shift)
-
-    alone = Gated.alone
 
 
 FUSIONS: dict[str, Any] = {"sum": Sum, "concat": Concat, "gated": Gated, "film": Film}

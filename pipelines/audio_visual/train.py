@@ -26,6 +26,7 @@ from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import Batches, Features
 from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion
 from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
+from equipoise.pipelines.audio_visual.probe import MOST, probes
 from equipoise.pipelines.audio_visual.scores import Scores, scores
 from equipoise.pipelines.config.sections import ObjectiveSection
 from equipoise.pipelines.files import explained, write_atomic
@@ -59,6 +60,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         "chance": work.chance,
         "seconds": time.perf_counter() - started,
         **work.figures(found),
+        **(work.probe() if processes.leads() else {}),
     }
     chosen = config.objective
     if baselines := [name for name in config.train.baselines if name != chosen.name or chosen.options]:
@@ -110,15 +112,24 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
         run.log(f"{name}: {error}")
     work.settle()
     found = work.test()
+    figures = work.figures(found)
     if processes.leads():
+        figures |= work.probe()
         work.save_confusions(found, run.folder / "result" / "baselines" / name)
-    return {"state": state, "step": step + 1, **work.figures(found)}
+    return {"state": state, "step": step + 1, **figures}
 
 
 def _accuracies(figures: dict[str, Any]) -> str:
-    found = {key.removeprefix("accuracy_"): value for key, value in figures.items() if key.startswith("accuracy_")}
-    who = {JOINT: "all modalities together"}
-    return ", ".join(f"{who.get(name, f'{name} alone')} {value:.1%}" for name, value in found.items())
+    """Those of the model's own heads; each modality's with that of a probe on it."""
+    said = []
+    for key, value in figures.items():
+        if key == f"accuracy_{JOINT}":
+            said.append(f"all modalities together {value:.1%}")
+        elif key.startswith("accuracy_"):
+            name = key.removeprefix("accuracy_")
+            probed = figures.get(f"probe_{name}")
+            said.append(f"{name} alone {value:.1%}" + ("" if probed is None else f" (probe {probed:.1%})"))
+    return ", ".join(said)
 
 
 class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
@@ -189,7 +200,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         responses = None
         if self.objective.uses_responses:
             with torch.no_grad(), self.accelerator.autocast():
-                responses = {name: self.model.fusion.alone(name, features) for name in features}
+                responses = self.model.responses(features, unimodal)
         weigh = self.weights_of_classes
         share: Tensor | float = 1.0  # of the weight of all processes' clips, if those had each the same
         if processes.count() > 1:
@@ -283,6 +294,28 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def test(self) -> dict[str, Scores]:
         return self.predict("test")
+
+    def probe(self) -> dict[str, float | None]:
+        """Accuracies of probes on the frozen encoders, and what each modality contributes; of the training clips, some
+        by chance where there are very many."""
+        count = len(self.labels["train"])
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST].sort().values
+        train, labels = self._encoded("train", chosen), self.labels["train"][chosen]
+        test = self._encoded("test", torch.arange(len(self.labels["test"])))
+        found = probes(train, labels, test, self.labels["test"], len(self.classes), self.chance)
+        return {name: number(value) for name, value in found.items()}
+
+    @torch.no_grad()
+    def _encoded(self, split: str, clips: Tensor) -> Features:
+        """Modality → (clips, width) features, as when predicting."""
+        self.model.eval()
+        made: dict[str, list[Tensor]] = {}
+        for chosen in clips.split(min(_EVALUATED, 4 * self.config.train.batch)):
+            with self.accelerator.autocast():
+                features = self.model.features(self._moved(self.batches[split].get(chosen.tolist())))
+            for name, given in features.items():
+                made.setdefault(name, []).append(given.float().cpu())
+        return {name: torch.cat(parts) for name, parts in made.items()}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "clips": self.digest}

@@ -49,7 +49,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     rows, rates = comparison.rows, comparison.rates
     width = _LEFT + (CELL + _GAP) * (len(rates) + 1) + _GAP
     columns, tall = _tiles(comparison, prompt)
-    foot = _FOOT + 16 * comparison.judged + 16 * bool(comparison.beside or comparison.scored)
+    foot = _FOOT + 16 * comparison.judged + 16 * len(_in_pairs([*comparison.beside, *comparison.scored]))
     pitch = tall + foot + _GAP
     said = explanations(comparison)
     if prompt is None:
@@ -85,7 +85,8 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + tall + 1), outline=frame, width=2)
             below = [(_said(comparison, cells, verdict), frame, (14, 11))]
             below += [(verdict, frame, (12, 9))] if comparison.judged else []
-            below += [(_said_beside(comparison, cells), _MUTED, (12, 9))]
+            beside = _in_pairs(_said_beside(comparison, cells).split(" · "))
+            below += [(words, _MUTED, (12, 9)) for words in beside]
             for number, (text, ink, (large, small)) in enumerate(below):
                 size = large if pen.textlength(text, _font(large)) <= CELL else small
                 pen.text((x + CELL / 2, y + tall + 12 + 16 * number), text, ink, _font(size), anchor="mm")
@@ -158,6 +159,11 @@ def _said_beside(comparison: Comparison, cells: list[Cell]) -> str:
     found = means([cell.metrics for cell in cells])
     shares = [f"{short(name)} {found[name]:.0%}" for name in comparison.beside if name in found]
     return " · ".join([*shares, *(f"{name} {found[name]:.3g}" for name in comparison.scored if name in found)])
+
+
+def _in_pairs(words: list[str]) -> list[str]:
+    """Lines short enough to stand below a cell."""
+    return [" · ".join(words[index : index + 2]) for index in range(0, len(words), 2)]
 
 
 def _chosen(cell: Cell, prompt: int | None) -> list[Picture]:

@@ -88,9 +88,8 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
         made.append([name, *mine, " / ".join("-" if value is None else f"{value:g}" for value in paper)])
     lines.append(table(["", "joint", "audio", "visual", "t", "paper: joint / audio / visual / t"], made, width=150))
     starved = max(("visual", "audio"), key=lambda kind: _gap(got, kind))
-    gap = f"{_gap(got, starved):.1f} points below what it learns alone (paper: visual, 38.4 points)"
-    lines.append(f"\nFurthest behind under MML: {starved}, {gap}.")
-    lines.append("Differences, seed by seed, in points of accuracy:")
+    lines += _probed(got, starved)
+    lines.append("Differences, seed by seed, in points of accuracy; of one modality, by its own head as in the paper:")
     for one, other, kind in (
         ("MIMO", "MML", "joint"), ("MIMO", "MML", starved), ("MIMO", "EW", "joint"), ("MIMO", "MMPareto", "joint"),
         ("MIMO", "OGM-GE", "joint"), ("MIMO", "AGM", "joint"), ("MIMO", "MGDA", "joint"), ("EW", "MML", "joint"),
@@ -132,7 +131,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None, data: str | None
     ticks = [str(min(steps, (i + 1) * _validate_every(steps))) for i in range(_points(steps))]
     by_rate = {f"λ = {lam:g}": [found[lam, mu] for mu in MUS] for lam in LAMBDAS}
     panels = [
-        Panel(f"{starved.capitalize()} validation accuracy in %", "steps", rising, ticks),
+        Panel(f"{starved.capitalize()} validation accuracy in %, by its own head", "steps", rising, ticks),
         Panel("Figure 3: joint accuracy in %", "μ", by_rate, [f"{mu:g}" for mu in MUS]),
     ]
     return Reproduction("\n".join(lines), panels, cells, {"landscape.png": sheet})
@@ -142,10 +141,31 @@ def got_median(got: Callable[[str, str], list[Any]], name: str) -> float:
     return median(got(name, "accuracy_joint"))
 
 
+def _probed(got: Callable[[str, str], list[Any]], starved: str) -> list[str]:
+    """What the encoders know, by a probe that is the same for every objective: heads train at different speeds."""
+    lines = ["\nOf a logistic probe on the frozen features: test accuracy in %, and contributions in points.\n"]
+    keys = ("probe_joint", "probe_audio", "probe_visual", "contribution_audio", "contribution_visual")
+    rows = [[name, *(spread(_known(got(name, key)), ".1f") for key in keys)] for name in METHODS]
+    lines.append(table(["", *keys], rows, width=150))
+    gap = f"{_gap(got, starved):.1f} points below what it learns alone (paper, by its head: visual, 38.4 points)"
+    lines.append(f"\nFurthest behind under MML, by the probe: {starved}, {gap}.")
+    lines.append(f"Differences of probe_{starved}, seed by seed, in points:")
+    key = f"probe_{starved}"
+    for other in ("MML", "EW", "MMPareto", "unimodal"):
+        pairs = zip(_known(got("MIMO", key)), _known(got(other, key)), strict=True)
+        lines.append(f"- MIMO over {other}: {spread([a - b for a, b in pairs], '+.1f')}.")
+    return lines
+
+
 def _gap(got: Callable[[str, str], list[Any]], kind: str) -> float:
-    """By how much training a modality alone is ahead of what it learns beside the others."""
-    alone, beside = (median(got(name, f"accuracy_{kind}")) for name in ("unimodal", "MML"))
+    """By how much, to a probe, training a modality alone is ahead of what it learns beside the others."""
+    alone, beside = (median(_known(got(name, f"probe_{kind}"))) for name in ("unimodal", "MML"))
     return alone - beside
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    """NaN for what could not be probed."""
+    return [math.nan if value is None else value for value in values]
 
 
 def _shown(values: Sequence[float | None]) -> str:
@@ -199,8 +219,8 @@ class _Quiet:
 
 
 def train(cell: Trial) -> Trial:
-    """Trains one model: test accuracies in %, seconds per batch of balancing, a validation curve, and the step at which
-    it diverged, if it did."""
+    """Trains one model: test accuracies in %, of its heads and of probes, what each modality contributes, seconds per
+    batch of balancing, a validation curve, and the step at which it diverged, if it did."""
     from equipoise.pipelines.audio_visual.train import AudioVisualWork
     from equipoise.pipelines.training.loop import NonFiniteError
     from equipoise.pipelines.training.state import make_accelerator
@@ -223,6 +243,7 @@ def train(cell: Trial) -> Trial:
     found = work.figures(work.test())
     kinds = ("joint", "audio", "visual")
     made: Trial = {f"accuracy_{k}": 100 * found[f"accuracy_{k}"] if f"accuracy_{k}" in found else None for k in kinds}  # type: ignore
+    made |= {name: value and 100 * value for name, value in work.probe().items()}
     if cell["extra"] == "landscape":
         made |= _landscape(work)
     count = _points(cell["steps"])

@@ -22,7 +22,8 @@ class AGM(Objective):
 
     With s_k the cross-entropy of what modality k alone predicts through the joint head, r_k = exp(mean over j ≠ k of
     s_j − s_k) says how far k is ahead in this batch, and r̂_k is the same of the running averages of s before it. The
-    gradient of encoder k is multiplied by exp(α·min(r̂_k − r_k, 10)); in the first step by 1.
+    gradient of encoder k is multiplied by exp(α·min(r̂_k − r_k, 10)); in the first step by 1. Where the joint logits are
+    no sum of the modalities' parts (fusion by gates or FiLM), each modality's own head predicts.
 
     Args:
         alpha: How strongly a modality is brought back to its average, α. (>= 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
 from equipoise.errors import InputError
+from equipoise.options import read_options
 
 PRESETS = {  # Table 9: λ, μ
     "crema_d": (100.0, 0.01),
@@ -49,7 +50,7 @@ class MIMO(Objective):
             nominal one again in each step, until the exponentials fit the data type, as in the paper.
 
     Raises:
-        InputError: f_star names no modality, or is not a number for each.
+        InputError: An option is not what it must be; or, once the modalities are known, f_star names none of them.
 
     Example:
         >>> losses = Losses(torch.tensor(1.0), {"audio": torch.tensor(0.5), "visual": torch.tensor(2.0)})
@@ -71,6 +72,10 @@ class MIMO(Objective):
         f_star: dict[str, float] | None = None,
         overflow: Literal["logsumexp", "doubling"] = "logsumexp",
     ) -> None:
+        given, problems = read_options(MIMO, {"lam": lam, "mu": mu, "preset": preset, "overflow": overflow})
+        if problems:
+            raise InputError("\n".join(problems))
+        lam, mu = given["lam"], given["mu"]
         usual = PRESETS[preset]
         self.lam = usual[0] if lam is None else lam
         self.mu = usual[1] if mu is None else mu

@@ -40,7 +40,8 @@ class Objective:
 
     # Whether unimodal losses reach the encoders. Where not, their heads learn beside, from features without a gradient.
     uses_unimodal: ClassVar[bool] = True
-    # Whether `Losses.responses` is wanted: the joint head's logits from each modality alone, without a gradient.
+    # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
+    # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
     trains_joint: ClassVar[bool] = True  # whether the joint prediction is worth looking at
     modalities: ClassVar[tuple[int, float]] = (0, float("inf"))  # how many it takes: at least, at most

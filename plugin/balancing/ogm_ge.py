@@ -18,7 +18,8 @@ class OGMGE(Objective):
 
     With s_k the sum over the batch of the softmax score that modality k alone gives to the true class through the joint
     head, ρ_k = s_k/s_other, and the gradients of encoder k are multiplied by 1 − tanh(α·relu(ρ_k)) where ρ_k > 1; then
-    noise from N(0, std(gradient)) is added to both encoders'.
+    noise from N(0, std(gradient)) is added to both encoders'. Where the joint logits are no sum of the modalities'
+    parts (fusion by gates or FiLM), the scores are those of each modality's own head.
 
     Args:
         alpha: How strongly the dominant modality is slowed, α. (>= 0)

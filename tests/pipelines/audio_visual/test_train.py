@@ -17,7 +17,7 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
-from equipoise.pipelines.audio_visual.model import FUSIONS, load
+from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load
 from equipoise.pipelines.audio_visual.scores import scores
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
@@ -511,16 +511,23 @@ def test_lora_that_cannot_be(tiny, pretrained, capfd):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_what_a_modality_says_alone(fusion):
+def test_what_a_modality_says_alone(fusion, tiny):
+    """Where the joint logits are no sum, its own head's: gates say who is the gate, and not who is ahead."""
     torch.manual_seed(0)
-    made = FUSIONS[fusion]({"a": 3, "b": 4}, 5)
-    features = {"a": torch.randn(2, 3), "b": torch.randn(2, 4)}
-    alone = {name: made.alone(name, features) for name in features}
+    model = LateFusion(config.load(NAME, [*tiny, f"fusion={fusion}"]), 5, (16, 16))
+    features = {"audio": torch.randn(2, 8), "visual": torch.randn(2, 8)}
+
+    def own(given):
+        return {name: model.heads[name](made) for name, made in given.items()}
+
+    alone, heads = model.responses(features, own(features)), own(features)
     assert all(logits.shape == (2, 5) for logits in alone.values())
     if fusion in ("sum", "concat"):
-        assert torch.allclose(sum(alone.values()), made(features), atol=1e-6), "the joint logits are their sum"
-    other = {"a": features["a"], "b": torch.randn(2, 4)}
-    assert torch.equal(made.alone("a", other), alone["a"]), "it does not depend on the other"
+        assert torch.allclose(sum(alone.values()), model.fusion(features), atol=1e-6), "the joint logits are their sum"
+    else:
+        assert all(torch.equal(alone[name], heads[name]) and not alone[name].requires_grad for name in heads)
+    other = {"audio": features["audio"], "visual": torch.randn(2, 8)}
+    assert torch.equal(model.responses(other, own(other))["audio"], alone["audio"]), "it does not depend on the other"
 
 
 def test_scores_by_hand():

@@ -63,8 +63,14 @@ def test_the_command_reproduces_mimo_on_given_clips(tmp_path, capsys):
     cells = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert len(cells) == 11 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
     assert all(cell["balancing"] > 0 and len(cell[f"curve_{kind}"]) == 2 for cell in cells for kind in KINDS)
-    gaps = {kind: cells[0][f"accuracy_{kind}"] - cells[1][f"accuracy_{kind}"] for kind in KINDS}
+    gaps = {kind: cells[0][f"probe_{kind}"] - cells[1][f"probe_{kind}"] for kind in KINDS}
     assert (cells[0]["method"], cells[1]["method"]) == ("unimodal", "MML")
     starved = max(KINDS, key=lambda kind: gaps[kind])
-    assert f"Furthest behind under MML: {starved}, {gaps[starved]:.1f} points" in out
+    assert f"Furthest behind under MML, by the probe: {starved}, {gaps[starved]:.1f} points" in out
+    lead = cells[10][f"probe_{starved}"] - cells[1][f"probe_{starved}"]
+    assert cells[10]["method"] == "MIMO" and f"probe_{starved}, seed by seed" in out
+    assert f"- MIMO over MML: {lead:+.1f}." in out
+    assert all(
+        sum(cell[f"contribution_{kind}"] for kind in KINDS) == pytest.approx(cell["probe_joint"] - 50) for cell in cells
+    ), "of two classes alike, chance is a half"
     assert f"- MIMO over MML, {starved}: paper +37.1, here " in out

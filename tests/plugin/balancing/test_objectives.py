@@ -469,6 +469,9 @@ def test_mslr_sets_the_rates_it_is_told():
         (lambda: MIMO(f_star={"c": 1.0}), "ab", "f_star: c is no modality here; there are a, b"),
         (lambda: MIMO(f_star={"a": "low"}), "ab", "must give a number for each modality"),
         (lambda: MIMO(f_star={"a": math.nan}), "ab", "must give a number for each modality"),
+        (lambda: MIMO(lam=-1), "ab", "^lam: must be a number >= 0 or none, got -1"),
+        (lambda: MIMO(mu=0), "ab", "^mu: must be a number > 0 or none, got 0"),
+        (lambda: MIMO(preset="crema"), "ab", "^preset: must be one of 'crema_d'.* Did you mean 'crema_d'"),
         (lambda: Unimodal("c"), "ab", "modality: c is no modality here; there are a, b"),
     ],
 )
