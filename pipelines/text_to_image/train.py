@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor
 
 from equipoise.balancing.objective import Losses
@@ -366,9 +367,12 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         with self.base.encoders_on_device(), self.averaged(), lora_scale(self.parts, self.config.samples.scale):
             made = generate(self.base.pipeline, self.config.samples, self.config.data.resolution)
         folder = self.run.folder / "samples" / f"step-{step:08d}"
+        shown: dict[str, list[Image]] = {}
         for index, picture in enumerate(made):
             prompt = index // self.config.samples.count
+            shown.setdefault(f"samples/{prompt:02d}", []).append(picture.image)
             picture.save(folder / f"{prompt:02d}-{picture.seed}.png", step=step, run=self.run.id)
+        self.run.show(step, shown)
         self.run.log(f"drew {len(made)} samples at step {step}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
