@@ -19,6 +19,7 @@ from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Following, Run, memory_full, sentence
 from equipoise.pipelines.tables import size_words
 from equipoise.pipelines.training import processes
+from equipoise.pipelines.training.trackers import tracked
 
 _LISTED = 20  # problems
 
@@ -260,7 +261,8 @@ def execute(pipeline: type[Pipeline], config: RunConfig, run: Run) -> Outcome:
     try:
         with run.session():
             try:
-                outcome = pipeline.run(config, run)
+                with tracked(config, run):
+                    outcome = pipeline.run(config, run)
             except Exception as error:
                 if missing := processes.lost(error):
                     raise missing from error

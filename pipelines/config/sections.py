@@ -218,7 +218,8 @@ class SamplesSection(Section):
     every: int = Field(0, ge=0, description="Steps between samples while training; 0 samples only at the end.")
 
 
-_SHARED = ("optimizer", "objective", "coordinator", "schedule", "train", "samples", "checkpoint")
+Tracker = Literal["tensorboard", "wandb"]
+_SHARED = ("optimizer", "objective", "coordinator", "schedule", "train", "samples", "checkpoint", "trackers")
 
 
 class TrainConfig(RunConfig):
@@ -247,6 +248,11 @@ class TrainConfig(RunConfig):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection = Field(default_factory=TrainSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    trackers: list[Tracker] = Field(
+        [],
+        description="Trackers that get metrics and samples too: tensorboard, in the run's folder, or wandb, a service; "
+        "empty: none.",
+    )
 
     @property
     def total_steps(self) -> int:

@@ -12,6 +12,7 @@ from equipoise.pipelines.comparing.comparison import RATE
 from equipoise.pipelines.config.records import RunConfig
 from equipoise.pipelines.config.sections import OptimizerSection, own_rates
 from equipoise.pipelines.pipeline import Pipeline
+from equipoise.pipelines.training.trackers import missing
 
 
 @registry.looked_up_once()
@@ -22,10 +23,12 @@ def check(runs: Iterable[RunConfig]) -> None:
         runs: one run, or all cells of a sweep.
 
     Raises:
-        ConfigError: an optimizer refuses its options, or a pipeline's check found problems, one line each.
+        ConfigError: an optimizer refuses its options, a tracker is not installed, or a pipeline's check found
+            problems, one line each.
     """
     runs = list(runs)
-    if problems := [*_refused_options(runs), *_found(runs, lambda pipeline, config: pipeline.check(config))]:
+    found = _found(runs, lambda pipeline, config: pipeline.check(config))
+    if problems := [*_refused_options(runs), *missing(runs), *found]:
         raise ConfigError(problems)
 
 

@@ -6,12 +6,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines import config as configs
@@ -21,9 +21,24 @@ from equipoise.pipelines.runs.index import Index
 from equipoise.pipelines.runs.lock import exclusive, stop_signals
 from equipoise.pipelines.runs.status import HEARTBEAT, Status
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 REQUESTS = ("stop", "save", "sample")
 FOLDERS = ("samples", "checkpoints", "result", "requests")
 _PROGRESS = {"step", "loss", "rate"}  # written with the next heartbeat; everything else at once
+
+
+class Watcher(Protocol):
+    """What a run reports to while it trains."""
+
+    def begin(self, step: int) -> None:
+        """Training goes on from this step; what was reported after it does not count."""
+        ...
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def pictures(self, step: int, pictures: "Mapping[str, Sequence[Image]]") -> None: ...
 
 
 class Run:
@@ -43,6 +58,7 @@ class Run:
         self.log_file = self.folder / "log.txt"
         self.samples, self.checkpoints, self.result, _ = (self.folder / name for name in FOLDERS)
         self.signal: int | None = None  # the signal that asked this session to stop
+        self.watcher: Watcher | None = None  # what this session reports to beside the folder
         self.indexed = True  # whether changes go into the runs folder's index
         self._requests = {kind: str(self.folder / "requests" / kind) for kind in REQUESTS}
         self._stop = False
@@ -183,9 +199,18 @@ class Run:
         record = status.plain({"step": step, "time": time.time()} | values)
         append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
         self.update(step=step, **{key: values[key] for key in ("loss", "rate") if key in values})
+        if self.watcher:
+            self.watcher.metrics(step, values)
+
+    def show(self, step: int, pictures: "Mapping[str, Sequence[Image]]") -> None:
+        """Report samples that lie in the folder, by name, to what takes pictures beside it."""
+        if self.watcher:
+            self.watcher.pictures(step, pictures)
 
     def rewind_metrics(self, step: int) -> None:
         """Forget the metrics after `step`, from which training goes on."""
+        if self.watcher:
+            self.watcher.begin(step)
         lines = [line for line, record in self._metric_lines() if record["step"] <= step]
         write_atomic(self.folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
 

@@ -11,7 +11,15 @@ from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image import overview
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import open_picture, read_class, read_examples, read_folder
+from equipoise.pipelines.text_to_image.data import (
+    Example,
+    Folder,
+    open_picture,
+    read_class,
+    read_examples,
+    read_folder,
+    read_held,
+)
 from equipoise.pipelines.text_to_image.families import NOTHING_TO_SEE, Family, family
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
@@ -58,14 +66,10 @@ def problems(config: TextToImageConfig) -> list[str]:
         found.append(f"train.compile: needs {missing}. Install it, or leave train.compile out.")
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
-        found += wrong
-        for example in examples[:_DECODED] if not wrong else []:
-            try:
-                open_picture(example.path)
-            except InputError as error:
-                found.append(str(error))
+        found += wrong or _unreadable(examples)
         if (word := config.token.name) and not wrong and not any(word in example.caption for example in examples):
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
+    found += _validation_problems(config)
     found += read_class(config)[1]
     if (start := config.lora.start) and not Path(start).is_file():
         what = "is a folder" if Path(start).is_dir() else "does not exist"
@@ -94,6 +98,24 @@ def problems(config: TextToImageConfig) -> list[str]:
     return found
 
 
+def _unreadable(examples: list[Example]) -> list[str]:
+    found = []
+    for example in examples[:_DECODED]:
+        try:
+            open_picture(example.path)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def _validation_problems(config: TextToImageConfig) -> list[str]:
+    if held := read_held(config.data):
+        return held.problems or _unreadable(held.examples)
+    if config.train.validate_every:
+        return ["train.validate_every: there is nothing to validate on. Give data.validation, a folder of pictures."]
+    return []
+
+
 def _no_compiler() -> str:
     """What torch.compile would miss here; empty where it has all."""
     import torch
@@ -106,7 +128,7 @@ def _no_compiler() -> str:
 
 def doubts(config: TextToImageConfig) -> list[str]:
     """What of the folder, the options and the resolution may not be meant."""
-    found = overview.doubts(config, read_folder(config.data)) if config.data.folder != demo.NAME else []
+    found = overview.doubts(config, _folder(config), read_held(config.data))
     found += [
         f"{section}.{key}: has no effect without {other}."
         for section, keys, on, other in (
@@ -138,7 +160,12 @@ def doubts(config: TextToImageConfig) -> list[str]:
 
 def notes(config: TextToImageConfig) -> list[str]:
     """What the folder holds, as it will be trained on."""
-    return [] if config.data.folder == demo.NAME else overview.notes(config, read_folder(config.data))
+    return overview.notes(config, _folder(config), read_held(config.data))
+
+
+def _folder(config: TextToImageConfig) -> Folder | None:
+    """What is trained on; None where it may still have to be drawn."""
+    return None if config.data.folder == demo.NAME else read_folder(config.data)
 
 
 def _target_problems(config: TextToImageConfig, kind: Family) -> list[str]:

@@ -17,7 +17,7 @@ from equipoise.pipelines.config.sections import (
     Rate,
     SamplesSection,
     SamplingConfig,
-    TrainSection,
+    ValidatedTrainSection,
 )
 from equipoise.pipelines.text_to_image.families.config import NoiseSection
 
@@ -38,6 +38,10 @@ class TextToImageData(Section):
     folder: DataPath = Field(
         "demo",
         description="Pictures, captioned in metadata.jsonl, metadata.csv or .txt files; `demo` draws six of an object.",
+    )
+    validation: LocalPath | None = Field(
+        None,
+        description="A folder of pictures that are not trained on, captioned as those of data.folder, for validations.",
     )
     instance_prompt: str | None = Field(
         None, description="One caption for all pictures; the folder's captions are then not read."
@@ -142,7 +146,7 @@ class TextToImageOptimizer(OptimizerSection):
     )
 
 
-class TextToImageTrain(TrainSection):
+class TextToImageTrain(ValidatedTrainSection):
     batch: Batch = Field(4, description="Pictures of each process in a forward pass.")
     ema: float = Field(
         0.0,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from equipoise.pipelines.media.pictures import NAMED, of_systems, suffixes
 from equipoise.pipelines.media.pictures import open_picture as open_picture
+from equipoise.pipelines.media.reading import content
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.tables import ENCODING, listed, read_tables, tables_among
 
@@ -111,6 +112,26 @@ def read_class(config: TextToImageConfig) -> tuple[list[Example], list[str]]:
     data = TextToImageData(folder=prior.folder, instance_prompt=prior.prompt)  # pyright: ignore[reportCallIssue]
     examples, problems = read_examples(data)
     return examples, [problem.replace("data.folder", "prior.folder") for problem in problems]
+
+
+def read_held(data: TextToImageData) -> Folder | None:
+    """What `data.validation` holds, if it is given; each of its pictures counts once."""
+    if data.validation is None:
+        return None
+    found = read_folder(data.model_copy(update={"folder": data.validation, "repeats": {}}))
+    found.examples = [replace(example, repeats=1) for example in found.examples]
+    for sentences in (found.problems, found.doubts):
+        sentences[:] = [s.replace("data.folder", "data.validation").replace("trained on", "used") for s in sentences]
+    return found
+
+
+def in_both(trained: Iterable[Example], held: Iterable[Example]) -> list[Path]:
+    """The held-out pictures that are trained on too, by their content; files of sizes of their own are not read."""
+    sizes: dict[int, list[Path]] = {}
+    for path in {example.path for example in trained}:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    paths = sorted({example.path for example in held})
+    return [p for p in paths if content(p) in map(content, sizes.get(p.stat().st_size, ()))]
 
 
 def _walk(folder: Path, doubts: list[str]) -> set[Path]:

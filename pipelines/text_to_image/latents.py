@@ -57,7 +57,7 @@ def prepare_latents(
     keys = [cache_key(example.path, data, base.identity) for example in examples]
     whole = hashlib.sha256("".join(keys).encode()).hexdigest()
     if whole not in base.latents:
-        for old in list(base.latents)[:-1]:  # those of the last pictures stay: a run may have class pictures beside
+        for old in list(base.latents)[:-2]:  # the last ones stay: a run may have held-out and class pictures beside
             del base.latents[old]
         base.latents[whole] = _prepare(base, examples, keys, data, folder, stopped)
         forget()  # the pictures themselves

@@ -9,7 +9,7 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines.media.pictures import size_of
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import Example, Folder
+from equipoise.pipelines.text_to_image.data import Example, Folder, in_both
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, is_local, model_source, read_index, stride
 from equipoise.pipelines.text_to_image.tables import listed
@@ -17,8 +17,13 @@ from equipoise.pipelines.text_to_image.tables import listed
 _SHOWN = 8  # shapes in a sentence
 
 
-def notes(config: TextToImageConfig, folder: Folder) -> list[str]:
-    """What will be trained on, a sentence each."""
+def notes(config: TextToImageConfig, folder: Folder | None, held: Folder | None = None) -> list[str]:
+    """What will be trained on and what is held out, a sentence each."""
+    found = _trained(config, folder) if folder else []
+    return [*found, f"held out for validation: {held.summary}"] if held else found
+
+
+def _trained(config: TextToImageConfig, folder: Folder) -> list[str]:
     found = [folder.summary]
     if shapes := _shapes(config, folder.examples):
         parts = [f"{count} of {width} × {height}" for (width, height), count in shapes.most_common(_SHOWN)]
@@ -30,9 +35,24 @@ def notes(config: TextToImageConfig, folder: Folder) -> list[str]:
     return found
 
 
-def doubts(config: TextToImageConfig, folder: Folder) -> list[str]:
-    """What may not be meant of what will be trained on, a sentence each."""
-    return [*folder.doubts, *_lone_shapes(config, folder.examples), *_cut_captions(config, folder)]
+def doubts(config: TextToImageConfig, folder: Folder | None, held: Folder | None = None) -> list[str]:
+    """What may not be meant of what will be trained on and of what is held out, a sentence each."""
+    found = held.doubts if held else []
+    if not folder:
+        return found
+    found = [*folder.doubts, *_lone_shapes(config, folder.examples), *_cut_captions(config, folder), *found]
+    return [*found, *_trained_too(folder, held)] if held else found
+
+
+def _trained_too(folder: Folder, held: Folder) -> list[str]:
+    if not (both := in_both(folder.examples, held.examples)):
+        return []
+    count = len(both)
+    return [
+        f"data.validation: {count} picture{'s' * (count > 1)} of {held.path} ({listed(both, held.path)}) "
+        f"{'are' if count > 1 else 'is'} in data.folder too, so that what is trained on is also judged by. "
+        "Take them out of one of the two."
+    ]
 
 
 def _shapes(config: TextToImageConfig, examples: Iterable[Example]) -> Counter[tuple[int, int]]:

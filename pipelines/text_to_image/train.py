@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor
 
 from equipoise.balancing.objective import Losses
@@ -30,7 +32,7 @@ from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
-from equipoise.pipelines.text_to_image.data import Example, read_folder
+from equipoise.pipelines.text_to_image.data import Example, read_folder, read_held
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import prepare_latents
@@ -57,32 +59,39 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     found = read_folder(data)
     if found.problems:  # since the check
         raise ConfigError(found.problems)
-    for line in [*overview.notes(config, found), *overview.doubts(config, found)]:
+    held = read_held(data)
+    if held and held.problems:
+        raise ConfigError(held.problems)
+    for line in [*overview.notes(config, found, held), *overview.doubts(config, found, held)]:
         run.log(line)
-    prepared = _prepare(base, found.examples, data, config, run)
+    prepared = _prepare(base, found.examples, held.examples if held else [], data, config, run)
     if isinstance(prepared, Outcome):
         return prepared
-    own, prior = prepared
+    own, validation, prior = prepared
     word = fresh_rows(base, config.token) if config.token.name else {}
     live = config.lora.text_encoder or data.shuffle_tags or bool(word)
     if not live:
-        base.read([*own.captions, *(prior.captions if prior else []), *([""] if data.caption_dropout else [])])
+        kinds = [kind.captions for kind in (own, validation, prior) if kind]
+        base.read([*chain(*kinds), *([""] if data.caption_dropout else [])])
     with (
         with_token(base, config.token.name or "", word) if word else nullcontext(),
         base.adapted(config.lora, config.seed) as parts,
         nullcontext() if live else base.encoders_off_device(),
     ):
-        work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word)
-        before = work.untouched = work.evaluation_loss()
+        work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word, validation)
+        before = work.evaluation_loss()
+        work.untouched = work.fixed_loss(own) if validation else before
         started = time.perf_counter()
         outcome = train_loop(run, work, config)
         if outcome.state != "stopped" and processes.leads():
+            work.settle()
             with work.averaged():
                 facts = {
                     "state": outcome.state,
                     "step": outcome.step,
                     "loss_before": number(before),
                     "loss_after": number(work.final_loss()),
+                    **work.chosen(),
                     "seconds": time.perf_counter() - started,
                     "prediction": work.noise.prediction,
                 }
@@ -94,16 +103,24 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
 
 
 def _prepare(
-    base: Base, examples: list[Example], data: TextToImageData, config: TextToImageConfig, run: Run
-) -> "tuple[Pictures, Pictures | None] | Outcome":
-    """What is trained on, and the class pictures where there are some; the outcome where the run is to stop."""
+    base: Base,
+    examples: list[Example],
+    held: list[Example],
+    data: TextToImageData,
+    config: TextToImageConfig,
+    run: Run,
+) -> "tuple[Pictures, Pictures | None, Pictures | None] | Outcome":
+    """What is trained on, what is held out and the class pictures, where there are some; the outcome where the run is
+    to stop."""
     cache, stopped = Path(config.runs) / ".cache", run.asked_to_stop
 
-    def prepare() -> tuple[Pictures, Pictures | None]:
-        own = Pictures.of(examples, prepare_latents(base, examples, data, cache, stopped), config)
-        if not (classed := class_examples(base, config, cache, stopped)):
-            return own, None
-        return own, Pictures.of(classed, prepare_latents(base, classed, data, cache, stopped), config)
+    def pictures(some: list[Example]) -> Pictures:
+        return Pictures.of(some, prepare_latents(base, some, data, cache, stopped), config)
+
+    def prepare() -> tuple[Pictures, Pictures | None, Pictures | None]:
+        own, validation = pictures(examples), pictures(held) if held else None
+        classed = class_examples(base, config, cache, stopped)
+        return own, validation, pictures(classed) if classed else None
 
     made, message = None, ""
     if processes.leads():
@@ -118,7 +135,7 @@ def _prepare(
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is trained on, of one kind: the subject's, or those of the class beside it."""
+    """Pictures of one kind: the subject's, those held out, or those of the class that is trained on too."""
 
     captions: list[str]
     latents: Latents
@@ -149,8 +166,10 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         own: Pictures,
         prior: Pictures | None = None,  # of the class, where that is preserved
         word: dict[str, Tensor] | None = None,  # by text encoder: a new word's rows
+        held: Pictures | None = None,  # which are not trained on
     ):
         self.base, self.parts, self.own, self.prior, self.word = base, parts, own, prior, word or {}
+        self.held = held
         self.captions, self.latents = own.captions, own.latents
         self.prior_loss: dict[int, Tensor] = {}  # of the step's micro-batches
         self.untouched = torch.inf  # the base's loss, once it is known
@@ -210,13 +229,20 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.prior_loss = first
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"recent": list(self.recent), "pictures": self.own.digest}
+        held = {"held": self.held.digest} if self.held else {}
+        return super().state() | {"recent": list(self.recent), "pictures": self.own.digest} | held
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        data = self.config.data
         if state.get("pictures", self.own.digest) != self.own.digest:
             raise InputError(
-                f"data.folder: {self.config.data.folder}: its pictures or captions are not those that this run was "
-                "trained on so far. Put them back, or train anew."
+                f"data.folder: {data.folder}: its pictures or captions are not those that this run was trained on so "
+                "far. Put them back, or train anew."
+            )
+        if self.held and state.get("held") != self.held.digest:
+            raise InputError(
+                f"data.validation: {data.validation}: its pictures or captions are not those that this run was judged "
+                "by so far. Put them back, or train anew."
             )
         super().restore(weights, state)
         self.recent = state.get("recent", [])  # an earlier version's checkpoints have none
@@ -294,14 +320,30 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
     def final_loss(self) -> float:
         return self.evaluation_loss() if self.average else super().final_loss()  # the result is the average
 
-    @torch.no_grad()
+    def validate(self, taken: int) -> dict[str, float]:
+        with self.averaged():  # which the result would be
+            return super().validate(taken)
+
+    def chosen(self) -> dict[str, Any]:
+        """Which weights are the result, where there were validations to choose by."""
+        if not (self.validation and self.config.train.validate_every):
+            return {}
+        return {"kept": self.config.train.keep, "best_step": self.validation.best_step}
+
     def evaluation_loss(self) -> float:
-        """The loss over fixed pictures, noise and evenly spread timesteps: comparable between runs and steps."""
+        """`fixed_loss` of the held-out pictures, or where there are none of those that are trained on."""
+        return self.fixed_loss(self.held or self.own)
+
+    @torch.no_grad()
+    def fixed_loss(self, pictures: Pictures) -> float:
+        """The loss over fixed pictures, noise and evenly spread timesteps: comparable between runs and steps, and for
+        held-out pictures between seeds too."""
         for part in self.parts.values():
             part.eval()
-        generator = torch.Generator().manual_seed(mix(self.config.seed, "evaluation"))
-        shapes = self.latents.shapes
-        drawn = [index % len(self.captions) for index in range(_EVALUATED)]
+        seed = 0 if pictures is self.held else self.config.seed
+        generator = torch.Generator().manual_seed(mix(seed, "evaluation"))
+        shapes, count = pictures.latents.shapes, len(pictures.captions)
+        drawn = [index * max(count, _EVALUATED) // _EVALUATED % count for index in range(_EVALUATED)]
         noises = [torch.randn(shapes[picture], generator=generator) for picture in drawn]
         # 37: every picture, all times
         spread = (torch.arange(_EVALUATED) * 37 % _EVALUATED + 0.5) / _EVALUATED
@@ -311,8 +353,8 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             alike = [index for index in range(_EVALUATED) if shapes[drawn[index]] == shape]
             for some in (alike[start : start + most] for start in range(0, len(alike), most)):
                 chosen = [drawn[index] for index in some]
-                clean, _, crops = self.latents.take(chosen, [0] * len(some))
-                captions = [self.captions[picture] for picture in chosen]
+                clean, _, crops = pictures.latents.take(chosen, [0] * len(some))
+                captions = [pictures.captions[picture] for picture in chosen]
                 noise = torch.stack([noises[index] for index in some])
                 total += self._loss(clean, noise, times[some], captions, crops).item() * len(some)
         return total / _EVALUATED
@@ -325,9 +367,12 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         with self.base.encoders_on_device(), self.averaged(), lora_scale(self.parts, self.config.samples.scale):
             made = generate(self.base.pipeline, self.config.samples, self.config.data.resolution)
         folder = self.run.folder / "samples" / f"step-{step:08d}"
+        shown: dict[str, list[Image]] = {}
         for index, picture in enumerate(made):
             prompt = index // self.config.samples.count
+            shown.setdefault(f"samples/{prompt:02d}", []).append(picture.image)
             picture.save(folder / f"{prompt:02d}-{picture.seed}.png", step=step, run=self.run.id)
+        self.run.show(step, shown)
         self.run.log(f"drew {len(made)} samples at step {step}")
 
     def save_result(self, facts: dict[str, Any]) -> None:

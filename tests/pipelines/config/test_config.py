@@ -275,7 +275,7 @@ def test_every_pipeline_has_the_keys_of_a_training_and_they_follow_its_own(name)
             assert mine[key].limits == common.limits
     sections = list(cls.model_fields)
     last = [section for section in sections if section in TrainConfig.model_fields and section not in sections[:5]]
-    assert last == ["optimizer", "objective", "coordinator", "schedule", "train", "checkpoint"]
+    assert last == ["optimizer", "objective", "coordinator", "schedule", "train", "checkpoint", "trackers"]
     assert [section for section in sections if section != "samples"][-len(last) :] == last
 
 
