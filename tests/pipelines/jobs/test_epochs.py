@@ -33,12 +33,13 @@ def folder(tmp_path, monkeypatch) -> Path:
     [
         (["instruction_tuning/demo", "data=talk.jsonl", "batch=4"], 15, "3 of 19 examples, 4 a step, are 15 steps."),
         (["text_to_image/demo", "data=pictures", "batch=4"], 3, "3 of 4 examples, 4 a step, are 3 steps."),
-        (["audio_visual/demo", f"data={CLIPS}", "data.modalities=[visual]", "batch=2"], 9, "3 of 6 examples, 2 a step"),
+        (["audio_visual/demo", "data=CLIPS", "data.modalities=[visual]", "batch=2"], 9, "3 of 6 examples, 2 a step"),
         (["instruction_tuning/demo", "batch=4", "train.accumulate=2"], 1013, "3 of 2,700 examples, 8 a step"),
     ],
 )
 def test_epochs_are_counted(folder, words, steps, sentence):
-    config = configs.load(words[0], [*words[1:], "steps=", "train.epochs=3", f"runs={folder / 'runs'}"])
+    given = [word.replace("CLIPS", str(CLIPS)) for word in words[1:]]
+    config = configs.load(words[0], [*given, "steps=", "train.epochs=3", f"runs={folder / 'runs'}"])
     made, (line,) = in_steps(config)
     assert line.startswith(f"train.epochs: {sentence}") and made.total_steps == steps
     assert made.train.epochs is None and in_steps(made) == (made, [])
