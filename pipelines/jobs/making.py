@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -47,6 +48,19 @@ def make(
     Raises:
         InputError: nothing to compare, runs of different pipelines or bases, a folder that is in use.
     """
+    runs, loaded = _finished(found)
+    first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
+    pipeline = registry.load("pipelines", loaded[0].pipeline)
+    folder, name = _place(found, out, own=bool(changes))
+    with swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
+        comparison = pipeline.compare(name, staging, runs, loaded, first)
+        paths = write_report(comparison)
+    comparison.folder = folder
+    return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def _finished(found: Sequence[Run]) -> tuple[list[Run], list[Any]]:
+    """The runs and the cells of sweeps, and their configurations, if they can be compared."""
     runs = [run for one in found for run in (sweeps.cells(one) if one.status().kind == "sweep" else [one])]
     if not runs:
         raise InputError("comparison: there are no runs in what was given.")
@@ -56,14 +70,7 @@ def make(
     loaded = [run.config() for run in runs]
     if len(kinds := {config.pipeline for config in loaded}) > 1:
         raise InputError(f"comparison: runs of different pipelines ({', '.join(sorted(kinds))}) cannot be compared.")
-    first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
-    pipeline = registry.load("pipelines", loaded[0].pipeline)
-    folder, name = _place(found, out, own=bool(changes))
-    with swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
-        comparison = pipeline.compare(name, staging, runs, loaded, first)
-        paths = write_report(comparison)
-    comparison.folder = folder
-    return comparison, {what: folder / path.name for what, path in paths.items()}
+    return runs, loaded
 
 
 def make_of_files(
@@ -95,20 +102,24 @@ def make_of_files(
     """
     if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
         raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is drawn in any case.")
-    cells = [run for one in found for run in (sweeps.cells(one) if one.status().kind == "sweep" else [one])]
-    config = cells[0].config() if cells else registry.load("pipelines", _FILES).Config(name="files")
+    cells, loaded = _finished(found) if found else ([], [])
+    config = loaded[0] if loaded else registry.load("pipelines", _FILES).Config(name="files")
     pipeline = registry.load("pipelines", config.pipeline)
+    _of_one_base(loaded, {"model.path", "model.revision"} - changes.keys() | {"data.resolution"})
     given: dict[str, Path] = {}
     names = Counter(run.id.rpartition("/")[2] for run in cells)
     for run in cells:
         short = run.id.rpartition("/")[2]  # of a cell, what sets it apart in its sweep
         label = short if names[short] == 1 else run.id
-        if (file := pipeline.result_file(run)).is_file():
-            given[label] = file
+        own = {label: file} if (file := pipeline.result_file(run)).is_file() else {}
         if each_checkpoint:
-            given |= {f"{label} {path.name}": path for path in checkpoints.complete(run.checkpoints)}
+            own |= {f"{label} {path.name}": path for path in checkpoints.complete(run.checkpoints)}
+        if not own:
+            print(f"{run.id}: has nothing to draw with yet, and is left out.", file=sys.stderr)
+        given |= own
     names = Counter(file.stem for file in files)
-    given |= {file.stem if names[file.stem] == 1 else str(file): file.resolve() for file in files}
+    for file in files:
+        given[file.stem if names[file.stem] == 1 and file.stem not in given else str(file)] = file.resolve()
     if not given:
         raise InputError("comparison: none of these runs has a result yet.")
     first = configs.set_keys(config, changes, source="comparison")
@@ -121,6 +132,14 @@ def make_of_files(
         paths = write_report(comparison)
     comparison.folder = folder
     return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def _of_one_base(loaded: Sequence[Any], keys: set[str]) -> None:
+    flat = [configs.flat(config) for config in loaded]
+    for key in sorted(keys):
+        if len(different := {str(one.get(key)) for one in flat}) > 1:
+            values = " and ".join(sorted(different))
+            raise InputError(f"comparison: {key} differs between the runs ({values}); compare runs of one base.")
 
 
 def _place(found: Sequence[Run], out: Path | None, own: bool, root: Path | None = None) -> tuple[Path, str]:

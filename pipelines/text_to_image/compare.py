@@ -9,20 +9,19 @@ import logging
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, means, measured
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
-from equipoise.pipelines.runs.run import Run
+from equipoise.pipelines.runs.run import Run, memory_full
 from equipoise.pipelines.text_to_image.base import Base, load_base
 from equipoise.pipelines.text_to_image.config import (
     JudgesSection,
@@ -52,6 +51,7 @@ logging.getLogger("diffusers.loaders.lora_base").addFilter(
 
 NOTHING = "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
 ALIKE = "The pictures of a prompt begin from the same noise in every cell."
+_LONG = 100  # characters of a name, beside which others have to fit into a file system's
 THUMBNAIL = 160  # pixels, the longer side
 
 
@@ -129,6 +129,7 @@ def draw_all(
     """Draws the same prompts from the same noise with the untouched base and with each cell, and measures them."""
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
     total = len(samples.prompts) * samples.count * (1 + sum(one.tuned is not None for one in cells))
+    places = {"": "base"} | _places([one.cell.run for one in cells])
     with progress("pictures", "picture", total=total) as bar:
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
@@ -138,8 +139,9 @@ def draw_all(
             plain.extend(made if not cell.run else ())
             judged = scorer(made, references)
             cell.metrics |= metrics | means(judged)
-            cell.metrics["score"] = score(cell.metrics)
-            cell.pictures = _write(folder, cell, samples, made, verdicts, scale)
+            if column == "learning rate" or "object" in cell.metrics:  # of files no loss is known to judge by
+                cell.metrics["score"] = score(cell.metrics)
+            cell.pictures = _write(folder, places[cell.run], cell, samples, made, verdicts, scale)
             for picture, *found in zip(cell.pictures, scores, judged, strict=True):
                 picture.scores = found[0] | found[1]
 
@@ -212,10 +214,12 @@ def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
             warnings.simplefilter("error", RuntimeWarning)  # peft's only word on factors that fit nowhere
             try:
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="run")
-            except (OSError, SafetensorError, ValueError, RuntimeError, RuntimeWarning) as error:
-                reason = " ".join(str(error).split())[:300]
+                pipeline.set_adapters("run", scale)
+            except Exception as error:  # whatever a damaged one makes of diffusers and peft
+                if memory_full(error):
+                    raise
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise InputError(f"{file}: cannot be loaded on this base: {reason}") from error
-        pipeline.set_adapters("run", scale)
         for part in base.tunable.values():
             part.eval()  # the loader's new layers would drop as many of their inputs as in training
         yield
@@ -224,10 +228,19 @@ def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
             base.restore(part)
 
 
+def _places(runs: Sequence[str]) -> dict[str, str]:
+    """Where the pictures of each run or file go: by the last part of its name, where that is its own and no base's."""
+    short = [run.rsplit("/", 1)[-1] for run in runs]
+    count = Counter([*short, "base"])
+    return {
+        run: name if count[name] == 1 and len(name) < _LONG else f"{index:03d}"
+        for index, (run, name) in enumerate(zip(runs, short, strict=True))
+    }
+
+
 def _write(
-    folder: Path, cell: Cell, samples: TextToImageSamples, made: list[Sample], verdicts, scale: float
+    folder: Path, name: str, cell: Cell, samples: TextToImageSamples, made: list[Sample], verdicts, scale: float
 ) -> list[Picture]:
-    name = "base" if not cell.run else cell.run.rsplit("/", 1)[-1]
     pictures = []
     for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):
         prompt = index // samples.count

@@ -1,7 +1,7 @@
 """The same pictures from LoRA files of any origin, and from a run's checkpoints, each at several strengths."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +15,13 @@ from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.runs import checkpoints
 from equipoise.pipelines.text_to_image.base import Base, layers, load_base
-from equipoise.pipelines.text_to_image.compare import NOTHING, Drawn, draw_all, with_lora
+from equipoise.pipelines.text_to_image.compare import NOTHING, Drawn, draw_all, with_lora, with_result
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import native_resolution
 from equipoise.pipelines.text_to_image.formats.lora_files import (
     DOWN,
+    UP,
     canonical,
     opened,
     read_lora,
@@ -28,7 +29,9 @@ from equipoise.pipelines.text_to_image.formats.lora_files import (
     write_lora,
 )
 from equipoise.pipelines.text_to_image.generate import lora_scale
+from equipoise.pipelines.text_to_image.inversion import with_token
 from equipoise.pipelines.text_to_image.judges import Judges
+from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 
 def compare_files(
@@ -54,8 +57,7 @@ def compare_files(
         raise InputError(NOTHING)
     if not is_set(config.data, "resolution") and (side := native_resolution(config.model.path, config.model.revision)):
         config = configs.set_keys(config, {"data.resolution": side})
-    base = load_base(config.model, config.train.precision)
-    base.set_scheduler(config.noise)
+    base = load_base(config.model, config.train.precision)  # with its own schedule, for itself and for files
     scorer = Judges(**config.judges.model_dump())
     with TemporaryDirectory() as rewritten:
         files = {path: _loadable(base, path, Path(rewritten)) for path in given.values() if not path.is_dir()}
@@ -67,7 +69,7 @@ def compare_files(
                 )
                 tuned = partial(_with_checkpoint, base, path, strength)
                 if path in files:
-                    tuned = partial(with_lora, base, files[path], strength)
+                    tuned = partial(_with_file, base, path, files[path], strength)
                 cells.append(Drawn(cell, tuned, scale=strength))
         return draw_all(name, folder, base, config, config.samples, cells, scorer, {}, column="strength")
 
@@ -75,9 +77,12 @@ def compare_files(
 @contextmanager
 def _with_checkpoint(base: Base, path: Path, strength: float) -> Iterator[None]:
     """The base has the factors that a run had at a checkpoint, or their average, for the time of the block."""
-    settings = configs.load(path.parent.parent / "config.yaml")
+    settings: TextToImageConfig = configs.load(path.parent.parent / "config.yaml")
     _, weights, _ = checkpoints.load(path)
-    with base.adapted(settings.lora, settings.seed) as parts:
+    base.set_scheduler(settings.noise)
+    word = {name.removeprefix("word."): rows for name, rows in weights.items() if name.startswith("word.")}
+    named = with_token(base, settings.token.name or "", word) if word else nullcontext()
+    with named, base.adapted(settings.lora, settings.seed) as parts:
         for part, module in parts.items():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
@@ -92,6 +97,19 @@ def _with_checkpoint(base: Base, path: Path, strength: float) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def _with_file(base: Base, path: Path, loadable: Path, strength: float) -> Iterator[None]:
+    """The base has a file's factors for the time of the block, and of a run's result all else that this learnt."""
+    settings = path.parent.parent / "config.yaml"
+    if path == loadable and path.name == LORA_FILE and (path.parent / "result.json").is_file() and settings.is_file():
+        with with_result(base, path.parent, strength, configs.load(settings).noise):
+            yield
+        return
+    base.set_scheduler(TextToImageConfig(name="files").noise)  # pyright: ignore[reportCallIssue]
+    with with_lora(base, loadable, strength):
+        yield
+
+
 def _loadable(base: Base, path: Path, folder: Path) -> Path:
     """A file that diffusers' loader takes whole: the given one, or where that does not know all its names, or what is
     added to them, one in `folder` under diffusers' own.
@@ -100,7 +118,7 @@ def _loadable(base: Base, path: Path, folder: Path) -> Path:
         InputError: It fits the base under no app's names.
     """
     with suppress(InputError), with_lora(base, path, 1.0):
-        if _layers(base) >= _pairs(path):
+        if _whole(path) and _layers(base) >= len(_layers_of(path, DOWN)):
             return path
     output = folder / f"{len(list(folder.iterdir()))}.safetensors"
     _rewrite(base, path, output)
@@ -111,9 +129,15 @@ def _layers(base: Base) -> int:
     return sum(isinstance(m, BaseTunerLayer) for part in base.tunable.values() for m in part.modules())
 
 
-def _pairs(path: Path) -> int:
+def _layers_of(path: Path, ends: tuple[str, ...]) -> set[str]:
+    """The layers of which a file has a factor, by its own names."""
     with opened(path) as file:
-        return sum(name.endswith(DOWN) for name in file.keys())
+        return {name.removesuffix(end) for name in file.keys() for end in ends if name.endswith(end)}
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file has both factors of each layer: peft takes a lone one, beside a fresh other."""
+    return _layers_of(path, DOWN) == _layers_of(path, UP)
 
 
 def _rewrite(base: Base, path: Path, output: Path) -> None:

@@ -21,7 +21,7 @@ from equipoise.pipelines.text_to_image.tables import ENCODING, listed, read_tabl
 CAPTIONS = (".txt", ".caption")  # of the files beside pictures, the first counts
 _RUN = {"config.yaml", "status.json", "environment.json"}  # a folder that holds all of these is a run's
 _SPLITS = {"train", "validation", "valid", "val", "test", "eval"}
-_REPEATED = re.compile(r"(\d+)_(.+)")
+_REPEATED = re.compile(r"(\d{1,3})_(.+)")  # more digits are a year or a date
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ def read_folder(data: TextToImageData) -> Folder:
     tables = tables_among(files)
     beside = {path.with_suffix(suffix) for path in pictures for suffix in CAPTIONS} & files
     made.others = Counter(file.suffix.lower() or file.name for file in files.difference(pictures, tables, beside))
+    if odd := [path for path in pictures if _odd(str(path))]:
+        names = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in odd[:3])
+        made.problems.append(f"data.folder: {len(odd)} names in {folder} are not UTF-8, such as {names}. Rename them.")
+        return made
     kept = _without_zeros(pictures, data, made)
     if not kept:
         made.problems.append(f"data.folder: {folder} holds no pictures ({NAMED}).")
@@ -86,7 +90,7 @@ def read_folder(data: TextToImageData) -> Folder:
         made.sources["data.instance_prompt"] = len(kept)
         made.doubts += _unread(kept, tables, beside, folder)
     else:
-        _caption(made, kept, tables, beside)
+        _caption(made, kept, tables, beside, set(pictures).difference(kept))
     folders = {path.relative_to(folder).parent.as_posix() for path in kept}
     for name in data.repeats.keys() - folders:
         there = ", ".join(sorted(folders - {"."})) or "no folders"
@@ -127,11 +131,11 @@ def read_held(data: TextToImageData) -> Folder | None:
 
 def in_both(trained: Iterable[Example], held: Iterable[Example]) -> list[Path]:
     """The held-out pictures that are trained on too, by their content; files of sizes of their own are not read."""
-    sizes: dict[int, list[Path]] = {}
-    for path in {example.path for example in trained}:
-        sizes.setdefault(path.stat().st_size, []).append(path)
     paths = sorted({example.path for example in held})
-    return [p for p in paths if content(p) in map(content, sizes.get(p.stat().st_size, ()))]
+    sizes = {path.stat().st_size for path in paths}
+    alike = {path for path in {example.path for example in trained} if path.stat().st_size in sizes}
+    contents = {content(path) for path in alike}
+    return [path for path in paths if content(path) in contents]
 
 
 def _walk(folder: Path, doubts: list[str]) -> set[Path]:
@@ -139,7 +143,11 @@ def _walk(folder: Path, doubts: list[str]) -> set[Path]:
     what runs have drawn."""
     files: set[Path] = set()
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def closed(error: OSError) -> None:
+        doubts.append(f"data.folder: {error.filename} cannot be read ({error.strerror}); it is left out.")
+
+    for place, folders, names in os.walk(folder, onerror=closed, followlinks=True):
         where, real = Path(place), os.path.realpath(place)
         if real in seen:
             doubts.append(f"data.folder: {where} is a link to a folder that is read already; it is passed over.")
@@ -157,6 +165,15 @@ def _walk(folder: Path, doubts: list[str]) -> set[Path]:
             elif path.is_symlink():
                 doubts.append(f"data.folder: {path} is a link that leads nowhere; it is passed over.")
     return files
+
+
+def _odd(name: str) -> bool:
+    """Whether a name holds bytes that are no text, for which Python has halves of pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _without_zeros(pictures: list[Path], data: TextToImageData, made: Folder) -> list[Path]:
@@ -203,9 +220,9 @@ def _unread(pictures: Sequence[Path], tables: Sequence[Path], beside: Iterable[P
     ]
 
 
-def _caption(made: Folder, pictures: list[Path], tables: list[Path], beside: set[Path]) -> None:
+def _caption(made: Folder, pictures: list[Path], tables: list[Path], beside: set[Path], left_out: set[Path]) -> None:
     """Finds each picture's caption: in its table, in the file beside it, or in its folder's name."""
-    captions = read_tables(tables, pictures)
+    captions = read_tables(tables, pictures, left_out)
     made.problems += captions.problems
     made.doubts += captions.doubts
     made.examples = [Example(path, text) for path, text in captions.found]

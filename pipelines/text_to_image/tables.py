@@ -9,7 +9,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,24 +37,25 @@ def tables_among(files: Iterable[Path]) -> list[Path]:
     return [next(folder / name for name in _READERS if (folder, name) in there) for folder in folders]
 
 
-def read_tables(tables: Iterable[Path], pictures: Iterable[Path]) -> Captions:
+def read_tables(tables: Iterable[Path], pictures: Iterable[Path], left_out: Set[Path] = frozenset()) -> Captions:
     """The captions that tables have for pictures.
 
     Args:
         tables: As `tables_among` gives them.
-        pictures: All of the folder's.
+        pictures: All of the folder's that are wanted.
+        left_out: Those that are not; tables may name them.
     """
-    made, left = Captions(), dict.fromkeys(pictures)
+    made, left = Captions(), dict.fromkeys([*pictures, *left_out])
     for table in tables:
         below = [path for path in left if path.is_relative_to(table.parent)]
         for path in below:
             del left[path]
         made.governed.update(below)
-        _read(table, below, made)
+        _read(table, below, made, left_out)
     return made
 
 
-def _read(table: Path, pictures: list[Path], made: Captions) -> None:
+def _read(table: Path, pictures: list[Path], made: Captions, left_out: Set[Path]) -> None:
     """Adds what one table says of the pictures that it is for."""
     rows: list[tuple[Path, str]] = []
     problems: list[str] = []
@@ -75,10 +76,11 @@ def _read(table: Path, pictures: list[Path], made: Captions) -> None:
                 rows.append((path, text))
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{table}: cannot be read ({error}).")
-    if not rows and not problems:
+    if not rows and not problems and not left_out >= set(pictures):
         problems.append(f"{table}: holds no captions.")
+    rows = [(path, text) for path, text in rows if path not in left_out]
     captioned = [path for path, _ in rows]
-    missing = sorted(set(pictures) - set(captioned))
+    missing = sorted(set(pictures) - set(captioned) - left_out)
     if missing and not problems:
         problems.append(
             f"{table}: has no captions for {listed(missing, table.parent)}. Add their lines, take the pictures away, "

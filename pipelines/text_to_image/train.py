@@ -230,6 +230,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
 
     def state(self) -> dict[str, Any]:
         held = {"held": self.held.digest} if self.held else {}
+        held |= {"class_pictures": self.prior.digest} if self.prior else {}
         return super().state() | {"recent": list(self.recent), "pictures": self.own.digest} | held
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -238,6 +239,12 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             raise InputError(
                 f"data.folder: {data.folder}: its pictures or captions are not those that this run was trained on so "
                 "far. Put them back, or train anew."
+            )
+        if self.prior and state.get("class_pictures", self.prior.digest) != self.prior.digest:
+            raise InputError(
+                "prior: its class pictures are not those that this run was trained on so far: prior.folder was "
+                "changed, or samples.steps or samples.guidance, by which the base draws them. Put them back, or train "
+                "anew."
             )
         if self.held and state.get("held") != self.held.digest:
             raise InputError(

@@ -45,7 +45,7 @@ _ENDS = {  # of a tensor's name → what it is, in all formats, and in files tha
     ".lora_magnitude_vector.weight": "magnitude",  # the same: what diffusers finds of a text encoder's
     ".dora_scale": "magnitude",  # in the others, (m, 1…)
 }
-DOWN = tuple(end for end, what in _ENDS.items() if what == "down")
+DOWN, UP = (tuple(end for end, what in _ENDS.items() if what == wanted) for wanted in ("down", "up"))
 
 
 def canonical(part: str, module: str) -> str:

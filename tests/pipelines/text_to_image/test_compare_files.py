@@ -73,7 +73,7 @@ def test_the_words_say_strength_where_the_columns_are(run, tmp_path, capsys):
     words = ["compare", str(run), "--scale", "0.5,1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "STRENGTH" in said and "learning rate" not in said and "Strengths that worked:" in said
+    assert "STRENGTH" in said and "learning rate" not in said and "by which strengths worked" in said
     report = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Strengths that worked</h2>" in report and "learning rate" not in report.lower()
 
@@ -115,3 +115,62 @@ def test_a_file_that_the_loader_takes_a_part_of_is_not_shown_as_a_whole(run, tmp
     words = ["--model", str(checkpoint), "--prompt", PROMPT, "--runs", str(tmp_path / "runs")]
     assert main(["compare", str(tmp_path / "given.safetensors"), *words]) == 2
     assert "strange.layer" in capsys.readouterr().err
+
+
+def test_files_of_one_name_have_pictures_of_their_own(run, compared, tmp_path, checkpoint):
+    """As diffusers names them all."""
+    for name, scale in (("a", 1.0), ("b", -1.0)):
+        (tmp_path / name).mkdir()
+        tensors = load_file(run / "result" / LORA_FILE)
+        save_file({k: t * (scale if "lora_B" in k else 1) for k, t in tensors.items()}, tmp_path / name / LORA_FILE)
+    files = [tmp_path / name / LORA_FILE for name in "ab"]
+    cells = compared(*files, "--model", checkpoint, "--prompt", PROMPT)
+    assert not alike(*(cells[str(file), 1.0] for file in files))
+    named = tmp_path / "one.safetensors"  # as the run
+    save_file(load_file(files[1]), named)
+    cells = compared(run, named)
+    assert not alike(cells["one", 1.0], cells[str(named), 1.0])
+
+
+def test_each_run_is_drawn_by_its_own_schedule_and_the_base_by_its(run, short, compared, tmp_path, checkpoint):
+    words = ["noise.prediction=v_prediction", "noise.zero_terminal_snr=true", f"samples.prompts=[{PROMPT}]"]
+    assert main(["train", NAME, *short, *words, "--id", "other"]) == 0
+    alone = compared(run, "--scale", "1,0.5")
+    both = compared(tmp_path / "runs" / "other", run, "--scale", "1,0.5", "--prompt", PROMPT)
+    for cell in (("base", None), ("one", 1.0)):
+        assert np.array_equal(alone[cell], both[cell]), cell
+    with Image.open(next((tmp_path / "runs" / "other" / "samples").glob("step-00000006/*.png"))) as sample:
+        assert alike(both["other", 1.0], np.asarray(sample.convert("RGB"), dtype=int))
+
+
+def test_a_word_that_was_learnt_is_drawn_with(short, compared, tmp_path):
+    words = ["token.name=<vase>", "token.learning_rate=0.5", "samples.prompts=[a photo of <vase>]", "samples.every=4"]
+    table = tmp_path / "pictures" / "metadata.jsonl"
+    table.write_text(table.read_text().replace("sks", "<vase>"))
+    assert main(["train", NAME, *short, *words, "checkpoint.every=4", "--id", "word"]) == 0
+    cells = compared(tmp_path / "runs" / "word", "--checkpoints")
+    for row, step in (("word", 6), ("word step-00000004", 4)):
+        with Image.open(tmp_path / "runs" / "word" / "samples" / f"step-{step:08d}" / "00-0.png") as sample:
+            assert alike(cells[row, 1.0], np.asarray(sample.convert("RGB"), dtype=int)), row
+
+
+def test_runs_of_other_sizes_are_refused(run, short, tmp_path, capsys):
+    assert main(["train", NAME, *short, "data.resolution=48", "steps=1", "samples.prompts=[]", "--id", "large"]) == 0
+    runs = [str(tmp_path / "runs" / name) for name in ("one", "large")]
+    assert main(["compare", *runs, "--scale", "0.5,1", "--runs", str(tmp_path / "runs")]) == 2
+    assert "data.resolution differs between the runs (32 and 48)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "scalar"])
+def test_a_damaged_file_is_refused_in_a_sentence(run, tmp_path, capsys, checkpoint, damage):
+    tensors = load_file(run / "result" / LORA_FILE)
+    first = next(name for name in tensors if "lora_B" in name)
+    if damage == "half":
+        del tensors[first]
+    save_file(
+        {} if damage == "empty" else tensors if damage == "half" else {first: torch.tensor(1.0)},
+        tmp_path / "x.safetensors",
+    )
+    words = [str(tmp_path / "x.safetensors"), "--model", str(checkpoint), "--prompt", PROMPT]
+    assert main(["compare", *words, "--runs", str(tmp_path / "runs")]) == 2
+    assert "fault" not in capsys.readouterr().err

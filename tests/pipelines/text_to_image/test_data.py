@@ -1,5 +1,6 @@
 """Image folders: every way of giving captions, and every way of getting them wrong."""
 
+import os
 import unicodedata
 
 import numpy as np
@@ -339,3 +340,25 @@ def test_the_summary_counts_pictures_captions_and_what_is_left_out(folder):
         f"{folder}: 3 pictures, 5 in an epoch; captions: 1 from the folders' names, 2 from .txt files; "
         "no pictures: 2 .dng, 1 .mp4."
     )
+
+
+def test_a_table_may_name_what_is_left_out(tmp_path):
+    for name in ("a.png", "0_old/b.png", "0_older/c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,ay\n0_old/b.png,bee\n")
+    (tmp_path / "0_older" / "metadata.csv").write_text("file_name,text\nc.png,sea\n")
+    made = found(tmp_path)
+    assert made.problems == [] and [example.caption for example in made.examples] == ["ay"]
+
+
+def test_the_name_of_a_folder_that_is_a_date_gives_no_repeats(tmp_path):
+    picture(tmp_path / "20240101_party" / "a.png")
+    (example,) = found(tmp_path, instance_prompt="x").examples
+    assert example.repeats == 1
+
+
+def test_names_that_are_no_text_are_refused_before_a_run(tmp_path):
+    picture(tmp_path / os.fsdecode(b"Blumenstrau\xdf.png"))
+    (problem,) = found(tmp_path, instance_prompt="x").problems
+    assert "1 names in" in problem and "are not UTF-8" in problem and "Rename them." in problem
+    problem.encode()
