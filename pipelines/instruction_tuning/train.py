@@ -175,7 +175,10 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
             self._probed = batch, base, outputs, encoded
-        return Losses(answer_loss(logits, labels, sample), {})
+        loss = answer_loss(logits, labels, sample)
+        if not loss.requires_grad:  # of text alone, where all that is trained reads media
+            loss.requires_grad_()  # its backward pass then reaches no parameter
+        return Losses(loss, {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
 

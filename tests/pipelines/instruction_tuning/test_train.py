@@ -281,6 +281,24 @@ def test_the_resting_side_has_no_gradient(overrides):
     assert 0 < halves["feature_cd"]["gradient_norm"] < halves["constant"]["gradient_norm"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["language.method=frozen", "coordinator=constant"],
+        ["coordinator=feature_cd", "coordinator.options={latest: 1, measure_every: 1}"],
+        ["coordinator=commit", "coordinator.options={measure_every: 1}"],
+    ],
+)
+def test_a_batch_of_text_alone_leaves_what_reads_media_as_it_is(words, overrides, pictures):
+    turns = [{"from": "human", "value": "Is it day?"}, {"from": "gpt", "value": "yes"}]
+    mixed = pictures.with_name("mixed.jsonl")
+    mixed.write_text(pictures.read_text() + f"{json.dumps({'conversations': turns})}\n" * 8)
+    run, _ = train(*overrides(), f"data={mixed}", *words, "train.batch=1", "train.steps=8")
+    norms = [record["gradient_norm"] for record in run.metrics()]
+    assert len(norms) == 8 and max(norms) > 0
+    assert "commit" in words[0] or min(norms) == 0, "no batch of text alone was among them"
+
+
 def test_a_side_that_cannot_learn_is_reported(overrides, capsys):
     """LLaVA takes what the tower's layers give: no answer depends on the normalisation after them. Reported once, in
     the log and on the terminal, with what to set."""
