@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false
 
 import csv
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from equipoise.coordination.components import architecture
 from equipoise.errors import InputError
 from equipoise.pipelines.files import first_line
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import (
     MARKS,
     Conversation,
@@ -25,7 +26,7 @@ from equipoise.pipelines.instruction_tuning.data import (
     without_marks,
 )
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, answer_loss, mean
-from equipoise.pipelines.instruction_tuning.examples import unanswerable
+from equipoise.pipelines.instruction_tuning.examples import summarized, unanswerable, unusable
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError
 from equipoise.pipelines.instruction_tuning.formats.sources import rows
 from equipoise.pipelines.instruction_tuning.formats.texts import COLUMNS, ENCODING
@@ -59,12 +60,14 @@ def predict(run: Path, config: InstructionTuningConfig, source: Path, prompts: S
 def evaluate(run: Path, config: InstructionTuningConfig, file: Path) -> Predictions:
     """Answers to the last question of every labelled conversation, judged by samples.metric, and the mean loss.
 
+    The conversations are read as the run's own were: with its data.folder, data.question and data.max_tokens, and
+    with data.skip_bad without those that cannot be used.
+
     Raises:
         InputError: there is no result, or all that is wrong with the conversations.
     """
     tuned = _Tuned(run, config)
-    examples, problems = read_examples(file, None, key="FILE", judge=tuned.talk.problems)
-    refuse(problems)
+    examples = _labelled(file, config.data, tuned.talk)
     answers = tuned.answers(examples)
     rows = [_row(found) | {"wanted": "|".join(found.wanted), "score": found.score} for found in answers]
     metric = config.samples.metric
@@ -111,6 +114,27 @@ class _Tuned:
                 total += answer_loss(logits[mask], labels[mask], mask.nonzero()[:, 0]).item() * len(part)
                 bar.update(len(part))
         return total / len(examples)
+
+
+def _labelled(file: Path, data: InstructionTuningData, talk: Talk) -> list[Conversation]:
+    """The conversations of a file that can be judged; as in training, all others are refused or left out."""
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    left_out: list[str] = []
+    lenient = left_out if data.skip_bad else None
+    examples, problems = read_examples(file, data.folder, True, "FILE", talk.problems, lenient, asked=data.question)
+    if talk.max_tokens and not problems:
+        bad = unusable(examples, talk, tell)
+        (left_out if data.skip_bad else problems).extend(dict.fromkeys(bad.values()))
+        examples = [example for example in examples if example not in bad]
+    refuse(summarized(problems))
+    if left_out:
+        tell("\n".join(["left out, for it cannot be used:", *summarized(left_out)]))
+    if not examples:
+        raise InputError(f"{file}: no conversation is left to judge by.")
+    return examples
 
 
 def _row(found: Answer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import pytest
@@ -108,6 +109,31 @@ def test_labelled_conversations_are_judged_as_the_run_judged_its_own(trained, pi
     found = rows(output.read_text())
     assert [row["wanted"] for row in found] == ["red", "green", "blue"]
     assert sum(row["score"] for row in found) / 3 == pytest.approx(facts["score_after"])
+
+
+def test_labelled_conversations_are_read_as_the_runs_own_were(trained, pictures, tmp_path, capsys):
+    """Captions get its question and media its folder; what data.max_tokens cuts away has no loss."""
+    folder = pictures.parent
+    captions = "".join(json.dumps({"image": f"{n}.png", "caption": "red"}) + "\n" for n in range(3))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "captions.jsonl").write_text(captions)
+    words = [f"data.folder={folder}", "data.question='What colour?'", "data.max_tokens=60"]
+    run = trained("llava", *words)
+    capsys.readouterr()
+    assert main(["evaluate", str(run.folder), str(elsewhere / "captions.jsonl")]) == 0
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[1:3])
+    assert math.isfinite(float(printed["loss"]))
+    long = json.dumps({"image": "0.png", "question": "What colour? " * 60, "answer": "red"})
+    (elsewhere / "long.jsonl").write_text(captions + long + "\n")
+    assert main(["evaluate", str(run.folder), str(elsewhere / "long.jsonl")]) == 2
+    told = capsys.readouterr().err
+    assert "long.jsonl:4: has" in told and "data.max_tokens=60 cuts its answers away entirely" in told
+    run = trained("llava", *words, "data.skip_bad=true")
+    capsys.readouterr()
+    assert main(["evaluate", str(run.folder), str(elsewhere / "long.jsonl")]) == 0
+    found = capsys.readouterr()
+    assert "left out, for it cannot be used:" in found.err and "long.jsonl:4" in found.err
+    assert f"loss: {printed['loss']}" in found.out
 
 
 @pytest.mark.parametrize(
