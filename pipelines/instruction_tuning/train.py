@@ -366,12 +366,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def answers(self, what: str, chosen: list[Conversation] | None = None) -> list[Answer]:
         """Answers to held-out questions, with a progress bar."""
         chosen = self.held[: self.config.samples.count] if chosen is None else chosen
-        with (
-            progress(what, "answer", total=len(chosen)) as bar,
-            self.accelerator.autocast() if self.config.train.precision != "no" else nullcontext(),
-            torch.random.fork_rng(),
-        ):
-            return answer(self.model, self.talk, chosen, self.config.samples, bar.update)
+        precision = self.accelerator.autocast if self.config.train.precision != "no" else nullcontext
+        with progress(what, "answer", total=len(chosen)) as bar, torch.random.fork_rng():
+            return answer(self.model, self.talk, chosen, self.config.samples, bar.update, precision)
 
     def sample(self, step: int) -> None:
         shown = self.config.samples.shown

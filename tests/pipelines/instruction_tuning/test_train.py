@@ -379,6 +379,12 @@ def test_mixed_precision_and_checkpointing(overrides):
         assert all(record["kappa"] > 0 for record in run.metrics())
 
 
+def test_mixed_precision_with_sounds(overrides):
+    """Features of sounds are made outside of it: Whisper's extractor takes no 16 bits."""
+    run, outcome = train(*overrides("qwen2_audio"), "train.precision=bf16", "train.steps=2")
+    assert outcome.state == "done" and all(torch.isfinite(value).all() for value in weights(run).values())
+
+
 def test_checkpointing_changes_no_number(overrides):
     plain, checked = (
         train(*overrides(), OFTEN, "coordinator=commit", f"train.gradient_checkpointing={flag}")[0]
