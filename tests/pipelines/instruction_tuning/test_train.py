@@ -558,6 +558,22 @@ def test_sweep_and_compare(overrides, tmp_path, capfd):
     assert json.loads(answers[0])["question"] == "Is it warm?", "without the marks of pictures"
 
 
+def test_a_comparison_asks_every_run_by_its_own_prompt(overrides, tmp_path):
+    prompts = ["Question: {question} Answer:", "red red red {question} red red red"]
+    words = [*overrides("blip-2"), "coordinator=constant", "language.method=full", "optimizer=adamw", "steps=20"]
+    words += ["learning_rate=1e-2", "samples.max_new_tokens=6", "samples.count=2"]
+    runs = [train(*words, f"data.prompt={json.dumps(prompt)}")[0] for prompt in prompts]
+    assert main(["compare", *(str(run.folder) for run in runs), "--out", str(tmp_path / "out")]) == 0
+    found = []
+    for run in runs:
+        (own,) = run.folder.glob("samples/*/answers.jsonl")
+        (cell,) = (tmp_path / "out" / "cells").glob(f"{run.folder.name}/answers.jsonl")
+        given, wanted = ([json.loads(line)["answer"] for line in f.read_text().splitlines()] for f in (cell, own))
+        assert given == wanted, "as the run itself answered"
+        found.append(given)
+    assert found[0] != found[1], "else this shows nothing"
+
+
 def test_the_batches_are_of_similar_length_and_cover_all(overrides, monkeypatch):
     caught = []
     monkeypatch.setattr(
