@@ -27,6 +27,8 @@ from equipoise.pipelines.instruction_tuning.data import (
 )
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import summarized, unanswerable, unusable
+from equipoise.pipelines.instruction_tuning.formats.dialects import as_llava
+from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError
 from equipoise.pipelines.instruction_tuning.formats.sources import rows
 from equipoise.pipelines.instruction_tuning.formats.texts import COLUMNS, ENCODING
@@ -39,6 +41,7 @@ from equipoise.pipelines.pipeline import Predictions, refuse
 from equipoise.pipelines.progress import progress
 
 _TABLES = (".csv", ".json", ".jsonl")
+_ANSWERED = {"prompt": "completion", "instruction": "output", "query": "response"}  # what is asked → its answer
 
 
 def predict(run: Path, config: InstructionTuningConfig, source: Path, prompts: Sequence[str]) -> Predictions:
@@ -175,6 +178,11 @@ def _asked(record: Any, prompts: Sequence[str]) -> Iterator[Any]:
     if not isinstance(record, dict):
         yield record if isinstance(record, InputError) else InputError(f"must be an object, got {record!r:.40}.")
         return
+    if not record.get("conversations") and not record.get("question"):
+        record, problems = _other_format(record)
+        if problems:
+            yield InputError(" ".join(problems))
+            return
     rest = {key: value for key, value in record.items() if key not in ("conversations", "question", "answer")}
     said, own = record.get("conversations"), [record["question"]] if record.get("question") else []
     if prompts or own:
@@ -187,6 +195,16 @@ def _asked(record: Any, prompts: Sequence[str]) -> Iterator[Any]:
         yield {**rest, "conversations": [*said, *open_ended]}
     else:
         yield InputError("has no question. Give one by --prompt.")
+
+
+def _other_format(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(a record of another tool in LLaVA's format, what is wrong with it); one that says nothing stays as it is."""
+    found = next((name for name in ("messages", "texts", *_ANSWERED) if record.get(name)), None)
+    if found is None:
+        return record, []
+    if found in _ANSWERED and not record.get(_ANSWERED[found]):
+        record = {**record, _ANSWERED[found]: "?"}
+    return as_llava(record, MediaFolder())
 
 
 def _records(source: Path, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,36 @@ def test_tables_without_labels_and_the_table_that_comes_out(trained, pictures, t
     for name in ("ask.json", "ask.jsonl"):
         assert main(["predict", str(run.folder), str(folder / name)]) == 0
         assert [row["question"] for row in rows(capsys.readouterr().out)] == ["Sure?", "What?"]
+
+
+def test_questions_in_the_formats_of_other_tools(trained, pictures, capsys):
+    run, folder = trained(), pictures.parent
+    part = {"type": "image", "path": "0.png"}
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [part, {"type": "text", "text": "What colour?"}]},
+    ]
+    answered = [*asked, {"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
+    records = [
+        {"messages": asked},
+        {"messages": answered},
+        {"image": "1.png", "query": "Which?"},
+        {"instruction": "Say", "input": "yes."},
+        {"image": "1.png", "prompt": [{"role": "user", "content": "<image>Now?"}]},
+    ]
+    (folder / "ask.jsonl").write_text("\n".join(map(json.dumps, records)))
+    capsys.readouterr()
+    assert main(["predict", str(run.folder), str(folder / "ask.jsonl")]) == 0
+    found = rows(capsys.readouterr().out)
+    assert [row["question"] for row in found] == ["What colour?", "Sure?", "Which?", "Say\nyes.", "Now?"]
+    assert [Path(row.get("image", "none")).name for row in found] == ["0.png", "0.png", "1.png", "none", "1.png"]
+    (folder / "ask.jsonl").write_text(json.dumps(records[0]))
+    assert main(["predict", str(run.folder), str(folder / "ask.jsonl"), "--prompt", "Why?"]) == 0
+    (row,) = rows(capsys.readouterr().out)
+    assert (row["image"], row["question"]) == (str(folder / "0.png"), "Why?")
+    (folder / "ask.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}]}))
+    assert main(["predict", str(run.folder), str(folder / "ask.jsonl")]) == 2
+    assert "ask.jsonl:1: turn 1 has a part of the type 'video'" in capsys.readouterr().err
 
 
 def test_sounds(trained, sounds, capsys):
