@@ -52,7 +52,7 @@ def compare(
             if mine != theirs:
                 raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare others.")
     base = load_model(first.model, first.train.precision)
-    talk = Talk(load_processor(first.model), base.config.model_type, first.data.prompt, first.data.max_tokens)
+    talk = _talk(first, base.config.model_type)
     parts = architecture(talk.model_type, [name for name, _ in base.named_parameters()], first.components)
     limit = positions(base, parts)  # what was left out for it is not asked either
     _, held, problems = load_examples(first, talk, lambda text: print(text, file=sys.stderr), limit)
@@ -72,14 +72,19 @@ def compare(
             if result is None:
                 continue
             cell.metrics = measured(result)
-            base = load_model(first.model, first.train.precision)  # anew: a result changes encoder weights in place
+            base = load_model(config.model, first.train.precision)  # anew: a result changes encoder weights in place
             tuned = load_result(base, run.folder / "result")
-            _fill(folder, cell, answer(tuned, talk, asked, samples, bar.update))
+            _fill(folder, cell, answer(tuned, _talk(config, talk.model_type), asked, samples, bar.update))
     shown = [(without_marks(it.turns[-1].question), [path.name for path in it.media]) for it in asked[:SHOWN]]
     # of one's own, each is asked of several media
     prompts = [f"{text} ({', '.join(names)})" if samples.prompts and names else text for text, names in shown]
     meaning = f"{METRICS[samples.metric]} ({len(asked)} held-out question{'' if len(asked) == 1 else 's'})"
     return Comparison(name, folder, prompts, meaning, untouched, cells, alike="Every cell answers the same questions.")
+
+
+def _talk(config: InstructionTuningConfig, model_type: str) -> Talk:
+    """A run's own: its size of pictures and its prompt."""
+    return Talk(load_processor(config.model), model_type, config.data.prompt, config.data.max_tokens)
 
 
 def _result(run: Run, config: InstructionTuningConfig) -> dict | None:

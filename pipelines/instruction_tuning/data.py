@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -100,16 +100,18 @@ def read_all(
         options = {"asked": data.question, "unpacked": unpacked, "source": source}
         return read_examples(file, data.folder, decode, key, judge, left_out, **options)
 
-    train, held, problems = [], [], []
+    train, apart, problems = [], [], []
     for source, file in enumerate([data.file, *data.more]):
         found, more = read(file, "data.more" if source else "data.file", source)
         every = HELD_OUT if data.validation is None and len(found) >= HELD_OUT else len(found) + 1
-        held += found[every - 1 :: every]
+        apart.append(found[every - 1 :: every])
         train += [example for index, example in enumerate(found, 1) if index % every]
         problems += more
     if data.validation is not None:
         held, more = read(data.validation, "data.validation", 0)
         return train, held, list(dict.fromkeys([*problems, *more, *_both_kinds([*train, *held])]))
+    # one of each data set in turn, for often only the first are judged
+    held = [example for example in chain(*zip_longest(*apart)) if example is not None]
     if not held:  # too few to judge anything by; one must be enough
         train, held = train[:-1] or train, train[-1:]
     return train, held, problems + _both_kinds([*train, *held])

@@ -6,6 +6,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,7 @@ def answer(
     examples: Sequence[Conversation],
     samples: InstructionTuningSamples,
     tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
+    precision: Callable[[], AbstractContextManager] = nullcontext,  # what is generated in; media are read outside of it
 ) -> list[Answer]:
     """The model's answers to each conversation's last question, without sampling."""
     device = next(model.parameters()).device
@@ -63,7 +65,8 @@ def answer(
     for start in range(0, len(examples), samples.batch):
         chosen = examples[start : start + samples.batch]
         batch = {name: value.to(device) for name, value in talk.question_batch(chosen).items()}
-        ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False, **stops)
+        with precision():
+            ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False, **stops)
         texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
         for example, text in zip(chosen, texts, strict=True):
             wanted = example.turns[-1].accepted if example.turns else ()

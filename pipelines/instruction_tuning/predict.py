@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false
 
 import csv
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from equipoise.coordination.components import architecture
 from equipoise.errors import InputError
 from equipoise.pipelines.files import first_line
-from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
+from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import (
     MARKS,
     Conversation,
@@ -25,7 +26,9 @@ from equipoise.pipelines.instruction_tuning.data import (
     without_marks,
 )
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, answer_loss, mean
-from equipoise.pipelines.instruction_tuning.examples import unanswerable
+from equipoise.pipelines.instruction_tuning.examples import summarized, unanswerable, unusable
+from equipoise.pipelines.instruction_tuning.formats.dialects import as_llava
+from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError
 from equipoise.pipelines.instruction_tuning.formats.sources import rows
 from equipoise.pipelines.instruction_tuning.formats.texts import COLUMNS, ENCODING
@@ -38,6 +41,7 @@ from equipoise.pipelines.pipeline import Predictions, refuse
 from equipoise.pipelines.progress import progress
 
 _TABLES = (".csv", ".json", ".jsonl")
+_ANSWERED = {"prompt": "completion", "instruction": "output", "query": "response"}  # what is asked → its answer
 
 
 def predict(run: Path, config: InstructionTuningConfig, source: Path, prompts: Sequence[str]) -> Predictions:
@@ -59,12 +63,14 @@ def predict(run: Path, config: InstructionTuningConfig, source: Path, prompts: S
 def evaluate(run: Path, config: InstructionTuningConfig, file: Path) -> Predictions:
     """Answers to the last question of every labelled conversation, judged by samples.metric, and the mean loss.
 
+    The conversations are read as the run's own were: with its data.folder, data.question and data.max_tokens, and
+    with data.skip_bad without those that cannot be used.
+
     Raises:
         InputError: there is no result, or all that is wrong with the conversations.
     """
     tuned = _Tuned(run, config)
-    examples, problems = read_examples(file, None, key="FILE", judge=tuned.talk.problems)
-    refuse(problems)
+    examples = _labelled(file, config.data, tuned.talk)
     answers = tuned.answers(examples)
     rows = [_row(found) | {"wanted": "|".join(found.wanted), "score": found.score} for found in answers]
     metric = config.samples.metric
@@ -113,6 +119,27 @@ class _Tuned:
         return total / len(examples)
 
 
+def _labelled(file: Path, data: InstructionTuningData, talk: Talk) -> list[Conversation]:
+    """The conversations of a file that can be judged; as in training, all others are refused or left out."""
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    left_out: list[str] = []
+    lenient = left_out if data.skip_bad else None
+    examples, problems = read_examples(file, data.folder, True, "FILE", talk.problems, lenient, asked=data.question)
+    if talk.max_tokens and not problems:
+        bad = unusable(examples, talk, tell)
+        (left_out if data.skip_bad else problems).extend(dict.fromkeys(bad.values()))
+        examples = [example for example in examples if example not in bad]
+    refuse(summarized(problems))
+    if left_out:
+        tell("\n".join(["left out, for it cannot be used:", *summarized(left_out)]))
+    if not examples:
+        raise InputError(f"{file}: no conversation is left to judge by.")
+    return examples
+
+
 def _row(found: Answer) -> dict[str, Any]:
     """As a line of data, so that answers can be corrected and trained on."""
     paths = [str(path) for path in found.example.media]
@@ -151,6 +178,11 @@ def _asked(record: Any, prompts: Sequence[str]) -> Iterator[Any]:
     if not isinstance(record, dict):
         yield record if isinstance(record, InputError) else InputError(f"must be an object, got {record!r:.40}.")
         return
+    if not record.get("conversations") and not record.get("question"):
+        record, problems = _other_format(record)
+        if problems:
+            yield InputError(" ".join(problems))
+            return
     rest = {key: value for key, value in record.items() if key not in ("conversations", "question", "answer")}
     said, own = record.get("conversations"), [record["question"]] if record.get("question") else []
     if prompts or own:
@@ -163,6 +195,16 @@ def _asked(record: Any, prompts: Sequence[str]) -> Iterator[Any]:
         yield {**rest, "conversations": [*said, *open_ended]}
     else:
         yield InputError("has no question. Give one by --prompt.")
+
+
+def _other_format(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(a record of another tool in LLaVA's format, what is wrong with it); one that says nothing stays as it is."""
+    found = next((name for name in ("messages", "texts", *_ANSWERED) if record.get(name)), None)
+    if found is None:
+        return record, []
+    if found in _ANSWERED and not record.get(_ANSWERED[found]):
+        record = {**record, _ANSWERED[found]: "?"}
+    return as_llava(record, MediaFolder())
 
 
 def _records(source: Path, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -175,7 +175,10 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         if probed:
             base = None if self.random else self._prediction(batch, logits.detach(), sample)
             self._probed = batch, base, outputs, encoded
-        return Losses(answer_loss(logits, labels, sample), {})
+        loss = answer_loss(logits, labels, sample)
+        if not loss.requires_grad:  # of text alone, where all that is trained reads media
+            loss.requires_grad_()  # its backward pass then reaches no parameter
+        return Losses(loss, {})
 
     _moved = False  # while an optimizer has the same batch evaluated at other weights
 
@@ -363,12 +366,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def answers(self, what: str, chosen: list[Conversation] | None = None) -> list[Answer]:
         """Answers to held-out questions, with a progress bar."""
         chosen = self.held[: self.config.samples.count] if chosen is None else chosen
-        with (
-            progress(what, "answer", total=len(chosen)) as bar,
-            self.accelerator.autocast() if self.config.train.precision != "no" else nullcontext(),
-            torch.random.fork_rng(),
-        ):
-            return answer(self.model, self.talk, chosen, self.config.samples, bar.update)
+        precision = self.accelerator.autocast if self.config.train.precision != "no" else nullcontext
+        with progress(what, "answer", total=len(chosen)) as bar, torch.random.fork_rng():
+            return answer(self.model, self.talk, chosen, self.config.samples, bar.update, precision)
 
     def sample(self, step: int) -> None:
         shown = self.config.samples.shown

@@ -90,6 +90,7 @@ class Template:
         self.processor, self.model_type = processor, model_type
         self.texts = False  # whether it takes each message as a text, and not as a list of texts and media
         self._frame: Frame | None = None
+        self._system_texts: bool | None = None  # whether it takes the system's words as a text, whatever of the rest
 
     def problems(self, example: Conversation) -> list[str]:
         if _REASONED in str(template_of(self.processor)) and any(_REASONED in turn.answer for turn in example.turns):
@@ -122,7 +123,7 @@ class Template:
         """
         messages: list[dict[str, Any]] = []
         if example.system:
-            messages.append({"role": "system", "content": self._content(example.system)})
+            messages.append({"role": "system", "content": self._system(example.system, example.where)})
         for number, turn in enumerate(example.turns):
             messages.append({"role": "user", "content": self._content(turn.question)})
             if number < len(example.turns) - 1:
@@ -167,6 +168,21 @@ class Template:
             if whole.count(_QUESTION) == whole.count(_ANSWER) == 1 and "'type'" not in whole:  # a list as Python has it
                 return whole
         raise error
+
+    def _system(self, text: str, where: str) -> Any:
+        """The system's words in the form that the template takes: some list the parts of questions alone."""
+        if self._system_texts is None:
+            listed = self._writes_system(self._content(_ANSWER), where)
+            self._system_texts = not listed and self._writes_system(_ANSWER, where)
+        return text.strip() if self._system_texts else self._content(text)
+
+    def _writes_system(self, given: Any, where: str) -> bool:
+        messages = [{"role": "system", "content": given}, {"role": "user", "content": self._content(_QUESTION)}]
+        try:
+            whole = self._render(messages, True, where)
+        except InputError:  # told where it is written
+            return False
+        return whole.count(_ANSWER) == 1 and "'type'" not in whole
 
     def _lost(self, where: str) -> InputError:
         return InputError(

@@ -194,6 +194,8 @@ class OptimizedWork(Generic[ConfigT]):
             finally:
                 self.objective = objective
                 optimizer.restore()
+        if all(tensor.grad is None for tensor in self.named.values()):
+            scaler = None  # which refuses a step without a gradient
         started = self._now()
         if processes.count() > 1:  # each has its own random numbers until here
             seed_all(mix(self.config.seed, step, "step"))

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -48,11 +49,16 @@ def _content(opened: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | InputE
     return content.read() if content else b""
 
 
+def _natural(part: tuple[str, Any]) -> list[tuple[int, str]]:
+    """A file's ending as what is sorted by: numbers in it as numbers, so that 10 comes after 2."""
+    return [(int(text), "") if text.isdecimal() else (-1, text) for text in re.split(r"(\d+)", part[0])]
+
+
 def _record(parts: dict[str, bytes | InputError]) -> Any:
     """A sample's record: its JSON, or its text as a caption, with its media."""
     record: Any = {}
     media: dict[str, list[Any]] = {}
-    for ending, content in sorted(parts.items()):
+    for ending, content in sorted(parts.items(), key=_natural):
         if isinstance(content, InputError):
             return content
         last = ending.rpartition(".")[2]

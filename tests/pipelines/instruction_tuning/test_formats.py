@@ -396,6 +396,18 @@ def test_media_at_urls_are_refused_once(folder, monkeypatch):
     ]
 
 
+def test_pictures_of_a_tar_are_in_the_order_of_their_numbers(folder):
+    """They are sorted by name otherwise, so that 10 comes before 2."""
+    with tarfile.open(folder / "many.tar", "w") as made:
+        for number in (11, 2, 0, 10, 1):
+            png = io.BytesIO()
+            Image.new("RGB", (number + 1, 1)).save(png, "PNG")
+            put(made, f"s.{number}.png", png.getvalue())
+        put(made, "s.txt", b"a caption")
+    ((example,), problems) = read_examples(folder / "many.tar", None, asked="What?", unpacked=folder / "unpacked")
+    assert problems == [] and [open_picture(path).width - 1 for path in example.media] == [0, 1, 2, 10, 11]
+
+
 def test_members_of_tars_lead_nowhere(folder):
     """Whatever their names: what is in them is kept under the digest of it."""
     with tarfile.open(folder / "evil.tar", "w") as made:
@@ -544,6 +556,18 @@ def test_many_problems_are_summarized(folder):
         f"and 9,990 more like this one: {problems[21]}",
     ]
     assert summarized(problems[:40]) == problems[:40]
+
+
+def test_the_first_held_out_conversations_are_of_all_data_sets(folder):
+    files = []
+    for name, count in (("a", 40), ("b", 10), ("c", 25)):
+        records = [{"messages": said(f"{name}{number}?", "red")} for number in range(count)]
+        files.append(str(saved_jsonl(folder, records).rename(folder / f"{name}.jsonl")))
+    _, held, problems = read_all(InstructionTuningData(file=files[0], more=files[1:]))
+    asked = [example.turns[0].question for example in held]
+    assert problems == [] and asked == ["a9?", "b9?", "c9?", "a19?", "c19?", "a29?", "a39?"]
+    _, held, _ = read_all(InstructionTuningData(file=files[0]))
+    assert [example.turns[0].question for example in held] == ["a9?", "a19?", "a29?", "a39?"]
 
 
 def test_data_sets_are_mixed(folder):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,36 @@ def test_tables_without_labels_and_the_table_that_comes_out(trained, pictures, t
         assert [row["question"] for row in rows(capsys.readouterr().out)] == ["Sure?", "What?"]
 
 
+def test_questions_in_the_formats_of_other_tools(trained, pictures, capsys):
+    run, folder = trained(), pictures.parent
+    part = {"type": "image", "path": "0.png"}
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [part, {"type": "text", "text": "What colour?"}]},
+    ]
+    answered = [*asked, {"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
+    records = [
+        {"messages": asked},
+        {"messages": answered},
+        {"image": "1.png", "query": "Which?"},
+        {"instruction": "Say", "input": "yes."},
+        {"image": "1.png", "prompt": [{"role": "user", "content": "<image>Now?"}]},
+    ]
+    (folder / "ask.jsonl").write_text("\n".join(map(json.dumps, records)))
+    capsys.readouterr()
+    assert main(["predict", str(run.folder), str(folder / "ask.jsonl")]) == 0
+    found = rows(capsys.readouterr().out)
+    assert [row["question"] for row in found] == ["What colour?", "Sure?", "Which?", "Say\nyes.", "Now?"]
+    assert [Path(row.get("image", "none")).name for row in found] == ["0.png", "0.png", "1.png", "none", "1.png"]
+    (folder / "ask.jsonl").write_text(json.dumps(records[0]))
+    assert main(["predict", str(run.folder), str(folder / "ask.jsonl"), "--prompt", "Why?"]) == 0
+    (row,) = rows(capsys.readouterr().out)
+    assert (row["image"], row["question"]) == (str(folder / "0.png"), "Why?")
+    (folder / "ask.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}]}))
+    assert main(["predict", str(run.folder), str(folder / "ask.jsonl")]) == 2
+    assert "ask.jsonl:1: turn 1 has a part of the type 'video'" in capsys.readouterr().err
+
+
 def test_sounds(trained, sounds, capsys):
     run = trained("qwen2_audio")
     capsys.readouterr()
@@ -108,6 +140,31 @@ def test_labelled_conversations_are_judged_as_the_run_judged_its_own(trained, pi
     found = rows(output.read_text())
     assert [row["wanted"] for row in found] == ["red", "green", "blue"]
     assert sum(row["score"] for row in found) / 3 == pytest.approx(facts["score_after"])
+
+
+def test_labelled_conversations_are_read_as_the_runs_own_were(trained, pictures, tmp_path, capsys):
+    """Captions get its question and media its folder; what data.max_tokens cuts away has no loss."""
+    folder = pictures.parent
+    captions = "".join(json.dumps({"image": f"{n}.png", "caption": "red"}) + "\n" for n in range(3))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "captions.jsonl").write_text(captions)
+    words = [f"data.folder={folder}", "data.question='What colour?'", "data.max_tokens=60"]
+    run = trained("llava", *words)
+    capsys.readouterr()
+    assert main(["evaluate", str(run.folder), str(elsewhere / "captions.jsonl")]) == 0
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[1:3])
+    assert math.isfinite(float(printed["loss"]))
+    long = json.dumps({"image": "0.png", "question": "What colour? " * 60, "answer": "red"})
+    (elsewhere / "long.jsonl").write_text(captions + long + "\n")
+    assert main(["evaluate", str(run.folder), str(elsewhere / "long.jsonl")]) == 2
+    told = capsys.readouterr().err
+    assert "long.jsonl:4: has" in told and "data.max_tokens=60 cuts its answers away entirely" in told
+    run = trained("llava", *words, "data.skip_bad=true")
+    capsys.readouterr()
+    assert main(["evaluate", str(run.folder), str(elsewhere / "long.jsonl")]) == 0
+    found = capsys.readouterr()
+    assert "left out, for it cannot be used:" in found.err and "long.jsonl:4" in found.err
+    assert f"loss: {printed['loss']}" in found.out
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,24 @@ def test_the_resting_side_has_no_gradient(overrides):
     assert 0 < halves["feature_cd"]["gradient_norm"] < halves["constant"]["gradient_norm"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["language.method=frozen", "coordinator=constant"],
+        ["coordinator=feature_cd", "coordinator.options={latest: 1, measure_every: 1}"],
+        ["coordinator=commit", "coordinator.options={measure_every: 1}"],
+    ],
+)
+def test_a_batch_of_text_alone_leaves_what_reads_media_as_it_is(words, overrides, pictures):
+    turns = [{"from": "human", "value": "Is it day?"}, {"from": "gpt", "value": "yes"}]
+    mixed = pictures.with_name("mixed.jsonl")
+    mixed.write_text(pictures.read_text() + f"{json.dumps({'conversations': turns})}\n" * 8)
+    run, _ = train(*overrides(), f"data={mixed}", *words, "train.batch=1", "train.steps=8")
+    norms = [record["gradient_norm"] for record in run.metrics()]
+    assert len(norms) == 8 and max(norms) > 0
+    assert "commit" in words[0] or min(norms) == 0, "no batch of text alone was among them"
+
+
 def test_a_side_that_cannot_learn_is_reported(overrides, capsys):
     """LLaVA takes what the tower's layers give: no answer depends on the normalisation after them. Reported once, in
     the log and on the terminal, with what to set."""
@@ -359,6 +377,12 @@ def test_mixed_precision_and_checkpointing(overrides):
         run, outcome = train(*overrides(), *extra, OFTEN, "coordinator=commit")
         assert outcome.state == "done" and {t.dtype for t in weights(run).values()} == {torch.float32}
         assert all(record["kappa"] > 0 for record in run.metrics())
+
+
+def test_mixed_precision_with_sounds(overrides):
+    """Features of sounds are made outside of it: Whisper's extractor takes no 16 bits."""
+    run, outcome = train(*overrides("qwen2_audio"), "train.precision=bf16", "train.steps=2")
+    assert outcome.state == "done" and all(torch.isfinite(value).all() for value in weights(run).values())
 
 
 def test_checkpointing_changes_no_number(overrides):
@@ -532,6 +556,22 @@ def test_sweep_and_compare(overrides, tmp_path, capfd):
     assert main(["compare", str(folder.parent), "--prompt", "Is it warm?", "--out", str(tmp_path / "own")]) == 0
     answers = (tmp_path / "own" / "cells" / "base" / "answers.jsonl").read_text().splitlines()
     assert json.loads(answers[0])["question"] == "Is it warm?", "without the marks of pictures"
+
+
+def test_a_comparison_asks_every_run_by_its_own_prompt(overrides, tmp_path):
+    prompts = ["Question: {question} Answer:", "red red red {question} red red red"]
+    words = [*overrides("blip-2"), "coordinator=constant", "language.method=full", "optimizer=adamw", "steps=20"]
+    words += ["learning_rate=1e-2", "samples.max_new_tokens=6", "samples.count=2"]
+    runs = [train(*words, f"data.prompt={json.dumps(prompt)}")[0] for prompt in prompts]
+    assert main(["compare", *(str(run.folder) for run in runs), "--out", str(tmp_path / "out")]) == 0
+    found = []
+    for run in runs:
+        (own,) = run.folder.glob("samples/*/answers.jsonl")
+        (cell,) = (tmp_path / "out" / "cells").glob(f"{run.folder.name}/answers.jsonl")
+        given, wanted = ([json.loads(line)["answer"] for line in f.read_text().splitlines()] for f in (cell, own))
+        assert given == wanted, "as the run itself answered"
+        found.append(given)
+    assert found[0] != found[1], "else this shows nothing"
 
 
 def test_the_batches_are_of_similar_length_and_cover_all(overrides, monkeypatch):

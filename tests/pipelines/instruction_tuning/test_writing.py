@@ -148,3 +148,16 @@ def test_a_template_of_texts_that_would_write_a_list_as_python_has_it(talk, exam
     assert made.text(examples[0]) == (
         "<|im_start|>user\n<image>\nWhat colour?<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n"
     )
+
+
+def test_a_template_that_takes_the_systems_words_as_a_text_and_questions_as_lists(talk, examples):
+    made = talk("llava")
+    made.processor.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'system' %}{{ m.content }}{% else %}"
+        "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert made.text(replace(examples[0], system="Be brief.")) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>What colour?<|im_end|>\n"
+        "<|im_start|>assistant\nblue<|im_end|>\n"
+    )
