@@ -24,7 +24,7 @@ from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import write_report
 from equipoise.pipelines.files import explained
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.runs import checkpoints, environment
+from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import runs_folder
 from equipoise.pipelines.runs.store import Run
 from equipoise.pipelines.tables import listed
@@ -102,6 +102,8 @@ def make_of_files(
     """
     if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
         raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is drawn in any case.")
+    from equipoise.pipelines.runs import checkpoints  # which needs torch
+
     cells, loaded = _finished(found) if found else ([], [])
     config = loaded[0] if loaded else registry.load("pipelines", _FILES).Config(name="files")
     pipeline = registry.load("pipelines", config.pipeline)

@@ -56,7 +56,9 @@ def prepare_latents(
     folder = cache / "latents"
     keys = [cache_key(example.path, data, base.identity) for example in examples]
     whole = hashlib.sha256("".join(keys).encode()).hexdigest()
-    if whole not in base.latents:
+    if whole in base.latents:
+        base.latents[whole] = base.latents.pop(whole)  # the last used
+    else:
         for old in list(base.latents)[:-2]:  # the last ones stay: a run may have held-out and class pictures beside
             del base.latents[old]
         base.latents[whole] = _prepare(base, examples, keys, data, folder, stopped)

@@ -57,7 +57,7 @@ class Validation:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state` gave; from before there was any, nothing."""
-        best = state.get("best", {})
+        best = state.get("best", {}) if self.train.keep == "best" else {}  # earlier versions kept them in any case
         self.best = {name: tensor.to(self.kept[name].device) for name, tensor in best.items()}
         self.best_loss = math.inf if state.get("best_loss") is None else state["best_loss"]
         self.best_step, self.waited = state.get("best_step", 0), state.get("waited", 0)

@@ -18,6 +18,7 @@ from equipoise.pipelines.audio_visual.data import read_manifest
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import media
 from equipoise.pipelines.media import reading
+from equipoise.pipelines.text_to_image import cuts, latents
 from equipoise.pipelines.text_to_image import data as folders
 from equipoise.pipelines.text_to_image.config import TextToImageData
 
@@ -46,7 +47,7 @@ def test_an_odd_picture_is_the_same_in_all_three_pipelines(tmp_path):
     examples, problems = folders.read_examples(section)
     assert [example.path for example in examples] == paths and len(paths) == 5 and not problems
     for path in paths:
-        ((trained, _),) = folders.variants(folders.open_picture(path), section, torch.Generator())
+        ((trained, _),) = cuts.variants(folders.open_picture(path), section, torch.Generator())
         asked = np.asarray(media.open_picture(path))
         shown = features.read_frames(path, 1, SIDE)[0].permute(1, 2, 0).numpy()
         assert np.array_equal(np.asarray(trained), asked) and np.array_equal(asked, shown), path.name
@@ -82,12 +83,11 @@ def test_what_was_made_by_earlier_readers_is_not_used_again(tmp_path, monkeypatc
 
     def keys() -> tuple[str, str]:
         (clip,) = read_manifest(clips, tmp_path / "m.csv").clips
-        examples, _ = folders.read_examples(section)
-        return folders.cache_key(examples, section, "base"), features.FeatureStore(clips, None).key(clip)
+        return latents.cache_key(tmp_path / "a.png", section, "base"), features.FeatureStore(clips, None).key(clip)
 
     now = keys()
     assert now == keys()
-    for module, name in ((folders, "VERSION"), (features, "READERS")):
+    for module, name in ((latents, "VERSION"), (features, "READERS")):
         monkeypatch.setattr(module, name, reading.VERSION - 1)
     assert all(before != after for before, after in zip(now, keys(), strict=True))
 
@@ -131,4 +131,5 @@ def test_a_run_decodes_each_picture_once_from_the_check_to_the_result(tmp_path, 
     for name, words in runs.items():
         opened.clear()
         assert main(["train", name, *words, *plain]) == 0
-        assert {path.name: opened[path.name] for path in paths} == {path.name: 1 for path in paths}, name
+        once = 2 if name.startswith("text_to_image") else 1  # there the digest of its content is another reading
+        assert {path.name: opened[path.name] for path in paths} == {path.name: once for path in paths}, name
