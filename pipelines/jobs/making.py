@@ -24,6 +24,7 @@ from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import write_report
 from equipoise.pipelines.files import explained
 from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.pipeline import Pipeline
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import runs_folder
 from equipoise.pipelines.runs.store import Run
@@ -102,12 +103,31 @@ def make_of_files(
     """
     if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
         raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is drawn in any case.")
-    from equipoise.pipelines.runs import checkpoints  # which needs torch
-
     cells, loaded = _finished(found) if found else ([], [])
     config = loaded[0] if loaded else registry.load("pipelines", _FILES).Config(name="files")
     pipeline = registry.load("pipelines", config.pipeline)
     _of_one_base(loaded, {"model.path", "model.revision"} - changes.keys() | {"data.resolution"})
+    given = _labelled(pipeline, cells, files, each_checkpoint)
+    if not given:
+        raise InputError("comparison: none of these runs has a result yet.")
+    first = configs.set_keys(config, changes, source="comparison")
+    folder, name = _place([*found], out, own=True, root=runs_folder(runs))
+    with (
+        swapped_in(folder) as staging,
+        environment.there(cells[0].folder / "environment.json") if cells else nullcontext(),
+    ):
+        comparison = pipeline.compare_files(name, staging, given, first, strengths)
+        paths = write_report(comparison)
+    comparison.folder = folder
+    return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def _labelled(
+    pipeline: type[Pipeline], cells: Sequence[Run], files: Sequence[Path], each_checkpoint: bool
+) -> dict[str, Path]:
+    """Label → what is drawn with: runs' results and, if wanted, their checkpoints; then the files."""
+    from equipoise.pipelines.runs import checkpoints  # which needs torch
+
     given: dict[str, Path] = {}
     names = Counter(run.id.rpartition("/")[2] for run in cells)
     for run in cells:
@@ -122,18 +142,7 @@ def make_of_files(
     names = Counter(file.stem for file in files)
     for file in files:
         given[file.stem if names[file.stem] == 1 and file.stem not in given else str(file)] = file.resolve()
-    if not given:
-        raise InputError("comparison: none of these runs has a result yet.")
-    first = configs.set_keys(config, changes, source="comparison")
-    folder, name = _place([*found], out, own=True, root=runs_folder(runs))
-    with (
-        swapped_in(folder) as staging,
-        environment.there(cells[0].folder / "environment.json") if cells else nullcontext(),
-    ):
-        comparison = pipeline.compare_files(name, staging, given, first, strengths)
-        paths = write_report(comparison)
-    comparison.folder = folder
-    return comparison, {what: folder / path.name for what, path in paths.items()}
+    return given
 
 
 def _of_one_base(loaded: Sequence[Any], keys: set[str]) -> None:
