@@ -138,18 +138,9 @@ def test_a_run_stops_while_class_pictures_are_drawn(own, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["caption", "picture", "repeats"])
-def test_a_run_goes_on_with_the_pictures_that_it_began_with_and_with_no_others(own, tmp_path, change):
+def test_a_run_goes_on_with_the_pictures_that_it_began_with_and_with_no_others(own, stopped_run, change):
     settings = config.load(NAME, own)
-    run = Store(settings.runs).create(settings)
-    steps = run.metric
-
-    def metric(step, **values):
-        steps(step, **values)
-        if step == 2:
-            run.request("stop")
-
-    run.metric = metric
-    assert execute(TextToImage, settings, run).state == "stopped"
+    run = stopped_run(TextToImage, settings, at=2)
     example = read_examples(settings.data)[0][0]
     if change == "caption":
         table = example.path.with_name("metadata.jsonl")

@@ -104,18 +104,9 @@ def test_what_is_wrong_is_said_before(short, tmp_path):
     assert said("prior.prompt=x") == []
 
 
-def test_a_run_goes_on_with_the_class_pictures_that_it_began_with(short):
+def test_a_run_goes_on_with_the_class_pictures_that_it_began_with(short, stopped_run):
     settings = config.load(NAME, [*short, "prior.prompt=a vase", "prior.count=2", "samples.prompts=[]"])
-    run = Store(settings.runs).create(settings)
-    write = run.metric
-
-    def metric(step, **values):
-        write(step, **values)
-        if step == 2:
-            run.request("stop")
-
-    run.metric = metric
-    assert execute(TextToImage, settings, run).state == "stopped"
+    run = stopped_run(TextToImage, settings, at=2)
     run.forget_requests()
     others = config.set_keys(settings, {"samples.steps": 3})
     with pytest.raises(InputError, match="its class pictures are not those that this run was trained on so far"):

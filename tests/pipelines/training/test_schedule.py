@@ -79,24 +79,14 @@ def test_what_cannot_work_is_said(overrides, message):
     assert message in str(caught.value) and len(caught.value.problems) == 1
 
 
-def test_a_run_that_goes_on_for_longer_has_the_longer_schedule_from_its_next_step(short):
+def test_a_run_that_goes_on_for_longer_has_the_longer_schedule_from_its_next_step(short, stopped_run):
     from equipoise.pipelines import config
     from equipoise.pipelines.pipeline import execute
-    from equipoise.pipelines.runs.store import Store
     from equipoise.pipelines.text_to_image import TextToImage
 
     words = [*short, "schedule=cosine", "learning_rate=1e-3", "samples.prompts=[]"]
     settings = config.load("text_to_image/dreambooth", words)
-    run = Store(settings.runs).create(settings)
-    write = run.metric
-
-    def metric(step, **values):
-        write(step, **values)
-        if step == 4:
-            run.request("stop")
-
-    run.metric = metric
-    assert execute(TextToImage, settings, run).state == "stopped"
+    run = stopped_run(TextToImage, settings, at=4)
     run.forget_requests()
     longer = config.load("text_to_image/dreambooth", [*words, "steps=16"])
     assert execute(TextToImage, longer, run).state == "done"
