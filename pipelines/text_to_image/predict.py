@@ -23,16 +23,13 @@ from equipoise.pipelines.text_to_image.compare import with_result
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Folder, open_picture, read_folder
 from equipoise.pipelines.text_to_image.families.noise import Noise
+from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws
 from equipoise.pipelines.text_to_image.generate import generate
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 from equipoise.pipelines.text_to_image.tables import ENCODING
-from equipoise.pipelines.training.state import make_accelerator, mix, number
-
-_DRAWS = 64  # at least, as when a run evaluates; of more pictures each is drawn once
-_TIMES = 64  # evenly spread
-_STEP = 37  # has no divisor in common with _TIMES: a picture that comes again comes with other times
+from equipoise.pipelines.training.state import make_accelerator, number
 
 
 def predict(run: Path, config: TextToImageConfig, sources: Sequence[Path], asked: Asked) -> Predictions:
@@ -119,22 +116,18 @@ class _Fixed:
 
     @property
     def draws(self) -> int:
-        return max(_DRAWS, len(self.captions))
+        return max(DRAWS, len(self.captions))
 
     @torch.no_grad()
     def losses(self, embed: Callable[[list[str]], dict[str, Tensor]], drawn: Callable[[int], object]) -> Tensor:
         """(draws,) float64: of draw i the loss of picture i modulo the number of pictures."""
-        generator = torch.Generator().manual_seed(mix(self.config.seed, "evaluation"))
-        shapes, count, most = self.latents.shapes, len(self.captions), min(16, self.config.train.batch)
-        noises = [torch.randn(shapes[index % count], generator=generator) for index in range(self.draws)]
-        times = self.noise.at((torch.arange(self.draws) * _STEP % _TIMES + 0.5) / _TIMES)
-        made = torch.zeros(self.draws, dtype=torch.float64)
-        for shape in dict.fromkeys(shapes):
-            alike = [index for index in range(self.draws) if shapes[index % count] == shape]
-            for some in (alike[start : start + most] for start in range(0, len(alike), most)):
-                noise = torch.stack([noises[index] for index in some])
-                made[some] = self._loss([index % count for index in some], noise, times[some], embed).double().cpu()
-                drawn(len(some))
+        count = len(self.captions)
+        pictures = [index % count for index in range(self.draws)]
+        fixed = FixedDraws.of(pictures, self.latents.shapes, self.config.seed, DRAWS)
+        times, made = self.noise.at(fixed.spread), torch.zeros(self.draws, dtype=torch.float64)
+        for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):
+            made[some] = self._loss(chosen, noise, times[some], embed).double().cpu()
+            drawn(len(some))
         return made
 
     def by_picture(self, losses: Tensor) -> list[float]:
@@ -162,7 +155,7 @@ def _prompts(sources: Sequence[Path]) -> list[str]:
     prompts, problems = [], []
     for source in sources:
         try:
-            lines = [line.strip() for line in source.read_text(encoding=ENCODING).splitlines() if line.strip()]
+            lines = [line.strip() for line in source.read_text(encoding=ENCODING).split("\n") if line.strip()]
             problems += [] if lines else [f"{source}: holds no prompt."]
             prompts += lines
         except IsADirectoryError:

@@ -33,6 +33,7 @@ from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, read_folder, read_held
+from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import prepare_latents
@@ -44,7 +45,7 @@ from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, 
 
 _PLAIN = TextToImageData()  # class pictures' captions are read as they are
 _RECENT = 20  # steps over which a loss has to be high for a run to be given up
-_EVALUATED = 64  # fixed draws behind "loss before" and "loss after"
+_EVALUATED = DRAWS  # fixed draws behind "loss before" and "loss after"
 
 
 def train(config: TextToImageConfig, run: Run) -> Outcome:
@@ -348,22 +349,14 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         for part in self.parts.values():
             part.eval()
         seed = 0 if pictures is self.held else self.config.seed
-        generator = torch.Generator().manual_seed(mix(seed, "evaluation"))
-        shapes, count = pictures.latents.shapes, len(pictures.captions)
+        count = len(pictures.captions)
         drawn = [index * max(count, _EVALUATED) // _EVALUATED % count for index in range(_EVALUATED)]
-        noises = [torch.randn(shapes[picture], generator=generator) for picture in drawn]
-        # 37: every picture, all times
-        spread = (torch.arange(_EVALUATED) * 37 % _EVALUATED + 0.5) / _EVALUATED
-        times = self.noise.at(spread)
-        total, most = 0.0, min(16, self.config.train.batch)  # no more than a step takes, which the memory holds
-        for shape in dict.fromkeys(shapes):
-            alike = [index for index in range(_EVALUATED) if shapes[drawn[index]] == shape]
-            for some in (alike[start : start + most] for start in range(0, len(alike), most)):
-                chosen = [drawn[index] for index in some]
-                clean, _, crops = pictures.latents.take(chosen, [0] * len(some))
-                captions = [pictures.captions[picture] for picture in chosen]
-                noise = torch.stack([noises[index] for index in some])
-                total += self._loss(clean, noise, times[some], captions, crops).item() * len(some)
+        fixed = FixedDraws.of(drawn, pictures.latents.shapes, seed, _EVALUATED)
+        times, total = self.noise.at(fixed.spread), 0.0
+        for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):  # as memory holds in a step
+            clean, _, crops = pictures.latents.take(chosen, [0] * len(some))
+            captions = [pictures.captions[picture] for picture in chosen]
+            total += self._loss(clean, noise, times[some], captions, crops).item() * len(some)
         return total / _EVALUATED
 
     def sample(self, step: int) -> None:
