@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,6 +25,7 @@ Trial = dict[str, Any]  # a training run: its settings, among them its count of 
 Train = Callable[[Trial], Trial]
 Measure = Callable[[Train, Sequence[Trial]], list[Trial]]
 
+_STUDENT = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # by degrees of freedom, two-sided 95 %
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#6a737d", "#e4e8ec", "#ffffff"
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 _COLUMNS = 3
@@ -137,13 +138,25 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
     return middle if len(values) < 2 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
 
 
-def finding(claim: str, paper: float, here: Sequence[float], form: str = "+.3f") -> str:
-    """Whether a difference that the paper reports has the same sign in every seed here, in a sentence."""
+def interval(values: Sequence[float], form: str = ".1f") -> str:
+    """The mean and, of several seeds, half the width of its 95 % interval by Student's t: "61.0 ± 1.5"."""
+    middle = f"{fmean(values):{form}}"
+    if len(values) < 2:
+        return middle
+    width = _STUDENT[min(len(values), len(_STUDENT)) - 1] * stdev(values) / math.sqrt(len(values))
+    return f"{middle} ± {width:{form.lstrip('+')}}"
+
+
+def finding(claim: str, paper: float | None, here: Sequence[float], form: str = "+.3f") -> str:
+    """Whether a difference, one that the paper reports or not, has one sign in every seed here, in a sentence."""
     if min(here) <= 0 <= max(here):
         verdict = "Undecided: the seeds disagree" if min(here) < max(here) else "No difference"
+    elif paper is None:
+        verdict = "The same in every seed" if len(here) > 1 else "Of one seed"
     else:
         verdict = "Same direction" if (paper > 0) == (here[0] > 0) else "OPPOSITE direction"
-    return f"- {claim}: paper {paper:{form}}, here {spread(here, form)}. {verdict}."
+    reported = "" if paper is None else f"paper {paper:{form}}, "
+    return f"- {claim}: {reported}here {spread(here, form)}. {verdict}."
 
 
 def _draw(panel: Panel) -> Image.Image:

@@ -4,7 +4,9 @@ Paper: Chang, Li & Yuan, AlphaAdam, 2025, Section 4.4 and Appendix F.2: GPT-2 of
 OpenWebText. Kept: betas (0.9, 0.95), eps 1e-8, weight decay 0.1, batch 12; and its codebase's gradient clipping,
 warm-up and cosine decay to a tenth. In place of the rest: a small GPT on bytes of a text that a seeded grammar makes.
 The paper says that it tuned every method's rate, and prints one per model size. Here every method is trained at every
-rate of a grid: the table has AdamW's best rate for all, and a second one each method's own.
+rate of a grid: the table has AdamW's best rate for all, and a second one each method's own. Two rows are not in that
+table: α of at most 2, as Appendix F.4 has it, and cautious AdamW, which Tables 1 and 2 compare with. The chart's last
+panel is Figures 4 and 5: the α of all tensors over the training.
 """
 
 import math
@@ -29,6 +31,8 @@ METHODS = {
     "+SM": lambda *args, **options: AlphaAdam(*args, **options, mask="sync", compensation="none"),
     "+AM": lambda *args, **options: AlphaAdam(*args, **options, compensation="none"),
     "+AM+alpha": AlphaAdam,
+    "+AM+alpha<=2": lambda *args, **options: AlphaAdam(*args, **options, max_alpha=2.0),
+    "CAdamW": lambda *args, **options: AlphaAdam(*args, **options, mask="cautious", compensation="cautious"),
 }
 COLUMNS = ("20 %", "40 %", "60 %", "100 %", "early", "late")  # of training; early and late: means of two
 PAPER = {  # Table 3, validation losses
@@ -62,11 +66,12 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
 
     rate = best("AdamW")
     lines = []
-    for method, paper in PAPER.items():
+    for method in METHODS:
         found = columns(method, rate)
         lines.append([method, "median", *(f"{median(values):.3f}" for values in found)])
         lines.append(["", "spread", *(f"{max(values) - min(values):.3f}" for values in found)])
-        lines.append(["", "paper", *(f"{value:.3f}" for value in paper)])
+        if method in PAPER:
+            lines.append(["", "paper", *(f"{value:.3f}" for value in PAPER[method])])
     own = [[m, f"{best(m):g}", *(spread(columns(m, best(m))[i]) for i in _JUDGED)] for m in METHODS]
     tried = ", ".join(f"{median(columns('AdamW', r)[_LAST]):.3f} at {r:g}" for r in RATES)
     text = [
@@ -79,20 +84,25 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     ]
     for method, i in product(list(METHODS)[1:], _JUDGED):
         here = [a - b for a, b in zip(columns(method, rate)[i], columns("AdamW", rate)[i], strict=True)]
-        text.append(finding(f"{method}, {COLUMNS[i]}", PAPER[method][i] - PAPER["AdamW"][i], here))
+        printed = PAPER[method][i] - PAPER["AdamW"][i] if method in PAPER else None
+        text.append(finding(f"{method}, {COLUMNS[i]}", printed, here))
 
     curves = {method: [median(losses) for losses in zip(*at(method, rate), strict=True)] for method in METHODS}
     ahead = {m: [a - b for a, b in zip(y, curves["AdamW"], strict=True)] for m, y in curves.items()}
     shares = [f"{share}" for share in range(10, 101, 10)]
+    alphas = next(cell["alphas"] for cell in cells if (cell["method"], cell["rate"]) == ("+AM+alpha", rate))
+    layers = {name: [at[i] for at in alphas] for i, name in enumerate(("smallest", "median", "largest"))}
     panels = [
         Panel(f"Validation loss at learning rate {rate:g}", "% of training", curves, shares),
         Panel("The same, less AdamW's", "% of training", ahead, shares),
+        Panel("Alpha of all tensors, seed 0 (Figures 4 and 5)", "% of training", layers, shares),
     ]
     return Reproduction("\n".join(text), panels, cells)
 
 
 def train(cell: Trial) -> Trial:
-    """Trains one GPT: its validation losses after each tenth of the steps. A seed's batches are the same for all."""
+    """Trains one GPT: after each tenth of the steps its validation loss, and the smallest, median and largest α of its
+    tensors. A seed's batches are the same for all."""
     steps = cell["steps"]
     torch.manual_seed(cell["seed"])
     net, (learned, held_out) = GPT(), _texts()
@@ -101,7 +111,7 @@ def train(cell: Trial) -> Trial:
         for large in (True, False)
     ]
     optimizer = METHODS[cell["method"]](groups, lr=cell["rate"], betas=(0.9, 0.95), eps=1e-8)
-    losses = []
+    losses, alphas = [], []
     for step in range(steps):
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / (0.05 * steps))
@@ -114,7 +124,10 @@ def train(cell: Trial) -> Trial:
         if tenths := (step + 1) * 10 // steps - len(losses):
             with torch.no_grad():
                 losses += [net.loss(held_out).item()] * tenths
-    return {"losses": losses}
+            if isinstance(optimizer, AlphaAdam):
+                found = sorted(optimizer.alphas.values())
+                alphas += [[found[0], median(found), found[-1]]] * tenths
+    return {"losses": losses, "alphas": alphas}
 
 
 class GPT(nn.Module):

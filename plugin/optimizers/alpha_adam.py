@@ -3,8 +3,9 @@
 Method: AlphaAdam, asynchronous masked Adam with dynamic compensation.
 Paper: Chang, Li & Yuan, AlphaAdam: Asynchronous Masked Optimization with Dynamic Alpha for Selective Updates, 2025.
 Options: `mask="async"` is eq. 6, `"sync"` eq. 5; `compensation="norm"` is eq. 9, `"algorithm1"` what the algorithm box
-has in its place; `max_alpha` is not in the paper. Bias correction belongs to AdamW, on which the text builds; the box
-omits it. The box's strict ">" would keep nothing at the first step, where h is 0; eq. 6 has "≥", and so has this.
+has in its place; `max_alpha` is α_max of Appendix F.4. Bias correction belongs to AdamW, on which the text builds; the
+box omits it. The box's strict ">" would keep nothing at the first step, where h is 0; eq. 6 has "≥", and so has this.
+"cautious" as mask and compensation makes its nearest rival: Liang et al., Cautious Optimizers, arXiv 2411.16085, 2024.
 """
 
 import math
@@ -32,8 +33,8 @@ from equipoise.optimizers.parts.checks import (
 from equipoise.optimizers.parts.pair_optimizer import unpack
 from equipoise.optimizers.parts.preconditioner import chunk_entries
 
-Mask = Literal["async", "sync", "none"]
-Compensation = Literal["norm", "algorithm1", "none"]
+Mask = Literal["async", "sync", "cautious", "none"]
+Compensation = Literal["norm", "algorithm1", "cautious", "none"]
 _Row = tuple[list[int], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # whose they are, θ, g, h, v
 _Applied = tuple[Tensor, Tensor | None]  # α, and the kept share if it was counted: () on the device
 
@@ -58,21 +59,23 @@ class AlphaAdam(Optimizer):
         eps: Added to the denominator. (>= 0)
         weight_decay: Decoupled weight decay, of all entries, kept or not. (>= 0)
         mask: "async": the gradient against the momentum before it (eq. 6). "sync": against the momentum that holds it
-            already (eq. 5), which drops fewer. "none": every entry is kept.
+            already (eq. 5), which drops fewer. "cautious": as that, but what has no gradient is left out too. "none":
+            every entry is kept.
         compensation: "norm": α restores the norm of the step (eq. 9). "algorithm1": the algorithm box, the square of
-            that times d/(‖φ‖₀ + 1) for d entries; steps get longer, so learning rates do not carry over. "none": α = 1.
+            that times d/(‖φ‖₀ + 1) for d entries; steps get longer, so learning rates do not carry over. "cautious":
+            d/(‖φ‖₀ + 1) alone; with the mask of that name this is cautious AdamW. "none": α = 1.
         bias_correction: Correct the moments for their start at zero; the algorithm box does not.
-        max_alpha: Largest α; None: no limit. (>= 1)
+        max_alpha: Largest α; the paper has 2 (Appendix F.4). None: no limit. (>= 1)
         count_kept: Count at each step what the mask keeps, for `kept`; costs a pass over the mask.
         maximize: Maximise the objective instead of minimising it.
         foreach: Work on many tensors at once; None: wherever all are plain tensors. False: the readable update.
 
-    Moments have their parameter's dtype, as AdamW's; for float16 and bfloat16 the arithmetic in between is float32. The
-    state is AdamW's, so that a checkpoint of either loads into the other.
+    Moments have their parameter's dtype, as AdamW's; for bfloat16 the arithmetic in between is float32. The state is
+    AdamW's, so that a checkpoint of either loads into the other.
 
     Raises:
-        InputError: An option is out of bounds, a parameter is complex or a gradient sparse, or a model has nothing to
-            train.
+        InputError: An option is out of bounds, a parameter is complex or float16 (in which the square of a gradient of
+            1e-4 is 0, and the step explodes), a gradient is sparse, or a model has nothing to train.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
@@ -85,8 +88,10 @@ class AlphaAdam(Optimizer):
         >>> print(f"{optimizer.alphas['weight']:.3f} {optimizer.kept['weight']:.3f}")
         1.001 0.667
 
-    Paper: AlphaAdam: Asynchronous Masked Optimization with Dynamic Alpha for Selective Updates, 2025, eq. 5, 6 and 9,
-        Algorithm 1
+    References:
+        AlphaAdam: Asynchronous Masked Optimization with Dynamic Alpha for Selective Updates, 2025, eq. 5, 6 and 9,
+        Algorithm 1, Appendix F.4
+        "cautious": Cautious Optimizers: Improving Training with One Line of Code, arXiv 2411.16085, 2024
     """
 
     def __init__(
@@ -134,10 +139,8 @@ class AlphaAdam(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_options(self, len(self.param_groups) - 1)
-            if any(param.is_complex() for param in self.param_groups[-1]["params"]):
-                raise InputError(
-                    f"{type(self).__name__}: a parameter is complex. Train its torch.view_as_real instead."
-                )
+            for param in self.param_groups[-1]["params"]:
+                _check_dtype(type(self).__name__, param)
         except InputError:
             del self.param_groups[-1]
             raise
@@ -216,7 +219,9 @@ def _update_each(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
         u = (h / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + max(group["eps"], _TINY))
 
         phi = torch.ones_like(u, dtype=torch.bool)
-        if group["mask"] != "none":
+        if group["mask"] == "cautious":
+            phi = h * g > 0
+        elif group["mask"] != "none":
             phi = (past if group["mask"] == "async" else h) * g >= 0
         masked = torch.where(phi, u, 0)
         count = phi.sum().to(u.dtype)
@@ -236,7 +241,7 @@ def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
     t = float(states[0]["step"]) if group["bias_correction"] else math.inf
     decay = _scalar(1 - group["lr"] * group["weight_decay"], params[0])
     masks = group["mask"] != "none"
-    counts = masks and (group["count_kept"] or group["compensation"] == "algorithm1")
+    counts = masks and (group["count_kept"] or group["compensation"] in ("algorithm1", "cautious"))
 
     rows = _rows(params, states)
     updates, norms, kept_norms, dropped = [], [], [], []
@@ -250,6 +255,9 @@ def _update_many(params: Tensors, states: Sequence[dict[str, Tensor]], group: Ma
         if masks:
             # φ − 1 is -1 or 0. To choose by comparison (torch.where) takes forty times as long on a CPU.
             agreement = agreement or torch._foreach_mul(h, g)
+            if group["mask"] == "cautious":  # 0 counts as disagreement
+                torch._foreach_sign_(agreement)
+                torch._foreach_sub_(agreement, 1)
             torch._foreach_clamp_max_(agreement, 0)
             torch._foreach_sign_(agreement)
             torch._foreach_addcmul_(u, u, agreement)
@@ -314,6 +322,8 @@ def _alpha(
     alpha = torch.where(kept > 0, full / kept, 1.0)  # nothing kept: nothing moves, whatever α
     if group["compensation"] == "algorithm1":
         alpha = alpha.square() / room
+    elif group["compensation"] == "cautious":
+        alpha = torch.ones_like(full) / room
     return alpha.clamp(max=1e30 if group["max_alpha"] is None else group["max_alpha"])  # inf·0 would be NaN
 
 
@@ -341,6 +351,16 @@ def _scalar(value: Any, like: Tensor) -> Any:
     if like.device.type != "cpu":
         return value
     return torch.as_tensor(value, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _check_dtype(name: str, param: Tensor) -> None:
+    if param.is_complex():
+        raise InputError(f"{name}: a parameter is complex. Train its torch.view_as_real instead.")
+    if param.dtype == torch.float16:
+        raise InputError(
+            f"{name}: a parameter of shape {tuple(param.shape)} is float16, in which squares of small gradients are 0, "
+            "so that the step explodes. Train it in float32 with autocast to float16, or in bfloat16."
+        )
 
 
 def _check_options(optimizer: Optimizer, index: int) -> None:

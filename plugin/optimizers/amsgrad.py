@@ -27,7 +27,8 @@ class AMSGrad(Optimizer):
     Args:
         params: Parameters, named parameters or parameter groups.
         lr: Learning rate, a number or a tensor without dimensions. (>= 0)
-        betas: Decay of the running means of the gradient and of its square. (0 <= x < 1)
+        betas: Decay of the running means of the gradient and of its square. A second one of 1 leaves √v̂ at eps: SGD
+            with a rate of lr/eps. (0 <= x <= 1)
         eps: Where √v̂ starts, and so its least value. (> 0)
         weight_decay: Decoupled weight decay. (>= 0)
         maximize: Maximise the objective instead of minimising it.
@@ -65,7 +66,7 @@ class AMSGrad(Optimizer):
 
     def _check(self, index: int) -> None:
         group, where = self.param_groups[index], group_label(self, index)
-        check_adam(where, group)
+        check_adam(where, group, closed=True)
         if not (is_number(group["eps"]) and group["eps"] > 0):  # 0/0 where there was no gradient yet
             raise InputError(f"{where}: eps must be a finite number above 0; got {group['eps']!r}. Try 1e-8.")
 

@@ -113,8 +113,8 @@ class ReferenceAlphaAdam:
 
     Args:
         x: The parameter, of any shape; replaced by each step.
-        mask: "async" (eq. 6), "sync" (eq. 5) or "none".
-        compensation: "norm" (eq. 9), "algorithm1" (the box) or "none".
+        mask: "async" (eq. 6), "sync" (eq. 5), "cautious" (arXiv 2411.16085) or "none".
+        compensation: "norm" (eq. 9), "algorithm1" (the box), "cautious" or "none".
     """
 
     def __init__(
@@ -142,12 +142,14 @@ class ReferenceAlphaAdam:
         if self.bias_correction:
             h, v = h / (1 - beta1**self.t), v / (1 - beta2**self.t)
         u = h / (v.sqrt() + self.eps)
-        judged = {"async": old * g, "sync": self.h * g, "none": torch.zeros_like(g)}[self.mask]
-        phi = (judged >= 0).to(u.dtype)
+        judged = old * g if self.mask == "async" else self.h * g
+        phi = {"none": judged == judged, "cautious": judged > 0}.get(self.mask, judged >= 0).to(u.dtype)
         alpha, kept = 1.0, float((phi * u).square().sum())
         if kept > 0 and self.compensation != "none":
             alpha = (float(u.square().sum()) / kept) ** 0.5
         if self.compensation == "algorithm1":
             alpha = alpha**2 * u.numel() / (float(phi.sum()) + 1)
+        if self.compensation == "cautious":
+            alpha = u.numel() / (float(phi.sum()) + 1)
         self.x = self.x * (1 - self.lr * self.weight_decay) - self.lr * alpha * phi * u
         return alpha, float(phi.mean())

@@ -50,7 +50,8 @@ class AdaSAM(SharpOptimizer, AMSGrad):
         rho: How far the worst nearby point is, in the norm over all parameters; may differ between groups. (>= 0)
         adaptive: Measure the distance of each weight in units of its size (ASAM); a weight of 0 then stays in place.
         every: Look for that point only at each so-many-th step; the others are AMSGrad's own. (>= 1)
-        betas: Decay of the running means of the gradient and of its square; the paper tries 0.9 and 0. (0 <= x < 1)
+        betas: Decay of the running means of the gradient and of its square; the paper tries 0.9 and 0. A second
+            one of 1 leaves √v̂ at eps: SAM with a rate of lr/eps (Remark 1). (0 <= x <= 1)
         eps: Where √v̂ starts, and so its least value. (> 0)
         weight_decay: Decoupled weight decay; the paper has none. (>= 0)
         maximize: Maximise the objective instead of minimising it.

@@ -49,8 +49,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_adam(where: str, group: Mapping[str, Any]) -> None:
-    """Check the options that every Adam has, apart from eps.
+def check_adam(where: str, group: Mapping[str, Any], closed: bool = False) -> None:
+    """Check the options that every Adam has, apart from eps; `closed`: the second beta may be 1.
 
     Raises:
         InputError: The first that is out of bounds: where, what was got.
@@ -66,8 +66,11 @@ def check_adam(where: str, group: Mapping[str, Any]) -> None:
     for name, value in (("lr", rate), ("weight_decay", group["weight_decay"])):
         check_not_negative(where, name, value)
     betas = group["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b <= 1 for b in betas)):
         raise InputError(f"{where}: betas must be two numbers, each 0 or more and below 1; got {betas!r}.")
+    if betas[0] == 1 or (betas[1] == 1 and not closed):
+        alone = "; the second alone may be 1" if closed else ""
+        raise InputError(f"{where}: betas must be two numbers, each 0 or more and below 1{alone}; got {betas!r}.")
     check_switches(where, group, "maximize")
 
 

@@ -5,9 +5,15 @@ it happens in a step hook before every other one, so that the base, its hooks (s
 schedulers see one ordinary step with one gradient, g.
 """
 
+import copy
+import functools
+import inspect
+import random
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +36,9 @@ class SharpOptimizer:
     """What every sharpness-aware class adds to its base. Use `AdaSAM`, `SAM` or `SharpnessAware`.
 
     A loop that leaves the evaluation to the optimizer calls `step(closure)`, where the closure clears the gradients,
-    calls backward and returns the loss. It is called twice, with torch's random numbers (noise, dropout) the same both
-    times, and the loss of the first is returned. A loop that calls backward itself goes
+    calls backward and returns the loss. It is called twice, with random numbers (noise, dropout) the same both times,
+    and the loss of the first is returned: those of torch, Python and NumPy, and of generators that the closure itself
+    names; one that hides in another object it has to rewind. A loop that calls backward itself goes
 
         optimizer.zero_grad()
         loss(batch).backward()
@@ -147,16 +154,17 @@ class SharpOptimizer:
     def _evaluate_twice(self, closure: Callable[[], Any]) -> Any:
         self.restore()  # left over if a second evaluation by hand raised
         devices = {param.device for group in self.param_groups for param in group["params"]}
-        before = _random_states(devices)
+        generators = _generators(closure)
+        before = _random_states(devices, generators)
         loss = self._evaluate(closure)
         if self.perturb():
-            after = _random_states(devices)
+            after = _random_states(devices, generators)
             try:
-                _set_random_states(before)
+                _set(before)
                 self._evaluate(closure)
             finally:
                 self.restore()
-                _set_random_states(after)
+                _set(after)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -264,18 +272,48 @@ def _weighted(param: Tensor, adaptive: bool) -> Tensor:  # in float32 at least: 
     return grad * real(param).abs() if adaptive else grad
 
 
-def _random_states(devices: Iterable[torch.device]) -> list[tuple[Any, Any, Tensor]]:
-    """(module, device, state) of the generators that a loss may draw from; reading them waits for no device."""
-    states: list[tuple[Any, Any, Tensor]] = [(torch, None, torch.get_rng_state())]
+_State = tuple[Callable[[Any], Any], Any]  # what sets a state, and the state
+
+
+def _random_states(devices: Iterable[torch.device], generators: Iterable[Any]) -> list[_State]:
+    """Of all that a loss may draw random numbers from; reading them waits for no device."""
+    states: list[_State] = [(torch.set_rng_state, torch.get_rng_state()), (random.setstate, random.getstate())]
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
     for device in devices:
         if device.type in ("cuda", "xpu"):
             module = torch.get_device_module(device)
-            states.append((module, device, module.get_rng_state(device)))
+            states.append((functools.partial(module.set_rng_state, device=device), module.get_rng_state(device)))
         elif device.type == "mps":
-            states.append((torch.mps, None, torch.mps.get_rng_state()))
+            states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    for generator in generators:
+        if isinstance(generator, torch.Generator):
+            states.append((generator.set_state, generator.get_state()))
+        elif isinstance(generator, random.Random):
+            states.append((generator.setstate, generator.getstate()))
+        else:  # NumPy's
+            state = copy.deepcopy(generator.bit_generator.state)
+            states.append((functools.partial(setattr, generator.bit_generator, "state"), state))
     return states
 
 
-def _set_random_states(states: list[tuple[Any, Any, Tensor]]) -> None:
-    for module, device, state in states:
-        module.set_rng_state(state, *([] if device is None else [device]))
+def _generators(closure: Callable[[], Any]) -> list[Any]:
+    """Random generators that a closure names: as variables around it, as defaults, or as globals."""
+    function = inspect.unwrap(closure)
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType):
+        return []
+    named: list[Any] = [function.__globals__.get(name) for name in function.__code__.co_names]
+    named += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            named.append(cell.cell_contents)
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if numpy := sys.modules.get("numpy"):
+        kinds += (numpy.random.Generator,)
+    return [value for value in named if isinstance(value, kinds)]
+
+
+def _set(states: list[_State]) -> None:
+    for setter, state in states:
+        setter(state)

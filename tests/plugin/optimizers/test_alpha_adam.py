@@ -26,7 +26,8 @@ from equipoise.options import options, read_options
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "alpha_adam.json").read_text())
 EXACT = 1e-10  # float64: what is left is the order of a few products
 SHAPES = [(40, 30), (7,), (2, 3, 3, 3), (), (300, 300)]  # the last in pieces on a CPU
-READINGS = [(mask, comp) for mask in ("async", "sync", "none") for comp in ("norm", "algorithm1", "none")]
+PAPERS = [(mask, comp) for mask in ("async", "sync", "none") for comp in ("norm", "algorithm1", "none")]
+READINGS = [*PAPERS, ("cautious", "cautious"), ("cautious", "norm"), ("sync", "cautious")]
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -77,7 +78,7 @@ def test_golden_trajectories(reading: str, foreach: bool, on_device: bool):
 
 
 def test_the_golden_file_holds_every_reading():
-    assert set(GOLDEN["runs"]) == {f"{m}/{c}/{b}" for m, c in READINGS for b in ("bc", "nobc")}
+    assert set(GOLDEN["runs"]) == {f"{m}/{c}/{b}" for m, c in PAPERS for b in ("bc", "nobc")}
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -95,7 +96,21 @@ def test_matches_the_slow_twin_on_many_tensors(mask, compensation, foreach):
         assert list(optimizer.kept.values()) == pytest.approx([kept for _, kept in seen], abs=EXACT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_the_cautious_mask_leaves_alone_what_has_no_gradient_and_the_others_do_not(foreach: bool):
+    """As rows of an embedding whose words are not in the batch: momentum would move them on."""
+    for mask, rests in (("cautious", True), ("sync", False), ("async", False)):
+        param = nn.Parameter(torch.zeros(3))
+        optimizer = AlphaAdam([param], lr=0.1, weight_decay=0.0, mask=mask, compensation="cautious", foreach=foreach)
+        for gradient in ([1.0, 1.0, 1.0], [1.0, 1.0, 0.0]):
+            before = param.detach().clone()
+            param.grad = torch.tensor(gradient)
+            optimizer.step()
+        assert (param[2] == before[2]).item() is rests and param[0] < before[0]
+        assert optimizer.alphas["0.0"] == pytest.approx(3 / (3 - rests + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mask", "compensation"), READINGS)
 def test_foreach_and_readable_agree(dtype, mask, compensation):
     many, one = parameters(dtype), parameters(dtype)
@@ -103,7 +118,7 @@ def test_foreach_and_readable_agree(dtype, mask, compensation):
     train(many, AlphaAdam(many, foreach=True, **common), 5)
     train(one, AlphaAdam(one, foreach=False, **common), 5)
     # One unit in the last place of numbers below 8, for a rounding may go either way; in float32, of a few sums too.
-    assert furthest(many, one) <= {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
+    assert furthest(many, one) <= {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
     assert furthest(many, parameters(dtype)) > 1e-2
 
 
@@ -141,17 +156,17 @@ def test_is_adamw_without_mask_and_compensation_and_else_is_not(foreach: bool, m
         assert same or furthest(params, plain) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_torchs_fused_adamw_in_the_limit(dtype):
-    params, plain = parameters(dtype), parameters(dtype)
+def test_half_precision_is_torchs_fused_adamw_in_the_limit():
+    params, plain = parameters(torch.bfloat16), parameters(torch.bfloat16)
     train(params, AlphaAdam(params, 1e-2, mask="none"), 5)
     train(plain, AdamW(plain, 1e-2, fused=True), 5)  # its arithmetic is float32, too
-    assert furthest(params, plain) <= {torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
+    assert furthest(params, plain) <= 2**-5
     state = AlphaAdam(params).state
     assert not state
     optimizer = AlphaAdam(params)
     train(params, optimizer, 1)
-    assert all(optimizer.state[p]["exp_avg"].dtype == optimizer.state[p]["exp_avg_sq"].dtype == dtype for p in params)
+    stored = [optimizer.state[p][name].dtype for p in params for name in ("exp_avg", "exp_avg_sq")]
+    assert set(stored) == {torch.bfloat16}
     assert all(set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in params)
 
 
@@ -175,7 +190,7 @@ def test_the_norm_of_the_step_is_restored_and_the_masked_entries_stay():
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("compensation", ["norm", "algorithm1", "none"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_where_nothing_is_kept_nothing_moves(foreach, compensation, dtype):
     params = [nn.Parameter(torch.ones(4, 3, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))]
     common = {"weight_decay": 0.0, "compensation": compensation, "foreach": foreach, "count_kept": True}
@@ -193,7 +208,7 @@ def test_where_nothing_is_kept_nothing_moves(foreach, compensation, dtype):
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_zero_gradients_move_nothing(foreach, eps, dtype):
     params = [nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(0, dtype=dtype))]
     optimizer = AlphaAdam(params, 1e-2, eps=eps, weight_decay=0.0, foreach=foreach)
@@ -451,8 +466,8 @@ def test_attached_it_is_the_scaled_class_and_the_bound_holds():
         ({"betas": (float("nan"), 0.9)}, "betas must be two numbers"),
         ({"betas": 0.9}, "betas must be two numbers"),
         ({"betas": ("a", 0.9)}, "betas must be two numbers"),
-        ({"mask": "asynchronous"}, "mask must be 'async' or 'sync' or 'none'; got 'asynchronous'."),
-        ({"compensation": "box"}, "compensation must be 'norm' or 'algorithm1' or 'none'; got 'box'."),
+        ({"mask": "asynchronous"}, "mask must be 'async' or 'sync' or 'cautious' or 'none'; got 'asynchronous'."),
+        ({"compensation": "box"}, "compensation must be 'norm' or 'algorithm1' or 'cautious' or 'none'; got 'box'."),
         ({"max_alpha": 0.5}, "max_alpha must be a finite number, 1 or more, or None; got 0.5."),
     ],
 )
@@ -472,7 +487,9 @@ def test_options_out_of_bounds_are_one_sentence(given, message):
     assert torch.equal(param, torch.ones(3)) and not optimizer.state
 
 
-def test_complex_parameters_and_sparse_gradients_are_refused():
+def test_complex_and_float16_parameters_and_sparse_gradients_are_refused():
+    with pytest.raises(InputError, match=r"shape \(3,\) is float16, .* in float32 with autocast"):
+        AlphaAdam([nn.Parameter(torch.ones(3, dtype=torch.float16))])
     with pytest.raises(InputError, match="a parameter is complex"):
         AlphaAdam([nn.Parameter(torch.ones(3, dtype=torch.complex64))])
     table, dense = nn.Embedding(5, 2, sparse=True), nn.Parameter(torch.ones(3))

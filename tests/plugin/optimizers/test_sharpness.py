@@ -6,8 +6,10 @@ import inspect
 import io
 import json
 import pickle
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,6 +157,17 @@ def reading_gap(eps: float, rho: float, steps: int, **options) -> float:
     train(model, ours, range(steps))
     train(other, torchs, range(steps))
     return float((flat(model) - flat(other)).abs().max())
+
+
+def test_a_second_beta_of_1_is_sam_as_remark_1_has_it():
+    """√v̂ then stays eps, and the rate is lr/eps; m has 1 − β₁ of each gradient, where SGD's momentum has all."""
+    model = net()
+    other = copy.deepcopy(model)
+    train(model, AdaSAM(model, lr=1e-3, rho=0.1, betas=(0.9, 1.0), eps=1e-2), range(10))
+    train(other, SAM(other, lr=1e-3 / 1e-2 * (1 - 0.9), rho=0.1, momentum=0.9), range(10))
+    assert same(model, other, EXACT)
+    with pytest.raises(InputError, match=r"below 1; the second alone may be 1; got \(1.0, 1.0\)"):
+        AdaSAM(model, betas=(1.0, 1.0))
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.1])
@@ -770,6 +783,26 @@ def test_the_random_numbers_are_the_same_in_both_evaluations_and_advance_once():
     assert torch.equal(after, torch.rand(3))
 
 
+OF_THE_MODULE = random.Random(3)
+
+
+def test_generators_that_the_closure_names_give_the_same_numbers_in_both_evaluations():
+    """And Python's and NumPy's own, of which captions and masks are drawn."""
+    optimizer = SAM(model := net(), lr=0.0, rho=0.1)
+    drawn: list[list[float]] = []
+    around, its_own = torch.Generator().manual_seed(1), np.random.default_rng(1)
+
+    def closure(default: np.random.Generator = its_own):
+        numbers = [torch.rand((), generator=around).item(), default.random(), OF_THE_MODULE.random()]
+        drawn.append([*numbers, random.random(), np.random.rand()])
+        return closure_of(model, optimizer, 0)()
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
+    assert all(one != other for one, other in zip(drawn[0], drawn[2], strict=True)), "they go on from step to step"
+
+
 def test_nothing_waits_for_the_device():
     """Reading one number of a tensor is what would; on the CPU it can be caught."""
 
@@ -1059,7 +1092,10 @@ def test_a_group_added_later():
         ({"adaptive": 1}, "adaptive must be True or False; got 1"),
         ({"every": 0}, "every must be a whole number, 1 or more; got 0"),
         ({"every": 1.5}, "every must be a whole number, 1 or more; got 1.5"),
-        ({"betas": (0.9, 1.0)}, "betas must be two numbers, each 0 or more and below 1; got"),
+        (
+            {"betas": (1.0, 0.9)},
+            "betas must be two numbers, each 0 or more and below 1; the second alone may be 1; got",
+        ),
         ({"betas": 0.9}, "betas must be two numbers, each 0 or more and below 1; got 0.9."),
         ({"betas": ("a", 0.9)}, "betas must be two numbers"),
         ({"lr": None}, "lr must be a finite number, 0 or more; got None."),
