@@ -4,10 +4,12 @@ Paper: Sun et al., AdaSAM, arXiv 2303.00565, 2023: RoBERTa-large on GLUE, moment
 0.01, 0.005 and 0.001, warm-up over the first 6 % of the steps; Figure 2: batches of 4 to 32 with rates ∝ √batch. In
 place of GLUE: a small convolutional net tells drawn shapes apart after 512 pictures, three in ten of them labelled
 wrongly. Each optimizer gets the rate and ρ of one grid that do best on pictures held out for that, with a seed of its
-own; then seeds from 0 are judged on other pictures.
+own; then seeds from 0 are judged on other pictures. AdaSAM is judged at each ρ too, and the optimizers that evaluate
+once also with twice the steps, which is as many gradients. The chart has Figure 1, losses of all four over the steps.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise, product
 from statistics import median
@@ -23,17 +25,18 @@ from torch.optim import SGD
 from equipoise.optimizers.amsgrad import AMSGrad
 from equipoise.optimizers.sharpness import AdaSAM, SharpnessAware
 from equipoise.pipelines.demo import shapes
-from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, interval, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS, BATCH, SIDE, WRONG, TUNING_SEED = 300, 32, 16, 0.3, 1000
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-RHOS = (0.005, 0.05, 0.2)  # the paper's best, SAM's usual one, a larger one
+RHOS = (0.001, 0.005, 0.01, 0.05, 0.2)  # the paper's three, SAM's usual one, a larger one
 OPTIMIZERS = {"SGD": SGD, "SAM": SharpnessAware(SGD), "AMSGrad": AMSGrad, "AdaSAM": AdaSAM}
 PAPER = {  # averages over GLUE, each with its best ρ, of Tables I and II
     0.9: {"SGD": 55.8, "SAM": 82.51, "AMSGrad": 89.52, "AdaSAM": 89.8},
     0.0: {"SGD": 37.23, "SAM": 69.06, "AMSGrad": 88.79, "AdaSAM": 89.52},
 }
+ONCE = ("SGD", "AMSGrad")  # one gradient a step
 COMPARED = (("SAM", "SGD"), ("AMSGrad", "SGD"), ("AdaSAM", "SAM"), ("AdaSAM", "AMSGrad"))
 BATCHES = (4, 8, 16, 32)
 POINTS = 40  # of a loss curve
@@ -43,9 +46,9 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     """Tunes, then trains with seeds from 0, in `count` processes; `steps` None: the published number."""
     steps = steps or STEPS
 
-    def cell(name: str, beta: float, rate: float, rho: float, seed: int, batch: int = BATCH) -> Trial:
+    def cell(name: str, beta: float, rate: float, rho: float, seed: int, batch: int = BATCH, times: int = 1) -> Trial:
         settings = {"optimizer": name, "beta": beta, "rate": rate, "rho": rho, "seed": seed, "batch": batch}
-        return {**settings, "steps": steps, "evaluations": steps * (1 + (rho > 0))}
+        return {**settings, "steps": times * steps, "evaluations": times * steps * (1 + (rho > 0))}
 
     kinds = list(product(OPTIMIZERS, PAPER))
     grid = [
@@ -53,51 +56,95 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         for kind in kinds
         for rate, rho in product(RATES, RHOS if "SAM" in kind[0] else (0.0,))
     ]
-    tuning = sum(one["evaluations"] for one in grid)
-    with workers(count, "ada-sam", tuning + steps * seeds * (12 + 2 * (len(BATCHES) - 1))) as measure:
+    rest = 2 * 3 + 2 * 2 + 2 * 2 * len(RHOS) + 2 * 2 + 2 * (len(BATCHES) - 1)  # at most, in units of steps · seeds
+    with workers(count, "ada-sam", sum(one["evaluations"] for one in grid) + rest * steps * seeds) as measure:
         grid = measure(train, grid)
-        best = {
-            kind: max((c for c in grid if (c["optimizer"], c["beta"]) == kind), key=lambda c: c["tuning"])
-            for kind in kinds
-        }
-        rate, rho = best["AdaSAM", 0.9]["rate"], best["AdaSAM", 0.9]["rho"]
-        chosen = [cell(*kind, best[kind]["rate"], best[kind]["rho"], s) for kind in kinds for s in range(seeds)]
-        smaller = [
-            cell("AdaSAM", 0.9, rate * math.sqrt(batch / BATCH), rho, seed, batch)
-            for batch, seed in product(BATCHES[:-1], range(seeds))
-        ]
-        cells = measure(train, chosen + smaller)
 
-    def got(key: str, name: str, beta: float, batch: int = BATCH) -> list[Any]:  # one per seed
-        return [c[key] for c in cells if (c["optimizer"], c["beta"], c["batch"]) == (name, beta, batch)]
+        def best(name: str, beta: float, rho: float | None = None) -> Trial:
+            tried = [c for c in grid if (c["optimizer"], c["beta"]) == (name, beta) and rho in (None, c["rho"])]
+            return max(tried, key=lambda c: c["tuning"])
 
-    def judged(claim: str, one: tuple[str, float], other: tuple[str, float]) -> str:
-        here = [a - b for a, b in zip(got("test", *one), got("test", *other), strict=True)]
-        return finding(claim, PAPER[one[1]][one[0]] - PAPER[other[1]][other[0]], here, "+.1f")
+        settings = {kind: (best(*kind)["rate"], best(*kind)["rho"]) for kind in kinds}
+        by_rho = {(beta, rho): best("AdaSAM", beta, rho)["rate"] for beta, rho in product(PAPER, RHOS)}
+        rate, rho = settings["AdaSAM", 0.9]
+        judged = {(*kind, *settings[kind], BATCH, 1) for kind in kinds}
+        judged |= {("AdaSAM", beta, by_rho[beta, r], r, BATCH, 1) for beta, r in by_rho}
+        judged |= {(*kind, *settings[kind], BATCH, 2) for kind in kinds if kind[0] in ONCE}
+        judged |= {("AdaSAM", 0.9, rate * math.sqrt(batch / BATCH), rho, batch, 1) for batch in BATCHES}
+        ordered = sorted(judged)
+        cells = measure(train, [cell(*one[:4], s, *one[4:]) for one in ordered for s in range(seeds)])
+
+    found = {one: cells[seeds * i : seeds * (i + 1)] for i, one in enumerate(ordered)}
+
+    def got(key: str, *one: Any) -> list[Any]:  # one per seed, of (optimizer, β₁[, rate, ρ[, batch, times]])
+        one += settings[one[:2]] if len(one) == 2 else ()
+        return [c[key] for c in found[(*one, *(BATCH, 1)[len(one) - 4 :])]]
 
     text = [
         f"Test accuracy in % on drawn shapes after {steps} steps, {WRONG:.0%} of the training labels wrong, {seeds} "
         "seed(s); the paper's: averages over GLUE."
     ]
-    for beta, paper in PAPER.items():
-        rows = [
-            [name, f"{best[name, beta]['rate']:g}", f"{best[name, beta]['rho']:g}"]
-            + [spread(got(key, name, beta), ".1f") for key in ("test", "train")]
-            + [average]
-            for name, average in paper.items()
-        ]
-        text.append(f"\nβ₁ = {beta:g}\n\n" + table(["", "rate", "ρ", "test", "training labels", "paper"], rows))
+    for beta in PAPER:
+        text += _tables(beta, settings, by_rho, got)
     text.append("\nDifferences, seed by seed, in points:")
-    for beta, (one, other) in product(PAPER, COMPARED):
-        text.append(judged(f"β₁ = {beta:g}, {one} over {other}", (one, beta), (other, beta)))
-    text += [judged(f"β₁ = 0.9 over 0, {name}", (name, 0.9), (name, 0.0)) for name in OPTIMIZERS]
+    text += _differences(settings, by_rho, got)
     text.append(
         f"\nFigure 2, AdaSAM with β₁ = 0.9, ρ = {rho:g}, rate {rate:g}·√(batch/{BATCH}): how much sooner, in % of the "
         "steps,\na batch of twice the size is at the training loss where the smaller one ends (the paper: nearly half):"
     )
+    falling = {b: got("losses", "AdaSAM", 0.9, rate * math.sqrt(b / BATCH), rho, b) for b in BATCHES}
     for half, batch in pairwise(BATCHES):
-        losses = zip(got("losses", "AdaSAM", 0.9, half), got("losses", "AdaSAM", 0.9, batch), strict=True)
-        text.append(finding(f"batch {half} to {batch}", 50.0, [_sooner(*pair) for pair in losses], "+.0f"))
+        sooner = [_sooner(*pair) for pair in zip(falling[half], falling[batch], strict=True)]
+        text.append(finding(f"batch {half} to {batch}", 50.0, sooner, "+.0f"))
+    return Reproduction("\n".join(text), _panels(grid, got, falling), grid + cells)
+
+
+def _tables(beta: float, settings: dict, by_rho: dict, got: Callable[..., list[Any]]) -> list[str]:
+    """The paper's table of one β₁, and AdaSAM at each ρ."""
+    rows = [
+        [name, *(f"{value:g}" for value in settings[name, beta])]
+        + [spread(got(key, name, beta), ".1f") for key in ("test", "train")]
+        + [average]
+        for name, average in PAPER[beta].items()
+    ]
+    for name in ONCE:
+        one = (name, beta, *settings[name, beta], BATCH, 2)
+        rows.append([f"{name}, twice the steps", *(f"{value:g}" for value in settings[name, beta])])
+        rows[-1] += [*(spread(got(key, *one), ".1f") for key in ("test", "train")), ""]
+    plain = got("test", "AMSGrad", beta)
+    swept = []
+    for rho in RHOS:
+        here = got("test", "AdaSAM", beta, by_rho[beta, rho], rho)
+        over = [a - b for a, b in zip(here, plain, strict=True)]
+        swept.append([f"{rho:g}", f"{by_rho[beta, rho]:g}", spread(here, ".1f"), interval(over, "+.1f")])
+    return [
+        f"\nβ₁ = {beta:g}\n\n" + table(["", "rate", "ρ", "test", "training labels", "paper"], rows),
+        "\nAdaSAM at each ρ, at its best rate there:\n\n" + table(["ρ", "rate", "test", "over AMSGrad"], swept),
+    ]
+
+
+def _differences(settings: dict, by_rho: dict, got: Callable[..., list[Any]]) -> list[str]:
+    def judged(claim: str, one: tuple, other: tuple, paper: float | None) -> str:
+        here = [a - b for a, b in zip(got("test", *one), got("test", *other), strict=True)]
+        return f"{finding(claim, paper, here, '+.1f')} Mean {interval(here, '+.1f')}."
+
+    lines = []
+    for beta, (one, other) in product(PAPER, COMPARED):
+        paper = PAPER[beta][one] - PAPER[beta][other]
+        lines.append(judged(f"β₁ = {beta:g}, {one} over {other}", (one, beta), (other, beta), paper))
+    for beta, (one, other) in product(PAPER, (("SAM", "SGD"), ("AdaSAM", "AMSGrad"))):
+        twice = (other, beta, *settings[other, beta], BATCH, 2)
+        claim = f"β₁ = {beta:g}, {one} over {other} at equal gradients (twice the steps)"
+        lines.append(judged(claim, (one, beta), twice, None))
+    for name in OPTIMIZERS:
+        paper = PAPER[0.9][name] - PAPER[0.0][name]
+        lines.append(judged(f"β₁ = 0.9 over 0, {name}", (name, 0.9), (name, 0.0), paper))
+    return lines
+
+
+def _panels(grid: list[Trial], got: Callable[..., list[Any]], falling: dict[int, list[list[float]]]) -> list[Panel]:
+    def middle(curves: list[list[float]]) -> list[float]:
+        return list(map(median, zip(*curves, strict=True)))
 
     tuned = {
         name: [
@@ -105,14 +152,20 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         ]
         for name in OPTIMIZERS
     }
-    falling = {
-        f"batch {batch}": list(map(median, zip(*got("losses", "AdaSAM", 0.9, batch), strict=True))) for batch in BATCHES
-    }
-    panels = [
+    shares = [f"{2.5 * (i + 1):g}" for i in range(POINTS)]
+    return [
         Panel("Accuracy when tuning in %, momentum 0.9", "learning rate", tuned, [f"{r:g}" for r in RATES]),
-        Panel("AdaSAM's training loss", "% of steps", falling, [f"{2.5 * (i + 1):g}" for i in range(POINTS)]),
+        Panel("AdaSAM's training loss", "% of steps", {f"batch {b}": middle(f) for b, f in falling.items()}, shares),
+        *(
+            Panel(
+                f"Training loss, momentum {beta:g}",
+                "% of steps",
+                {name: middle(got("losses", name, beta)) for name in OPTIMIZERS},
+                shares,
+            )
+            for beta in PAPER
+        ),
     ]
-    return Reproduction("\n".join(text), panels, grid + cells)
 
 
 def _sooner(half: list[float], twice: list[float]) -> float:

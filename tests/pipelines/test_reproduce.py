@@ -80,15 +80,25 @@ def test_ada_sam_in_small(capsys):
     found = results("else/reproduce-ada-sam")
     grid = [run for run in found["runs"] if run["seed"] == 1000]
     judged = [run for run in found["runs"] if run["seed"] == 0]
-    assert (len(grid), len(judged)) == (96, 11), "6 rates × (1 + 3 + 1 + 3) × 2 momenta; 8 judged and 3 batch sizes"
-    for run in judged[:8]:  # each judged with what was best when tuning
-        same = [g for g in grid if (g["optimizer"], g["beta"]) == (run["optimizer"], run["beta"])]
-        best = max(same, key=lambda g: g["tuning"])
-        assert (run["rate"], run["rho"]) == (best["rate"], best["rho"])
-    batches = {run["batch"]: run["rate"] for run in judged if (run["optimizer"], run["beta"]) == ("AdaSAM", 0.9)}
-    assert batches[32] / batches[8] == pytest.approx(2) and batches[16] / batches[4] == pytest.approx(2)
+    assert len(grid) == 144, "6 rates × (1 + 5 + 1 + 5) × 2 momenta"
+    for run in judged:  # each judged with what was best when tuning: over all, or for its ρ
+        if run["batch"] == 32:
+            same = [g for g in grid if (g["optimizer"], g["beta"]) == (run["optimizer"], run["beta"])]
+            chosen = [
+                max(some, key=lambda g: g["tuning"]) for some in (same, [g for g in same if g["rho"] == run["rho"]])
+            ]
+            assert (run["rate"], run["rho"]) in {(best["rate"], best["rho"]) for best in chosen}
+    kinds = {(run["optimizer"], run["beta"]) for run in judged}
+    rhos = {(run["beta"], run["rho"]) for run in judged if run["optimizer"] == "AdaSAM" and run["batch"] == 32}
+    twice = {(run["optimizer"], run["steps"]) for run in judged if run["steps"] == 4}
+    assert len(kinds) == 8 and len(rhos) == 10 and twice == {("SGD", 4), ("AMSGrad", 4)}
+    assert len(judged) == len(
+        {tuple(run[k] for k in ("optimizer", "beta", "rate", "rho", "batch", "steps")) for run in judged}
+    )
+    smaller = {run["batch"]: run["rate"] for run in judged if run["batch"] < 32}
+    assert smaller[16] / smaller[4] == pytest.approx(2)
     losses = {(g["optimizer"], g["beta"], g["rho"]): g["losses"][-1] for g in grid if g["rate"] == 3e-2}
-    assert len(set(losses.values())) == len(losses) == 16, "every option does something"
+    assert len(set(losses.values())) == len(losses) == 24, "every option does something"
 
     import torch
 
