@@ -66,14 +66,10 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
 
         settings = {kind: (best(*kind)["rate"], best(*kind)["rho"]) for kind in kinds}
         by_rho = {(beta, rho): best("AdaSAM", beta, rho)["rate"] for beta, rho in product(PAPER, RHOS)}
-        rate, rho = settings["AdaSAM", 0.9]
-        judged = {(*kind, *settings[kind], BATCH, 1) for kind in kinds}
-        judged |= {("AdaSAM", beta, by_rho[beta, r], r, BATCH, 1) for beta, r in by_rho}
-        judged |= {(*kind, *settings[kind], BATCH, 2) for kind in kinds if kind[0] in ONCE}
-        judged |= {("AdaSAM", 0.9, rate * math.sqrt(batch / BATCH), rho, batch, 1) for batch in BATCHES}
-        ordered = sorted(judged)
+        ordered = _judged(settings, by_rho)
         cells = measure(train, [cell(*one[:4], s, *one[4:]) for one in ordered for s in range(seeds)])
 
+    rate, rho = settings["AdaSAM", 0.9]
     found = {one: cells[seeds * i : seeds * (i + 1)] for i, one in enumerate(ordered)}
 
     def got(key: str, *one: Any) -> list[Any]:  # one per seed, of (optimizer, β₁[, rate, ρ[, batch, times]])
@@ -97,6 +93,16 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         sooner = [_sooner(*pair) for pair in zip(falling[half], falling[batch], strict=True)]
         text.append(finding(f"batch {half} to {batch}", 50.0, sooner, "+.0f"))
     return Reproduction("\n".join(text), _panels(grid, got, falling), grid + cells)
+
+
+def _judged(settings: dict, by_rho: dict) -> list[tuple[str, float, float, float, int, int]]:
+    """(optimizer, β₁, rate, ρ, batch, times the steps) of all that is judged, each once."""
+    rate, rho = settings["AdaSAM", 0.9]
+    judged = {(*kind, *settings[kind], BATCH, 1) for kind in settings}
+    judged |= {("AdaSAM", beta, by_rho[beta, r], r, BATCH, 1) for beta, r in by_rho}
+    judged |= {(*kind, *settings[kind], BATCH, 2) for kind in settings if kind[0] in ONCE}
+    judged |= {("AdaSAM", 0.9, rate * math.sqrt(batch / BATCH), rho, batch, 1) for batch in BATCHES}
+    return sorted(judged)
 
 
 def _tables(beta: float, settings: dict, by_rho: dict, got: Callable[..., list[Any]]) -> list[str]:
