@@ -4,6 +4,7 @@ What came out is compared.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -21,10 +22,16 @@ from equipoise.pipelines.jobs.executors import NAMES, Executor, Where, remembere
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.training import processes
 
+SCRIPT = (
+    "Another program's training command as each cell's training, such as 'python train.py --lr {learning_rate} --out "
+    "{output}': its LoRA files are compared. Text to image alone."
+)
 EPILOG = """Examples:
   equipoise sweep text_to_image/demo
   equipoise sweep my.yaml --axis optimizer=adamw,scaled_adamw --axis learning_rate=1e-5,1e-4,1e-3 --axis seed=0,1
   equipoise sweep latest        continues a sweep where it stopped
+  equipoise sweep text_to_image/dreambooth model=BASE data=PHOTOS --axis learning_rate=1e-5,1e-4,1e-3 \\
+      --script 'accelerate launch train.py --base {model} --images {data} --lr {learning_rate} --out {output}'
   equipoise sweep my.yaml --executor ray --address HEAD:6379 --gpus 1      on a cluster; see docs/distributed.md"""
 
 
@@ -44,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=V,V",
         help="A key and its values, in place of the file's axes.",
     )
+    parser.add_argument("--script", metavar="COMMAND", help=SCRIPT)
     parser.add_argument(
         "--executor", choices=NAMES, help="What trains the cells: processes on this machine (local), or Ray's."
     )
@@ -207,14 +215,15 @@ def _continued(args: argparse.Namespace) -> Run | None:
         return None  # the configuration loader has the better words for what is wrong
     if sweep.status().kind != "sweep":
         raise InputError(f"{sweep.id}: is a single run; `equipoise resume {sweep.ref}` continues it.")
-    if args.overrides or args.axis or args.id or args.skip_bad:
+    if args.overrides or args.axis or args.id or args.skip_bad or args.script:
         raise InputError(f"{sweep.id}: a sweep is continued as it is; start a new one to change keys or axes.")
     return sweep
 
 
 def _asked(args: argparse.Namespace) -> configs.RunConfig:
     """The configuration of a new sweep, as the command line has it."""
-    overrides = [*args.overrides, f"runs={args.runs}"] if args.runs else args.overrides
+    overrides = [*args.overrides, *([f"runs={args.runs}"] if args.runs else [])]
+    overrides += [f"script={json.dumps(args.script)}"] if args.script else []
     config = configs.load(args.config, [*overrides, *skip_bad.overrides(args)])
     if axes := parse_axes(args.axis):
         config = configs.set_keys(config, {"sweep": axes}, source="--axis")

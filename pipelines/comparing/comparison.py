@@ -349,11 +349,22 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
             if any(other.get("optimizer.options", {}).get(option) != value for other in flat)
         }
         named = [*options.items(), *((name, one.get(key)) for key, name in names.items())]
-        label = " ".join([str(one["optimizer.name"]), *(f"{name}={_brief(value)}" for name, value in named)])
+        label = " ".join([_who(one), *(f"{name}={_brief(value)}" for name, value in named)])
         placed.append(
             (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
         )
     return placed
+
+
+def _who(flat: Mapping[str, Any]) -> str:
+    """What trained a run: its optimizer, or another program by the name of its script."""
+    command = flat.get("script")
+    if not command:
+        return str(flat["optimizer.name"])
+    words = command.split()
+    script = next((word for word in words if word.endswith(".py")), words[0])
+    name = script.rpartition("/")[2].removesuffix(".py")
+    return f"{name} {flat['optimizer.name']}" if "{optimizer" in command else name
 
 
 def _follows_the_optimizer(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:

@@ -52,6 +52,8 @@ class TextToImage(Pipeline):
 
     @classmethod
     def estimate_memory(cls, config: TextToImageConfig) -> MemoryEstimate | None:
+        if config.script:  # nobody knows
+            return None
         from equipoise.pipelines.text_to_image.memory import estimate_memory
 
         return estimate_memory(config)
@@ -59,7 +61,10 @@ class TextToImage(Pipeline):
     @classmethod
     def run(cls, config: TextToImageConfig, run: Run) -> Outcome:
         with no_garbage_collection():
-            from equipoise.pipelines.text_to_image.train import train
+            if config.script:
+                from equipoise.pipelines.text_to_image.foreign import train
+            else:
+                from equipoise.pipelines.text_to_image.train import train
 
         return train(config, run)
 

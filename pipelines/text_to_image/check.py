@@ -62,6 +62,10 @@ def problems(config: TextToImageConfig) -> list[str]:
             found.append(
                 f"data.resolution: must be a multiple of {pixels} for {kind.title}, got {config.data.resolution}."
             )
+    if config.script:
+        from equipoise.pipelines.text_to_image.foreign import problems as wrong_in_the_command
+
+        found += wrong_in_the_command(config)
     if config.train.compile and (missing := _no_compiler()):
         found.append(f"train.compile: needs {missing}. Install it, or leave train.compile out.")
     if config.data.folder != demo.NAME:

@@ -141,13 +141,21 @@ def _whole(path: Path) -> bool:
 
 
 def _rewrite(base: Base, path: Path, output: Path) -> None:
-    """Writes a file anew as diffusers reads it, α within the factors."""
+    """Writes a file anew as diffusers reads it."""
+    write_lora(output, "diffusers", plain_factors(base, path), base.shape, {"format": "pt"})
+
+
+def plain_factors(base: Base, path: Path) -> dict[str, Factors]:
+    """A file's factors by diffusers' names, whichever app has written it, α within them.
+
+    Raises:
+        InputError: It fits the base in part or not at all.
+    """
     names = [canonical(part, name) for part, module in base.tunable.items() for name in layers(module)]
     found = read_lora(path, names, base.shape)
     if sizes_for_comfyui(path) and any(factors.magnitude is not None for factors in found.values()):
         raise InputError(f"{path}: its sizes of DoRA are ComfyUI's. Give the run, or its file for diffusers.")
-    plain = {
+    return {
         layer: Factors(factors.down, factors.up * (factors.alpha / factors.rank), factors.rank, factors.magnitude)
         for layer, factors in found.items()
     }
-    write_lora(output, "diffusers", plain, base.shape, {"format": "pt"})

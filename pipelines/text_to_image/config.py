@@ -199,6 +199,11 @@ class TextToImageConfig(SamplingConfig):
     }
 
     pipeline: Literal["text_to_image"] = Field("text_to_image", description="The pipeline this configuration is for.")
+    script: str | None = Field(
+        None,
+        description="Another program's training command, run in place of this one: {learning_rate}, {output} and "
+        "other keys in braces become their values.",
+    )
     model: TextToImageModel = Field(default_factory=TextToImageModel)
     data: TextToImageData = Field(default_factory=TextToImageData)
     prior: PriorSection = Field(default_factory=PriorSection)

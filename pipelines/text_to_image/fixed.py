@@ -1,15 +1,24 @@
 """Draws by which losses are compared: pictures, noise and times that are the same whatever is measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from equipoise.pipelines.text_to_image.base import Base, Latents
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.families.noise import Noise
 from equipoise.pipelines.training.state import mix
 
 DRAWS = 64  # by which a run evaluates, and at least where more pictures are judged one by one
 _STEP = 37  # has no divisor in common with DRAWS: a picture that comes again comes with other times
+
+
+def spread(count: int, draws: int = DRAWS) -> list[int]:
+    """The pictures, of so many, by which a run evaluates: evenly from all."""
+    return [index * max(count, draws) // draws % count for index in range(draws)]
 
 
 @dataclass(frozen=True)
@@ -36,3 +45,59 @@ class FixedDraws:
             alike = [index for index, noise in enumerate(self.noises) if noise.shape == shape]
             for some in (alike[start : start + most] for start in range(0, len(alike), most)):
                 yield some, [self.pictures[i] for i in some], torch.stack([self.noises[i] for i in some])
+
+
+@dataclass(frozen=True)
+class FixedLosses:
+    """What the draws cost a base as it is, with whatever it has been given."""
+
+    config: TextToImageConfig
+    accelerator: Accelerator
+    base: Base
+    noise: Noise
+    latents: Latents
+    captions: Sequence[str]
+
+    @property
+    def draws(self) -> int:
+        return max(DRAWS, len(self.captions))
+
+    @torch.no_grad()
+    def losses(
+        self,
+        embed: Callable[[list[str]], dict[str, Tensor]],
+        drawn: Callable[[int], object] = lambda count: None,
+        pictures: Sequence[int] = (),
+    ) -> Tensor:
+        """(draws,) float64: of draw i the loss of picture i modulo the number of pictures, or of these pictures.
+
+        Args:
+            embed: What makes a denoiser's inputs of captions.
+            drawn: Gets the number of draws that were just measured.
+        """
+        pictures = pictures or [index % len(self.captions) for index in range(self.draws)]
+        fixed = FixedDraws.of(pictures, self.latents.shapes, self.config.seed, DRAWS)
+        times, made = self.noise.at(fixed.spread), torch.zeros(len(pictures), dtype=torch.float64)
+        for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):
+            made[some] = self._loss(chosen, noise, times[some], embed).double().cpu()
+            drawn(len(some))
+        return made
+
+    def by_picture(self, losses: Tensor) -> list[float]:
+        """The mean of each picture's draws."""
+        return [losses[index :: len(self.captions)].mean().item() for index in range(len(self.captions))]
+
+    def embed(self, captions: list[str]) -> dict[str, Tensor]:
+        """By the text encoders as they are now."""
+        return self.base.family.embed(self.base.pipeline, captions)
+
+    def _loss(self, chosen: list[int], noise: Tensor, times: Tensor, embed: Callable) -> Tensor:  # (batch,)
+        denoiser = self.base.denoiser
+        clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
+        clean, noise, times, crops = (tensor.to(denoiser.device) for tensor in (clean, noise, times, crops))
+        noisy = self.noise.add(clean, noise, times).to(denoiser.dtype)
+        with self.accelerator.autocast():
+            embedded = embed([self.captions[index] for index in chosen])
+            guidance = self.config.noise.guidance
+            predicted = self.base.family.predict(denoiser, noisy, times, embedded, crops, guidance)
+        return self.noise.losses(predicted, clean, noise, times)

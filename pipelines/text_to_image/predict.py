@@ -4,13 +4,8 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
@@ -18,12 +13,11 @@ from equipoise.pipelines.files import explained
 from equipoise.pipelines.pipeline import Asked, Predictions, refuse
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs.run import Run
-from equipoise.pipelines.text_to_image.base import Base, Latents, load_base
+from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.compare import with_result
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Folder, open_picture, read_folder
-from equipoise.pipelines.text_to_image.families.noise import Noise
-from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws
+from equipoise.pipelines.text_to_image.fixed import FixedLosses
 from equipoise.pipelines.text_to_image.generate import generate
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE
 from equipoise.pipelines.text_to_image.latents import prepare_latents
@@ -84,7 +78,7 @@ def evaluate(run: Path, config: TextToImageConfig, folder: Path) -> Predictions:
     captions = [example.caption for example in found.examples]
     base.read(captions)
     accelerator = make_accelerator(config.train.precision)
-    fixed = _Fixed(config, accelerator, base, noise, latents, captions)
+    fixed = FixedLosses(config, accelerator, base, noise, latents, captions)
     live = config.lora.text_encoder or (run / "result" / WORD_FILE).is_file()
     with progress("loss", "draw", total=2 * fixed.draws) as bar:
         untouched = fixed.losses(base.known, bar.update)
@@ -101,53 +95,6 @@ def evaluate(run: Path, config: TextToImageConfig, folder: Path) -> Predictions:
         f"draws. {found.summary}"
     )
     return Predictions(rows, {"loss": tuned.mean().item(), "loss_base": untouched.mean().item()}, meaning)
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """Draws that are the same whatever is measured: a run evaluates by them too."""
-
-    config: TextToImageConfig
-    accelerator: Accelerator
-    base: Base
-    noise: Noise
-    latents: Latents
-    captions: Sequence[str]
-
-    @property
-    def draws(self) -> int:
-        return max(DRAWS, len(self.captions))
-
-    @torch.no_grad()
-    def losses(self, embed: Callable[[list[str]], dict[str, Tensor]], drawn: Callable[[int], object]) -> Tensor:
-        """(draws,) float64: of draw i the loss of picture i modulo the number of pictures."""
-        count = len(self.captions)
-        pictures = [index % count for index in range(self.draws)]
-        fixed = FixedDraws.of(pictures, self.latents.shapes, self.config.seed, DRAWS)
-        times, made = self.noise.at(fixed.spread), torch.zeros(self.draws, dtype=torch.float64)
-        for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):
-            made[some] = self._loss(chosen, noise, times[some], embed).double().cpu()
-            drawn(len(some))
-        return made
-
-    def by_picture(self, losses: Tensor) -> list[float]:
-        """The mean of each picture's draws."""
-        return [losses[index :: len(self.captions)].mean().item() for index in range(len(self.captions))]
-
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        """By the text encoders as they are now."""
-        return self.base.family.embed(self.base.pipeline, captions)
-
-    def _loss(self, chosen: list[int], noise: Tensor, times: Tensor, embed: Callable) -> Tensor:  # (batch,)
-        denoiser = self.base.denoiser
-        clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
-        clean, noise, times, crops = (tensor.to(denoiser.device) for tensor in (clean, noise, times, crops))
-        noisy = self.noise.add(clean, noise, times).to(denoiser.dtype)
-        with self.accelerator.autocast():
-            embedded = embed([self.captions[index] for index in chosen])
-            guidance = self.config.noise.guidance
-            predicted = self.base.family.predict(denoiser, noisy, times, embedded, crops, guidance)
-        return self.noise.losses(predicted, clean, noise, times)
 
 
 def _prompts(sources: Sequence[Path]) -> list[str]:

@@ -33,7 +33,7 @@ from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, read_folder, read_held
-from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws
+from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import prepare_latents
@@ -350,8 +350,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             part.eval()
         seed = 0 if pictures is self.held else self.config.seed
         count = len(pictures.captions)
-        drawn = [index * max(count, _EVALUATED) // _EVALUATED % count for index in range(_EVALUATED)]
-        fixed = FixedDraws.of(drawn, pictures.latents.shapes, seed, _EVALUATED)
+        fixed = FixedDraws.of(spread(count, _EVALUATED), pictures.latents.shapes, seed, _EVALUATED)
         times, total = self.noise.at(fixed.spread), 0.0
         for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):  # as memory holds in a step
             clean, _, crops = pictures.latents.take(chosen, [0] * len(some))
