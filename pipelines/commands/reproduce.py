@@ -19,6 +19,7 @@ from equipoise.pipelines.runs.run import runs_folder
 
 PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",
+    "scaled-adamw": "scaled AdamW's Theorem 4.1",
     "alpha-adam": "AlphaAdam's Table 3",
     "ada-sam": "AdaSAM's Tables I and II and Figure 2",
     "commit": "CoMMIT's Table 1 and Figures 2, 3, 5 and 6",

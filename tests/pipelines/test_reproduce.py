@@ -72,6 +72,22 @@ def test_scaled_gd_keeps_its_rate_whatever_the_condition_number(capsys):
 
 
 @pytest.mark.slow
+def test_only_what_is_scaled_after_adam_moves_features_alike_at_every_width(capsys):
+    """Theorem 4.1; Adam takes out what is scaled before it."""
+    assert main(["reproduce", "scaled-adamw", "--seeds", "1", "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "- Adam: grows with the width, as the theory has it." in out
+    assert "- scaled after Adam: steady with the width, as the theory has it." in out
+    runs = results("runs/reproduce-scaled-adamw")["runs"]
+    change = {(run["method"], run["width"]): run["change"] for run in runs}
+    assert len(change) == len(runs) == 6 * 7
+    growth = {method: change[method, 4096] / change[method, 64] for method, _ in change}
+    assert growth["scaled before Adam"] > 5 and growth["Adam"] > 5 and 0.3 < growth["scaled after Adam"] < 3
+    first = {method: next(run["changes"][0] for run in runs if run["method"] == method) for method in growth}
+    assert first["Adam"] == pytest.approx(first["scaled before Adam"], rel=1e-3), "B alone moves, by its signs"
+
+
+@pytest.mark.slow
 def test_ada_sam_in_small(capsys):
     assert main(["reproduce", "ada-sam", "--seeds", "1", "--steps", "2", "--workers", "2", "--runs", "else"]) == 0
     out = capsys.readouterr().out
@@ -116,7 +132,7 @@ def test_ada_sam_in_small(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["alpha-adm"], "no paper 'alpha-adm'. Did you mean 'alpha-adam'? There are scaled-gd and alpha-adam and "),
+        (["alpha-adm"], "no paper 'alpha-adm'. Did you mean 'alpha-adam'? There are scaled-gd and scaled-adamw and "),
         (["ada-sam", "--data", "m.csv"], "--data: is for mimo; ada-sam has its own."),
         (["mimo", "--data", "m.csv"], "m.csv does not exist. Give a CSV file"),
         (["ada-sam", "--add"], "--add: is for commit; ada-sam is trained anew."),
