@@ -51,7 +51,7 @@ def compare(
         ):
             if mine != theirs:
                 raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare others.")
-    base = load_model(first.model, first.train.precision)
+    base = load_model(first.model, first.train.precision, first.components)
     talk = _talk(first, base.config.model_type)
     parts = architecture(talk.model_type, [name for name, _ in base.named_parameters()], first.components)
     limit = positions(base, parts)  # what was left out for it is not asked either
@@ -72,7 +72,8 @@ def compare(
             if result is None:
                 continue
             cell.metrics = measured(result)
-            base = load_model(config.model, first.train.precision)  # anew: a result changes encoder weights in place
+            # anew: a result changes encoder weights in place
+            base = load_model(config.model, config.train.precision, config.components)
             tuned = load_result(base, run.folder / "result")
             _fill(folder, cell, answer(tuned, _talk(config, talk.model_type), asked, samples, bar.update))
     shown = [(without_marks(it.turns[-1].question), [path.name for path in it.media]) for it in asked[:SHOWN]]

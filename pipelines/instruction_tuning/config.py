@@ -26,6 +26,10 @@ class InstructionTuningModel(Section):
         description="A multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2.",
     )
     revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Holds the language model's frozen layers in 4 bits (QLoRA) or 8 bits; needs bitsandbytes.",
+    )
     min_pixels: int | None = Field(
         None, ge=1, description="The least pixels that a picture is enlarged to; empty: as the processor has it."
     )
@@ -201,4 +205,9 @@ class InstructionTuningConfig(SamplingConfig):
                 raise ValueError(f"lora.{key} is for language.method=lora, and it is {method}. Leave one of them out.")
         if method != "lora" and self.encoder.method != "lora" and self.optimizer.loraplus_lr_ratio:
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA factors, and nothing gets any. Leave it out.")
+        if method == "full" and self.model.quantize:
+            raise ValueError(
+                f"model.quantize is for frozen weights: {self.model.quantize} cannot be trained in full. Leave it "
+                "out, or use language.method=lora."
+            )
         return self

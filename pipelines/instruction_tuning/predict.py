@@ -88,7 +88,7 @@ class _Tuned:
         if file := missing(folder, config):
             raise InputError(f"{file}: is missing. Put it back, or train anew.")
         self.config = config
-        base = load_model(config.model, config.train.precision)
+        base = load_model(config.model, config.train.precision, config.components)
         self.talk = Talk(
             load_processor(config.model), base.config.model_type, config.data.prompt, config.data.max_tokens
         )

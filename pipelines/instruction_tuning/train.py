@@ -61,7 +61,7 @@ _MIXED = 50  # batches whose conversations are sorted by length together
 def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     accelerator = make_accelerator(config.train.precision)
     processor = load_processor(config.model)
-    model = load_model(config.model, config.train.precision)
+    model = load_model(config.model, config.train.precision, config.components)
     talk = Talk(processor, model.config.model_type, config.data.prompt, config.data.max_tokens)
 
     tell = partial(_tell, run)

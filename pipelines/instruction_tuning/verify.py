@@ -14,6 +14,7 @@ from equipoise.coordination.norms import media_ids
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import Conversation
 from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.quantized import is_rounded
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.runs.run import memory_full
 
@@ -212,6 +213,8 @@ def _allowed(model: nn.Module, precision: Precision) -> float:
     """How far a loss may be from itself."""
     one = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     with precision():
+        if is_rounded(model):
+            return _ROUGH
         return _ROUGH if one.dtype != torch.float32 or torch.is_autocast_enabled(one.device.type) else _EXACT
 
 
