@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def problems(config: InstructionTuningConfig) -> list[str]:
     with no_garbage_collection():
         from equipoise.pipelines.instruction_tuning.model import model_problems, outline
+        from equipoise.pipelines.instruction_tuning.packing import packing_problem
         from equipoise.pipelines.instruction_tuning.quantized import problems as quantized_problems
 
     found, tuned = model_problems(config.model), None
@@ -31,6 +32,8 @@ def problems(config: InstructionTuningConfig) -> list[str]:
         except InputError as error:
             found += str(error).splitlines()
     found += quantized_problems(config)
+    if tuned and config.train.packing and (problem := packing_problem(tuned.plain, tuned.plain.config.model_type)):
+        found.append(problem)
     found += objective_problems(config) + _coordination_problems(config, tuned) + _rate_problems(config, tuned)
     if config.optimizer.weight_decays and not _decays(config.optimizer.name):
         found.append(

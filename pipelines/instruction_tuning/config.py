@@ -148,6 +148,11 @@ class InstructionTuningTrain(ValidatedTrainSection):
     workers: int = Field(
         0, ge=0, le=64, description="The threads that make the next batches while a step runs; 0: none."
     )
+    packing: bool = Field(
+        False,
+        description="Puts a batch's conversations behind each other, without attention across, into rows of up to "
+        "data.max_tokens tokens, or as long as its longest.",
+    )
     gradient_checkpointing: GradientCheckpointing = False
 
 

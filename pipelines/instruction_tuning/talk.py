@@ -17,7 +17,8 @@ from equipoise.pipelines.instruction_tuning.writing import Frame, any_of, writer
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
-_TEXT = (  # what a batch has one of for each token, and data.max_tokens cuts, by name: media can be as wide by chance
+# what a batch has one of for each token, and data.max_tokens cuts, by name: media can be as wide by chance
+PER_TOKEN = (
     "input_ids",
     "attention_mask",
     "token_type_ids",
@@ -178,7 +179,7 @@ class Talk:
         self._read_forwards(batch, [self.spans(example)[0][0] for example in examples])
         batch["labels"] = labels
         if self.max_tokens is not None:
-            batch |= {name: batch[name][:, : self.max_tokens] for name in _TEXT if name in batch}
+            batch |= {name: batch[name][:, : self.max_tokens] for name in PER_TOKEN if name in batch}
         return batch
 
     def within(self, example: Conversation) -> Conversation:

@@ -44,6 +44,7 @@ from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answ
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
+from equipoise.pipelines.instruction_tuning.packing import pack, width
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.verify import verify
@@ -73,7 +74,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     tuned = adapt(model, config)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
     leads = processes.leads()
-    checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast)
+    checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast, config.train.packing)
     if leads:
         run.log(f"self-check: {checked}")
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
@@ -277,6 +278,10 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits of the answers' tokens, what they should be, which sample each belongs to)."""
+        packed = None
+        if self.config.train.packing:
+            packed = pack(batch, width(batch, self.talk.max_tokens), self.tuned.plain)
+            batch = packed.batch
         labels = batch["labels"][:, 1:]
         mask = labels != IGNORED
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -285,7 +290,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
             def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 given = kwargs.get("inputs_embeds")
-                self._embeddings = None if given is None else given.detach()
+                given = None if given is None else given.detach()
+                self._embeddings = given if given is None or packed is None else packed.padded(given)
 
             hook = self.decoders[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
@@ -294,7 +300,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         finally:
             if hook is not None:
                 hook.remove()
-        return logits[mask], labels[mask], mask.nonzero()[:, 0]
+        return logits[mask], labels[mask], mask.nonzero()[:, 0] if packed is None else packed.sample[:, 1:][mask]
 
     def _batch(self, examples: list[Conversation]) -> dict[str, Tensor]:
         return self._moved_to_device(self.talk.training_batch(examples))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from equipoise.coordination.norms import media_ids
 from equipoise.errors import InputError
-from equipoise.pipelines.instruction_tuning.data import Conversation
+from equipoise.pipelines.instruction_tuning.data import Conversation, Turn
 from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.packing import leaks, pack
 from equipoise.pipelines.instruction_tuning.quantized import is_rounded
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.runs.run import memory_full
@@ -108,6 +109,33 @@ def model_problems(
     return found
 
 
+def packing_problems(
+    talk: Talk, model: Any, examples: Sequence[Conversation], precision: Precision = nullcontext
+) -> list[str]:
+    """A sentence where a model does not read conversations in one row as it reads them in rows of their own."""
+    some = [*examples, *examples][: max(2, len(examples))]
+    # first one of text, so that media stand elsewhere in the row than in their conversations: some models take the one
+    # for the other
+    mixed = [Conversation("text", (), (Turn("?", "."),), where=some[0].where), *some]
+    some = some if any(talk.problems(example) for example in mixed) else mixed
+    advice = f"{talk.model_type} does not read them apart. Use train.packing=false."
+    with torch.random.fork_rng():
+        model.eval()
+        batch = _batch(talk, model, some, None)
+        packed = pack(batch, batch["labels"].numel(), model)
+        with torch.no_grad():
+            apart = _logits(talk, model, some, batch, precision)
+            together = packed.padded(_logits(talk, model, some, packed.batch, precision))
+        answers = batch["labels"] != IGNORED
+        error = (together - apart)[answers].float().abs().max() / apart[answers].float().std()
+        if not error <= _allowed(model, precision):
+            return [f"train.packing: what is answered is another in a row with other conversations: {advice}"]
+        with precision():
+            if leaks(model, packed):
+                return [f"train.packing: an answer depends on the conversation before it in its row: {advice}"]
+    return []
+
+
 def summary(talk: Talk, examples: Sequence[Conversation], seen: bool) -> str:
     """What the self-check found, where all is well.
 
@@ -126,9 +154,15 @@ def summary(talk: Talk, examples: Sequence[Conversation], seen: bool) -> str:
 
 
 def verify(
-    talk: Talk, model: Any, examples: Sequence[Conversation], batch: int, precision: Precision = nullcontext
+    talk: Talk,
+    model: Any,
+    examples: Sequence[Conversation],
+    batch: int,
+    precision: Precision = nullcontext,
+    packing: bool = False,
 ) -> str:
-    """The whole self-check of some typical conversations; gives what it found in a sentence.
+    """The whole self-check of some typical conversations; gives what it found in a sentence. With `packing` also that
+    conversations in one row are read apart.
 
     Raises:
         InputError: one of them would be trained on wrongly, or the model does not take it.
@@ -137,9 +171,11 @@ def verify(
     problems = token_problems(talk, rows, media_ids(model.config)) or model_problems(
         talk, model, rows, batch, precision
     )
+    if packing and not problems:
+        problems = packing_problems(talk, model, rows, precision)
     if problems:
         raise InputError("\n".join(problems))
-    return summary(talk, rows, seen=True)
+    return summary(talk, rows, seen=True) + (" Conversations in one row do not see each other." if packing else "")
 
 
 def _wanted(talk: Talk, example: Conversation) -> list[int]:
@@ -180,12 +216,23 @@ def _seen(
     Raises:
         InputError: the model refuses it.
     """
+    batch = _batch(talk, model, examples, media)
+    return _logits(talk, model, examples, batch, precision)[:, :-1], batch["labels"][:, 1:]
+
+
+def _batch(
+    talk: Talk, model: nn.Module, examples: Sequence[Conversation], media: Sequence[Sequence[Any]] | None
+) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in talk.training_batch(examples, media).items()}
-    labels = batch.pop("labels")
+    return {name: value.to(device) for name, value in talk.training_batch(examples, media).items()}
+
+
+def _logits(
+    talk: Talk, model: Any, examples: Sequence[Conversation], batch: dict[str, Tensor], precision: Precision
+) -> Tensor:
     try:
         with precision():
-            return model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
+            return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
     except Exception as error:  # whatever a model makes of what it does not expect
         if memory_full(error):
             raise
