@@ -28,7 +28,7 @@ from equipoise.pipelines.instruction_tuning.data import (
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import summarized, unanswerable, unusable
 from equipoise.pipelines.instruction_tuning.formats.dialects import as_llava
-from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
+from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder, is_passing
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError
 from equipoise.pipelines.instruction_tuning.formats.sources import rows
 from equipoise.pipelines.instruction_tuning.formats.texts import COLUMNS, ENCODING
@@ -141,8 +141,9 @@ def _labelled(file: Path, data: InstructionTuningData, talk: Talk) -> list[Conve
 
 
 def _row(found: Answer) -> dict[str, Any]:
-    """As a line of data, so that answers can be corrected and trained on."""
-    paths = [str(path) for path in found.example.media]
+    """As a line of data, so that answers can be corrected and trained on. Media from within a file are named by where
+    they stand in it: what they were unpacked to goes with this process."""
+    paths = [found.example.where if is_passing(path) else str(path) for path in found.example.media]
     media = {found.example.kind: paths[0] if len(paths) == 1 else paths} if paths else {}
     return {**media, "question": without_marks(found.question), "answer": found.text}
 
