@@ -70,6 +70,8 @@ def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned |
     from equipoise.pipelines.instruction_tuning.examples import load_examples, summarized, unanswerable, unpacked
 
     def read() -> list[str]:
+        if config.data.streaming:  # not without knowing what the model takes
+            return []
         left_out = [] if config.data.skip_bad else None
         return summarized(read_all(config.data, left_out=left_out, unpacked=unpacked(config.runs))[2])
 
@@ -112,8 +114,10 @@ def notes(config: InstructionTuningConfig) -> list[str]:
     return [*said, summary(talk, typical(kept), seen=False)]
 
 
-def examples(config: InstructionTuningConfig) -> int:
-    """How many conversations are trained on."""
+def examples(config: InstructionTuningConfig) -> int | None:
+    """How many conversations are trained on; None of a stream."""
+    if config.data.streaming:
+        return None
     from equipoise.pipelines.instruction_tuning.examples import load_examples, unpacked
     from equipoise.pipelines.instruction_tuning.model import outline, positions
 
@@ -124,7 +128,15 @@ def examples(config: InstructionTuningConfig) -> int:
 
 
 def doubts(config: InstructionTuningConfig) -> list[str]:
-    return _data_doubts(config.data, config.runs) + (_tied_doubts(config) if config.lora.targets else [])
+    stream = (
+        [
+            f"data.streaming: {config.data.buffer:,} conversations and those held out are looked at now; what is wrong "
+            "with later ones shows when they are read, and ends the run unless data.skip_bad is set."
+        ]
+        if config.data.streaming
+        else _data_doubts(config.data, config.runs)
+    )
+    return stream + (_tied_doubts(config) if config.lora.targets else [])
 
 
 def _tied_doubts(config: InstructionTuningConfig) -> list[str]:

@@ -65,6 +65,14 @@ class InstructionTuningData(Section):
     max_tokens: int | None = Field(
         None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."
     )
+    streaming: bool = Field(
+        False,
+        description="Reads the data set as it is trained on, some conversations at a time, as one larger than the "
+        "memory needs it.",
+    )
+    buffer: int = Field(
+        1024, ge=1, description="With streaming: the conversations that are held, and trained on in random order."
+    )
     skip_bad: bool = Field(False, description="Leaves out the conversations that cannot be used, and says which.")
     prompt: str | None = Field(
         None, description="For models without a chat template: the text before an answer, with {question} in it."
@@ -81,6 +89,10 @@ class InstructionTuningData(Section):
     def _a_weight_each(self) -> "InstructionTuningData":
         if self.weights and len(self.weights) != 1 + len(self.more):
             raise ValueError(f"weights: {1 + len(self.more)} are needed, one for each data set; got {self.weights}.")
+        if self.streaming and (self.more or self.weights):
+            raise ValueError("streaming: is for one data set. Leave out more and weights, or streaming.")
+        if self.streaming and self.file == "demo":
+            raise ValueError("streaming: is for data sets of one's own, and file is `demo`. Leave it out.")
         return self
 
 

@@ -17,6 +17,7 @@ from equipoise.pipelines.instruction_tuning.writing import Frame, any_of, writer
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
+_KNOWN = 1 << 17  # conversations whose answers' places are remembered
 # what a batch has one of for each token, and data.max_tokens cuts, by name: media can be as wide by chance
 PER_TOKEN = (
     "input_ids",
@@ -131,6 +132,8 @@ class Talk:
             begin = self.tokens(opened)
             shared = next((i for i, (a, b) in enumerate(zip(begin, tokens, strict=False)) if a != b), len(begin))
             found.append((len(tokens) - shared, len(tokens) - len(self.tokens(closed))))
+        if len(self._spans) >= _KNOWN:  # a stream has no end
+            self._spans.clear()
         self._spans[example] = found
         return found
 

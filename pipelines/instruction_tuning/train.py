@@ -46,6 +46,7 @@ from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.packing import pack, width
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
+from equipoise.pipelines.instruction_tuning.streaming import Stream
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.verify import verify
 from equipoise.pipelines.pipeline import Outcome
@@ -79,7 +80,11 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
         run.log(f"self-check: {checked}")
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
-    outcome = train_loop(run, work, config)
+    try:
+        outcome = train_loop(run, work, config)
+    finally:
+        if work.stream is not None:
+            work.stream.close()
     if outcome.state == "stopped" or not leads:
         return outcome
     work.settle()
@@ -142,6 +147,12 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             sides(self.components)
         words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
         self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
+        self.stream: Stream | None = None
+        if config.data.streaming:
+            whole = config.train.batch * processes.count()
+            limit = positions(tuned.plain, tuned.parts)
+            self.stream = Stream(config, talk, held, whole, partial(_tell, run), limit)
+            self.digest = self.stream.reader.digest
         self.random = has_dropout(tuned.model)
         self.watch = Watch()
         self.decoders = [
@@ -312,6 +323,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """The examples of a batch, or this process's share of them. An epoch is a permutation, cut into batches of
         similar length in random order, and known from the seed and its number. What is too little for a batch is left
         out before lengths are looked at, every conversation as often as any other."""
+        if self.stream is not None:
+            return self.stream.batch(number)[processes.rank() :: processes.count()]
         size = self.config.train.batch * processes.count()
         each = max(1, len(self.kept_examples) // size)
         epoch, index = divmod(number, each)
@@ -357,7 +370,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def state(self) -> dict[str, Any]:
         # the regulariser's gradient of the last step, which the next one takes
         waiting = {name: tensor.grad for name, tensor in self.named.items() if tensor.grad is not None}
-        return super().state() | {"waiting": waiting, "conversations": self.digest}
+        streamed = {"stream": self.stream.state()} if self.stream is not None else {}
+        return super().state() | {"waiting": waiting, "conversations": self.digest, **streamed}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state.get("conversations", self.digest) != self.digest:
@@ -366,6 +380,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
                 "Put them back, or train anew."
             )
         super().restore(weights, state)
+        if self.stream is not None:
+            self.stream.restore(state.get("stream", {}))
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
 
