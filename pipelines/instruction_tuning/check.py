@@ -94,11 +94,12 @@ def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned |
 
 
 def _talk(config: InstructionTuningConfig) -> "Talk":
+    from equipoise.pipelines.instruction_tuning.media import Frames
     from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
     from equipoise.pipelines.instruction_tuning.talk import Talk
 
-    processor = load_processor(config.model)
-    return Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
+    processor, data = load_processor(config.model), config.data
+    return Talk(processor, model_type(config.model), data.prompt, data.max_tokens, Frames(data.fps, data.frames))
 
 
 def notes(config: InstructionTuningConfig) -> list[str]:

@@ -16,7 +16,7 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfi
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
-from equipoise.pipelines.instruction_tuning.media import open_picture
+from equipoise.pipelines.instruction_tuning.media import Frames, open_picture, open_video
 from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import load_result, missing
 from equipoise.pipelines.instruction_tuning.talk import Talk
@@ -85,7 +85,9 @@ def compare(
 
 def _talk(config: InstructionTuningConfig, model_type: str) -> Talk:
     """A run's own: its size of pictures and its prompt."""
-    return Talk(load_processor(config.model), model_type, config.data.prompt, config.data.max_tokens)
+    data = config.data
+    processor = load_processor(config.model)
+    return Talk(processor, model_type, data.prompt, data.max_tokens, Frames(data.fps, data.frames))
 
 
 def _result(run: Run, config: InstructionTuningConfig) -> dict | None:
@@ -130,8 +132,10 @@ def draw_card(answered: Answer) -> Image.Image:
     card = Image.new("RGB", (CARD, CARD), _PAPER)
     pen = ImageDraw.Draw(card)
     height = CARD - 15 * len(lines) - 10
-    if answered.example.kind == "image":
-        picture = open_picture(answered.example.media[0])
+    if answered.example.kind in ("image", "video"):
+        medium = answered.example.media[0]
+        still = answered.example.kind == "image"
+        picture = open_picture(medium) if still else open_video(medium, Frames(None, 1)).frames[0]
         share = min(CARD / picture.width, height / picture.height)
         size = (max(1, int(picture.width * share)), max(1, int(picture.height * share)))
         card.paste(picture.resize(size), ((CARD - size[0]) // 2, 0))

@@ -61,6 +61,10 @@ class InstructionTuningData(Section):
     validation: LocalPath | None = Field(
         None, description="Held-out conversations in any of the formats; empty: every tenth of each data set."
     )
+    fps: float | None = Field(
+        1.0, gt=0, le=60, description="The frames that are taken of a second of video; empty: `frames` of every video."
+    )
+    frames: int = Field(16, ge=1, le=4096, description="The most frames of a video, at equal distances.")
     question: str | None = Field(None, description="What is asked of media that have a caption and no question.")
     max_tokens: int | None = Field(
         None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."

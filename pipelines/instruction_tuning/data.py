@@ -1,4 +1,4 @@
-"""Conversations about pictures and sounds, out of files of any format; all that is wrong is found at once.
+"""Conversations about pictures, sounds and videos, out of files of any format; all that is wrong is found at once.
 
 `formats` reads the files, and gives every record in LLaVA's format: `{"image": PATH or [PATHS], "conversations":
 [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A star."}, …]}`, with `audio` and
@@ -31,7 +31,8 @@ from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 from equipoise.pipelines.instruction_tuning.media import media_problem
 from equipoise.pipelines.progress import progress
 
-Kind = Literal["image", "audio", "text"]
+Kind = Literal["image", "audio", "video", "text"]
+NAMES = {"image": "pictures", "audio": "sounds", "video": "videos"}  # of its media
 HELD_OUT = 10  # every so many-th conversation is held out where no validation file is given
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can name halves of a UTF-16 pair, which are no text
 
@@ -118,11 +119,12 @@ def read_all(
 
 
 def _both_kinds(examples: Sequence[Conversation]) -> list[str]:
-    """A sentence where one data set has pictures and another one sounds; a single one says so itself."""
+    """A sentence where one data set has pictures and another one sounds, say; a single one says so itself."""
     kinds = {example.source: example.kind for example in examples if example.media}
     if len(set(kinds.values())) < 2:
         return []
-    return ["data.more: there are data sets with pictures and others with sounds; one model takes one of them."]
+    one, other = (NAMES[kind] for kind in NAMES if kind in list(dict.fromkeys(kinds.values()))[:2])
+    return [f"data.more: there are data sets with {one} and others with {other}; one model takes one of them."]
 
 
 def read_examples(
@@ -245,12 +247,13 @@ class Reading:
     def check(self, name: str) -> None:
         """What is wrong with all of it."""
         first = {example.kind: row for _, row, example in reversed(self.read)}
-        if "image" in first and "audio" in first:
+        both = [kind for kind in NAMES if kind in first][:2]
+        if len(both) == 2:
             at = {kind: row.at if str(row.file) == name else f"{row.file}:{row.at}" for kind, row in first.items()}
             lines = {kind: f"line {text}" if text.isdecimal() else text for kind, text in at.items()}
             self.general.append(
-                f"{name}: has pictures (first in {lines['image']}) and sounds (first in {lines['audio']}); one "
-                "model takes one of them. Split the file."
+                f"{name}: has {' and '.join(f'{NAMES[kind]} (first in {lines[kind]})' for kind in both)}; one model "
+                "takes one of them. Split the file."
             )
         if not self.read and not self.wrong and not self.general:
             self.general.append(f"{name}: holds no conversations.")
@@ -313,7 +316,8 @@ def _example(
         return None, [f"must be an object with conversations, got {type(record).__name__}."]
     given = [kind for kind in MARKS if record.get(kind) not in (None, "", [])]
     if len(given) > 1:
-        problems.append("has both an image and an audio; one model takes one of them.")
+        one, other = (f"{'a' if kind == 'video' else 'an'} {kind}" for kind in given[:2])
+        problems.append(f"has both {one} and {other}; one model takes one of them.")
     kind: Kind = given[0] if given else "text"  # type: ignore[assignment]
     names = record[kind] if given else []
     if not all(isinstance(name, str) for name in names):

@@ -32,6 +32,7 @@ from equipoise.pipelines.instruction_tuning.config import (
     InstructionTuningEncoder,
     InstructionTuningModel,
 )
+from equipoise.pipelines.instruction_tuning.novideos import NoVideos
 from equipoise.pipelines.runs.run import memory_full
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
@@ -232,19 +233,11 @@ def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     own = {
         "get_attributes": get_attributes,
         "_get_arguments_from_pretrained": load,
-        "video_processor": _NoVideos(),
+        "video_processor": NoVideos(),
         "__module__": cls.__module__,
     }
     made = type(cls.__name__, (cls, Without), own)  # pyright: ignore[reportGeneralTypeIssues]
     return made
-
-
-class _NoVideos:
-    """Whatever a processor or a template asks of its part for videos is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
 
 
 def load_model(

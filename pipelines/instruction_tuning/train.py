@@ -42,6 +42,7 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfi
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
+from equipoise.pipelines.instruction_tuning.media import Frames
 from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.packing import pack, width
@@ -64,7 +65,9 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     accelerator = make_accelerator(config.train.precision)
     processor = load_processor(config.model)
     model = load_model(config.model, config.train.precision, config.components)
-    talk = Talk(processor, model.config.model_type, config.data.prompt, config.data.max_tokens)
+    data = config.data
+    frames = Frames(data.fps, data.frames)
+    talk = Talk(processor, model.config.model_type, data.prompt, data.max_tokens, frames)
 
     tell = partial(_tell, run)
     parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)

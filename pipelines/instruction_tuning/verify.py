@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from equipoise.coordination.norms import media_ids
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import Conversation, Turn
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.media import Video, open_picture, open_sound, open_video
 from equipoise.pipelines.instruction_tuning.packing import leaks, pack
 from equipoise.pipelines.instruction_tuning.quantized import is_rounded
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
@@ -64,8 +64,9 @@ def token_problems(talk: Talk, examples: Sequence[Conversation], placeholders: S
             found.append(f"{example.where}: begins with two BOS tokens ({talk.tokenizer.bos_token}).")
         if example.media and placeholders and not torch.isin(ids, torch.tensor(placeholders)).any():
             found.append(
-                f"{example.where}: has an {example.kind}, but the processor of {talk.model_type} writes no token for "
-                "it that the model would put it in place of. Compare processor_config.json with config.json."
+                f"{example.where}: has {'a' if example.kind == 'video' else 'an'} {example.kind}, but the processor of "
+                f"{talk.model_type} writes no token for it that the model would put it in place of. Compare "
+                "processor_config.json with config.json."
             )
     return found
 
@@ -195,13 +196,20 @@ def _otherwise(talk: Talk, example: Conversation) -> Iterator[list[Any]]:
     noise = torch.Generator().manual_seed(0)
     example = talk.within(example)
     for number, path in enumerate(example.media[:_MEDIA]):
-        if example.kind == "audio":
+        if example.kind == "video":
+            frames, seconds = open_video(path, talk.frames)
+            other: Any = Video([_noise(frame.size, noise) for frame in frames], seconds)
+        elif example.kind == "audio":
             count = len(open_sound(path, talk.rate))
-            other: Any = (torch.randn(count, generator=noise) / 4).clamp(-1, 1).numpy()
+            other = (torch.randn(count, generator=noise) / 4).clamp(-1, 1).numpy()
         else:
-            width, height = open_picture(path).size
-            other = Image.fromarray(torch.randint(256, (height, width, 3), generator=noise, dtype=torch.uint8).numpy())
+            other = _noise(open_picture(path).size, noise)
         yield [*example.media[:number], other, *example.media[number + 1 :]]
+
+
+def _noise(size: tuple[int, int], source: torch.Generator) -> Image.Image:
+    width, height = size
+    return Image.fromarray(torch.randint(256, (height, width, 3), generator=source, dtype=torch.uint8).numpy())
 
 
 def _seen(

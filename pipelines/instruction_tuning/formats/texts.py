@@ -12,7 +12,7 @@ from equipoise.pipelines.files import first_line, json_lines
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
-COLUMNS = ("id", "image", "audio", "question", "answer")  # of a CSV file; ids are for people
+COLUMNS = ("id", "image", "audio", "video", "question", "answer")  # of a CSV file; ids are for people
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _READ, _LONGEST = 1 << 20, 20  # characters that are read at a time, and of a literal, whose end may not be there yet
@@ -142,7 +142,7 @@ def _cells(row: dict[Any, Any], count: int) -> Any:
         return InputError(f"has {how} cells than the {count} columns. Put text with commas in quotes.")
     record: dict[str, Any] = {
         kind: [part.strip() for part in row[kind].split(";") if part.strip()]
-        for kind in ("image", "audio")
+        for kind in ("image", "audio", "video")
         if row.get(kind)
     }
     return record | {"question": row["question"], "answer": row["answer"].split("|")}

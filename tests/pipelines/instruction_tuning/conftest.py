@@ -49,6 +49,12 @@ def sounds(tmp_path) -> Path:
 
 
 @pytest.fixture
+def films(tmp_path) -> Path:
+    """Twelve questions about videos, in each half another colour."""
+    return _FAMILIES["write_videos"](tmp_path / "films")
+
+
+@pytest.fixture
 def hosted() -> dict[str, Any]:
     """Settings of a transformers Trainer that learns fast on the CPU and reports every loss, to nobody."""
     return {

@@ -353,10 +353,13 @@ def test_media_stand_where_their_marks_do(folder):
 
 TOLD = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "Yes."}]
 REFUSED = [
-    ({"messages": TOLD, "videos": ["a.mp4"]}, "has videos; pictures and sounds are trained on, no videos."),
     (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, TOLD[1]]},
-        "turn 1 has a part of the type 'video'; there are text, image and audio.",
+        {"messages": TOLD, "clips": ["a.mp4"]},
+        "has clips; media are named under image or audio (or video), a path",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "file", "file": "a.mp4"}]}, TOLD[1]]},
+        "turn 1 has a part of the type 'file'; there are text, image, audio and video.",
     ),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has chosen: preferences are not trained on here."),
     ({"messages": TOLD, "tools": [{"type": "function"}]}, "has tools, which no prompt here has."),

@@ -114,9 +114,9 @@ def test_questions_in_the_formats_of_other_tools(trained, pictures, capsys):
     assert main(["predict", str(run.folder), str(folder / "ask.jsonl"), "--prompt", "Why?"]) == 0
     (row,) = rows(capsys.readouterr().out)
     assert (row["image"], row["question"]) == (str(folder / "0.png"), "Why?")
-    (folder / "ask.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}]}))
+    (folder / "ask.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "file"}]}]}))
     assert main(["predict", str(run.folder), str(folder / "ask.jsonl")]) == 2
-    assert "ask.jsonl:1: turn 1 has a part of the type 'video'" in capsys.readouterr().err
+    assert "ask.jsonl:1: turn 1 has a part of the type 'file'" in capsys.readouterr().err
 
 
 def test_sounds(trained, sounds, capsys):
