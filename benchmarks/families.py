@@ -47,6 +47,7 @@ def main() -> None:
         data = {
             "image": families["write_pictures"](Path(root, "pictures")),
             "audio": families["write_sounds"](Path(root, "sounds")),
+            "video": families["write_videos"](Path(root, "videos")),
         }
         for name in chosen:
             for row in rows(name, families["write"], data, Path(root)):
@@ -61,7 +62,10 @@ def rows(name: str, write: Callable[[str, Path], Path], data: dict[str, Path], r
     except ImportError as error:
         return [["", "", f"needs the package {missing_package(error)}", "", ""]]
     settings = json.loads((folder / "processor_config.json").read_text())
-    parts = {"image_processor": "image", "feature_extractor": "audio", "audio_processor": "audio"}
+    parts = {
+        **{"image_processor": "image", "feature_extractor": "audio", "audio_processor": "audio"},
+        "video_processor": "video",
+    }
     takes = [kind for part, kind in parts.items() if part in settings]
     return [[settings["processor_class"], kind, *trained(f"{name}-{kind}", folder, data[kind], root)] for kind in takes]
 
@@ -70,6 +74,7 @@ def trained(run: str, folder: Path, data: Path, root: Path) -> list[str]:
     """(components, κ, whether the result loads to the loss that the run ended at)."""
     words = [f"model={folder}", f"data={data}", "coordinator=commit_clr", "coordinator.options={measure_every: 1}"]
     words += ["steps=2", "batch=4", "rank=2", "learning_rate=1e-2", "schedule=constant", "samples.max_new_tokens=2"]
+    words += ["data.fps=", "data.frames=3"]  # of videos, which some processors take together if they are as long
     said = io.StringIO()
     with quiet(said):
         code = equipoise(["train", "instruction_tuning/demo", *words, f"runs={root / 'runs'}", "--id", run])
@@ -94,7 +99,7 @@ def loaded(folder: Path, result: Path, data: Path) -> float:
         assert not model.load_state_dict(load_file(result / "encoder.safetensors"), strict=False).unexpected_keys
         model = PeftModel.from_pretrained(model, result).merge_and_unload().eval()
         held = read_all(InstructionTuningData(file=str(data)))[1]
-        collator, losses = AnswerCollator(str(folder)), []
+        collator, losses = AnswerCollator(str(folder), fps=None, frames=3), []
         for example in held:
             losses.append(model(**collator([example])).loss.item())
     return sum(losses) / len(losses)

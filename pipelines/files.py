@@ -1,6 +1,7 @@
 """Writing files so that a reader, or a crash, never meets half of one."""
 
 import errno
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,33 @@ def first_line(reader: Any, cells: Iterable[Any]) -> int:
     """The line that the row just read by a reader of `csv` begins in, which itself knows only where it ends."""
     lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
     return reader.line_num - sum(text.count("\n") for some in lists for text in some if text)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The lines of a JSONL file that are not empty, by their number, each as its value, or the ValueError or
+    RecursionError that reading it ended in. One by one, for a file may be larger than the memory.
+
+    A line ends in a line break alone, unlike those of `splitlines`, which ends one at U+2028 within a text too. The
+    mark that Excel and Notepad put first is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8; with where in the file.
+    """
+    before = 0  # bytes
+    with path.open("rb") as opened:
+        for number, line in enumerate(opened, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                begin, end = before + error.start, before + error.end
+                raise UnicodeDecodeError(error.encoding, error.object, begin, end, error.reason) from None
+            before += len(line)
+            if text.strip():
+                try:
+                    yield number, json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    yield number, error
 
 
 def cut_off(path: Path) -> bool:

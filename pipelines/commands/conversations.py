@@ -62,4 +62,4 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-_NAMES = {"image": "pictures", "audio": "sounds"}
+_NAMES = {"image": "pictures", "audio": "sounds", "video": "videos"}

@@ -1,4 +1,4 @@
-"""`equipoise prepare`: manifests of audio-visual data sets, and a look at conversations: equipoise prepare SET DIR."""
+"""`equipoise prepare SET DIR`: manifests of audio-visual data sets, questions of others, a look at conversations."""
 
 import argparse
 import csv
@@ -14,7 +14,8 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import SPLITS
-from equipoise.pipelines.commands import conversations
+from equipoise.pipelines.commands import conversations, question_sets
+from equipoise.pipelines.commands.question_sets import table_of, text_of
 from equipoise.pipelines.files import explained, user_path, write_atomic
 
 Row = dict[str, str]  # a set's reader gives a str in its place for a clip that is left out: which, and why
@@ -25,7 +26,8 @@ EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    readers = {**SETS, conversations.NAME: conversations.show}
+    asked = {name: read for name, (read, _) in question_sets.SETS.items()}
+    readers = {**SETS, **asked, conversations.NAME: conversations.show}
     known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in readers.items())
     parser.epilog = f"Data sets, and what DIR holds:\n{known}"
     parser.add_argument("set", metavar="SET", help="The data set; see below.")
@@ -33,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder", metavar="DIR", type=user_path, help="The folder it was unpacked in; the conversations."
     )
     parser.add_argument(
-        "--output", type=user_path, metavar="CSV", help="The manifest to write (default: manifest.csv in DIR)."
+        "--output",
+        type=user_path,
+        metavar="CSV",
+        help="The manifest to write (default: manifest.csv in DIR), or the questions' folder (default: DIR).",
     )
     conversations.add_arguments(parser)
 
@@ -41,13 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.set == conversations.NAME:
         return conversations.show(args)
-    if args.set not in SETS:
-        known = [*SETS, conversations.NAME]
+    if args.set not in SETS and args.set not in question_sets.SETS:
+        known = [*SETS, *question_sets.SETS, conversations.NAME]
         close = get_close_matches(args.set, known, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise InputError(f"prepare: no data set {args.set!r}. {hint}There are {', '.join(known)}.")
     if not args.folder.is_dir():
         raise InputError(f"prepare: {args.folder} is no folder. Give the one that {args.set} was unpacked into.")
+    if args.set in question_sets.SETS:
+        print(question_sets.write(args.set, args.folder.absolute(), (args.output or args.folder).absolute()))
+        return 0
     output = (args.output or args.folder / "manifest.csv").absolute()
     with explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +164,7 @@ def ur_funny(folder: Path, output: Path) -> Iterator[Row | str]:
             f"prepare: {found[0]} is a pickle file, which can run any code when it is opened, and {labels} is not "
             "there. Export the labels to it once, if you trust the files: docs/audio_visual.md has the lines."
         )
-    for row in _table(labels, "id", "text", "label", "split"):
+    for row in table_of(labels, "id", "text", "label", "split"):
         label = {"0": "serious", "1": "funny"}.get(row["label"], row["label"])
         if video := _named(folder / "urfunny2_videos", row["id"]):
             yield _row(row["id"], label, _split(row["split"]), row["text"], video=video)
@@ -169,7 +177,7 @@ def cmu_mosei(folder: Path, output: Path) -> Iterator[Row | str]:
 
     That is the layout of MMSA's copy; the classes are its annotations: negative, neutral, positive.
     """
-    for row in _table(folder / "label.csv", "video_id", "clip_id", "text", "annotation", "mode"):
+    for row in table_of(folder / "label.csv", "video_id", "clip_id", "text", "annotation", "mode"):
         name = f"{row['video_id']}/{row['clip_id']}"
         if video := _named(folder / "Raw" / row["video_id"], row["clip_id"]):
             yield _row(name, row["annotation"].lower(), _split(row["mode"]), row["text"], video=video)
@@ -240,33 +248,14 @@ def _row(clip: str, label: str, split: str, text: str | None = None, /, **files:
     return row if text is None else {**row, "text": text}
 
 
-def _text(file: Path) -> str:
-    """Nothing where there is no such file."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return ""
-    except UnicodeDecodeError:
-        raise InputError(f"prepare: {file} is not text in UTF-8.") from None
-
-
 def _lists(file: Path, least: int, between: str = ",") -> Iterator[list[str]]:
     """The lines' cells, of which there are at least so many."""
-    reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter=between)
+    reader = csv.reader(io.StringIO(text_of(file), newline=""), delimiter=between)
     for cells in _sound(file, reader):
         if cells and len(cells) < least:
             raise InputError(f"prepare: {file}:{reader.line_num}: wanted {least} cells or more, got {len(cells)}.")
         if cells:
             yield [cell.strip() for cell in cells]
-
-
-def _table(file: Path, *columns: str) -> Iterator[Row]:
-    """The lines by the names in the first."""
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
-    if missing := [column for column in columns if reader.fieldnames and column not in reader.fieldnames]:
-        raise InputError(f"prepare: {file}: has no column {', '.join(missing)}. It needs {', '.join(columns)}.")
-    for row in _sound(file, reader):
-        yield {column: row[column] or "" for column in columns}
 
 
 def _sound(file: Path, reader: Any) -> Iterator[Any]:

@@ -40,7 +40,7 @@ class InstructionTuning(Pipeline):
         return doubts(config)
 
     @classmethod
-    def examples(cls, config: InstructionTuningConfig) -> int:
+    def examples(cls, config: InstructionTuningConfig) -> int | None:
         from equipoise.pipelines.instruction_tuning.check import examples
 
         return examples(config)

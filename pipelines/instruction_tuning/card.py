@@ -9,6 +9,7 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfi
 from equipoise.pipelines.instruction_tuning.result import ADAPTER_CONFIG, IN_FULL
 
 _SETTINGS = (
+    "model.quantize",
     "language.method",
     "encoder.parts",
     "encoder.method",

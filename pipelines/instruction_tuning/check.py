@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def problems(config: InstructionTuningConfig) -> list[str]:
     with no_garbage_collection():
         from equipoise.pipelines.instruction_tuning.model import model_problems, outline
+        from equipoise.pipelines.instruction_tuning.packing import packing_problem
+        from equipoise.pipelines.instruction_tuning.quantized import problems as quantized_problems
 
     found, tuned = model_problems(config.model), None
     known = not found
@@ -29,6 +31,9 @@ def problems(config: InstructionTuningConfig) -> list[str]:
             tuned = outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
             found += str(error).splitlines()
+    found += quantized_problems(config)
+    if tuned and config.train.packing and (problem := packing_problem(tuned.plain, tuned.plain.config.model_type)):
+        found.append(problem)
     found += objective_problems(config) + _coordination_problems(config, tuned) + _rate_problems(config, tuned)
     if config.optimizer.weight_decays and not _decays(config.optimizer.name):
         found.append(
@@ -65,6 +70,8 @@ def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned |
     from equipoise.pipelines.instruction_tuning.examples import load_examples, summarized, unanswerable, unpacked
 
     def read() -> list[str]:
+        if config.data.streaming:  # not without knowing what the model takes
+            return []
         left_out = [] if config.data.skip_bad else None
         return summarized(read_all(config.data, left_out=left_out, unpacked=unpacked(config.runs))[2])
 
@@ -87,11 +94,12 @@ def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned |
 
 
 def _talk(config: InstructionTuningConfig) -> "Talk":
+    from equipoise.pipelines.instruction_tuning.media import Frames
     from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
     from equipoise.pipelines.instruction_tuning.talk import Talk
 
-    processor = load_processor(config.model)
-    return Talk(processor, model_type(config.model), config.data.prompt, config.data.max_tokens)
+    processor, data = load_processor(config.model), config.data
+    return Talk(processor, model_type(config.model), data.prompt, data.max_tokens, Frames(data.fps, data.frames))
 
 
 def notes(config: InstructionTuningConfig) -> list[str]:
@@ -107,8 +115,10 @@ def notes(config: InstructionTuningConfig) -> list[str]:
     return [*said, summary(talk, typical(kept), seen=False)]
 
 
-def examples(config: InstructionTuningConfig) -> int:
-    """How many conversations are trained on."""
+def examples(config: InstructionTuningConfig) -> int | None:
+    """How many conversations are trained on; None of a stream."""
+    if config.data.streaming:
+        return None
     from equipoise.pipelines.instruction_tuning.examples import load_examples, unpacked
     from equipoise.pipelines.instruction_tuning.model import outline, positions
 
@@ -119,7 +129,15 @@ def examples(config: InstructionTuningConfig) -> int:
 
 
 def doubts(config: InstructionTuningConfig) -> list[str]:
-    return _data_doubts(config.data, config.runs) + (_tied_doubts(config) if config.lora.targets else [])
+    stream = (
+        [
+            f"data.streaming: {config.data.buffer:,} conversations and those held out are looked at now; what is wrong "
+            "with later ones shows when they are read, and ends the run unless data.skip_bad is set."
+        ]
+        if config.data.streaming
+        else _data_doubts(config.data, config.runs)
+    )
+    return stream + (_tied_doubts(config) if config.lora.targets else [])
 
 
 def _tied_doubts(config: InstructionTuningConfig) -> list[str]:

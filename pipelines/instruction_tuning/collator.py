@@ -10,6 +10,7 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Conversation, conversation
+from equipoise.pipelines.instruction_tuning.media import Frames
 from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.instruction_tuning.verify import Precision, verify
@@ -38,6 +39,8 @@ class AnswerCollator:
         revision: on the hub: a branch, tag or commit.
         min_pixels: the least pixels that a picture is enlarged to, for processors that count them.
         max_pixels: the most pixels that a picture is reduced to, likewise.
+        fps: the frames that are taken of a second of video; None: as many of each.
+        frames: the most frames of a video.
 
     Raises:
         InputError: there is no processor for media.
@@ -52,12 +55,14 @@ class AnswerCollator:
         revision: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        fps: float | None = 1.0,
+        frames: int = 16,
     ):
         section = InstructionTuningModel(
             path=str(model), revision=revision, min_pixels=min_pixels, max_pixels=max_pixels
         )
         self.folder = Path(folder)
-        self.talk = Talk(load_processor(section), model_type(section), prompt, max_tokens)
+        self.talk = Talk(load_processor(section), model_type(section), prompt, max_tokens, Frames(fps, frames))
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """A batch.

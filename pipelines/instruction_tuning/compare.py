@@ -16,7 +16,7 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfi
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
-from equipoise.pipelines.instruction_tuning.media import open_picture
+from equipoise.pipelines.instruction_tuning.media import Frames, open_picture, open_video
 from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import load_result, missing
 from equipoise.pipelines.instruction_tuning.talk import Talk
@@ -51,7 +51,7 @@ def compare(
         ):
             if mine != theirs:
                 raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare others.")
-    base = load_model(first.model, first.train.precision)
+    base = load_model(first.model, first.train.precision, first.components)
     talk = _talk(first, base.config.model_type)
     parts = architecture(talk.model_type, [name for name, _ in base.named_parameters()], first.components)
     limit = positions(base, parts)  # what was left out for it is not asked either
@@ -72,7 +72,8 @@ def compare(
             if result is None:
                 continue
             cell.metrics = measured(result)
-            base = load_model(config.model, first.train.precision)  # anew: a result changes encoder weights in place
+            # anew: a result changes encoder weights in place
+            base = load_model(config.model, config.train.precision, config.components)
             tuned = load_result(base, run.folder / "result")
             _fill(folder, cell, answer(tuned, _talk(config, talk.model_type), asked, samples, bar.update))
     shown = [(without_marks(it.turns[-1].question), [path.name for path in it.media]) for it in asked[:SHOWN]]
@@ -84,7 +85,9 @@ def compare(
 
 def _talk(config: InstructionTuningConfig, model_type: str) -> Talk:
     """A run's own: its size of pictures and its prompt."""
-    return Talk(load_processor(config.model), model_type, config.data.prompt, config.data.max_tokens)
+    data = config.data
+    processor = load_processor(config.model)
+    return Talk(processor, model_type, data.prompt, data.max_tokens, Frames(data.fps, data.frames))
 
 
 def _result(run: Run, config: InstructionTuningConfig) -> dict | None:
@@ -129,8 +132,10 @@ def draw_card(answered: Answer) -> Image.Image:
     card = Image.new("RGB", (CARD, CARD), _PAPER)
     pen = ImageDraw.Draw(card)
     height = CARD - 15 * len(lines) - 10
-    if answered.example.kind == "image":
-        picture = open_picture(answered.example.media[0])
+    if answered.example.kind in ("image", "video"):
+        medium = answered.example.media[0]
+        still = answered.example.kind == "image"
+        picture = open_picture(medium) if still else open_video(medium, Frames(None, 1)).frames[0]
         share = min(CARD / picture.width, height / picture.height)
         size = (max(1, int(picture.width * share)), max(1, int(picture.height * share)))
         card.paste(picture.resize(size), ((CARD - size[0]) // 2, 0))

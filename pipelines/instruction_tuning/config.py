@@ -26,6 +26,10 @@ class InstructionTuningModel(Section):
         description="A multimodal language model of transformers: a folder, a hub id, or `demo`, the embedded BLIP-2.",
     )
     revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Holds the language model's frozen layers in 4 bits (QLoRA) or 8 bits; needs bitsandbytes.",
+    )
     min_pixels: int | None = Field(
         None, ge=1, description="The least pixels that a picture is enlarged to; empty: as the processor has it."
     )
@@ -57,9 +61,21 @@ class InstructionTuningData(Section):
     validation: LocalPath | None = Field(
         None, description="Held-out conversations in any of the formats; empty: every tenth of each data set."
     )
+    fps: float | None = Field(
+        1.0, gt=0, le=60, description="The frames that are taken of a second of video; empty: `frames` of every video."
+    )
+    frames: int = Field(16, ge=1, le=4096, description="The most frames of a video, at equal distances.")
     question: str | None = Field(None, description="What is asked of media that have a caption and no question.")
     max_tokens: int | None = Field(
         None, ge=8, description="The longest sequence, media included; a longer one is cut at its end, with a warning."
+    )
+    streaming: bool = Field(
+        False,
+        description="Reads the data set as it is trained on, some conversations at a time, as one larger than the "
+        "memory needs it.",
+    )
+    buffer: int = Field(
+        1024, ge=1, description="With streaming: the conversations that are held, and trained on in random order."
     )
     skip_bad: bool = Field(False, description="Leaves out the conversations that cannot be used, and says which.")
     prompt: str | None = Field(
@@ -77,6 +93,10 @@ class InstructionTuningData(Section):
     def _a_weight_each(self) -> "InstructionTuningData":
         if self.weights and len(self.weights) != 1 + len(self.more):
             raise ValueError(f"weights: {1 + len(self.more)} are needed, one for each data set; got {self.weights}.")
+        if self.streaming and (self.more or self.weights):
+            raise ValueError("streaming: is for one data set. Leave out more and weights, or streaming.")
+        if self.streaming and self.file == "demo":
+            raise ValueError("streaming: is for data sets of one's own, and file is `demo`. Leave it out.")
         return self
 
 
@@ -144,6 +164,11 @@ class InstructionTuningTrain(ValidatedTrainSection):
     workers: int = Field(
         0, ge=0, le=64, description="The threads that make the next batches while a step runs; 0: none."
     )
+    packing: bool = Field(
+        False,
+        description="Puts a batch's conversations behind each other, without attention across, into rows of up to "
+        "data.max_tokens tokens, or as long as its longest.",
+    )
     gradient_checkpointing: GradientCheckpointing = False
 
 
@@ -201,4 +226,9 @@ class InstructionTuningConfig(SamplingConfig):
                 raise ValueError(f"lora.{key} is for language.method=lora, and it is {method}. Leave one of them out.")
         if method != "lora" and self.encoder.method != "lora" and self.optimizer.loraplus_lr_ratio:
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA factors, and nothing gets any. Leave it out.")
+        if method == "full" and self.model.quantize:
+            raise ValueError(
+                f"model.quantize is for frozen weights: {self.model.quantize} cannot be trained in full. Leave it "
+                "out, or use language.method=lora."
+            )
         return self

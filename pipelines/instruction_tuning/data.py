@@ -1,4 +1,4 @@
-"""Conversations about pictures and sounds, out of files of any format; all that is wrong is found at once.
+"""Conversations about pictures, sounds and videos, out of files of any format; all that is wrong is found at once.
 
 `formats` reads the files, and gives every record in LLaVA's format: `{"image": PATH or [PATHS], "conversations":
 [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A star."}, …]}`, with `audio` and
@@ -31,7 +31,8 @@ from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 from equipoise.pipelines.instruction_tuning.media import media_problem
 from equipoise.pipelines.progress import progress
 
-Kind = Literal["image", "audio", "text"]
+Kind = Literal["image", "audio", "video", "text"]
+NAMES = {"image": "pictures", "audio": "sounds", "video": "videos"}  # of its media
 HELD_OUT = 10  # every so many-th conversation is held out where no validation file is given
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can name halves of a UTF-16 pair, which are no text
 
@@ -118,11 +119,12 @@ def read_all(
 
 
 def _both_kinds(examples: Sequence[Conversation]) -> list[str]:
-    """A sentence where one data set has pictures and another one sounds; a single one says so itself."""
+    """A sentence where one data set has pictures and another one sounds, say; a single one says so itself."""
     kinds = {example.source: example.kind for example in examples if example.media}
     if len(set(kinds.values())) < 2:
         return []
-    return ["data.more: there are data sets with pictures and others with sounds; one model takes one of them."]
+    one, other = (NAMES[kind] for kind in NAMES if kind in list(dict.fromkeys(kinds.values()))[:2])
+    return [f"data.more: there are data sets with {one} and others with {other}; one model takes one of them."]
 
 
 def read_examples(
@@ -175,30 +177,33 @@ def read_data_set(
         files = None if sources.is_hub(name) else sources.files(name)
     except InputError as error:
         return DataSet([], [f"{key}: {file} {error}"], [], 0)
-    root = Path(folder) if folder else _beside(Path(name)) if files else Path()
-    reading = _Reading(root, MediaFolder(unpacked), asked, source, judge, tolerant and len(files or ()) > 1)
+    root = Path(folder) if folder else beside(Path(name)) if files else Path()
+    reading = Reading(root, MediaFolder(unpacked), asked, source, judge, tolerant and len(files or ()) > 1)
     if not os.path.isdir(root):
         reading.general.append(f"data.folder: {root} does not exist. Give the folder that the media's paths start in.")
         decode = False
-    for row in _rows(name, files):
+    for row in rows_of(name, files):
         reading.take(row)
     reading.check(name)
-    broken = _media_problems(reading.read) if decode else {}
-    reading.wrong += broken.values()
-    examples = [example for example in reading.good if not broken.keys() & set(example.media)]
+    examples = reading.usable() if decode else reading.good
     return DataSet(examples, reading.general, reading.lines(), reading.count)
 
 
-def _beside(source: Path) -> Path:
+def beside(source: Path) -> Path:
     """Where the paths in a data set start."""
     return source if os.path.isdir(source) else source.parent
 
 
-def _rows(name: str, files: Sequence[Path] | None) -> Iterator[Row]:
-    """All rows of a data set; in place of what cannot be read, why."""
+def rows_of(name: str, files: Sequence[Path] | None, streaming: bool = False) -> Iterator[Row]:
+    """All rows of a data set; in place of what cannot be read, why.
+
+    Args:
+        files: of it; None for one of the hub.
+        streaming: whether the hub's is read as it comes, and not downloaded first.
+    """
     for file in [name] if files is None else files:
         try:
-            yield from tables.hub(name) if files is None else sources.rows(Path(file))
+            yield from tables.hub(name, streaming) if files is None else sources.rows(Path(file))
         except UnicodeDecodeError as error:
             yield Row(file, "", FileError(f"is not UTF-8 text ({error.reason} at byte {error.start})."))
         except OSError as error:
@@ -208,7 +213,7 @@ def _rows(name: str, files: Sequence[Path] | None) -> Iterator[Row]:
 
 
 @dataclass
-class _Reading:
+class Reading:
     """What was found in a data set so far, and what is wrong with it."""
 
     root: Path
@@ -242,15 +247,22 @@ class _Reading:
     def check(self, name: str) -> None:
         """What is wrong with all of it."""
         first = {example.kind: row for _, row, example in reversed(self.read)}
-        if "image" in first and "audio" in first:
+        both = [kind for kind in NAMES if kind in first][:2]
+        if len(both) == 2:
             at = {kind: row.at if str(row.file) == name else f"{row.file}:{row.at}" for kind, row in first.items()}
             lines = {kind: f"line {text}" if text.isdecimal() else text for kind, text in at.items()}
             self.general.append(
-                f"{name}: has pictures (first in {lines['image']}) and sounds (first in {lines['audio']}); one "
-                "model takes one of them. Split the file."
+                f"{name}: has {' and '.join(f'{NAMES[kind]} (first in {lines[kind]})' for kind in both)}; one model "
+                "takes one of them. Split the file."
             )
         if not self.read and not self.wrong and not self.general:
             self.general.append(f"{name}: holds no conversations.")
+
+    def usable(self, shown: bool = True) -> list[Conversation]:
+        """The conversations with nothing wrong, after a look at their media, with a progress bar if that is shown."""
+        broken = _media_problems(self.read, shown)
+        self.wrong += broken.values()
+        return [example for example in self.good if not broken.keys() & set(example.media)]
 
     def lines(self) -> list[str]:
         """What is wrong with single conversations, in their order; that media are named by URL only once."""
@@ -265,7 +277,9 @@ class _Reading:
         ]
 
 
-def _media_problems(examples: Sequence[tuple[int, Row, Conversation]]) -> dict[Path, tuple[int, str, str]]:
+def _media_problems(
+    examples: Sequence[tuple[int, Row, Conversation]], shown: bool = True
+) -> dict[Path, tuple[int, str, str]]:
     """What is wrong with the media, and the row that each is first named in. Every file is looked at once; by threads,
     for decoding leaves Python's lock."""
     kinds: dict[Path, Kind] = {}
@@ -276,8 +290,8 @@ def _media_problems(examples: Sequence[tuple[int, Row, Conversation]]) -> dict[P
             rows.setdefault(path, []).append((number, row))
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(media_problem, kinds, kinds.values())
-        shown = zip(kinds, progress("reading", "file", found, len(kinds)), strict=True)
-        wrong = {path: problem for path, problem in shown if problem}
+        each = progress("reading", "file", found, len(kinds)) if shown else found
+        wrong = {path: problem for path, problem in zip(kinds, each, strict=True) if problem}
     firsts = {path: rows[path][0] for path in wrong}
     also = {path: _also(first, [row for _, row in rows[path][1:]]) for path, (_, first) in firsts.items()}
     return {path: (firsts[path][0], firsts[path][1].where, problem + also[path]) for path, problem in wrong.items()}
@@ -302,7 +316,8 @@ def _example(
         return None, [f"must be an object with conversations, got {type(record).__name__}."]
     given = [kind for kind in MARKS if record.get(kind) not in (None, "", [])]
     if len(given) > 1:
-        problems.append("has both an image and an audio; one model takes one of them.")
+        one, other = (f"{'a' if kind == 'video' else 'an'} {kind}" for kind in given[:2])
+        problems.append(f"has both {one} and {other}; one model takes one of them.")
     kind: Kind = given[0] if given else "text"  # type: ignore[assignment]
     names = record[kind] if given else []
     if not all(isinstance(name, str) for name in names):

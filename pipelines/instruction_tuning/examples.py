@@ -34,7 +34,14 @@ def load_examples(
         data = data.model_copy(update={"file": str(demo.questions_file(Path(config.runs)))})
     left_out: list[str] = []
     drawn, skip = config.data.file == demo.NAME, data.skip_bad
-    kept, held, problems = read_all(data, not drawn, talk.problems, left_out if skip else None, unpacked(config.runs))
+    if data.streaming:
+        from equipoise.pipelines.instruction_tuning.streaming import read_beginning
+
+        kept, held, problems, wrong = read_beginning(config, talk, unpacked(config.runs))
+        (left_out if skip else problems).extend(wrong)
+    else:
+        lenient = left_out if skip else None
+        kept, held, problems = read_all(data, not drawn, talk.problems, lenient, unpacked(config.runs))
     if measured or (not problems and (talk.max_tokens or skip)):
         bad = unusable([*kept, *held], talk, tell, limit)
         wrong = list(dict.fromkeys(bad.values()))
@@ -77,33 +84,40 @@ def unusable(
 ) -> dict[Conversation, str]:
     """Which conversations the processor refuses, lose all their answers to data.max_tokens, or are longer than the
     model's positions, each with a sentence; `tell` is called with other losses. Processes each of them."""
-    most = talk.max_tokens
-    problems, cut = {}, []
+    problems, cut = {}, 0
     for example in progress("measuring", "conversation", examples):
-        try:
-            length = talk.full_length(example)
-            if limit is not None and min(length, most or length) > limit:
-                problems[example] = (
-                    f"{example.where}: has {length} tokens, and {talk.model_type} has positions for {limit}. Set "
-                    f"data.max_tokens={limit}, or shorten it."
-                )
-                continue
-            if most is None or length <= most:
-                continue
-            cut.append(example)
-            if length - talk.spans(example)[0][0] >= most:
-                problems[example] = (
-                    f"{example.where}: has {length} tokens, and data.max_tokens={most} cuts its answers away entirely. "
-                    "Raise it, or shorten what comes before."
-                )
-        except InputError as error:
-            problems[example] = str(error)
+        problem, is_cut = too_long(example, talk, limit)
+        cut += is_cut
+        if problem:
+            problems[example] = problem
     if cut and not problems:
         tell(
-            f"{len(cut)} of {len(examples)} conversations are longer than {most} tokens and are cut at their ends, "
-            "before a picture or sound that does not fit."
+            f"{cut} of {len(examples)} conversations are longer than {talk.max_tokens} tokens and are cut at their "
+            "ends, before a picture or sound that does not fit."
         )
     return problems
+
+
+def too_long(example: Conversation, talk: Talk, limit: int | None) -> tuple[str, bool]:
+    """(why the processor or the lengths let a conversation not be trained on, or nothing; whether it is cut)."""
+    most = talk.max_tokens
+    try:
+        length = talk.full_length(example)
+        if limit is not None and min(length, most or length) > limit:
+            return (
+                f"{example.where}: has {length} tokens, and {talk.model_type} has positions for {limit}. Set "
+                f"data.max_tokens={limit}, or shorten it."
+            ), False
+        if most is None or length <= most:
+            return "", False
+        if length - talk.spans(example)[0][0] >= most:
+            return (
+                f"{example.where}: has {length} tokens, and data.max_tokens={most} cuts its answers away entirely. "
+                "Raise it, or shorten what comes before."
+            ), True
+        return "", True
+    except InputError as error:
+        return str(error), False
 
 
 def unanswerable(held: list[Conversation], talk: Talk, samples: InstructionTuningSamples, limit: int) -> list[str]:

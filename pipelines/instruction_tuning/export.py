@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,12 +58,20 @@ def export(result: Path, config: InstructionTuningConfig, format: str, output: P
 
 
 def merged(result: Path, config: InstructionTuningConfig) -> Any:
-    """The model of transformers with all that was learnt in its own weights.
+    """The model of transformers with all that was learnt in its own weights. What model.quantize has held in fewer bits
+    is taken as the base has it.
 
     Raises:
         InputError: the result does not fit its base, or merging it gives weights that are not finite.
     """
-    model = load_result(load_model(config.model, "no"), result)
+    if config.model.quantize:
+        print(
+            f"merged into the base's own weights; the run was trained with them in {config.model.quantize}, so that "
+            "answers may differ a little",
+            file=sys.stderr,
+        )
+    whole = config.model.model_copy(update={"quantize": None})
+    model = load_result(load_model(whole, "no"), result)
     if isinstance(model, PeftModel):
         _untie(model)
         try:

@@ -1,25 +1,45 @@
-"""Pictures and sounds of conversations: what is wrong with one, and a sound at the rate that a model listens at."""
+"""Media of conversations: what is wrong with one, a sound at the rate that a model listens at, a video's frames."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from equipoise.errors import InputError
-from equipoise.pipelines.media import pictures, sounds
+from equipoise.pipelines.media import pictures, sounds, videos
 from equipoise.pipelines.media.reading import MediaError
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+
+class Frames(NamedTuple):
+    """How a video is looked at."""
+
+    rate: float | None = 1.0  # frames a second; None: as many of every video
+    most: int = 16  # frames of a video
+
+    def count(self, seconds: float) -> int:
+        return self.most if self.rate is None else max(1, min(self.most, round(seconds * self.rate)))
+
+
+class Video(NamedTuple):
+    """Frames of a video, each shown in the middle of its part."""
+
+    frames: "list[Image.Image]"
+    seconds: float
+
+
 SHORTEST_SOUND, LONGEST_SOUND = 0.05, 3600.0  # seconds; a few of the frames that models listen in, 10 ms each
 
 
 def media_problem(path: Path, kind: str) -> str:
-    """A sentence on why a file cannot be used as a picture (`image`) or a sound (`audio`); empty if it can."""
+    """A sentence on why a file cannot be used as an `image`, an `audio` or a `video`; empty if it can."""
     try:
         if kind == "audio":
             _sound(path)
+        elif kind == "video":
+            open_video(path, Frames(None, 1))
         else:
             open_picture(path)
     except InputError as error:
@@ -53,6 +73,20 @@ def open_sound(
 
     samples, found = _sound(path)
     return soxr.resample(samples, found, rate).astype("float32")
+
+
+def open_video(path: Path, wanted: Frames) -> Video:
+    """Frames of a video at equal distances, as many as its length has at the wanted rate.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    _there(path, "video")
+    try:
+        frames, seconds = videos.read_frames(path, wanted.count)
+    except MediaError as error:
+        raise InputError(f"video {path} {error.problem}") from None
+    return Video(frames, seconds)
 
 
 def _sound(path: Path) -> sounds.Sound:

@@ -4,10 +4,12 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import torch
+from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.model import outline
+from equipoise.pipelines.instruction_tuning.model import Tuned, outline
+from equipoise.pipelines.instruction_tuning.quantized import BYTES, layers
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
@@ -41,5 +43,16 @@ def estimate_memory(config: InstructionTuningConfig) -> MemoryEstimate | None:
         kept += _LOGITS * 4 * batch * length * text.vocab_size
         added = training(tuned.named.values(), config.optimizer)
         added += size(tuned.named.values()) if config.train.keep == "best" else 0
-        return MemoryEstimate(size(weights), added, kept, PROGRAM, f"in sequences of {length} tokens")
+        held = size(weights) - _saved(tuned, config)
+        return MemoryEstimate(held, added, kept, PROGRAM, f"in sequences of {length} tokens")
     return None
+
+
+def _saved(tuned: Tuned, config: InstructionTuningConfig) -> int:
+    """Bytes that model.quantize saves."""
+    if config.model.quantize is None:
+        return 0
+    modules = dict(tuned.plain.named_modules())
+    names = layers(tuned.plain, tuned.parts, config.model.quantize)
+    held: list[Tensor] = [modules[name].weight for name in names]
+    return round(size(held) - sum(weight.numel() for weight in held) * BYTES[config.model.quantize])

@@ -26,11 +26,13 @@ from transformers.utils import logging as transformers_logging
 from equipoise.coordination.components import Architecture, architecture, matches, partition
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
+from equipoise.pipelines.instruction_tuning import quantized
 from equipoise.pipelines.instruction_tuning.config import (
     InstructionTuningConfig,
     InstructionTuningEncoder,
     InstructionTuningModel,
 )
+from equipoise.pipelines.instruction_tuning.novideos import NoVideos
 from equipoise.pipelines.runs.run import memory_full
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
@@ -231,23 +233,20 @@ def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     own = {
         "get_attributes": get_attributes,
         "_get_arguments_from_pretrained": load,
-        "video_processor": _NoVideos(),
+        "video_processor": NoVideos(),
         "__module__": cls.__module__,
     }
     made = type(cls.__name__, (cls, Without), own)  # pyright: ignore[reportGeneralTypeIssues]
     return made
 
 
-class _NoVideos:
-    """Whatever a processor or a template asks of its part for videos is None."""
+def load_model(
+    model: InstructionTuningModel, precision: str, components: Mapping[str, Sequence[str]] | None = None
+) -> Any:
+    """A model with every parameter frozen, on this process's device; with model.quantize in fewer bits.
 
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def load_model(model: InstructionTuningModel, precision: str) -> Any:
-    """A model with every parameter frozen, on this process's device.
+    Args:
+        components: the configuration's, where it names the language model.
 
     Raises:
         InputError: it cannot be loaded, or is no multimodal language model.
@@ -255,6 +254,7 @@ def load_model(model: InstructionTuningModel, precision: str) -> Any:
     if wrong := model_problems(model):
         raise InputError("\n".join(wrong))
     transformers_logging.disable_progress_bar()
+    fewer = _fewer_bits(model, precision, components) if model.quantize else {}
     try:
         loaded, report = AutoModelForMultimodalLM.from_pretrained(
             **_where(model),
@@ -262,6 +262,7 @@ def load_model(model: InstructionTuningModel, precision: str) -> Any:
             dtype=DTYPES[precision],
             use_safetensors=True,
             output_loading_info=True,
+            **fewer,
         )
     except Exception as error:  # whatever a damaged one makes of transformers
         if memory_full(error):
@@ -272,7 +273,21 @@ def load_model(model: InstructionTuningModel, precision: str) -> Any:
             f"model.path: {model.path} lacks {len(missing)} weights of a {loaded.config.model_type}, such as "
             f"{missing[0]}; they would be random. Give a folder that holds them all."
         )
-    return loaded.requires_grad_(False).eval().to(PartialState().device)
+    quantized.keep_differentiable(loaded)
+    loaded = loaded.requires_grad_(False).eval()
+    return loaded if fewer else loaded.to(PartialState().device)  # there already
+
+
+def _fewer_bits(
+    model: InstructionTuningModel, precision: str, components: Mapping[str, Sequence[str]] | None
+) -> dict[str, Any]:
+    """How from_pretrained is to hold a model in fewer bits."""
+    empty = _of_shapes(model, precision)
+    if getattr(empty.config, "quantization_config", None):
+        raise InputError(f"model.quantize: {model.path} is kept in fewer bits already. Leave it out.")
+    parts = architecture(empty.config.model_type, [name for name, _ in empty.named_parameters()], components)
+    how = str(model.quantize)
+    return quantized.options(how, quantized.layers(empty, parts, how), DTYPES[precision])
 
 
 def outline(config: InstructionTuningConfig, *, local: bool = False) -> Tuned:
@@ -284,17 +299,21 @@ def outline(config: InstructionTuningConfig, *, local: bool = False) -> Tuned:
     Raises:
         InputError: its configuration cannot be read or made into a model, or `adapt` refuses it.
     """
-    model = config.model
+    made = _of_shapes(config.model, config.train.precision, local_files_only=local)
+    with torch.device("meta"):
+        return adapt(made.requires_grad_(False), config)
+
+
+def _of_shapes(model: InstructionTuningModel, precision: str, **options: Any) -> Any:
+    """A model of transformers without memory for its weights."""
     try:
-        chosen = described(model, local_files_only=local)
+        chosen = described(model, **options)
         with torch.device("meta"):
-            made = AutoModelForMultimodalLM.from_config(chosen, dtype=DTYPES[config.train.precision])
+            return AutoModelForMultimodalLM.from_config(chosen, dtype=DTYPES[precision])
     except Exception as error:  # whatever a model makes of sizes that do not fit
         if missing_package(error):
             raise InputError(f"model.path: {model.path} {_failed(error)}") from None
         raise InputError(f"model.path: the configuration of {model.path} makes no model: {_short(error)}") from None
-    with torch.device("meta"):
-        return adapt(made.requires_grad_(False), config)
 
 
 def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
@@ -317,6 +336,8 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
     wrong = [f"frozen: {', '.join(idle)}: matches no parameter of the model."] * bool(idle)
     chosen, unfit = targets(model, parts, config)
     full = _in_full(model, parts, config, unfit)
+    if config.model.quantize:
+        unfit += _held_in_bits(model, parts, config.model.quantize, full)
     language = bool(unfit) or any(parts.part(name) == "language" for name in [*chosen, *full])
     known = [name for name in config.components or parts.components(names) if language or name != "language"]
     for key, given in (("rates", config.optimizer.rates), ("weight_decays", config.optimizer.weight_decays)):
@@ -386,6 +407,17 @@ def _in_full(
     return {name: tensor for name, tensor in model.named_parameters() if is_free(name, tensor)}
 
 
+def _held_in_bits(model: nn.Module, parts: Architecture, how: str, full: Iterable[str]) -> list[str]:
+    """A sentence where weights would be trained in full that model.quantize holds in fewer bits."""
+    held = {f"{name}.weight" for name in quantized.layers(model, parts, how)}
+    if not (both := [name for name in full if name in held]):
+        return []
+    return [
+        f"lora.modules_to_save: {both[0].removesuffix('.weight')} is held in {how}, and cannot be trained in full. "
+        "Name others, or leave model.quantize out."
+    ]
+
+
 def _plain(name: str) -> str:
     """A parameter's name in the model of transformers."""
     return name.removeprefix("base_model.model.")
@@ -421,7 +453,9 @@ def targets(model: nn.Module, parts: Architecture, config: InstructionTuningConf
     encoder side's trained parts, a sentence each)."""
     wrong: list[str] = []
     modules = dict(model.named_modules())
-    layers = {name: m for name, m in modules.items() if isinstance(m, _LINEAR) and not _routes(name, modules)}
+    layers = {
+        name: m for name, m in modules.items() if isinstance(m, _LINEAR) and not quantized.is_router(name, modules)
+    }
     found: list[str] = []
     if config.language.method == "lora":
         language = [name for name in layers if parts.part(name) == "language"]
@@ -455,13 +489,6 @@ def _within(ends: Sequence[str], layer: str) -> bool:
     """Whether a layer is one of some modules, which are given by the ends of their names, or inside of one."""
     steps = layer.split(".")
     return any(named_by(ends, ".".join(steps[: count + 1])) for count in range(len(steps)))
-
-
-def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer chooses among experts: an update of it would send tokens to experts that were never trained on
-    their kind, and some such layers give more than one tensor."""
-    above, _, own = name.rpartition(".")
-    return "router" in name.split(".") or own == "gate" or f"{above}.experts" in modules
 
 
 def _mistaken(model: nn.Module, names: list[str]) -> list[str]:

@@ -28,15 +28,15 @@ from equipoise.pipelines.instruction_tuning.data import (
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import summarized, unanswerable, unusable
 from equipoise.pipelines.instruction_tuning.formats.dialects import as_llava
-from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
+from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder, is_passing
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError
 from equipoise.pipelines.instruction_tuning.formats.sources import rows
 from equipoise.pipelines.instruction_tuning.formats.texts import COLUMNS, ENCODING
-from equipoise.pipelines.instruction_tuning.media import media_problem
+from equipoise.pipelines.instruction_tuning.media import Frames, media_problem
 from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, positions
 from equipoise.pipelines.instruction_tuning.result import load_result, missing
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
-from equipoise.pipelines.media import pictures, sounds
+from equipoise.pipelines.media import pictures, sounds, videos
 from equipoise.pipelines.pipeline import Predictions, refuse
 from equipoise.pipelines.progress import progress
 
@@ -88,10 +88,10 @@ class _Tuned:
         if file := missing(folder, config):
             raise InputError(f"{file}: is missing. Put it back, or train anew.")
         self.config = config
-        base = load_model(config.model, config.train.precision)
-        self.talk = Talk(
-            load_processor(config.model), base.config.model_type, config.data.prompt, config.data.max_tokens
-        )
+        base = load_model(config.model, config.train.precision, config.components)
+        data, processor = config.data, load_processor(config.model)
+        frames = Frames(data.fps, data.frames)
+        self.talk = Talk(processor, base.config.model_type, data.prompt, data.max_tokens, frames)
         parts = architecture(self.talk.model_type, [name for name, _ in base.named_parameters()], config.components)
         self.limit = positions(base, parts)
         self.model = load_result(base, folder).eval()
@@ -141,8 +141,9 @@ def _labelled(file: Path, data: InstructionTuningData, talk: Talk) -> list[Conve
 
 
 def _row(found: Answer) -> dict[str, Any]:
-    """As a line of data, so that answers can be corrected and trained on."""
-    paths = [str(path) for path in found.example.media]
+    """As a line of data, so that answers can be corrected and trained on. Media from within a file are named by where
+    they stand in it: what they were unpacked to goes with this process."""
+    paths = [found.example.where if is_passing(path) else str(path) for path in found.example.media]
     media = {found.example.kind: paths[0] if len(paths) == 1 else paths} if paths else {}
     return {**media, "question": without_marks(found.question), "answer": found.text}
 
@@ -212,16 +213,16 @@ def _records(source: Path, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:
     if source.suffix.lower() in _TABLES and source.is_file():
         yield from _rows(source)
         return
-    ends = {"image": pictures.suffixes(), "audio": sounds.suffixes()}
+    ends = {"image": pictures.suffixes(), "audio": sounds.suffixes(), "video": videos.suffixes()}
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     found = False
     for file in files:
-        named = [kind for kind in kinds if file.suffix.lower() in ends[kind]]
+        named = [kind for kind in reversed(kinds) if file.suffix.lower() in ends[kind]]  # a video also has a sound
         if named or source.is_file():
             found = True
             yield str(file), {(named or list(kinds))[0]: str(file)}
     if not found:
-        what = " or ".join({"image": "picture", "audio": "sound"}[kind] for kind in kinds)
+        what = " or ".join({"image": "picture", "audio": "sound", "video": "video"}[kind] for kind in kinds)
         raise InputError(f"{source}: has no {what} in it or in its folders.")
 
 

@@ -22,7 +22,7 @@ def as_read(example: Conversation, talk: Talk) -> str:
     for marked, group in groupby(zip(ids, learnt, strict=True), key=lambda item: item[1]):
         piece = "".join(_pieces([token for token, _ in group], talk))
         text += MARKED.format(piece) if marked else piece
-    kind = {"image": "picture", "audio": "sound", "text": "picture"}[example.kind]
+    kind = {"image": "picture", "audio": "sound", "video": "video", "text": "picture"}[example.kind]
     media = f"{len(example.media)} {kind}{'' if len(example.media) == 1 else 's'}"
     return f"{example.where}: {media}, {len(ids)} tokens, {sum(learnt)} of them learnt\n{text}"
 

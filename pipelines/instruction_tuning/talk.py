@@ -7,17 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Turn
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.media import Frames, Video, open_picture, open_sound, open_video
+from equipoise.pipelines.instruction_tuning.novideos import NoVideos
 from equipoise.pipelines.instruction_tuning.writing import Frame, any_of, writer
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
-_TEXT = (  # what a batch has one of for each token, and data.max_tokens cuts, by name: media can be as wide by chance
+_KNOWN = 1 << 17  # conversations whose answers' places are remembered
+# what a batch has one of for each token, and data.max_tokens cuts, by name: media can be as wide by chance
+PER_TOKEN = (
     "input_ids",
     "attention_mask",
     "token_type_ids",
@@ -37,7 +41,9 @@ class Talk:
         model_type: str,
         prompt: str | None = None,  # replaces the model type's own where there is no chat template
         max_tokens: int | None = None,
+        frames: Frames | None = None,  # of videos
     ):
+        self.frames = frames or Frames()
         self.processor, self.model_type, self.max_tokens = processor, model_type, max_tokens
         self.tokenizer = processor.tokenizer
         if getattr(self.tokenizer, "pad_token", None) is None:
@@ -67,7 +73,7 @@ class Talk:
         found = []
         takes = self.kinds
         if example.kind != "text" and example.kind not in takes:
-            found.append(f"has an {example.kind}, but {self.model_type} takes {' or '.join(takes)}.")
+            found.append(self._not_taken(example.kind))
         elif self.leads and len(example.media) != 1:
             found.append(f"has {len(example.media)} pictures, but {self.model_type} takes exactly one.")
         if self.prefixed and not example.media:
@@ -89,14 +95,27 @@ class Talk:
                     )
         return found
 
+    def _not_taken(self, kind: str) -> str:
+        if kind == "video" and getattr(self.processor, "video_processor", None) is not None:
+            return (
+                f"has a video, for which the processor of {self.model_type} needs the package torchvision. pip install "
+                "torchvision."
+            )
+        one = "a video" if kind == "video" else f"an {kind}"
+        return f"has {one}, but {self.model_type} takes {' or '.join(self.kinds)}."
+
     @property
     def kinds(self) -> list[str]:
         """What this model takes beside text."""
-        parts = (("image", "image_processor"), ("audio", "feature_extractor"), ("audio", "audio_processor"))
+        parts = (
+            *(("image", "image_processor"), ("audio", "feature_extractor"), ("audio", "audio_processor")),
+            ("video", "video_processor"),
+        )
         return list(dict.fromkeys(kind for kind, part in parts if self._has(part)))
 
     def _has(self, part: str) -> bool:
-        return getattr(self.processor, part, None) is not None
+        found = getattr(self.processor, part, None)
+        return found is not None and not isinstance(found, NoVideos)
 
     def text(self, example: Conversation, asked: bool = False) -> str:
         """All of a conversation, or what is `asked`: all up to the last answer."""
@@ -130,6 +149,8 @@ class Talk:
             begin = self.tokens(opened)
             shared = next((i for i, (a, b) in enumerate(zip(begin, tokens, strict=False)) if a != b), len(begin))
             found.append((len(tokens) - shared, len(tokens) - len(self.tokens(closed))))
+        if len(self._spans) >= _KNOWN:  # a stream has no end
+            self._spans.clear()
         self._spans[example] = found
         return found
 
@@ -178,7 +199,7 @@ class Talk:
         self._read_forwards(batch, [self.spans(example)[0][0] for example in examples])
         batch["labels"] = labels
         if self.max_tokens is not None:
-            batch |= {name: batch[name][:, : self.max_tokens] for name in _TEXT if name in batch}
+            batch |= {name: batch[name][:, : self.max_tokens] for name in PER_TOKEN if name in batch}
         return batch
 
     def within(self, example: Conversation) -> Conversation:
@@ -223,6 +244,10 @@ class Talk:
             opener = partial(open_sound, rate=self.rate)
             given["audio"] = [_opened(opener, e, p) for e, some in zip(examples, media, strict=True) for p in some]
             given["sampling_rate"] = self.rate
+        elif kind == "video":
+            opener = partial(open_video, wanted=self.frames)
+            some = [_opened(opener, e, p) for e, some in zip(examples, media, strict=True) for p in some]
+            given |= _shown(some)
         if not any(media):
             given = {}
         first = getattr(self.tokenizer, "bos_token", None)
@@ -236,12 +261,16 @@ class Talk:
         except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             where = ", ".join(example.where for example in examples)
             reason = " ".join(str(error).split())[:300].rstrip(".")
-            raise InputError(f"{where}: the processor of {self.model_type} does not take this ({reason}).") from error
+            lengths = kind == "video" and len(texts) > 1 and self.frames.rate is not None
+            more = " Set data.fps= for data.frames frames of every video, whatever its length." * lengths
+            what = f"the processor of {self.model_type} does not take this ({reason}).{more}"
+            raise InputError(f"{where}: {what}") from error
         if not batch["attention_mask"][:, -1 if side == "left" else 0].all():
             raise InputError(
                 f"model.path: the processor of {self.model_type} does not pad on the {side} when asked to, so that "
                 "answers cannot be told from questions. Use train.batch=1 and samples.batch=1."
             )
+        batch = {name: torch.as_tensor(value) for name, value in batch.items() if name != "video_metadata"}
         # Llama 4's gives pixels in 16 bits
         batch |= {name: value.float() for name, value in batch.items() if value.is_floating_point()}
         if self.prefixed:
@@ -271,6 +300,21 @@ def _marked(turns: Sequence[Turn]) -> int:
 
 def _unmarked(question: str, kind: str) -> str:
     return question.replace(MARKS.get(kind, "\0"), "")
+
+
+def _shown(videos: Sequence[Video]) -> dict[str, Any]:
+    """What processors take videos as, with when each frame is shown."""
+    from transformers.video_utils import VideoMetadata
+
+    about = []
+    for video in videos:
+        count = len(video.frames)
+        # frames in the middles of parts: every second one of twice as many
+        rate, places = 2 * count / video.seconds, [2 * index + 1 for index in range(count)]
+        width, height = video.frames[0].size
+        about.append(VideoMetadata(2 * count, rate, width, height, video.seconds, frames_indices=places))
+    pixels = [np.stack([np.asarray(frame) for frame in video.frames]) for video in videos]
+    return {"videos": pixels, "video_metadata": about, "do_sample_frames": False}
 
 
 def _opened(opener: Callable[[Path], Any], example: Conversation, path: Any) -> Any:

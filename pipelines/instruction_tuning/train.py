@@ -42,9 +42,12 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfi
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
+from equipoise.pipelines.instruction_tuning.media import Frames
 from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
+from equipoise.pipelines.instruction_tuning.packing import pack, width
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
+from equipoise.pipelines.instruction_tuning.streaming import Stream
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.verify import verify
 from equipoise.pipelines.pipeline import Outcome
@@ -61,8 +64,10 @@ _MIXED = 50  # batches whose conversations are sorted by length together
 def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     accelerator = make_accelerator(config.train.precision)
     processor = load_processor(config.model)
-    model = load_model(config.model, config.train.precision)
-    talk = Talk(processor, model.config.model_type, config.data.prompt, config.data.max_tokens)
+    model = load_model(config.model, config.train.precision, config.components)
+    data = config.data
+    frames = Frames(data.fps, data.frames)
+    talk = Talk(processor, model.config.model_type, data.prompt, data.max_tokens, frames)
 
     tell = partial(_tell, run)
     parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)
@@ -73,12 +78,16 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     tuned = adapt(model, config)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
     leads = processes.leads()
-    checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast)
+    checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast, config.train.packing)
     if leads:
         run.log(f"self-check: {checked}")
         before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
-    outcome = train_loop(run, work, config)
+    try:
+        outcome = train_loop(run, work, config)
+    finally:
+        if work.stream is not None:
+            work.stream.close()
     if outcome.state == "stopped" or not leads:
         return outcome
     work.settle()
@@ -141,6 +150,12 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             sides(self.components)
         words = [(example.kind, [p.name for p in example.media], example.turns, example.system) for example in kept]
         self.digest = hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
+        self.stream: Stream | None = None
+        if config.data.streaming:
+            whole = config.train.batch * processes.count()
+            limit = positions(tuned.plain, tuned.parts)
+            self.stream = Stream(config, talk, held, whole, partial(_tell, run), limit)
+            self.digest = self.stream.reader.digest
         self.random = has_dropout(tuned.model)
         self.watch = Watch()
         self.decoders = [
@@ -277,6 +292,10 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits of the answers' tokens, what they should be, which sample each belongs to)."""
+        packed = None
+        if self.config.train.packing:
+            packed = pack(batch, width(batch, self.talk.max_tokens), self.tuned.plain)
+            batch = packed.batch
         labels = batch["labels"][:, 1:]
         mask = labels != IGNORED
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -285,7 +304,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
 
             def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 given = kwargs.get("inputs_embeds")
-                self._embeddings = None if given is None else given.detach()
+                given = None if given is None else given.detach()
+                self._embeddings = given if given is None or packed is None else packed.padded(given)
 
             hook = self.decoders[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
@@ -294,7 +314,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         finally:
             if hook is not None:
                 hook.remove()
-        return logits[mask], labels[mask], mask.nonzero()[:, 0]
+        return logits[mask], labels[mask], mask.nonzero()[:, 0] if packed is None else packed.sample[:, 1:][mask]
 
     def _batch(self, examples: list[Conversation]) -> dict[str, Tensor]:
         return self._moved_to_device(self.talk.training_batch(examples))
@@ -306,6 +326,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """The examples of a batch, or this process's share of them. An epoch is a permutation, cut into batches of
         similar length in random order, and known from the seed and its number. What is too little for a batch is left
         out before lengths are looked at, every conversation as often as any other."""
+        if self.stream is not None:
+            return self.stream.batch(number)[processes.rank() :: processes.count()]
         size = self.config.train.batch * processes.count()
         each = max(1, len(self.kept_examples) // size)
         epoch, index = divmod(number, each)
@@ -351,7 +373,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
     def state(self) -> dict[str, Any]:
         # the regulariser's gradient of the last step, which the next one takes
         waiting = {name: tensor.grad for name, tensor in self.named.items() if tensor.grad is not None}
-        return super().state() | {"waiting": waiting, "conversations": self.digest}
+        streamed = {"stream": self.stream.state()} if self.stream is not None else {}
+        return super().state() | {"waiting": waiting, "conversations": self.digest, **streamed}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state.get("conversations", self.digest) != self.digest:
@@ -360,6 +383,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
                 "Put them back, or train anew."
             )
         super().restore(weights, state)
+        if self.stream is not None:
+            self.stream.restore(state.get("stream", {}))
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from equipoise.coordination.norms import media_ids
 from equipoise.errors import InputError
-from equipoise.pipelines.instruction_tuning.data import Conversation
-from equipoise.pipelines.instruction_tuning.media import open_picture, open_sound
+from equipoise.pipelines.instruction_tuning.data import Conversation, Turn
+from equipoise.pipelines.instruction_tuning.media import Video, open_picture, open_sound, open_video
+from equipoise.pipelines.instruction_tuning.packing import leaks, pack
+from equipoise.pipelines.instruction_tuning.quantized import is_rounded
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.runs.run import memory_full
 
@@ -62,8 +64,9 @@ def token_problems(talk: Talk, examples: Sequence[Conversation], placeholders: S
             found.append(f"{example.where}: begins with two BOS tokens ({talk.tokenizer.bos_token}).")
         if example.media and placeholders and not torch.isin(ids, torch.tensor(placeholders)).any():
             found.append(
-                f"{example.where}: has an {example.kind}, but the processor of {talk.model_type} writes no token for "
-                "it that the model would put it in place of. Compare processor_config.json with config.json."
+                f"{example.where}: has {'a' if example.kind == 'video' else 'an'} {example.kind}, but the processor of "
+                f"{talk.model_type} writes no token for it that the model would put it in place of. Compare "
+                "processor_config.json with config.json."
             )
     return found
 
@@ -107,6 +110,33 @@ def model_problems(
     return found
 
 
+def packing_problems(
+    talk: Talk, model: Any, examples: Sequence[Conversation], precision: Precision = nullcontext
+) -> list[str]:
+    """A sentence where a model does not read conversations in one row as it reads them in rows of their own."""
+    some = [*examples, *examples][: max(2, len(examples))]
+    # first one of text, so that media stand elsewhere in the row than in their conversations: some models take the one
+    # for the other
+    mixed = [Conversation("text", (), (Turn("?", "."),), where=some[0].where), *some]
+    some = some if any(talk.problems(example) for example in mixed) else mixed
+    advice = f"{talk.model_type} does not read them apart. Use train.packing=false."
+    with torch.random.fork_rng():
+        model.eval()
+        batch = _batch(talk, model, some, None)
+        packed = pack(batch, batch["labels"].numel(), model)
+        with torch.no_grad():
+            apart = _logits(talk, model, some, batch, precision)
+            together = packed.padded(_logits(talk, model, some, packed.batch, precision))
+        answers = batch["labels"] != IGNORED
+        error = (together - apart)[answers].float().abs().max() / apart[answers].float().std()
+        if not error <= _allowed(model, precision):
+            return [f"train.packing: what is answered is another in a row with other conversations: {advice}"]
+        with precision():
+            if leaks(model, packed):
+                return [f"train.packing: an answer depends on the conversation before it in its row: {advice}"]
+    return []
+
+
 def summary(talk: Talk, examples: Sequence[Conversation], seen: bool) -> str:
     """What the self-check found, where all is well.
 
@@ -125,9 +155,15 @@ def summary(talk: Talk, examples: Sequence[Conversation], seen: bool) -> str:
 
 
 def verify(
-    talk: Talk, model: Any, examples: Sequence[Conversation], batch: int, precision: Precision = nullcontext
+    talk: Talk,
+    model: Any,
+    examples: Sequence[Conversation],
+    batch: int,
+    precision: Precision = nullcontext,
+    packing: bool = False,
 ) -> str:
-    """The whole self-check of some typical conversations; gives what it found in a sentence.
+    """The whole self-check of some typical conversations; gives what it found in a sentence. With `packing` also that
+    conversations in one row are read apart.
 
     Raises:
         InputError: one of them would be trained on wrongly, or the model does not take it.
@@ -136,9 +172,11 @@ def verify(
     problems = token_problems(talk, rows, media_ids(model.config)) or model_problems(
         talk, model, rows, batch, precision
     )
+    if packing and not problems:
+        problems = packing_problems(talk, model, rows, precision)
     if problems:
         raise InputError("\n".join(problems))
-    return summary(talk, rows, seen=True)
+    return summary(talk, rows, seen=True) + (" Conversations in one row do not see each other." if packing else "")
 
 
 def _wanted(talk: Talk, example: Conversation) -> list[int]:
@@ -158,13 +196,20 @@ def _otherwise(talk: Talk, example: Conversation) -> Iterator[list[Any]]:
     noise = torch.Generator().manual_seed(0)
     example = talk.within(example)
     for number, path in enumerate(example.media[:_MEDIA]):
-        if example.kind == "audio":
+        if example.kind == "video":
+            frames, seconds = open_video(path, talk.frames)
+            other: Any = Video([_noise(frame.size, noise) for frame in frames], seconds)
+        elif example.kind == "audio":
             count = len(open_sound(path, talk.rate))
-            other: Any = (torch.randn(count, generator=noise) / 4).clamp(-1, 1).numpy()
+            other = (torch.randn(count, generator=noise) / 4).clamp(-1, 1).numpy()
         else:
-            width, height = open_picture(path).size
-            other = Image.fromarray(torch.randint(256, (height, width, 3), generator=noise, dtype=torch.uint8).numpy())
+            other = _noise(open_picture(path).size, noise)
         yield [*example.media[:number], other, *example.media[number + 1 :]]
+
+
+def _noise(size: tuple[int, int], source: torch.Generator) -> Image.Image:
+    width, height = size
+    return Image.fromarray(torch.randint(256, (height, width, 3), generator=source, dtype=torch.uint8).numpy())
 
 
 def _seen(
@@ -179,12 +224,23 @@ def _seen(
     Raises:
         InputError: the model refuses it.
     """
+    batch = _batch(talk, model, examples, media)
+    return _logits(talk, model, examples, batch, precision)[:, :-1], batch["labels"][:, 1:]
+
+
+def _batch(
+    talk: Talk, model: nn.Module, examples: Sequence[Conversation], media: Sequence[Sequence[Any]] | None
+) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in talk.training_batch(examples, media).items()}
-    labels = batch.pop("labels")
+    return {name: value.to(device) for name, value in talk.training_batch(examples, media).items()}
+
+
+def _logits(
+    talk: Talk, model: Any, examples: Sequence[Conversation], batch: dict[str, Tensor], precision: Precision
+) -> Tensor:
     try:
         with precision():
-            return model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
+            return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
     except Exception as error:  # whatever a model makes of what it does not expect
         if memory_full(error):
             raise
@@ -212,6 +268,8 @@ def _allowed(model: nn.Module, precision: Precision) -> float:
     """How far a loss may be from itself."""
     one = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     with precision():
+        if is_rounded(model):
+            return _ROUGH
         return _ROUGH if one.dtype != torch.float32 or torch.is_autocast_enabled(one.device.type) else _EXACT
 
 

@@ -22,7 +22,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import write_report
-from equipoise.pipelines.files import explained
+from equipoise.pipelines.files import explained, version
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.pipeline import Pipeline
 from equipoise.pipelines.runs import environment
@@ -172,7 +172,13 @@ def _place(found: Sequence[Run], out: Path | None, own: bool, root: Path | None 
 
 @contextmanager
 def swapped_in(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` when it is complete, and vanishes when something fails."""
+    """A folder to fill, which takes the place of `folder` when it is complete, and vanishes when something fails.
+
+    Raises:
+        InputError: it cannot be written; or something else was written to `folder` meanwhile, which is kept: what was
+            made is then beside it.
+    """
+    before = _held(folder)
     mark = secrets.token_hex(4)
     staging, old = (folder.with_name(f".{folder.name}.{what}-{mark}") for what in ("new", "old"))
     try:
@@ -182,6 +188,12 @@ def swapped_in(folder: Path) -> Iterator[Path]:
         yield staging
         with explained(folder):
             (staging / _MAKER).unlink()
+            if _held(folder) != before:
+                other = folder.with_name(f"{folder.name}-{mark}")
+                staging.rename(other)
+                raise InputError(
+                    f"{folder}: something else was written there meanwhile, and is kept. What was made is in {other}."
+                )
             if folder.exists():
                 folder.rename(old)
             try:
@@ -192,6 +204,11 @@ def swapped_in(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _held(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What is in a folder, and what tells that it was written anew."""
+    return {path: version(path) for path in (folder, *folder.rglob("*")) if path == folder or path.is_file()}
 
 
 def being_made(folder: Path) -> int | None:

@@ -1,7 +1,7 @@
 """Frames of videos, as a player shows them: chosen by their time stamps, turned upright, with square pixels."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,10 +41,18 @@ class Timeline(NamedTuple):
     stamped: bool  # or else the frames follow each other at the file's rate
 
 
-def read_frames(path: Path, count: int) -> tuple[list[Image.Image], float]:
+def suffixes() -> frozenset[str]:
+    """What the names of videos usually end in, in small letters."""
+    return frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".m4v", ".mpg", ".mpeg"))
+
+
+def read_frames(path: Path, count: int | Callable[[float], int]) -> tuple[list[Image.Image], float]:
     """The RGB frames that are shown in the middles of `count` equal stretches, and the video's length in seconds.
 
     Before the first frame there is the first frame.
+
+    Args:
+        count: or what gives it for the video's length in seconds.
 
     Raises:
         MediaError: it cannot be read, is cut off, or has no pictures.
@@ -52,6 +60,7 @@ def read_frames(path: Path, count: int) -> tuple[list[Image.Image], float]:
     try:
         with containers.opened(path) as container:
             line = _timeline(container, path)
+        count = count if isinstance(count, int) else count(float(line.end))
         middles = [line.end * (2 * index + 1) / (2 * count) for index in range(count)]
         with containers.opened(path) as container:  # not all formats can seek
             found = _shown_at(container, path, line, middles)

@@ -5,7 +5,6 @@ below its own folder, those with a nearer table excepted.
 """
 
 import csv
-import json
 import os
 import unicodedata
 from collections import Counter
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equipoise.pipelines.files import first_line
+from equipoise.pipelines.files import first_line, json_lines
 
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
 _LISTED = 3  # names in a sentence
@@ -62,6 +61,9 @@ def _read(table: Path, pictures: list[Path], made: Captions, left_out: Set[Path]
     known = _Names(table.parent, pictures)
     try:
         for line, row in _READERS[table.name](table):
+            if isinstance(row, Exception):
+                problems.append(f"{table}: cannot be read (line {line}: {row}).")
+                continue
             name, text = row.get("file_name"), row.get("text")
             if None in row:
                 problems.append(
@@ -118,15 +120,9 @@ def listed(paths: Iterable[Path], folder: Path) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # not splitlines(), which also splits where JSON does not, such as at U+2028 within a text
-    for number, line in enumerate(path.read_text(encoding=ENCODING).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from None
-            yield number, row if isinstance(row, dict) else {}
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+    for number, value in json_lines(path):
+        yield number, value if isinstance(value, dict | Exception) else {}
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
@@ -150,7 +146,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[Any, Any]]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[Any, Any] | Exception]]]] = {
     "metadata.jsonl": _read_jsonl,
     "metadata.csv": _read_csv,
     "metadata.parquet": _read_parquet,

@@ -12,8 +12,8 @@ IGNORED = -100  # the label of a token that is no answer's
 
 
 def media_ids(config: Any) -> list[int]:
-    """The tokens that a model puts pictures and sounds in place of, from its configuration."""
-    names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+    """The tokens that a model puts pictures, sounds and videos in place of, from its configuration."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "audio", "video") for end in ("id", "index")]
     inside = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]  # Phi-4's are there
     return [value for part in inside for name in names if isinstance(value := getattr(part, name, None), int)]
 

@@ -121,7 +121,7 @@ def _norm(module: Any, weight: Tensor, pair: Pair, instead: str) -> Tensor:
             f"device, offloaded). Load the layer in full, or {instead}."
         )
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        weight = _dequantized(weight, pair, instead)
+        weight = _dequantized(_adapted(module), weight, pair, instead)
     weight = _part(module, weight, pair, instead)
     dtype = torch.promote_types(weight.dtype, torch.float32)  # squares of fp16 weights overflow
     norm = torch.linalg.vector_norm(weight.detach(), dtype=dtype)
@@ -149,13 +149,14 @@ def _part(module: Any, weight: Tensor, pair: Pair, instead: str) -> Tensor:
     return part
 
 
-def _dequantized(weight: Any, pair: Pair, instead: str) -> Tensor:
+def _dequantized(layer: Any, weight: Any, pair: Pair, instead: str) -> Tensor:
     if hasattr(weight, "quant_state"):  # bitsandbytes, 4 bits
         from bitsandbytes.functional import dequantize_4bit  # type: ignore[reportMissingImports]
 
         return dequantize_4bit(weight.data, weight.quant_state)
     if hasattr(weight, "SCB"):  # bitsandbytes, 8 bits: rows in units of their absolute maximum / 127
-        return weight.data.float() * (weight.SCB.float() / 127)[:, None]
+        scale = layer.state.SCB if weight.SCB is None else weight.SCB  # it moves there in the first forward pass
+        return weight.data.float() * (scale.float() / 127)[:, None]
     if hasattr(weight, "dequantize"):
         return weight.dequantize()
     raise PairingError(

@@ -2,7 +2,7 @@
 
 OpenAI's and TRL's messages, with contents of parts; ShareGPT's conversations; TRL's prompt and completion; Alpaca's
 instruction, input, output; ms-swift's query and response; question and answer; the_cauldron's texts; captions. Media
-stand in parts, or under image(s) and audio(s), to which `<image>` and `<audio>` in the text refer in order.
+stand in parts, or under image(s), audio(s) and video(s), to which `<image>`, … in the text refer in order.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.formats.embedded import BY_URL, MediaFolder
 
-MARKS = {"image": "<image>", "audio": "<audio>"}
+MARKS = {"image": "<image>", "audio": "<audio>", "video": "<video>"}
 USERS = ("human", "user")
 ASSISTANTS = ("gpt", "assistant", "chatgpt", "model", "bot", "bard", "bing")
 SYSTEMS = ("system", "developer")
@@ -25,13 +25,19 @@ _KINDS = {  # of a content's part → what it shows
     "audio": "audio",
     "audio_url": "audio",
     "input_audio": "audio",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
 }
 _WRITTEN = ("text", "input_text", "output_text")
-_HOLDERS = ("source", "image_url", "input_audio", "audio_url", "image", "audio", "url", "path", "base64")
+_HOLDERS = (
+    *("source", "image_url", "input_audio", "audio_url", "video_url", "input_video"),
+    *("image", "audio", "video", "url", "path", "base64"),
+)
 _PREFERRED = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
-_VIDEOS, _MISNAMED = ("video", "videos"), ("picture", "pictures", "sound", "sounds")
-_UNUSED = frozenset((*_PREFERRED, *_TOOLS, *_VIDEOS, *_MISNAMED))
+_MISNAMED = ("picture", "pictures", "sound", "sounds", "clip", "clips")
+_UNUSED = frozenset((*_PREFERRED, *_TOOLS, *_MISNAMED))
 Record = dict[str, Any]
 Turns = list[Any]  # of {"from": …, "value": …}, and whatever else stood in their place
 
@@ -72,10 +78,8 @@ def _unused(given: Record) -> list[str]:
         found.append(f"has {names[0]}: preferences are not trained on here. Give the answer to be learnt alone.")
     if names := [name for name in _TOOLS if _holds(given, name) and given[name] != "[]"]:
         found.append(f"has {names[0]}, which no prompt here has. Leave it out.")
-    if names := [name for name in _VIDEOS if _holds(given, name)]:
-        found.append(f"has {names[0]}; pictures and sounds are trained on, no videos. Give some of its frames.")
     if names := [name for name in _MISNAMED if _holds(given, name)]:
-        found.append(f"has {names[0]}; media are named under image or audio, a path or a list of paths.")
+        found.append(f"has {names[0]}; media are named under image or audio (or video), a path or a list of paths.")
     return found
 
 
@@ -259,7 +263,7 @@ def _joined(parts: list[Any], number: int, found: _Media, problems: list[str]) -
                 found.next(mark.strip("<>"))
         else:
             what = repr(kind)[:40] if isinstance(part, dict) else type(part).__name__
-            problems.append(f"turn {number} has a part of the type {what}; there are text, image and audio.")
+            problems.append(f"turn {number} has a part of the type {what}; there are text, image, audio and video.")
             continue
         apart = text and (medium or shown) and not text.endswith("\n") and not piece.startswith("\n")
         text, shown = text + "\n" * bool(apart) + piece, bool(medium)

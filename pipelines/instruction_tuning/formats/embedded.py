@@ -97,6 +97,11 @@ class MediaFolder:
         return url2pathname(urlsplit(text).path) if kind.startswith("file:///") else text
 
 
+def is_passing(path: Path) -> bool:
+    """Whether a file goes with this process."""
+    return bool(_passing.cache_info().currsize) and path.is_relative_to(_passing())
+
+
 @cache
 def _passing() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="equipoise-media-"))

@@ -48,8 +48,9 @@ def arrow(file: Path) -> Iterator[Row]:
     yield from _rows(file, batches())
 
 
-def hub(name: str) -> Iterator[Row]:
-    """A data set of the hub, `hub:OWNER/NAME/CONFIGURATION:SPLIT@REVISION`, from this machine's cache if it is there.
+def hub(name: str, streaming: bool = False) -> Iterator[Row]:
+    """A data set of the hub, `hub:OWNER/NAME/CONFIGURATION:SPLIT@REVISION`, from this machine's cache if it is there;
+    with `streaming` as it comes, without keeping it.
 
     Raises:
         InputError: it cannot be had.
@@ -61,7 +62,8 @@ def hub(name: str) -> Iterator[Row]:
 
     repository, configuration, split, revision = found.groups()
     try:
-        made = datasets.load_dataset(repository, configuration, split=split or "train", revision=revision)
+        options = {"streaming": True} if streaming else {}
+        made = datasets.load_dataset(repository, configuration, split=split or "train", revision=revision, **options)
         batches = made.with_format("arrow").iter(_AT_ONCE)  # as stored: nothing is decoded
     except Exception as error:  # of the network, of the hub, of a repository that holds something else
         reason = " ".join(str(error).split())[:300].rstrip(".")

@@ -8,41 +8,25 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from equipoise.errors import InputError
-from equipoise.pipelines.files import first_line
+from equipoise.pipelines.files import first_line, json_lines
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 
 ENCODING = "utf-8-sig"  # with or without the mark that Excel and Notepad put first
-COLUMNS = ("id", "image", "audio", "question", "answer")  # of a CSV file; ids are for people
+COLUMNS = ("id", "image", "audio", "video", "question", "answer")  # of a CSV file; ids are for people
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _READ, _LONGEST = 1 << 20, 20  # characters that are read at a time, and of a literal, whose end may not be there yet
 
 
 def jsonl(file: Path) -> Iterator[Row]:
-    """Line by line: with pictures inside, a file may be larger than the memory."""
-    before = 0  # bytes
-    with file.open("rb") as opened:
-        for number, line in enumerate(opened, start=1):
-            try:
-                text = line.decode(ENCODING if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UnicodeDecodeError(
-                    error.encoding, error.object, before + error.start, before + error.end, error.reason
-                ) from None
-            before += len(line)
-            if text.strip():
-                yield Row(file, str(number), _parsed(text))
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return InputError(f"is not JSON ({error}).")
+    for number, value in json_lines(file):
+        wrong = isinstance(value, ValueError | RecursionError)
+        yield Row(file, str(number), InputError(f"is not JSON ({value}).") if wrong else value)
 
 
 def json_list(file: Path) -> Iterator[Row]:
-    """The items of a list, each with the line that it begins in; item by item, as `jsonl` does line by line."""
+    """The items of a list, each with the line that it begins in; item by item, for a file may be larger than
+    the memory."""
     with file.open(encoding=ENCODING) as opened:
         text = _Window(opened)
         if text.next() != "[":
@@ -67,6 +51,10 @@ def json_list(file: Path) -> Iterator[Row]:
                 sentence = "is not JSON from here on (a comma or ] is missing)."
                 yield Row(file, str(text.line), FileError(sentence))
                 return
+        text.at += 1
+        if text.next():
+            sentence = "goes on behind the list's end. Put all conversations into one list."
+            yield Row(file, str(text.line), FileError(sentence))
 
 
 class _Window:
@@ -154,7 +142,7 @@ def _cells(row: dict[Any, Any], count: int) -> Any:
         return InputError(f"has {how} cells than the {count} columns. Put text with commas in quotes.")
     record: dict[str, Any] = {
         kind: [part.strip() for part in row[kind].split(";") if part.strip()]
-        for kind in ("image", "audio")
+        for kind in ("image", "audio", "video")
         if row.get(kind)
     }
     return record | {"question": row["question"], "answer": row["answer"].split("|")}

@@ -6,6 +6,14 @@ from typing import Any
 
 import pytest
 
+from equipoise.pipelines import config
+from equipoise.pipelines.instruction_tuning.examples import load_examples
+from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor
+from equipoise.pipelines.instruction_tuning.talk import Talk
+from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
+from equipoise.pipelines.runs.store import Store
+from equipoise.pipelines.training.state import make_accelerator
+
 _FAMILIES = runpy.run_path(str(Path(__file__).with_name("families.py")))
 BUILDERS = _FAMILIES["BUILDERS"]
 
@@ -41,6 +49,12 @@ def sounds(tmp_path) -> Path:
 
 
 @pytest.fixture
+def films(tmp_path) -> Path:
+    """Twelve questions about videos, in each half another colour."""
+    return _FAMILIES["write_videos"](tmp_path / "films")
+
+
+@pytest.fixture
 def hosted() -> dict[str, Any]:
     """Settings of a transformers Trainer that learns fast on the CPU and reports every loss, to nobody."""
     return {
@@ -70,3 +84,18 @@ def short(checkpoints, pictures, tmp_path):
         ]
 
     return words
+
+
+@pytest.fixture
+def begun(short):
+    """A run's work as training begins."""
+
+    def get(*words: str, kind: str = "llava") -> InstructionTuningWork:
+        settings = config.load("instruction_tuning/demo", [*short(kind), *words])
+        model = load_model(settings.model, "no")
+        talk = Talk(load_processor(settings.model), kind)
+        kept, held, _ = load_examples(settings, talk)
+        run = Store(settings.runs).create(settings)
+        return InstructionTuningWork(settings, run, make_accelerator("no"), adapt(model, settings), talk, kept, held)
+
+    return get

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,7 @@ def _llama(words: int):
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'text' %}"
-    "{{ c['text'] }}{% else %}MEDIA{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{{ c['text'] }}{% elif c['type'] == 'video' %}CLIP{% else %}MEDIA{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -147,8 +149,20 @@ def _qwen_processor(cls: type, words: PreTrainedTokenizerFast):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     looks = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=256)
-    template = _TEMPLATE.replace("MEDIA", "<|vision_start|><|image_pad|><|vision_end|>")
-    return without_videos(cls)(looks, words, chat_template=template)
+    template = _TEMPLATE.replace("MEDIA", _SIGHT).replace("CLIP", _CLIP)
+    kind = "qwen3_vl" if "Qwen3" in cls.__name__ else "qwen2_vl"
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    cls, watches = _with_videos(cls, kind, patch_size=4, merge_size=2, size=size)
+    return cls(looks, words, watches, chat_template=template)
+
+
+def _with_videos(cls: type, kind: str, **options):
+    """(the class of a processor, its part for videos), where torchvision is there; else one that does without."""
+    if not find_spec("torchvision"):
+        return without_videos(cls), None
+    module = import_module(f"transformers.models.{kind}.video_processing_{kind}")
+    made = next(v for n, v in vars(module).items() if n.endswith("VideoProcessor") and v.__module__ == module.__name__)
+    return cls, made(**options)
 
 
 def _qwen2_vl(folder: Path):
@@ -231,8 +245,10 @@ def _smolvlm(folder: Path):
     looks = SmolVLMImageProcessorPil(
         size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
     )
-    template = _TEMPLATE.replace("MEDIA", "<image>")
-    processor = without_videos(SmolVLMProcessor)(looks, words, None, image_seq_len=4, chat_template=template)
+    template = _TEMPLATE.replace("MEDIA", "<image>").replace("CLIP", "<video>")
+    size = {"longest_edge": SIDE}
+    cls, watches = _with_videos(SmolVLMProcessor, "smolvlm", size=size, max_image_size=size)
+    processor = cls(looks, words, watches, image_seq_len=4, chat_template=template)
     return SmolVLMForConditionalGeneration(config), processor
 
 
@@ -320,8 +336,9 @@ def _internvl(folder: Path):
         image_seq_length=4,
         downsample_ratio=0.5,
     )
-    template = _TEMPLATE.replace("MEDIA", "<IMG_CONTEXT>\n")
-    processor = without_videos(InternVLProcessor)(looks, words, None, image_seq_length=4, chat_template=template)
+    template = _TEMPLATE.replace("MEDIA", "<IMG_CONTEXT>\n").replace("CLIP", "<video>\n")
+    cls, watches = _with_videos(InternVLProcessor, "internvl", size={"height": SIDE, "width": SIDE})
+    processor = cls(looks, words, watches, image_seq_length=4, chat_template=template)
     return InternVLForConditionalGeneration(config), processor
 
 
@@ -351,7 +368,8 @@ def _ids(words: PreTrainedTokenizerFast, **marks: str) -> dict[str, int]:
 # which white space is cut, where the generation prompt differs from what comes before an answer, and reasoning.
 _CONTENT = (
     "{% macro written(content) %}{% if content is string %}{{ content }}{% else %}{% for c in content %}"
-    "{% if c.type == 'image' %}IMAGE{% elif c.type == 'audio' %}AUDIO{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% if c.type == 'image' %}IMAGE{% elif c.type == 'audio' %}AUDIO{% elif c.type == 'video' %}CLIP"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}"
     "{% endif %}{% endmacro %}"
 )
 _CHATML = _CONTENT + (
@@ -379,7 +397,8 @@ _GEMMA4 = _CONTENT + (
     "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
 )
 _ONEVISION = (  # pictures first, and a space in an answer's header that the generation prompt has not
-    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content if c.type == 'image' %}<image>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content if c.type != 'text' %}<{{ c.type }}>"
+    "{% endfor %}"
     "{% for c in m.content if c.type == 'text' %}{% if m.role == 'assistant' %}{% generation %}{{ '\\n' + c.text }}"
     "{% endgeneration %}{% else %}{{ '\\n' + c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -401,7 +420,7 @@ _GLM = _CONTENT + (  # no mark after an answer, and an empty reasoning before it
 )
 _IDEFICS = (  # a space before an answer that the generation prompt has not
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
-    "{% for c in m.content %}{{ c.text if c.type == 'text' else '<image>' }}{% endfor %}<end_of_utterance>\n"
+    "{% for c in m.content %}{{ c.text if c.type == 'text' else '<' ~ c.type ~ '>' }}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 _COHERE = _CONTENT + (
@@ -416,11 +435,15 @@ _USER = (  # a tokenizer's own: of texts alone, and with no mark after an answer
 )
 
 
-def _chat(template: str, image: str = "", audio: str = "", default: str = "") -> str:
-    return template.replace("IMAGE", image).replace("AUDIO", audio).replace("DEFAULT", default)
+def _chat(template: str, image: str = "", audio: str = "", default: str = "", video: str = "") -> str:
+    named = {"IMAGE": image, "AUDIO": audio, "DEFAULT": default, "CLIP": video}
+    for name, text in named.items():
+        template = template.replace(name, text)
+    return template
 
 
 _SIGHT = "<|vision_start|><|image_pad|><|vision_end|>"
+_CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 _SOUND = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 _DEEP = {  # a tower of Qwen3-VL's kind
     "depth": 2,
@@ -460,7 +483,7 @@ def _qwen3_vl(folder: Path, kind: str = "qwen3_vl", template: str = _CHATML, **m
         AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     )
     processor = _qwen_processor(Qwen3VLProcessor, words)
-    processor.chat_template = _chat(template, _SIGHT)
+    processor.chat_template = _chat(template, _SIGHT, video="<|video_pad|>")  # which becomes several, with times
     return made, processor
 
 
@@ -709,10 +732,11 @@ def _llava_onevision(folder: Path):
         image_grid_pinpoints=sizes,
         **_ids(words, image_token_index="<image>", video_token_index="<video>"),
     )
-    processor = without_videos(LlavaOnevisionProcessor)(
+    cls, watches = _with_videos(LlavaOnevisionProcessor, "llava_onevision", size={"height": SIDE, "width": SIDE})
+    processor = cls(
         looks,
         words,
-        None,
+        watches,
         num_image_tokens=16,
         vision_feature_select_strategy="full",
         chat_template=_ONEVISION,
@@ -1036,6 +1060,28 @@ def write_pictures(folder: Path) -> Path:
         if index % 4 == 3:
             turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes, quite sure."}]
         lines.append(json.dumps({"image": f"{index}.png", "conversations": turns}))
+    (folder / "talk.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "talk.jsonl"
+
+
+def write_videos(folder: Path) -> Path:
+    """Twelve questions about videos of two seconds and of three, in each half another colour."""
+    import av
+
+    folder.mkdir()
+    lines, colours = [], ["red", "green", "blue"]
+    for index in range(12):
+        first, then = colours[index % 3], colours[(index + 1 + index // 6) % 3]
+        count = 8 * (2 + index % 2)
+        with av.open(str(folder / f"{index}.mp4"), "w") as made:
+            stream = made.add_stream("mpeg4", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 2 * SIDE, SIDE, "yuv420p"
+            for at in range(count):
+                picture = Image.new("RGB", (2 * SIDE, SIDE), first if at < count / 2 else then)
+                made.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            made.mux(stream.encode())
+        turns = [{"from": "human", "value": "<video>\nWhich comes first?"}, {"from": "gpt", "value": first}]
+        lines.append(json.dumps({"video": f"{index}.mp4", "conversations": turns}))
     (folder / "talk.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "talk.jsonl"
 

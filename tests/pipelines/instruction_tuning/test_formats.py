@@ -353,10 +353,13 @@ def test_media_stand_where_their_marks_do(folder):
 
 TOLD = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "Yes."}]
 REFUSED = [
-    ({"messages": TOLD, "videos": ["a.mp4"]}, "has videos; pictures and sounds are trained on, no videos."),
     (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, TOLD[1]]},
-        "turn 1 has a part of the type 'video'; there are text, image and audio.",
+        {"messages": TOLD, "clips": ["a.mp4"]},
+        "has clips; media are named under image or audio (or video), a path",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "file", "file": "a.mp4"}]}, TOLD[1]]},
+        "turn 1 has a part of the type 'file'; there are text, image, audio and video.",
     ),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has chosen: preferences are not trained on here."),
     ({"messages": TOLD, "tools": [{"type": "function"}]}, "has tools, which no prompt here has."),
@@ -584,3 +587,15 @@ def test_data_sets_are_mixed(folder):
     (folder / "pictures.csv").write_text("image,question,answer\nred.png,What?,x\n")
     both = InstructionTuningData(file=str(folder / "sounds.csv"), more=[str(folder / "pictures.csv")])
     assert "data.more: there are data sets with pictures and others with sounds" in read_all(both)[2][0]
+
+
+def test_a_second_list_in_a_json_file_is_refused_and_not_dropped(folder):
+    one = json.dumps([{"image": "red.png", "question": ASKED, "answer": "Yes."}], indent=1)
+    file = folder / "two.json"
+    for more, problem in (("\n", None), (f"\n{one}", "goes on behind the list's end"), (" x", "goes on behind")):
+        file.write_text(one + more)
+        examples, problems = read_examples(file, None)
+        assert len(examples) == 1 and bool(problems) == bool(problem)
+        if problem:
+            line = one.count("\n") + 1 + more.count("\n", 0, 1)
+            assert problems == [f"{file}:{line}: goes on behind the list's end. Put all conversations into one list."]

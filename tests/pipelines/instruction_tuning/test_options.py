@@ -16,12 +16,11 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.examples import load_examples
-from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor, old_names
+from equipoise.pipelines.instruction_tuning.model import load_processor, old_names
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Run, Store
-from equipoise.pipelines.training.state import make_accelerator
 
 NAME = "instruction_tuning/demo"
 ALONE = ["coordinator=constant", "learning_rate=1e-3", "schedule=constant"]
@@ -73,21 +72,6 @@ def learnt(monkeypatch) -> list:
 
     monkeypatch.setattr(InstructionTuningWork, "save_result", spied)
     return caught
-
-
-@pytest.fixture
-def begun(short):
-    """A run's work as training begins."""
-
-    def get(*words: str, kind: str = "llava") -> InstructionTuningWork:
-        settings = config.load(NAME, [*short(kind), *words])
-        model = load_model(settings.model, "no")
-        talk = Talk(load_processor(settings.model), kind)
-        kept, held, _ = load_examples(settings, talk)
-        run = Store(settings.runs).create(settings)
-        return InstructionTuningWork(settings, run, make_accelerator("no"), adapt(model, settings), talk, kept, held)
-
-    return get
 
 
 FILES = {  # what is set → what the result holds

@@ -1,5 +1,6 @@
 """`equipoise predict` and `equipoise evaluate`: answers of a trained run to new media, and how right they are."""
 
+import base64
 import csv
 import json
 import math
@@ -113,9 +114,9 @@ def test_questions_in_the_formats_of_other_tools(trained, pictures, capsys):
     assert main(["predict", str(run.folder), str(folder / "ask.jsonl"), "--prompt", "Why?"]) == 0
     (row,) = rows(capsys.readouterr().out)
     assert (row["image"], row["question"]) == (str(folder / "0.png"), "Why?")
-    (folder / "ask.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}]}))
+    (folder / "ask.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "file"}]}]}))
     assert main(["predict", str(run.folder), str(folder / "ask.jsonl")]) == 2
-    assert "ask.jsonl:1: turn 1 has a part of the type 'video'" in capsys.readouterr().err
+    assert "ask.jsonl:1: turn 1 has a part of the type 'file'" in capsys.readouterr().err
 
 
 def test_sounds(trained, sounds, capsys):
@@ -223,3 +224,19 @@ def test_refusals_are_sentences(trained, pictures, tmp_path, capsys):
     (run.result / "result.json").unlink()
     assert main(["evaluate", str(run.folder), str(pictures)]) == 2
     assert "has no result yet" in capsys.readouterr().err
+
+
+def test_media_from_within_a_file_are_named_by_where_they_stand_in_it(trained, pictures, tmp_path, capsys):
+    run = trained()
+    inside = "data:image/png;base64," + base64.b64encode((pictures.parent / "0.png").read_bytes()).decode()
+    lines = [
+        {"image": path, "question": "What?", "answer": "Red."} for path in (inside, str(pictures.parent / "0.png"))
+    ]
+    (tmp_path / "ask.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    capsys.readouterr()
+    for command in (["predict"], ["evaluate"]):
+        output = tmp_path / f"{command[0]}.jsonl"
+        assert main([*command, str(run.folder), str(tmp_path / "ask.jsonl"), "--output", str(output)]) == 0
+        found = rows(output.read_text())
+        assert [row["image"] for row in found] == [f"{tmp_path / 'ask.jsonl'}:1", str(pictures.parent / "0.png")]
+        assert found[0]["answer"] == found[1]["answer"], "it is the same picture"

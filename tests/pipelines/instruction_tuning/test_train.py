@@ -22,14 +22,12 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Turn
-from equipoise.pipelines.instruction_tuning.examples import load_examples
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model, load_processor, old_names
-from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
+from equipoise.pipelines.instruction_tuning.talk import IGNORED
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 from equipoise.pipelines.pipeline import Outcome, execute
 from equipoise.pipelines.runs.store import Store
-from equipoise.pipelines.training.state import make_accelerator
 
 NAME = "instruction_tuning/demo"
 KINDS = ["blip-2", "instructblip", "llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "paligemma", "qwen2_audio"]
@@ -92,21 +90,6 @@ def test_every_architecture_learns_and_comes_back(kind, overrides, checkpoints):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(tuned.parts.part(name) == "language" for name in changed)
     assert {tuned.parts.part(name) for name in changed} == {"language", "connector"}, "the tower stays frozen"
-
-
-@pytest.fixture
-def begun(overrides):
-    """A run's work as training begins."""
-
-    def get(*words: str, kind: str = "llava"):
-        settings = config.load(NAME, [*overrides(kind), *words])
-        model = load_model(settings.model, "no")
-        talk = Talk(load_processor(settings.model), kind)
-        kept, held, _ = load_examples(settings, talk)
-        run = Store(settings.runs).create(settings)
-        return InstructionTuningWork(settings, run, make_accelerator("no"), adapt(model, settings), talk, kept, held)
-
-    return get
 
 
 @torch.no_grad()

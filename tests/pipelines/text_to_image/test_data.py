@@ -133,6 +133,13 @@ def test_what_is_wrong_with_captions_is_said(folder, files, message):
     assert any(message in problem for problem in problems), problems
 
 
+def test_every_line_that_cannot_be_read_is_named(folder):
+    lines = ['{"file_name": "a.jpg", "text": "one\u2028line"}', "{", '{"file_name": "b.png", "text": "bee"}', "nothing"]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _, problems = read(folder)
+    assert [problem.split("cannot be read ")[1].split(":")[0] for problem in problems] == ["(line 2", "(line 4"]
+
+
 def test_missing_and_empty_folders(tmp_path):
     assert "does not exist" in read(tmp_path / "nowhere")[1][0]
     assert "holds no pictures" in read(tmp_path)[1][0]

@@ -10,6 +10,7 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Run, Store
 from equipoise.pipelines.text_to_image import TextToImage
@@ -127,6 +128,19 @@ def test_tensorboard_shows_a_run_that_was_resumed(short, stopped_run):
     for name in ("loss", "rate", "gradient_norm"):
         assert scalars[name] == pytest.approx({r["step"]: r[name] for r in run.metrics()})
     assert [event.step for event in found.Images("samples/00")] == [2, 4, 6]
+
+
+def test_tensorboard_shows_an_instruction_tuning_that_was_resumed(stopped_run, tmp_path):
+    pytest.importorskip("tensorboard")
+    words = ["steps=6", "batch=4", "samples.count=2", "samples.max_new_tokens=2", "train.validate_every=3"]
+    words += ["trackers=[tensorboard]", f"runs={tmp_path / 'runs'}"]
+    settings = config.load("instruction_tuning/demo", words)
+    run = stopped_run(InstructionTuning, settings, at=4)
+    assert execute(InstructionTuning, settings, run).state == "done"
+    scalars, _ = logged(run)
+    for name in ("loss", "kappa", "rate_encoder", "rate_language", "val_loss"):
+        wanted = {r["step"]: r[name] for r in run.metrics() if name in r}
+        assert wanted and scalars[name] == pytest.approx(wanted), name
 
 
 def test_nothing_is_logged_unless_it_is_asked_for(short):

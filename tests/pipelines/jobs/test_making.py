@@ -1,0 +1,34 @@
+"""What is made for a user's folder takes its place, and nothing of anybody else's is lost on the way."""
+
+import pytest
+
+from equipoise.errors import InputError
+from equipoise.pipelines.jobs.making import swapped_in
+
+
+def test_a_folder_is_replaced_when_all_is_made_and_stays_when_something_fails(tmp_path):
+    folder = tmp_path / "out"
+    with swapped_in(folder) as staging:
+        (staging / "a").write_text("1")
+    with pytest.raises(RuntimeError), swapped_in(folder) as staging:
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    with swapped_in(folder) as staging:
+        (staging / "b").write_text("2")
+    assert [path.name for path in folder.iterdir()] == ["b"] and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_somebody_else_wrote_meanwhile_is_kept(there, tmp_path):
+    folder = tmp_path / "out"
+    if there:
+        folder.mkdir()
+        (folder / "old").write_text("0")
+    with pytest.raises(InputError, match="something else was written there meanwhile, and is kept") as refused:
+        with swapped_in(folder) as staging:
+            (staging / "made").write_text("1")
+            folder.mkdir(exist_ok=True)
+            (folder / "notes").write_text("mine")
+    assert (folder / "notes").read_text() == "mine" and (folder / "old").exists() == there
+    (other,) = (path for path in tmp_path.iterdir() if path != folder)
+    assert str(other) in str(refused.value) and [path.name for path in other.iterdir()] == ["made"]
