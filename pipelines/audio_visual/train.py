@@ -6,6 +6,7 @@
 import csv
 import io
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -34,11 +35,12 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import EarlyStopError, train_loop
+from equipoise.pipelines.training.loop import EarlyStopError, StoppedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
+_LOOKS, _WAIT = 10, 2  # validations of modalities that train alone; those in a row without a better loss that end it
 
 
 def train(config: AudioVisualConfig, run: Run) -> Outcome:
@@ -48,7 +50,10 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
     _tell_skipped(prepared, config, run)
     work = AudioVisualWork(config, run, accelerator, prepared)
     started = time.perf_counter()
-    outcome = train_loop(run, work, config)
+    try:
+        outcome = train_loop(run, work, config)
+    except StoppedError as reason:
+        return Outcome("stopped", f"{reason}.", 0)
     if outcome.state == "stopped":
         return outcome
     work.settle()
@@ -59,6 +64,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         "objective": config.objective.name,
         "chance": work.chance,
         "seconds": time.perf_counter() - started,
+        **{f"f_star_{name}": loss for name, loss in work.alone.items()},
         **work.figures(found),
         **(work.probe() if processes.leads() else {}),
     }
@@ -140,6 +146,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def __init__(self, config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared):
         splits = prepared.splits(config)
+        self.prepared = prepared
         self.digest = prepared.manifest.digest
         self.classes = prepared.manifest.classes
         index = {label: number for number, label in enumerate(self.classes)}
@@ -165,6 +172,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
         self.loading = 0.0  # seconds that the last step waited for its batch
+        self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
+        size = config.train.batch * config.train.accumulate * processes.count()
+        self.objective.steps_per_epoch = len(splits["train"]) / size
 
     def _class_weights(self, config: AudioVisualConfig, clips: Sequence[Clip]) -> Tensor:
         counts = Counter(clip.label for clip in clips)
@@ -180,7 +190,34 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def step(self, step: int) -> dict[str, float]:
         self.loading = 0.0
+        if self.objective.needs_alone:
+            self.objective.take_alone(self._alone())
         return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
+
+    def _alone(self) -> dict[str, float]:
+        """The least validation loss that each modality reaches by itself: in as many steps as the run has at most, and
+        until none gets better by 1 % in two of ten validations."""
+        steps, best, waited = self.config.train.steps, dict.fromkeys(self.model.modalities, math.inf), 0
+        train = self.config.train.model_copy(
+            update={"validate_every": math.ceil(steps / _LOOKS), "patience": 0, "keep": "last"}
+        )
+        changed = {"objective": ObjectiveSection(name="unimodal"), "train": train}
+        work = AudioVisualWork(self.config.model_copy(update=changed), self.run, self.accelerator, self.prepared)
+        shown = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": None if processes.leads() else True}
+        for step in tqdm(range(steps), "each modality alone", **shown):
+            if "stop" in processes.requests(self.run):
+                raise StoppedError(f"stopped on request at step {step} of {steps} in which modalities train alone")
+            found = work.step(step)
+            if not (work.validation and work.validation.due(step + 1)):
+                continue
+            now = processes.first({name: found.get(f"val_loss_{name}", math.inf) for name in best})
+            waited = 0 if any(now[name] < 0.99 * loss for name, loss in best.items()) else waited + 1
+            best = {name: min(loss, now[name]) for name, loss in best.items()}
+            if waited == _WAIT:
+                break
+        self.alone = best
+        self.run.log(f"each alone, after {step + 1} steps: {', '.join(f'{n} {loss:.4g}' for n, loss in best.items())}")
+        return best
 
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
@@ -281,6 +318,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         self.validation.take(watched, taken)
         if note := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
             self.run.log(note)
+            if processes.leads():
+                tqdm.write(f"step {taken}: {note}", file=sys.stderr)
         return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
 
     def figures(self, found: dict[str, Scores]) -> dict[str, float | None]:

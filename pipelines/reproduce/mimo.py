@@ -217,6 +217,9 @@ class _Quiet:
 
     def log(self, text: str) -> None: ...
 
+    def requested(self) -> set[str]:
+        return set()
+
 
 def train(cell: Trial) -> Trial:
     """Trains one model: test accuracies in %, of its heads and of probes, what each modality contributes, seconds per

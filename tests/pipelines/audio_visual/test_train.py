@@ -144,6 +144,48 @@ def test_every_objective_trains_and_resumes_exactly(name, tiny, stopped_run):
     assert ("accuracy_joint" in result) == (name != "unimodal") and "accuracy_audio" in result
 
 
+def with_empty_text(clips: Path, folder: Path) -> Path:
+    """The clips of a manifest with the same word for each."""
+    with clips.open(newline="") as file:
+        rows = [dict(row, text="so") for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+    return made.write_manifest(folder / "manifest.csv", rows)
+
+
+def test_f_star_auto_keeps_lambda_from_a_modality_that_says_nothing(tiny, clips, tmp_path, capfd):
+    words = [*tiny, f"data={with_empty_text(clips, tmp_path)}", "data.modalities=[audio, text]", "steps=40"]
+    words += ["model.text={width: 8, layers: 1, heads: 2}", "train.validate_every=4", "optimizer.learning_rate=1e-2"]
+    share, noted = {}, {}
+    for name, options in (("zero", "{}"), ("auto", "{f_star: auto}")):
+        run, outcome = train(*words, f"objective.options={options}")
+        assert outcome.state == "done"
+        noted[name] = "text holds" in (run.folder / "log.txt").read_text()
+        share[name] = sum(record["weight_text"] for record in run.metrics()[20:]) / 20 / 10
+        assert ("text holds" in capfd.readouterr().err) == noted[name]
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert 0.6 < result["f_star_text"] < 0.8 and result["f_star_audio"] < result["f_star_text"], "log 2 is a guess"
+    assert noted == {"zero": True, "auto": False} and share["zero"] > 0.9 > share["auto"]
+
+
+def test_a_run_with_an_automatic_f_star_stops_and_resumes_exactly(tiny, stopped_run):
+    words = [*tiny, "objective.options={f_star: auto}"]
+    whole, _ = train(*words)
+    settings = config.load(NAME, words)
+    run = stopped_run(AudioVisual, settings, at=3)
+    assert execute(AudioVisual, settings, run).state == "done"
+    assert equal(weights(whole), weights(run)) and not equal(weights(whole), weights(train(*tiny)[0]))
+
+
+def test_unimodal_keeps_the_weights_of_one_validation(tiny):
+    """Those with the least sum, also where each modality was best at another."""
+    run, _ = train(*tiny, "objective=unimodal", "train.keep=best", "steps=20", "train.validate_every=4")
+    sums = {r["step"]: r["val_loss_audio"] + r["val_loss_visual"] for r in run.metrics() if "val_loss_audio" in r}
+    best = min(sums, key=sums.get)
+    short, _ = train(*tiny, "objective=unimodal", "train.keep=last", f"steps={best}", "train.validate_every=4")
+    assert equal(weights(run), weights(short))
+
+
 def test_objectives_differ(tiny):
     found = [
         weights(train(*tiny, f"objective={name}")[0]) for name in ("joint", "equal_weight", "mimo", "mmpareto", "agm")
@@ -339,7 +381,10 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["data.modalities=[audio, text]", "model.text.path=./nowhere"], "model.text.path: ./nowhere does not exist."),
         (["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "data.audio.mels=8"], "model: its encoders cannot"),
         (["model.visual={widths: [0, 8], depths: [1, 1]}"], "model: its encoders cannot"),
-        (["objective.options={f_star: {audio: .nan}}"], "f_star: must be {name: a number, …} or none, got"),
+        (
+            ["objective.options={f_star: {audio: .nan}}"],
+            "or {name: a number, …} or none, got {'audio': nan}",
+        ),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):
