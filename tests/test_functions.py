@@ -9,7 +9,6 @@ MOST = 60  # lines, from `def` to the last one
 KNOWN = {
     ("pipelines/demo/train_base.py", "main"),
     ("pipelines/reproduce/ada_sam.py", "reproduce"),
-    ("pipelines/reproduce/mimo.py", "reproduce"),
     ("pipelines/text_to_image/formats/lora_files.py", "read_lora"),
     ("plugin/hosts/coordination.py", "coordinated"),
 }

@@ -318,7 +318,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         self.validation.take(watched, taken)
         if note := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
             self.run.log(note)
-            if processes.leads():
+            if processes.leads() and isinstance(self.run, Run):
                 tqdm.write(f"step {taken}: {note}", file=sys.stderr)
         return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
 

@@ -11,9 +11,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import product
-from math import log10, sqrt
+from math import log10
 from pathlib import Path
-from statistics import fmean, median, pstdev, stdev
+from statistics import fmean, median, pstdev
 from tempfile import TemporaryDirectory
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.demo import tones
-from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, interval, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS, BASE_STEPS, MEASURED = 300, 500, 5  # of a training; of the sounds' base; steps between measurements of κ
@@ -50,7 +50,6 @@ COMPARED = [
     ("Feature CD", "Constant LR"),
     ("Language CD", "Constant LR"),
 ]
-STUDENT = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # by degrees of freedom, two-sided 95 %
 TENTHS = 10
 Got = Callable[[str, str, str], list]  # (key, task, method) → one value per seed
 
@@ -158,15 +157,6 @@ def _panels(tasks: Sequence[str], got: Got) -> list[Panel]:
         panel("‖G‖/‖θ‖ of the language side (Figure 3b)", "gradient_language"),
         *(panel("training loss (Figure 5)", "losses", task=task) for task in tasks[1:]),
     ]
-
-
-def interval(values: Sequence[float], form: str = ".1f") -> str:
-    """The mean and, of several seeds, half the width of its 95 % interval by Student's t: "61.0 ± 1.5"."""
-    middle = f"{fmean(values):{form}}"
-    if len(values) < 2:
-        return middle
-    width = STUDENT[min(len(values), len(STUDENT)) - 1] * stdev(values) / sqrt(len(values))
-    return f"{middle} ± {width:.1f}"
 
 
 def kappa(mean: float, value: float) -> str:
