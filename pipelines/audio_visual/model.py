@@ -4,7 +4,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, AudioVisualEncoder
+from equipoise.pipelines.audio_visual.features import PRESENT
 from equipoise.pipelines.training.layers import named_by, unmatched
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -53,15 +54,24 @@ class LateFusion(nn.Module):
         self.sound: Tensor
 
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:  # modality → (batch, width)
+        """Those of a modality that a clip lacks are zero: see `present`."""
         made = {}
         for name in self.modalities:
-            given = batch[name]
+            given, there = batch[name], present(batch, self.modalities, name)
+            few = there is not None and not bool(there.all())
+            if few:
+                given = given[there] if bool(there.any()) else given[:1]
+                given = torch.cat([given, given]) if len(given) == 1 else given  # batch norm takes two or more
             if name == "audio":
                 given = (given - self.sound[0]) / self.sound[1]
             elif name == "visual":
                 mean, std = (given.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
                 given = (given.float() / 255 - mean) / std
-            made[name] = self.encoders[name](given)
+            found = self.encoders[name](given)
+            if few:
+                count = int(there.sum())
+                found = found.new_zeros(len(there), found.shape[1]).index_put((there.nonzero()[:, 0],), found[:count])
+            made[name] = found
         return made
 
     def described(self) -> dict[str, dict[str, Any]]:
@@ -82,6 +92,11 @@ class LateFusion(nn.Module):
         """The joint logits, (batch, classes), and every modality's own."""
         features = self.features(batch)
         return self.fusion(features), {name: self.heads[name](made) for name, made in features.items()}
+
+
+def present(batch: Mapping[str, Tensor], modalities: Sequence[str], name: str) -> Tensor | None:
+    """(batch,) which clips have the modality; none where all have to."""
+    return batch[PRESENT][:, modalities.index(name)] if PRESENT in batch else None
 
 
 class Sum(nn.Module):

@@ -25,7 +25,7 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import Batches, Features
-from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion
+from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion, present
 from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
 from equipoise.pipelines.audio_visual.probe import MOST, probes
 from equipoise.pipelines.audio_visual.scores import Scores, scores
@@ -225,12 +225,16 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         seed_all(seed)  # for dropout, and for noise that an objective draws
         chosen, following = (self._chosen(step * train.accumulate + micro + ahead) for ahead in (0, 1))
         started = time.perf_counter()
-        batch = self._augmented(self.batches["train"].get(chosen, following), torch.Generator().manual_seed(seed))
+        generator, shares = torch.Generator().manual_seed(seed), None
+        if self.config.data.stretch == "random":
+            shares = torch.rand(len(chosen), generator=generator).tolist()
+        batch = self._augmented(self.batches["train"].get(chosen, following, shares), generator)
         self.loading += time.perf_counter() - started
         labels = self.labels["train"][chosen].to(self.accelerator.device)
         self.model.train()
+        batch = self._moved(batch)
         with self.accelerator.autocast():
-            features = self.model.features(self._moved(batch))
+            features = self.model.features(batch)
             joint = self.model.fusion(features)
             live = self.objective.uses_unimodal
             unimodal = {n: self.model.heads[n](f if live else f.detach()) for n, f in features.items()}
@@ -239,14 +243,17 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             with torch.no_grad(), self.accelerator.autocast():
                 responses = self.model.responses(features, unimodal)
         weigh = self.weights_of_classes
-        share: Tensor | float = 1.0  # of the weight of all processes' clips, if those had each the same
-        if processes.count() > 1:
-            share = weigh[labels].sum() / processes.mean(weigh[labels].sum())
 
-        def loss(logits: Tensor) -> Tensor:
-            return share * F.cross_entropy(logits.float(), labels, weigh)
+        def loss(logits: Tensor, there: Tensor | None = None) -> Tensor:
+            """Of the clips that are there; 0 where there are none."""
+            logits, true = (logits, labels) if there is None else (logits[there], labels[there])
+            weight = weigh[true].sum()
+            mean = F.cross_entropy(logits.float(), true, weigh) if len(true) else logits.sum()
+            # of the weight of all processes' clips, if those had each the same
+            return mean if processes.count() == 1 else mean * weight / processes.mean(weight).clamp(min=1e-12)
 
-        return Losses(loss(joint), {name: loss(logits) for name, logits in unimodal.items()}, labels, responses)
+        own = {n: loss(logits, present(batch, self.model.modalities, n)) for n, logits in unimodal.items()}
+        return Losses(loss(joint), own, labels, responses)
 
     def _chosen(self, number: int) -> list[int]:
         count = len(self.labels["train"])
@@ -293,18 +300,21 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     ) -> dict[str, Scores]:
         """How good the joint prediction and every modality's own are on a split."""
         self.model.eval()
-        outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        outputs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         clips = torch.arange(len(self.labels[split])) if clips is None else clips
-        labels = self.labels[split][clips]
         for chosen in clips.split(min(_EVALUATED, 4 * self.config.train.batch)):
             with self.accelerator.autocast():
-                joint, unimodal = self.model(self._moved(self.batches[split].get(chosen.tolist())))
+                batch = self._moved(self.batches[split].get(chosen.tolist()))
+                joint, unimodal = self.model(batch)
             for name, logits in {JOINT: joint, **unimodal}.items():
-                predicted = logits.float().cpu()
-                loss = F.cross_entropy(predicted, self.labels[split][chosen], reduction="none")
-                outputs.setdefault(name, []).append((loss, predicted.argmax(1)))
+                predicted, true = logits.float().cpu(), self.labels[split][chosen]
+                there = None if name == JOINT else present(batch, self.model.modalities, name)
+                if there is not None:
+                    predicted, true = predicted[there.cpu()], true[there.cpu()]
+                loss = F.cross_entropy(predicted, true, reduction="none")
+                outputs.setdefault(name, []).append((loss, predicted.argmax(1), true))
         return {
-            name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), labels, len(self.classes))
+            name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), len(self.classes))
             for name, parts in outputs.items()
         }
 
@@ -336,7 +346,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def probe(self) -> dict[str, float | None]:
         """Accuracies of probes on the frozen encoders, and what each modality contributes; of the training clips, some
-        by chance where there are very many."""
+        by chance where there are very many. None where clips may lack a modality, for a probe needs all of each."""
+        if self.config.data.missing == "mask":
+            return {}
         count = len(self.labels["train"])
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST].sort().values
         train, labels = self._encoded("train", chosen), self.labels["train"][chosen]
@@ -399,5 +411,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 def _spread(batches: Batches, count: int) -> Tensor:  # (2,)
     """Mean and standard deviation of the training spectrograms, from at most 512 clips."""
     chosen = torch.linspace(0, count - 1, min(count, 512)).long().tolist()
-    sound = batches.get(chosen)["audio"].double()
+    batch = batches.get(chosen)
+    there = present(batch, batches.store.data.modalities, "audio")
+    sound = (batch["audio"] if there is None else batch["audio"][there]).double()
     return torch.stack([sound.mean(), sound.std().clamp(min=1e-6)]).float()

@@ -1,7 +1,7 @@
 """Frames of videos, as a player shows them: chosen by their time stamps, turned upright, with square pixels."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from equipoise.errors import InputError
 from equipoise.pipelines.files import cut_off
 from equipoise.pipelines.media import containers
-from equipoise.pipelines.media.reading import MediaError, brief
+from equipoise.pipelines.media.reading import AbsentError, MediaError, brief
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -41,10 +42,24 @@ class Timeline(NamedTuple):
     stamped: bool  # or else the frames follow each other at the file's rate
 
 
-def read_frames(path: Path, count: int) -> tuple[list[Image.Image], float]:
-    """The RGB frames that are shown in the middles of `count` equal stretches, and the video's length in seconds.
+Span = tuple[float | Fraction, float | Fraction]  # seconds: from, to
+
+
+def _whole(seconds: Fraction) -> Sequence[Span]:
+    return [(0, seconds)]
+
+
+def read_frames(
+    path: Path, count: int, choose: Callable[[Fraction], Sequence[Span]] = _whole
+) -> tuple[list[Image.Image], float]:
+    """The RGB frames that are shown in the middles of `count` equal parts, and the video's length in seconds.
 
     Before the first frame there is the first frame.
+
+    Args:
+        path: The video.
+        count: The frames of each span.
+        choose: Gives spans for the video's length in seconds; unless given, all of it is one.
 
     Raises:
         MediaError: it cannot be read, is cut off, or has no pictures.
@@ -52,10 +67,16 @@ def read_frames(path: Path, count: int) -> tuple[list[Image.Image], float]:
     try:
         with containers.opened(path) as container:
             line = _timeline(container, path)
-        middles = [line.end * (2 * index + 1) / (2 * count) for index in range(count)]
+        middles = [
+            Fraction(begin) + (Fraction(end) - Fraction(begin)) * (2 * index + 1) / (2 * count)
+            for begin, end in choose(line.end)
+            for index in range(count)
+        ]
+        order = sorted(range(len(middles)), key=middles.__getitem__)
         with containers.opened(path) as container:  # not all formats can seek
-            found = _shown_at(container, path, line, middles)
-    except MediaError:
+            shown = _shown_at(container, path, line, [middles[index] for index in order])
+        found = [frame for _, frame in sorted(zip(order, shown, strict=True), key=lambda pair: pair[0])]
+    except InputError:
         raise
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise MediaError(path, f"cannot be read as video ({brief(error)}).") from None
@@ -71,7 +92,7 @@ def _stream(container: "InputContainer", path: Path) -> "VideoStream":
     for stream in container.streams.video:
         if not stream.disposition & cover:
             return stream
-    raise MediaError(path, "has no pictures.")
+    raise AbsentError(path, "has no pictures.")
 
 
 def _timeline(container: "InputContainer", path: Path) -> Timeline:

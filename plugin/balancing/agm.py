@@ -38,6 +38,7 @@ class AGM(Objective):
 
     uses_unimodal: ClassVar[bool] = False
     uses_responses: ClassVar[bool] = True
+    takes_missing: ClassVar[bool] = False
     modalities: ClassVar[tuple[int, float]] = (2, math.inf)
 
     def __init__(self, alpha: float = 1.0) -> None:

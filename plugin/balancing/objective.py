@@ -47,6 +47,8 @@ class Objective:
     # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
     # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
+    # Whether an example may lack a modality. Not where modalities are compared example by example.
+    takes_missing: ClassVar[bool] = True
     trains_joint: ClassVar[bool] = True  # whether the joint prediction is worth looking at
     modalities: ClassVar[tuple[int, float]] = (0, float("inf"))  # how many it takes: at least, at most
 

@@ -41,6 +41,7 @@ class OGMGE(Objective):
 
     uses_unimodal: ClassVar[bool] = False
     uses_responses: ClassVar[bool] = True
+    takes_missing: ClassVar[bool] = False
     modalities: ClassVar[tuple[int, float]] = (2, 2)
 
     def __init__(

@@ -17,7 +17,8 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
-from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load
+from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load, present
+from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.audio_visual.scores import scores
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
@@ -91,6 +92,28 @@ def test_crema_d_from_the_published_layout_to_a_result(tmp_path, capfd):
     assert result["objective"] == "mimo" and {"accuracy_joint", "accuracy_audio", "accuracy_visual"} <= result.keys()
 
 
+def test_a_folder_of_flash_videos_is_prepared_trained_on_and_predicted(tmp_path, capfd):
+    """As CREMA-D's, of which some begin late: pictures from their second half second on, and other sounds."""
+    for part in ("AudioWAV", "VideoFlash"):
+        (tmp_path / part).mkdir()
+    for actor in range(1001, 1025):
+        for emotion, pitch in (("ANG", 900.0), ("HAP", 300.0)):
+            name = f"{actor}_DFA_{emotion}_XX"
+            made.write_sound(tmp_path / "AudioWAV" / f"{name}.wav", pitch, 1.5)
+            made.write_video(tmp_path / "VideoFlash" / f"{name}.flv", 1.0, pitch=None, late=0.5 * (actor % 2))
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 0
+    small = [f"model.{name}={{widths: [4, 8], depths: [1, 1]}}" for name in ("audio", "visual")]
+    words = [f"data={tmp_path / 'manifest.csv'}", f"runs={tmp_path / 'runs'}", "steps=2", "batch=4", *small]
+    assert main(["train", "audio_visual/demo", *words, "--id", "faces"]) == 0, capfd.readouterr().err
+    table = tmp_path / "found.csv"
+    assert (
+        main(["predict", str(tmp_path / "runs" / "faces"), str(tmp_path / "manifest.csv"), "--output", str(table)]) == 0
+    )
+    with table.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 48 and {row["label"] for row in found} <= {"anger", "happiness"}
+
+
 def write_ur_funny(folder: Path) -> None:
     lines = ["id,text,label,split"]
     for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
@@ -142,6 +165,79 @@ def test_every_objective_trains_and_resumes_exactly(name, tiny, stopped_run):
     assert equal(weights(whole), weights(run))
     result = json.loads((run.folder / "result" / "result.json").read_text())
     assert ("accuracy_joint" in result) == (name != "unimodal") and "accuracy_audio" in result
+
+
+def lacking(clips: Path, folder: Path) -> Path:
+    """The clips of a manifest, in three modalities, of which every second clip lacks one; a video lacks sound."""
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    made.write_video(folder / "mute.mp4", pitch=None)
+    for index, row in enumerate(rows):
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+        if index % 2:
+            row[("audio", "frames", "text")[index // 2 % 3]] = ""
+    rows[0] |= {"audio": "", "frames": "", "video": "mute.mp4"}
+    return made.write_manifest(folder / "manifest.csv", rows)
+
+
+MASKED = ["data.modalities=[audio, visual, text]", "model.text={width: 8, layers: 1, heads: 2}"]
+
+
+@pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
+def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name, tiny, clips, tmp_path, capfd):
+    words = [*tiny, f"data={lacking(clips, tmp_path)}", *MASKED, "data.missing=mask", f"objective={name}", "batch=3"]
+    options = OPTIONS.get(name, "{}")
+    if not registry.load("objectives", name).takes_missing:
+        words.append("data.modalities=[audio, visual]")
+        assert main(["train", NAME, *words]) == 2
+        said = capfd.readouterr().err
+        assert f"objective.name: {name} compares what modalities say of the same clip" in said
+        return
+    run, outcome = train(*words, f"objective.options={options}")
+    assert outcome.state == "done"
+    found = json.loads((run.folder / "result" / "result.json").read_text())
+    for kind, least, most in (("audio", 4, 6), ("visual", 4, 6), ("text", 4, 6)):
+        with (run.folder / "result" / f"confusion-{kind}.csv").open() as file:
+            counts = sum(int(cell) for row in list(csv.reader(file))[1:] for cell in row[1:])
+        assert least <= counts < most or counts == 5, "only clips that have it"
+        assert 0 <= found[f"accuracy_{kind}"] <= 1
+
+
+def test_what_a_clip_lacks_changes_nothing(tiny, clips, tmp_path):
+    """Neither the encoder that it is not given to, nor the gradient of its head."""
+    path = lacking(clips, tmp_path)
+    settings = config.load(NAME, [*tiny, f"data={path}", *MASKED, "data.missing=mask"])
+    prepared = prepare(settings)
+    assert prepared.problems == [] and prepared.store.given[2] == {"visual", "text"}, "a video without sound"
+    work = AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepared)
+    batch = work.batches["train"].get([0, 1, 2, 3])
+    there = present(batch, work.model.modalities, "audio")
+    assert there.tolist() == [False, False, True, True]
+    work.model.eval()
+    features = work.model.features(batch)["audio"]
+    assert not features[:2].any() and features[2:].any()
+    other = dict(batch, audio=torch.where(there.view(-1, 1, 1, 1), batch["audio"], 7.0))
+    assert torch.equal(work.model.features(other)["audio"], features)
+    work.model.train()
+    lone = {name: part[:3] for name, part in batch.items()}
+    assert work.model.features(lone)["audio"].isfinite().all(), "one clip that has it"
+    none = {name: part[:2] for name, part in batch.items()}
+    work.model.zero_grad()
+    made_of = work.model.features(none)["audio"]
+    assert not made_of.any()
+
+
+def test_a_modality_that_no_test_clip_has_is_a_problem(tiny, clips, tmp_path, capfd):
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+        row["text"] = "" if row["split"] == "test" else row["text"]
+    path = made.write_manifest(tmp_path / "m.csv", rows)
+    assert main(["train", NAME, *tiny, f"data={path}", *MASKED, "data.missing=mask"]) == 2
+    assert "no clip of the split test has the modality text" in capfd.readouterr().err
+    assert main(["train", NAME, *tiny, f"data={path}", *MASKED]) == 2
+    assert "has nothing in text or text_file for the modality text" in capfd.readouterr().err
 
 
 def with_empty_text(clips: Path, folder: Path) -> Path:
