@@ -196,10 +196,10 @@ def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name
     run, outcome = train(*words, f"objective.options={options}")
     assert outcome.state == "done"
     found = json.loads((run.folder / "result" / "result.json").read_text())
-    for kind, least, most in (("audio", 4, 6), ("visual", 4, 6), ("text", 4, 6)):
+    for kind in ("audio", "visual", "text"):
         with (run.folder / "result" / f"confusion-{kind}.csv").open() as file:
             counts = sum(int(cell) for row in list(csv.reader(file))[1:] for cell in row[1:])
-        assert least <= counts < most or counts == 5, "only clips that have it"
+        assert counts == 5, "the sixth test clip does not have it"
         assert 0 <= found[f"accuracy_{kind}"] <= 1
 
 
