@@ -217,11 +217,18 @@ def _findings(got: Got, kinds: Sequence[str], starved: str) -> list[str]:
         here = [a - b for a, b in zip(got(one, key), got(other, key), strict=True)]
         claim = f"{one} over {other}, {kind}"
         if one in paper and other in paper:
-            column = ["joint", *kinds].index(kind)
+            # of one modality the paper's figure is of the one that starves there
+            column = 0 if kind == "joint" else 1 + _starved(paper, len(kinds))
             lines.append(finding(claim, paper[one][column] - paper[other][column], here, "+.1f"))
         else:
             lines.append(f"- {claim}: {spread(here, '+.1f')}.")
     return lines
+
+
+def _starved(paper: Mapping[str, tuple], count: int) -> int:
+    """The index of the modality that is furthest below what it learns alone under MML, in the paper."""
+    alone, beside = (paper[name][1 : 1 + count] for name in ("unimodal", "MML"))
+    return max(range(count), key=lambda index: alone[index] - beside[index])
 
 
 def _ablation(found: Mapping[tuple[float, float], float]) -> list[str]:

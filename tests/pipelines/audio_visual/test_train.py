@@ -140,7 +140,8 @@ def test_what_prepare_says_to_do_next_trains_on_videos_with_text(name, write, mo
     assert main(["prepare", name, str(folder)]) == 0
     command = shlex.split(capfd.readouterr().out.split("next: equipoise ")[1])
     small = [f"model.{kind}={{widths: [4, 8], depths: [1, 1]}}" for kind in modalities if kind != "text"]
-    small += ["model.text={width: 8, layers: 1, heads: 2}", "steps=2", "batch=4", f"runs={tmp_path / 'runs'}"]
+    small += ["model.text={width: 8, layers: 1, heads: 2}", "steps=2", "epochs=", "batch=4"]
+    small.append(f"runs={tmp_path / 'runs'}")
     assert main([*command, *small, "--id", "said"]) == 0, capfd.readouterr().err
     result = json.loads((tmp_path / "runs" / "said" / "result" / "result.json").read_text())
     assert sorted(key[9:] for key in result if key.startswith("accuracy_")) == sorted(["joint", *modalities])

@@ -68,6 +68,13 @@ def test_the_test_losss_contours_are_drawn_too():
     assert (rows > 100).sum() == 2 * mimo.LEVELS and yellow.sum(0).max() < 50, "and of one test loss, dashed"
 
 
+def test_the_papers_starved_modality_is_compared_with_the_one_here():
+    figures = {"MIMO": 90.0, "MML": 40.0}
+    lines = mimo._findings(lambda name, key: [figures[name]] if name in figures else [], mimo.KINDS[:2], "audio")
+    assert "- MIMO over MML, audio: paper +37.1, here +50.0. Same direction." in lines, "visual, there"
+    assert [mimo._starved(paper, len(kinds)) for kinds, (_, paper) in mimo.PAPER.items()] == [1, 0]
+
+
 def test_what_the_seeds_cannot_tell_from_the_first_is_told_by_intervals():
     joint = {"MIMO": [98.0, 99.0], "MML": [96.0, 97.5], "unimodal": [None, None]}
     lines = mimo._ranking(lambda name, key: joint[name], joint)
