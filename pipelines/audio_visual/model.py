@@ -52,6 +52,7 @@ class LateFusion(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
         self.register_buffer("sound", torch.tensor([0.0, 1.0]))  # mean and deviation of the training spectrograms
         self.sound: Tensor
+        self.classes: list[str] = []  # in the order of the logits, of a model that `load` gives
 
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:  # modality → (batch, width)
         """Those of a modality that a clip lacks are zero: see `present`."""
@@ -73,6 +74,19 @@ class LateFusion(nn.Module):
                 found = found.new_zeros(len(there), found.shape[1]).index_put((there.nonzero()[:, 0],), found[:count])
             made[name] = found
         return made
+
+    def predict(self, files: Sequence[str | Path]) -> list[dict[str, Any]]:
+        """What the model says of clips: for each `clip`, its `label` and `probability`, and each modality's own.
+
+        Args:
+            files: One manifest, or videos, sounds, pictures and folders of them. Of a model that `load` gives.
+
+        Raises:
+            InputError: All that is wrong with them, a line each.
+        """
+        from equipoise.pipelines.audio_visual.predict import Result
+
+        return Result((self, self.classes)).predict(files).rows
 
     def described(self) -> dict[str, dict[str, Any]]:
         """The settings of encoders that come pretrained, by modality; a result then needs no folder they came from."""
@@ -309,10 +323,14 @@ class Text(nn.Module):
 def load(folder: str | Path) -> tuple[LateFusion, list[str]]:
     """A run's result: the model in evaluation mode, and its classes in the order of the logits.
 
+    Args:
+        folder: A run's result/, what `equipoise export` makes of it, or the file with its weights.
+
     Raises:
         InputError: The folder holds no result of this pipeline.
     """
     folder = Path(folder)
+    folder = folder.parent if folder.name in (WEIGHTS, DESCRIPTION) else folder
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         config = AudioVisualConfig.model_validate(described["config"])
@@ -324,4 +342,5 @@ def load(folder: str | Path) -> tuple[LateFusion, list[str]]:
         raise InputError(
             f"{folder}: holds no model of this pipeline ({' '.join(str(error).split())[:200]})."
         ) from error
-    return model.eval(), described["classes"]
+    model.classes = described["classes"]
+    return model.eval(), model.classes

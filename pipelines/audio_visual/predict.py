@@ -14,7 +14,7 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import Clip, Manifest, read_manifest
 from equipoise.pipelines.audio_visual.features import PRESENT, Batches, FeatureStore
-from equipoise.pipelines.audio_visual.model import WEIGHTS, load
+from equipoise.pipelines.audio_visual.model import WEIGHTS, LateFusion, load
 from equipoise.pipelines.audio_visual.prepared import extract_all, feature_store
 from equipoise.pipelines.media import pictures, sounds
 from equipoise.pipelines.pipeline import Predictions, refuse
@@ -51,14 +51,14 @@ class Result:
     """A run's result, which classifies clips from their files.
 
     Args:
-        folder: The run's result/.
+        source: The run's result/, or what `load` has made of one.
 
     Raises:
         InputError: It holds no model of this pipeline.
     """
 
-    def __init__(self, folder: str | Path):
-        model, self.classes = load(folder)
+    def __init__(self, source: str | Path | tuple[LateFusion, list[str]]):
+        model, self.classes = source if isinstance(source, tuple) else load(source)
         self.config = model.config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
