@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from equipoise.balancing.objective import Losses
+from equipoise.balancing.objective import Losses, Reached
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
@@ -40,6 +40,7 @@ from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, 
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
+_SEEN = 1000  # training clips whose loss is looked at, at most
 _LOOKS, _WAIT = 10, 2  # validations of modalities that train alone; those in a row without a better loss that end it
 
 
@@ -64,7 +65,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         "objective": config.objective.name,
         "chance": work.chance,
         "seconds": time.perf_counter() - started,
-        **{f"f_star_{name}": loss for name, loss in work.alone.items()},
+        **{f"alone_{name}": loss for name, loss in work.alone.items()},
         **work.figures(found),
         **(work.probe() if processes.leads() else {}),
     }
@@ -192,32 +193,52 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         self.loading = 0.0
         if self.objective.needs_alone:
             self.objective.take_alone(self._alone())
+        if self.objective.wants_features():
+            every = {split: torch.arange(len(self.labels[split])) for split in ("train", "val")}
+            given = [(self._encoded(split, clips), self.labels[split]) for split, clips in every.items()]
+            self.run.log(self.objective.take_features(*given[0], *given[1]))
         return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
 
-    def _alone(self) -> dict[str, float]:
-        """The least validation loss that each modality reaches by itself: in as many steps as the run has at most, and
-        until none gets better by 1 % in two of ten validations."""
-        steps, best, waited = self.config.train.steps, dict.fromkeys(self.model.modalities, math.inf), 0
-        train = self.config.train.model_copy(
-            update={"validate_every": math.ceil(steps / _LOOKS), "patience": 0, "keep": "last"}
-        )
-        changed = {"objective": ObjectiveSection(name="unimodal"), "train": train}
+    def _alone(self) -> dict[str, Reached]:
+        """What each modality reaches by itself in as many steps as the run has at most, and until none gets better by
+        1 % in two of ten validations; and the joint loss, in as many steps, if the objective asks for it."""
+        found = self._trained_alone("unimodal", self.model.modalities)
+        if self.objective.alone_joint:
+            found |= self._trained_alone("joint", [JOINT])
+        self.alone = {name: reached.validation_best for name, reached in found.items()}
+        self.run.log(f"alone: {', '.join(f'{name} {loss:.4g}' for name, loss in self.alone.items())}")
+        return found
+
+    def _trained_alone(self, objective: str, names: Sequence[str]) -> dict[str, Reached]:
+        steps, waited = self.config.train.steps, 0
+        every = math.ceil(steps / _LOOKS)
+        train = self.config.train.model_copy(update={"validate_every": every, "patience": 0, "keep": "last"})
+        changed = {"objective": ObjectiveSection(name=objective), "train": train}
         work = AudioVisualWork(self.config.model_copy(update=changed), self.run, self.accelerator, self.prepared)
+        first, best = work._both_losses(names), dict.fromkeys(names, math.inf)
         shown = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": None if processes.leads() else True}
-        for step in tqdm(range(steps), "each modality alone", **shown):
+        for step in tqdm(range(steps), f"{' and '.join(names)} alone", **shown):
             if "stop" in processes.requests(self.run):
                 raise StoppedError(f"stopped on request at step {step} of {steps} in which modalities train alone")
             found = work.step(step)
             if not (work.validation and work.validation.due(step + 1)):
                 continue
-            now = processes.first({name: found.get(f"val_loss_{name}", math.inf) for name in best})
+            now = processes.first({name: found.get(f"val_loss_{name}", math.inf) for name in names})
             waited = 0 if any(now[name] < 0.99 * loss for name, loss in best.items()) else waited + 1
             best = {name: min(loss, now[name]) for name, loss in best.items()}
-            if waited == _WAIT:
+            if waited == _WAIT and not self.objective.alone_joint:
                 break
-        self.alone = best
-        self.run.log(f"each alone, after {step + 1} steps: {', '.join(f'{n} {loss:.4g}' for n, loss in best.items())}")
-        return best
+        last = work._both_losses(names)
+        return {name: Reached(*first[name], *last[name], best[name]) for name in names}
+
+    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Training and validation loss by prediction; of many training clips, some by chance."""
+        chosen = torch.randperm(len(self.labels["train"]), generator=torch.Generator().manual_seed(0))[:_SEEN]
+        train, validation = self.predict("train", chosen), self.predict("val")
+        pairs = processes.first(
+            {f"{part} {name}": found[name].loss for part, found in (("t", train), ("v", validation)) for name in names}
+        )
+        return {name: (pairs[f"t {name}"], pairs[f"v {name}"]) for name in names}
 
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
@@ -235,13 +256,15 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         batch = self._moved(batch)
         with self.accelerator.autocast():
             features = self.model.features(batch)
-            joint = self.model.fusion(features)
             live = self.objective.uses_unimodal
             unimodal = {n: self.model.heads[n](f if live else f.detach()) for n, f in features.items()}
         responses = None
         if self.objective.uses_responses:
             with torch.no_grad(), self.accelerator.autocast():
                 responses = self.model.responses(features, unimodal)
+        with self.accelerator.autocast():
+            changed = self.objective.changes_features
+            joint = self.model.fusion(self.objective.fuse(features, responses or {}, labels) if changed else features)
         weigh = self.weights_of_classes
 
         def loss(logits: Tensor, there: Tensor | None = None) -> Tensor:

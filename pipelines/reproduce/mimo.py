@@ -39,7 +39,11 @@ OBJECTIVES = {  # row: objective
     "MGDA": "mgda",
     "MMPareto": "mmpareto",
     "MIMO": "mimo",
+    "OPM": "opm",
+    "Re-learning": "relearning",
+    "G-Blending": "gradient_blending",
 }
+OPTIONS = {"relearning": {"every": 1.0}}  # after each epoch, for here there are few
 CREMA_D = {  # Table 1: joint, audio, visual in %, subroutine seconds
     "unimodal": (None, 59.31, 61.04, 0.028),
     "MML": (60.26, 58.02, 22.69, 0.038),
@@ -90,7 +94,7 @@ def methods(kinds: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
             for kind in reversed(kinds):
                 found[f"{row}, {kind}"] = name, {"factors": {k: 3.0 if k == kind else 0.3 for k in kinds}}
         elif len(kinds) <= registry.load("objectives", name).modalities[1]:
-            found[row] = name, {}
+            found[row] = name, OPTIONS.get(name, {})
     return found
 
 

@@ -94,8 +94,11 @@ class MIMO(Objective):
         if unknown := [name for name in self.f_star if name not in encoders]:
             raise InputError(f"f_star: {', '.join(unknown)} is no modality here; there are {', '.join(encoders)}.")
 
-    def take_alone(self, losses) -> None:
-        self.f_star, self.needs_alone = dict(losses), False
+    def take_alone(self, reached) -> None:
+        self._hold({name: found.validation_best for name, found in reached.items()})
+
+    def _hold(self, best: Mapping[str, float]) -> None:
+        self.f_star, self.needs_alone = dict(best), False
 
     def after_validation(self, losses) -> str:
         total = sum((float(share) for share in self._held.values()), 0.0)
@@ -124,7 +127,7 @@ class MIMO(Objective):
         self._held = {name: torch.tensor(share) for name, share in state["held"].items()}
         self._best, self._idle = dict(state["best"]), dict(state["idle"])
         if self.needs_alone:
-            self.take_alone(state["f_star"])
+            self._hold(state["f_star"])
 
     def combine(self, losses: Losses) -> Tensor:
         """f̂_mm of eq. 13."""

@@ -20,6 +20,16 @@ class Losses(NamedTuple):
     responses: Mapping[str, Tensor] | None = None  # modality → (batch, classes): see Objective.uses_responses
 
 
+class Reached(NamedTuple):
+    """What a loss came to in a training for itself alone."""
+
+    train_first: float  # before it
+    validation_first: float
+    train_last: float  # after it
+    validation_last: float
+    validation_best: float
+
+
 class Backward(Protocol):
     """What differentiates a scalar: `Tensor.backward`, or a training loop's own around `accelerator.backward`."""
 
@@ -47,6 +57,7 @@ class Objective:
     # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
     # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
+    changes_features: ClassVar[bool] = False  # whether `fuse` is to be called
     # Whether an example may lack a modality. Not where modalities are compared example by example.
     takes_missing: ClassVar[bool] = True
     trains_joint: ClassVar[bool] = True  # whether the joint prediction is worth looking at
@@ -54,8 +65,10 @@ class Objective:
 
     encoders: Mapping[str, Sequence[Tensor]] = {}  # modality → its encoder's trainable parameters; set by `bind`
     steps_per_epoch: float = 0.0  # set by a training loop that has epochs, before its first step
-    # Whether `take_alone` is to be called before the first step of a training, where there is a loop that can.
+    # Whether `take_alone` is to be called before the first step of a training, where there is a loop that can; and
+    # whether it needs the joint loss's too, and trainings of the same length.
     needs_alone: bool = False
+    alone_joint: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,8 +126,32 @@ class Objective:
         """Factors on the learning rates of some components, modalities among them; 1 where none is given."""
         return {}
 
-    def take_alone(self, losses: Mapping[str, float]) -> None:
-        """Takes the validation loss that each modality reaches when it is trained by itself, if `needs_alone`."""
+    def take_alone(self, reached: Mapping[str, Reached]) -> None:
+        """Takes what each modality reaches when it is trained by itself, if `needs_alone`; and the joint loss, by the
+        name of joint, if `alone_joint`."""
+
+    def fuse(
+        self,
+        features: Mapping[str, Tensor],  # modality → (batch, width), with their graph
+        responses: Mapping[str, Tensor],  # as `Losses.responses`
+        labels: Tensor,  # (batch,)
+    ) -> Mapping[str, Tensor]:
+        """What the joint head is given in place of the features, if `changes_features`."""
+        return features
+
+    def wants_features(self) -> bool:
+        """Whether `take_features` is to be called before the next step."""
+        return False
+
+    def take_features(
+        self,
+        train: Mapping[str, Tensor],  # modality → (examples, width)
+        train_labels: Tensor,
+        validation: Mapping[str, Tensor],
+        validation_labels: Tensor,
+    ) -> str:
+        """Takes the encoders' features of the training and the validation examples; returns a sentence for the log."""
+        return ""
 
     def after_validation(self, losses: Mapping[str, float]) -> str:
         """Takes each modality's validation loss; returns a sentence for the log if something follows from it."""

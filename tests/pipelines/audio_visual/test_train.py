@@ -36,7 +36,7 @@ made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 NAME = "audio_visual/demo"
-OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}"}
+OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}", "relearning": "{every: 0.5}", "opm": "{starts: 1}"}
 
 
 def train(*overrides):
@@ -261,7 +261,7 @@ def test_f_star_auto_keeps_lambda_from_a_modality_that_says_nothing(tiny, clips,
         share[name] = sum(record["weight_text"] for record in run.metrics()[20:]) / 20 / 10
         assert ("text holds" in capfd.readouterr().err) == noted[name]
     result = json.loads((run.folder / "result" / "result.json").read_text())
-    assert 0.6 < result["f_star_text"] < 0.8 and result["f_star_audio"] < result["f_star_text"], "log 2 is a guess"
+    assert 0.6 < result["alone_text"] < 0.8 and result["alone_audio"] < result["alone_text"], "log 2 is a guess"
     assert noted == {"zero": True, "auto": False} and share["zero"] > 0.9 > share["auto"]
 
 
@@ -272,6 +272,27 @@ def test_a_run_with_an_automatic_f_star_stops_and_resumes_exactly(tiny, stopped_
     run = stopped_run(AudioVisual, settings, at=3)
     assert execute(AudioVisual, settings, run).state == "done"
     assert equal(weights(whole), weights(run)) and not equal(weights(whole), weights(train(*tiny)[0]))
+
+
+def test_relearning_moves_the_encoders_back_and_says_by_how_much(tiny):
+    run, _ = train(*tiny, "steps=10", "objective=relearning", "objective.options={every: 1, times: 2}")
+    log = (run.folder / "log.txt").read_text()
+    assert log.count("moved back towards the start: audio by ") == 2
+    moved = [record["step"] for record in run.metrics() if "moved_audio" in record]
+    assert moved == [4, 7], "before the steps after three and after six, of epochs of 12 clips by 4"
+
+
+def test_gradient_blending_estimates_its_weights_before_the_run(tiny):
+    run, outcome = train(*tiny, "steps=10", "objective=gradient_blending")
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert outcome.state == "done" and {"alone_audio", "alone_visual", "alone_joint"} <= result.keys()
+    assert "alone: audio " in (run.folder / "log.txt").read_text()
+
+
+def test_opm_changes_what_the_joint_head_is_given(tiny):
+    plain, dropped = (weights(train(*tiny, f"objective={name}")[0]) for name in ("joint", "opm"))
+    never = weights(train(*tiny, "objective=opm", "objective.options={execute: 0}")[0])
+    assert equal(plain, never) and not equal(plain, dropped)
 
 
 def test_unimodal_keeps_the_weights_of_one_validation(tiny):

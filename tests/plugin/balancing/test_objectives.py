@@ -21,13 +21,16 @@ from equipoise.balancing.min_norm import min_norm
 from equipoise.balancing.mmpareto import MMPareto
 from equipoise.balancing.mses import MSES
 from equipoise.balancing.mslr import MSLR
-from equipoise.balancing.objective import Losses, Objective, differentiate
+from equipoise.balancing.objective import Losses, Objective, Reached, differentiate
 from equipoise.balancing.ogm_ge import OGMGE
 from equipoise.balancing.unimodal import Unimodal
 from equipoise.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "mimo.json").read_text())
-OPTIONS = {"mslr": {"factors": {"m0": 0.5}}}  # objectives that need some
+OPTIONS = {  # objectives that need some
+    "mslr": {"factors": {"m0": 0.5}},
+    "gradient_blending": {"weights": {"joint": 0.5, "m0": 0.3, "m1": 0.2}},
+}
 
 
 class Net(nn.Module):
@@ -92,6 +95,7 @@ def test_every_objective_gives_each_parameter_a_finite_gradient_and_sums_over_fo
         torch.manual_seed(1)
         objective = registry.load("objectives", name)(**OPTIONS.get(name, {}))
         objective.bind(net.own())
+        objective.steps_per_epoch = 10.0
         net.zero_grad()
         for _ in range(passes):
             logged = objective.backward(net(batch, labels, objective.uses_unimodal))
@@ -107,6 +111,7 @@ def test_every_objective_gives_each_parameter_a_finite_gradient_and_sums_over_fo
 def test_all_objectives_are_covered():
     names = {e.name for e in registry.entries("objectives") if e.distribution == "equipoise"}
     assert names >= {"joint", "equal_weight", "mimo", "mses", "mslr", "ogm_ge", "agm", "mgda", "mmpareto", "unimodal"}
+    assert names >= {"opm", "relearning", "gradient_blending"}
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -513,7 +518,7 @@ def test_mimos_automatic_f_star_is_what_each_modality_reaches_alone():
     assert objective.needs_alone and not MIMO(f_star={"a": 1}).needs_alone
     with pytest.raises(InputError, match="f_star: auto needs a training that first trains each modality by itself"):
         objective.combine(losses)
-    objective.take_alone({"a": 0.69, "b": 0.1})
+    objective.take_alone({name: Reached(1, 1, 0, 1, best) for name, best in (("a", 0.69), ("b", 0.1))})
     logged = objective.backward(Losses(losses.joint.requires_grad_(), losses.unimodal))
     assert float(logged["weight_b"]) == pytest.approx(1), "b is further behind what it can reach"
     again = MIMO(lam=1.0, mu=1e-3, f_star="auto")
