@@ -8,7 +8,6 @@ MOST = 60  # lines, from `def` to the last one
 # (file, function): to be split, and then to be taken out here.
 KNOWN = {
     ("pipelines/demo/train_base.py", "main"),
-    ("pipelines/reproduce/mimo.py", "reproduce"),
     ("pipelines/text_to_image/formats/lora_files.py", "read_lora"),
     ("plugin/hosts/coordination.py", "coordinated"),
 }

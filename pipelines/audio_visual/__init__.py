@@ -1,6 +1,7 @@
 """Audio-visual classification in balance: manifest → features → late fusion → accuracy, joint and per modality."""
 
 import os
+from pathlib import Path
 
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.comparing.comparison import Comparison
@@ -20,6 +21,8 @@ class AudioVisual(Pipeline):
     Config = AudioVisualConfig
     loading = "from equipoise.pipelines.audio_visual.model import load; model, classes = load({folder!r})"
     asks = ("features",)
+    formats = ("weights", "onnx")
+    exports_folders = True
 
     @classmethod
     def check(cls, config: AudioVisualConfig) -> list[str]:
@@ -58,6 +61,13 @@ class AudioVisual(Pipeline):
             from equipoise.pipelines.audio_visual.compare import compare
 
         return compare(name, folder, runs, configs)
+
+    @classmethod
+    def export(cls, result: Path, format: str, output: Path) -> None:
+        with no_garbage_collection():
+            from equipoise.pipelines.audio_visual.export import export
+
+        export(result, format, output)
 
     @classmethod
     def predict(cls, run, config, sources, asked) -> Predictions:

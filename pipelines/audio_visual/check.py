@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
@@ -24,12 +25,27 @@ def problems(config: AudioVisualConfig) -> list[str]:
     if config.data.manifest != demo.NAME:
         found += _data_problems(config, tokenized="text" not in missing)
     found += one_sided(config)
+    found += _unmasked(config)
     if config.train.precision == "fp16":
         import torch
 
         if not torch.cuda.is_available():
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
     return found
+
+
+def _unmasked(config: AudioVisualConfig) -> list[str]:
+    """Objectives that clips which lack a modality are not for."""
+    chosen = [
+        ("objective.name", config.objective.name),
+        *(("train.baselines", name) for name in config.train.baselines),
+    ]
+    return [
+        f"{key}: {name} compares what modalities say of the same clip, and with data.missing=mask a clip may lack one. "
+        "Use another, such as mimo, or data.missing=refuse."
+        for key, name in chosen
+        if config.data.missing == "mask" and not getattr(registry.load("objectives", name), "takes_missing", True)
+    ]
 
 
 def _data_problems(config: AudioVisualConfig, tokenized: bool) -> list[str]:

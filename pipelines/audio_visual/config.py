@@ -26,7 +26,7 @@ Modality = Literal["audio", "visual", "text"]
 class AudioSection(Section):
     sample_rate: int = Field(16000, ge=1000, description="The rate, in Hz, that sound is resampled to.")
     seconds: float = Field(
-        3.0, gt=0, le=600, description="The length of a clip; longer sound is cut, shorter sound repeated."
+        3.0, gt=0, le=600, description="The length of a clip; longer sound is cut (data.stretch), shorter repeated."
     )
     scale: Literal["log_mel", "log_stft"] = Field(
         "log_mel",
@@ -50,7 +50,9 @@ class TextSection(Section):
 
 class AudioVisualData(Section):
     manifest: DataPath = Field(
-        "demo", description="A CSV with the columns clip, audio, frames, video, text, label, split; `demo` draws a set."
+        "demo",
+        description="A CSV with the columns clip, audio, frames, video, text, text_file, start, end, label, split; "
+        "`demo` draws a set.",
     )
     modalities: list[Modality] = Field(
         ["audio", "visual"], min_length=1, description="The modalities that the model is given."
@@ -60,6 +62,16 @@ class AudioVisualData(Section):
     text: TextSection = Field(default_factory=TextSection)
     validation: float = Field(
         0.1, gt=0, lt=1, description="The share of the training clips to validate on where no split is called val."
+    )
+    stretch: Literal["start", "middle", "random"] = Field(
+        "start",
+        description="What of a clip that is longer than audio.seconds; start: sound's beginning, and frames of all of "
+        "it; middle: both from its middle; random: both from one of five stretches while training, else the middle.",
+    )
+    missing: Literal["refuse", "mask"] = Field(
+        "refuse",
+        description="A clip that lacks a modality; refuse: it cannot be used; mask: it is trained and scored on what "
+        "is there.",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="How classes weigh in the loss; balanced: rare ones weigh more."

@@ -1,16 +1,18 @@
 """The manifest: one CSV line per clip, with where its sound, pictures and text are, its label and its split.
 
 Columns: `label` and `split` (train, val or test); `audio` (a sound file), `frames` (a folder of pictures, or one
-picture), `video` (a file that gives what the other two do not), `text`, each as far as the modalities want it; and
-`clip`, a name. Paths start in the manifest's folder.
+picture), `video` (a file that gives what the other two do not), `text` or `text_file` (a file that holds it), each as
+far as the modalities want it; `start` and `end`, the seconds of the files that the clip is; and `clip`, a name. Paths
+start in the manifest's folder.
 """
 
 import csv
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,9 +20,13 @@ from pathlib import Path
 from equipoise.pipelines.audio_visual.config import AudioVisualData
 from equipoise.pipelines.files import first_line
 
-COLUMNS = ("clip", "audio", "frames", "video", "text", "label", "split")
+COLUMNS = ("clip", "audio", "frames", "video", "text", "text_file", "start", "end", "label", "split")
 SPLITS = ("train", "val", "test")
-NEEDED = {"audio": ("audio", "video"), "visual": ("frames", "video"), "text": ("text",)}  # modality → any of these
+NEEDED = {  # modality → any of these
+    "audio": ("audio", "video"),
+    "visual": ("frames", "video"),
+    "text": ("text", "text_file"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Clip:
     frames: Path | None
     video: Path | None
     text: str | None
+    start: float | None = None  # seconds of the files, where the clip is not all of them
+    end: float | None = None
 
 
 @dataclass
@@ -140,29 +148,68 @@ def _read_row(
         return folder / row[column] if row.get(column) else None
 
     audio, frames, video = file("audio"), file("frames"), file("video")
-    name = row.get("clip") or next((str(row[c]) for c in ("video", "audio", "frames") if row.get(c)), f"line {line}")
-    clip = Clip(line, name, row.get("label", ""), row.get("split", ""), audio, frames, video, row.get("text") or None)
     problems = []
+    text, (start, end) = _text(folder, row, data, problems), _times(row, problems)
+    name = row.get("clip") or next((str(row[c]) for c in ("video", "audio", "frames") if row.get(c)), f"line {line}")
+    clip = Clip(line, name, row.get("label", ""), row.get("split", ""), audio, frames, video, text, start, end)
     if raw.get(""):
         problems.append("has more cells than there are columns.")
     if "label" in needed and row.get("label") == "":
         problems.append("has no label.")
     if "split" in needed and "split" in row and clip.split not in SPLITS:
         problems.append(f"the split must be train, val or test, got {clip.split or 'nothing'}.")
+    if data.missing == "mask" and not any(row.get(column) for name in data.modalities for column in NEEDED[name]):
+        problems.append(f"has nothing for any of the modalities {', '.join(data.modalities)}.")
     for modality in data.modalities:
         given = [column for column in NEEDED[modality] if row.get(column)]
-        if not given and set(NEEDED[modality]) & row.keys():
+        if not given and set(NEEDED[modality]) & row.keys() and data.missing == "refuse":
             problems.append(f"has nothing in {' or '.join(NEEDED[modality])} for the modality {modality}.")
-        elif given and modality != "text" and not os.path.exists(folder / row[given[0]]):
+        elif given and given[0] != "text" and not os.path.exists(folder / row[given[0]]):
             problems.append(f"{row[given[0]]} does not exist.")
     return clip, problems
 
 
-def settle(manifest: Manifest, skip_bad: bool) -> None:
+def _text(folder: Path, row: dict[str, str], data: AudioVisualData, problems: list[str]) -> str | None:
+    """The clip's text, from its cell or its file."""
+    if row.get("text") or not row.get("text_file") or "text" not in data.modalities:
+        return row.get("text") or None
+    file = folder / row["text_file"]
+    try:
+        if text := file.read_text(encoding="utf-8-sig").strip():
+            return text
+        if data.missing == "refuse":
+            problems.append(f"{row['text_file']} holds no text.")
+    except FileNotFoundError:
+        return None  # said with the files of the other modalities
+    except UnicodeDecodeError:
+        problems.append(f"{row['text_file']} is not text in UTF-8.")
+    except OSError as error:
+        problems.append(f"{row['text_file']} cannot be read: {error.strerror or error}.")
+    return None
+
+
+def _times(row: dict[str, str], problems: list[str]) -> tuple[float | None, float | None]:
+    """Where the clip begins and ends in its files."""
+    found: dict[str, float | None] = {}
+    for column in ("start", "end"):
+        try:
+            found[column] = float(row[column]) if row.get(column) else None
+            if not 0 <= (found[column] or 0) < math.inf:
+                raise ValueError
+        except ValueError:
+            found[column] = None
+            problems.append(f"{column} must be seconds from 0 on, got {row[column]}.")
+    if found["end"] is not None and found["end"] <= (found["start"] or 0):
+        problems.append(f"its end, {found['end']:g} s, is not after its start, {found['start'] or 0:g} s.")
+    return found["start"], found["end"]
+
+
+def settle(manifest: Manifest, skip_bad: bool, given: Mapping[int, frozenset[str]] | None = None) -> None:
     """What only the clips together can be wrong about, once those that cannot be used are known.
 
     Args:
         skip_bad: whether training goes on without those, so that what they have in common may be missing.
+        given: line → the modalities of its clip, where clips may lack some.
     """
     if not {"label", "split"} <= manifest.columns:
         return
@@ -183,6 +230,10 @@ def settle(manifest: Manifest, skip_bad: bool) -> None:
     for split in ("train", "test"):
         if not any(clip.split == split for clip in counted):
             manifest.problems.append(f"{manifest.path}: there is no usable clip in the split {split}.")
+    for modality in sorted(frozenset().union(*(given or {}).values())):
+        for split in ("train", "test"):
+            if not any(modality in (given or {}).get(clip.line, ()) for clip in manifest.split(split)):
+                manifest.problems.append(f"{manifest.path}: no clip of the split {split} has the modality {modality}.")
     if len(train) == 1:
         manifest.problems.append(
             f"{manifest.path}: there is one class only, {', '.join(train)}; nothing can be told apart."

@@ -2,7 +2,8 @@
 
 Sound is mixed to mono, resampled (soxr), repeated or cut to the clip's length, and becomes the logarithm of its
 Hann-windowed spectrum, in mel bands (HTK's scale, 0 Hz to half the sample rate, triangles of height 1) or as it is.
-Frames come from the middles of equal stretches, scaled and cut to a square.
+Frames come from the middles of equal stretches, scaled and cut to a square. Of a clip that is longer than it is to be,
+`data.stretch` says which part; where that is drawn anew in each step, the features of five parts are kept.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -29,16 +31,22 @@ from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.files import disk_full, explained
 from equipoise.pipelines.media import pictures, sounds, videos
 from equipoise.pipelines.media.reading import VERSION as READERS
-from equipoise.pipelines.media.reading import MediaError, brief
+from equipoise.pipelines.media.reading import AbsentError, MediaError, brief
 from equipoise.pipelines.progress import progress
 
 APART = 0.5  # seconds by which sound and picture of a clip may differ in length, or a tenth where that is more
 MEMORY = 2 << 30  # bytes of features that are kept in memory; the rest is read from disk ahead of its step
+PARTS = 5  # of a long clip, one of which is drawn when it is trained on; odd, for the middle one is looked at else
+PRESENT = "present"  # the key of a batch's (batch, modalities) mask of what its clips have, where some lack something
 _VERSION = 1  # of what these functions make of what the readers give
 
-Features = dict[
-    str, Tensor
-]  # of one clip: audio (1, bins, windows), visual (frames, 3, size, size) uint8, text (length,)
+# Of one clip: audio (1, bins, windows), visual (frames, 3, size, size) uint8, text (length,). In the store sound and
+# frames have one dimension more where a part of them is drawn in each step: (parts, …).
+Features = dict[str, Tensor]
+
+
+class LackingError(InputError):
+    """A file without sound, or without pictures."""
 
 
 def extract(clip: Clip, data: AudioVisualData, tokenizer: Any = None) -> Features:
@@ -59,16 +67,35 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
     found: Features = {}
     lengths: dict[str, float] = {}
 
+    def parts(made: Tensor, count: int) -> Tensor:
+        """Apart, where one is drawn in each step; else there is one."""
+        made = made.unflatten(0, (count, -1))
+        return made if data.stretch == "random" else made[0]
+
     def add_sound(path: Path) -> None:
+        if path.suffix == ".npy":
+            found["audio"] = parts(read_spectrogram(path, data.audio), 1)
+            return
         samples, rate = read_audio(path)
         lengths["sound"] = len(samples) / rate
-        found["audio"] = spectrogram(samples, rate, data.audio)
+        spans = stretches(lengths["sound"], clip, data)
+        cut = [samples[round(float(begin) * rate) : round(float(end) * rate)] for begin, end in spans]
+        found["audio"] = parts(torch.cat([spectrogram(part, rate, data.audio) for part in cut]), len(spans))
 
     def add_pictures(path: Path) -> None:
+        spans: list[videos.Span] = [(0, 1)]
         if clip.frames:
-            found["visual"] = read_frames(path, data.visual.frames, data.visual.size)
+            if seconds := lengths.get("sound"):
+                spans = [(begin / seconds, end / seconds) for begin, end in stretches(seconds, clip, data)]
+            made = read_frames(path, data.visual.frames, data.visual.size, spans)
         else:
-            found["visual"], lengths["video"] = read_video(path, data.visual.frames, data.visual.size)
+
+            def choose(seconds: Fraction) -> list[videos.Span]:
+                spans[:] = stretches(seconds, clip, data)
+                return spans
+
+            made, lengths["video"] = read_video(path, data.visual.frames, data.visual.size, choose)
+        found["visual"] = parts(made, len(spans))
 
     wrong = []
     for reader, path in _media(clip, data, {"audio": add_sound, "visual": add_pictures}):
@@ -76,23 +103,46 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
             continue
         try:
             reader(path)
+        except LackingError as error:
+            if data.missing == "refuse" or path != clip.video:
+                wrong.append(str(error))
         except InputError as error:
             wrong.append(str(error))
         except OSError as error:
             wrong.append(f"{path.name} cannot be read: {error.strerror or error}.")
         except Exception as error:  # whatever a damaged file makes of its decoder
             wrong.append(f"{path.name} cannot be read ({brief(error)}).")
-    if "text" in data.modalities:
+    if "text" in data.modalities and (clip.text or data.missing == "refuse"):
         found["text"] = tokens(clip.text or "", data.text.length, tokenizer)
     if len(lengths) == 2 and abs(lengths["sound"] - lengths["video"]) > max(APART, 0.1 * max(lengths.values())):
         wrong.append(f"the sound lasts {lengths['sound']:.1f} s and the video {lengths['video']:.1f} s.")
+    if not found and not wrong:
+        wrong.append(f"{clip.name} has none of the modalities {', '.join(data.modalities)}.")
     return found, list(dict.fromkeys(wrong))
+
+
+def stretches(length: float | Fraction, clip: Clip, data: AudioVisualData) -> list[videos.Span]:
+    """From where to where a clip goes, in seconds of a file that lasts `length`; several where one of them is drawn.
+
+    Raises:
+        InputError: The file ends before the clip begins.
+    """
+    begin, end = min(clip.start or 0, length), min(length if clip.end is None else clip.end, length)
+    if length and begin >= end:
+        raise InputError(f"its start is at {clip.start:g} s, and the file lasts {float(length):.1f} s.")
+    spare = end - begin - data.audio.seconds
+    if data.stretch == "start" or spare <= 0:
+        return [(begin, end)]
+    shares = [Fraction(1, 2)] if data.stretch == "middle" else [Fraction(i, PARTS - 1) for i in range(PARTS)]
+    starts = [begin + type(spare)(share) * spare for share in shares]
+    return [(start, start + data.audio.seconds) for start in starts]
 
 
 def _media(clip: Clip, data: AudioVisualData, by: dict[str, Any]) -> list[tuple[Any, Path | None]]:
     """What `by` has for the modalities that are in files, and the file of each."""
     paths = {"audio": clip.audio or clip.video, "visual": clip.frames or clip.video}
-    return [(by[name], paths[name]) for name in data.modalities if name in paths]
+    # sound first: its length says where in a folder of pictures the clip is
+    return [(by[name], paths[name]) for name in ("audio", "visual") if name in data.modalities]
 
 
 def read_audio(path: Path) -> tuple[np.ndarray, int]:
@@ -110,20 +160,46 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
     return samples, rate
 
 
-def read_video(path: Path, count: int, size: int) -> tuple[Tensor, float]:
-    """(frames, 3, size, size) uint8, and the video's length in seconds.
+def read_spectrogram(path: Path, settings: AudioSection) -> Tensor:  # (1, bins, windows) float32
+    """One that was made elsewhere, as AV-MNIST's are, from a NumPy file; taken as it is.
+
+    Raises:
+        InputError: It cannot be read, is of another size than the settings', or is not finite.
+    """
+    try:
+        made = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path.name} cannot be read as a NumPy array ({brief(error)}).") from None
+    if tuple(made.shape) != bins(settings):
+        raise InputError(
+            f"{path.name} holds {' × '.join(map(str, made.shape))} values, and data.audio wants {bins(settings)[0]} "
+            f"bins × {bins(settings)[1]} windows."
+        )
+    if not made.isfinite().all():
+        raise InputError(f"{path.name} holds values that are not finite.")
+    return made[None].contiguous()
+
+
+def read_video(path: Path, count: int, size: int, choose: Any = None) -> tuple[Tensor, float]:
+    """(frames, 3, size, size) uint8, and the video's length in seconds; `choose` gives spans of it, all of it unless
+    given, with so many frames each.
 
     Raises:
         InputError: The file cannot be read, is cut off, or has no pictures.
     """
     try:
-        shown, seconds = videos.read_frames(path, count)
+        shown, seconds = videos.read_frames(path, count, *([choose] if choose else []))
     except MediaError as error:
         raise _of_clip(path, error) from None
     return torch.stack([_square(image, size) for image in shown]), seconds
 
 
-def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, size, size) uint8
+def read_frames(
+    path: Path,
+    count: int,
+    size: int,
+    spans: Sequence[videos.Span] = ((0, 1),),  # shares of the folder, with `count` pictures of each
+) -> Tensor:  # (frames, 3, size, size) uint8
     """A folder's pictures in the order of their names, or one picture.
 
     Raises:
@@ -133,7 +209,9 @@ def read_frames(path: Path, count: int, size: int) -> Tensor:  # (frames, 3, siz
     if not files:
         raise InputError(f"{path.name} holds no pictures ({pictures.NAMED}).")
     made: dict[Path, Tensor] = {}
-    chosen = [files[int((index + 0.5) * len(files) / count)] for index in range(count)]
+    parts = [Fraction(2 * index + 1, 2 * count) for index in range(count)]
+    middles = [Fraction(begin) + (Fraction(end) - Fraction(begin)) * part for begin, end in spans for part in parts]
+    chosen = [files[min(len(files) - 1, int(middle * len(files)))] for middle in middles]
     for file in dict.fromkeys(chosen):  # each once
         try:
             made[file] = _square(pictures.decode(file), size)
@@ -152,7 +230,8 @@ def picture_files(path: Path) -> list[Path]:
 
 def _of_clip(path: Path, error: MediaError) -> InputError:
     """By the file's name alone, as it stands in the manifest."""
-    return InputError(f"{path.name} {error.problem}")
+    kind = LackingError if isinstance(error, AbsentError) else InputError
+    return kind(f"{path.name} {error.problem}")
 
 
 def _square(image: Image.Image, size: int) -> Tensor:
@@ -239,6 +318,11 @@ class FeatureStore:
         self.data, self.cache, self.tokenizer = data, cache, tokenizer
         self.settings = [_VERSION, READERS, identity, sorted(data.modalities)]
         self.settings += [getattr(data, name).model_dump(mode="json") for name in sorted(data.modalities)]
+        if data.stretch != "start":  # beside what earlier versions made
+            self.settings += [data.stretch, data.audio.seconds]
+        if data.missing != "refuse":
+            self.settings.append(data.missing)
+        self.given: dict[int, frozenset[str]] = {}  # line → modalities that its clip has
         self.memory: dict[str, Features] = {}
         self.held = 0  # bytes
         self.full = False  # whether there was a clip that did not fit
@@ -247,6 +331,8 @@ class FeatureStore:
     def key(self, clip: Clip) -> str:
         """By the clip's files as far as the modalities read them, and the settings."""
         facts: list[Any] = [self.settings, clip.text if "text" in self.data.modalities else None]
+        if clip.start is not None or clip.end is not None:
+            facts.append([clip.start, clip.end])
         read = {"audio": clip.audio or clip.video, "visual": clip.frames or clip.video}
         for path in dict.fromkeys(path for name in self.data.modalities if (path := read.get(name))):
             for file in picture_files(path) if path == clip.frames else [path]:
@@ -264,7 +350,7 @@ class FeatureStore:
             files = [path for _, path in _media(clip, self.data, {"audio": 0, "visual": 0})]
             try:
                 if clip.line not in known or all(path and os.path.exists(path) for path in files):
-                    self.get(clip)
+                    self.given[clip.line] = frozenset(self.get(clip))
                 elif flaws := _read(clip, self.data, self.tokenizer)[1]:
                     wrong[clip.line] = " ".join(flaws)
             except InputError as error:
@@ -328,15 +414,36 @@ class Batches:
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[tuple[int, ...], Future] = {}
 
-    def get(self, indices: Sequence[int], following: Sequence[int] = ()) -> Features:
-        """The clips at `indices`, stacked; `following` are those that will be asked for next."""
+    def get(
+        self, indices: Sequence[int], following: Sequence[int] = (), shares: Sequence[float] | None = None
+    ) -> Features:
+        """The clips at `indices`, stacked.
+
+        Args:
+            indices: Of the clips.
+            following: Those that will be asked for next.
+            shares: From 0 to below 1, which of a clip's parts to take where it has several; unless given, the middle.
+        """
         if not self.store.full:
-            return self._read(indices)
+            return self._stacked(self._read(indices), shares)
         future = self.ahead.pop(tuple(indices), None)
         self.ahead = {tuple(following): self.reader.submit(self._read, following)} if following else {}
-        return future.result() if future else self._read(indices)
+        return self._stacked(future.result() if future else self._read(indices), shares)
 
-    def _read(self, indices: Sequence[int]) -> Features:
+    def _stacked(self, rows: list[Features], shares: Sequence[float] | None) -> Features:
+        data = self.store.data
+        if data.stretch == "random":
+            chosen = shares or [0.5] * len(rows)
+            rows = [
+                {name: made if name == "text" else made[int(share * len(made))] for name, made in row.items()}
+                for row, share in zip(rows, chosen, strict=True)
+            ]
+        if data.missing == "refuse":
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        empty = {name: made[0] for name, made in blank(data, 1).items()}
+        found = {name: torch.stack([row.get(name, empty[name]) for row in rows]) for name in data.modalities}
+        return {**found, PRESENT: torch.tensor([[name in row for name in data.modalities] for row in rows])}
+
+    def _read(self, indices: Sequence[int]) -> list[Features]:
         self.keys |= {index: self.store.key(self.clips[index]) for index in indices if index not in self.keys}
-        rows = [self.store.get(self.clips[index], self.keys[index]) for index in indices]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return [self.store.get(self.clips[index], self.keys[index]) for index in indices]

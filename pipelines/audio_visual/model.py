@@ -4,7 +4,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, AudioVisualEncoder
+from equipoise.pipelines.audio_visual.features import PRESENT
 from equipoise.pipelines.training.layers import named_by, unmatched
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -51,18 +52,41 @@ class LateFusion(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
         self.register_buffer("sound", torch.tensor([0.0, 1.0]))  # mean and deviation of the training spectrograms
         self.sound: Tensor
+        self.classes: list[str] = []  # in the order of the logits, of a model that `load` gives
 
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:  # modality → (batch, width)
+        """Those of a modality that a clip lacks are zero: see `present`."""
         made = {}
         for name in self.modalities:
-            given = batch[name]
+            given, there = batch[name], present(batch, self.modalities, name)
+            few = there is not None and not bool(there.all())
+            if few:
+                given = given[there] if bool(there.any()) else given[:1]
+                given = torch.cat([given, given]) if len(given) == 1 else given  # batch norm takes two or more
             if name == "audio":
                 given = (given - self.sound[0]) / self.sound[1]
             elif name == "visual":
                 mean, std = (given.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
                 given = (given.float() / 255 - mean) / std
-            made[name] = self.encoders[name](given)
+            found = self.encoders[name](given)
+            if few:
+                count = int(there.sum())
+                found = found.new_zeros(len(there), found.shape[1]).index_put((there.nonzero()[:, 0],), found[:count])
+            made[name] = found
         return made
+
+    def predict(self, files: Sequence[str | Path]) -> list[dict[str, Any]]:
+        """What the model says of clips: for each `clip`, its `label` and `probability`, and each modality's own.
+
+        Args:
+            files: One manifest, or videos, sounds, pictures and folders of them. Of a model that `load` gives.
+
+        Raises:
+            InputError: All that is wrong with them, a line each.
+        """
+        from equipoise.pipelines.audio_visual.predict import Result
+
+        return Result((self, self.classes)).predict(files).rows
 
     def described(self) -> dict[str, dict[str, Any]]:
         """The settings of encoders that come pretrained, by modality; a result then needs no folder they came from."""
@@ -82,6 +106,11 @@ class LateFusion(nn.Module):
         """The joint logits, (batch, classes), and every modality's own."""
         features = self.features(batch)
         return self.fusion(features), {name: self.heads[name](made) for name, made in features.items()}
+
+
+def present(batch: Mapping[str, Tensor], modalities: Sequence[str], name: str) -> Tensor | None:
+    """(batch,) which clips have the modality; none where all have to."""
+    return batch[PRESENT][:, modalities.index(name)] if PRESENT in batch else None
 
 
 class Sum(nn.Module):
@@ -294,10 +323,14 @@ class Text(nn.Module):
 def load(folder: str | Path) -> tuple[LateFusion, list[str]]:
     """A run's result: the model in evaluation mode, and its classes in the order of the logits.
 
+    Args:
+        folder: A run's result/, what `equipoise export` makes of it, or the file with its weights.
+
     Raises:
         InputError: The folder holds no result of this pipeline.
     """
     folder = Path(folder)
+    folder = folder.parent if folder.name in (WEIGHTS, DESCRIPTION) else folder
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         config = AudioVisualConfig.model_validate(described["config"])
@@ -309,4 +342,5 @@ def load(folder: str | Path) -> tuple[LateFusion, list[str]]:
         raise InputError(
             f"{folder}: holds no model of this pipeline ({' '.join(str(error).split())[:200]})."
         ) from error
-    return model.eval(), described["classes"]
+    model.classes = described["classes"]
+    return model.eval(), model.classes

@@ -1,5 +1,6 @@
 """What a run's result makes of clips: classes and probabilities, and where labels are known accuracy and confusions."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import Clip, Manifest, read_manifest
-from equipoise.pipelines.audio_visual.features import Batches, FeatureStore
-from equipoise.pipelines.audio_visual.model import WEIGHTS, load
+from equipoise.pipelines.audio_visual.features import PRESENT, Batches, FeatureStore
+from equipoise.pipelines.audio_visual.model import WEIGHTS, LateFusion, load
 from equipoise.pipelines.audio_visual.prepared import extract_all, feature_store
 from equipoise.pipelines.media import pictures, sounds
 from equipoise.pipelines.pipeline import Predictions, refuse
@@ -32,7 +33,8 @@ _SHOWN = 12  # classes in a table of confusions, and lines of a list of them
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says of clips, by prediction: joint, if that head was trained, and each modality's own."""
+    """What a model says of clips, by prediction: joint, if that head was trained, and each modality's own; NaN where a
+    clip lacks it."""
 
     probabilities: dict[str, Tensor]  # (clips, classes) float32
     features: dict[str, Tensor]  # by modality, (clips, width) float32
@@ -40,19 +42,23 @@ class Outputs:
     def chosen(self, name: str) -> list[int]:
         return self.probabilities[name].argmax(1).tolist()
 
+    def known(self, name: str) -> list[int]:
+        """The clips that it says something of."""
+        return (~self.probabilities[name].isnan().any(1)).nonzero()[:, 0].tolist()
+
 
 class Result:
     """A run's result, which classifies clips from their files.
 
     Args:
-        folder: The run's result/.
+        source: The run's result/, or what `load` has made of one.
 
     Raises:
         InputError: It holds no model of this pipeline.
     """
 
-    def __init__(self, folder: str | Path):
-        model, self.classes = load(folder)
+    def __init__(self, source: str | Path | tuple[LateFusion, list[str]]):
+        model, self.classes = source if isinstance(source, tuple) else load(source)
         self.config = model.config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
@@ -112,15 +118,25 @@ class Result:
         outputs = self.outputs(store, clips)
         wanted = [self.classes.index(clip.label) for clip in clips]
         rows = [{**row, "wanted": clip.label} for row, clip in zip(self._rows(clips, outputs), clips, strict=True)]
-        figures = {f"accuracy_{name}": float(np.mean(np.array(outputs.chosen(name)) == wanted)) for name in self.names}
+        known, chosen = ({name: f(name) for name in self.names} for f in (outputs.known, outputs.chosen))
+        figures = {
+            f"accuracy_{name}": float(np.mean([chosen[name][i] == wanted[i] for i in known[name]] or [math.nan]))
+            for name in self.names
+        }
         which = "of its split test" if "split" in manifest.columns else "in it"
         meaning = [f"Accuracy: the share of the {len(clips)} clips {which} that are given their class."]
-        meaning += [self._confusions(name, wanted, outputs.chosen(name)) for name in self.names]
+        if any(len(known[name]) < len(clips) for name in self.names):
+            meaning.append("That of one modality is of the clips that have it.")
+        meaning += [
+            self._confusions(name, [wanted[i] for i in known[name]], [chosen[name][i] for i in known[name]])
+            for name in self.names
+        ]
         return Predictions(rows, figures, "\n".join(meaning), self._arrays(clips, outputs))
 
     @torch.no_grad()
     def outputs(self, store: FeatureStore, clips: Sequence[Clip]) -> Outputs:
         """What the model says of clips whose features can be made."""
+        there: list[Tensor] = []  # (some, modalities), where clips may lack some
         batches, size = Batches(store, clips), min(256, 4 * self.config.train.batch)
         said: dict[str, list[Tensor]] = {}
         features: dict[str, list[Tensor]] = {}
@@ -132,12 +148,19 @@ class Result:
                 logits = {name: self.model.heads[name](own) for name, own in made.items()}
                 if JOINT in self.names:
                     logits[JOINT] = self.model.fusion(made)
+                there.append(batch.get(PRESENT, torch.ones(len(some), len(made), dtype=torch.bool)).cpu())
                 for name, values in logits.items():
                     said.setdefault(name, []).append(values.float().softmax(1).cpu())
                 for name, values in made.items():
                     features.setdefault(name, []).append(values.float().cpu())
                 bar.update(len(some))
-        return Outputs(*({name: torch.cat(parts) for name, parts in found.items()} for found in (said, features)))
+        probabilities, features_ = ({n: torch.cat(parts) for n, parts in found.items()} for found in (said, features))
+        has = dict(zip(self.model.modalities, torch.cat(there).unbind(1), strict=True))
+        for found in (probabilities, features_):
+            for name, values in found.items():
+                if name in has:
+                    values[~has[name]] = torch.nan
+        return Outputs(probabilities, features_)
 
     def _to_predict(self, sources: Sequence[Path]) -> tuple[Manifest | None, list[Clip]]:
         tables = [path for path in sources if path.suffix.lower() == ".csv"]
@@ -147,7 +170,7 @@ class Result:
             )
         if tables:
             return read_manifest(self.config.data, tables[0], needed=()), []
-        return None, clips_of(sources, self.model.modalities)
+        return None, clips_of(sources, self.model.modalities, self.config.data.missing == "mask")
 
     def _rows(self, clips: Sequence[Clip], outputs: Outputs) -> list[dict]:
         chosen = {name: outputs.chosen(name) for name in self.names}
@@ -156,8 +179,9 @@ class Result:
             row: dict = {"clip": clip.name}
             for name in self.names:
                 prefix, label = "" if name == JOINT else f"{name}_", chosen[name][index]
-                row[f"{prefix}label"] = self.classes[label]
-                row[f"{prefix}probability"] = outputs.probabilities[name][index, label].item()
+                probability = outputs.probabilities[name][index, label].item()
+                row[f"{prefix}label"] = self.classes[label] if probability == probability else None
+                row[f"{prefix}probability"] = probability if probability == probability else None
             if JOINT in self.names:
                 values = outputs.probabilities[JOINT][index].tolist()
                 row |= {f"probability of {label}": value for label, value in zip(self.classes, values, strict=True)}
@@ -184,18 +208,24 @@ class Result:
         return f"\n{name}, the commonest mistakes:\n" + table(["true", "predicted", "clips"], rows)
 
 
-def clips_of(sources: Sequence[Path], modalities: Sequence[str]) -> list[Clip]:
+def clips_of(sources: Sequence[Path], modalities: Sequence[str], missing: bool = False) -> list[Clip]:
     """Every medium of its own, and those in folders and in their folders, as a clip: its name is its path.
+
+    Args:
+        sources: Files and folders.
+        modalities: Those that the run reads.
+        missing: Whether a clip may lack some of them.
 
     Raises:
         InputError: All that cannot give each of the modalities, a line each.
     """
-    if "text" in modalities:
+    if "text" in modalities and not missing:
         raise InputError("the run reads text, which media do not give. Give a manifest with a column text.")
     problems, clips = [], []
     for path in dict.fromkeys(file for source in sources for file in _media(source, problems)):
         column = _column(path)
-        if lacking := [name for name in modalities if name not in _GIVES[column]]:
+        lacking = [name for name in modalities if name not in _GIVES[column]]
+        if lacking and not (missing and len(lacking) < len(modalities)):
             problems.append(
                 f"{path}: {_NOUNS[column]} alone has no {' and '.join(lacking)}, and the run reads "
                 f"{' and '.join(modalities)}. Give videos, or a manifest that names a file for each."

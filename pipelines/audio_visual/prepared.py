@@ -39,7 +39,7 @@ def prepare(config: AudioVisualConfig) -> Prepared:
     store = feature_store(config, runs / ".cache" / "features")
     manifest = read_manifest(config.data, path)
     extract_all(manifest, store)
-    settle(manifest, config.data.skip_bad)
+    settle(manifest, config.data.skip_bad, store.given if config.data.missing == "mask" else None)
     return Prepared(manifest, store)
 
 

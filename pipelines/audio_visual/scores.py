@@ -15,6 +15,9 @@ class Scores(NamedTuple):
 
 def scores(losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> Scores:
     """All of them, of (clips,) losses, predictions and labels."""
+    if not len(labels):
+        nothing = float("nan")
+        return Scores(nothing, nothing, nothing, torch.zeros(classes, classes, dtype=torch.long))
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
     right = confusion.diagonal().double()
     sizes = confusion.sum(0) + confusion.sum(1)  # predicted and true: twice the denominator of F1

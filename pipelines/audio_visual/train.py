@@ -6,6 +6,7 @@
 import csv
 import io
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -19,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from equipoise.balancing.objective import Losses
+from equipoise.balancing.objective import Losses, Reached
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import Batches, Features
-from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion
+from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion, present
 from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
 from equipoise.pipelines.audio_visual.probe import MOST, probes
 from equipoise.pipelines.audio_visual.scores import Scores, scores
@@ -34,11 +35,13 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import EarlyStopError, train_loop
+from equipoise.pipelines.training.loop import EarlyStopError, StoppedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
+_SEEN = 1000  # training clips whose loss is looked at, at most
+_LOOKS, _WAIT = 10, 2  # validations of modalities that train alone; those in a row without a better loss that end it
 
 
 def train(config: AudioVisualConfig, run: Run) -> Outcome:
@@ -48,7 +51,10 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
     _tell_skipped(prepared, config, run)
     work = AudioVisualWork(config, run, accelerator, prepared)
     started = time.perf_counter()
-    outcome = train_loop(run, work, config)
+    try:
+        outcome = train_loop(run, work, config)
+    except StoppedError as reason:
+        return Outcome("stopped", f"{reason}.", 0)
     if outcome.state == "stopped":
         return outcome
     work.settle()
@@ -59,6 +65,7 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         "objective": config.objective.name,
         "chance": work.chance,
         "seconds": time.perf_counter() - started,
+        **{f"alone_{name}": loss for name, loss in work.alone.items()},
         **work.figures(found),
         **(work.probe() if processes.leads() else {}),
     }
@@ -140,6 +147,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def __init__(self, config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared):
         splits = prepared.splits(config)
+        self.prepared = prepared
         self.digest = prepared.manifest.digest
         self.classes = prepared.manifest.classes
         index = {label: number for number, label in enumerate(self.classes)}
@@ -165,6 +173,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
         self.loading = 0.0  # seconds that the last step waited for its batch
+        self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
+        size = config.train.batch * config.train.accumulate * processes.count()
+        self.objective.steps_per_epoch = len(splits["train"]) / size
 
     def _class_weights(self, config: AudioVisualConfig, clips: Sequence[Clip]) -> Tensor:
         counts = Counter(clip.label for clip in clips)
@@ -180,7 +191,54 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def step(self, step: int) -> dict[str, float]:
         self.loading = 0.0
+        if self.objective.needs_alone:
+            self.objective.take_alone(self._alone())
+        if self.objective.wants_features():
+            every = {split: torch.arange(len(self.labels[split])) for split in ("train", "val")}
+            given = [(self._encoded(split, clips), self.labels[split]) for split, clips in every.items()]
+            self.run.log(self.objective.take_features(*given[0], *given[1]))
         return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
+
+    def _alone(self) -> dict[str, Reached]:
+        """What each modality reaches by itself in as many steps as the run has at most, and until none gets better by
+        1 % in two of ten validations; and the joint loss, in as many steps, if the objective asks for it."""
+        found = self._trained_alone("unimodal", self.model.modalities)
+        if self.objective.alone_joint:
+            found |= self._trained_alone("joint", [JOINT])
+        self.alone = {name: reached.validation_best for name, reached in found.items()}
+        self.run.log(f"alone: {', '.join(f'{name} {loss:.4g}' for name, loss in self.alone.items())}")
+        return found
+
+    def _trained_alone(self, objective: str, names: Sequence[str]) -> dict[str, Reached]:
+        steps, waited = self.config.train.steps, 0
+        every = math.ceil(steps / _LOOKS)
+        train = self.config.train.model_copy(update={"validate_every": every, "patience": 0, "keep": "last"})
+        changed = {"objective": ObjectiveSection(name=objective), "train": train}
+        work = AudioVisualWork(self.config.model_copy(update=changed), self.run, self.accelerator, self.prepared)
+        first, best = work._both_losses(names), dict.fromkeys(names, math.inf)
+        shown = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": None if processes.leads() else True}
+        for step in tqdm(range(steps), f"{' and '.join(names)} alone", **shown):
+            if "stop" in processes.requests(self.run):
+                raise StoppedError(f"stopped on request at step {step} of {steps} in which modalities train alone")
+            found = work.step(step)
+            if not (work.validation and work.validation.due(step + 1)):
+                continue
+            now = processes.first({name: found.get(f"val_loss_{name}", math.inf) for name in names})
+            waited = 0 if any(now[name] < 0.99 * loss for name, loss in best.items()) else waited + 1
+            best = {name: min(loss, now[name]) for name, loss in best.items()}
+            if waited == _WAIT and not self.objective.alone_joint:
+                break
+        last = work._both_losses(names)
+        return {name: Reached(*first[name], *last[name], best[name]) for name in names}
+
+    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Training and validation loss by prediction; of many training clips, some by chance."""
+        chosen = torch.randperm(len(self.labels["train"]), generator=torch.Generator().manual_seed(0))[:_SEEN]
+        train, validation = self.predict("train", chosen), self.predict("val")
+        pairs = processes.first(
+            {f"{part} {name}": found[name].loss for part, found in (("t", train), ("v", validation)) for name in names}
+        )
+        return {name: (pairs[f"t {name}"], pairs[f"v {name}"]) for name in names}
 
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
@@ -188,28 +246,37 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         seed_all(seed)  # for dropout, and for noise that an objective draws
         chosen, following = (self._chosen(step * train.accumulate + micro + ahead) for ahead in (0, 1))
         started = time.perf_counter()
-        batch = self._augmented(self.batches["train"].get(chosen, following), torch.Generator().manual_seed(seed))
+        generator, shares = torch.Generator().manual_seed(seed), None
+        if self.config.data.stretch == "random":
+            shares = torch.rand(len(chosen), generator=generator).tolist()
+        batch = self._augmented(self.batches["train"].get(chosen, following, shares), generator)
         self.loading += time.perf_counter() - started
         labels = self.labels["train"][chosen].to(self.accelerator.device)
         self.model.train()
+        batch = self._moved(batch)
         with self.accelerator.autocast():
-            features = self.model.features(self._moved(batch))
-            joint = self.model.fusion(features)
+            features = self.model.features(batch)
             live = self.objective.uses_unimodal
             unimodal = {n: self.model.heads[n](f if live else f.detach()) for n, f in features.items()}
         responses = None
         if self.objective.uses_responses:
             with torch.no_grad(), self.accelerator.autocast():
                 responses = self.model.responses(features, unimodal)
+        with self.accelerator.autocast():
+            changed = self.objective.changes_features
+            joint = self.model.fusion(self.objective.fuse(features, responses or {}, labels) if changed else features)
         weigh = self.weights_of_classes
-        share: Tensor | float = 1.0  # of the weight of all processes' clips, if those had each the same
-        if processes.count() > 1:
-            share = weigh[labels].sum() / processes.mean(weigh[labels].sum())
 
-        def loss(logits: Tensor) -> Tensor:
-            return share * F.cross_entropy(logits.float(), labels, weigh)
+        def loss(logits: Tensor, there: Tensor | None = None) -> Tensor:
+            """Of the clips that are there; 0 where there are none."""
+            logits, true = (logits, labels) if there is None else (logits[there], labels[there])
+            weight = weigh[true].sum()
+            mean = F.cross_entropy(logits.float(), true, weigh) if len(true) else logits.sum()
+            # of the weight of all processes' clips, if those had each the same
+            return mean if processes.count() == 1 else mean * weight / processes.mean(weight).clamp(min=1e-12)
 
-        return Losses(loss(joint), {name: loss(logits) for name, logits in unimodal.items()}, labels, responses)
+        own = {n: loss(logits, present(batch, self.model.modalities, n)) for n, logits in unimodal.items()}
+        return Losses(loss(joint), own, labels, responses)
 
     def _chosen(self, number: int) -> list[int]:
         count = len(self.labels["train"])
@@ -256,18 +323,21 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
     ) -> dict[str, Scores]:
         """How good the joint prediction and every modality's own are on a split."""
         self.model.eval()
-        outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        outputs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         clips = torch.arange(len(self.labels[split])) if clips is None else clips
-        labels = self.labels[split][clips]
         for chosen in clips.split(min(_EVALUATED, 4 * self.config.train.batch)):
             with self.accelerator.autocast():
-                joint, unimodal = self.model(self._moved(self.batches[split].get(chosen.tolist())))
+                batch = self._moved(self.batches[split].get(chosen.tolist()))
+                joint, unimodal = self.model(batch)
             for name, logits in {JOINT: joint, **unimodal}.items():
-                predicted = logits.float().cpu()
-                loss = F.cross_entropy(predicted, self.labels[split][chosen], reduction="none")
-                outputs.setdefault(name, []).append((loss, predicted.argmax(1)))
+                predicted, true = logits.float().cpu(), self.labels[split][chosen]
+                there = None if name == JOINT else present(batch, self.model.modalities, name)
+                if there is not None:
+                    predicted, true = predicted[there.cpu()], true[there.cpu()]
+                loss = F.cross_entropy(predicted, true, reduction="none")
+                outputs.setdefault(name, []).append((loss, predicted.argmax(1), true))
         return {
-            name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), labels, len(self.classes))
+            name: scores(*(torch.cat(part) for part in zip(*parts, strict=True)), len(self.classes))
             for name, parts in outputs.items()
         }
 
@@ -281,6 +351,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         self.validation.take(watched, taken)
         if note := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
             self.run.log(note)
+            if processes.leads() and isinstance(self.run, Run):
+                tqdm.write(f"step {taken}: {note}", file=sys.stderr)
         return {f"val_{key}": value for key, value in self.figures(found).items() if value is not None}
 
     def figures(self, found: dict[str, Scores]) -> dict[str, float | None]:
@@ -297,7 +369,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def probe(self) -> dict[str, float | None]:
         """Accuracies of probes on the frozen encoders, and what each modality contributes; of the training clips, some
-        by chance where there are very many."""
+        by chance where there are very many. None where clips may lack a modality, for a probe needs all of each."""
+        if self.config.data.missing == "mask":
+            return {}
         count = len(self.labels["train"])
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST].sort().values
         train, labels = self._encoded("train", chosen), self.labels["train"][chosen]
@@ -360,5 +434,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 def _spread(batches: Batches, count: int) -> Tensor:  # (2,)
     """Mean and standard deviation of the training spectrograms, from at most 512 clips."""
     chosen = torch.linspace(0, count - 1, min(count, 512)).long().tolist()
-    sound = batches.get(chosen)["audio"].double()
+    batch = batches.get(chosen)
+    there = present(batch, batches.store.data.modalities, "audio")
+    sound = (batch["audio"] if there is None else batch["audio"][there]).double()
     return torch.stack([sound.mean(), sound.std().clamp(min=1e-6)]).float()

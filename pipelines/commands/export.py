@@ -1,6 +1,7 @@
 """`equipoise export`: a run's LoRA as a file that diffusers, kohya's scripts or ComfyUI load.
 
-Of a multimodal language model as a folder: the adapter, or merged weights. Or as a repository on the hub.
+Of a multimodal language model as a folder: the adapter, or merged weights. Of audio-visual classification as a folder
+too: weights, or ONNX. Or as a repository on the hub.
 """
 
 import argparse
@@ -23,10 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         metavar="NAME",
         help="The format: of a LoRA for pictures diffusers (the default), kohya or comfyui; of a language model "
-        "adapter (the default) or merged.",
+        "adapter (the default) or merged; of audio-visual classification weights (the default) or onnx.",
     )
     parser.add_argument(
-        "--output", type=user_path, metavar="FILE", help="A new .safetensors file; of instruction tuning a new folder."
+        "--output",
+        type=user_path,
+        metavar="FILE",
+        help="A new .safetensors file; of instruction tuning and audio-visual classification a new folder.",
     )
     parser.add_argument(
         "--push-to-hub",

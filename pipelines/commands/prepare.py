@@ -14,6 +14,7 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import SPLITS
+from equipoise.pipelines.audio_visual.papers import RECIPES, configuration
 from equipoise.pipelines.commands import conversations, question_sets
 from equipoise.pipelines.commands.question_sets import table_of, text_of
 from equipoise.pipelines.files import explained, user_path, write_atomic
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
             if row.get(column):
                 row[column] = os.path.relpath(row[column], output.parent)
     columns = [
-        c for c in ("clip", "audio", "frames", "video", "text", "label", "split") if any(c in row for row in rows)
+        c
+        for c in ("clip", "audio", "frames", "video", "text", "start", "end", "label", "split")
+        if any(c in row for row in rows)
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
@@ -84,8 +87,16 @@ def run(args: argparse.Namespace) -> int:
     if left:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         print(f"  left out {len(left)} of {len(found)}: {'; '.join(left[:_LISTED])}{more}")
-    start = "demo" if args.set == "spoken-digits" else "crema_d"  # sound of 8 kHz and small pictures, as the demo's
-    print(f"  next: equipoise train audio_visual/{start} {shlex.quote(f'data={output}')}{NEXT.get(args.set, '')}")
+    if len(labels) != (most := RECIPES[args.set].classes):
+        print(f"  {args.set} has {most} classes in the papers, and {len(labels)} here")
+    file = output.with_suffix(".yaml")
+    if os.path.lexists(file):
+        print(f"  {file} is there already, and is left as it is")
+    else:
+        used = ", ".join(path.name for path in LISTS.get(args.set, lambda _: [])(args.folder)) or "folders and names"
+        write_atomic(file, configuration(args.set, output, splits["train"], used))
+        print(f"  {file}: epochs, rate, seconds, fusion and objective as the papers have them")
+    print(f"  next: equipoise train {shlex.quote(str(file))}")
     return 0
 
 
@@ -128,12 +139,16 @@ def crema_d(folder: Path, output: Path) -> Iterator[Row | str]:
 def ave(folder: Path, output: Path) -> Iterator[Row | str]:
     """AVE/ID.mp4, and trainSet.txt, valSet.txt and testSet.txt with lines of label&ID&quality&start&end.
 
-    A video that is listed under two labels, as 45 are, is two clips.
+    A video that is listed under two labels, as 45 are, is two clips. A clip is the event's own span.
     """
     for split in ("train", "val", "test"):
-        for label, name, *_ in _lists(folder / f"{split}Set.txt", 2, "&"):
+        for label, name, *more in _lists(folder / f"{split}Set.txt", 2, "&"):
             video = _named(folder / "AVE", name)
-            yield _row(f"{split}/{label}/{name}", label, split, video=video) if video else f"{name} has no video"
+            if not video:
+                yield f"{name} has no video"
+                continue
+            row = _row(f"{split}/{label}/{name}", label, split, video=video)
+            yield {**row, "start": more[1], "end": more[2]} if len(more) >= 3 else row
 
 
 def kinetics_sounds(folder: Path, output: Path) -> Iterator[Row | str]:
@@ -185,6 +200,54 @@ def cmu_mosei(folder: Path, output: Path) -> Iterator[Row | str]:
             yield f"{name} has no video"
 
 
+def av_mnist(folder: Path, output: Path) -> Iterator[Row | str]:
+    """image/, audio/ with train_data.npy and test_data.npy, and train_labels.npy and test_labels.npy.
+
+    That is the layout in which MultiBench has it: pictures of 28 × 28, of which PCA has taken three quarters of the
+    energy, and spectrograms of 112 × 112. Both are written as files of their own; a tenth of the training clips,
+    by the digest of their number, is val.
+    """
+    import numpy as np
+    from PIL import Image
+
+    for split in ("train", "test"):
+        names = [f"image/{split}_data.npy", f"audio/{split}_data.npy", f"{split}_labels.npy"]
+        if not all((folder / name).is_file() for name in names):
+            return
+        images, sounds, labels = (_array(folder / name) for name in names)
+        if not len(images) == len(sounds) == len(labels) or sounds[0].size != 112**2 or images[0].size != 28**2:
+            raise InputError(
+                f"prepare: {folder}: wanted as many pictures of 28 × 28 as spectrograms of 112 × 112 and labels, got "
+                f"{images.shape}, {sounds.shape} and {labels.shape}."
+            )
+        target = output / "av-mnist" / split
+        with explained(target):
+            target.mkdir(parents=True, exist_ok=True)
+        scale = 255 if float(images.max()) <= 1 else 1
+        for number, (image, sound, label) in enumerate(zip(images, sounds, labels, strict=True)):
+            picture, audio = target / f"{number:05d}.png", target / f"{number:05d}.npy"
+            with explained(picture):
+                pixels = (scale * np.asarray(image, np.float64)).round().clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels.reshape(28, 28)).save(picture)
+                np.save(audio, np.asarray(sound, np.float16).reshape(112, 112))
+            part = "val" if split == "train" and _digest(str(number)) % 10 == 0 else split
+            yield _row(f"{split}{number:05d}", str(int(label)), part, audio=audio, frames=picture)
+
+
+def _array(file: Path) -> Any:
+    """A NumPy file, read from disk as it is needed; never a pickled one, which could run code.
+
+    Raises:
+        InputError: It is none.
+    """
+    import numpy as np
+
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"prepare: {file} cannot be read as a NumPy array ({error}).") from None
+
+
 def spoken_digits(folder: Path, output: Path) -> Iterator[Row | str]:
     """fsdd/recordings/DIGIT_SPEAKER_INDEX.wav, and mnist/ with gzipped images and labels (IDX), in AV-MNIST's manner.
 
@@ -231,15 +294,16 @@ SETS: dict[str, Callable[[Path, Path], Iterator[Row | str]]] = {
     "vggsound": vggsound,
     "ur-funny": ur_funny,
     "cmu-mosei": cmu_mosei,
+    "av-mnist": av_mnist,
     "spoken-digits": spoken_digits,
 }
 
-NEXT = {  # what differs from CREMA-D: the papers' modalities, and their λ and μ
-    "ave": " objective.options.preset=ave",
-    "kinetics-sounds": " objective.options.preset=kinetics_sounds",
-    "vggsound": " objective.options.preset=vggsound",
-    "ur-funny": " 'data.modalities=[audio, visual, text]' objective.options.preset=ur_funny",
-    "cmu-mosei": " 'data.modalities=[audio, text]' objective.options.preset=cmu_mosei",
+LISTS: dict[str, Callable[[Path], list[Path]]] = {  # the files that splits come from, as far as they are there
+    "crema-d": lambda folder: [file for s in SPLITS if (file := folder / f"{s}.csv").is_file()],
+    "ave": lambda folder: [file for s in SPLITS if (file := folder / f"{s}Set.txt").is_file()],
+    "vggsound": lambda folder: [folder / "vggsound.csv"],
+    "ur-funny": lambda folder: [folder / "labels.csv"],
+    "cmu-mosei": lambda folder: [folder / "label.csv"],
 }
 
 

@@ -27,7 +27,8 @@ PAPERS = {
     "mimo-toy": "MIMO's Appendix B and Figure 1",
 }
 WITH_DATA = ("mimo",)  # those that take a manifest in place of their embedded data
-WITH_ADD = ("commit",)  # those that go on from an earlier call's results, for they take longest
+WITH_ADD = ("commit", "mimo")  # those that go on from an earlier call's results, for they take longest
+WITH_TASK = ("commit",)  # those that have several tasks
 CELLS = "cells.jsonl"  # one trained run a line, until results.json has them all
 
 
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         action="append",
-        help=f"One of the paper's tasks; may be given several times (default: all), for {' and '.join(WITH_ADD)}.",
+        help=f"One of the paper's tasks; may be given several times (default: all), for {' and '.join(WITH_TASK)}.",
     )
     parser.add_argument(
         "--output",
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--data: is for {' and '.join(WITH_DATA)}; {args.paper} has its own.")
     if args.add and args.paper not in WITH_ADD:
         raise InputError(f"--add: is for {' and '.join(WITH_ADD)}; {args.paper} is trained anew.")
-    if args.task and args.paper not in WITH_ADD:
-        raise InputError(f"--task: is for {' and '.join(WITH_ADD)}; {args.paper} has one.")
+    if args.task and args.paper not in WITH_TASK:
+        raise InputError(f"--task: is for {' and '.join(WITH_TASK)}; {args.paper} has one.")
     own: dict[str, Any] = {"data": str(user_path(args.data).resolve())} if args.data else {}
     root = runs_folder(args.runs)
     folder = (args.output or root / f"reproduce-{args.paper}").resolve()
@@ -98,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         module = import_module(f"equipoise.pipelines.reproduce.{args.paper.replace('-', '_')}")
         if args.paper in WITH_ADD:
-            own |= {"tasks": args.task, "keep": _keeper(folder / CELLS, args.add)}
+            own["keep"] = _keeper(folder / CELLS, args.add)
+        if args.paper in WITH_TASK:
+            own["tasks"] = args.task
         found = module.reproduce(args.seeds, args.workers, args.steps, **own)
         seconds = time.perf_counter() - started
         print(found.text, flush=True)

@@ -26,6 +26,10 @@ class MediaError(InputError):
         self.problem = problem
 
 
+class AbsentError(MediaError):
+    """A file without a track of the kind that was asked for."""
+
+
 class EnormousError(MediaError):
     """A picture of more pixels than are decoded."""
 

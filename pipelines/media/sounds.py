@@ -11,7 +11,7 @@ import numpy as np
 
 from equipoise.pipelines.files import cut_off
 from equipoise.pipelines.media import containers
-from equipoise.pipelines.media.reading import MediaError, brief, once
+from equipoise.pipelines.media.reading import AbsentError, MediaError, brief, once
 
 SILENCE = 1e-4  # of full scale, -80 dB: nothing louder than that is no sound
 _OVERSHOT = 256.0  # peaks beyond are of integers; what mixing and lossy codecs overshoot by is far less
@@ -107,7 +107,7 @@ def _by_av(path: Path) -> tuple[np.ndarray, int]:  # (samples, channels) float32
     try:
         with containers.opened(path) as container:
             if not container.streams.audio:
-                raise MediaError(path, "has no sound track. Give a file that has one, or leave it out.")
+                raise AbsentError(path, "has no sound track. Give a file that has one, or leave it out.")
             stream = container.streams.audio[0]
             planes = av.AudioResampler(format="fltp")
             parts = []

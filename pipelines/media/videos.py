@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from equipoise.errors import InputError
 from equipoise.pipelines.files import cut_off
 from equipoise.pipelines.media import containers
-from equipoise.pipelines.media.reading import MediaError, brief
+from equipoise.pipelines.media.reading import AbsentError, MediaError, brief
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -32,6 +33,9 @@ _TURNS = {  # the display matrix's first four numbers, as signs → what brings 
 }
 
 
+Span = tuple[float | Fraction, float | Fraction]  # seconds: from, to
+
+
 class Timeline(NamedTuple):
     """When the frames of a video are shown, in seconds from where the file begins: sound may come before pictures."""
 
@@ -46,13 +50,21 @@ def suffixes() -> frozenset[str]:
     return frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".m4v", ".mpg", ".mpeg"))
 
 
-def read_frames(path: Path, count: int | Callable[[float], int]) -> tuple[list[Image.Image], float]:
-    """The RGB frames that are shown in the middles of `count` equal stretches, and the video's length in seconds.
+def _whole(seconds: Fraction) -> Sequence[Span]:
+    return [(0, seconds)]
+
+
+def read_frames(
+    path: Path, count: int | Callable[[float], int], choose: Callable[[Fraction], Sequence[Span]] = _whole
+) -> tuple[list[Image.Image], float]:
+    """The RGB frames that are shown in the middles of `count` equal parts, and the video's length in seconds.
 
     Before the first frame there is the first frame.
 
     Args:
-        count: or what gives it for the video's length in seconds.
+        path: The video.
+        count: The frames of each span, or what gives that for the video's length in seconds.
+        choose: Gives spans for the video's length in seconds; unless given, all of it is one.
 
     Raises:
         MediaError: it cannot be read, is cut off, or has no pictures.
@@ -60,11 +72,17 @@ def read_frames(path: Path, count: int | Callable[[float], int]) -> tuple[list[I
     try:
         with containers.opened(path) as container:
             line = _timeline(container, path)
-        count = count if isinstance(count, int) else count(float(line.end))
-        middles = [line.end * (2 * index + 1) / (2 * count) for index in range(count)]
+            each = count if isinstance(count, int) else count(float(line.end))
+        middles = [
+            Fraction(begin) + (Fraction(end) - Fraction(begin)) * (2 * index + 1) / (2 * each)
+            for begin, end in choose(line.end)
+            for index in range(each)
+        ]
+        order = sorted(range(len(middles)), key=middles.__getitem__)
         with containers.opened(path) as container:  # not all formats can seek
-            found = _shown_at(container, path, line, middles)
-    except MediaError:
+            shown = _shown_at(container, path, line, [middles[index] for index in order])
+        found = [frame for _, frame in sorted(zip(order, shown, strict=True), key=lambda pair: pair[0])]
+    except InputError:
         raise
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise MediaError(path, f"cannot be read as video ({brief(error)}).") from None
@@ -80,7 +98,7 @@ def _stream(container: "InputContainer", path: Path) -> "VideoStream":
     for stream in container.streams.video:
         if not stream.disposition & cover:
             return stream
-    raise MediaError(path, "has no pictures.")
+    raise AbsentError(path, "has no pictures.")
 
 
 def _timeline(container: "InputContainer", path: Path) -> Timeline:

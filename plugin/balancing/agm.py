@@ -25,6 +25,10 @@ class AGM(Objective):
     gradient of encoder k is multiplied by exp(α·min(r̂_k − r_k, 10)); in the first step by 1. Where the joint logits are
     no sum of the modalities' parts (fusion by gates or FiLM), each modality's own head predicts.
 
+    The authors' code differs from the paper, and so from this, in three ways: it scales the columns of the joint head
+    beside the encoder; it caps a score per example, before the mean; and what a modality alone predicts is the
+    joint model's output with the other inputs set to zero, so that the others' biases are in it.
+
     Args:
         alpha: How strongly a modality is brought back to its average, α. (>= 0)
 
@@ -34,6 +38,7 @@ class AGM(Objective):
 
     uses_unimodal: ClassVar[bool] = False
     uses_responses: ClassVar[bool] = True
+    takes_missing: ClassVar[bool] = False
     modalities: ClassVar[tuple[int, float]] = (2, math.inf)
 
     def __init__(self, alpha: float = 1.0) -> None:

@@ -1,11 +1,14 @@
 """What an objective is: it turns one batch's joint and unimodal losses into gradients."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from equipoise.errors import InputError
+from equipoise.options import read_options
 
 
 class Losses(NamedTuple):
@@ -15,6 +18,16 @@ class Losses(NamedTuple):
     unimodal: Mapping[str, Tensor]  # modality → the loss of the prediction from that modality alone; may be empty
     labels: Tensor | None = None  # (batch,) class of each example
     responses: Mapping[str, Tensor] | None = None  # modality → (batch, classes): see Objective.uses_responses
+
+
+class Reached(NamedTuple):
+    """What a loss came to in a training for itself alone."""
+
+    train_first: float  # before it
+    validation_first: float
+    train_last: float  # after it
+    validation_last: float
+    validation_best: float
 
 
 class Backward(Protocol):
@@ -34,8 +47,9 @@ class Objective:
     step's gradients are complete, and multiplies the learning rates by `factors`; and `after_validation` whenever it
     has validated. All but `combine` may be left as they are.
 
-    Options are the keyword arguments of the subclass's `__init__`. Objectives are found by name in the entry-point
-    group `equipoise.objectives`.
+    Options are the keyword arguments of the subclass's `__init__`, which is given none that its annotations and
+    docstring forbid: a constructor refuses what the command line does, in the same sentences. Objectives are found by
+    name in the entry-point group `equipoise.objectives`.
     """
 
     # Whether unimodal losses reach the encoders. Where not, their heads learn beside, from features without a gradient.
@@ -43,10 +57,23 @@ class Objective:
     # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
     # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
+    changes_features: ClassVar[bool] = False  # whether `fuse` is to be called
+    # Whether an example may lack a modality. Not where modalities are compared example by example.
+    takes_missing: ClassVar[bool] = True
     trains_joint: ClassVar[bool] = True  # whether the joint prediction is worth looking at
     modalities: ClassVar[tuple[int, float]] = (0, float("inf"))  # how many it takes: at least, at most
 
     encoders: Mapping[str, Sequence[Tensor]] = {}  # modality → its encoder's trainable parameters; set by `bind`
+    steps_per_epoch: float = 0.0  # set by a training loop that has epochs, before its first step
+    # Whether `take_alone` is to be called before the first step of a training, where there is a loop that can; and
+    # whether it needs the joint loss's too, and trainings of the same length.
+    needs_alone: bool = False
+    alone_joint: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checked(cls, cls.__init__)
 
     def bind(self, encoders: Mapping[str, Sequence[Tensor]]) -> None:
         """Takes the parameters that each modality has to itself.
@@ -99,6 +126,33 @@ class Objective:
         """Factors on the learning rates of some components, modalities among them; 1 where none is given."""
         return {}
 
+    def take_alone(self, reached: Mapping[str, Reached]) -> None:
+        """Takes what each modality reaches when it is trained by itself, if `needs_alone`; and the joint loss, by the
+        name of joint, if `alone_joint`."""
+
+    def fuse(
+        self,
+        features: Mapping[str, Tensor],  # modality → (batch, width), with their graph
+        responses: Mapping[str, Tensor],  # as `Losses.responses`
+        labels: Tensor,  # (batch,)
+    ) -> Mapping[str, Tensor]:
+        """What the joint head is given in place of the features, if `changes_features`."""
+        return features
+
+    def wants_features(self) -> bool:
+        """Whether `take_features` is to be called before the next step."""
+        return False
+
+    def take_features(
+        self,
+        train: Mapping[str, Tensor],  # modality → (examples, width)
+        train_labels: Tensor,
+        validation: Mapping[str, Tensor],
+        validation_labels: Tensor,
+    ) -> str:
+        """Takes the encoders' features of the training and the validation examples; returns a sentence for the log."""
+        return ""
+
     def after_validation(self, losses: Mapping[str, float]) -> str:
         """Takes each modality's validation loss; returns a sentence for the log if something follows from it."""
         return ""
@@ -109,3 +163,27 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
+
+
+def _checked(cls: type, make: Callable[..., None]) -> Callable[..., None]:
+    """A class's `__init__`, given its options as the command line would read them.
+
+    Raises:
+        InputError: An option is not what it must be.
+    """
+
+    @functools.wraps(make)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = inspect.signature(make).bind(self, *args, **kwargs)
+        except TypeError:  # Python's own words, on arguments that are missing or unknown
+            return make(self, *args, **kwargs)
+        named = {name: value for name, value in list(given.arguments.items())[1:] if name not in ("args", "kwargs")}
+        values, problems = read_options(cls, named)
+        if problems:
+            make(self, *args, **kwargs)  # which may say it in words of its own
+            raise InputError("\n".join(problems))
+        given.arguments.update(values)
+        return make(*given.args, **given.kwargs)
+
+    return checked

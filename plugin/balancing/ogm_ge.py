@@ -2,15 +2,18 @@
 
 Method: on-the-fly gradient modulation with generalization enhancement.
 Paper: Peng, Wei, Deng, Wang & Hu, Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022.
-Options: `alpha` is the paper's α; `noise` is GE; `tensors="convolutions"` is what the authors modulate.
+Options: `alpha` is the paper's α; `noise` is GE; `tensors="convolutions"` is what the authors modulate; `starts` and
+`ends` are their modulation_starts and modulation_ends.
 """
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from equipoise.balancing.objective import Backward, Losses, Objective, differentiate
+from equipoise.errors import InputError
 
 
 class OGMGE(Objective):
@@ -26,6 +29,11 @@ class OGMGE(Objective):
         noise: Add the noise (GE).
         tensors: "convolutions": the gradients of convolution weights alone, as the authors do, and every gradient of an
             encoder that has no convolutions, as those of text. "all": every gradient of both encoders.
+        starts: The first epoch, counted from 0, in which gradients are modulated. (>= 0)
+        ends: The last such epoch; none: to the end. The authors' code has 50 of 100. (>= 0)
+
+    Raises:
+        InputError: There is an epoch to start or to end at, and the training loop has none.
 
     References:
         Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, eq. 8 to 12.
@@ -33,12 +41,20 @@ class OGMGE(Objective):
 
     uses_unimodal: ClassVar[bool] = False
     uses_responses: ClassVar[bool] = True
+    takes_missing: ClassVar[bool] = False
     modalities: ClassVar[tuple[int, float]] = (2, 2)
 
     def __init__(
-        self, alpha: float = 0.8, noise: bool = True, tensors: Literal["convolutions", "all"] = "convolutions"
+        self,
+        alpha: float = 0.8,
+        noise: bool = True,
+        tensors: Literal["convolutions", "all"] = "convolutions",
+        starts: int = 0,
+        ends: int | None = None,
     ) -> None:
         self.alpha, self.noise, self.tensors = alpha, noise, tensors
+        self.starts, self.ends = starts, ends
+        self._steps = 0
         self._scores: dict[str, Tensor] = {}  # summed over the forward passes of a step
 
     def combine(self, losses: Losses) -> Tensor:
@@ -57,6 +73,8 @@ class OGMGE(Objective):
         one, other = self.encoders
         ratio = self._scores[one] / self._scores[other]
         self._scores = {}
+        if not self._modulates():
+            return {f"coefficient_{name}": 1.0 for name in self.encoders}
         logged: dict[str, Any] = {}
         for name, ahead in ((one, ratio), (other, 1 / ratio)):
             coefficient = torch.where(ahead > 1, 1 - torch.tanh(self.alpha * torch.relu(ahead)), 1.0)
@@ -72,3 +90,18 @@ class OGMGE(Objective):
                 if self.noise:
                     parameter.grad.add_(torch.randn_like(parameter.grad) * deviation)
         return logged
+
+    def _modulates(self) -> bool:
+        """Whether this step, which it counts, lies in an epoch in which gradients are modulated."""
+        step, self._steps = self._steps, self._steps + 1
+        if not self.starts and self.ends is None:
+            return True
+        if not self.steps_per_epoch:
+            raise InputError("starts, ends: this training has no epochs to count. Leave them empty.")
+        return self.starts <= step // self.steps_per_epoch <= (math.inf if self.ends is None else self.ends)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = state.get("steps", 0)  # earlier versions had no window, and counted none

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import pickle
 import subprocess
 import sys
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from equipoise.balancing.mimo import PRESETS
+from equipoise.pipelines import config
+from equipoise.pipelines.audio_visual.papers import RECIPES, configuration
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.commands.prepare import SETS
 
 gzipped = partial(gzip.compress, mtime=0)  # else it holds the time, and each process collects another test
 
@@ -100,12 +106,92 @@ def test_three_modalities(tmp_path, capfd):
     assert main(["prepare", "ur-funny", str(funny)]) == 0
     (row,) = rows(funny / "manifest.csv")
     assert (row["text"], row["label"], row["split"]) == ("so,\nthen", "funny", "val")
-    assert "'data.modalities=[audio, visual, text]' objective.options.preset=ur_funny" in capfd.readouterr().out
+    made = config.load(funny / "manifest.yaml")
+    assert made.data.modalities == ["audio", "visual", "text"] and made.objective.options == {"preset": "ur_funny"}
     touch(mosei, "Raw/v1/0.mp4")
     (mosei / "label.csv").write_text("video_id,clip_id,text,label,annotation,mode\nv1,0,fine,1.0,Positive,valid\n")
     assert main(["prepare", "cmu-mosei", str(mosei)]) == 0
     (row,) = rows(mosei / "manifest.csv")
     assert (row["video"], row["label"], row["split"]) == ("Raw/v1/0.mp4", "positive", "val")
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name != "spoken-digits"])
+def test_every_set_has_a_configuration_as_the_paper_trains_it(name, tmp_path):
+    file = tmp_path / "manifest.yaml"
+    file.write_text(configuration(name, tmp_path / "manifest.csv", 6027, "train.csv"))
+    made = config.load(file)
+    lam, mu = PRESETS[made.objective.options["preset"]]
+    assert (made.objective.name, made.train.epochs, made.model.fusion) == ("mimo", 100, "sum")
+    assert made.optimizer.name == "sgd" and made.optimizer.learning_rate == (1e-4 if name == "cmu-mosei" else 1e-3)
+    assert made.objective.options["preset"] == name.replace("-", "_") and (lam, mu) == PRESETS[name.replace("-", "_")]
+    assert made.schedule.rules == "1:6650,0.1" and made.train.validate_every == 95, "70 of epochs of 95 steps"
+    assert (
+        made.data.manifest == str(tmp_path / "manifest.csv") and f"{RECIPES[name].classes} classes" in file.read_text()
+    )
+    assert config.load(file, ["steps=2", "epochs="]).train.steps == 2
+
+
+def test_prepare_writes_the_configuration_once_and_names_its_lists(tmp_path, capfd):
+    touch(tmp_path, "AVE/a1.mp4", "AVE/b2.mp4")
+    (tmp_path / "trainSet.txt").write_text("Bark&a1&good&2&7\n")
+    (tmp_path / "testSet.txt").write_text("Bark&b2&good&0&10\n")
+    assert main(["prepare", "ave", str(tmp_path)]) == 0
+    printed, file = capfd.readouterr().out, tmp_path / "manifest.yaml"
+    assert "ave has 28 classes in the papers, and 1 here" in printed
+    assert printed.endswith(f"next: equipoise train {file}\n")
+    assert file.read_text().startswith("# ave: 28 classes, splits by trainSet.txt, testSet.txt.\n# 100 epochs of SGD")
+    (row, _) = rows(tmp_path / "manifest.csv")
+    assert (row["start"], row["end"]) == ("2", "7"), "the event's own span"
+    file.write_text("mine")
+    assert main(["prepare", "ave", str(tmp_path)]) == 0
+    assert "is there already, and is left as it is" in capfd.readouterr().out and file.read_text() == "mine"
+
+
+def write_av_mnist(folder: Path, clips: int = 40) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", clips), ("test", 8)):
+        labels = np.arange(count) % 2
+        for kind, side in (("image", 28), ("audio", 112)):
+            (folder / kind).mkdir(exist_ok=True)
+            made = generator.integers(0, 50, (count, side, side)) + 150 * labels[:, None, None]
+            np.save(folder / kind / f"{split}_data.npy", made / 255 if kind == "image" else made)
+        np.save(folder / f"{split}_labels.npy", labels)
+
+
+def test_av_mnist_is_prepared_from_its_arrays_and_trained_on(tmp_path, capfd):
+    write_av_mnist(tmp_path)
+    assert main(["prepare", "av-mnist", str(tmp_path)]) == 0
+    found = rows(tmp_path / "manifest.csv")
+    assert len(found) == 48 and {row["split"] for row in found} == {"train", "val", "test"}
+    sound = np.load(tmp_path / found[3]["audio"])
+    assert sound.shape == (112, 112) and np.array_equal(sound, np.load(tmp_path / "audio" / "train_data.npy")[3])
+    picture = np.asarray(Image.open(tmp_path / found[3]["frames"]))
+    assert np.array_equal(picture, (255 * np.load(tmp_path / "image" / "train_data.npy")[3]).round())
+    words = [
+        "steps=30",
+        "epochs=",
+        "batch=8",
+        "optimizer.learning_rate=2e-2",
+        "train.keep=last",
+        "schedule.rules=1:90,1",
+    ]
+    words.append(f"runs={tmp_path / 'runs'}")
+    words += [f"model.{kind}={{widths: [4, 8], depths: [1, 1]}}" for kind in ("audio", "visual")]
+    assert main(["train", str(tmp_path / "manifest.yaml"), *words, "--id", "av"]) == 0, capfd.readouterr().err
+    assert json.loads((tmp_path / "runs" / "av" / "result" / "result.json").read_text())["accuracy_joint"] == 1
+    np.save(tmp_path / found[0]["audio"], np.zeros((10, 112), np.float16))
+    assert main(["train", str(tmp_path / "manifest.yaml"), *words, "--id", "bad"]) == 2
+    assert "00000.npy holds 10 × 112 values, and data.audio wants 112 bins × 112 windows" in capfd.readouterr().err
+
+
+def test_av_mnist_of_other_shapes_is_refused(tmp_path, capfd):
+    write_av_mnist(tmp_path, 4)
+    np.save(tmp_path / "train_labels.npy", np.zeros(3))
+    assert main(["prepare", "av-mnist", str(tmp_path)]) == 2
+    assert "wanted as many pictures of 28 × 28 as spectrograms of 112 × 112 and labels" in capfd.readouterr().err
+    np.save(tmp_path / "train_labels.npy", np.array([{}], object), allow_pickle=True)
+    assert main(["prepare", "av-mnist", str(tmp_path)]) == 2
+    assert "train_labels.npy cannot be read as a NumPy array" in capfd.readouterr().err
 
 
 def test_spoken_digits_pairs_recordings_with_pictures(tmp_path):

@@ -29,8 +29,9 @@ def write_video(
     pitch: float | None = 440.0,
     sound_seconds: float | None = None,
     title: str = "",
+    late: float = 0.0,
 ) -> Path:
-    """Frames that turn from black to white at 10 a second, with a tone unless `pitch` is None."""
+    """Frames that turn from black to white at 10 a second, the first one `late`, with a tone unless `pitch` is None."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,9 @@ def write_video(
         total = int(10 * seconds)
         for index in range(total):
             pixels = np.full((32, 32, 3), 255 * index // max(1, total - 1), np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels)))
+            frame = av.VideoFrame.from_ndarray(pixels)
+            frame.pts, frame.time_base = index + round(10 * late), Fraction(1, 10)
+            container.mux(video.encode(frame))
         container.mux(video.encode())
         if audio is not None:
             time = np.arange(int(16000 * (sound_seconds or seconds))) / 16000

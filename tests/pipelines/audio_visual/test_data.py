@@ -17,6 +17,7 @@ from equipoise.pipelines.audio_visual.data import doubts, read_manifest, settle,
 from equipoise.pipelines.audio_visual.features import (
     Batches,
     FeatureStore,
+    extract,
     mel_bands,
     picture_files,
     read_audio,
@@ -66,6 +67,97 @@ def test_a_videos_frames_and_sound_are_read_back(tmp_path):
     assert rate == 16000 and len(samples) / rate == pytest.approx(2.0, abs=0.15)
     spectrum = np.abs(np.fft.rfft(samples[4000:20000]))
     assert spectrum.argmax() * rate / 16000 == pytest.approx(500, abs=2)
+
+
+def long_clip(folder: Path, name: str = "long") -> dict[str, str]:
+    """Ten seconds: a tone that rises from 200 Hz by 100 Hz in each second, and frames that go from black to white."""
+    time = np.arange(40000) / 4000
+    soundfile.write(folder / f"{name}.wav", 0.3 * np.sin(2 * np.pi * (200 * time + 50 * time**2)), 4000)
+    made.write_video(folder / f"{name}.mp4", seconds=10.0, pitch=None)
+    return {"clip": name, "audio": f"{name}.wav", "video": f"{name}.mp4", "label": "a", "split": "train"}
+
+
+def seen_and_heard(found: dict) -> tuple[list[float], list[float]]:
+    """The second of each frame, and that of each part's sound, by their greys and pitches."""
+    frames = found["visual"].float().flatten(-3).mean(-1).flatten() / 255 * 10
+    pitch = found["audio"].mean(-1).argmax(-1).flatten() * 4000 / 64
+    return frames.tolist(), ((pitch - 200) / 100).tolist()
+
+
+@pytest.mark.parametrize(
+    ("stretch", "event", "seconds"),  # where each part begins
+    [
+        ("start", {}, [0]),
+        ("middle", {}, [4]),
+        ("random", {}, [0, 2, 4, 6, 8]),
+        ("middle", {"start": "5", "end": "9"}, [6]),
+        ("start", {"start": "5", "end": "9"}, [5]),
+        ("random", {"start": "7.5"}, [7.5, 7.625, 7.75, 7.875, 8]),
+        ("random", {"start": "7", "end": "8.5"}, [7]),
+    ],
+)
+def test_long_clips_are_sampled_where_the_settings_and_their_event_say(stretch, event, seconds, tmp_path):
+    row = {**long_clip(tmp_path), **event}
+    audio = {"sample_rate": 4000, "seconds": 2, "window": 64, "hop": 64, "scale": "log_stft"}
+    data = AudioVisualData(audio=audio, visual={"size": 16, "frames": 2}, stretch=stretch)
+    manifest = read_manifest(data, made.write_manifest(tmp_path / "m.csv", [row]))
+    found = extract(manifest.clips[0], data)
+    frames, sounds = seen_and_heard(found)
+    whole = (0, 10) if not event else (float(event.get("start", 0)), float(event.get("end", 10)))
+    spans = [whole] if stretch == "start" else [(s, min(s + 2, whole[1])) for s in seconds]
+    assert frames == pytest.approx([a + (b - a) * share for a, b in spans for share in (0.25, 0.75)], abs=0.35)
+    assert sounds == pytest.approx([s + min(2, whole[1] - whole[0]) / 2 for s in seconds], abs=0.7)
+    assert found["audio"].shape == ((5,) if len(seconds) > 1 else (1,) * (stretch == "random")) + (1, 33, 126)
+
+
+def test_training_draws_stretches_and_everything_else_sees_the_middle(tmp_path):
+    rows = [long_clip(tmp_path, name) for name in "ab"]
+    data = AudioVisualData(audio={"sample_rate": 4000, "seconds": 2}, visual={"size": 16}, stretch="random")
+    manifest = read_manifest(data, made.write_manifest(tmp_path / "m.csv", rows))
+    batches = Batches(FeatureStore(data, tmp_path / "cache"), manifest.clips)
+    middle = batches.get([0, 1])
+    assert middle["visual"].shape == (2, 1, 3, 16, 16) and torch.equal(
+        middle["visual"], batches.get([0, 1], (), [0.4, 0.59])["visual"]
+    )
+    drawn = batches.get([0, 1], (), [0.0, 0.99])
+    assert drawn["visual"][0].float().mean() < middle["visual"][0].float().mean() < drawn["visual"][1].float().mean()
+
+
+def test_events_that_cannot_be_are_said_in_a_sentence(tmp_path):
+    times = [("3", "2"), ("-1", ""), ("soon", ""), ("12", "")]
+    rows = [{**long_clip(tmp_path), "clip": str(i), "start": a, "end": b} for i, (a, b) in enumerate(times)]
+    data = AudioVisualData(**SMALL)
+    manifest = read_manifest(data, made.write_manifest(tmp_path / "m.csv", rows))
+    assert manifest.bad[2] == "its end, 2 s, is not after its start, 3 s."
+    assert manifest.bad[3].startswith("start must be seconds from 0 on, got -1") and "got soon" in manifest.bad[4]
+    (clip,) = manifest.clips
+    with pytest.raises(InputError, match=r"its start is at 12 s, and the file lasts 10\.0 s"):
+        extract(clip, data)
+
+
+def test_text_comes_from_a_column_or_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("so they say\n", encoding="utf-8-sig")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").write_text(" \n")
+    cells = [("spoken", ""), ("", "a.txt"), ("", "bad.txt"), ("", "empty.txt"), ("", "no.txt"), ("", "")]
+    rows = [
+        {"text": t, "text_file": f, "label": "a", "split": "train", "clip": str(i)} for i, (t, f) in enumerate(cells)
+    ]
+    data = AudioVisualData(modalities=["text"])
+    manifest = read_manifest(data, made.write_manifest(tmp_path / "m.csv", rows))
+    assert [clip.text for clip in manifest.clips] == ["spoken", "so they say"]
+    said = [
+        "bad.txt is not text",
+        "empty.txt holds no text",
+        "no.txt does not exist",
+        "has nothing in text or text_file",
+    ]
+    assert [manifest.bad[line][: len(text)] for line, text in zip(range(4, 8), said, strict=True)] == said
+    store = FeatureStore(data, None)
+    before = store.key(manifest.clips[1])
+    (tmp_path / "a.txt").write_text("something else")
+    changed = read_manifest(data, tmp_path / "m.csv").clips[1]
+    assert store.key(changed) != before and extract(changed, data)["text"][0] == ord("s") + 1
 
 
 def test_a_folders_pictures_are_chosen_from_the_middles(tmp_path):

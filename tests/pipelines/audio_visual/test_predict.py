@@ -56,6 +56,30 @@ def test_evaluating_a_runs_own_manifest_finds_what_the_run_found(trained, clips,
     assert sum(right) / 6 == pytest.approx(facts["accuracy_joint"])
 
 
+def test_clips_that_lack_a_modality_are_predicted_from_what_they_have(trained, clips, tmp_path, capsys):
+    run = trained("steps=30", "data.missing=mask")
+    few = [{"clip": "both", "audio": "test1.wav", "frames": "test1.png", "label": "high"}]
+    few += [
+        {"clip": "heard", "audio": "test0.wav", "label": "low"},
+        {"clip": "seen", "frames": "test1.png", "label": "low"},
+    ]
+    manifest = made.write_manifest(clips.with_name("some.csv"), few)
+    capsys.readouterr()
+    assert main(["predict", str(run.folder), str(manifest), "--features", str(tmp_path / "f.npz")]) == 0
+    both, heard, seen = rows(capsys.readouterr().out)
+    assert both["audio_label"] and both["visual_label"] and heard["label"] == "low" and seen["label"] == "high"
+    assert heard["visual_label"] is heard["visual_probability"] is None and seen["audio_label"] is None
+    with np.load(tmp_path / "f.npz") as held:
+        assert np.isnan(held["features_audio"]).any(1).tolist() == [False, False, True]
+    assert main(["evaluate", str(run.folder), str(manifest)]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy_joint: 0.6667" in printed and "accuracy_visual: 0.5" in printed
+    assert "That of one modality is of the clips that have it." in printed
+    assert main(["predict", str(run.folder), str(clips.parent / "test0.wav")]) == 0, "a sound alone"
+    (lone,) = rows(capsys.readouterr().out)
+    assert lone["label"] == "low" and lone["visual_label"] is None
+
+
 def test_labels_alone_make_a_manifest_that_can_be_evaluated(trained, clips, capsys):
     run = trained()
     few = [{"audio": "test0.wav", "frames": "test0.png", "label": "low"}]

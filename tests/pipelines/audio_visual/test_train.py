@@ -17,7 +17,8 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
-from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load
+from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load, present
+from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.audio_visual.scores import scores
 from equipoise.pipelines.audio_visual.train import AudioVisualWork
 from equipoise.pipelines.cli import main
@@ -35,7 +36,7 @@ made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 NAME = "audio_visual/demo"
-OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}"}
+OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}", "relearning": "{every: 0.5}", "opm": "{starts: 1}"}
 
 
 def train(*overrides):
@@ -91,6 +92,28 @@ def test_crema_d_from_the_published_layout_to_a_result(tmp_path, capfd):
     assert result["objective"] == "mimo" and {"accuracy_joint", "accuracy_audio", "accuracy_visual"} <= result.keys()
 
 
+def test_a_folder_of_flash_videos_is_prepared_trained_on_and_predicted(tmp_path, capfd):
+    """As CREMA-D's, of which some begin late: pictures from their second half second on, and other sounds."""
+    for part in ("AudioWAV", "VideoFlash"):
+        (tmp_path / part).mkdir()
+    for actor in range(1001, 1025):
+        for emotion, pitch in (("ANG", 900.0), ("HAP", 300.0)):
+            name = f"{actor}_DFA_{emotion}_XX"
+            made.write_sound(tmp_path / "AudioWAV" / f"{name}.wav", pitch, 1.5)
+            made.write_video(tmp_path / "VideoFlash" / f"{name}.flv", 1.0, pitch=None, late=0.5 * (actor % 2))
+    assert main(["prepare", "crema-d", str(tmp_path)]) == 0
+    small = [f"model.{name}={{widths: [4, 8], depths: [1, 1]}}" for name in ("audio", "visual")]
+    words = [f"data={tmp_path / 'manifest.csv'}", f"runs={tmp_path / 'runs'}", "steps=2", "batch=4", *small]
+    assert main(["train", "audio_visual/demo", *words, "--id", "faces"]) == 0, capfd.readouterr().err
+    table = tmp_path / "found.csv"
+    assert (
+        main(["predict", str(tmp_path / "runs" / "faces"), str(tmp_path / "manifest.csv"), "--output", str(table)]) == 0
+    )
+    with table.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 48 and {row["label"] for row in found} <= {"anger", "happiness"}
+
+
 def write_ur_funny(folder: Path) -> None:
     lines = ["id,text,label,split"]
     for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
@@ -117,7 +140,8 @@ def test_what_prepare_says_to_do_next_trains_on_videos_with_text(name, write, mo
     assert main(["prepare", name, str(folder)]) == 0
     command = shlex.split(capfd.readouterr().out.split("next: equipoise ")[1])
     small = [f"model.{kind}={{widths: [4, 8], depths: [1, 1]}}" for kind in modalities if kind != "text"]
-    small += ["model.text={width: 8, layers: 1, heads: 2}", "steps=2", "batch=4", f"runs={tmp_path / 'runs'}"]
+    small += ["model.text={width: 8, layers: 1, heads: 2}", "steps=2", "epochs=", "batch=4"]
+    small.append(f"runs={tmp_path / 'runs'}")
     assert main([*command, *small, "--id", "said"]) == 0, capfd.readouterr().err
     result = json.loads((tmp_path / "runs" / "said" / "result" / "result.json").read_text())
     assert sorted(key[9:] for key in result if key.startswith("accuracy_")) == sorted(["joint", *modalities])
@@ -142,6 +166,142 @@ def test_every_objective_trains_and_resumes_exactly(name, tiny, stopped_run):
     assert equal(weights(whole), weights(run))
     result = json.loads((run.folder / "result" / "result.json").read_text())
     assert ("accuracy_joint" in result) == (name != "unimodal") and "accuracy_audio" in result
+
+
+def lacking(clips: Path, folder: Path) -> Path:
+    """The clips of a manifest, in three modalities, of which every second clip lacks one; a video lacks sound."""
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    made.write_video(folder / "mute.mp4", pitch=None)
+    for index, row in enumerate(rows):
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+        if index % 2:
+            row[("audio", "frames", "text")[index // 2 % 3]] = ""
+    rows[0] |= {"audio": "", "frames": "", "video": "mute.mp4"}
+    return made.write_manifest(folder / "manifest.csv", rows)
+
+
+MASKED = ["data.modalities=[audio, visual, text]", "model.text={width: 8, layers: 1, heads: 2}"]
+
+
+@pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
+def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name, tiny, clips, tmp_path, capfd):
+    words = [*tiny, f"data={lacking(clips, tmp_path)}", *MASKED, "data.missing=mask", f"objective={name}", "batch=3"]
+    options = OPTIONS.get(name, "{}")
+    if not registry.load("objectives", name).takes_missing:
+        words.append("data.modalities=[audio, visual]")
+        assert main(["train", NAME, *words]) == 2
+        said = capfd.readouterr().err
+        assert f"objective.name: {name} compares what modalities say of the same clip" in said
+        return
+    run, outcome = train(*words, f"objective.options={options}")
+    assert outcome.state == "done"
+    found = json.loads((run.folder / "result" / "result.json").read_text())
+    for kind in ("audio", "visual", "text"):
+        with (run.folder / "result" / f"confusion-{kind}.csv").open() as file:
+            counts = sum(int(cell) for row in list(csv.reader(file))[1:] for cell in row[1:])
+        assert counts == 5, "the sixth test clip does not have it"
+        assert 0 <= found[f"accuracy_{kind}"] <= 1
+
+
+def test_what_a_clip_lacks_changes_nothing(tiny, clips, tmp_path):
+    """Neither the encoder that it is not given to, nor the gradient of its head."""
+    path = lacking(clips, tmp_path)
+    settings = config.load(NAME, [*tiny, f"data={path}", *MASKED, "data.missing=mask"])
+    prepared = prepare(settings)
+    assert prepared.problems == [] and prepared.store.given[2] == {"visual", "text"}, "a video without sound"
+    work = AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepared)
+    batch = work.batches["train"].get([0, 1, 2, 3])
+    there = present(batch, work.model.modalities, "audio")
+    assert there.tolist() == [False, False, True, True]
+    work.model.eval()
+    features = work.model.features(batch)["audio"]
+    assert not features[:2].any() and features[2:].any()
+    other = dict(batch, audio=torch.where(there.view(-1, 1, 1, 1), batch["audio"], 7.0))
+    assert torch.equal(work.model.features(other)["audio"], features)
+    work.model.train()
+    lone = {name: part[:3] for name, part in batch.items()}
+    assert work.model.features(lone)["audio"].isfinite().all(), "one clip that has it"
+    none = {name: part[:2] for name, part in batch.items()}
+    work.model.zero_grad()
+    made_of = work.model.features(none)["audio"]
+    assert not made_of.any()
+
+
+def test_a_modality_that_no_test_clip_has_is_a_problem(tiny, clips, tmp_path, capfd):
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+        row["text"] = "" if row["split"] == "test" else row["text"]
+    path = made.write_manifest(tmp_path / "m.csv", rows)
+    assert main(["train", NAME, *tiny, f"data={path}", *MASKED, "data.missing=mask"]) == 2
+    assert "no clip of the split test has the modality text" in capfd.readouterr().err
+    assert main(["train", NAME, *tiny, f"data={path}", *MASKED]) == 2
+    assert "has nothing in text or text_file for the modality text" in capfd.readouterr().err
+
+
+def with_empty_text(clips: Path, folder: Path) -> Path:
+    """The clips of a manifest with the same word for each."""
+    with clips.open(newline="") as file:
+        rows = [dict(row, text="so") for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+    return made.write_manifest(folder / "manifest.csv", rows)
+
+
+def test_f_star_auto_keeps_lambda_from_a_modality_that_says_nothing(tiny, clips, tmp_path, capfd):
+    words = [*tiny, f"data={with_empty_text(clips, tmp_path)}", "data.modalities=[audio, text]", "steps=40"]
+    words += ["model.text={width: 8, layers: 1, heads: 2}", "train.validate_every=4", "optimizer.learning_rate=1e-2"]
+    share, noted = {}, {}
+    for name, options in (("zero", "{}"), ("auto", "{f_star: auto}")):
+        run, outcome = train(*words, f"objective.options={options}")
+        assert outcome.state == "done"
+        noted[name] = "text holds" in (run.folder / "log.txt").read_text()
+        share[name] = sum(record["weight_text"] for record in run.metrics()[20:]) / 20 / 10
+        assert ("text holds" in capfd.readouterr().err) == noted[name]
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert 0.6 < result["alone_text"] < 0.8 and result["alone_audio"] < result["alone_text"], "log 2 is a guess"
+    assert noted == {"zero": True, "auto": False} and share["zero"] > 0.9 > share["auto"]
+
+
+def test_a_run_with_an_automatic_f_star_stops_and_resumes_exactly(tiny, stopped_run):
+    words = [*tiny, "objective.options={f_star: auto}"]
+    whole, _ = train(*words)
+    settings = config.load(NAME, words)
+    run = stopped_run(AudioVisual, settings, at=3)
+    assert execute(AudioVisual, settings, run).state == "done"
+    assert equal(weights(whole), weights(run)) and not equal(weights(whole), weights(train(*tiny)[0]))
+
+
+def test_relearning_moves_the_encoders_back_and_says_by_how_much(tiny):
+    run, _ = train(*tiny, "steps=10", "objective=relearning", "objective.options={every: 1, times: 2}")
+    log = (run.folder / "log.txt").read_text()
+    assert log.count("moved back towards the start: audio by ") == 2
+    moved = [record["step"] for record in run.metrics() if "moved_audio" in record]
+    assert moved == [4, 7], "before the steps after three and after six, of epochs of 12 clips by 4"
+
+
+def test_gradient_blending_estimates_its_weights_before_the_run(tiny):
+    run, outcome = train(*tiny, "steps=10", "objective=gradient_blending")
+    result = json.loads((run.folder / "result" / "result.json").read_text())
+    assert outcome.state == "done" and {"alone_audio", "alone_visual", "alone_joint"} <= result.keys()
+    assert "alone: audio " in (run.folder / "log.txt").read_text()
+
+
+def test_opm_changes_what_the_joint_head_is_given(tiny):
+    plain, dropped = (weights(train(*tiny, f"objective={name}")[0]) for name in ("joint", "opm"))
+    never = weights(train(*tiny, "objective=opm", "objective.options={execute: 0}")[0])
+    assert equal(plain, never) and not equal(plain, dropped)
+
+
+def test_unimodal_keeps_the_weights_of_one_validation(tiny):
+    """Those with the least sum, also where each modality was best at another."""
+    run, _ = train(*tiny, "objective=unimodal", "train.keep=best", "steps=20", "train.validate_every=4")
+    sums = {r["step"]: r["val_loss_audio"] + r["val_loss_visual"] for r in run.metrics() if "val_loss_audio" in r}
+    best = min(sums, key=sums.get)
+    short, _ = train(*tiny, "objective=unimodal", "train.keep=last", f"steps={best}", "train.validate_every=4")
+    assert equal(weights(run), weights(short))
 
 
 def test_objectives_differ(tiny):
@@ -339,7 +499,10 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["data.modalities=[audio, text]", "model.text.path=./nowhere"], "model.text.path: ./nowhere does not exist."),
         (["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "data.audio.mels=8"], "model: its encoders cannot"),
         (["model.visual={widths: [0, 8], depths: [1, 1]}"], "model: its encoders cannot"),
-        (["objective.options={f_star: {audio: .nan}}"], "f_star: must be {name: a number, …} or none, got"),
+        (
+            ["objective.options={f_star: {audio: .nan}}"],
+            "or {name: a number, …} or none, got {'audio': nan}",
+        ),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(tiny, words, message, tmp_path, capfd):

@@ -24,9 +24,11 @@ def write(
     height, width = (64, 64) if pixels is None else pixels.shape[:2]
     with av.open(str(path), "w", format=format) as out:
         video = out.add_stream(codec, rate=1000 if codec == "libvpx" else 25)
-        audio = out.add_stream("libopus", rate=48000, layout="mono") if sound else None
+        encoder = "aac" if path.suffix in (".flv", ".mp4") else "libopus"
+        audio = out.add_stream(encoder, rate=48000 if encoder == "libopus" else 44100, layout="mono") if sound else None
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        if codec == "libvpx":
+        timed = codec in ("libvpx", "libx264")  # to the millisecond, and not by a rate
+        if timed:
             video.codec_context.time_base = Fraction(1, 1000)
         if aspect:
             video.codec_context.sample_aspect_ratio = aspect
@@ -34,12 +36,14 @@ def write(
             grey = ms * 255 // max(times) if times[-1] else 0
             image = np.full((height, width, 3), grey, np.uint8) if pixels is None else pixels
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = (ms, Fraction(1, 1000)) if codec == "libvpx" else (ms // 40, Fraction(1, 25))
+            frame.pts, frame.time_base = (ms, Fraction(1, 1000)) if timed else (ms // 40, Fraction(1, 25))
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
-        for start in range(0, sound * 48, 960):
-            frame = av.AudioFrame.from_ndarray(np.full((1, 960), 0.1, np.float32), format="flt", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+        rate, form = (48000, "flt") if encoder == "libopus" else (44100, "fltp")
+        size = 960 if encoder == "libopus" else 1024
+        for start in range(0, sound * rate // 1000, size):
+            frame = av.AudioFrame.from_ndarray(np.full((1, size), 0.1, np.float32), format=form, layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
             out.mux(audio.encode(frame))
         if audio:
             out.mux(audio.encode(None))
@@ -50,9 +54,10 @@ def grey(frames) -> list[float]:
     return [float(np.asarray(frame).mean()) for frame in frames]
 
 
-def test_length_and_frames_go_by_time_where_the_rate_varies(tmp_path):
+@pytest.mark.parametrize(("name", "codec"), [("v.webm", "libvpx"), ("v.mkv", "libvpx"), ("v.mp4", "libx264")])
+def test_length_and_frames_go_by_time_where_the_rate_varies(name, codec, tmp_path):
     times = [i * 100 for i in range(20)] + [2000 + i * 1000 // 30 for i in range(60)]  # 10 a second, then 30
-    frames, seconds = videos.read_frames(write(tmp_path / "v.webm", times), 4)
+    frames, seconds = videos.read_frames(write(tmp_path / name, times, codec), 4)
     assert seconds == pytest.approx(4, abs=0.1)
     assert grey(frames) == pytest.approx([255 * t / 4 for t in (0.5, 1.5, 2.5, 3.5)], abs=10)
 
@@ -64,6 +69,28 @@ def test_a_first_frame_that_comes_late_is_shown_until_then(tmp_path):
     assert seconds == pytest.approx(4, abs=0.15)
     first = 255 * 2000 / 3900
     assert grey(frames) == pytest.approx([first, first, 255 * 2.5 / 3.9, 255 * 3.5 / 3.9], abs=12)
+
+
+@pytest.mark.parametrize("sound", [0, 4000])
+def test_flash_video_whose_first_frame_comes_late_is_read(sound, tmp_path):
+    """Seeking to 0 finds nothing there. With sound from 0 on, the wait counts."""
+    frames, seconds = videos.read_frames(write(tmp_path / "v.flv", list(range(2000, 4000, 40)), "flv", sound=sound), 2)
+    assert seconds == pytest.approx(4 if sound else 2, abs=0.15)
+    first = 255 * 2000 / 3960
+    # middles: seconds 1 and 3 of the sound's clock; without sound 2.5 and 3.5
+    assert grey(frames) == pytest.approx(
+        [first, 255 * 3 / 3.96] if sound else [255 * 2.5 / 3.96, 255 * 3.5 / 3.96], abs=12
+    )
+
+
+def test_frames_of_some_spans_are_those_that_are_shown_then(tmp_path):
+    """In the order of the spans, which may overlap and go backwards."""
+    path = write(tmp_path / "v.mkv", list(range(0, 4000, 40)), "mpeg4")
+    frames, seconds = videos.read_frames(path, 2, lambda seconds: [(2, 4), (0, 1), (0.5, seconds)])
+    times = [2.5, 3.5, 0.25, 0.75, 0.5 + 3.5 / 4, 0.5 + 3 * 3.5 / 4]
+    assert seconds == pytest.approx(4, abs=0.1) and grey(frames) == pytest.approx(
+        [255 * t / 3.96 for t in times], abs=12
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from equipoise.errors import InputError
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.reproduce import mimo
 
@@ -16,14 +18,16 @@ made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 
-def write_clips(folder: Path) -> Path:
+def write_clips(folder: Path, text: bool = False) -> Path:
     rows = []
     for split, count in (("train", 6), ("val", 2), ("test", 4)):
         for index in range(count):
             name = f"{split}{index}"
             made.write_sound(folder / f"{name}.wav", 1200 if index % 2 else 300)
             made.write_picture(folder / f"{name}.png", (200, 0, 0) if index % 2 else (0, 0, 200))
-            rows.append({"audio": f"{name}.wav", "frames": f"{name}.png", "label": "ab"[index % 2], "split": split})
+            row = {"text": "so they say"} if text else {}
+            row |= {"audio": f"{name}.wav", "frames": f"{name}.png", "label": "ab"[index % 2], "split": split}
+            rows.append(row)
     return made.write_manifest(folder / "m.csv", rows)
 
 
@@ -34,6 +38,56 @@ def test_a_training_that_diverges_is_marked_and_stops_nothing(tmp_path):
     assert len(found["curve_audio"]) == 10 and len(found["landscape"]) == mimo.SIDE**2
     picture = mimo._paint(found["landscape"], {"MIMO": found["landscape"]})
     assert picture.shape == (376, 376, 3)
+
+
+def test_three_modalities_are_compared_where_the_manifest_has_text(tmp_path):
+    manifest = write_clips(tmp_path, text=True)
+    kinds = mimo._kinds(str(manifest))
+    assert kinds == ("audio", "visual", "text") and mimo._kinds(None) == ("audio", "visual")
+    rows = mimo.methods(kinds)
+    assert "OGM-GE" not in rows and "OGM-GE" in mimo.methods(kinds[:2]), "it takes two"
+    assert rows["MSLR, text"] == ("mslr", {"factors": {"audio": 0.3, "visual": 0.3, "text": 3.0}})
+    cell = {"objective": "mimo", "options": {}, "seed": 0, "steps": 2, "extra": "", "kinds": list(kinds)}
+    found = mimo.train({**cell, "data": str(manifest), "runs": str(tmp_path / "runs")})
+    assert {"accuracy_text", "probe_text", "contribution_text", "curve_text"} <= found.keys()
+    values = {"balancing": 0.1, "probe_joint": 99.0}
+    lines = mimo._first_table(lambda name, key: [values.get(key, 50.0)], rows, kinds, "2 steps")
+    assert "the paper's: UR-Funny" in lines[0] and "64.54 / 52.19 / 50.38 / 62.1 / 0.101" in lines[-1]
+    (tmp_path / "lone.csv").write_text("audio,label,split\n")
+    with pytest.raises(InputError, match=r"has columns for only audio of audio, visual, text. Balancing needs two"):
+        mimo._kinds(str(tmp_path / "lone.csv"))
+
+
+def test_the_test_losss_contours_are_drawn_too():
+    """A training loss that rises to the right, and a test loss that rises downwards."""
+    points = [[math.exp(x), math.exp(y), 0.0] for y in range(mimo.SIDE) for x in range(mimo.SIDE)]
+    picture = mimo._paint(points, {"MIMO": points})
+    black, yellow = ((picture == colour).all(-1) for colour in (mimo.BLACK, mimo.YELLOW))
+    columns, rows = black.sum(0), yellow.sum(1)
+    assert (columns > 200).sum() == 2 * mimo.LEVELS and black.sum(1).max() < 50, "lines of one training loss"
+    assert (rows > 100).sum() == 2 * mimo.LEVELS and yellow.sum(0).max() < 50, "and of one test loss, dashed"
+
+
+def test_the_papers_starved_modality_is_compared_with_the_one_here():
+    figures = {"MIMO": 90.0, "MML": 40.0}
+    lines = mimo._findings(lambda name, key: [figures[name]] if name in figures else [], mimo.KINDS[:2], "audio")
+    assert "- MIMO over MML, audio: paper +37.1, here +50.0. Same direction." in lines, "visual, there"
+    assert [mimo._starved(paper, len(kinds)) for kinds, (_, paper) in mimo.PAPER.items()] == [1, 0]
+
+
+def test_what_the_seeds_cannot_tell_from_the_first_is_told_by_intervals():
+    joint = {"MIMO": [98.0, 99.0], "MML": [96.0, 97.5], "unimodal": [None, None]}
+    lines = mimo._ranking(lambda name, key: joint[name], joint)
+    first, second = lines[-1].splitlines()[1:]
+    assert first.split() == ["MIMO", "98.5", "±", "6.4"] and second.split() == [
+        "MML",
+        "96.8",
+        "±",
+        "9.5",
+        "+1.8",
+        "±",
+        "3.2",
+    ]
 
 
 def test_a_curves_points_are_where_validations_are():
@@ -61,7 +115,7 @@ def test_the_command_reproduces_mimo_on_given_clips(tmp_path, capsys):
     assert "- MIMO over MML, joint: paper +15.7, here " in out and "λ = 100" in out
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["chart.png", "landscape.png", "results.json"]
     cells = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert len(cells) == 11 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
+    assert len(cells) == 14 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
     assert all(cell["balancing"] > 0 and len(cell[f"curve_{kind}"]) == 2 for cell in cells for kind in KINDS)
     gaps = {kind: cells[0][f"probe_{kind}"] - cells[1][f"probe_{kind}"] for kind in KINDS}
     assert (cells[0]["method"], cells[1]["method"]) == ("unimodal", "MML")
@@ -74,3 +128,6 @@ def test_the_command_reproduces_mimo_on_given_clips(tmp_path, capsys):
         sum(cell[f"contribution_{kind}"] for kind in KINDS) == pytest.approx(cell["probe_joint"] - 50) for cell in cells
     ), "of two classes alike, chance is a half"
     assert f"- MIMO over MML, {starved}: paper +37.1, here " in out
+    assert main([*words, "--output", str(tmp_path / "out"), "--add"]) == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert again == cells and "Figure 3" in capsys.readouterr().out, "nothing is trained a second time"

@@ -3,7 +3,7 @@
 import torch
 
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.reproduce.mimo_toy import conditions, data, quadratic, train
+from equipoise.pipelines.reproduce.mimo_toy import FASTER, _speeds, _tuned, conditions, data, quadratic, train
 
 
 def test_the_quadratic_form_is_the_mean_over_all_points():
@@ -33,6 +33,42 @@ def test_joint_training_learns_the_first_modality_first_and_mimo_is_sooner_at_a_
     assert len(mml["curves"]["‖θ₁‖"]) == 60 and mml["final"] < 0.05 and mimo["final"] < 0.01
 
 
+def test_similar_speeds_are_judged_by_the_ratio_of_steps():
+    steps = {"MML": (2178, 7752), "MIMO": (448, 1526)}
+
+    def got(label, method, key):
+        return [steps[method][key == "learned_2"]]
+
+    said = _speeds(got, "mean")
+    assert "3.6 with MML, 3.4 with MIMO" in said and said.endswith("It DOES NOT REPRODUCE.")
+    steps["MIMO"] = (1000, 1100)
+    assert _speeds(got, "mean").endswith("It reproduces.")
+    steps["MIMO"] = (1000, None)
+    assert _speeds(got, "mean").endswith("More --steps may show it.")
+
+
+def test_each_method_is_shown_at_its_own_best_rate():
+    took = {"MML": {1: 900, 3: 300, 10: 50, 30: 80}, "MIMO": {1: 400, 3: 100, 10: 30}}
+    cells = [
+        {"label": "sum", "method": method, "faster": faster, "small": took[method].get(faster)}
+        for method in took
+        for faster in FASTER
+    ]
+    again = [{**cell, "small": cell["small"] and cell["small"] + 2} for cell in cells]  # another seed
+    again[len(FASTER) + FASTER.index(10)]["small"] = None  # MIMO's, which diverges
+    cells += again
+    said = _tuned("sum", cells)
+    assert "MML at 0.01 in 51 (50 to 52) steps and MIMO at 0.003 in 101 (100 to 102) steps" in said
+    assert "MML takes 0.50 (0.50 to 0.51) times MIMO's steps" in said
+
+
+def test_a_faster_rate_is_another_training():
+    slow, fast = (
+        train({"label": "sum", "method": "MML", "seed": 0, "steps": 300, "faster": f})["small"] for f in (1, 30)
+    )
+    assert slow is None and fast < 300
+
+
 def test_the_command_writes_the_toys_table_and_chart(tmp_path, capsys):
     words = [
         "reproduce",
@@ -48,5 +84,6 @@ def test_the_command_writes_the_toys_table_and_chart(tmp_path, capsys):
     ]
     assert main(words) == 0
     out = capsys.readouterr().out
+    assert out.count("More --steps may show it.") == 2 and out.count("own best") == 2
     assert out.count("‖C_y1‖ > ‖C_y2‖") == 2 and "DOES NOT HOLD" not in out and "Condition (17)" in out
     assert sorted(file.name for file in (tmp_path / "o").iterdir()) == ["chart.png", "results.json"]

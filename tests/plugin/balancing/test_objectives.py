@@ -21,13 +21,16 @@ from equipoise.balancing.min_norm import min_norm
 from equipoise.balancing.mmpareto import MMPareto
 from equipoise.balancing.mses import MSES
 from equipoise.balancing.mslr import MSLR
-from equipoise.balancing.objective import Losses, Objective, differentiate
+from equipoise.balancing.objective import Losses, Objective, Reached, differentiate
 from equipoise.balancing.ogm_ge import OGMGE
 from equipoise.balancing.unimodal import Unimodal
 from equipoise.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "mimo.json").read_text())
-OPTIONS = {"mslr": {"factors": {"m0": 0.5}}}  # objectives that need some
+OPTIONS = {  # objectives that need some
+    "mslr": {"factors": {"m0": 0.5}},
+    "gradient_blending": {"weights": {"joint": 0.5, "m0": 0.3, "m1": 0.2}},
+}
 
 
 class Net(nn.Module):
@@ -92,6 +95,7 @@ def test_every_objective_gives_each_parameter_a_finite_gradient_and_sums_over_fo
         torch.manual_seed(1)
         objective = registry.load("objectives", name)(**OPTIONS.get(name, {}))
         objective.bind(net.own())
+        objective.steps_per_epoch = 10.0
         net.zero_grad()
         for _ in range(passes):
             logged = objective.backward(net(batch, labels, objective.uses_unimodal))
@@ -107,6 +111,7 @@ def test_every_objective_gives_each_parameter_a_finite_gradient_and_sums_over_fo
 def test_all_objectives_are_covered():
     names = {e.name for e in registry.entries("objectives") if e.distribution == "equipoise"}
     assert names >= {"joint", "equal_weight", "mimo", "mses", "mslr", "ogm_ge", "agm", "mgda", "mmpareto", "unimodal"}
+    assert names >= {"opm", "relearning", "gradient_blending"}
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -472,12 +477,107 @@ def test_mslr_sets_the_rates_it_is_told():
         (lambda: MIMO(lam=-1), "ab", "^lam: must be a number >= 0 or none, got -1"),
         (lambda: MIMO(mu=0), "ab", "^mu: must be a number > 0 or none, got 0"),
         (lambda: MIMO(preset="crema"), "ab", "^preset: must be one of 'crema_d'.* Did you mean 'crema_d'"),
+        (lambda: MIMO(f_star="best"), "ab", "^f_star: must be one of 'auto' or "),
+        (lambda: MGDA(scope="some"), "ab", "^scope: must be one of 'encoders', 'all', got 'some'"),
+        (lambda: OGMGE(alpha=-1), "ab", "^alpha: must be a number >= 0, got -1"),
+        (lambda: OGMGE(1.0, "maybe"), "ab", "^noise: must be true or false, got 'maybe'"),
+        (lambda: AGM(-0.5), "ab", "^alpha: must be a number >= 0, got -0.5"),
+        (lambda: MMPareto(gamma=0), "ab", "^gamma: must be a number > 0, got 0"),
+        (lambda: MSES(patience=0), "ab", "^patience: must be a whole number >= 1, got 0"),
         (lambda: Unimodal("c"), "ab", "modality: c is no modality here; there are a, b"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(make, modalities, message):
     with pytest.raises(InputError, match=message):
         make().bind({name: [] for name in modalities})
+
+
+def test_constructors_read_options_as_the_command_line_does():
+    assert MIMO(lam="1e1", mu="1").lam == 10 and MSES("2").patience == 2
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
+        MIMO(lambda_=1)
+
+    class Mine(Objective):
+        """Half of it.
+
+        Args:
+            share: How much. (0 < x <= 1)
+        """
+
+        def __init__(self, share: float = 0.5) -> None:
+            self.share = share
+
+    assert Mine().share == 0.5 and Mine("0.25").share == 0.25
+    with pytest.raises(InputError, match=r"^share: must be a number with 0 < x <= 1, got 2"):
+        Mine(2)
+
+
+def test_mimos_automatic_f_star_is_what_each_modality_reaches_alone():
+    losses = Losses(torch.tensor(0.0), {"a": torch.tensor(0.7), "b": torch.tensor(0.6)})
+    objective = MIMO(lam=1.0, mu=1e-3, f_star="auto")
+    assert objective.needs_alone and not MIMO(f_star={"a": 1}).needs_alone
+    with pytest.raises(InputError, match="f_star: auto needs a training that first trains each modality by itself"):
+        objective.combine(losses)
+    objective.take_alone({name: Reached(1, 1, 0, 1, best) for name, best in (("a", 0.69), ("b", 0.1))})
+    logged = objective.backward(Losses(losses.joint.requires_grad_(), losses.unimodal))
+    assert float(logged["weight_b"]) == pytest.approx(1), "b is further behind what it can reach"
+    again = MIMO(lam=1.0, mu=1e-3, f_star="auto")
+    again.load_state_dict(objective.state_dict())
+    assert not again.needs_alone and again.combine(losses) == objective.combine(losses)
+    again.load_state_dict({})
+
+
+def test_mimo_doubts_a_modality_that_holds_lambda_and_gets_no_better():
+    def validated(objective: MIMO, audio: float, text: float) -> str:
+        for _ in range(3):
+            unimodal = {"audio": torch.tensor(audio), "text": torch.tensor(text)}
+            objective.backward(Losses(torch.tensor(0.0, requires_grad=True), unimodal))
+        return objective.after_validation({"audio": audio, "text": text})
+
+    objective = MIMO(lam=10.0, mu=0.1)
+    assert [validated(objective, 0.1, 0.69) for _ in range(3)] == ["", "", ""]
+    again = MIMO(lam=10.0, mu=0.1)
+    again.load_state_dict(objective.state_dict())
+    note = validated(again, 0.1, 0.69)
+    assert note.startswith("text holds 100% of lam, and its validation loss has hardly fallen in 3 validations")
+    assert validated(again, 0.1, 0.69) == "", "once"
+    falling = MIMO(lam=10.0, mu=0.1)
+    assert not any(validated(falling, 0.1, 0.69 - step / 50) for step in range(8)), "one that learns is none"
+    shared = MIMO(lam=10.0, mu=10.0)
+    assert not any(validated(shared, 0.1, 0.69) for _ in range(8)), "nor one that has half of it"
+
+
+def test_ogm_ge_modulates_in_its_window_of_epochs():
+    weight, other = (nn.Parameter(torch.ones(2, 1, 3, 3)) for _ in "ab")
+    responses = {"a": torch.tensor([[0.9, 0.1]]).log(), "b": torch.tensor([[0.1, 0.9]]).log()}
+
+    def coefficients(objective: OGMGE, count: int) -> list[bool]:
+        found = []
+        for _ in range(count):
+            weight.grad = other.grad = None
+            objective.backward(Losses(weight.sum() + other.sum(), {}, torch.tensor([0]), responses))
+            slowed = float(objective.before_step()["coefficient_a"]) < 1
+            assert slowed == (float(weight.grad[0, 0, 0, 0]) < 1)
+            found.append(slowed)
+        return found
+
+    def made(**window: int) -> OGMGE:
+        objective = OGMGE(noise=False, **window)
+        objective.bind({"a": [weight], "b": [other]})
+        return objective
+
+    objective = made(starts=1, ends=2)
+    with pytest.raises(InputError, match="this training has no epochs to count"):
+        coefficients(objective, 1)
+    objective = made(starts=1, ends=2)
+    objective.steps_per_epoch = 1.5
+    found = coefficients(objective, 4)
+    again = made(starts=1, ends=2)
+    again.steps_per_epoch = 1.5
+    again.load_state_dict(objective.state_dict())
+    # epochs of steps 0 to 6: 0, 0, 1, 2, 2, 3, 4
+    assert found + coefficients(again, 3) == [False, False, True, True, True, False, False]
+    assert all(coefficients(made(), 5)), "without a window always"
 
 
 def test_a_third_partys_objective_needs_one_method():
