@@ -35,22 +35,22 @@ class Page:
     site: Site
     workers: int
     tabs: gr.Tabs
-    forms: Any = None  # of Launch, which Runs fills
-    pipelines: Any = None  # the choice between them
+    launch: Any = None  # the forms, which Runs and Compare fill
 
 
 def _launch(page: Page, tab: gr.Tab) -> None:
-    page.forms, page.pipelines = launch_tab.build(page.site, page.workers)
+    forms, pipelines = launch_tab.build(page.site, page.workers)
+    page.launch = launch_tab.Launch(forms, pipelines, page.tabs)
 
 
 def _runs(page: Page, tab: gr.Tab) -> None:
-    runs_tab.build(page.site, page.workers, page.forms, page.pipelines, page.tabs, tab)
+    runs_tab.build(page.site, page.workers, page.launch, tab)
 
 
 TABS: dict[str, Callable[[Page, gr.Tab], None]] = {  # in their order; each draws itself into the tab that it is given
     "Launch": _launch,
     "Runs": _runs,
-    "Compare": lambda page, tab: compare_tab.build(page.site, tab),
+    "Compare": lambda page, tab: compare_tab.build(page.site, page.launch, tab),
     "Plugins": lambda page, tab: plugins.build(tab),
 }
 

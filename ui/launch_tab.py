@@ -29,6 +29,7 @@ from equipoise.ui.launch import (
     read_yaml,
 )
 from equipoise.ui.launch_estimates import estimate, memory
+from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site
 from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
 
@@ -101,6 +102,32 @@ class Form:
         for key, words in forms.empty_means(type(config), chosen).items():
             updates[self.following[key]]["placeholder"] = words
         return {**updates, self.options: gr.update(value=rows)}
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Where other tabs can put a run's configuration."""
+
+    forms: Mapping[str, Form]  # by pipeline
+    pipeline: gr.Radio
+    tabs: gr.Tabs
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `filled` changes, beside a message."""
+        fields = [part for form in self.forms.values() for part in (form.preset, *form.widgets, form.options)]
+        return [self.tabs, self.pipeline, *fields]
+
+
+def filled(launch: Launch, site: Site, id: str, message: gr.HTML) -> Updates:
+    """Puts a run's configuration into the form of its pipeline, and turns to it."""
+    try:
+        config = open_run(site, id).config()
+        form = launch.forms[config.pipeline]
+    except (EquipoiseError, KeyError) as error:
+        return {message: draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad")}
+    fields = {form.preset: gr.update(value=None), **form.fill(config)}
+    return {message: "", launch.tabs: gr.update(selected="launch"), launch.pipeline: config.pipeline, **fields}
 
 
 def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:

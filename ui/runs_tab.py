@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import gradio as gr
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.runs.status import STATES
 from equipoise.ui import draw
-from equipoise.ui.launch_tab import Form
+from equipoise.ui.launch_tab import Launch, filled
 from equipoise.ui.runs import SORTS, open_run, table
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
 from equipoise.ui.safety import Site
@@ -66,15 +66,6 @@ class Parts:
 
 
 @dataclass(frozen=True, eq=False)
-class Launch:
-    """Where the chosen run's configuration can be put."""
-
-    forms: Mapping[str, Form]  # by pipeline
-    pipeline: gr.Radio
-    tabs: gr.Tabs
-
-
-@dataclass(frozen=True, eq=False)
 class RunsTab:
     """The parts of the tab, and what it remembers of one browser."""
 
@@ -100,16 +91,14 @@ class RunsTab:
         return [self.listing, *shown, actions.stop, actions.sample, actions.resume]
 
 
-def build(
-    site: Site, workers: int, forms: Mapping[str, Form], pipelines: gr.Radio, tabs: gr.Tabs, page_tab: gr.Tab
-) -> None:
+def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     """Draws the tab."""
     gr.HTML(draw.head("Runs"))
     filters = _filters()
     listing = gr.HTML(table(site), js_on_load=ON_RUN, elem_id="runs-table")
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
-    above = Launch(forms, pipelines, tabs), filters, listing, head, message
+    above = launch, filters, listing, head, message
     tab = RunsTab(site, workers, *above, _actions(), _confirm(), _parts(), gr.State(""), gr.State([]), gr.State(1))
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
@@ -199,9 +188,7 @@ def _connect_actions(tab: RunsTab) -> None:
     confirm.yes.click(None, None, None, js="() => equipoise.at({run: ''})", **PRIVATE)
     actions.delete.click(bound(ask_delete, tab), tab.chosen, [confirm.row, confirm.question], **HIDDEN)
     confirm.no.click(bound(keep, tab), None, confirm.row, **HIDDEN)
-    launch = tab.launch
-    fields = [part for form in launch.forms.values() for part in (form.preset, *form.widgets, form.options)]
-    outputs = [tab.message, launch.tabs, launch.pipeline, *fields]
+    outputs = [tab.message, *tab.launch.outputs]
     copied = actions.duplicate.click(bound(duplicate, tab), tab.chosen, outputs, **HIDDEN)
     copied.then(None, None, None, js="() => equipoise.at({tab: 'Launch'})", **PRIVATE)
 
@@ -338,11 +325,4 @@ def keep(tab: RunsTab) -> Updates:
 
 def duplicate(tab: RunsTab, id: str) -> Updates:
     """Puts the run's configuration into the form of its pipeline."""
-    launch = tab.launch
-    try:
-        config = open_run(tab.site, id).config()
-        form = launch.forms[config.pipeline]
-    except (EquipoiseError, KeyError) as error:
-        return {tab.message: draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad")}
-    filled = {form.preset: gr.update(value=None), **form.fill(config)}
-    return {tab.message: "", launch.tabs: gr.update(selected="launch"), launch.pipeline: config.pipeline, **filled}
+    return filled(tab.launch, tab.site, id, tab.message)

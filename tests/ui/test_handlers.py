@@ -403,7 +403,11 @@ def test_two_cells_under_a_slider(site, swept):
     alone = compare_cell.cell_detail(site, id, [first], 0)
     assert "before-after" not in alone and "5 steps." in alone
     both = compare_cell.cell_detail(site, id, [first, second], 0)
-    assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
+    large, strip = both.split("class='strip'")
+    assert (
+        large.count("<img") == strip.count("<img") == 2
+        and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
+    )
     assert "optimizer.name" not in both, "they have the same one"
     assert "learning rates that worked" in compare_numbers.curve(site, id) and "Table (CSV)" in compare_numbers.export(
         site, id
@@ -423,10 +427,10 @@ def test_numbers_out_of_bounds_are_taken_for_the_nearest(site, run, swept, ask):
     """An event may be of before the bounds changed, and boxes take what is typed, or are emptied."""
     ask("pick", ["grid"])
     for step, drawn in ((1, "step-00000002"), (-5, "step-00000002"), (99, "cells/"), (None, "cells/"), ("x", "cells/")):
-        shown = str(ask("draw_grid", "grid/comparison", "row", RATE, 0, step, None))
+        shown = str(ask("draw_grid", "grid/comparison", "row", RATE, 0, step, None, 1, None))
         assert drawn in shown and "<button class='cell" in shown
     for prompt, seen in ((77, "01-0.png"), (-1, "00-0.png"), (None, "00-0.png"), (math.nan, "00-0.png")):
-        assert seen in str(ask("draw_grid", "grid/comparison", "row", RATE, prompt, 5, None)), prompt
+        assert seen in str(ask("draw_grid", "grid/comparison", "row", RATE, prompt, 5, None, 1, None)), prompt
     for scale in (99, -1, None):
         assert "drawn at scale" in (said := str(ask("by_scale", ["grid"], "grid/comparison", scale))) or scale is None
         assert scale != 99 or "scale 10 yet" in said
