@@ -199,7 +199,7 @@ def _connect_choice(tab: CompareTab, page_tab: gr.Tab) -> None:
     outputs = [view.scale, asks.prompt, asks.count, asks.around_files]
     view.refs.change(bound(pick, tab), view.refs, [view.which, tab.known, *_of_comparison(tab), *outputs], **HIDDEN)
     view.which.change(bound(open_another, tab), [view.which, view.refs, tab.opened], _of_comparison(tab), **HIDDEN)
-    view.which.change(None, view.which, None, js="id => { if (id) equipoise.at({made: id}) }", **PRIVATE)
+    view.which.change(None, view.which, None, js="id => { if (id) equipoise.at({made: id}, true) }", **PRIVATE)
     view.delete.click(
         bound(delete_comparison, tab), [view.which, view.refs], [tab.message, view.which, tab.known], **HIDDEN
     )

@@ -14,6 +14,7 @@ from equipoise.pipelines.comparing.curve import ticks
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
+_LETTER = 8.0  # units of a chart that a digit takes across
 _POINTS = 400  # of a line; more cannot be told apart on a screen
 
 
@@ -75,7 +76,9 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: b
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     first = min(x for points in finite.values() for x, _ in points)
     last = max(x for points in finite.values() for x, _ in points)
-    width, height, left, right, top, bottom = 520, 220, 58, 12, 12, 26
+    beside = [short(value) for value in marks(low, high, log)]
+    left = max(58.0, _LETTER * max(map(len, beside), default=0) + 14)  # a number is never cut off
+    width, height, right, top, bottom = 520, 220, 12, 12, 26
 
     def across(x: float) -> float:
         return left + (x - first) / ((last - first) or 1) * (width - left - right)

@@ -17,7 +17,9 @@ from equipoise.ui import draw, forms, launch_pictures
 from equipoise.ui.launch import (
     PROMPT,
     UPLOADED,
+    at_work,
     beginning,
+    begun_already,
     check_plan,
     doubts,
     error_notice,
@@ -254,7 +256,9 @@ def _connect(form: Form) -> None:
     fresh: Any = {"js": f"(...values) => {{ delete {plan_data}.stale; return values }}", "show_progress": "minimal"}
     form.check.click(bound(on_check, form), inputs, outputs, **fresh, trigger_mode="always_last", **PRIVATE)
     changes = [form.preset.change, form.options.input, *(widget.change for widget in form.widgets)]
-    gr.on(changes, None, None, None, js=f"() => {{ {plan_data}.stale = '' }}", **PRIVATE)
+    keep = f"(...values) => {{ {plan_data}.stale = ''; equipoise.keep('{form.pipeline}', values) }}"
+    gr.on(changes, None, inputs, None, js=keep, **PRIVATE)
+    root().load(None, inputs, inputs, js=f"(...values) => equipoise.filled('{form.pipeline}', values)", **PRIVATE)
     form.start.click(bound(on_start, form), inputs, form.message, **PRIVATE)
     form.preset.input(bound(on_preset, form), form.preset, [form.message, *filled], **PRIVATE)
     form.bring.upload(bound(on_yaml, form), form.bring, [form.message, form.preset, *filled], **PRIVATE)
@@ -307,7 +311,9 @@ def on_check(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterato
         words = f"Not checked: {type(error).__name__}: {error}. The server's output says more."
         yield {form.message: draw.notice(words, "bad"), checked.column: gr.update(visible=False)}
         raise
-    yield {checked.facts: draw.notice("\n".join([time, memory(site, made, workers), *doubts(made)]))}
+    begun = at_work(site, made)
+    facts = [*([begun_already(begun)] if begun else []), time, memory(site, made, workers), *doubts(made)]
+    yield {checked.facts: draw.notice("\n".join(facts))}
 
 
 def on_start(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterator[Updates]:

@@ -5,9 +5,12 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.pipelines.runs.status import STATES, STOPPING, Status
@@ -18,7 +21,10 @@ from equipoise.ui.safety import Site
 SHOWN = 400  # rows of the table
 SORTS = ("newest", "name", "state", "loss", "duration")
 _TAIL = 2**16  # bytes at the end of the metrics, which show the pace
-_COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took")
+MEAN_OF = 20  # steps whose losses are shown as one: a batch's alone says little
+LOSS = f"loss, mean of {MEAN_OF} steps"
+_COLUMNS = ("run", "state", "progress", "left", LOSS, "rate", "started", "took")
+_ENOUGH = 2**14  # bytes at the end of the metrics, which hold so many steps
 
 
 def open_run(site: Site, id: str) -> Run:
@@ -61,7 +67,7 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
     keys = {
         "name": lambda item: item.name,
         "state": lambda item: STATES.index(item.state) if item.state in STATES else 99,
-        "loss": lambda item: item.loss if item.loss is not None and item.loss == item.loss else float("inf"),
+        "loss": lambda item: _or_last(recent_loss(site.store.root / item.id, item)),
         "duration": lambda item: -item.duration,
     }
     if sort in keys:
@@ -81,13 +87,43 @@ def _row(site: Site, item: Status, chosen: bool) -> str:
         badge(item),
         bar(item),
         left(site, item),
-        draw.number(item.loss),
+        draw.number(recent_loss(site.store.root / item.id, item)),
         draw.number(item.shown_rate, 3),
         f"{datetime.fromtimestamp(item.begun):%d %b %H:%M}" if item.begun else "",
         draw.span(item.duration) if item.started else "",
     ]
     inside = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in zip(_COLUMNS, cells, strict=True))
     return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
+
+
+def _or_last(loss: float | None) -> float:
+    return loss if loss is not None and loss == loss else math.inf
+
+
+def recent_loss(folder: Path, item: Status) -> float | None:
+    """The mean of a run's last losses, as far as they are measured; where none is, the last one that it reported."""
+    try:
+        file = folder / "metrics.jsonl"
+        found = _mean_loss(file, *version(file)) if item.kind != "sweep" else None
+    except OSError:  # deleted since
+        found = None
+    return item.loss if found is None else found
+
+
+@lru_cache(10_000)  # who lists a thousand runs, and does so again and again, reads those that have changed
+def _mean_loss(file: Path, *version: int) -> float | None:
+    with suppress(OSError), open(file, "rb") as metrics:
+        metrics.seek(max(0, metrics.seek(0, os.SEEK_END) - _ENOUGH))
+        lines = metrics.read().decode(errors="replace").splitlines(keepends=True)[-MEAN_OF - 1 :]
+        losses = [
+            float(it["loss"]) for _, it in metric_lines("".join(lines)) if "loss" in it and _is_number(it["loss"])
+        ]
+        return math.fsum(losses[-MEAN_OF:]) / len(losses[-MEAN_OF:]) if losses else None
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
 
 
 def badge(item: Status, ended: bool = False) -> str:

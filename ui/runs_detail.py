@@ -17,7 +17,7 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw
 from equipoise.ui.draw import esc, url
-from equipoise.ui.runs import badge, bar, left, open_run, together
+from equipoise.ui.runs import LOSS, badge, bar, left, open_run, recent_loss, together
 from equipoise.ui.runs_curves import charts
 from equipoise.ui.safety import SUFFIXES, Site
 
@@ -57,15 +57,16 @@ def heading(site: Site, id: str) -> str:
         "pipeline": now.pipeline,
         "step": f"{now.step} of {now.total}" if now.total else now.step,
         "left": left(site, now),
-        "loss": draw.number(now.loss),
-        "rate": draw.number(now.rate, 3),
+        LOSS: draw.number(recent_loss(run.folder, now)),
+        "rate": draw.number(now.shown_rate, 3),
+        "rate of the last step": draw.number(now.rate, 3),
         "took": draw.span(now.duration) if now.started else "",
         "memory": _memory(now),
         "process": f"{now.pid} on {now.host}" if now.state == "running" else "",
     }
     parts = [
         back,
-        f"<h3>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
+        f"<h3 data-shown='{esc(run.id)}'>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
         bar(now),
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in facts.items() if value != ""}),
@@ -91,9 +92,9 @@ def _cells(sweep: Run, ended: bool) -> str:
         short = draw.breakable(cell.folder.name)
         rows.append(
             f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now, ended)}</td>"
-            f"<td>{bar(now)}</td><td data-name='loss'>{draw.number(now.loss)}</td></tr>"
+            f"<td>{bar(now)}</td><td data-name='{LOSS}'>{draw.number(recent_loss(cell.folder, now))}</td></tr>"
         )
-    head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
+    head = f"<thead><tr><th>cell</th><th>state</th><th>progress</th><th>{LOSS}</th></tr></thead>"
     return f"<div class='scroll'><table class='runs cells'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
 
 

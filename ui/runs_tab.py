@@ -18,6 +18,8 @@ from equipoise.ui.safety import Site
 from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, Slider, Updates, bound, clicked_id, root
 
 REFRESH = 2.0  # seconds
+SHOWN = "() => document.querySelector('#run-head [data-shown]')?.dataset.shown ?? ''"  # the run's id
+ASKED = "() => document.querySelector('#delete-question [data-shown]')?.dataset.shown ?? ''"
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 
@@ -128,7 +130,7 @@ def _actions() -> Actions:
 
 def _confirm() -> Confirm:
     with gr.Row(elem_classes=["actions"], visible=False) as row:
-        question = gr.HTML()
+        question = gr.HTML(elem_id="delete-question")
         yes = gr.Button("Delete for good", size="md", variant="stop", elem_id="delete-yes")
         return Confirm(row, question, yes, gr.Button("Keep it", size="md"))
 
@@ -182,14 +184,18 @@ def _of_run(tab: RunsTab) -> list[Any]:
 
 def _connect_actions(tab: RunsTab) -> None:
     actions, confirm = tab.actions, tab.confirm
-    events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample), (confirm.yes, delete))
+    # What is acted on is the run whose heading the browser shows, whatever was clicked since and is not answered yet.
+    shown, question = (gr.Textbox(visible=False) for _ in range(2))
+    events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample))
     for button, handler in events:
-        button.click(bound(handler, tab), tab.chosen, _of_run(tab), **HIDDEN).then(**_refreshed(tab))
+        button.click(bound(handler, tab), shown, _of_run(tab), js=SHOWN, **HIDDEN).then(**_refreshed(tab))
+    deleted = confirm.yes.click(bound(delete, tab), question, _of_run(tab), js=ASKED, **HIDDEN)
+    deleted.then(**_refreshed(tab))
     confirm.yes.click(None, None, None, js="() => equipoise.at({run: ''})", **PRIVATE)
-    actions.delete.click(bound(ask_delete, tab), tab.chosen, [confirm.row, confirm.question], **HIDDEN)
+    actions.delete.click(bound(ask_delete, tab), shown, [confirm.row, confirm.question], js=SHOWN, **HIDDEN)
     confirm.no.click(bound(keep, tab), None, confirm.row, **HIDDEN)
     outputs = [tab.message, *tab.launch.outputs]
-    copied = actions.duplicate.click(bound(duplicate, tab), tab.chosen, outputs, **HIDDEN)
+    copied = actions.duplicate.click(bound(duplicate, tab), shown, outputs, js=SHOWN, **HIDDEN)
     copied.then(None, None, None, js="() => equipoise.at({tab: 'Launch'})", **PRIVATE)
 
 
@@ -315,7 +321,9 @@ def _acted(tab: RunsTab, id: str, what: str) -> Updates:
 
 
 def ask_delete(tab: RunsTab, id: str) -> Updates:
-    question = f"<p>Delete <b>{draw.esc(id)}</b> with all its files? It cannot be undone.</p>"
+    question = (
+        f"<p data-shown='{draw.esc(id)}'>Delete <b>{draw.esc(id)}</b> with all its files? It cannot be undone.</p>"
+    )
     return {tab.confirm.row: gr.update(visible=True), tab.confirm.question: question}
 
 

@@ -116,6 +116,11 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     reload(page, look)
     expect(page.locator("#run-head h3")).to_contain_text(sweep)
     expect(row).to_contain_text("done", timeout=PATIENCE)
+    tab(page, "Launch")
+    rates = page.locator("#field-text_to_image-optimizer-learning_rate").locator("textarea, input").first
+    expect(rates).to_have_value("1e-3, 1e-2")  # as it was before the reload
+    page.go_back()
+    expect(page.locator("#run-head h3")).to_be_visible()
     cell = page.locator("#run-head table button").first
     cell.click()
     expect(page.locator(".charts figcaption").first).to_have_text("loss", timeout=PATIENCE)
@@ -250,18 +255,20 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
     page.locator("#pictures input[type=file]").set_input_files([tmp_path / f"{name}.png" for name in ("a", "no", "b")])
     left_out = "no.png: is not a picture that can be read (PNG, JPEG or WebP). It was left out."
     expect(page.locator("#pictures-message")).to_have_text(left_out)
-    cell = page.locator("#captions").get_by_test_id("cell-1-1")
-    cell.dblclick()
-    expect(page.locator("#captions :is(textarea, input):focus")).to_be_visible()  # what is typed sooner is lost
-    page.keyboard.type("a <b>blue</b> square")
-    page.keyboard.press("Enter")
-    expect(cell).to_contain_text("a <b>blue</b> square")
+    captions = ("a red square", "a <b>blue</b> square")
+    for row, text in reversed(list(enumerate(captions))):
+        cell = page.locator("#captions").get_by_test_id(f"cell-{row}-1")
+        cell.dblclick()
+        expect(page.locator("#captions :is(textarea, input):focus")).to_be_visible()  # what is typed sooner is lost
+        page.keyboard.type(text)
+        page.keyboard.press("Enter")
+        expect(cell).to_contain_text(text)
     page.locator("#use-pictures").click()
     expect(page.locator("#pictures-message")).to_contain_text("2 pictures are ready")
     (folder,) = (tmp_path / "runs" / "uploads").iterdir()
     expect(data).to_have_value(f"uploads/{folder.name}")
     said = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert said == ["pictures", "a <b>blue</b> square"]
+    assert said == list(captions)
 
     page.locator("#check-text_to_image").click()
     plan = page.locator(".plan:visible")

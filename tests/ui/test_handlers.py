@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -382,6 +383,56 @@ def test_long_curves_keep_their_spikes_and_little_else(site):
     assert steps == sorted(set(steps)) and max(b - a for a, b in pairwise(steps)) < 200, "evenly"
     path = draw.chart("loss", {"loss": points}).split('points="')[1].split('"')[0].split()
     assert len(path) < 1000 and len({place.split(",")[1] for place in path}) == 2, "the spike is drawn"
+
+
+def test_numbers_beside_an_axis_have_the_room_that_they_need():
+    points = {"rate": [(1, 0.0009986), (2, 0.0009991)]}
+    drawn = draw.chart("rate", points)
+    numbers = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([\d.e-]+)</text>', drawn)[:-1]
+    assert max(len(number) for _, number in numbers) >= 8
+    for x, number in numbers:
+        assert float(x) >= 7.5 * len(number), "at 13 units, a digit takes 7.5 across"
+
+
+def test_the_loss_of_a_run_is_a_mean_of_its_last_steps_and_says_so(site, run, finish):
+    """And its rate the one that was configured, whatever the schedule has made of it."""
+    finish(site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two"), steps=40)
+    mean = sum(1 / step for step in range(21, 41)) / 20
+    shown = runs.table(site)
+    assert f">{draw.number(mean)}<" in shown and f"<th>loss, mean of {runs.MEAN_OF} steps</th>" in shown
+    assert runs.recent_loss(run.folder, run.status()) == pytest.approx(sum(1 / step for step in range(1, 6)) / 5)
+    two = site.store.get("two")
+    two.update(learning_rate=0.005, rate=1.54e-8)
+    assert ">0.005<" in runs.table(site) and "1.54e-08" not in runs.table(site)
+    heading = runs_detail.heading(site, "two")
+    assert "<dt>rate</dt><dd>0.005</dd>" in heading and "<dt>rate of the last step</dt><dd>1.54e-08</dd>" in heading
+    by_loss = runs.table(site, sort="loss")
+    assert by_loss.index(">two<") < by_loss.index(">one<")
+
+
+def test_when_a_run_started_does_not_move_when_it_goes_on(site, finish):
+    made = finish(
+        site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two"), "stopped"
+    )
+    made.update(started=1e9, first_started=1e9)
+    began = runs.table(site)
+    with made.session(signals=False):
+        made.finish("done")
+    assert made.status().started > 1e9 and "09 Sep" in began and "09 Sep" in runs.table(site)
+
+
+def test_a_button_acts_on_the_run_that_is_shown(site, run, finish, ask):
+    """Not on one that was chosen before or since: the browser says whose heading it shows."""
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two")
+    ask("select", "", "all", "newest", event={"id": "one"})
+    with made.session(signals=False):
+        assert "two: saves its state" in str(ask("stop", "two"))
+        assert "stop" in made.requested()
+        made.finish("stopped")
+    assert "data-shown='one'" in runs_detail.heading(site, "one")
+    assert "data-shown='one'" in str(ask("ask_delete", "one"))
+    ask("delete", "one")
+    assert [item.id for item in site.store.list()] == ["two"]
 
 
 def test_marks_beside_an_axis_are_round():
