@@ -14,12 +14,13 @@ from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.pipelines.runs.status import STATES, STOPPING, Status
-from equipoise.ui import draw
+from equipoise.ui import draw, runs_notes
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import Site
 
 SHOWN = 400  # rows of the table
-SORTS = ("newest", "name", "state", "loss", "duration")
+SORTS = ("newest", "name", "state", "loss", "rate", "steps", "duration")
+ARCHIVED = "archived"  # in place of a state: runs that were put away
 _TAIL = 2**16  # bytes at the end of the metrics, which show the pace
 MEAN_OF = 20  # steps whose losses are shown as one: a batch's alone says little
 LOSS = f"loss, mean of {MEAN_OF} steps"
@@ -47,8 +48,8 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
 
     Args:
         site: whose.
-        words: only runs whose id, pipeline or message have all of these words.
-        state: only runs in this state, or "all".
+        words: only runs whose id, pipeline, message, notes or configuration have all of these words.
+        state: only runs in this state, or "all"; those that were put away only where it is ARCHIVED.
         sort: one of SORTS.
         chosen: the id that is marked.
     """
@@ -59,8 +60,9 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
     shown = [
         item
         for item in found
-        if state in ("all", item.state)
-        and all(word in f"{item.id} {item.pipeline} {item.message}".lower() for word in wanted)
+        if state in ("all", ARCHIVED, item.state)
+        and runs_notes.read(site.store.root / item.id).archived == (state == ARCHIVED)
+        and (not wanted or all(word in _text(site, item) for word in wanted))
     ]
     if not shown:
         return draw.empty("Nothing matches", "Clear the filter to see all runs.")
@@ -68,6 +70,8 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
         "name": lambda item: item.name,
         "state": lambda item: STATES.index(item.state) if item.state in STATES else 99,
         "loss": lambda item: _or_last(recent_loss(site.store.root / item.id, item)),
+        "rate": lambda item: -math.inf if item.shown_rate is None else item.shown_rate,
+        "steps": lambda item: -item.step,
         "duration": lambda item: -item.duration,
     }
     if sort in keys:
@@ -79,11 +83,30 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
     return f"<div class='scroll'><table class='runs'>{inside}</table></div>{more}"
 
 
+def _text(site: Site, item: Status) -> str:
+    """All that a run can be found by, in small letters."""
+    folder = site.store.root / item.id
+    notes, config = runs_notes.read(folder), folder / "config.yaml"
+    about = f"{item.id} {item.pipeline} {item.message} {' '.join(notes.tags)} {notes.note} "
+    return about.lower() + _config_text(config, *version(config))
+
+
+@lru_cache(10_000)
+def _config_text(file: Path, *version: int) -> str:
+    try:
+        return file.read_text(errors="replace").lower()
+    except OSError:
+        return ""
+
+
 def _row(site: Site, item: Status, chosen: bool) -> str:
     item = together(Run(site.store.root / item.id), item)
+    notes = runs_notes.read(site.store.root / item.id)
+    tags = "".join(f"<span class='tag'>{esc(tag)}</span>" for tag in notes.tags)
     cells = [
         f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(item.id)}</button>"
-        f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>",
+        f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>"
+        f"{tags}{f'<small>{esc(notes.note[:80])}</small>' if notes.note else ''}",
         badge(item),
         bar(item),
         left(site, item),

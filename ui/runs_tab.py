@@ -10,15 +10,16 @@ import gradio as gr
 
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.runs.status import STATES
-from equipoise.ui import draw
+from equipoise.ui import draw, runs_more, runs_several
 from equipoise.ui.launch_tab import Launch, filled
-from equipoise.ui.runs import SORTS, open_run, table
+from equipoise.ui.runs import ARCHIVED, SORTS, open_run, table
+from equipoise.ui.runs_curves import MEASURED, Wanted, metrics
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
+from equipoise.ui.runs_more import More
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, Slider, Updates, bound, clicked_id, root
+from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, SHOWN, Slider, Updates, bound, clicked_id, root
 
 REFRESH = 2.0  # seconds
-SHOWN = "() => document.querySelector('#run-head [data-shown]')?.dataset.shown ?? ''"  # the run's id
 ASKED = "() => document.querySelector('#delete-question [data-shown]')?.dataset.shown ?? ''"
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
@@ -55,16 +56,28 @@ class Confirm:
 
 
 @dataclass(frozen=True, eq=False)
+class Curving:
+    """How curves are drawn."""
+
+    smooth: Slider
+    log: gr.Checkbox
+    metric: gr.Dropdown
+    beside: gr.Dropdown
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """What is shown of the chosen run, below its heading."""
 
     tabs: gr.Tabs
+    curving: Curving
     curves: gr.HTML
     step: Slider
     samples: gr.HTML
     log: gr.HTML
     config: gr.Code
     files: gr.HTML
+    more: More  # notes and exports, which another file connects
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +110,7 @@ def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     """Draws the tab."""
     gr.HTML(draw.head("Runs"))
     filters = _filters()
+    several = runs_more.several(site)
     listing = gr.HTML(table(site), js_on_load=ON_RUN, elem_id="runs-table")
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
@@ -105,13 +119,14 @@ def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
     _connect_actions(tab)
+    runs_more.connect(several, tab.parts.more, site, tab.message, page_tab, _refreshed(tab))
 
 
 def _filters() -> Filters:
     with gr.Row(elem_classes=["filters"]):
-        hint = "words of the id, pipeline or message"
+        hint = "words of the id, pipeline, message, notes or configuration"
         words = gr.Textbox(label="Filter", placeholder=hint, max_lines=1, scale=3)
-        state = gr.Dropdown(["all", *STATES], value="all", label="State", interactive=True)
+        state = gr.Dropdown(["all", *STATES, ARCHIVED], value="all", label="State", interactive=True)
         sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", interactive=True)
     return Filters(words, state, sort)
 
@@ -138,6 +153,7 @@ def _confirm() -> Confirm:
 def _parts() -> Parts:
     with gr.Tabs(visible=False) as tabs:
         with gr.Tab("Curves"):
+            curving = _curving()
             curves = gr.HTML()
         with gr.Tab("Samples"):
             step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
@@ -148,7 +164,22 @@ def _parts() -> Parts:
             config = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
         with gr.Tab("Files"):
             files = gr.HTML()
-    return Parts(tabs, curves, step, samples, log, config, files)
+            export = runs_more.export()
+        with gr.Tab("Notes"):
+            notes = runs_more.notes()
+    return Parts(tabs, curving, curves, step, samples, log, config, files, More(export, notes))
+
+
+def _curving() -> Curving:
+    with gr.Row(elem_classes=["filters"]):
+        smooth = Slider(0, 0.99, value=0, step=0.01, label="Smoothing", interactive=True, elem_id="smooth")
+        log = gr.Checkbox(label="Logarithmic", elem_id="log-scale", min_width=120)
+        more: Any = {"interactive": True, "min_width": 160}
+        metric = gr.Dropdown(
+            ["loss"], value="loss", label="Metric of several", allow_custom_value=True, elem_id="metric", **more
+        )
+        beside = gr.Dropdown([], value=[], multiselect=True, label="Other runs beside it", elem_id="beside", **more)
+    return Curving(smooth, log, metric, beside)
 
 
 def _refreshed(tab: RunsTab) -> dict[str, Any]:
@@ -159,7 +190,9 @@ def _refreshed(tab: RunsTab) -> dict[str, Any]:
 
 
 def _filled(tab: RunsTab) -> list[Any]:
-    return [tab.filters.words, tab.filters.state, tab.filters.sort]
+    curving = tab.parts.curving
+    curves = [curving.smooth, curving.log, curving.metric, curving.beside]
+    return [tab.filters.words, tab.filters.state, tab.filters.sort, *curves]
 
 
 def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
@@ -167,6 +200,9 @@ def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
     page_tab.select(**_refreshed(tab))  # what it shows until then is of when the server started
     filters = tab.filters
     moved = [filters.words.change, filters.state.input, filters.sort.input, tab.parts.step.input]
+    curving = tab.parts.curving
+    moved += [curving.smooth.change, curving.log.input, curving.metric.input, curving.beside.input]
+    curving.beside.input(bound(offer_metrics, tab), [tab.chosen, curving.beside], curving.metric, **HIDDEN)
     gr.on(moved, **_refreshed(tab), trigger_mode="always_last")
 
 
@@ -179,7 +215,9 @@ def _connect_choice(tab: RunsTab) -> None:
 
 def _of_run(tab: RunsTab) -> list[Any]:
     """What appears and goes with a chosen run."""
-    return [tab.message, tab.chosen, tab.actions.row, tab.parts.tabs, tab.confirm.row]
+    more, curving = tab.parts.more, tab.parts.curving
+    with_it = [curving.metric, curving.beside, *more.outputs]
+    return [tab.message, tab.chosen, tab.actions.row, tab.parts.tabs, tab.confirm.row, *with_it]
 
 
 def _connect_actions(tab: RunsTab) -> None:
@@ -203,16 +241,38 @@ def _connect_actions(tab: RunsTab) -> None:
 
 
 def refresh(
-    tab: RunsTab, words: str, state: str, sort: str, id: str, at: float | None, end: int, digests: list[str]
+    tab: RunsTab,
+    words: str,
+    state: str,
+    sort: str,
+    smooth: float,
+    log: bool,
+    metric: str | None,
+    beside: list[str],
+    id: str,
+    at: float | None,
+    end: int,
+    digests: list[str],
 ) -> Updates:
     """How the runs stand now, as far as the browser does not show it already."""
     moved = slide(tab.site, id, at, end)
-    drawn = _drawn(tab, words, state, sort, id, moved.shown, digests)
+    wanted = Wanted(smooth, log, metric or "loss", tuple(beside or ()))
+    drawn = _drawn(tab, words, state, sort, id, moved.shown, digests, wanted)
     return {**drawn, tab.parts.step: moved.slider, tab.end: moved.end if moved.end != end else gr.skip()}
 
 
-def select(tab: RunsTab, words: str, state: str, sort: str, event: gr.EventData) -> Updates:
-    return opened(tab, words, state, sort, clicked_id(event))
+def select(
+    tab: RunsTab,
+    words: str,
+    state: str,
+    sort: str,
+    smooth: float,
+    log: bool,
+    metric: str | None,
+    beside: list[str],
+    event: gr.EventData,
+) -> Updates:
+    return opened(tab, words, state, sort, clicked_id(event), Wanted(smooth, log))
 
 
 def restore(tab: RunsTab, request: gr.Request) -> Updates:
@@ -225,15 +285,15 @@ def restore(tab: RunsTab, request: gr.Request) -> Updates:
     return opened(tab, "", "all", SORTS[0], id)  # as the filters are in a page that was just loaded
 
 
-def opened(tab: RunsTab, words: str, state: str, sort: str, id: str) -> Updates:
-    """Shows a run."""
+def opened(tab: RunsTab, words: str, state: str, sort: str, id: str, wanted: Wanted = MEASURED) -> Updates:
+    """Shows a run, no other beside it."""
     try:
-        open_run(tab.site, id)
+        run = open_run(tab.site, id)
     except EquipoiseError as error:
         return {tab.message: draw.notice(str(error), "bad")}
-    moved = slide(tab.site, id, None, 1)
+    moved, curving = slide(tab.site, id, None, 1), tab.parts.curving
     return {
-        **_drawn(tab, words, state, sort, id, None, []),
+        **_drawn(tab, words, state, sort, id, None, [], wanted),
         tab.parts.step: moved.slider,
         tab.end: moved.end,
         tab.message: "",
@@ -241,11 +301,25 @@ def opened(tab: RunsTab, words: str, state: str, sort: str, id: str) -> Updates:
         tab.actions.row: gr.update(visible=True),
         tab.parts.tabs: gr.update(visible=True),
         tab.confirm.row: gr.update(visible=False),
+        curving.metric: gr.update(choices=metrics(tab.site, id), value="loss"),
+        curving.beside: gr.update(choices=[one for one in runs_several.offered(tab.site) if one != id], value=[]),
+        **runs_more.of_run(tab.parts.more, run),
     }
 
 
-def _drawn(tab: RunsTab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str]) -> Updates:
-    shown = [table(tab.site, words, state, sort, id), *detail(tab.site, id, step), *possible(tab.site, id)]
+def offer_metrics(tab: RunsTab, id: str, beside: list[str]) -> Updates:
+    """What any of the runs has measured."""
+    try:
+        return {tab.parts.curving.metric: gr.update(choices=metrics(tab.site, id, beside or []))}
+    except EquipoiseError:  # deleted since
+        return gr.skip()
+
+
+def _drawn(
+    tab: RunsTab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str], wanted: Wanted
+) -> Updates:
+    listing = table(tab.site, words, state, sort, id)
+    shown = [listing, *detail(tab.site, id, step, wanted), *possible(tab.site, id)]
     outputs, new = unchanged(shown, digests)
     return {**dict(zip(tab.redrawn, outputs, strict=True)), tab.digests: new if new != digests else gr.skip()}
 
