@@ -13,7 +13,8 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing import comparison
 from equipoise.pipelines.config import RunConfig
-from equipoise.ui import draw, forms, launch_pictures
+from equipoise.pipelines.config.builtin import shipped
+from equipoise.ui import draw, forms, launch_data, launch_demo, launch_pictures
 from equipoise.ui.launch import (
     PROMPT,
     UPLOADED,
@@ -140,10 +141,12 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
     gr.HTML(
         draw.head(
             "Launch",
-            "Choose optimizers and learning rates; several of either make a sweep. Runs go on in the background, "
-            "whatever becomes of this page.",
+            "Several optimizers or learning rates make a sweep. Runs go on in the background, whatever becomes of this "
+            "page.",
         )
     )
+    if launch_demo.NAME in shipped():
+        launch_demo.build(site, workers)
     offered = [(titles[name], name) for name in names]
     chosen = gr.Radio(offered, value=names[0], label="Pipeline", elem_id="pipeline", interactive=True)
     found, columns = {}, {}
@@ -162,11 +165,13 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     items = forms.fields(cls)
     shown, rows = beginning(cls)
     preset, bring = _beginning(pipeline, cls)
-    widgets = _fields(site, cls, items, shown)
+    widgets = _fields(site, cls, items, shown, registry.load("pipelines", pipeline).fixed)
     with gr.Accordion("Options of what is chosen above", open=False) as opened:
         options = _options(rows)
     if cls.SHORT.get("data", "").endswith(".folder"):
         launch_pictures.build(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
+        if PROMPT in widgets:
+            launch_data.build(site, widgets[cls.SHORT["data"]], widgets[PROMPT])
     message = gr.HTML(elem_classes=["message"])
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
@@ -196,9 +201,16 @@ def _beginning(pipeline: str, cls: type[RunConfig]) -> tuple[gr.Dropdown, gr.Upl
     return preset, bring
 
 
-def _fields(site: Site, cls: type[RunConfig], items: list[forms.Field], shown: dict[str, Any]) -> dict[str, Any]:
-    """The widgets of all keys: the basic ones at once, the others by section in a panel that is closed at first."""
+def _fields(
+    site: Site, cls: type[RunConfig], items: list[forms.Field], shown: dict[str, Any], fixed: Sequence[str]
+) -> dict[str, Any]:
+    """The widgets of all keys: the basic ones at once, the others by section in a panel that is closed at first; those
+    that can have one value alone are out of sight."""
     widgets: dict[str, Any] = {}
+    for item in items:
+        if item.key.key in fixed:
+            widgets[item.key.key] = _widget(site, cls, item, shown, visible=False)
+    items = [item for item in items if item.key.key not in widgets]
     with gr.Group(elem_classes=["fields"]):
         for item in sorted((i for i in items if i.basic), key=_rank):
             widgets[item.key.key] = _widget(site, cls, item, shown)
@@ -377,8 +389,9 @@ def _rank(item: forms.Field) -> tuple[int, int]:
     return (first.index(item.key.key) if item.key.key in first else 2, 0 if item.kind != "lines" else 1)
 
 
-def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any]) -> Any:
-    given = {"label": item.label, "info": item.info, "value": shown.get(item.key.key), "interactive": True}
+def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any], visible: bool = True) -> Any:
+    given: dict[str, Any] = {"label": item.label, "info": item.info, "value": shown.get(item.key.key)}
+    given |= {"interactive": True, "visible": visible}
     given["elem_id"] = f"field-{cls.model_fields['pipeline'].default}-{item.key.key.replace('.', '-')}"
     if item.kind == "plugin":
         return gr.Dropdown(list(item.choices), multiselect=True, **given)

@@ -64,7 +64,7 @@ def charts(site: Site, id: str, wanted: Wanted = MEASURED) -> str:
             _title(group, some),
             {name: lines[name] for name in some},
             log=wanted.log or group in _LOG_SCALE,
-            smooth=wanted.smooth,
+            smooth=0.0 if group == "rate" else wanted.smooth,  # which has no noise
         )
         for group, some in groups.items()
     ]
