@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=min(2, os.cpu_count() or 1),
         help="The number of processes that train a sweep (default: %(default)s).",
     )
+    parser.add_argument(
+        "--read-only", action="store_true", help="Only show what is there: nothing can be started, changed or deleted."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     import_gradio()
     from equipoise.ui.app import serve
 
-    serve(args.host, args.port, auth, args.runs, data, args.workers)
+    serve(args.host, args.port, auth, args.runs, data, args.workers, args.read_only)
     return 0
 
 

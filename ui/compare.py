@@ -40,6 +40,15 @@ def choices(site: Site) -> list[tuple[str, str]]:
     ]
 
 
+class SameJobError(InputError):
+    """What is asked for is there, or at work, already."""
+
+    def __init__(self, job: background.Job):
+        done = "is there already: choose it under Comparison"
+        super().__init__(f"This comparison {'is being made already' if job.state == 'running' else done}.")
+        self.name = job.name
+
+
 @dataclass(frozen=True)
 class Made:
     """A comparison that exists."""
@@ -213,8 +222,7 @@ def _start(site: Site, refs: Sequence[str], given: dict[str, Any]) -> str:
         ended = max([ended, *(one.status().ended or 0.0 for one in parts)])
     for job in background.jobs(site.store.root):
         if set(job.runs) == set(refs) and job.asked == given and job.state != "dead" and job.created > ended:
-            done = "is there already: choose it under Comparison"
-            raise InputError(f"This comparison {'is being made already' if job.state == 'running' else done}.")
+            raise SameJobError(job)
     return background.compare(site.store.root, list(refs), given)
 
 

@@ -130,12 +130,12 @@ def _cell(look: _Look, cells: list[Cell]) -> str:
 
 def _inside(look: _Look, cell: Cell, found: list[Shot], folder: Path | None) -> str:
     """What a cell drew or answered, or that it did not."""
-    answers = _answers(folder, look.prompt) if folder else ""
+    written = answers(folder, look.prompt) if folder else ""
     images = [_image(shot, look.comparison) for shot in found]
-    if answers and not look.prompt:  # cards with so many words cannot be read that small
+    if written and not look.prompt:  # cards with so many words cannot be read that small
         images = []
     many = " class='many'" if len(images) > 1 else ""
-    inside = (f"<div{many}>{''.join(images)}</div>" if images else "") + answers
+    inside = (f"<div{many}>{''.join(images)}</div>" if images else "") + written
     none = "no samples" if look.step is not None else cell.state if cell.run else "the base has none"
     return inside or f"<div class='none'>{esc(none)}</div>"
 
@@ -149,7 +149,7 @@ def _image(shot: Shot, comparison: Comparison) -> str:
     )
 
 
-def _answers(folder: Path, prompt: int) -> str:
+def answers(folder: Path, prompt: int) -> str:
     """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
     try:
         found = draw.records((folder / ANSWERS).read_text(encoding="utf-8", errors="replace"))

@@ -120,12 +120,17 @@ def chart(
         drawn.append(f'<polyline points="{path(shown)}" style="stroke:{ink}"/>')
         for x, y in shown[-1:]:  # all there is to see of what was measured once
             drawn.append(f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" style="fill:{ink}"/>')
-    legend = "".join(
-        f'<span><i style="background:{colours[label]}"></i>{breakable(label)} <b>{number(points[-1][1])}</b></span>'
-        for label, points in finite.items()
+    legend = _legend(finite, colours)
+    return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
+
+
+def _legend(lines: Mapping[str, Sequence[tuple[float, float]]], inks: Mapping[str, str]) -> str:
+    """Each line's colour, name and last value."""
+    return "".join(
+        f'<span><i style="background:{inks[label]}"></i>{breakable(label)} <b>{number(points[-1][1])}</b></span>'
+        for label, points in lines.items()
         if points
     )
-    return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
 
 
 def _ink(index: int, count: int) -> str:

@@ -100,7 +100,8 @@ def _config_text(file: Path, *version: int) -> str:
 
 
 def _row(site: Site, item: Status, chosen: bool) -> str:
-    item = together(Run(site.store.root / item.id), item)
+    if item.kind == "sweep":
+        item = together(Run(site.store.root / item.id), item)
     notes = runs_notes.read(site.store.root / item.id)
     tags = "".join(f"<span class='tag'>{esc(tag)}</span>" for tag in notes.tags)
     cells = [
@@ -180,8 +181,10 @@ def bar(item: Status) -> str:
 
 def left(site: Site, item: Status) -> str:
     """The time that is left, in words; empty where it is not known yet."""
+    if item.state != "running":
+        return ""
     run = Run(site.store.root / item.id)
-    seconds = _left_of_sweep(run) if item.kind == "sweep" and item.state == "running" else _left(run, item)
+    seconds = _left_of_sweep(run) if item.kind == "sweep" else _left(run, item)
     return "" if seconds is None else draw.span(seconds)
 
 

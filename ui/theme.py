@@ -65,6 +65,15 @@ document.addEventListener('click', event => {
   const tab = event.target.closest('#tabs button[role=tab]')?.textContent.trim();
   if (TABS.includes(tab) && tab !== (equipoise.shown.get('tab') ?? 'Launch')) equipoise.at({tab});
 });
+document.addEventListener('keydown', event => {  // as in other programs' rows of tabs
+  const tab = event.target.closest?.('button[role=tab]'), step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (!tab || !step) return;
+  const all = [...tab.parentElement.querySelectorAll('button[role=tab]')].filter(one => one.offsetParent);
+  const next = all[(all.indexOf(tab) + step + all.length) % all.length];
+  next.click();
+  next.focus();
+  event.preventDefault();
+});
 addEventListener('popstate', () => {
   const before = equipoise.shown, now = new URL(location).searchParams;
   equipoise.shown = now;

@@ -132,7 +132,7 @@ def test_nothing_is_fetched_for_a_form(server):
 
 def test_what_a_page_would_never_send_gets_a_sentence(site, run, ask):
     assert "Choose a YAML file" in str(ask("on_yaml", None))
-    assert "must be one word" in str(ask("on_use", None, None, None)) and ask("on_upload", None, None)
+    assert "must be one word" in str(ask("on_use", None, None, None, None)) and ask("on_upload", None, None)
     for prompt in ("a\0b", "a\ud800b"):
         assert "characters that are no text" in str(ask("start", ["one"], prompt, 1, 1))
 
