@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
@@ -112,12 +113,17 @@ def _row(site: Site, item: Status, chosen: bool) -> str:
         bar(item),
         left(site, item),
         draw.number(recent_loss(site.store.root / item.id, item)),
-        draw.number(item.shown_rate, 3),
+        rate(item.shown_rate),
         f"{datetime.fromtimestamp(item.begun):%d %b %H:%M}" if item.begun else "",
         draw.span(item.duration) if item.started else "",
     ]
     inside = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in zip(_COLUMNS, cells, strict=True))
     return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
+
+
+def rate(value: float | None) -> str:
+    """A learning rate as comparisons write it; nothing where it is not known or 0."""
+    return "" if value is None else shown_rate(value, 2) if value > 0 else draw.number(value)
 
 
 def _or_last(loss: float | None) -> float:

@@ -21,7 +21,7 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw
 from equipoise.ui.draw import esc, url
-from equipoise.ui.runs import LOSS, badge, bar, left, open_run, recent_loss, together
+from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, together
 from equipoise.ui.runs_curves import MEASURED, Wanted, charts
 from equipoise.ui.safety import SUFFIXES, Site
 
@@ -63,8 +63,8 @@ def heading(site: Site, id: str) -> str:
         "step": f"{now.step} of {now.total}" if now.total else now.step,
         "left": left(site, now),
         LOSS: draw.number(recent_loss(run.folder, now)),
-        "rate": draw.number(now.shown_rate, 3),
-        "rate of the last step": draw.number(now.rate, 3),
+        "rate": rate(now.shown_rate),
+        "rate of the last step": rate(now.rate),
         "took": draw.span(now.duration) if now.started else "",
         "memory": _memory(now),
         "process": f"{now.pid} on {now.host}" if now.state == "running" else "",

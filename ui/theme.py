@@ -20,6 +20,7 @@ HEAD = """<style>
 .gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }
 .gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
 .gradio-container .prose code { font-size: .95em !important; color: inherit !important }
+.dark .gradio-container input[type=range] { --neutral-200: #33424f }
 @media (max-width: 640px) {
 .gradio-container .main { padding: 8px 10px !important }
 .gradio-container .grid tbody th { position: static !important; min-width: 84px !important }

@@ -150,6 +150,10 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     assert page.locator(".before-after").evaluate("it => it.style.getPropertyValue('--at')") == "25%"
     expect(page.locator("#cell-detail")).to_contain_text("optimizer.learning_rate")
     shoot(page, "compare", full=True)
+    thumbnails = cells.nth(1).locator("img")
+    key = thumbnails.last.get_attribute("data-picture")
+    thumbnails.last.click()
+    expect(page.locator(f".strip button[data-picture='{key}']")).to_have_attribute("aria-pressed", "true")
 
     page.locator("#new-prompt textarea").fill("a red <b>circle</b>")
     page.locator("#compare-scale input[type=range]").fill("0.7")
@@ -161,6 +165,7 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     reload(page, look)
     expect(page.locator("#compare-which input")).to_have_value(re.compile("scale 0.7"), timeout=PATIENCE)
     expect(page.locator("#grid button.cell")).to_have_count(3)
+    expect(page.locator("#grid .usable, #grid .unusable")).to_have_count(0)  # these pictures were not judged
     with page.expect_download() as download:
         page.get_by_role("link", name="Table (CSV)").click()
     assert "adamw" in Path(download.value.path()).read_text()
@@ -361,3 +366,9 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         expect(page.locator(".plugins details[open]")).to_contain_text("damping")
         assert fits(page)
         shoot(page, f"plugins-{width}")
+        if width > 640:  # where all tabs are seen
+            page.get_by_role("tab", name="Plugins", exact=True).press("ArrowLeft")
+            expect(page.get_by_role("tab", name="Talk", exact=True)).to_have_attribute("aria-selected", "true")
+            page.go_back()
+            expect(page.get_by_role("tab", name="Plugins", exact=True)).to_have_attribute("aria-selected", "true")
+        expect(page.locator("h1")).to_have_count(1)

@@ -403,9 +403,9 @@ def test_the_loss_of_a_run_is_a_mean_of_its_last_steps_and_says_so(site, run, fi
     assert runs.recent_loss(run.folder, run.status()) == pytest.approx(sum(1 / step for step in range(1, 6)) / 5)
     two = site.store.get("two")
     two.update(learning_rate=0.005, rate=1.54e-8)
-    assert ">0.005<" in runs.table(site) and "1.54e-08" not in runs.table(site)
+    assert ">5e-3<" in runs.table(site) and "1.54e-8" not in runs.table(site)
     heading = runs_detail.heading(site, "two")
-    assert "<dt>rate</dt><dd>0.005</dd>" in heading and "<dt>rate of the last step</dt><dd>1.54e-08</dd>" in heading
+    assert "<dt>rate</dt><dd>5e-3</dd>" in heading and "<dt>rate of the last step</dt><dd>1.54e-8</dd>" in heading
     by_loss = runs.table(site, sort="loss")
     assert by_loss.index(">two<") < by_loss.index(">one<")
 
@@ -620,6 +620,7 @@ def test_plugins_and_what_is_broken(distribution):
     )
     page = plugins.page()
     assert "scaled_adamw" in page and "2402.02347" in page and "text_to_image" in page
+    assert "<a href='https://arxiv.org/abs/2402.02347' target='_blank' rel='noreferrer'>arXiv 2402.02347</a>" in page
     assert "cannot be used" in page and "shelf" in page and "<b>no</b>" not in page
 
 
