@@ -188,7 +188,7 @@ def main() -> None:
         now.update(total=2 * args.steps, step=args.steps)
         shutil.copy(root / "one" / "metrics.jsonl", now.folder)
         waiting = site.store.create(configs.load("text_to_image/demo", [f"runs={root}"]), id="waiting")
-        made = launch.Plan(site.store.get("one").config(), 1, "")
+        made = launch.Plan(config := site.store.get("one").config(), [config], "")
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.runs} runs of {args.steps} steps")
         if args.finishing:
             command = [sys.executable, __file__, f"--busy={root}", f"--queued={args.queued}"]

@@ -85,6 +85,7 @@ class Pipeline:
     formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows; the first where none is asked for
     exports_folders: ClassVar[bool] = False  # whether they are folders, ready for a hub, or one file each
     asks: ClassVar[tuple[str, ...]] = ()  # the fields of `Asked` that `predict` reads
+    fixed: ClassVar[tuple[str, ...]] = ()  # keys that have one value alone here, which a form need not show
     draws: ClassVar[bool] = False  # whether `predict` makes files, into a folder where the table lies beside them
 
     @classmethod

@@ -20,7 +20,7 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
 from equipoise.quick import no_garbage_collection
-from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, runs_tab, theme
+from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, read_only, runs_tab, talk_tab, theme
 from equipoise.ui.guard import Guard
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
@@ -35,22 +35,23 @@ class Page:
     site: Site
     workers: int
     tabs: gr.Tabs
-    forms: Any = None  # of Launch, which Runs fills
-    pipelines: Any = None  # the choice between them
+    launch: Any = None  # the forms, which Runs and Compare fill
 
 
 def _launch(page: Page, tab: gr.Tab) -> None:
-    page.forms, page.pipelines = launch_tab.build(page.site, page.workers)
+    forms, pipelines = launch_tab.build(page.site, page.workers)
+    page.launch = launch_tab.Launch(forms, pipelines, page.tabs)
 
 
 def _runs(page: Page, tab: gr.Tab) -> None:
-    runs_tab.build(page.site, page.workers, page.forms, page.pipelines, page.tabs, tab)
+    runs_tab.build(page.site, page.workers, page.launch, tab)
 
 
 TABS: dict[str, Callable[[Page, gr.Tab], None]] = {  # in their order; each draws itself into the tab that it is given
     "Launch": _launch,
     "Runs": _runs,
-    "Compare": lambda page, tab: compare_tab.build(page.site, tab),
+    "Compare": lambda page, tab: compare_tab.build(page.site, page.launch, tab),
+    "Talk": lambda page, tab: talk_tab.build(page.site, tab),
     "Plugins": lambda page, tab: plugins.build(tab),
 }
 
@@ -61,7 +62,7 @@ def page(site: Site, workers: int) -> gr.Blocks:
         registry.looked_up_once(),
         gr.Blocks(title="Equipoise", analytics_enabled=False, fill_width=True) as blocks,
     ):
-        gr.HTML("<div class='brand'><b>Equipoise</b><span>fine-tuning that forgives the learning rate</span></div>")
+        gr.HTML("<div class='brand'><h1>Equipoise</h1><span>fine-tuning that forgives the learning rate</span></div>")
         with gr.Tabs(elem_id="tabs") as tabs:
             shared = Page(site, workers, tabs)
             for name, build in TABS.items():
@@ -94,13 +95,15 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         )
 
     blocks = page(site, workers)
+    if site.read_only:
+        read_only.close(blocks)
     mounted = gr.mount_gradio_app(
         app,
         blocks,
         path="/",
         theme=theme.theme(),
         css=theme.css(),
-        head=theme.HEAD,
+        head=theme.head(list(TABS)),
         footer_links=[],
         run_history=False,
         max_file_size=UPLOAD,
@@ -114,7 +117,8 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
     blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = LOOK, 0.1
     blocks.has_launched = True  # mounting leaves it False, and gradio then skips its own check of files' paths
     uploads = os.environ.get(launch.UPLOADED)
-    return Guard(mounted, auth, hosts, Path(uploads) if uploads else None, takes_files(blocks))
+    files = {} if site.read_only else takes_files(blocks)
+    return Guard(mounted, auth, hosts, Path(uploads) if uploads else None, files)
 
 
 def takes_files(blocks: gr.Blocks) -> dict[int, list[int]]:
@@ -128,7 +132,13 @@ def takes_files(blocks: gr.Blocks) -> dict[int, list[int]]:
 
 
 def serve(
-    host: str, port: int, auth: tuple[str, str] | None, root: str | None, data: dict[str, Path], workers: int
+    host: str,
+    port: int,
+    auth: tuple[str, str] | None,
+    root: str | None,
+    data: dict[str, Path],
+    workers: int,
+    read_only: bool = False,
 ) -> None:
     """Serves until interrupted.
 
@@ -139,7 +149,7 @@ def serve(
         raise InputError(
             f"--host {host}: everybody who reaches this machine could start runs; give --auth FILE with NAME:PASSWORD."
         )
-    site = Site(Store(root), data)
+    site = Site(Store(root), data, read_only)
     # The protocol is named so that asyncio turns Nagle's algorithm off, which costs 40 ms at each small answer.
     mine = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -11,6 +11,8 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines.files import user_path
 
+_TAKEN = ("demo", "uploads")  # which mean something else where data are chosen
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="The address to listen on (default: %(default)s).")
@@ -35,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=min(2, os.cpu_count() or 1),
         help="The number of processes that train a sweep (default: %(default)s).",
     )
+    parser.add_argument(
+        "--read-only", action="store_true", help="Only show what is there: nothing can be started, changed or deleted."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,16 +50,23 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers < 1:
         raise InputError(f"--workers: must be at least 1, got {args.workers}.")
-    auth, data = read_password(args.auth), dict(map(_root, args.data))
+    auth, roots = read_password(args.auth), list(map(_root, args.data))
+    data = dict(roots)
+    if len(data) < len(roots):
+        raise InputError("--data: two folders have the same name; give each its own.")
     import_gradio()
     from equipoise.ui.app import serve
 
-    serve(args.host, args.port, auth, args.runs, data, args.workers)
+    serve(args.host, args.port, auth, args.runs, data, args.workers, args.read_only)
     return 0
 
 
 def _root(word: str) -> tuple[str, Path]:
     name, sign, folder = word.partition("=")
-    if not (sign and name.isidentifier() and user_path(folder).is_dir()):
+    if not (sign and folder and user_path(folder).is_dir()):
         raise InputError(f"--data {word}: must be NAME=FOLDER with a folder that exists, such as photos=/srv/photos.")
+    if not name.strip() or not name.isprintable() or "/" in name or name[0] in ".~" or name in _TAKEN:
+        raise InputError(
+            f"--data {word}: {name!r} cannot be its name; take words such as 'my photos', without a slash."
+        )
     return name, user_path(folder).resolve()

@@ -1,5 +1,6 @@
 """The comparisons of runs: which there are, how another one is started, and how it goes on."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -16,14 +17,18 @@ from equipoise.pipelines.config.keys import section_at
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.making import being_made
+from equipoise.pipelines.pipeline import Pipeline
 from equipoise.ui import draw
 from equipoise.ui.runs import open_run
 from equipoise.ui.runs_detail import sample_steps
 from equipoise.ui.safety import Site
 
 OWN = "as the runs are set"  # what the comparison of a run's or sweep's own settings is called
+STRENGTH = "strength"  # what files and checkpoints are laid out by
 CLOSE = 1e-6  # two scales that mean the same
 MOST_PROMPT, MOST_COUNT = 1000, 1000  # characters of a prompt, pictures of each or questions
+MOST_PROMPTS, MOST_FILES = 20, 500
+MOST_SCALE = 10  # of a LoRA: far beyond what still draws anything
 _BAR = re.compile(r"(\S[^|%]*?):? +\d+%\|[^|]*\| *(\d+)/(\d+) \[[^<]*<([^,\]]+)")  # as tqdm draws it
 
 
@@ -33,6 +38,15 @@ def choices(site: Site) -> list[tuple[str, str]]:
     return [
         (f"{item.id}  ·  {item.kind}, {item.state}", item.id) for item in found if item.kind == "sweep" or item.over
     ]
+
+
+class SameJobError(InputError):
+    """What is asked for is there, or at work, already."""
+
+    def __init__(self, job: background.Job):
+        done = "is there already: choose it under Comparison"
+        super().__init__(f"This comparison {'is being made already' if job.state == 'running' else done}.")
+        self.name = job.name
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ def made(site: Site, refs: Sequence[str]) -> list[Made]:
             prompts = tuple(job.asked.get("prompts", ()))
             words = [f"“{prompts[0][:50]}”" if prompts else OWN]
             words += [f"scale {job.asked['scale']:g}"] if "scale" in job.asked else []
+            words += ["files by strength"] if "scales" in job.asked else []
             words.append(f"{datetime.fromtimestamp(job.created):%d %b %H:%M}")
             found.append(
                 Made(f"{background.COMPARISONS}/{job.name}", " · ".join(words), job.asked.get("scale"), prompts)
@@ -63,15 +78,32 @@ def made(site: Site, refs: Sequence[str]) -> list[Made]:
 
 
 def read(site: Site, id: str) -> Comparison:
-    """The comparison in that folder of the runs folder.
+    """The comparison in that folder of the runs folder. Of other prompts, or another strength, nothing is judged.
 
     Raises:
         InputError: there is none.
     """
     try:
-        return Comparison.read(site.file(f"{id}/table.json").parent)
+        found = Comparison.read(site.file(f"{id}/table.json").parent)
     except InputError as error:
         raise InputError(site.without_paths(error)) from None
+    if found.column != STRENGTH and {"prompts", "scale"} & asked(site, id).keys():  # earlier versions judged it
+        found.forget_scores()
+    for cell in found.cells:
+        if "file" in cell.config:  # where on this machine it lies is nobody's business
+            cell.config["file"] = cell.row
+    return found
+
+
+def asked(site: Site, id: str) -> dict[str, Any]:
+    """What a comparison in the background was asked for beside its runs."""
+    folder, _, name = id.partition("/")
+    if folder != background.COMPARISONS:
+        return {}
+    try:
+        return dict(json.loads(site.file(f"{folder}/{name}.json").read_text())["asked"])
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def accepted(site: Site, refs: Sequence[str]) -> dict[str, str]:
@@ -116,31 +148,127 @@ def end(site: Site, comparison: Comparison) -> int:
 
 
 def generate(site: Site, refs: Sequence[str], prompt: str, count: float | None, scale: float | None) -> str:
-    """Starts one job that draws a prompt (or the runs' own prompts) from all cells; returns its name.
+    """Starts one job that draws prompts, a line each (or the runs' own), from all cells; returns its name.
 
     Raises:
-        InputError: nothing is chosen, or something of it is still at work.
+        InputError: nothing is chosen, something of it is still at work, or the same is there or at work already.
     """
+    given, takes = _given(site, refs, prompt, count), accepted(site, refs)
+    if scale is not None and "scale" in takes and ("prompts" in given or abs(scale - own_scale(site, refs)) > CLOSE):
+        given["scale"] = round(float(scale), 3)
+    return _start(site, refs, given)
+
+
+def generate_from_files(
+    site: Site,
+    refs: Sequence[str],
+    prompt: str,
+    count: float | None,
+    strengths: str,
+    checkpoints: bool,
+    files: Sequence[str],
+) -> str:
+    """Starts one job that draws from LoRA files, the runs' own among them, at each strength; returns its name.
+
+    Args:
+        strengths: numbers with commas between; "" is 1.
+        checkpoints: whether the runs' checkpoints are drawn from, too.
+        files: as `lora_files` offers them.
+
+    Raises:
+        InputError: as `generate`; a strength that is none, or a file that this page may not read.
+    """
+    given = _given(site, refs, prompt, count)
+    if not takes_files(site, refs):
+        raise InputError("These runs have no LoRA files that could be drawn from at other strengths.")
+    try:
+        scales = [float(part) for part in strengths.split(",") if part.strip()] or [1.0]
+    except ValueError:
+        raise InputError(f"Strengths are numbers such as 0.5, 1, got {strengths[:60]!r}.") from None
+    if wrong := [scale for scale in scales if not 0 < scale <= MOST_SCALE]:
+        raise InputError(f"A strength is above 0 and at most {MOST_SCALE}, got {wrong[0]:g}.")
+    offered = dict(lora_files(site))
+    if unknown := [name for name in files if name not in offered.values()]:
+        raise InputError(f"{unknown[0][:200]!r}: is no LoRA file that this page may read.")
+    more = {"files": [_file(site, name) for name in files]} if files else {}
+    return _start(site, refs, {**given, "scales": scales, "checkpoints": bool(checkpoints), **more})
+
+
+def _given(site: Site, refs: Sequence[str], prompt: str, count: float | None) -> dict[str, Any]:
+    """The prompts and the count, as far as these runs take them."""
     if not refs:
         raise InputError("Choose a sweep, or some runs, first.")
-    if len(prompt) > MOST_PROMPT:
-        raise InputError(f"The prompt has {len(prompt)} characters; {MOST_PROMPT} are the most.")
+    prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
+    if longest := max((len(line) for line in prompts if len(line) > MOST_PROMPT), default=0):
+        raise InputError(f"The prompt has {longest} characters; {MOST_PROMPT} are the most.")
+    if len(prompts) > MOST_PROMPTS:
+        raise InputError(f"There are {len(prompts)} prompts; {MOST_PROMPTS} are the most.")
     if any(unicodedata.category(letter) in ("Cc", "Cs") and not letter.isspace() for letter in prompt):
         raise InputError("The prompt has characters that are no text; leave them out.")
     if count is not None and not (0 <= count <= MOST_COUNT and count == int(count)):
         raise InputError(f"Count must be a whole number from 0 to {MOST_COUNT}, got {count:g}.")
+    takes = accepted(site, refs)
+    given: dict[str, Any] = {"prompts": prompts} if prompts and "prompts" in takes else {}
+    return given | ({"count": int(count)} if count and "count" in takes else {})
+
+
+def _start(site: Site, refs: Sequence[str], given: dict[str, Any]) -> str:
+    ended = 0.0
     for ref in refs:
         run = open_run(site, ref)
         parts = sweeps.cells(run) if run.status().kind == "sweep" else [run]
         if waiting := [one.id for one in parts if not one.status().over]:
             raise InputError(f"{waiting[0]}: is not finished yet; compare when it is.")
-    takes = accepted(site, refs)
-    given: dict[str, Any] = {"prompts": [prompt.strip()]} if prompt.strip() and "prompts" in takes else {}
-    if count and "count" in takes:
-        given["count"] = int(count)
-    if scale is not None and "scale" in takes and (given or abs(scale - own_scale(site, refs)) > CLOSE):
-        given["scale"] = round(float(scale), 3)
+        ended = max([ended, *(one.status().ended or 0.0 for one in parts)])
+    for job in background.jobs(site.store.root):
+        if set(job.runs) == set(refs) and job.asked == given and job.state != "dead" and job.created > ended:
+            raise SameJobError(job)
     return background.compare(site.store.root, list(refs), given)
+
+
+def takes_files(site: Site, refs: Sequence[str]) -> bool:
+    """Whether the pipeline of these runs draws from files of weights."""
+    try:
+        pipeline = registry.load("pipelines", open_run(site, refs[0]).status().pipeline) if refs else None
+    except EquipoiseError:
+        return False
+    return pipeline is not None and pipeline.compare_files.__func__ is not Pipeline.compare_files.__func__
+
+
+def lora_files(site: Site) -> list[tuple[str, str]]:
+    """The .safetensors files of runs' results, and of the top of each data folder: (words, choice)."""
+    root = site.store.root
+    found = [(file.relative_to(root).as_posix(),) * 2 for file in sorted(root.glob("*/result/*.safetensors"))]
+    found += [(file.relative_to(root).as_posix(),) * 2 for file in sorted(root.glob("*/*/result/*.safetensors"))]
+    for name, folder in site.data.items():
+        found += [(f"{name}/{file.name}",) * 2 for file in sorted(folder.glob("*.safetensors"))]
+    return found[:MOST_FILES]
+
+
+def _file(site: Site, name: str) -> str:
+    """The path of a file that `lora_files` offers. Raises InputError where it leads out of its folder."""
+    if name.partition("/")[0] in site.data:
+        return site.path(name)
+    return str(site.file(name))
+
+
+def discard(site: Site, id: str) -> str:
+    """Deletes a comparison that was made here, and ends it if it is being made; returns a message.
+
+    Raises:
+        InputError: it is the runs' own, or none.
+    """
+    folder, _, name = id.partition("/")
+    if folder != background.COMPARISONS:
+        raise InputError("This comparison belongs to its runs, and goes when they are deleted.")
+    background.discard(site.store.root, name)
+    return "The comparison is deleted."
+
+
+def pending(site: Site, refs: Sequence[str]) -> str:
+    """The id of the comparison of these runs that is being made, or that failed last; "" where there is none."""
+    job = next((job for job in background.jobs(site.store.root) if set(job.runs) == set(refs)), None)
+    return f"{background.COMPARISONS}/{job.name}" if job and job.state != "done" else ""
 
 
 def own_scale(site: Site, refs: Sequence[str]) -> float:

@@ -4,64 +4,113 @@ from collections.abc import Sequence
 from typing import Any
 
 from equipoise.errors import EquipoiseError
-from equipoise.pipelines.comparing.comparison import Cell, Picture
-from equipoise.pipelines.comparing.robustness import shown_rate
+from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.pipelines.config import flat
 from equipoise.ui import draw
 from equipoise.ui.compare import read
-from equipoise.ui.compare_grid import pictures_of
+from equipoise.ui.compare_pictures import Shot, chosen, shots
 from equipoise.ui.draw import esc, url
 from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site
 
 
-def cell_detail(site: Site, id: str, chosen: Sequence[str], prompt: int) -> str:
-    """The cell chosen last in full size with its facts, and under a slider with the one chosen before."""
-    if not chosen:
+def cell_detail(
+    site: Site,
+    id: str,
+    marked: Sequence[str],
+    prompt: int,
+    picture: str = "",
+    step: int | None = None,
+    noise: int = 1,
+) -> str:
+    """The cell marked last in full size with its facts, and under a slider with the one marked before.
+
+    Args:
+        site: whose.
+        id: the comparison's folder below the runs folder.
+        marked: cells by run id ("base" is the base).
+        prompt: as for the grid.
+        picture: which of the cell's pictures, by its key; "" is the first that the grid shows.
+        step: as for the grid.
+        noise: as for the grid.
+    """
+    if not marked:
         return draw.empty("Choose a cell", "It is shown in full size; a second one lies under a slider with the first.")
     comparison = read(site, id)
     cells = {cell.run: cell for cell in comparison.cells} | {"base": comparison.base}
-    found = [cells[run] for run in chosen if run in cells]
-    if not found:
+    pair = [cells[run] for run in marked if run in cells][-2:]
+    if not pair:
         return draw.notice("That cell is not in this comparison; choose another one.", "bad")
-    last = found[-1]
-    picture = next(iter(pictures_of(last, prompt)), None)
-    shown = ""
-    if picture:
-        if len(found) > 1 and (other := next(iter(pictures_of(found[-2], prompt)), None)):
-            shown = _before_after(id, (found[-2], other), (last, picture))
-        else:
-            shown = f"<img src='{url(f'{id}/{picture.file}')}' alt='{esc(comparison.prompts[picture.prompt])}'>"
-    without = [cell.who for cell in found[-2:] if not pictures_of(cell, prompt)]
+    all_shots = [shots(site, comparison, id, cell, step) for cell in pair]
+    last = pair[-1]
+    shown = _first(all_shots[-1], prompt, picture, noise)
+    parts = [_large(comparison, pair, [_first(some, prompt, shown.key, noise) for some in all_shots])] if shown else []
+    without = [cell.who for cell, some in zip(pair, all_shots, strict=True) if not _first(some, prompt, "", noise)]
     if without:
-        shown += f"<p class='hint'>There is no picture of {esc(' and '.join(without))}.</p>"
-    facts: dict[str, object] = {"run": last.who, "state": last.state}
-    if verdict := comparison.verdict(last.row, last.rate):
-        facts["verdict"] = verdict
-    if last.message:
-        facts["how it ended"] = last.message
-    if picture:
-        facts["prompt"] = comparison.prompts[picture.prompt]
-        facts |= {"noise": picture.seed} if picture.seed is not None else {}
-        facts |= {"judge's note": picture.note} if picture.note else {}
-    facts |= {name: draw.number(number) for name, number in last.metrics.items()}
-    before = found[-2] if len(found) > 1 else None
+        parts.append(f"<p class='hint'>There is no picture of {esc(' and '.join(without))}.</p>")
+    if shown:
+        parts.append(_strip(comparison, last, all_shots[-1], shown))
+    before = pair[0] if len(pair) > 1 else None
     differs = _differences(site, last, before, comparison.cells)
     rows = "".join(f"<tr><td>{esc(key)}</td><td>{esc(a)}</td><td>{esc(b)}</td></tr>" for key, a, b in differs)
     names = f"<tr><th>configuration</th><th>this</th><th>{'the one before' if before else 'others have'}</th></tr>"
     lists = f"<div class='scroll'><table>{names}{rows}</table></div>" if rows else ""
-    return f"<div class='pair'><div>{shown}</div><div>{draw.facts(facts)}{lists}</div></div>"
+    facts = draw.facts(_facts(comparison, last, shown, step))
+    return f"<div class='pair'><div>{''.join(parts)}</div><div>{facts}{lists}</div></div>"
 
 
-def _before_after(id: str, before: tuple[Cell, Picture], after: tuple[Cell, Picture]) -> str:
-    labels = [f"{cell.row} {'' if not cell.run else shown_rate(cell.rate)}" for cell, _ in (before, after)]
-    files = [url(f"{id}/{picture.file}") for _, picture in (before, after)]
+def _first(found: Sequence[Shot], prompt: int, key: str, noise: int) -> Shot | None:
+    """The picture of that key; where there is none, the first that the grid shows."""
+    same = (shot for shot in found if shot.key == key)
+    return next(same, None) or next(iter(chosen(found, prompt, noise)), None)
+
+
+def _facts(comparison: Comparison, cell: Cell, shown: Shot | None, step: int | None) -> dict[str, object]:
+    """What is known of a cell and its picture; of one at a step while training, only what is so at any time."""
+    facts: dict[str, object] = {"run": cell.who, "state": cell.state}
+    if step is None and (verdict := comparison.verdict(cell.row, cell.rate)):
+        facts["verdict"] = verdict
+    if cell.message:
+        facts["how it ended"] = cell.message
+    if shown:
+        facts["prompt"] = comparison.prompts[shown.prompt] if shown.prompt < len(comparison.prompts) else ""
+        facts |= {"noise seed": shown.noise} if shown.noise else {}
+        facts |= {"judge's note": shown.note} if shown.note else {}
+    if step is not None and cell.run:
+        return facts | {"figures": "of the end only: what is drawn while training is not judged"}
+    names = {"noise": "pictures of noise"}  # the other figure of that name is the seed
+    return facts | {names.get(name, name): draw.number(number) for name, number in cell.metrics.items()}
+
+
+def _strip(comparison: Comparison, cell: Cell, found: Sequence[Shot], shown: Shot) -> str:
+    """All pictures of a cell as small buttons, of which the large one is marked."""
+    buttons = []
+    for index, shot in enumerate(found, 1):
+        prompt = comparison.prompts[shot.prompt] if shot.prompt < len(comparison.prompts) else ""
+        words = esc(f"{index} of {len(found)}: {prompt}{f', noise seed {shot.noise}' if shot.noise else ''}")
+        buttons.append(
+            f"<button data-id='{esc(cell.run or 'base')}' data-picture='{esc(shot.key)}' aria-label='{words}' "
+            f"title='{words}' aria-pressed='{'true' if shot is shown else 'false'}'>"
+            f"<img loading='lazy' src='{url(shot.thumbnail)}' alt=''></button>"
+        )
+    return f"<div class='strip'>{''.join(buttons)}</div>" if len(found) > 1 else ""
+
+
+def _large(comparison: Comparison, pair: Sequence[Cell], found: Sequence[Shot | None]) -> str:
+    """The picture, or with that of the cell before it under a slider."""
+    labels = [f"{cell.row} {comparison.shown(cell.rate)}".strip() for cell in pair]
+    images = [(label, url(shot.file)) for label, shot in zip(labels, found, strict=True) if shot]
+    if len(images) < 2:
+        shot = next(shot for shot in found[::-1] if shot)
+        alt = comparison.prompts[shot.prompt] if shot.prompt < len(comparison.prompts) else ""
+        return f"<a href='{url(shot.file)}' target='_blank'><img src='{url(shot.file)}' alt='{esc(alt)}'></a>"
+    (left, first), (right, second) = images
     return (
-        f"<div class='before-after'><img src='{files[0]}' alt='{esc(labels[0])}'>"
-        f"<img class='over' src='{files[1]}' alt='{esc(labels[1])}'>"
+        f"<div class='before-after'><img src='{first}' alt='{esc(left)}'>"
+        f"<img class='over' src='{second}' alt='{esc(right)}'>"
         "<input type='range' min='0' max='100' value='50' aria-label='before and after' "
         "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\">"
-        f"<p><span>{esc(labels[0])}</span><span>{esc(labels[1])}</span></p></div>"
+        f"<p><span>{esc(left)}</span><span>{esc(right)}</span></p></div>"
     )
 
 

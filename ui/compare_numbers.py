@@ -1,5 +1,6 @@
 """The numbers of a comparison as HTML: its curves of scores, the table of all metrics, and its files."""
 
+from equipoise.pipelines.comparing import answer as answers
 from equipoise.pipelines.comparing import curve as curves
 from equipoise.pipelines.comparing import report
 from equipoise.ui import draw
@@ -9,10 +10,10 @@ from equipoise.ui.safety import Site
 
 
 def curve(site: Site, id: str) -> str:
-    """Score against learning rate, and the usable range of every row."""
+    """Score against learning rate, and the usable range of every row; nothing where nothing is judged."""
     comparison = read(site, id)
     if not comparison.judged:
-        return draw.notice(report.not_judged(comparison))
+        return ""
     ranges = "".join(
         f"<tr><td><i style='background:{curves.line_colour(index)}'></i>{esc(row)}</td>"
         f"<td>{esc(found) if found else f'none of the {comparison.noun}s tried'}</td></tr>"
@@ -30,7 +31,8 @@ def table(site: Site, id: str) -> str:
     """Every cell's numbers."""
     comparison = read(site, id)
     cells = [comparison.base, *comparison.cells]
-    names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
+    known = dict.fromkeys(name for cell in cells for name in cell.metrics)
+    names = [name for name in known if any(cell.metrics.get(name) for cell in cells)]  # not what is 0 everywhere
     head = "".join(f"<th>{esc(name)}</th>" for name in ["", comparison.noun, "seed", "state", "verdict", *names])
     rows = "".join(
         f"<tr><td>{esc(cell.row)}</td><td>{comparison.shown(cell.rate)}</td><td>{cell.seed}</td>"
@@ -39,7 +41,35 @@ def table(site: Site, id: str) -> str:
         + "</tr>"
         for cell in cells
     )
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    left = ", ".join(name for name in known if name not in names)
+    hint = f"<p class='hint'>0 in every cell: {esc(left)}.</p>" if left else ""
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{hint}"
+
+
+def answer(site: Site, id: str) -> str:
+    """What the comparison comes to, in one sentence; of pictures that are not judged, that they are not."""
+    comparison = read(site, id)
+    words = answers.answer(comparison)
+    return f"<p class='answer'>{esc(words)}</p>" if words else draw.notice(report.not_judged(comparison))
+
+
+def best_run(site: Site, id: str) -> str:
+    """The run whose rate the sentence names, or "" where it names none or the comparison is not of runs."""
+    comparison = read(site, id)
+    found = comparison.best if comparison.column == "learning rate" else None
+    return comparison.at(found[0], found[1].rate)[0].run if found else ""
+
+
+def prompts(site: Site, id: str, chosen: int = 0) -> str:
+    """The prompts as a numbered list, of which one can be chosen. `chosen`: which one is, counted from 1; 0: none."""
+    comparison = read(site, id)
+    items = [
+        f"<li><button class='link' data-id='{index}' aria-pressed='{'true' if index == chosen else 'false'}'>"
+        f"{esc(prompt)}</button></li>"
+        for index, prompt in enumerate(comparison.prompts, 1)
+    ]
+    every = f"<button class='link' data-id='0' aria-pressed='{'false' if chosen else 'true'}'>All of them</button>"
+    return f"<div class='prompts'><ol>{''.join(items)}</ol>{every if len(items) > 1 else ''}</div>"
 
 
 def export(site: Site, id: str) -> str:

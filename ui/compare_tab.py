@@ -1,22 +1,28 @@
 """The tab Compare: what runs draw or answer, side by side, from the same prompts and the same noise."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from equipoise.errors import EquipoiseError
-from equipoise.pipelines.comparing.comparison import RATE
-from equipoise.ui import compare, draw
+from equipoise.pipelines.comparing.comparison import RATE, Comparison
+from equipoise.pipelines.jobs import background
+from equipoise.ui import compare, compare_numbers, draw
 from equipoise.ui.compare_cell import cell_detail
 from equipoise.ui.compare_grid import COLUMN, ROW, axes, grid
-from equipoise.ui.compare_numbers import curve, export, table
+from equipoise.ui.compare_pictures import noises
+from equipoise.ui.launch_tab import Launch, filled
 from equipoise.ui.safety import Site
 from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, Slider, Updates, bound, clicked_id, root
 
-MOST_SCALE = 10  # of a LoRA: far beyond what still draws anything
 POLL = 2.0  # seconds
 OWN_COUNT = "0 keeps the runs' own setting."
+ON_PICTURE = ON_CLICK.replace(
+    "{id: chosen.dataset.id}",
+    "{id: chosen.dataset.id, picture: event.target.closest('[data-picture]')?.dataset.picture || ''}",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +31,11 @@ class View:
 
     refs: gr.Dropdown  # a sweep, or runs
     which: gr.Dropdown  # the comparison
+    delete: gr.Button  # it
     rows: gr.Dropdown
     columns: gr.Dropdown
     prompt: Slider
+    noise: Slider
     step: Slider
     scale: Slider
 
@@ -36,10 +44,12 @@ class View:
 class Shown:
     """What is shown of the comparison."""
 
+    answer: gr.HTML
+    use: gr.Button  # the rate that the answer names
+    curve: gr.HTML
     title: gr.HTML  # the prompts
     grid: gr.HTML
     detail: gr.HTML  # the chosen cells
-    curve: gr.HTML
     table: gr.HTML
     export: gr.HTML
 
@@ -51,6 +61,11 @@ class Asks:
     prompt: gr.Textbox
     count: gr.Number
     generate: gr.Button
+    around_files: gr.Accordion
+    strengths: gr.Textbox
+    checkpoints: gr.Checkbox
+    files: gr.Dropdown
+    from_files: gr.Button
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,74 +73,96 @@ class CompareTab:
     """The parts of the tab, and what it remembers of one browser."""
 
     site: Site
+    launch: Launch
     view: View
     shown: Shown
     asks: Asks
     message: gr.HTML
+    end: gr.Button  # of the job that the message is about
     chosen: gr.State  # the marked cells, by run id ("base" is the base), the one chosen last at the end
+    picture: gr.State  # which of its pictures, by key; "" is the first
     opened: gr.State  # the comparison that is shown, by id
     known: gr.State  # the comparisons that were offered, by id
     job: gr.State  # how the job stood when the timer last asked
 
 
-def build(site: Site, tab: gr.Tab) -> None:
+def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
     """Draws the tab."""
     gr.HTML(
         draw.head("Compare", "The same prompts, noise, questions or clips for every cell, beside the untouched base.")
     )
-    view = _view(site)
-    title, shown, detail = _grid()
-    asks = _asks()
+    refs, which, delete = _choice(site)
     message = gr.HTML(elem_id="compare-message")
-    with gr.Row():
-        robust = gr.HTML()
-    parts = Shown(title, shown, detail, robust, gr.HTML(), gr.HTML(elem_id="export"))
-    made = CompareTab(site, view, parts, asks, message, gr.State([]), gr.State(""), gr.State([]), gr.State(""))
+    end = gr.Button("End it, or take it away", size="sm", visible=False, elem_id="end-job")
+    answer, use, curve, title = _answer()
+    view = View(refs, which, delete, *_view())
+    cells, detail = _grid()
+    asks = _asks(site)
+    shown = Shown(answer, use, curve, title, cells, detail, gr.HTML(), gr.HTML(elem_id="export"))
+    states = gr.State([]), gr.State(""), gr.State(""), gr.State([]), gr.State("")
+    made = CompareTab(site, launch, view, shown, asks, message, end, *states)
     _connect_choice(made, tab)
     _connect_view(made)
+    _connect_cells(made)
     _connect_job(made)
 
 
-def _view(site: Site) -> View:
-    refs = gr.Dropdown(
-        compare.choices(site),
-        value=[],
-        multiselect=True,
-        label="Sweep, or runs",
-        info="Choose one sweep, or several runs.",
-        elem_id="compare-refs",
-    )
-    wide: dict[str, Any] = {"interactive": True, "min_width": 220}
-    with gr.Row():
-        which = gr.Dropdown([], label="Comparison", elem_id="compare-which", scale=2, **wide)
+def _choice(site: Site) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
+    with gr.Row(equal_height=True):
+        refs = gr.Dropdown(
+            compare.choices(site),
+            value=[],
+            multiselect=True,
+            label="Sweep, or runs",
+            elem_id="compare-refs",
+            min_width=260,
+            scale=3,
+        )
+        which = gr.Dropdown([], label="Comparison", elem_id="compare-which", scale=3, interactive=True, min_width=220)
+        delete = gr.Button(
+            "Delete comparison", size="sm", scale=0, min_width=150, visible=False, elem_id="delete-comparison"
+        )
+    return refs, which, delete
+
+
+def _answer() -> tuple[gr.HTML, gr.Button, gr.HTML, gr.HTML]:
+    with gr.Row(elem_classes=["actions"]):
+        answer = gr.HTML(elem_id="answer")
+        use = gr.Button("Use this rate", variant="primary", size="md", visible=False, elem_id="use-rate")
+    return answer, use, gr.HTML(), gr.HTML(elem_id="compare-prompt-text", js_on_load=ON_CLICK)
+
+
+def _view() -> tuple[gr.Dropdown, gr.Dropdown, Slider, Slider, Slider, Slider]:
+    wide: dict[str, Any] = {"interactive": True, "min_width": 160}
+    with gr.Row(elem_classes=["sliders"]):
+        prompt = _slider("Prompt", "0: one picture of each.", "compare-prompt", value=0)
+        noise = _slider("Noise", "Which picture of each.", "compare-noise", value=1, visible=False)
+        samples = "Drawn while training; the last is the end."
+        step = _slider("Step", samples, "compare-step", value=1, visible=False)
+        made = "Opens what was made at this strength."
+        scale = _slider("LoRA scale", made, "compare-scale", maximum=compare.MOST_SCALE, value=1, step=0.05)
         rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", **wide)
         columns = gr.Dropdown([("learning rate", COLUMN)], value=COLUMN, label="Columns", **wide)
-    with gr.Row():
-        prompt = _slider("Prompt", "0 shows the first picture of each prompt.", "compare-prompt", value=0)
-        samples = "Shows the samples that were drawn at this step of the training; the last step shows the end result."
-        step = _slider("Step", samples, "compare-step", value=1, visible=False)
-        made = "Shows the comparison that was made at this scale, if there is one."
-        scale = _slider("LoRA scale", made, "compare-scale", maximum=MOST_SCALE, value=1, step=0.05)
-    return View(refs, which, rows, columns, prompt, step, scale)
+    return rows, columns, prompt, noise, step, scale
 
 
 def _slider(label: str, info: str, id: str, maximum: float = 1, step: float = 1, **more: Any) -> Slider:
-    return Slider(0, maximum, step=step, label=label, info=info, interactive=True, min_width=260, elem_id=id, **more)
+    return Slider(0, maximum, step=step, label=label, info=info, interactive=True, min_width=220, elem_id=id, **more)
 
 
-def _grid() -> tuple[gr.HTML, gr.HTML, gr.HTML]:
-    title = gr.HTML(elem_id="compare-prompt-text")
+def _grid() -> tuple[gr.HTML, gr.HTML]:
     nothing = draw.empty("Nothing chosen", "Choose a sweep above. One that is done has its comparison already.")
-    return title, gr.HTML(nothing, js_on_load=ON_CLICK, elem_id="grid"), gr.HTML(elem_id="cell-detail")
+    cells = gr.HTML(nothing, js_on_load=ON_PICTURE, elem_id="grid")
+    return cells, gr.HTML(js_on_load=ON_PICTURE, elem_id="cell-detail")
 
 
-def _asks() -> Asks:
+def _asks(site: Site) -> Asks:
     with gr.Accordion("Compare again, or with a new prompt", open=True):
         with gr.Row(equal_height=False):
             prompt = gr.Textbox(
                 label="Prompt",
-                info="Leave it empty to use the runs' own prompts.",
-                max_lines=3,
+                info="A line each; leave it empty to use the runs' own prompts.",
+                max_lines=6,
                 scale=4,
                 min_width=260,
                 elem_id="new-prompt",
@@ -133,45 +170,87 @@ def _asks() -> Asks:
             count = gr.Number(0, label="Count", info=OWN_COUNT, step=1, min_width=200, elem_id="new-count")
         with gr.Row(elem_classes=["actions"]):
             generate = gr.Button("Generate", variant="primary", size="md", elem_id="generate")
-    return Asks(prompt, count, generate)
+        with gr.Accordion("LoRA files, checkpoints, several strengths", open=False) as around:
+            with gr.Row(equal_height=False):
+                strengths = gr.Textbox(
+                    "1", label="Strengths", info="They become the columns, such as 0.5, 1.", elem_id="new-strengths"
+                )
+                checkpoints = gr.Checkbox(
+                    label="Each checkpoint, too", info="All that the runs have kept.", elem_id="new-checkpoints"
+                )
+                files = gr.Dropdown(
+                    compare.lora_files(site),
+                    value=[],
+                    multiselect=True,
+                    label="LoRA files beside the runs",
+                    info="Of the runs folder, and of the folders that --data named.",
+                    elem_id="new-files",
+                    scale=2,
+                )
+            from_files = gr.Button("Generate from files", size="md", elem_id="generate-files")
+    return Asks(prompt, count, generate, around, strengths, checkpoints, files, from_files)
 
 
 def _connect_choice(tab: CompareTab, page_tab: gr.Tab) -> None:
-    view = tab.view
-    page_tab.select(bound(offer, tab), None, view.refs, **HIDDEN)
+    view, asks = tab.view, tab.asks
+    page_tab.select(bound(offer, tab), None, [view.refs, asks.files], **HIDDEN)
     root().load(bound(restore, tab), None, view.refs, **HIDDEN)
     view.refs.change(None, view.refs, None, js="chosen => equipoise.at({compare: chosen.join(',')})", **PRIVATE)
-    asks = [view.scale, tab.asks.prompt, tab.asks.count]
-    view.refs.change(bound(pick, tab), view.refs, [view.which, tab.known, *_of_comparison(tab), *asks], **HIDDEN)
+    outputs = [view.scale, asks.prompt, asks.count, asks.around_files]
+    view.refs.change(bound(pick, tab), view.refs, [view.which, tab.known, *_of_comparison(tab), *outputs], **HIDDEN)
     view.which.change(bound(open_another, tab), [view.which, view.refs, tab.opened], _of_comparison(tab), **HIDDEN)
-    view.which.change(None, view.which, None, js="id => { if (id) equipoise.at({made: id}) }", **PRIVATE)
+    view.which.change(None, view.which, None, js="id => { if (id) equipoise.at({made: id}, true) }", **PRIVATE)
+    view.delete.click(
+        bound(delete_comparison, tab), [view.which, view.refs], [tab.message, view.which, tab.known], **HIDDEN
+    )
+    launch = tab.launch
+    outputs = [tab.message, *launch.outputs]
+    copied = tab.shown.use.click(bound(use_rate, tab), view.which, outputs, **HIDDEN)
+    copied.then(None, None, None, js="() => equipoise.at({tab: 'Launch'})", **PRIVATE)
 
 
 def _of_comparison(tab: CompareTab) -> list[Any]:
     """What follows when another comparison is opened."""
     view, shown = tab.view, tab.shown
-    sliders = [view.rows, view.columns, view.prompt, view.step]
-    parts = [shown.grid, shown.title, shown.detail, shown.curve, shown.table, shown.export]
-    return [*sliders, *parts, tab.chosen, tab.message, tab.opened]
+    sliders = [view.delete, view.rows, view.columns, view.prompt, view.noise, view.step]
+    parts = [shown.answer, shown.use, shown.curve, shown.title, shown.grid, shown.detail, shown.table, shown.export]
+    return [*sliders, *parts, tab.chosen, tab.picture, tab.message, tab.end, tab.opened]
+
+
+def _looked_at(tab: CompareTab) -> list[Any]:
+    view = tab.view
+    looked_at = [view.which, view.rows, view.columns, view.prompt, view.step, tab.chosen]
+    return [*looked_at, view.noise, tab.picture]
 
 
 def _connect_view(tab: CompareTab) -> None:
     view, shown = tab.view, tab.shown
-    looked_at = [view.which, view.rows, view.columns, view.prompt, view.step, tab.chosen]
-    moved = [view.rows.input, view.columns.input, view.prompt.change, view.step.change]
+    moved = [view.rows.input, view.columns.input, view.prompt.change, view.step.change, view.noise.change]
     # While one grid is drawn, others may be asked for: the last counts.
-    gr.on(moved, bound(draw_grid, tab), looked_at, [shown.grid, shown.title], trigger_mode="always_last", **HIDDEN)
-    view.prompt.change(bound(draw_detail, tab), [view.which, tab.chosen, view.prompt], shown.detail, **HIDDEN)
-    marked = [tab.chosen, shown.detail, shown.grid]
-    shown.grid.select(bound(choose_cell, tab), looked_at, marked, trigger_mode="multiple", **HIDDEN)
+    outputs = [shown.grid, shown.title, shown.detail]
+    gr.on(moved, bound(draw_grid, tab), _looked_at(tab), outputs, trigger_mode="always_last", **HIDDEN)
     view.scale.change(bound(by_scale, tab), [view.refs, view.which, view.scale], [view.which, tab.message], **HIDDEN)
+    shown.title.select(bound(choose_prompt, tab), view.prompt, view.prompt, **HIDDEN)
+
+
+def _connect_cells(tab: CompareTab) -> None:
+    shown = tab.shown
+    marked = [tab.chosen, tab.picture, shown.detail, shown.grid]
+    shown.grid.select(bound(choose_cell, tab), _looked_at(tab), marked, trigger_mode="multiple", **HIDDEN)
+    shown.detail.select(
+        bound(choose_picture, tab), _looked_at(tab), [tab.picture, shown.detail], trigger_mode="multiple", **HIDDEN
+    )
 
 
 def _connect_job(tab: CompareTab) -> None:
     view, asks = tab.view, tab.asks
-    asks.generate.click(bound(start, tab), [view.refs, asks.prompt, asks.count, view.scale], tab.message, **HIDDEN)
+    said = [tab.message, tab.end]
+    asks.generate.click(bound(start, tab), [view.refs, asks.prompt, asks.count, view.scale], said, **HIDDEN)
+    given = [view.refs, asks.prompt, asks.count, asks.strengths, asks.checkpoints, asks.files]
+    asks.from_files.click(bound(start_from_files, tab), given, said, **HIDDEN)
+    tab.end.click(bound(end_job, tab), view.refs, said, **HIDDEN)
     timer = gr.Timer(POLL)
-    timer.tick(bound(follow_job, tab), [view.refs, tab.job], [tab.message, tab.job], trigger_mode="once", **HIDDEN)
+    timer.tick(bound(follow_job, tab), [view.refs, tab.job], [*said, tab.job], trigger_mode="once", **HIDDEN)
     tab.job.change(bound(offer_new, tab), [view.refs, tab.known], [view.which, tab.known], **HIDDEN)
 
 
@@ -179,8 +258,9 @@ def _connect_job(tab: CompareTab) -> None:
 
 
 def offer(tab: CompareTab) -> Updates:
-    """The sweeps and runs that there are now."""
-    return {tab.view.refs: gr.update(choices=compare.choices(tab.site))}
+    """The sweeps, runs and files that there are now."""
+    files = gr.update(choices=compare.lora_files(tab.site))
+    return {tab.view.refs: gr.update(choices=compare.choices(tab.site)), tab.asks.files: files}
 
 
 def restore(tab: CompareTab, request: gr.Request) -> Updates:
@@ -206,6 +286,7 @@ def pick(tab: CompareTab, refs: list[str], request: gr.Request) -> Updates:
         tab.view.scale: gr.update(visible="scale" in takes, value=compare.own_scale(tab.site, refs or [])),
         tab.asks.prompt: gr.update(visible="prompts" in takes),
         tab.asks.count: gr.update(visible="count" in takes, info=count),
+        tab.asks.around_files: gr.update(visible=not refs or compare.takes_files(tab.site, refs)),
     }
 
 
@@ -218,19 +299,28 @@ def open_comparison(tab: CompareTab, id: str, refs: list[str]) -> Updates:
     if not refs:
         return _cleared(tab, draw.empty("Nothing chosen", "Choose a sweep above."))
     if not id:
-        job = compare.working(tab.site, refs)
         hint = "Generate compares them all in one job, by their own settings or a new prompt."
-        return _cleared(tab, draw.empty("Not compared yet", "" if job else hint), message=job)
+        said = _job_words(tab, refs)
+        empty = draw.empty("Not compared yet", "" if said[tab.message] else hint)
+        return _cleared(tab, empty) | said
     try:
-        return _filled(tab, id) | {tab.message: compare.working(tab.site, refs)}
+        return _filled(tab, id) | _job_words(tab, refs)
     except (EquipoiseError, OSError) as error:
         return _cleared(tab, draw.notice(str(error), "bad"))
 
 
-def _cleared(tab: CompareTab, words: str, message: str = "") -> Updates:
+def _job_words(tab: CompareTab, refs: list[str]) -> Updates:
+    """What there is to say of the job for these runs, and whether it can be ended."""
+    pending = bool(refs) and bool(compare.pending(tab.site, refs))
+    return {tab.message: compare.working(tab.site, refs), tab.end: gr.update(visible=pending)}
+
+
+def _cleared(tab: CompareTab, words: str) -> Updates:
     shown = tab.shown
-    parts = (shown.title, shown.detail, shown.curve, shown.table, shown.export, tab.opened)
-    return {shown.grid: words, **dict.fromkeys(parts, ""), tab.chosen: [], tab.message: message}
+    parts = (shown.answer, shown.title, shown.detail, shown.curve, shown.table, shown.export, tab.opened, tab.picture)
+    hidden = gr.update(visible=False)
+    empty = {tab.message: "", shown.use: hidden, tab.end: hidden, tab.view.delete: hidden}
+    return {shown.grid: words, **dict.fromkeys(parts, ""), tab.chosen: [], **empty}
 
 
 def _filled(tab: CompareTab, id: str) -> Updates:
@@ -239,43 +329,77 @@ def _filled(tab: CompareTab, id: str) -> Updates:
     steps = compare.steps(site, comparison)
     last = max(*steps, compare.end(site, comparison)) if steps else 1
     first = steps[0] if len(steps) > 1 else 0  # a slider has two ends, hidden or not
-    many, options = max(len(comparison.prompts), 1), axes(comparison)
+    many, options, each = max(len(comparison.prompts), 1), axes(comparison), noises(comparison)
     return {
+        view.delete: gr.update(visible=id.startswith(f"{background.COMPARISONS}/")),
         view.rows: gr.update(choices=options, value=ROW),
         view.columns: gr.update(choices=options, value=RATE),
         view.prompt: gr.update(minimum=0, maximum=many, value=0, **compare.pictured(site, comparison)),
+        view.noise: gr.update(visible=each > 1, minimum=1, maximum=max(each, 2), value=1),
         view.step: gr.update(visible=len(steps) > 1, minimum=first, maximum=max(last, 1), value=last),
-        **draw_grid(tab, id, ROW, RATE, 0, last, []),
-        shown.detail: cell_detail(site, id, [], 0),
-        shown.curve: curve(site, id),
-        shown.table: table(site, id),
-        shown.export: export(site, id),
+        **draw_grid(tab, id, ROW, RATE, 0, last, [], 1, ""),
+        shown.answer: compare_numbers.answer(site, id),
+        shown.use: gr.update(visible=bool(compare_numbers.best_run(site, id))),
+        shown.curve: compare_numbers.curve(site, id),
+        shown.table: compare_numbers.table(site, id),
+        shown.export: compare_numbers.export(site, id),
         tab.chosen: [],
+        tab.picture: "",
         tab.opened: id,
     }
 
 
+def use_rate(tab: CompareTab, id: str) -> Updates:
+    """Puts the configuration of the cell that the answer names into Launch."""
+    try:
+        run = compare_numbers.best_run(tab.site, id) if id else ""
+    except (EquipoiseError, OSError) as error:
+        return {tab.message: draw.notice(str(error), "bad")}
+    return filled(tab.launch, tab.site, run, tab.message)
+
+
 def draw_grid(
-    tab: CompareTab, id: str, rows: str, columns: str, prompt: float, step: float, picked: list[str]
+    tab: CompareTab,
+    id: str,
+    rows: str,
+    columns: str,
+    prompt: float,
+    step: float,
+    picked: list[str],
+    noise: float,
+    picture: str,
 ) -> Updates:
+    """The grid, the prompts and the chosen cell as they are looked at now."""
     site, shown = tab.site, tab.shown
     if not id:
         return {shown.title: ""}
     try:
         comparison = compare.read(site, id)
-        steps = compare.steps(site, comparison)
-        at = int(step) if steps and step < max(*steps, compare.end(site, comparison)) else None
-        number = min(int(prompt or 0), len(comparison.prompts))
+        at, number = _step(tab, comparison, step), min(int(prompt or 0), len(comparison.prompts))
         marked = ["" if run == "base" else run for run in picked]
-        text = comparison.prompts[number - 1] if number else " · ".join(comparison.prompts[:4])
-        cells = grid(site, id, rows, columns, number, at, marked)
-        return {shown.grid: cells, shown.title: f"<p class='hint'>{draw.esc(text)}</p>"}
+        return {
+            shown.grid: grid(site, id, rows, columns, number, at, marked, int(noise or 1)),
+            shown.title: compare_numbers.prompts(site, id, number),
+            shown.detail: cell_detail(site, id, picked, number, _of_prompt(picture, number), at, int(noise or 1)),
+        }
     except (EquipoiseError, OSError) as error:
-        return {shown.grid: draw.notice(str(error), "bad"), shown.title: ""}
+        return {shown.grid: draw.notice(str(error), "bad"), shown.title: "", shown.detail: ""}
 
 
-def draw_detail(tab: CompareTab, id: str, picked: list[str], prompt: float) -> Updates:
-    return {tab.shown.detail: cell_detail(tab.site, id, picked, int(prompt or 0)) if id else ""}
+def _of_prompt(picture: str, prompt: int) -> str:
+    """The chosen picture's key, unless another prompt is looked at."""
+    return picture if not prompt or picture.startswith(f"{prompt - 1}-") else ""
+
+
+def _step(tab: CompareTab, comparison: Comparison, step: float) -> int | None:
+    """The step whose samples are looked at; None where it is the end, whose pictures the comparison has itself."""
+    steps = compare.steps(tab.site, comparison)
+    return int(step) if steps and step < max(*steps, compare.end(tab.site, comparison)) else None
+
+
+def choose_prompt(tab: CompareTab, before: float, event: gr.EventData) -> Updates:
+    number = clicked_id(event)
+    return {tab.view.prompt: int(number) if number.isdecimal() and len(number) < 5 else gr.skip()}
 
 
 def choose_cell(
@@ -286,17 +410,42 @@ def choose_cell(
     prompt: float,
     step: float,
     picked: list[str],
+    noise: float,
+    picture: str,
     event: gr.EventData,
 ) -> Updates:
-    """Marks the cell that was clicked, and keeps the one before it marked."""
+    """Marks the cell that was clicked, on the picture that was, and keeps the one before it marked."""
     run = clicked_id(event)
     picked = [*(one for one in picked if one != run), run][-2:]
+    picture = str(getattr(event, "picture", "") or "")
+    drawn = draw_grid(tab, id, rows, columns, prompt, step, picked, noise, picture)
+    return {tab.chosen: picked, tab.picture: picture, **{key: drawn[key] for key in _cells(tab) if key in drawn}}
+
+
+def _cells(tab: CompareTab) -> tuple[gr.HTML, gr.HTML]:
+    return tab.shown.grid, tab.shown.detail
+
+
+def choose_picture(
+    tab: CompareTab,
+    id: str,
+    rows: str,
+    columns: str,
+    prompt: float,
+    step: float,
+    picked: list[str],
+    noise: float,
+    picture: str,
+    event: gr.EventData,
+) -> Updates:
+    """Shows another picture of the cell that is marked already, whatever prompt the grid shows."""
+    picture = str(getattr(event, "picture", "") or "")
     try:
-        words = cell_detail(tab.site, id, picked, int(prompt or 0))
+        at = _step(tab, compare.read(tab.site, id), step)
+        words = cell_detail(tab.site, id, picked, int(prompt or 0), picture, at, int(noise or 1))
     except (EquipoiseError, OSError) as error:
         words = draw.notice(str(error), "bad")
-    drawn = draw_grid(tab, id, rows, columns, prompt, step, picked)
-    return {tab.chosen: picked, tab.shown.detail: words, tab.shown.grid: drawn.get(tab.shown.grid, gr.skip())}
+    return {tab.picture: picture, tab.shown.detail: words}
 
 
 def by_scale(tab: CompareTab, refs: list[str], id: str, scale: float) -> Updates:
@@ -316,11 +465,51 @@ def by_scale(tab: CompareTab, refs: list[str], id: str, scale: float) -> Updates
 
 def start(tab: CompareTab, refs: list[str], prompt: str, count: float, scale: float) -> Updates:
     """Starts a job that makes another comparison."""
+    return _started(tab, refs, lambda: compare.generate(tab.site, refs or [], prompt or "", count, scale))
+
+
+def start_from_files(
+    tab: CompareTab,
+    refs: list[str],
+    prompt: str,
+    count: float,
+    strengths: str,
+    checkpoints: bool,
+    files: list[str],
+) -> Updates:
+    """Starts a job that lays LoRA files out by strength."""
+    given = (prompt or "", count, strengths or "", checkpoints, files or [])
+    return _started(tab, refs, lambda: compare.generate_from_files(tab.site, refs or [], *given))
+
+
+def _started(tab: CompareTab, refs: list[str], begin: Callable[[], str]) -> Updates:
     try:
-        compare.generate(tab.site, refs or [], prompt or "", count, scale)
-        return {tab.message: compare.working(tab.site, refs) or draw.notice("Generating … starting")}
+        begin()
+    except EquipoiseError as error:
+        return {tab.message: draw.notice(tab.site.without_paths(error), "bad")}
+    words = compare.working(tab.site, refs) or draw.notice("Generating … starting")
+    return {tab.message: words, tab.end: gr.update(visible=True)}
+
+
+def end_job(tab: CompareTab, refs: list[str]) -> Updates:
+    """Ends the job that is at work for these runs, or takes the failed one away."""
+    try:
+        words = compare.discard(tab.site, compare.pending(tab.site, refs or []))
+    except EquipoiseError as error:
+        return {tab.message: draw.notice(str(error), "bad"), tab.end: gr.update(visible=False)}
+    return {tab.message: draw.notice(words, "good"), tab.end: gr.update(visible=False)}
+
+
+def delete_comparison(tab: CompareTab, id: str, refs: list[str]) -> Updates:
+    """Deletes the comparison that is shown, and opens the first of those that are left."""
+    try:
+        words = compare.discard(tab.site, id or "")
     except EquipoiseError as error:
         return {tab.message: draw.notice(str(error), "bad")}
+    found = compare.made(tab.site, refs or [])
+    ids = [item.id for item in found]
+    which = gr.update(choices=[(item.label, item.id) for item in found], value=ids[0] if ids else None)
+    return {tab.message: draw.notice(words, "good"), tab.view.which: which, tab.known: ids}
 
 
 def follow_job(tab: CompareTab, refs: list[str], before: str) -> Updates:
@@ -332,7 +521,7 @@ def follow_job(tab: CompareTab, refs: list[str], before: str) -> Updates:
     if state == before:
         return gr.skip()
     # Other messages stand in the same part: they stay until there is something else to say of the job.
-    return {tab.job: state} | ({tab.message: words} if words != before.rpartition("|")[0] else {})
+    return {tab.job: state} | (_job_words(tab, refs) if words != before.rpartition("|")[0] else {})
 
 
 def offer_new(tab: CompareTab, refs: list[str], known: list[str]) -> Updates:

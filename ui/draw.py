@@ -14,6 +14,7 @@ from equipoise.pipelines.comparing.curve import ticks
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
+_LETTER = 8.0  # units of a chart that a digit takes across
 _POINTS = 400  # of a line; more cannot be told apart on a screen
 
 
@@ -62,8 +63,22 @@ def facts(pairs: Mapping[str, object]) -> str:
     return f"<dl class='facts'>{inside}</dl>"
 
 
-def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: bool = False) -> str:
-    """Lines over steps as SVG; on a logarithmic axis where asked for, or decades apart, and everything is positive."""
+def chart(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    log: bool = False,
+    smooth: float = 0.0,
+    inks: Mapping[str, str] | None = None,
+) -> str:
+    """Lines over steps as SVG; on a logarithmic axis where asked for, or decades apart, and everything is positive.
+
+    Args:
+        title: of the chart.
+        lines: name → (step, value).
+        log: whether the axis is logarithmic, if it can be.
+        smooth: weight of what came before, below 1; the lines as they are measured lie pale behind the smoothed ones.
+        inks: name → colour; of all lines, or of none.
+    """
     finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
     values = [y for points in finite.values() for _, y in points]
     if not values:
@@ -75,7 +90,9 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: b
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     first = min(x for points in finite.values() for x, _ in points)
     last = max(x for points in finite.values() for x, _ in points)
-    width, height, left, right, top, bottom = 520, 220, 58, 12, 12, 26
+    beside = [short(value) for value in marks(low, high, log)]
+    left = max(58.0, _LETTER * max(map(len, beside), default=0) + 14)  # a number is never cut off
+    width, height, right, top, bottom = 520, 220, 12, 12, 26
 
     def across(x: float) -> float:
         return left + (x - first) / ((last - first) or 1) * (width - left - right)
@@ -90,25 +107,44 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: b
         drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for x, anchor in {first: "start", last: "end"}.items():
         drawn.append(f'<text x="{across(x):.1f}" y="{height - 8}" text-anchor="{anchor}">{x:g}</text>')
-    for index, points in enumerate(finite.values()):
+
+    def path(points: Sequence[tuple[float, float]]) -> str:
         few = [*thinned(points, 2 * len(points) // _POINTS), *points[-1:]]
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in few)
-        ink = _ink(index, len(finite))
-        drawn.append(f'<polyline points="{path}" style="stroke:{ink}"/>')
-        for x, y in points[-1:]:  # all there is to see of what was measured once
+        return " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in few)
+
+    colours = inks or {name: _ink(index, len(finite)) for index, name in enumerate(finite)}
+    for name, points in finite.items():
+        ink, shown = colours[name], smoothed(points, smooth) if smooth else points
+        if smooth:
+            drawn.append(f'<polyline class="raw" points="{path(points)}" style="stroke:{ink}"/>')
+        drawn.append(f'<polyline points="{path(shown)}" style="stroke:{ink}"/>')
+        for x, y in shown[-1:]:  # all there is to see of what was measured once
             drawn.append(f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" style="fill:{ink}"/>')
-    legend = "".join(
-        f'<span><i style="background:{_ink(index, len(finite))}"></i>{breakable(label)} '
-        f"<b>{number(points[-1][1])}</b></span>"
-        for index, (label, points) in enumerate(finite.items())
+    legend = _legend(finite, colours)
+    return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
+
+
+def _legend(lines: Mapping[str, Sequence[tuple[float, float]]], inks: Mapping[str, str]) -> str:
+    """Each line's colour, name and last value."""
+    return "".join(
+        f'<span><i style="background:{inks[label]}"></i>{breakable(label)} <b>{number(points[-1][1])}</b></span>'
+        for label, points in lines.items()
         if points
     )
-    return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
 
 
 def _ink(index: int, count: int) -> str:
     """A line's colour among so many, each another one."""
     return INKS[index] if count <= len(INKS) else f"hsl({360 * index / count:.0f} 60% {(40, 58)[index % 2]}%)"
+
+
+def smoothed(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
+    """The running mean in which what came before has that weight; the first points are no lower for it."""
+    found, total, norm = [], 0.0, 0.0
+    for step, value in points:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        found.append((step, total / norm))
+    return found
 
 
 def thinned(points: Sequence[tuple[float, float]], size: int) -> list[tuple[float, float]]:

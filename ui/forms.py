@@ -6,6 +6,7 @@ pipeline or optimizer by name, and nothing imports gradio.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from equipoise.options import options
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.config import Key, PluginSection, RunConfig, yamlio
 from equipoise.pipelines.config.keys import section_at
+from equipoise.plugin_cache import load_errors
 
 NOT_ASKED = ("pipeline", "runs")  # what the form itself settles
 SWEEP = "sweep"  # holds the axes that no other field can show
 OPTION_HEADERS = ["plugin", "option", "value", "default", "must be", "what it does"]
+_DECIMAL_COMMA = re.compile(r"-?(0,\d+|\d+,0\d+)")  # 0,5 and 1,05: hardly a list of 0 and 5, or of 1 and 05
 _NUMBERS = ("int", "float", "int or none", "float or none")
 
 
@@ -71,7 +74,7 @@ def _field(cls: type[RunConfig], key: Key) -> Field:
         return Field(key, "axes")
     basic = bool(key.short) or key.key in ("name", "seed") or key.key.endswith(".prompts")
     if kind := plugin_kind(cls, key.key):
-        return Field(key, "plugin", tuple(entry.name for entry in registry.entries(kind) if not entry.error), basic)
+        return Field(key, "plugin", _usable(tuple(registry.entries(kind))), basic)
     if key.choices:
         return Field(key, "choice", tuple(map(str, key.choices)), basic)
     if key.type == "bool":
@@ -79,6 +82,12 @@ def _field(cls: type[RunConfig], key: Key) -> Field:
     if key.type in _NUMBERS:
         return Field(key, "number", (), basic)
     return Field(key, "lines" if key.type.startswith("list[") else "text", (), basic)
+
+
+@cache
+def _usable(entries: tuple[registry.Entry, ...]) -> tuple[str, ...]:
+    """The names of those that can be loaded; the tab Plugins says why the others cannot."""
+    return tuple(entry.name for entry, error in zip(entries, load_errors(entries), strict=True) if not error)
 
 
 def plugin_kind(cls: type[RunConfig], dotted: str) -> str | None:
@@ -295,7 +304,7 @@ def _read_plugin(found: _Found, item: Field, given: Any) -> None:
 def _read_number(found: _Found, item: Field, given: Any) -> None:
     key = item.key.key
     try:
-        numbers = read_numbers(str(given or ""))
+        numbers = read_numbers(str(given or ""), whole="float" not in item.key.type)
     except ValueError as error:
         found.problems.append(f"{key}: {error}")
         return
@@ -381,12 +390,21 @@ def count(cls: type[RunConfig], shown: Mapping[str, Any]) -> int:
     return 1 if wrong else math.prod(len(values) for values in axes)
 
 
-def read_numbers(text: str) -> list[int | float]:
+def read_numbers(text: str, whole: bool = False) -> list[int | float]:
     """`1e-4`, `1e-4, 1e-3`, or `1e-5 .. 1e-1 : 5`, which is five values at equal ratios.
+
+    Args:
+        text: What was typed.
+        whole: Whether whole numbers are wanted, so that no comma can stand for a decimal point.
 
     Raises:
         ValueError: Something else.
     """
+    if not whole and any(_DECIMAL_COMMA.fullmatch(part.strip()) for part in re.split(r",\s+|;|\.\.|:", text)):
+        raise ValueError(
+            f"decimals are written with a point, 0.001, and several numbers with a comma and a space between, "
+            f"1e-4, 1e-3; got {text[:60]!r}."
+        )
     if ".." in text:
         ends, _, count = text.partition(":")
         low, _, high = ends.partition("..")

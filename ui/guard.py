@@ -217,6 +217,8 @@ class Guard:
             length = headers.get(b"content-length", b"")
             if not length.isdigit() or b"transfer-encoding" in headers:
                 return 411, "The request must state its length."
+            if _is_upload(scope) and not self.takes_files:
+                return 403, "Nothing is uploaded here."
             if not _is_upload(scope):
                 return (413, "That is too much for a form.") if int(length) > UPLOAD else None
             if int(length) + (make_room(self.uploads) if self.uploads else 0) > ROOM:

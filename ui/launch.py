@@ -22,6 +22,7 @@ from equipoise.pipelines.jobs import background, checks
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.axes import expand
 from equipoise.pipelines.jobs.epochs import in_steps
+from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw, forms
 from equipoise.ui.safety import Site
 
@@ -113,6 +114,7 @@ def check_plan(made: Plan) -> None:
         ConfigError: everything that is wrong, one line each.
     """
     checks.check(made.runs)
+    in_steps(made.config)  # counts what epochs are
 
 
 def plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
@@ -134,11 +136,8 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
         ConfigError: the world it points to is not as it should be, one line each.
     """
     config = made.config
-    for item in site.store.at_work():  # whose results would be the same to the last bit
-        with suppress(OSError):
-            if (site.store.root / item.id / "config.yaml").read_text() == made.yaml:
-                words = "It is not started twice; change something, such as the seed, for another."
-                return item.id, f"Started {item.id} already, which is {item.state}. {words}"
+    if (item := at_work(site, made)) is not None:
+        return item.id, begun_already(item)
     if config.sweep:
         run = sweeps.create(config)
     else:
@@ -149,6 +148,20 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
     if first:
         return run.id, f"Queued {run.id}. It begins when {first.id} has ended; the tab Runs shows both."
     return run.id, f"Started {run.id}. The tab Runs shows how it goes."
+
+
+def at_work(site: Site, made: Plan) -> Status | None:
+    """What is at work already with this very configuration, whose results would be the same to the last bit."""
+    for item in site.store.at_work():
+        with suppress(OSError):
+            if (site.store.root / item.id / "config.yaml").read_text() == made.yaml:
+                return item
+    return None
+
+
+def begun_already(item: Status) -> str:
+    words = "It is not started twice; change something, such as the seed, for another."
+    return f"Started {item.id} already, which is {item.state}. {words}"
 
 
 def doubts(made: Plan) -> list[str]:

@@ -14,36 +14,44 @@ import gradio as gr
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.tables import listed
 from equipoise.ui import draw
 from equipoise.ui.launch import UPLOADED, error_notice
 from equipoise.ui.safety import PICTURES, Site, check_picture
 from equipoise.ui.widgets import PRIVATE, Table, Updates, bound, table_rows
 
 
-def save_pictures(site: Site, name: str, files: Sequence[str], captions: Sequence[Sequence[Any]]) -> str:
+def save_pictures(
+    site: Site, name: str, files: Sequence[str], captions: Sequence[Sequence[Any]], shared: str = ""
+) -> str:
     """Puts uploaded pictures and their captions into a new folder; returns its path.
 
     Args:
-        name: a word for the folder.
+        name: what the folder is called, in one word.
         files: where the upload left them.
         captions: (file name, caption) rows in the same order.
+        shared: the caption of those that have none of their own.
 
     Raises:
-        InputError: no word, no pictures, too many, or one that is none.
+        InputError: no word, no pictures, too many, one that is none, or one that has no caption.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,40}", name or ""):
         raise InputError(f"the name must be one word of letters, digits, _ and -, got {(name or '')[:60]!r}.")
     if not 0 < len(files) <= PICTURES:
         raise InputError(f"choose 1 to {PICTURES} pictures, got {len(files)}.")
     suffixes = [check_picture(Path(file), Path(file).name) for file in files]
+    own = [str(row[1] or "").strip() if len(row) > 1 else "" for row in captions]
+    texts = [(own[index] if index < len(own) else "") or shared.strip() for index in range(len(files))]
+    if bare := [Path(file).name for file, text in zip(files, texts, strict=True) if not text]:
+        what = "has no caption" if len(bare) == 1 else "have no captions"
+        raise InputError(f"{listed(bare)} {what}: write what is seen there, such as a photo of a sks dog.")
     folder = site.store.root / "uploads" / f"{name}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     lines = []
     for index, (file, suffix) in enumerate(zip(files, suffixes, strict=True)):
         kept = f"{index:03d}{suffix}"
         shutil.copyfile(file, folder / kept)
-        caption = str(captions[index][1] or "").strip() if index < len(captions) and len(captions[index]) > 1 else ""
-        lines.append(json.dumps({"file_name": kept, "text": caption or name}, ensure_ascii=False))
+        lines.append(json.dumps({"file_name": kept, "text": texts[index]}, ensure_ascii=False))
     write_atomic(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return str(folder)
 
@@ -97,8 +105,8 @@ def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox | None = None) -> No
         message = gr.HTML(elem_id="pictures-message")
     panel = PicturePanel(site, files, captions, name, use, message, data, prompt)
     files.change(bound(on_upload, panel), [files, captions], [captions, files, message], **PRIVATE)
-    outputs = [message, data, files, *([prompt] if prompt is not None else [])]
-    use.click(bound(on_use, panel), [name, files, captions], outputs, **PRIVATE)
+    asked = [prompt] if prompt is not None else []
+    use.click(bound(on_use, panel), [name, files, captions, *asked], [message, data, files, *asked], **PRIVATE)
 
 
 def on_upload(panel: PicturePanel, paths: list[str] | None, rows: Any) -> Updates:
@@ -116,10 +124,10 @@ def on_upload(panel: PicturePanel, paths: list[str] | None, rows: Any) -> Update
     return {panel.captions: table, **left}
 
 
-def on_use(panel: PicturePanel, name: str, paths: list[str] | None, rows: Any) -> Updates:
+def on_use(panel: PicturePanel, name: str, paths: list[str] | None, rows: Any, shared: str = "") -> Updates:
     """Makes the folder, and names it in the form."""
     try:
-        folder = save_pictures(panel.site, name, paths or [], table_rows(rows))
+        folder = save_pictures(panel.site, name, paths or [], table_rows(rows), shared or "")
     except EquipoiseError as error:
         return {panel.message: error_notice(error)}
     forget(paths or [])

@@ -13,11 +13,14 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing import comparison
 from equipoise.pipelines.config import RunConfig
-from equipoise.ui import draw, forms, launch_pictures
+from equipoise.pipelines.config.builtin import shipped
+from equipoise.ui import draw, forms, launch_data, launch_demo, launch_pictures
 from equipoise.ui.launch import (
     PROMPT,
     UPLOADED,
+    at_work,
     beginning,
+    begun_already,
     check_plan,
     doubts,
     error_notice,
@@ -29,6 +32,7 @@ from equipoise.ui.launch import (
     read_yaml,
 )
 from equipoise.ui.launch_estimates import estimate, memory
+from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site
 from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
 
@@ -103,6 +107,32 @@ class Form:
         return {**updates, self.options: gr.update(value=rows)}
 
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Where other tabs can put a run's configuration."""
+
+    forms: Mapping[str, Form]  # by pipeline
+    pipeline: gr.Radio
+    tabs: gr.Tabs
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `filled` changes, beside a message."""
+        fields = [part for form in self.forms.values() for part in (form.preset, *form.widgets, form.options)]
+        return [self.tabs, self.pipeline, *fields]
+
+
+def filled(launch: Launch, site: Site, id: str, message: gr.HTML) -> Updates:
+    """Puts a run's configuration into the form of its pipeline, and turns to it."""
+    try:
+        config = open_run(site, id).config()
+        form = launch.forms[config.pipeline]
+    except (EquipoiseError, KeyError) as error:
+        return {message: draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad")}
+    fields = {form.preset: gr.update(value=None), **form.fill(config)}
+    return {message: "", launch.tabs: gr.update(selected="launch"), launch.pipeline: config.pipeline, **fields}
+
+
 def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
     """Draws the tab; returns the pipelines' forms and the choice between them."""
     names = [entry.name for entry in registry.entries("pipelines") if not registry.check(entry)]
@@ -111,10 +141,12 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
     gr.HTML(
         draw.head(
             "Launch",
-            "Choose optimizers and learning rates; several of either make a sweep. Runs go on in the background, "
-            "whatever becomes of this page.",
+            "Several optimizers or learning rates make a sweep. Runs go on in the background, whatever becomes of this "
+            "page.",
         )
     )
+    if launch_demo.NAME in shipped():
+        launch_demo.build(site, workers)
     offered = [(titles[name], name) for name in names]
     chosen = gr.Radio(offered, value=names[0], label="Pipeline", elem_id="pipeline", interactive=True)
     found, columns = {}, {}
@@ -133,11 +165,13 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     items = forms.fields(cls)
     shown, rows = beginning(cls)
     preset, bring = _beginning(pipeline, cls)
-    widgets = _fields(site, cls, items, shown)
+    widgets = _fields(site, cls, items, shown, registry.load("pipelines", pipeline).fixed)
     with gr.Accordion("Options of what is chosen above", open=False) as opened:
         options = _options(rows)
     if cls.SHORT.get("data", "").endswith(".folder"):
         launch_pictures.build(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
+        if PROMPT in widgets:
+            launch_data.build(site, widgets[cls.SHORT["data"]], widgets[PROMPT])
     message = gr.HTML(elem_classes=["message"])
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
@@ -167,9 +201,16 @@ def _beginning(pipeline: str, cls: type[RunConfig]) -> tuple[gr.Dropdown, gr.Upl
     return preset, bring
 
 
-def _fields(site: Site, cls: type[RunConfig], items: list[forms.Field], shown: dict[str, Any]) -> dict[str, Any]:
-    """The widgets of all keys: the basic ones at once, the others by section in a panel that is closed at first."""
+def _fields(
+    site: Site, cls: type[RunConfig], items: list[forms.Field], shown: dict[str, Any], fixed: Sequence[str]
+) -> dict[str, Any]:
+    """The widgets of all keys: the basic ones at once, the others by section in a panel that is closed at first; those
+    that can have one value alone are out of sight."""
     widgets: dict[str, Any] = {}
+    for item in items:
+        if item.key.key in fixed:
+            widgets[item.key.key] = _widget(site, cls, item, shown, visible=False)
+    items = [item for item in items if item.key.key not in widgets]
     with gr.Group(elem_classes=["fields"]):
         for item in sorted((i for i in items if i.basic), key=_rank):
             widgets[item.key.key] = _widget(site, cls, item, shown)
@@ -227,7 +268,9 @@ def _connect(form: Form) -> None:
     fresh: Any = {"js": f"(...values) => {{ delete {plan_data}.stale; return values }}", "show_progress": "minimal"}
     form.check.click(bound(on_check, form), inputs, outputs, **fresh, trigger_mode="always_last", **PRIVATE)
     changes = [form.preset.change, form.options.input, *(widget.change for widget in form.widgets)]
-    gr.on(changes, None, None, None, js=f"() => {{ {plan_data}.stale = '' }}", **PRIVATE)
+    keep = f"(...values) => {{ {plan_data}.stale = ''; equipoise.keep('{form.pipeline}', values) }}"
+    gr.on(changes, None, inputs, None, js=keep, **PRIVATE)
+    root().load(None, inputs, inputs, js=f"(...values) => equipoise.filled('{form.pipeline}', values)", **PRIVATE)
     form.start.click(bound(on_start, form), inputs, form.message, **PRIVATE)
     form.preset.input(bound(on_preset, form), form.preset, [form.message, *filled], **PRIVATE)
     form.bring.upload(bound(on_yaml, form), form.bring, [form.message, form.preset, *filled], **PRIVATE)
@@ -280,7 +323,9 @@ def on_check(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterato
         words = f"Not checked: {type(error).__name__}: {error}. The server's output says more."
         yield {form.message: draw.notice(words, "bad"), checked.column: gr.update(visible=False)}
         raise
-    yield {checked.facts: draw.notice("\n".join([time, memory(site, made, workers), *doubts(made)]))}
+    begun = at_work(site, made)
+    facts = [*([begun_already(begun)] if begun else []), time, memory(site, made, workers), *doubts(made)]
+    yield {checked.facts: draw.notice("\n".join(facts))}
 
 
 def on_start(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterator[Updates]:
@@ -344,8 +389,9 @@ def _rank(item: forms.Field) -> tuple[int, int]:
     return (first.index(item.key.key) if item.key.key in first else 2, 0 if item.kind != "lines" else 1)
 
 
-def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any]) -> Any:
-    given = {"label": item.label, "info": item.info, "value": shown.get(item.key.key), "interactive": True}
+def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any], visible: bool = True) -> Any:
+    given: dict[str, Any] = {"label": item.label, "info": item.info, "value": shown.get(item.key.key)}
+    given |= {"interactive": True, "visible": visible}
     given["elem_id"] = f"field-{cls.model_fields['pipeline'].default}-{item.key.key.replace('.', '-')}"
     if item.kind == "plugin":
         return gr.Dropdown(list(item.choices), multiselect=True, **given)

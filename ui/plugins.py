@@ -1,5 +1,6 @@
 """The tab Plugins: what is installed, who provides it, what failed and why, and the options of each."""
 
+import re
 from itertools import groupby
 
 import gradio as gr
@@ -41,11 +42,17 @@ def _card(entry: Entry, error: str) -> str:
             names = "<tr><th>option</th><th>must be</th><th>default</th><th>what it does</th></tr>"
             body += f"<div class='scroll'><table>{names}{rows}</table></div>"
         if papers := references(cls):
-            body += "<p class='hint'>" + "<br>".join(map(esc, papers)) + "</p>"
+            body += "<p class='hint'>" + "<br>".join(map(_linked, papers)) + "</p>"
     except EquipoiseError as problem:
         head += "<span class='badge failed'>cannot be used</span>"
         body = draw.notice(str(problem), "bad")
     return f"<details class='card'><summary>{head}</summary>{body}</details>"
+
+
+def _linked(paper: str) -> str:
+    """A reference, with a link to the paper where it says which one of arXiv's it is."""
+    link = r"<a href='https://arxiv.org/abs/\1' target='_blank' rel='noreferrer'>arXiv \1</a>"
+    return re.sub(r"arXiv[ :](\d{4}\.\d{4,5})", link, esc(paper))
 
 
 def build(tab: gr.Tab) -> None:

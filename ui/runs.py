@@ -5,20 +5,28 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.comparing.robustness import shown_rate
+from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.pipelines.runs.status import STATES, STOPPING, Status
-from equipoise.ui import draw
+from equipoise.ui import draw, runs_notes
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import Site
 
 SHOWN = 400  # rows of the table
-SORTS = ("newest", "name", "state", "loss", "duration")
+SORTS = ("newest", "name", "state", "loss", "rate", "steps", "duration")
+ARCHIVED = "archived"  # in place of a state: runs that were put away
 _TAIL = 2**16  # bytes at the end of the metrics, which show the pace
-_COLUMNS = ("run", "state", "progress", "left", "loss", "rate", "started", "took")
+MEAN_OF = 20  # steps whose losses are shown as one: a batch's alone says little
+LOSS = f"loss, mean of {MEAN_OF} steps"
+_COLUMNS = ("run", "state", "progress", "left", LOSS, "rate", "started", "took")
+_ENOUGH = 2**14  # bytes at the end of the metrics, which hold so many steps
 
 
 def open_run(site: Site, id: str) -> Run:
@@ -41,8 +49,8 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
 
     Args:
         site: whose.
-        words: only runs whose id, pipeline or message have all of these words.
-        state: only runs in this state, or "all".
+        words: only runs whose id, pipeline, message, notes or configuration have all of these words.
+        state: only runs in this state, or "all"; those that were put away only where it is ARCHIVED.
         sort: one of SORTS.
         chosen: the id that is marked.
     """
@@ -53,15 +61,18 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
     shown = [
         item
         for item in found
-        if state in ("all", item.state)
-        and all(word in f"{item.id} {item.pipeline} {item.message}".lower() for word in wanted)
+        if state in ("all", ARCHIVED, item.state)
+        and runs_notes.read(site.store.root / item.id).archived == (state == ARCHIVED)
+        and (not wanted or all(word in _text(site, item) for word in wanted))
     ]
     if not shown:
         return draw.empty("Nothing matches", "Clear the filter to see all runs.")
     keys = {
         "name": lambda item: item.name,
         "state": lambda item: STATES.index(item.state) if item.state in STATES else 99,
-        "loss": lambda item: item.loss if item.loss is not None and item.loss == item.loss else float("inf"),
+        "loss": lambda item: _or_last(recent_loss(site.store.root / item.id, item)),
+        "rate": lambda item: -math.inf if item.shown_rate is None else item.shown_rate,
+        "steps": lambda item: -item.step,
         "duration": lambda item: -item.duration,
     }
     if sort in keys:
@@ -73,21 +84,76 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
     return f"<div class='scroll'><table class='runs'>{inside}</table></div>{more}"
 
 
+def _text(site: Site, item: Status) -> str:
+    """All that a run can be found by, in small letters."""
+    folder = site.store.root / item.id
+    notes, config = runs_notes.read(folder), folder / "config.yaml"
+    about = f"{item.id} {item.pipeline} {item.message} {' '.join(notes.tags)} {notes.note} "
+    return about.lower() + _config_text(config, *version(config))
+
+
+@lru_cache(10_000)
+def _config_text(file: Path, *version: int) -> str:
+    try:
+        return file.read_text(errors="replace").lower()
+    except OSError:
+        return ""
+
+
 def _row(site: Site, item: Status, chosen: bool) -> str:
-    item = together(Run(site.store.root / item.id), item)
+    if item.kind == "sweep":
+        item = together(Run(site.store.root / item.id), item)
+    notes = runs_notes.read(site.store.root / item.id)
+    tags = "".join(f"<span class='tag'>{esc(tag)}</span>" for tag in notes.tags)
     cells = [
         f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(item.id)}</button>"
-        f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>",
+        f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>"
+        f"{tags}{f'<small>{esc(notes.note[:80])}</small>' if notes.note else ''}",
         badge(item),
         bar(item),
         left(site, item),
-        draw.number(item.loss),
-        draw.number(item.shown_rate, 3),
+        draw.number(recent_loss(site.store.root / item.id, item)),
+        rate(item.shown_rate),
         f"{datetime.fromtimestamp(item.begun):%d %b %H:%M}" if item.begun else "",
         draw.span(item.duration) if item.started else "",
     ]
     inside = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in zip(_COLUMNS, cells, strict=True))
     return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
+
+
+def rate(value: float | None) -> str:
+    """A learning rate as comparisons write it; nothing where it is not known or 0."""
+    return "" if value is None else shown_rate(value, 2) if value > 0 else draw.number(value)
+
+
+def _or_last(loss: float | None) -> float:
+    return loss if loss is not None and loss == loss else math.inf
+
+
+def recent_loss(folder: Path, item: Status) -> float | None:
+    """The mean of a run's last losses, as far as they are measured; where none is, the last one that it reported."""
+    try:
+        file = folder / "metrics.jsonl"
+        found = _mean_loss(file, *version(file)) if item.kind != "sweep" else None
+    except OSError:  # deleted since
+        found = None
+    return item.loss if found is None else found
+
+
+@lru_cache(10_000)  # who lists a thousand runs, and does so again and again, reads those that have changed
+def _mean_loss(file: Path, *version: int) -> float | None:
+    with suppress(OSError), open(file, "rb") as metrics:
+        metrics.seek(max(0, metrics.seek(0, os.SEEK_END) - _ENOUGH))
+        lines = metrics.read().decode(errors="replace").splitlines(keepends=True)[-MEAN_OF - 1 :]
+        losses = [
+            float(it["loss"]) for _, it in metric_lines("".join(lines)) if "loss" in it and _is_number(it["loss"])
+        ]
+        return math.fsum(losses[-MEAN_OF:]) / len(losses[-MEAN_OF:]) if losses else None
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
 
 
 def badge(item: Status, ended: bool = False) -> str:
@@ -121,8 +187,10 @@ def bar(item: Status) -> str:
 
 def left(site: Site, item: Status) -> str:
     """The time that is left, in words; empty where it is not known yet."""
+    if item.state != "running":
+        return ""
     run = Run(site.store.root / item.id)
-    seconds = _left_of_sweep(run) if item.kind == "sweep" and item.state == "running" else _left(run, item)
+    seconds = _left_of_sweep(run) if item.kind == "sweep" else _left(run, item)
     return "" if seconds is None else draw.span(seconds)
 
 

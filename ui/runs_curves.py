@@ -3,11 +3,15 @@
 import math
 import re
 import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from posixpath import commonpath
 
+from equipoise.errors import InputError
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.ui import draw
@@ -22,17 +26,30 @@ _NOT_CURVES = ("step", "time", "seconds")
 _GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
 _SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight", "alpha": "α"}  # as papers write
 _SECONDS = ("balancing", "loading")
+_RATE = re.compile(r",?(optimizer\.)?learning_rate=[^,]*")  # in the name of a sweep's cell
 _LOG_SCALE = ("loss", "rate")  # what spans decades
 
 
-def charts(site: Site, id: str) -> str:
-    """A run's metrics over its steps, those of one kind in one chart; of a sweep, its cells' losses."""
+@dataclass(frozen=True)
+class Wanted:
+    """How curves are drawn."""
+
+    smooth: float = 0.0  # weight of what came before, below 1
+    log: bool = False  # every axis, where it can be
+    metric: str = "loss"  # of which several runs are shown
+    beside: tuple[str, ...] = ()  # ids of runs and sweeps that are shown with this one
+
+
+MEASURED = Wanted()  # as they are measured
+
+
+def charts(site: Site, id: str, wanted: Wanted = MEASURED) -> str:
+    """A run's metrics over its steps, those of one kind in one chart; of several runs, and of a sweep, one metric."""
     if not id:
         return ""
     run = open_run(site, id)
-    if run.status().kind == "sweep":
-        lines = {cell.folder.name: read_curves(cell).get("loss", []) for cell in sweeps.cells(sweep=run)}
-        return f"<div class='charts wide'>{draw.chart('loss of each cell', lines, log=True)}</div>"
+    if wanted.beside or run.status().kind == "sweep":
+        return _of_several(site, run, wanted)
     lines = read_curves(run)
     if not lines and run.status().over:
         return draw.empty("Nothing was measured", "It ended before its first step.")
@@ -43,10 +60,60 @@ def charts(site: Site, id: str) -> str:
         start = _GROUP.match(name)
         groups.setdefault(start[0] if start else name, []).append(name)
     drawn = [
-        draw.chart(_title(group, some), {name: lines[name] for name in some}, log=group in _LOG_SCALE)
+        draw.chart(
+            _title(group, some),
+            {name: lines[name] for name in some},
+            log=wanted.log or group in _LOG_SCALE,
+            smooth=0.0 if group == "rate" else wanted.smooth,  # which has no noise
+        )
         for group, some in groups.items()
     ]
     return f"<div class='charts'>{''.join(drawn)}</div>"
+
+
+def _of_several(site: Site, run: Run, wanted: Wanted) -> str:
+    shown = together_with(site, run, wanted.beside)
+    lines = {name: read_curves(one).get(wanted.metric, []) for name, one in shown.items()}
+    if not any(lines.values()):
+        words = f"None of them has measured {wanted.metric[:60]}; choose another metric."
+        return draw.empty("Nothing to show", words)
+    title = f"{_title(wanted.metric, [wanted.metric])} of each {'run' if wanted.beside else 'cell'}"
+    log = wanted.log or wanted.metric in _LOG_SCALE
+    drawn = draw.chart(title, lines, log=log, smooth=wanted.smooth, inks=inks(shown))
+    return f"<div class='charts wide'>{drawn}</div>"
+
+
+def together_with(site: Site, run: Run, beside: Sequence[str] = ()) -> dict[str, Run]:
+    """A run, or a sweep's cells, and others beside them, by a name for each."""
+    chosen = [run]
+    for id in beside:
+        with suppress(InputError):  # deleted since
+            chosen.append(open_run(site, id))
+    found = [one for some in chosen for one in (sweeps.cells(some) if some.status().kind == "sweep" else [some])]
+    short = Counter(one.folder.name for one in found)
+    return {one.folder.name if short[one.folder.name] == 1 else one.id: one for one in found}
+
+
+def metrics(site: Site, id: str, beside: Sequence[str] = ()) -> list[str]:
+    """What the runs have measured, by name."""
+    if not id:
+        return ["loss"]
+    found = together_with(site, open_run(site, id), beside).values()
+    return list(dict.fromkeys(["loss", *(name for run in found for name in read_curves(run))]))
+
+
+def inks(runs: Mapping[str, Run]) -> dict[str, str]:
+    """A colour for each run: one hue for those that differ in the learning rate alone, from light to dark by it."""
+    rows: dict[str, list[tuple[float, str]]] = {}
+    for name, run in runs.items():
+        rate = run.status().learning_rate
+        rows.setdefault(_RATE.sub("", name), []).append((math.inf if rate is None else rate, name))
+    found = {}
+    for index, some in enumerate(rows.values()):
+        for place, (_, name) in enumerate(sorted(some)):
+            light = 72 - 34 * place / max(1, len(some) - 1) if len(some) > 1 else 50
+            found[name] = f"hsl({(174 + 360 * index / len(rows)) % 360:.0f} 65% {light:.0f}%)"
+    return found
 
 
 class _Curve:

@@ -1,6 +1,8 @@
 """One run as HTML: how it stands, its samples, log, configuration and files; and what can be done to it."""
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,9 @@ import psutil
 
 from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
+from equipoise.pipelines.config import yamlio
 from equipoise.pipelines.config.keys import section_at
+from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.making import being_made
@@ -17,11 +21,12 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw
 from equipoise.ui.draw import esc, url
-from equipoise.ui.runs import badge, bar, left, open_run, together
-from equipoise.ui.runs_curves import charts
+from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, together
+from equipoise.ui.runs_curves import MEASURED, Wanted, charts
 from equipoise.ui.safety import SUFFIXES, Site
 
 LOG_LINES = 60
+MOST_STEPS = 20  # whose samples lie folded up below those of the step that is looked at
 MOST_FILES = 400  # of the samples of one step
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -57,15 +62,16 @@ def heading(site: Site, id: str) -> str:
         "pipeline": now.pipeline,
         "step": f"{now.step} of {now.total}" if now.total else now.step,
         "left": left(site, now),
-        "loss": draw.number(now.loss),
-        "rate": draw.number(now.rate, 3),
+        LOSS: draw.number(recent_loss(run.folder, now)),
+        "rate": rate(now.shown_rate),
+        "rate of the last step": rate(now.rate),
         "took": draw.span(now.duration) if now.started else "",
         "memory": _memory(now),
         "process": f"{now.pid} on {now.host}" if now.state == "running" else "",
     }
     parts = [
         back,
-        f"<h3>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
+        f"<h3 data-shown='{esc(run.id)}'>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
         bar(now),
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in facts.items() if value != ""}),
@@ -91,9 +97,9 @@ def _cells(sweep: Run, ended: bool) -> str:
         short = draw.breakable(cell.folder.name)
         rows.append(
             f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now, ended)}</td>"
-            f"<td>{bar(now)}</td><td data-name='loss'>{draw.number(now.loss)}</td></tr>"
+            f"<td>{bar(now)}</td><td data-name='{LOSS}'>{draw.number(recent_loss(cell.folder, now))}</td></tr>"
         )
-    head = "<thead><tr><th>cell</th><th>state</th><th>progress</th><th>loss</th></tr></thead>"
+    head = f"<thead><tr><th>cell</th><th>state</th><th>progress</th><th>{LOSS}</th></tr></thead>"
     return f"<div class='scroll'><table class='runs cells'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
 
 
@@ -122,18 +128,51 @@ def samples(site: Site, id: str, step: int | None = None) -> str:
     if not steps:
         return draw.empty(*_none_drawn(run.status()))
     near = steps[-1] if step is None else min(steps, key=lambda one: abs(one - step))
-    folder = run.samples / f"step-{near:08d}"
-    parts = []
+    prompts = _prompts(run)
+    shown = [f"<h4>step {near}</h4>", _at_step(run, near, prompts)]
+    others = [one for one in reversed(steps) if one != near][:MOST_STEPS]
+    if others:
+        earlier = "".join(f"<h4>step {one}</h4>{_at_step(run, one, prompts)}" for one in others)
+        shown.append(f"<details class='card'><summary>{len(others)} other steps</summary>{earlier}</details>")
+    return "".join(shown)
+
+
+def _at_step(run: Run, step: int, prompts: Sequence[str]) -> str:
+    """What was drawn or written at a step, the pictures of a prompt beside each other under it."""
+    folder = run.samples / f"step-{step:08d}"
+    groups: dict[str, list[str]] = {}
     for file in sorted(folder.iterdir())[:MOST_FILES]:
         name = f"{run.id}/samples/{folder.name}/{file.name}"
         if file.suffix in _PICTURES:
-            image = f"<img loading='lazy' src='{url(name)}' alt='{esc(file.stem)}'>"
-            parts.append(f"<a href='{url(name)}' target='_blank'>{image}</a>")
+            number = file.stem.partition("-")[0]
+            known = number.isdecimal() and int(number) < len(prompts)
+            prompt = prompts[int(number)] if known else ""
+            image = f"<img loading='lazy' src='{url(name)}' alt='{esc(prompt or file.stem)}'>"
+            groups.setdefault(prompt, []).append(f"<a href='{url(name)}' target='_blank'>{image}</a>")
         elif file.suffix == ".jsonl":
-            parts.append(draw.table(file.read_text(errors="replace")))
+            groups.setdefault("", []).append(draw.table(file.read_text(errors="replace")))
         elif file.suffix in (".txt", ".json", ".md"):
-            parts.append(f"<pre>{esc(file.read_text(errors='replace')[:20_000])}</pre>")
-    return f"<p class='hint'>step {near}</p><div class='samples'>{''.join(parts)}</div>"
+            groups.setdefault("", []).append(f"<pre>{esc(file.read_text(errors='replace')[:20_000])}</pre>")
+    return "".join(
+        (f"<p class='hint'>{esc(prompt)}</p>" if prompt else "") + f"<div class='samples'>{''.join(parts)}</div>"
+        for prompt, parts in groups.items()
+    )
+
+
+def _prompts(run: Run) -> Sequence[str]:
+    """What a run draws its samples from, by the configuration as it is written."""
+    file = run.folder / "config.yaml"
+    return _prompts_in(file, *version(file))
+
+
+@lru_cache(1000)
+def _prompts_in(file: Path, *version: int) -> Sequence[str]:
+    try:
+        samples = yamlio.parse(file.read_text(encoding="utf-8")).get("samples") or {}
+        found = samples.get("prompts") or ()
+        return tuple(map(str, found)) if isinstance(found, list) else ()
+    except (OSError, ValueError, AttributeError):  # gone, or none
+        return ()
 
 
 def _none_drawn(now: Status) -> tuple[str, str]:
@@ -185,6 +224,7 @@ def files(site: Site, id: str) -> str:
     run = open_run(site, id)
     found = [run.folder / name for name in ("config.yaml", "environment.json", "metrics.jsonl", "log.txt")]
     found += sorted(file for file in run.result.rglob("*") if file.is_file())
+    found += sorted(file for file in run.checkpoints.rglob("*") if file.is_file())
     if (run.folder / "comparison").is_dir():
         found += sorted(file for file in (run.folder / "comparison").iterdir() if file.is_file())
     rows = []
@@ -218,12 +258,12 @@ def possible(site: Site, id: str) -> Possible:
     return Possible(stop, {**sample, "visible": now.kind != "sweep" and draws(now.pipeline)}, resume)
 
 
-def detail(site: Site, id: str, step: int | None) -> Detail:
+def detail(site: Site, id: str, step: int | None, wanted: Wanted = MEASURED) -> Detail:
     """Heading, charts, samples, log, configuration and files of a run; a sentence instead if it is gone."""
     try:
         return Detail(
             heading(site, id),
-            charts(site, id),
+            charts(site, id, wanted),
             samples(site, id, step),
             log(site, id),
             config_text(site, id),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,14 +10,17 @@ import gradio as gr
 
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.runs.status import STATES
-from equipoise.ui import draw
-from equipoise.ui.launch_tab import Form
-from equipoise.ui.runs import SORTS, open_run, table
+from equipoise.ui import draw, runs_more, runs_several
+from equipoise.ui.launch_tab import Launch, filled
+from equipoise.ui.runs import ARCHIVED, SORTS, open_run, table
+from equipoise.ui.runs_curves import MEASURED, Wanted, metrics
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
+from equipoise.ui.runs_more import More
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, Slider, Updates, bound, clicked_id, root
+from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, SHOWN, Slider, Updates, bound, clicked_id, root
 
 REFRESH = 2.0  # seconds
+ASKED = "() => document.querySelector('#delete-question [data-shown]')?.dataset.shown ?? ''"
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 
@@ -53,25 +56,28 @@ class Confirm:
 
 
 @dataclass(frozen=True, eq=False)
+class Curving:
+    """How curves are drawn."""
+
+    smooth: Slider
+    log: gr.Checkbox
+    metric: gr.Dropdown
+    beside: gr.Dropdown
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """What is shown of the chosen run, below its heading."""
 
     tabs: gr.Tabs
+    curving: Curving
     curves: gr.HTML
     step: Slider
     samples: gr.HTML
     log: gr.HTML
     config: gr.Code
     files: gr.HTML
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """Where the chosen run's configuration can be put."""
-
-    forms: Mapping[str, Form]  # by pipeline
-    pipeline: gr.Radio
-    tabs: gr.Tabs
+    more: More  # notes and exports, which another file connects
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,27 +106,27 @@ class RunsTab:
         return [self.listing, *shown, actions.stop, actions.sample, actions.resume]
 
 
-def build(
-    site: Site, workers: int, forms: Mapping[str, Form], pipelines: gr.Radio, tabs: gr.Tabs, page_tab: gr.Tab
-) -> None:
+def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     """Draws the tab."""
     gr.HTML(draw.head("Runs"))
     filters = _filters()
+    several = runs_more.several(site)
     listing = gr.HTML(table(site), js_on_load=ON_RUN, elem_id="runs-table")
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
-    above = Launch(forms, pipelines, tabs), filters, listing, head, message
+    above = launch, filters, listing, head, message
     tab = RunsTab(site, workers, *above, _actions(), _confirm(), _parts(), gr.State(""), gr.State([]), gr.State(1))
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
     _connect_actions(tab)
+    runs_more.connect(several, tab.parts.more, site, tab.message, page_tab, _refreshed(tab))
 
 
 def _filters() -> Filters:
     with gr.Row(elem_classes=["filters"]):
-        hint = "words of the id, pipeline or message"
+        hint = "words of the id, pipeline, message, notes or configuration"
         words = gr.Textbox(label="Filter", placeholder=hint, max_lines=1, scale=3)
-        state = gr.Dropdown(["all", *STATES], value="all", label="State", interactive=True)
+        state = gr.Dropdown(["all", *STATES, ARCHIVED], value="all", label="State", interactive=True)
         sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", interactive=True)
     return Filters(words, state, sort)
 
@@ -139,7 +145,7 @@ def _actions() -> Actions:
 
 def _confirm() -> Confirm:
     with gr.Row(elem_classes=["actions"], visible=False) as row:
-        question = gr.HTML()
+        question = gr.HTML(elem_id="delete-question")
         yes = gr.Button("Delete for good", size="md", variant="stop", elem_id="delete-yes")
         return Confirm(row, question, yes, gr.Button("Keep it", size="md"))
 
@@ -147,6 +153,7 @@ def _confirm() -> Confirm:
 def _parts() -> Parts:
     with gr.Tabs(visible=False) as tabs:
         with gr.Tab("Curves"):
+            curving = _curving()
             curves = gr.HTML()
         with gr.Tab("Samples"):
             step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
@@ -157,7 +164,22 @@ def _parts() -> Parts:
             config = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
         with gr.Tab("Files"):
             files = gr.HTML()
-    return Parts(tabs, curves, step, samples, log, config, files)
+            export = runs_more.export()
+        with gr.Tab("Notes"):
+            notes = runs_more.notes()
+    return Parts(tabs, curving, curves, step, samples, log, config, files, More(export, notes))
+
+
+def _curving() -> Curving:
+    with gr.Row(elem_classes=["filters"]):
+        smooth = Slider(0, 0.99, value=0, step=0.01, label="Smoothing", interactive=True, elem_id="smooth")
+        log = gr.Checkbox(label="Logarithmic", elem_id="log-scale", min_width=120)
+        more: Any = {"interactive": True, "min_width": 160}
+        metric = gr.Dropdown(
+            ["loss"], value="loss", label="Metric of several", allow_custom_value=True, elem_id="metric", **more
+        )
+        beside = gr.Dropdown([], value=[], multiselect=True, label="Other runs beside it", elem_id="beside", **more)
+    return Curving(smooth, log, metric, beside)
 
 
 def _refreshed(tab: RunsTab) -> dict[str, Any]:
@@ -168,7 +190,9 @@ def _refreshed(tab: RunsTab) -> dict[str, Any]:
 
 
 def _filled(tab: RunsTab) -> list[Any]:
-    return [tab.filters.words, tab.filters.state, tab.filters.sort]
+    curving = tab.parts.curving
+    curves = [curving.smooth, curving.log, curving.metric, curving.beside]
+    return [tab.filters.words, tab.filters.state, tab.filters.sort, *curves]
 
 
 def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
@@ -176,6 +200,9 @@ def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
     page_tab.select(**_refreshed(tab))  # what it shows until then is of when the server started
     filters = tab.filters
     moved = [filters.words.change, filters.state.input, filters.sort.input, tab.parts.step.input]
+    curving = tab.parts.curving
+    moved += [curving.smooth.change, curving.log.input, curving.metric.input, curving.beside.input]
+    curving.beside.input(bound(offer_metrics, tab), [tab.chosen, curving.beside], curving.metric, **HIDDEN)
     gr.on(moved, **_refreshed(tab), trigger_mode="always_last")
 
 
@@ -188,21 +215,25 @@ def _connect_choice(tab: RunsTab) -> None:
 
 def _of_run(tab: RunsTab) -> list[Any]:
     """What appears and goes with a chosen run."""
-    return [tab.message, tab.chosen, tab.actions.row, tab.parts.tabs, tab.confirm.row]
+    more, curving = tab.parts.more, tab.parts.curving
+    with_it = [curving.metric, curving.beside, *more.outputs]
+    return [tab.message, tab.chosen, tab.actions.row, tab.parts.tabs, tab.confirm.row, *with_it]
 
 
 def _connect_actions(tab: RunsTab) -> None:
     actions, confirm = tab.actions, tab.confirm
-    events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample), (confirm.yes, delete))
+    # What is acted on is the run whose heading the browser shows, whatever was clicked since and is not answered yet.
+    shown, question = (gr.Textbox(visible=False) for _ in range(2))
+    events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample))
     for button, handler in events:
-        button.click(bound(handler, tab), tab.chosen, _of_run(tab), **HIDDEN).then(**_refreshed(tab))
+        button.click(bound(handler, tab), shown, _of_run(tab), js=SHOWN, **HIDDEN).then(**_refreshed(tab))
+    deleted = confirm.yes.click(bound(delete, tab), question, _of_run(tab), js=ASKED, **HIDDEN)
+    deleted.then(**_refreshed(tab))
     confirm.yes.click(None, None, None, js="() => equipoise.at({run: ''})", **PRIVATE)
-    actions.delete.click(bound(ask_delete, tab), tab.chosen, [confirm.row, confirm.question], **HIDDEN)
+    actions.delete.click(bound(ask_delete, tab), shown, [confirm.row, confirm.question], js=SHOWN, **HIDDEN)
     confirm.no.click(bound(keep, tab), None, confirm.row, **HIDDEN)
-    launch = tab.launch
-    fields = [part for form in launch.forms.values() for part in (form.preset, *form.widgets, form.options)]
-    outputs = [tab.message, launch.tabs, launch.pipeline, *fields]
-    copied = actions.duplicate.click(bound(duplicate, tab), tab.chosen, outputs, **HIDDEN)
+    outputs = [tab.message, *tab.launch.outputs]
+    copied = actions.duplicate.click(bound(duplicate, tab), shown, outputs, js=SHOWN, **HIDDEN)
     copied.then(None, None, None, js="() => equipoise.at({tab: 'Launch'})", **PRIVATE)
 
 
@@ -210,16 +241,38 @@ def _connect_actions(tab: RunsTab) -> None:
 
 
 def refresh(
-    tab: RunsTab, words: str, state: str, sort: str, id: str, at: float | None, end: int, digests: list[str]
+    tab: RunsTab,
+    words: str,
+    state: str,
+    sort: str,
+    smooth: float,
+    log: bool,
+    metric: str | None,
+    beside: list[str],
+    id: str,
+    at: float | None,
+    end: int,
+    digests: list[str],
 ) -> Updates:
     """How the runs stand now, as far as the browser does not show it already."""
     moved = slide(tab.site, id, at, end)
-    drawn = _drawn(tab, words, state, sort, id, moved.shown, digests)
+    wanted = Wanted(smooth, log, metric or "loss", tuple(beside or ()))
+    drawn = _drawn(tab, words, state, sort, id, moved.shown, digests, wanted)
     return {**drawn, tab.parts.step: moved.slider, tab.end: moved.end if moved.end != end else gr.skip()}
 
 
-def select(tab: RunsTab, words: str, state: str, sort: str, event: gr.EventData) -> Updates:
-    return opened(tab, words, state, sort, clicked_id(event))
+def select(
+    tab: RunsTab,
+    words: str,
+    state: str,
+    sort: str,
+    smooth: float,
+    log: bool,
+    metric: str | None,
+    beside: list[str],
+    event: gr.EventData,
+) -> Updates:
+    return opened(tab, words, state, sort, clicked_id(event), Wanted(smooth, log))
 
 
 def restore(tab: RunsTab, request: gr.Request) -> Updates:
@@ -232,15 +285,15 @@ def restore(tab: RunsTab, request: gr.Request) -> Updates:
     return opened(tab, "", "all", SORTS[0], id)  # as the filters are in a page that was just loaded
 
 
-def opened(tab: RunsTab, words: str, state: str, sort: str, id: str) -> Updates:
-    """Shows a run."""
+def opened(tab: RunsTab, words: str, state: str, sort: str, id: str, wanted: Wanted = MEASURED) -> Updates:
+    """Shows a run, no other beside it."""
     try:
-        open_run(tab.site, id)
+        run = open_run(tab.site, id)
     except EquipoiseError as error:
         return {tab.message: draw.notice(str(error), "bad")}
-    moved = slide(tab.site, id, None, 1)
+    moved, curving = slide(tab.site, id, None, 1), tab.parts.curving
     return {
-        **_drawn(tab, words, state, sort, id, None, []),
+        **_drawn(tab, words, state, sort, id, None, [], wanted),
         tab.parts.step: moved.slider,
         tab.end: moved.end,
         tab.message: "",
@@ -248,11 +301,25 @@ def opened(tab: RunsTab, words: str, state: str, sort: str, id: str) -> Updates:
         tab.actions.row: gr.update(visible=True),
         tab.parts.tabs: gr.update(visible=True),
         tab.confirm.row: gr.update(visible=False),
+        curving.metric: gr.update(choices=metrics(tab.site, id), value="loss"),
+        curving.beside: gr.update(choices=[one for one in runs_several.offered(tab.site) if one != id], value=[]),
+        **runs_more.of_run(tab.parts.more, run),
     }
 
 
-def _drawn(tab: RunsTab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str]) -> Updates:
-    shown = [table(tab.site, words, state, sort, id), *detail(tab.site, id, step), *possible(tab.site, id)]
+def offer_metrics(tab: RunsTab, id: str, beside: list[str]) -> Updates:
+    """What any of the runs has measured."""
+    try:
+        return {tab.parts.curving.metric: gr.update(choices=metrics(tab.site, id, beside or []))}
+    except EquipoiseError:  # deleted since
+        return gr.skip()
+
+
+def _drawn(
+    tab: RunsTab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str], wanted: Wanted
+) -> Updates:
+    listing = table(tab.site, words, state, sort, id)
+    shown = [listing, *detail(tab.site, id, step, wanted), *possible(tab.site, id)]
     outputs, new = unchanged(shown, digests)
     return {**dict(zip(tab.redrawn, outputs, strict=True)), tab.digests: new if new != digests else gr.skip()}
 
@@ -328,7 +395,9 @@ def _acted(tab: RunsTab, id: str, what: str) -> Updates:
 
 
 def ask_delete(tab: RunsTab, id: str) -> Updates:
-    question = f"<p>Delete <b>{draw.esc(id)}</b> with all its files? It cannot be undone.</p>"
+    question = (
+        f"<p data-shown='{draw.esc(id)}'>Delete <b>{draw.esc(id)}</b> with all its files? It cannot be undone.</p>"
+    )
     return {tab.confirm.row: gr.update(visible=True), tab.confirm.question: question}
 
 
@@ -338,11 +407,4 @@ def keep(tab: RunsTab) -> Updates:
 
 def duplicate(tab: RunsTab, id: str) -> Updates:
     """Puts the run's configuration into the form of its pipeline."""
-    launch = tab.launch
-    try:
-        config = open_run(tab.site, id).config()
-        form = launch.forms[config.pipeline]
-    except (EquipoiseError, KeyError) as error:
-        return {tab.message: draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad")}
-    filled = {form.preset: gr.update(value=None), **form.fill(config)}
-    return {tab.message: "", launch.tabs: gr.update(selected="launch"), launch.pipeline: config.pipeline, **filled}
+    return filled(tab.launch, tab.site, id, tab.message)

@@ -46,6 +46,7 @@ class Site:
 
     store: Store
     data: Mapping[str, Path] = field(default_factory=dict)  # name → folder of data or models, resolved
+    read_only: bool = False  # whether the page only shows
 
     def file(self, name: str) -> Path:
         """The file behind `RUN/…` or `comparisons/…`.

@@ -1,5 +1,7 @@
 """Looks: one accent, system fonts, light and dark, and a stylesheet for what is drawn by hand."""
 
+import json
+from collections.abc import Sequence
 from importlib.resources import files
 
 import gradio as gr
@@ -18,6 +20,7 @@ HEAD = """<style>
 .gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }
 .gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
 .gradio-container .prose code { font-size: .95em !important; color: inherit !important }
+.dark .gradio-container input[type=range] { --neutral-200: #33424f }
 @media (max-width: 640px) {
 .gradio-container .main { padding: 8px 10px !important }
 .gradio-container .grid tbody th { position: static !important; min-width: 84px !important }
@@ -26,25 +29,57 @@ HEAD = """<style>
 }
 </style>
 <script>
-// Where the user is stands in the address, so that a reload leads there again.
+// Where the user is stands in the address, so that a reload leads there again, and Back to where the user was.
 window.equipoise = {
-  at(changes) {
+  at(changes, replace) {
     const address = new URL(location);
     for (const [key, value] of Object.entries(changes)) {
       if (value) address.searchParams.set(key, value);
       else address.searchParams.delete(key);
     }
-    history.replaceState(history.state, '', address);
+    if (address.href === location.href) return;
+    history[replace ? 'replaceState' : 'pushState'](null, '', address);
+    this.shown = address.searchParams;
   },
+  shown: new URL(location).searchParams,
   restore() {  // the tab; what is in it is restored by its own file
-    const wanted = new URL(location).searchParams.get('tab');
+    const wanted = new URL(location).searchParams.get('tab') ?? 'Launch';
     for (const tab of document.querySelectorAll('#tabs button[role=tab]'))
       if (tab.textContent.trim() === wanted && tab.ariaSelected !== 'true') tab.click();
+  },
+  // What a form holds outlives a reload, in this browser's tab.
+  kept: new Set(),
+  keep(form, values) {
+    try {
+      if (this.kept.has(form)) sessionStorage.setItem('equipoise ' + form, JSON.stringify(values));
+    } catch {}  // full, or not allowed
+  },
+  filled(form, values) {
+    this.kept.add(form);
+    try {
+      const before = JSON.parse(sessionStorage.getItem('equipoise ' + form));
+      return before?.length === values.length ? before : values;
+    } catch { return values }
   }
 };
 document.addEventListener('click', event => {
   const tab = event.target.closest('#tabs button[role=tab]')?.textContent.trim();
-  if (['Launch', 'Runs', 'Compare', 'Plugins'].includes(tab)) equipoise.at({tab});
+  if (TABS.includes(tab) && tab !== (equipoise.shown.get('tab') ?? 'Launch')) equipoise.at({tab});
+});
+document.addEventListener('keydown', event => {  // as in other programs' rows of tabs
+  const tab = event.target.closest?.('button[role=tab]'), step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (!tab || !step) return;
+  const all = [...tab.parentElement.querySelectorAll('button[role=tab]')].filter(one => one.offsetParent);
+  const next = all[(all.indexOf(tab) + step + all.length) % all.length];
+  next.click();
+  next.focus();
+  event.preventDefault();
+});
+addEventListener('popstate', () => {
+  const before = equipoise.shown, now = new URL(location).searchParams;
+  equipoise.shown = now;
+  if (['run', 'compare', 'made', 'pipeline'].some(key => before.get(key) !== now.get(key))) location.reload();
+  else equipoise.restore();
 });
 </script>"""
 
@@ -85,6 +120,11 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="*primary_700",  # white words on it have a contrast of 5.5
         button_primary_background_fill_hover_dark="*primary_600",
     )
+
+
+def head(tabs: Sequence[str]) -> str:
+    """What the page has before its body. `tabs`: their names."""
+    return HEAD.replace("TABS", json.dumps(list(tabs)))
 
 
 def css() -> str:

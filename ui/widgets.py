@@ -21,6 +21,9 @@ element.addEventListener('click', event => {
 });
 """
 
+# What an event is about: the run whose heading the browser shows.
+SHOWN = "(id, ...rest) => [document.querySelector('#run-head [data-shown]')?.dataset.shown ?? '', ...rest]"
+
 
 def bound(handler: Callable[..., Any], tab: Any) -> Callable[..., Any]:
     """A handler with the tab that it serves as its first argument.

@@ -148,11 +148,14 @@ class Comparison:
         return sorted((c for c in self.cells if c.row == row and c.rate == rate), key=lambda cell: cell.seed)
 
     def counted(self, cell: Cell) -> float:
-        """A cell's score as it counts: one that diverged, draws mostly broken pictures, or has no score, is no better
-        than the base."""
-        if not math.isfinite(cell.score):
-            return self.base.score
-        return min(cell.score, self.base.score) if _failure(cell) else cell.score
+        """A cell's score as it counts: one that diverged, draws mostly broken pictures, or has no score, counts exactly
+        as the base."""
+        return self.base.score if _failure(cell) else cell.score
+
+    def forget_scores(self) -> None:
+        """Nothing is judged: scores are of the runs' own prompts and strength, and these pictures of others."""
+        for cell in (self.base, *self.cells):
+            cell.metrics.pop("score", None)
 
     def points(self, row: str) -> list[Point]:
         """A row's means over the seeds at each rate: its score, and what it kept over those that measured it."""

@@ -3,10 +3,13 @@
 import html
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from equipoise.pipelines.comparing.comparison import Comparison, short
 from equipoise.pipelines.comparing.robustness import shown_rate
 
+Spot = tuple[float, float, float, float]  # of a line: learning rate, value, and where that is, in units of the picture
+_BESIDE = 3.0  # units between lines that would lie upon each other
 _APART, _ROW = 44, 14  # units of the curve that a rate's number takes across, and a word down
 _LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
 
@@ -46,9 +49,28 @@ def draw_curve(comparison: Comparison) -> str:
         at, above = y(value), min(y(value), above - _ROW)
         drawn.append(f'<line class="{kind}" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
         drawn.append(f'<text x="{width - right + 8}" y="{above + 4:.1f}">{label}</text>')
+    taken: set[tuple] = set()  # stretches of the lines drawn so far
     for line in lines:
-        drawn.append(line.drawn([(rate, value, x(rate), y(value)) for rate, value in line.spots]))
+        spots = [(rate, value, x(rate), y(value)) for rate, value in line.spots]
+        drawn.append(line.drawn(beside(spots, taken)))
     return "".join([*drawn, "</svg>"])
+
+
+def beside(spots: list[Spot], taken: set[tuple]) -> list[Spot]:
+    """A line, as far below itself as it must be to be told from the lines whose stretches are `taken`.
+
+    Lines that cross or meet in a point stay where they are; only such that share a stretch between two rates move.
+    """
+    down = 0.0
+    while (mine := _stretches(spots, down)) & taken:
+        down += _BESIDE
+    taken |= mine
+    return [(rate, value, x, y + down) for rate, value, x, y in spots]
+
+
+def _stretches(spots: list[Spot], down: float) -> set[tuple]:
+    corners = [(round(x), round(y + down)) for _, _, x, y in spots]
+    return set(pairwise(corners)) if len(corners) > 1 else {(corner, corner) for corner in corners}
 
 
 def _title(comparison: Comparison) -> str:
@@ -65,8 +87,8 @@ class _Line:
     name: str  # of what was kept; "" for the score
     spots: list[tuple[float, float]]  # learning rate, value
 
-    def drawn(self, spots: list[tuple[float, float, float, float]]) -> str:
-        """As SVG. `spots`: learning rate, value, and where that is, in units of the picture."""
+    def drawn(self, spots: list[Spot]) -> str:
+        """As SVG."""
         colour, kind = line_colour(self.index), ' class="kept"' if self.name else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for _, _, x, y in spots)
         drawn = [f'<polyline{kind} points="{path}" stroke="{colour}"/>']

@@ -83,9 +83,9 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
             verdict = comparison.verdict(row, rate)
             frame = _GOOD if verdict == WORKS else _BAD if verdict else _MUTED
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + tall + 1), outline=frame, width=2)
-            below = [(_said(comparison, cells, verdict), frame, (14, 11))]
+            below = [(place_words(comparison, cells, verdict), frame, (14, 11))]
             below += [(verdict, frame, (12, 9))] if comparison.judged else []
-            beside = _in_pairs(_said_beside(comparison, cells).split(" · "))
+            beside = _in_pairs(beside_words(comparison, cells).split(" · "))
             below += [(words, _MUTED, (12, 9)) for words in beside]
             for number, (text, ink, (large, small)) in enumerate(below):
                 size = large if pen.textlength(text, _font(large)) <= CELL else small
@@ -141,7 +141,7 @@ def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
     return [comparison.base] if math.isnan(rate) else comparison.at(row, rate)
 
 
-def _said(comparison: Comparison, cells: list[Cell], verdict: str) -> str:
+def place_words(comparison: Comparison, cells: list[Cell], verdict: str) -> str:
     """A place's score, over several seeds their mean and span, and how its cells ended where they are not done and its
     verdict does not say so."""
     ended = [cell.state for cell in cells if cell.state not in ("done", "untouched", verdict)]
@@ -154,7 +154,7 @@ def _said(comparison: Comparison, cells: list[Cell], verdict: str) -> str:
     return " · ".join(filter(None, [text, *states]))
 
 
-def _said_beside(comparison: Comparison, cells: list[Cell]) -> str:
+def beside_words(comparison: Comparison, cells: list[Cell]) -> str:
     """What is reported of a cell beside its score: means over the seeds."""
     found = means([cell.metrics for cell in cells])
     shares = [f"{short(name)} {found[name]:.0%}" for name in comparison.beside if name in found]
@@ -247,9 +247,9 @@ def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
     """A place of the grid: what is said of it, and its cells, one per training seed."""
     cells, verdict = _cells(comparison, row, rate), comparison.verdict(row, rate)
     return {
-        "said": _said(comparison, cells, verdict),
+        "said": place_words(comparison, cells, verdict),
         "verdict": verdict,
-        "beside": _said_beside(comparison, cells),
+        "beside": beside_words(comparison, cells),
         "base": math.isnan(rate),
         "usable": verdict == WORKS,
         "cells": [
@@ -258,7 +258,7 @@ def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
                 "seed": cell.seed,
                 "state": cell.state,
                 "message": cell.message,
-                "score": "" if math.isnan(cell.score) else f"score {cell.score:.0%}",
+                "score": "" if math.isnan(cell.score) else f"score {comparison.counted(cell):.0%}",
                 "config": {key: str(value) for key, value in cell.config.items()},
                 "pictures": [
                     {

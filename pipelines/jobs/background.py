@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from equipoise.errors import InputError
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.jobs import sweep as sweeps
@@ -28,6 +30,7 @@ from equipoise.pipelines.runs.status import Status
 from equipoise.pipelines.runs.store import Store
 
 _TURN = "has its turn and begins."
+_PATIENCE = 10.0  # seconds that a comparison has to end in
 _LOOK = 0.5  # seconds between two looks at who is ahead in the queue
 COMPARISONS = "comparisons"  # the folder in a runs folder for comparisons of several runs, or with other prompts
 
@@ -174,7 +177,8 @@ def compare(root: Path, runs: Sequence[str], asked: Mapping[str, Any]) -> str:
     Args:
         root: The runs folder.
         runs: Ids of runs and sweeps.
-        asked: `prompts`, `count`, `scale` where they are to be others than the runs' own.
+        asked: `prompts`, `count`, `scale` where they are to be others than the runs' own; `scales` (several strengths),
+            `checkpoints` (true) and `files` (paths of LoRA files) lay out files by strength.
     """
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     place = root / COMPARISONS
@@ -182,7 +186,17 @@ def compare(root: Path, runs: Sequence[str], asked: Mapping[str, Any]) -> str:
         place.mkdir(parents=True, exist_ok=True)
     words = [f"--prompt={prompt}" for prompt in asked.get("prompts", ())]
     words += [f"--{key}={asked[key]}" for key in ("count", "scale") if asked.get(key) is not None]
-    pid = spawn(place / f"{name}.log", "compare", *runs, f"--runs={root}", f"--out={place / name}", *words)
+    words += [f"--scale={','.join(map(str, asked['scales']))}"] if asked.get("scales") else []
+    words += ["--checkpoints"] if asked.get("checkpoints") else []
+    pid = spawn(
+        place / f"{name}.log",
+        "compare",
+        *runs,
+        *asked.get("files", ()),
+        f"--runs={root}",
+        f"--out={place / name}",
+        *words,
+    )
     with suppress(Exception):  # a process that is over already; its result, or its log, tells
         record = {"runs": list(runs), "asked": dict(asked), "created": time.time(), **status.process(pid)}
         write_atomic(place / f"{name}.json", json.dumps(record, indent=1))
@@ -203,6 +217,33 @@ def jobs(root: Path) -> list[Job]:
         state = "done" if done else "dead" if status.gone(**who) else "running"
         found.append(Job(file.stem, runs, asked, state, created, tail(file.with_suffix(".log"), 4)))
     return found
+
+
+def discard(root: Path, name: str) -> None:
+    """Ends a comparison's process, if it is at work, and removes all that it made.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    job = next((job for job in jobs(root) if job.name == name), None)
+    if job is None:
+        raise InputError(f"{name[:200]}: there is no such comparison.")
+    place = root / COMPARISONS
+    if job.state == "running":
+        with suppress(psutil.NoSuchProcess):  # it ends in this moment
+            _end(psutil.Process(json.loads((place / f"{name}.json").read_text())["pid"]))
+    for file in (place / f"{name}.json", place / f"{name}.log"):
+        file.unlink(missing_ok=True)
+    for folder in (place / name, *place.glob(f".{name}.*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: psutil.Process) -> None:
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except psutil.TimeoutExpired:
+        process.kill()
 
 
 def tail(file: Path, lines: int) -> str:

@@ -55,9 +55,17 @@ def make(
     folder, name = _place(found, out, own=bool(changes))
     with swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
         comparison = pipeline.compare(name, staging, runs, loaded, first)
+        if _other_pictures(loaded[0], first):
+            comparison.forget_scores()
         paths = write_report(comparison)
     comparison.folder = folder
     return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def _other_pictures(own: Any, asked: Any) -> bool:
+    """Whether what is drawn is not what the runs are judged by: other prompts, or another strength."""
+    mine, wanted = configs.flat(own), configs.flat(asked)
+    return any(mine.get(key) != wanted.get(key) for key in ("samples.prompts", "samples.scale"))
 
 
 def _finished(found: Sequence[Run]) -> tuple[list[Run], list[Any]]:

@@ -25,6 +25,7 @@ class TextToImage(Pipeline):
     formats = tuple(FORMATS)
     asks = ("prompts", "count", "scale")
     draws = True
+    fixed = ("objective.name", "coordinator.name")  # it trains one component, and has one loss
 
     @classmethod
     def check(cls, config: TextToImageConfig) -> list[str]:

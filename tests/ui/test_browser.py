@@ -116,6 +116,11 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     reload(page, look)
     expect(page.locator("#run-head h3")).to_contain_text(sweep)
     expect(row).to_contain_text("done", timeout=PATIENCE)
+    tab(page, "Launch")
+    rates = page.locator("#field-text_to_image-optimizer-learning_rate").locator("textarea, input").first
+    expect(rates).to_have_value("1e-3, 1e-2")  # as it was before the reload
+    page.go_back()
+    expect(page.locator("#run-head h3")).to_be_visible()
     cell = page.locator("#run-head table button").first
     cell.click()
     expect(page.locator(".charts figcaption").first).to_have_text("loss", timeout=PATIENCE)
@@ -145,6 +150,10 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     assert page.locator(".before-after").evaluate("it => it.style.getPropertyValue('--at')") == "25%"
     expect(page.locator("#cell-detail")).to_contain_text("optimizer.learning_rate")
     shoot(page, "compare", full=True)
+    thumbnails = cells.nth(1).locator("img")
+    key = thumbnails.last.get_attribute("data-picture")
+    thumbnails.last.click()
+    expect(page.locator(f".strip button[data-picture='{key}']")).to_have_attribute("aria-pressed", "true")
 
     page.locator("#new-prompt textarea").fill("a red <b>circle</b>")
     page.locator("#compare-scale input[type=range]").fill("0.7")
@@ -156,6 +165,7 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     reload(page, look)
     expect(page.locator("#compare-which input")).to_have_value(re.compile("scale 0.7"), timeout=PATIENCE)
     expect(page.locator("#grid button.cell")).to_have_count(3)
+    expect(page.locator("#grid .usable, #grid .unusable")).to_have_count(0)  # these pictures were not judged
     with page.expect_download() as download:
         page.get_by_role("link", name="Table (CSV)").click()
     assert "adamw" in Path(download.value.path()).read_text()
@@ -250,18 +260,20 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
     page.locator("#pictures input[type=file]").set_input_files([tmp_path / f"{name}.png" for name in ("a", "no", "b")])
     left_out = "no.png: is not a picture that can be read (PNG, JPEG or WebP). It was left out."
     expect(page.locator("#pictures-message")).to_have_text(left_out)
-    cell = page.locator("#captions").get_by_test_id("cell-1-1")
-    cell.dblclick()
-    expect(page.locator("#captions :is(textarea, input):focus")).to_be_visible()  # what is typed sooner is lost
-    page.keyboard.type("a <b>blue</b> square")
-    page.keyboard.press("Enter")
-    expect(cell).to_contain_text("a <b>blue</b> square")
+    captions = ("a red square", "a <b>blue</b> square")
+    for row, text in reversed(list(enumerate(captions))):
+        cell = page.locator("#captions").get_by_test_id(f"cell-{row}-1")
+        cell.dblclick()
+        expect(page.locator("#captions :is(textarea, input):focus")).to_be_visible()  # what is typed sooner is lost
+        page.keyboard.type(text)
+        page.keyboard.press("Enter")
+        expect(cell).to_contain_text(text)
     page.locator("#use-pictures").click()
     expect(page.locator("#pictures-message")).to_contain_text("2 pictures are ready")
     (folder,) = (tmp_path / "runs" / "uploads").iterdir()
     expect(data).to_have_value(f"uploads/{folder.name}")
     said = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert said == ["pictures", "a <b>blue</b> square"]
+    assert said == list(captions)
 
     page.locator("#check-text_to_image").click()
     plan = page.locator(".plan:visible")
@@ -354,3 +366,9 @@ def test_three_hundred_runs_on_a_screen_and_on_a_phone(site, run, swept, serve, 
         expect(page.locator(".plugins details[open]")).to_contain_text("damping")
         assert fits(page)
         shoot(page, f"plugins-{width}")
+        if width > 640:  # where all tabs are seen
+            page.get_by_role("tab", name="Plugins", exact=True).press("ArrowLeft")
+            expect(page.get_by_role("tab", name="Talk", exact=True)).to_have_attribute("aria-selected", "true")
+            page.go_back()
+            expect(page.get_by_role("tab", name="Plugins", exact=True)).to_have_attribute("aria-selected", "true")
+        expect(page.locator("h1")).to_have_count(1)

@@ -1,6 +1,7 @@
 """A form says what the records say, and gives back what they hold; for every pipeline that is installed."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -145,6 +146,27 @@ def test_what_is_no_number(text):
         forms.read_numbers(text)
 
 
+@pytest.mark.parametrize("text", ["0,001", "0,5", "1,05", "0,001, 0,01", "0,001 .. 0,1"])
+def test_a_decimal_comma_is_answered_in_a_sentence(text):
+    """And not taken for two numbers; where whole numbers are wanted, it can be nothing else than two."""
+    with pytest.raises(ValueError, match=r"decimals are written with a point, 0\.001"):
+        forms.read_numbers(text)
+    assert forms.read_numbers("0,1", whole=True) == [0, 1] and forms.read_numbers("4,8") == [4, 8]
+    config, shown, rows = filled("text_to_image/demo")
+    cls = type(config)
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: decimals are written with a point"):
+        forms.read(cls, shown | {"optimizer.learning_rate": "0,001"}, rows)
+    assert forms.read(cls, shown | {"seed": "0,1"}, rows)["sweep"]["seed"] == [0, 1]
+
+
+def test_plugins_that_cannot_be_loaded_are_not_offered(distribution):
+    distribution("shelf", {"equipoise.optimizers": {"broken": "shelf_of:Nothing"}}, shelf_of="raise ValueError('no')")
+    field = next(
+        item for item in forms.fields(registry.load("pipelines", "text_to_image").Config) if item.kind == "plugin"
+    )
+    assert field.key.key == "optimizer.name" and "adamw" in field.choices and "broken" not in field.choices
+
+
 def test_the_command_does_the_same(site, capsys):
     """What the page says one can type makes the same configuration."""
     import shlex
@@ -242,6 +264,19 @@ def test_captions_that_would_stay_unread_are_told_before(site, tmp_path):
     shown[launch.PROMPT] = ""  # as `Use these pictures` leaves it
     made = launch.plan(site, "text_to_image", "text_to_image/dreambooth", shown, [])
     assert "caption files" not in "\n".join(launch.doubts(made))
+
+
+def test_a_picture_without_a_caption_gets_the_one_that_all_share_and_never_the_folders_name(site, tmp_path):
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for file in files:
+        Image.new("RGB", (64, 64)).save(file)
+    rows = [["a.png", "a vase"], ["b.png", " "]]
+    with pytest.raises(InputError, match=r"^b\.png has no caption: write what is seen there"):
+        launch_pictures.save_pictures(site, "mine", files, rows)
+    assert not (site.store.root / "uploads").exists()
+    kept = Path(launch_pictures.save_pictures(site, "mine", files, rows, "a photo of sks object"))
+    texts = [json.loads(line)["text"] for line in (kept / "metadata.jsonl").read_text().splitlines()]
+    assert texts == ["a vase", "a photo of sks object"]
 
 
 def test_captions_outlive_the_choice_of_another_picture():

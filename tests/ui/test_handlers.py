@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -384,6 +385,56 @@ def test_long_curves_keep_their_spikes_and_little_else(site):
     assert len(path) < 1000 and len({place.split(",")[1] for place in path}) == 2, "the spike is drawn"
 
 
+def test_numbers_beside_an_axis_have_the_room_that_they_need():
+    points = {"rate": [(1, 0.0009986), (2, 0.0009991)]}
+    drawn = draw.chart("rate", points)
+    numbers = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([\d.e-]+)</text>', drawn)[:-1]
+    assert max(len(number) for _, number in numbers) >= 8
+    for x, number in numbers:
+        assert float(x) >= 7.5 * len(number), "at 13 units, a digit takes 7.5 across"
+
+
+def test_the_loss_of_a_run_is_a_mean_of_its_last_steps_and_says_so(site, run, finish):
+    """And its rate the one that was configured, whatever the schedule has made of it."""
+    finish(site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two"), steps=40)
+    mean = sum(1 / step for step in range(21, 41)) / 20
+    shown = runs.table(site)
+    assert f">{draw.number(mean)}<" in shown and f"<th>loss, mean of {runs.MEAN_OF} steps</th>" in shown
+    assert runs.recent_loss(run.folder, run.status()) == pytest.approx(sum(1 / step for step in range(1, 6)) / 5)
+    two = site.store.get("two")
+    two.update(learning_rate=0.005, rate=1.54e-8)
+    assert ">5e-3<" in runs.table(site) and "1.54e-8" not in runs.table(site)
+    heading = runs_detail.heading(site, "two")
+    assert "<dt>rate</dt><dd>5e-3</dd>" in heading and "<dt>rate of the last step</dt><dd>1.54e-8</dd>" in heading
+    by_loss = runs.table(site, sort="loss")
+    assert by_loss.index(">two<") < by_loss.index(">one<")
+
+
+def test_when_a_run_started_does_not_move_when_it_goes_on(site, finish):
+    made = finish(
+        site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two"), "stopped"
+    )
+    made.update(started=1e9, first_started=1e9)
+    began = runs.table(site)
+    with made.session(signals=False):
+        made.finish("done")
+    assert made.status().started > 1e9 and "09 Sep" in began and "09 Sep" in runs.table(site)
+
+
+def test_a_button_acts_on_the_run_that_is_shown(site, run, finish, ask):
+    """Not on one that was chosen before or since: the browser says whose heading it shows."""
+    made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two")
+    ask("select", "", "all", "newest", 0, False, "loss", [], event={"id": "one"})
+    with made.session(signals=False):
+        assert "two: saves its state" in str(ask("stop", "two"))
+        assert "stop" in made.requested()
+        made.finish("stopped")
+    assert "data-shown='one'" in runs_detail.heading(site, "one")
+    assert "data-shown='one'" in str(ask("ask_delete", "one"))
+    ask("delete", "one")
+    assert [item.id for item in site.store.list()] == ["two"]
+
+
 def test_marks_beside_an_axis_are_round():
     for low, high, log, wanted in (
         (0.009, 0.377, False, ["0.1", "0.2", "0.3"]),
@@ -403,7 +454,11 @@ def test_two_cells_under_a_slider(site, swept):
     alone = compare_cell.cell_detail(site, id, [first], 0)
     assert "before-after" not in alone and "5 steps." in alone
     both = compare_cell.cell_detail(site, id, [first, second], 0)
-    assert both.count("<img") == 2 and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
+    large, strip = both.split("class='strip'")
+    assert (
+        large.count("<img") == strip.count("<img") == 2
+        and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
+    )
     assert "optimizer.name" not in both, "they have the same one"
     assert "learning rates that worked" in compare_numbers.curve(site, id) and "Table (CSV)" in compare_numbers.export(
         site, id
@@ -423,15 +478,15 @@ def test_numbers_out_of_bounds_are_taken_for_the_nearest(site, run, swept, ask):
     """An event may be of before the bounds changed, and boxes take what is typed, or are emptied."""
     ask("pick", ["grid"])
     for step, drawn in ((1, "step-00000002"), (-5, "step-00000002"), (99, "cells/"), (None, "cells/"), ("x", "cells/")):
-        shown = str(ask("draw_grid", "grid/comparison", "row", RATE, 0, step, None))
+        shown = str(ask("draw_grid", "grid/comparison", "row", RATE, 0, step, None, 1, None))
         assert drawn in shown and "<button class='cell" in shown
     for prompt, seen in ((77, "01-0.png"), (-1, "00-0.png"), (None, "00-0.png"), (math.nan, "00-0.png")):
-        assert seen in str(ask("draw_grid", "grid/comparison", "row", RATE, prompt, 5, None)), prompt
+        assert seen in str(ask("draw_grid", "grid/comparison", "row", RATE, prompt, 5, None, 1, None)), prompt
     for scale in (99, -1, None):
         assert "drawn at scale" in (said := str(ask("by_scale", ["grid"], "grid/comparison", scale))) or scale is None
         assert scale != 99 or "scale 10 yet" in said
-    ask("select", "", "all", "newest", event={"id": "one"})
-    assert "step 2<" in str(ask("refresh", "", "all", "newest", None, 1, None, None))
+    ask("select", "", "all", "newest", 0, False, "loss", [], event={"id": "one"})
+    assert "step 2<" in str(ask("refresh", "", "all", "newest", 0, False, "loss", [], None, 1, None, None))
 
 
 def test_count_is_a_whole_number_of_some_size(site, swept, ask, monkeypatch):
@@ -565,6 +620,7 @@ def test_plugins_and_what_is_broken(distribution):
     )
     page = plugins.page()
     assert "scaled_adamw" in page and "2402.02347" in page and "text_to_image" in page
+    assert "<a href='https://arxiv.org/abs/2402.02347' target='_blank' rel='noreferrer'>arXiv 2402.02347</a>" in page
     assert "cannot be used" in page and "shelf" in page and "<b>no</b>" not in page
 
 
@@ -614,7 +670,8 @@ def test_what_is_not_named_does_nothing_to_crafted_ids(site_of_all, server):
         parts = {part["id"]: part for part in events["components"]}
         free = {id for id, part in parts.items() if part["type"] in ("textbox", "file", "uploadbutton", "html")}
         for event in events["dependencies"]:
-            if not event["backend_fn"] or event["api_name"] in ("check", "comparison", "plugins", "runs"):
+            named = ("check", "comparison", "plugins", "runs")
+            if not event["backend_fn"] or event["api_name"] in (*named, "on_start_demo"):  # which takes nothing
                 continue
             data = ["../secret" if id in free else parts[id]["props"].get("value") for id in event["inputs"]]
             asked = {"data": data, "fn_index": event["id"], "session_hash": f"s{event['id']}"}

@@ -16,6 +16,7 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.config.records import LocalPath, RunConfig, Section
+from equipoise.pipelines.runs.store import Store
 from equipoise.ui import (
     api,
     compare,
@@ -28,6 +29,7 @@ from equipoise.ui import (
     runs,
     runs_detail,
 )
+from equipoise.ui.command import _root
 from equipoise.ui.guard import ROOM, make_room
 from equipoise.ui.safety import OFFERED, PICTURES, UPLOAD, Site, check_picture, read_password
 
@@ -130,7 +132,7 @@ def test_nothing_is_fetched_for_a_form(server):
 
 def test_what_a_page_would_never_send_gets_a_sentence(site, run, ask):
     assert "Choose a YAML file" in str(ask("on_yaml", None))
-    assert "must be one word" in str(ask("on_use", None, None, None)) and ask("on_upload", None, None)
+    assert "must be one word" in str(ask("on_use", None, None, None, None)) and ask("on_upload", None, None)
     for prompt in ("a\0b", "a\ud800b"):
         assert "characters that are no text" in str(ask("start", ["one"], prompt, 1, 1))
 
@@ -218,6 +220,22 @@ def test_conversations_are_confined_too(site, tmp_path):
     (cats / "b.jsonl").symlink_to("/etc/passwd")
     with pytest.raises(ConfigError, match=r"b.jsonl is a link that leads out"):
         made("photos/cats/*.jsonl")
+
+
+def test_a_folder_of_data_may_have_any_name_that_is_no_path(tmp_path):
+    (tmp_path / "my photos").mkdir()
+    assert _root(f"my photos={tmp_path}/my photos") == ("my photos", (tmp_path / "my photos").resolve())
+    site = Site(Store(tmp_path / "runs"), dict([_root(f"my photos={tmp_path}")]))
+    assert site.path("my photos/my photos") == str((tmp_path / "my photos").resolve())
+    assert "my photos/my photos/" in [words for words, _ in site.choices("my photos")]
+    with pytest.raises(InputError, match="leads out"):
+        site.path("my photos/../secret.txt")
+    for name in ("", " ", "a/b", "..", ".hidden", "~", "a\nb", "demo", "uploads"):
+        with pytest.raises(InputError, match="cannot be its name"):
+            _root(f"{name}={tmp_path}")
+    for word in ("photos", "photos=", f"photos={tmp_path}/nowhere"):
+        with pytest.raises(InputError, match="must be NAME=FOLDER"):
+            _root(word)
 
 
 def test_data_is_confined_to_its_roots(site, tmp_path):
@@ -432,7 +450,7 @@ def test_a_picture_is_kept_under_the_suffix_of_its_format(site, tmp_path):
     for name, kind in (("a.jfif", "JPEG"), ("b.html", "PNG"), ("c.png", "WEBP")):
         Image.new("RGB", (8, 8)).save(tmp_path / name, format=kind)
     kept = launch_pictures.save_pictures(
-        site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], []
+        site, "mine", [str(tmp_path / name) for name in ("a.jfif", "b.html", "c.png")], [], "a square"
     )
     assert sorted(file.name for file in Path(kept).iterdir()) == ["000.jpg", "001.png", "002.webp", "metadata.jsonl"]
 

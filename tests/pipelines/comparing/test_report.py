@@ -374,3 +374,18 @@ def test_the_page_in_a_real_browser(comparison, tmp_path, chromium):
     chosen = page.with_name("chosen.html")
     chosen.write_text(page.read_text() + '<script>seed.value = "1"; seed.onchange();</script>')
     assert drawn(chosen).count("<img") == 2 * (2 + 5) - 1, "the second training seed has one picture"
+
+
+def test_curves_that_coincide_are_told_apart(comparison):
+    """And those that only meet in a point stay where their values are."""
+
+    def heights() -> list[list[float]]:
+        lines = re.findall(r'<polyline points="([^"]+)"', draw_curve(comparison))
+        return [[float(spot.split(",")[1]) for spot in line.split()] for line in lines]
+
+    first, second = heights()
+    assert first[0] == second[0], "they meet"
+    for rate, score in zip(RATES[:2], SCORES["adamw"], strict=False):
+        comparison.at(SCALED, rate)[0].metrics["score"] = score
+    first, second = heights()
+    assert [b - a for a, b in zip(first[:2], second[:2], strict=True)] == [3.0, 3.0]

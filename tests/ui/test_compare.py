@@ -1,0 +1,202 @@
+"""What Compare says of pictures: verdicts of those that were judged alone, and the picture that was asked for."""
+
+import json
+import re
+import time
+
+import pytest
+from PIL import Image
+
+from equipoise.errors import InputError
+from equipoise.pipelines.comparing.comparison import Comparison, Picture
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs import status
+from equipoise.ui import compare, compare_cell, compare_grid, compare_numbers
+
+OWN = "grid/comparison"
+PROMPTS = [f"prompt {index}" for index in range(6)]
+
+
+@pytest.fixture
+def keeping(swept) -> Comparison:
+    """The sweep's comparison of six prompts with two noises each; what learnt most forgot most, another is best."""
+    made = Comparison.read(swept.folder / "comparison")
+    made.prompts, made.kept, made.beside = PROMPTS, "kept", {"kept": "what is left"}
+    figures = ((0.0, 1.0), (0.0, 1.0), (0.7, 0.9), (0.8, 0.1), (-8.15, 0.0))
+    for cell, (score, kept) in zip([made.base, *made.cells], figures, strict=True):
+        cell.metrics = {"score": score, "kept": kept, "black": 0.0, "noise": 0.25}
+        place = f"cells/{cell.run.rpartition('/')[2] or 'base'}"
+        cell.pictures = [
+            Picture(prompt, seed, f"{place}/{prompt:02d}-{seed}.png", f"{place}/{prompt:02d}-{seed}.png")
+            for prompt in range(6)
+            for seed in (0, 1)
+        ]
+        for picture in cell.pictures:
+            Image.new("RGB", (8, 8)).save(made.folder / picture.file)
+    made.cells[-1].state = "diverged"
+    made.write_tables()
+    return made
+
+
+def job(site, swept, asked: dict, name: str = "20260101-000000-aaaa", state: str = "done") -> str:
+    """A comparison that was made in the background by an earlier version, which judged whatever it drew; its id."""
+    place = site.store.root / background.COMPARISONS
+    if state == "done":
+        (place / name).mkdir(parents=True)
+        (place / name / "table.json").write_text((swept.folder / "comparison" / "table.json").read_text())
+    place.mkdir(exist_ok=True)
+    record = {"runs": ["grid"], "asked": asked, "created": time.time(), **status.process()}
+    (place / f"{name}.json").write_text(json.dumps(record))
+    return f"{background.COMPARISONS}/{name}"
+
+
+@pytest.mark.parametrize("asked", [{"prompts": ["a zebra"]}, {"scale": 0.0}, {"prompts": ["a"], "scale": 1.0}])
+def test_pictures_that_were_not_judged_have_no_frame_and_no_score(site, swept, keeping, asked):
+    id = job(site, swept, asked)
+    shown = compare_grid.grid(site, id)
+    assert "usable'" not in shown and "class='verdict'" not in shown and "data-best" not in shown
+    assert "70%" not in shown and "-815%" not in shown and "kept 90%" in shown
+    assert "Nothing is judged here" in compare_numbers.answer(site, id) and compare_numbers.best_run(site, id) == ""
+    assert "verdict</dt>" not in compare_cell.cell_detail(site, id, [keeping.cells[1].run], 0)
+    assert "usable'" in compare_grid.grid(site, OWN)
+
+
+def test_more_of_the_same_pictures_are_judged(site, swept, keeping):
+    assert "class='cell usable'" in compare_grid.grid(site, job(site, swept, {"count": 8}))
+
+
+def test_a_step_of_the_training_is_not_judged(site, swept, keeping):
+    shown = compare_grid.grid(site, OWN, step=2)
+    assert "usable'" not in shown and "data-best" not in shown and "70%" not in shown
+    detail = compare_cell.cell_detail(site, OWN, [keeping.cells[1].run], 0, step=2)
+    assert "verdict" not in detail and "not judged" in detail and "<dt>kept" not in detail
+
+
+def test_score_and_what_was_kept_stand_in_every_cell_and_the_best_is_marked(site, keeping):
+    """The best is the usable one, not the one with the highest score; a cell that diverged counts as the base."""
+    shown = compare_grid.grid(site, OWN)
+    for words in ("<div>70%</div>", ">kept 90%<", "<div>80%</div>", ">kept 10%<"):
+        assert shown.count(words) == 1
+    assert "-815%" not in shown and shown.count("<div>0%</div>") == 4
+    best = keeping.cells[1].run
+    assert re.findall(r"data-id='([^']+)'[^>]*data-best", shown) == [best] and shown.count("★ best") == 1
+    assert compare_numbers.best_run(site, OWN) == best
+    assert "Best: adamw at 1e-3: 70% learnt, 90% kept" in compare_numbers.answer(site, OWN)
+
+
+def test_all_prompts_are_in_the_overview(site, keeping):
+    shown = compare_grid.grid(site, OWN)
+    assert shown.count("<img") == 6 * 6 and shown.count("title='6: prompt 5'") == 6
+    assert compare_numbers.prompts(site, OWN).count("<li>") == 6
+    other = compare_grid.grid(site, OWN, noise=2)
+    assert "00-1.png" in other and "00-0.png" not in other
+
+
+def test_the_picture_that_was_chosen_is_opened(site, keeping):
+    """In full size, of the cell and of the one before it, and at a step of the training that step's."""
+    first, second = (cell.run for cell in keeping.cells[:2])
+    shown = compare_cell.cell_detail(site, OWN, [first, second], 0, picture="2-1")
+    large = shown.split("class='strip'")[0]
+    assert re.findall(r"src='[^']*/(\d\d-\d)\.png'", large) == ["02-1", "02-1"]
+    assert "<dt>noise seed</dt><dd>1</dd>" in shown and "<dt>prompt</dt><dd>prompt 2</dd>" in shown
+    assert "<dt>pictures of noise</dt><dd>0.25</dd>" in shown
+    at_step = compare_cell.cell_detail(site, OWN, [first], 0, step=2)
+    assert "samples/step-00000002/00-0.png" in at_step and "comparison/cells" not in at_step
+
+
+def test_every_picture_of_a_cell_can_be_reached(site, keeping):
+    strip = compare_cell.cell_detail(site, OWN, [keeping.cells[0].run], 0).split("class='strip'")[1]
+    assert re.findall(r"data-picture='([^']+)'", strip) == [
+        f"{prompt}-{seed}" for prompt in range(6) for seed in (0, 1)
+    ]
+
+
+def test_a_click_on_a_thumbnail_opens_it_and_another_prompt_lets_go_of_it(site, swept, keeping, ask):
+    ask("pick", ["grid"])
+    run = keeping.cells[0].run
+    looked_at = [OWN, "row", "optimizer.learning_rate", 0, 5, None, 1, None]
+    shown = str(ask("choose_cell", *looked_at, event={"id": run, "picture": "3-1"}))
+    assert "Large" not in shown and re.search(r"<a href='[^']*03-1\.png'", shown)
+    assert re.search(
+        r"<a href='[^']*04-0\.png'", str(ask("choose_picture", *looked_at, event={"id": run, "picture": "4-0"}))
+    )
+    looked_at[3] = 2
+    assert re.search(r"<a href='[^']*01-0\.png'", str(ask("draw_grid", *looked_at)))
+    assert ask("choose_prompt", 0, event={"id": "2"}) == [2]
+
+
+def test_columns_that_are_all_zero_are_left_out(site, keeping):
+    shown = compare_numbers.table(site, OWN)
+    assert "<th>black</th>" not in shown and "<th>noise</th>" in shown and "0 in every cell: black." in shown
+
+
+def test_the_same_twice_is_one_job(site, swept, keeping, monkeypatch):
+    begun = []
+    monkeypatch.setattr(background, "compare", lambda root, refs, asked: begun.append(asked) or "name")
+    job(site, swept, {"prompts": ["a zebra"], "scale": 1.0}, state="running")
+    with pytest.raises(InputError, match="is being made already"):
+        compare.generate(site, ["grid"], "a zebra", 0, 1.0)
+    job(site, swept, {"prompts": ["a cat"], "scale": 1.0}, name="20260101-000001-aaaa")
+    with pytest.raises(InputError, match="is there already: choose it"):
+        compare.generate(site, ["grid"], "a cat", 0, 1.0)
+    compare.generate(site, ["grid"], "another", 0, 1.0)
+    assert begun == [{"prompts": ["another"], "scale": 1.0}]
+
+
+def test_a_comparison_can_be_deleted(site, swept, keeping, ask):
+    id = job(site, swept, {"prompts": ["a zebra"]})
+    assert [item.id for item in compare.made(site, ["grid"])] == [OWN, id]
+    with pytest.raises(InputError, match="belongs to its runs"):
+        compare.discard(site, OWN)
+    for wrong in ("comparisons/../grid", "comparisons/..", "comparisons/", ""):
+        with pytest.raises(InputError):
+            compare.discard(site, wrong)
+    ask("pick", ["grid"])
+    assert "is deleted" in str(ask("delete_comparison", id, ["grid"]))
+    assert [item.id for item in compare.made(site, ["grid"])] == [OWN]
+    assert list((site.store.root / background.COMPARISONS).iterdir()) == []
+
+
+def test_a_job_at_work_is_ended_and_taken_away(site, swept):
+    name = compare.generate(site, ["grid"], "a cat", 1, 1.0)
+    (found,) = background.jobs(site.store.root)
+    record = json.loads((site.store.root / background.COMPARISONS / f"{name}.json").read_text())
+    assert found.state == "running" and compare.pending(site, ["grid"]) == f"{background.COMPARISONS}/{name}"
+    compare.discard(site, compare.pending(site, ["grid"]))
+    assert background.jobs(site.store.root) == [] and compare.pending(site, ["grid"]) == ""
+    assert status.gone(**{key: record[key] for key in ("host", "pid", "pid_started")})
+
+
+def test_files_are_offered_from_the_folders_that_may_be_read(site, swept, monkeypatch):
+    """And compared by strength beside the runs; others are refused."""
+    begun = []
+    monkeypatch.setattr(background, "compare", lambda root, refs, asked: begun.append(asked) or "name")
+    cell = sweeps.cells(swept)[0]
+    for file in (cell.result / "lora.safetensors", site.data["photos"] / "mine.safetensors"):
+        file.write_bytes(b"")
+    outside = site.store.root.parent / "secret.safetensors"
+    outside.write_bytes(b"")
+    (site.data["photos"] / "link.safetensors").symlink_to(outside)
+    own = f"{cell.id}/result/lora.safetensors"
+    assert [choice for _, choice in compare.lora_files(site)] == [
+        own,
+        "photos/link.safetensors",
+        "photos/mine.safetensors",
+    ]
+    compare.generate_from_files(site, ["grid"], "a cat", 0, "0.5, 1", True, [own, "photos/mine.safetensors"])
+    files = [str(cell.result / "lora.safetensors"), str(site.data["photos"] / "mine.safetensors")]
+    assert begun == [{"prompts": ["a cat"], "scales": [0.5, 1.0], "checkpoints": True, "files": files}]
+    for name in (str(outside), "photos/../../secret.safetensors", "../secret.safetensors", "photos/link.safetensors"):
+        with pytest.raises(InputError):
+            compare.generate_from_files(site, ["grid"], "", 0, "1", False, [name])
+    for strengths, words in (("0", "above 0"), ("11", "at most 10"), ("much", "are numbers"), ("nan", "above 0")):
+        with pytest.raises(InputError, match=words):
+            compare.generate_from_files(site, ["grid"], "", 0, strengths, False, [])
+    assert len(begun) == 1
+
+
+def test_the_best_rate_fills_launch(site, swept, keeping, ask):
+    ask("pick", ["grid"])
+    updates = str(ask("use_rate", OWN))
+    assert "'launch'" in updates and "0.001" in updates and "'adamw'" in updates

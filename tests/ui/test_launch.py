@@ -1,0 +1,122 @@
+"""The head of Launch, which starts the demo, and its view of pictures and captions."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import demo
+from equipoise.ui import launch_data, launch_demo, launch_pictures, launch_tab
+
+
+@pytest.fixture
+def folder(site) -> Path:
+    """Three pictures below the data root, two with captions of their own, beside what is no picture."""
+    made = site.data["photos"] / "vases"
+    made.mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (300, 200)).save(made / f"{name}.png")
+    (made / "a.txt").write_text("a <b>vase</b>")
+    (made / "b.txt").write_text("two vases")
+    (made / "notes.pdf").write_text("no picture")
+    return made
+
+
+def test_the_demos_pictures_are_those_that_it_trains_on(site, tmp_path):
+    import base64
+
+    shown = [base64.b64decode(re.search(r"base64,([^']+)", image)[1]) for image in launch_demo._pictures()]
+    files = sorted(demo.pictures_folder(tmp_path).glob("*.png"))
+    assert shown == [file.read_bytes() for file in files] and len(shown) == 6
+
+
+def test_one_button_starts_the_demo_once(site, ask):
+    waiting = site.store.create(configs.load("audio_visual/demo", [f"runs={site.store.root}"]), id="first")
+    with waiting.session(signals=False):  # so that the demo waits for its turn
+        said = str(ask("on_start_demo"))
+        assert "Queued " in said and "It is not started twice" in str(ask("on_start_demo"))
+        (made,) = [item for item in site.store.list() if item.id != "first"]
+        assert made.kind == "sweep" and made.pipeline == "text_to_image"
+        site.store.get(made.id).request("stop")
+    assert configs.load(site.store.root / made.id / "config.yaml").sweep == configs.load(launch_demo.NAME).sweep
+
+
+def test_what_can_have_one_value_alone_is_out_of_sight(site):
+    async def built() -> dict:  # where no loop runs, gradio makes some that nobody closes
+        with gr.Blocks():
+            return launch_tab.build(site, 1)[0]
+
+    with asyncio.Runner() as loop:
+        made = loop.run(built())
+    seen = {
+        name: {item.key.key: widget.visible for item, widget in zip(form.items, form.widgets, strict=True)}
+        for name, form in made.items()
+    }
+    assert seen["text_to_image"]["objective.name"] is seen["text_to_image"]["coordinator.name"] is False
+    assert seen["audio_visual"]["objective.name"] is seen["instruction_tuning"]["coordinator.name"] is True
+    assert seen["text_to_image"]["optimizer.name"] is True
+
+
+def test_a_folders_pictures_are_seen_with_their_captions_and_what_is_left_out(site, folder):
+    found, writable = launch_data.folder_of(site, "photos/vases", "")
+    shown = launch_data.view(site, found, 1)
+    assert writable and shown.count("<img src='data:image/jpeg;base64,") == 3 and "a &lt;b&gt;vase" in shown
+    assert "3 pictures" in shown and "1 .pdf" in shown and "c.png" in shown and str(site.data["photos"]) not in shown
+    (folder / "d.png").write_text("no picture")
+    assert "cannot be read: d.png" in launch_data.view(site, launch_data.folder_of(site, "photos/vases", "x")[0], 1)
+    assert launch_data.folder_of(site, "demo", "")[1] is False
+
+
+def test_captions_are_written_beside_their_pictures(site, folder):
+    rows = [
+        ["a.png", "a <b>vase</b>"],
+        ["b.png", "three\n vases"],
+        ["c.png", "one"],
+        ["../../x.png", "y"],
+        ["e.png", "z"],
+    ]
+    assert launch_data.save_captions(site, "photos/vases", "", rows) == 2
+    texts = {file.name: file.read_text() for file in folder.glob("*.txt")}
+    assert texts == {"a.txt": "a <b>vase</b>", "b.txt": "three vases\n", "c.txt": "one\n"}
+    assert [example.caption for example in launch_data.folder_of(site, "photos/vases", "")[0].examples] == [
+        *("a <b>vase</b>", "three vases", "one")
+    ]
+    assert not list(site.data["photos"].rglob("x.txt")) and not list(folder.glob("e.*"))
+
+
+def test_captions_of_uploads_can_be_edited_and_those_of_a_table_cannot(site, folder):
+    files = [str(folder / name) for name in ("a.png", "b.png")]
+    made = launch_pictures.save_pictures(site, "mine", files, [["a.png", "one"], ["b.png", "two"]])
+    assert launch_data.save_captions(site, made, "", [["001.png", "2"]]) == 2
+    found, _ = launch_data.folder_of(site, made, "")
+    assert [example.caption for example in found.examples] == ["one", "2"]
+    (folder / "metadata.csv").write_text("file_name,text\na.png,x\nb.png,y\nc.png,z\n")
+    with pytest.raises(InputError, match="a table in this folder holds its captions"):
+        launch_data.save_captions(site, "photos/vases", "", [["a.png", "new"]])
+    assert (folder / "a.txt").read_text() == "a <b>vase</b>"
+
+
+@pytest.mark.parametrize("choice", ["/etc", "photos/../..", "photos/out", "../photos", "~", "PHOTOS"])
+def test_nothing_outside_of_the_folders_is_read_or_written(site, folder, choice):
+    if choice == "PHOTOS":  # which holds a link that leads out
+        choice = str(site.data["photos"])
+    for ask in (
+        lambda: launch_data.folder_of(site, choice, ""),
+        lambda: launch_data.save_captions(site, choice, "", []),
+    ):
+        with pytest.raises((ConfigError, InputError)):
+            ask()
+
+
+def test_captions_are_not_written_where_they_would_not_be_read(site, folder):
+    with pytest.raises(InputError, match="the instance prompt is the caption of all"):
+        launch_data.save_captions(site, "photos/vases", "a vase", [["a.png", "new"]])
+    with pytest.raises(InputError, match="the demo's pictures stay"):
+        launch_data.save_captions(site, "demo", "", [["00.png", "new"]])
+    with pytest.raises(InputError, match="5001 characters"):
+        launch_data.save_captions(site, "photos/vases", "", [["a.png", "x" * 5001]])

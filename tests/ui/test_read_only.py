@@ -1,0 +1,102 @@
+"""A page that only shows does nothing else; and a tab in which a trained model and its base are asked."""
+
+import asyncio
+import json
+import time
+
+import gradio as gr
+import httpx
+import pytest
+
+from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs import status
+from equipoise.ui import read_only, talk_tab
+from equipoise.ui.app import page
+
+READS = {  # all other handlers: each new one must be put into one of the two
+    *("offer", "offer_metrics", "offer_models", "offer_new", "pick", "open_another", "draw_grid", "by_scale", "follow"),
+    *("choose_cell", "choose_picture", "choose_prompt", "choose_model", "follow_job", "use_rate", "differ", "restore"),
+    *(
+        "refresh",
+        "select",
+        "keep",
+        "duplicate",
+        "on_look",
+        "on_page",
+        "on_pipeline",
+        "on_preset",
+        "on_plugins",
+        "on_count",
+    ),
+    *("page", "_offered", "asked_check", "asked_runs", "asked_comparison"),
+}
+
+
+def test_every_handler_is_known_to_read_or_to_change(site):
+    async def names() -> set[str]:  # where no loop runs, gradio makes some that nobody closes
+        return {event.name for event in page(site, 1).fns.values() if event.name}
+
+    with asyncio.Runner() as loop:
+        found = loop.run(names())
+    assert found - READS == read_only.CHANGES and READS <= found
+
+
+def test_a_page_that_only_shows_changes_nothing(site, run, swept, serve):
+    """Its buttons are gone, and whoever asks for what they did is refused; nothing is uploaded."""
+    server = serve(site.store.root, "--read-only")
+    before = {file: file.stat().st_mtime_ns for file in site.store.root.rglob("*") if "index" not in file.name}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        config = client.get("/config").json()
+        parts = {part["id"]: part for part in config["components"]}
+        named = {
+            part["props"].get("elem_id"): part["props"]["visible"]
+            for part in parts.values()
+            if "visible" in part["props"]
+        }
+        gone = ("stop", "resume", "delete", "generate", "start-text_to_image", "start-demo", "delete-yes", "save-notes")
+        assert not any(named[id] for id in gone) and named["duplicate"] is True
+        refused = 0
+        for event in config["dependencies"]:
+            if event["api_name"] not in read_only.CHANGES:
+                continue
+            data = [parts[id]["props"].get("value") for id in event["inputs"]]
+            asked = {"data": data, "fn_index": event["id"], "session_hash": f"s{event['id']}"}
+            assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
+            with client.stream("GET", f"/gradio_api/queue/data?session_hash=s{event['id']}") as stream:
+                answer = next(line for line in stream.iter_lines() if "process_completed" in line)
+            refused += not json.loads(answer.removeprefix("data:"))["success"]
+        assert refused >= len(read_only.CHANGES)
+        sent = client.post("/gradio_api/upload", files=[("files", ("a.png", b"x"))])
+        assert (sent.status_code, sent.text) == (403, "Nothing is uploaded here.")
+        assert client.get("/runs-file/one/log.txt").status_code == 200
+    after = {file: file.stat().st_mtime_ns for file in site.store.root.rglob("*") if "index" not in file.name}
+    assert after == before
+
+
+def test_a_trained_model_and_its_base_stand_beside_each_other(site, swept, run):
+    ids = talk_tab.offered(site)
+    assert ids[0] == "one" or set(ids) == {"one", *(cell.id for cell in sweeps.cells(swept))}
+    shown = talk_tab.shown_beside(site, "grid/comparison")
+    assert shown.count("<section>") == 2 and "the untouched base" in shown and "adamw 1e-4" in shown
+    assert shown.count("<img") == 4 and "a &lt;i&gt;cat" in shown
+
+
+def test_what_was_asked_before_is_shown_at_once(site, swept, ask):
+    place, name, cell = site.store.root / background.COMPARISONS, "20260101-000000-aaaa", sweeps.cells(swept)[0].id
+    (swept.folder / "comparison").rename(swept.folder / "moved")
+    place.mkdir()
+    (swept.folder / "moved").rename(place / name)
+    record = {"runs": [cell], "asked": {"prompts": ["a cat"], "count": 1, "scale": 1.0}, "created": time.time()}
+    (place / f"{name}.json").write_text(json.dumps(record | status.process()))
+    ask("offer_models")
+    assert "the untouched base" in str(ask("say", cell, "a cat", 1, 1.0))
+    for id, prompt in ((None, "a cat"), (cell, " ")):
+        assert "Choose a model" in str(ask("say", id, prompt, 1, 1.0))
+    assert len(background.jobs(site.store.root)) == 1
+
+
+def test_without_a_run_there_is_nobody_to_ask(site):
+    assert talk_tab.offered(site) == []
+    with pytest.raises(gr.Error, match="--read-only"):
+        read_only._refuse()

@@ -1,0 +1,122 @@
+"""What the tab Runs does beyond showing how runs stand: curves, notes, several at once, exports."""
+
+import re
+
+import pytest
+
+from equipoise.errors import InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.ui import draw, runs, runs_curves, runs_detail, runs_notes, runs_several
+from equipoise.ui.runs_curves import Wanted
+
+
+@pytest.fixture
+def two(site, run, finish):
+    """Another run beside `one`, with a rate of its own."""
+    config = configs.load("text_to_image/demo", [f"runs={site.store.root}", "steps=5", "rank=8", "name=second"])
+    return finish(site.store.create(config, id="two"))
+
+
+def lines(shown: str) -> list[str]:
+    return re.findall(r'<polyline points="([^"]+)"', shown)
+
+
+def test_a_smoothed_curve_keeps_the_raw_one_behind_it():
+    points = [(step, float(step % 2)) for step in range(100)]
+    smooth = draw.smoothed(points, 0.9)
+    assert smooth[0] == (0, 0.0) and all(abs(value - 0.5) < 0.06 for _, value in smooth[-20:])
+    assert draw.smoothed([(0, 3.0), (1, 3.0)], 0.99) == [(0, 3.0), (1, pytest.approx(3.0))], "no lower at first"
+    plain, shown = draw.chart("a", {"b": points}), draw.chart("a", {"b": points}, smooth=0.9)
+    assert shown.count('<polyline class="raw"') == 1 and shown.count("<polyline") == 2
+    assert lines(plain)[0] in shown and lines(shown)[0] != lines(plain)[0]
+
+
+def test_any_runs_are_laid_over_each_other_by_any_metric(site, run, two, swept):
+    beside = runs_curves.charts(site, "one", Wanted(beside=("two", "gone", "../two")))
+    assert "<figcaption>loss of each run" in beside and len(lines(beside)) == 2
+    assert len(lines(runs_curves.charts(site, "one", Wanted(beside=("grid",))))) == 1 + 4
+    other = runs_curves.charts(site, "grid", Wanted(metric="gradient_norm"))
+    assert "<figcaption>gradient norm of each cell" in other and len(lines(other)) == 4
+    assert {"loss", "rate", "kappa", "gradient_norm"} <= set(runs_curves.metrics(site, "grid"))
+    assert "choose another metric" in runs_curves.charts(site, "grid", Wanted(metric="<b>"))
+    linear = runs_curves.charts(site, "one", Wanted())
+    assert lines(linear) != lines(runs_curves.charts(site, "one", Wanted(log=True)))
+
+
+def test_rates_are_coloured_in_order_one_hue_for_each_optimizer(site, swept):
+    cells = {cell.folder.name: cell for cell in sweeps.cells(swept)}
+    for cell in cells.values():
+        cell.update(learning_rate=cell.config().optimizer.learning_rate)
+    found = runs_curves.inks(cells)
+    hues = {name: re.fullmatch(r"hsl\((\d+) 65% (\d+)%\)", ink) for name, ink in found.items()}
+    by_row: dict[str, list] = {}
+    for name, cell in sorted(cells.items(), key=lambda item: item[1].status().learning_rate):
+        by_row.setdefault(cell.config().optimizer.name, []).append((hues[name][1], int(hues[name][2])))
+    (first, second), (third, fourth) = by_row["adamw"], by_row["scaled_adamw"]
+    assert first[0] == second[0] != third[0] == fourth[0] and first[1] > second[1] and third[1] > fourth[1]
+
+
+def test_notes_and_tags_are_kept_searched_and_escaped(site, run, two):
+    runs_notes.write(run, "the <b>good</b> one", "keep, best , keep", False)
+    assert runs_notes.read(run.folder) == runs_notes.Notes("the <b>good</b> one", ("keep", "best"))
+    shown = runs.table(site, words="best GOOD")
+    assert ">one<" in shown and ">two<" not in shown and "<b>good" not in shown and ">keep</span>" in shown
+    assert ">two<" in (found := runs.table(site, words="rank: 8")) and ">one<" not in found, "by its configuration"
+    for note, tags, words in (("x" * 10_001, "", "10000"), ("", "y" * 41, "40 characters"), ("", "a," * 50, "")):
+        if words:
+            with pytest.raises(InputError, match=words):
+                runs_notes.write(run, note, tags, False)
+    (run.folder / runs_notes.FILE).write_text("[1")
+    assert runs_notes.read(run.folder) == runs_notes.Notes() and ">one<" in runs.table(site)
+
+
+def test_runs_that_are_put_away_are_shown_when_they_are_asked_for(site, run, two):
+    assert "1 run put away" in runs_several.archive(site, ["one"])
+    assert ">one<" not in (shown := runs.table(site)) and ">two<" in shown
+    assert ">one<" in (shown := runs.table(site, state=runs.ARCHIVED)) and ">two<" not in shown
+    assert "2 runs put away" in runs_several.archive(site, ["one", "two"]), "one of them was not"
+    assert "2 runs back" in runs_several.archive(site, ["one", "two"])
+    assert ">one<" in runs.table(site)
+
+
+def test_several_runs_are_deleted_but_none_at_work(site, run, two, ask):
+    with two.session(signals=False):
+        assert "tick" in str(ask("delete_several", ["one", "two"], False)) and len(site.store.list()) == 2
+        said = str(ask("delete_several", ["one", "two"], True))
+    assert "1 of 2 runs deleted" in said and "two: is at work; stop it first" in said
+    assert [item.id for item in site.store.list()] == ["two"]
+    for ids in (["../two"], ["gone"], []):
+        with pytest.raises(InputError):
+            runs_several.delete(site, ids)
+
+
+def test_configurations_are_compared_key_by_key(site, run, two):
+    shown = runs_several.differences(site, ["one", "two"])
+    assert "<td>lora.rank</td><td>16</td><td>8</td>" in shown and "<td>name</td>" not in shown
+    assert "lora.alpha" not in shown and "the same but for" in runs_several.differences(site, ["one", "one"])
+    for ids in (["one"], ["one", "../two"]):
+        with pytest.raises(InputError):
+            runs_several.differences(site, ids)
+
+
+def test_samples_stand_under_their_prompts_step_by_step(site, run):
+    prompt = run.config().samples.prompts[0]
+    shown = runs_detail.samples(site, "one")
+    assert re.findall(r"<h4>step (\d+)</h4>", shown) == ["5", "2"], "the one that is looked at, and the others below"
+    assert shown.count(f"<p class='hint'>{prompt}</p>") == 2
+
+
+def test_checkpoints_can_be_downloaded(site, run):
+    folder = run.checkpoints / "step-00000005"
+    folder.mkdir()
+    for name in ("weights.safetensors", "state.json", "private.pkl"):
+        (folder / name).write_bytes(b"x")
+    shown = runs_detail.files(site, "one")
+    assert "one/checkpoints/step-00000005/weights.safetensors?download=1" in shown and "private.pkl" not in shown
+    assert site.file("one/checkpoints/step-00000005/weights.safetensors").is_file()
+
+
+def test_an_export_is_refused_where_there_is_none(site, run, ask):
+    for id, format in (("one", "kohya"), ("one", "../x"), ("../one", "kohya")):
+        assert "bad" in str(ask("make_export", id, format))

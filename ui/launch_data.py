@@ -1,0 +1,218 @@
+"""The part of the tab Launch that shows the pictures of a folder with their captions, and writes captions back."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from equipoise.errors import ConfigError, EquipoiseError, InputError
+from equipoise.pipelines import config as configs
+from equipoise.pipelines import demo
+from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.media.pictures import decode
+from equipoise.pipelines.media.reading import MediaError
+from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.data import Folder, read_folder
+from equipoise.ui import draw
+from equipoise.ui.draw import esc
+from equipoise.ui.launch import error_notice
+from equipoise.ui.safety import PIXELS, Site
+from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound, table_rows
+
+PAGE = 48  # pictures that are shown at a time
+SIDE = 128  # pixels of a thumbnail
+MOST = 5_000  # characters of a caption
+_TABLE = "metadata.jsonl"  # in which this page keeps the captions of uploads
+
+
+@dataclass(frozen=True, eq=False)
+class DataPanel:
+    """The parts that show a folder."""
+
+    site: Site
+    data: gr.Dropdown  # the form's field that names the folder
+    prompt: gr.Textbox  # the form's field that goes before the captions
+    page: Slider
+    shown: gr.HTML
+    captions: Table
+    save: gr.Button
+    message: gr.HTML
+
+
+def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox) -> None:
+    """Draws the panel."""
+    with gr.Accordion("Look at the data: pictures and captions", open=False) as around:
+        page = Slider(1, 2, value=1, step=1, label="Page", interactive=True, visible=False, elem_id="data-page")
+        shown = gr.HTML(elem_id="data-view")
+        captions = Table(
+            headers=["picture", "caption"],
+            datatype="str",
+            interactive=True,
+            static_columns=[0],
+            label="Captions: edit them here",
+            buttons=[],
+            visible=False,
+            wrap=True,
+            max_height=420,
+            elem_id="data-captions",
+        )
+        save = gr.Button("Write the captions beside the pictures", visible=False, elem_id="save-captions")
+        message = gr.HTML(elem_id="data-message")
+    panel = DataPanel(site, data, prompt, page, shown, captions, save, message)
+    outputs = [shown, captions, save, page, message]
+    gr.on([around.expand, data.change], bound(on_look, panel), [data, prompt], outputs, **HIDDEN)
+    page.input(bound(on_page, panel), [data, prompt, page], outputs, trigger_mode="always_last", **HIDDEN)
+    save.click(bound(on_save, panel), [data, prompt, captions], message, **PRIVATE)
+
+
+def folder_of(site: Site, choice: str, prompt: str) -> tuple[Folder, bool]:
+    """What a folder that this page may read holds, and whether captions may be written there.
+
+    Raises:
+        ConfigError: it may not be read.
+    """
+    path = site.path(choice.strip())
+    config = configs.set_keys(TextToImageConfig(name="data"), {"data.folder": path})  # pyright: ignore[reportCallIssue]
+    if problems := site.problems(config):
+        raise ConfigError(problems)
+    embedded = path == demo.NAME
+    folder = str(demo.pictures_folder(site.store.root)) if embedded else path
+    given = {"folder": folder, "instance_prompt": prompt.strip() or None}
+    found = read_folder(config.data.model_copy(update=given))
+    if not prompt.strip():  # then a picture without a caption is a problem, and should be seen all the same
+        every = read_folder(config.data.model_copy(update={"folder": folder, "instance_prompt": ""})).examples
+        known = {example.path: example for example in found.examples}
+        found.examples = [known.get(example.path) or replace(example, caption="") for example in every]
+    return found, not embedded
+
+
+def view(site: Site, found: Folder, page: int) -> str:
+    """A page of pictures, each with its caption, and what is left out and why."""
+    some = found.examples[(page - 1) * PAGE : page * PAGE]
+    figures, unread = [], []
+    for example in some:
+        name = example.path.relative_to(found.path).as_posix()
+        try:
+            source = _thumbnail(example.path)
+        except MediaError as error:
+            unread.append(f"{name}: {error.problem}")
+            continue
+        words = f"{example.caption}{f' ({example.repeats} times in an epoch)' if example.repeats > 1 else ''}"
+        figures.append(
+            f"<figure><img src='{source}' alt='{esc(example.caption)}' title='{esc(name)}'>"
+            f"<figcaption>{esc(words) or '<i>no caption</i>'}</figcaption></figure>"
+        )
+    wrong = [*(f"cannot be read: {line}" for line in unread), *found.problems]
+    summary = found.summary.replace(f"{found.path}: ", "", 1)
+    said = draw.notice("\n".join(_without(site, line) for line in wrong), "bad")
+    said += draw.notice("\n".join(_without(site, line) for line in [summary, *found.doubts]))
+    return f"{said}<div class='data'>{''.join(figures)}</div>"
+
+
+def _without(site: Site, line: str) -> str:
+    """A line without where on this machine the folders lie."""
+    for name, root in {"runs": site.store.root, **site.data}.items():
+        line = line.replace(str(root), name)
+    return line
+
+
+def _thumbnail(path: Path) -> str:
+    """A small picture as an address that holds it. Raises MediaError where it cannot be read."""
+    image = decode(path, PIXELS).convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def save_captions(site: Site, choice: str, prompt: str, rows: Sequence[Sequence[Any]]) -> int:
+    """Writes the captions that have changed as .txt files beside their pictures; returns how many.
+
+    Of uploads the table, which counts before such files, gives way to them.
+
+    Raises:
+        ConfigError: the folder may not be read.
+        InputError: captions of this folder are kept elsewhere, or one is too long.
+    """
+    found, writable = folder_of(site, choice, "")
+    table = found.path / _TABLE
+    uploaded = found.path.parent == site.store.root / "uploads" and table.is_file()
+    if not writable or prompt.strip():
+        reason = "the demo's pictures stay as they are" if not writable else "the instance prompt is the caption of all"
+        raise InputError(f"Nothing was written: {reason}.")
+    if not uploaded and any(source not in (".txt files", ".caption files") for source in _tables(found)):
+        raise InputError("Nothing was written: a table in this folder holds its captions; change them there.")
+    wanted = _wanted(found, rows)
+    known = {example.path: example.caption for example in found.examples}
+    if uploaded:  # all of them, before the table goes
+        wanted = known | wanted
+    changed = {path: text for path, text in wanted.items() if uploaded or text != known[path]}
+    for path, text in changed.items():
+        write_atomic(path.with_suffix(".txt"), text + "\n")
+    if uploaded:
+        table.unlink()
+    return len(changed)
+
+
+def _tables(found: Folder) -> list[str]:
+    """The tables among the sources of captions."""
+    return [source for source in found.sources if source.endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet"))]
+
+
+def _wanted(found: Folder, rows: Sequence[Sequence[Any]]) -> Mapping[Path, str]:
+    """The captions of the table by picture; a name that the folder does not have is left out."""
+    paths = {example.path.relative_to(found.path).as_posix(): example.path for example in found.examples}
+    wanted = {}
+    for name, caption, *_ in (row for row in rows if len(row) > 1):
+        text = " ".join(str(caption or "").split())
+        if len(text) > MOST:
+            raise InputError(f"{name}: its caption has {len(text)} characters; {MOST} are the most.")
+        if str(name) in paths:
+            wanted[paths[str(name)]] = text
+    return wanted
+
+
+# Handlers: what they are given stands in the order of the inputs above
+
+
+def on_look(panel: DataPanel, choice: str | None, prompt: str | None) -> Updates:
+    return _looked(panel, choice, prompt, 1)
+
+
+def on_page(panel: DataPanel, choice: str | None, prompt: str | None, page: float) -> Updates:
+    return _looked(panel, choice, prompt, int(page))
+
+
+def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int) -> Updates:
+    try:
+        found, writable = folder_of(panel.site, choice or "", prompt or "")
+    except (EquipoiseError, OSError) as error:
+        hidden = gr.update(visible=False)
+        words = error_notice(error) if isinstance(error, EquipoiseError) else draw.notice(str(error.strerror), "bad")
+        return {panel.shown: words, panel.captions: hidden, panel.save: hidden, panel.page: hidden, panel.message: ""}
+    pages = max(1, -(-len(found.examples) // PAGE))
+    page = min(page, pages)
+    some = found.examples[(page - 1) * PAGE : page * PAGE]
+    rows = [[example.path.relative_to(found.path).as_posix(), example.caption] for example in some]
+    editable = writable and bool(rows) and not (prompt or "").strip()
+    return {
+        panel.shown: view(panel.site, found, page),
+        panel.captions: gr.update(value=rows, visible=editable),
+        panel.save: gr.update(visible=editable),
+        panel.page: gr.update(visible=pages > 1, maximum=max(pages, 2), value=page),
+        panel.message: "",
+    }
+
+
+def on_save(panel: DataPanel, choice: str | None, prompt: str | None, rows: Any) -> Updates:
+    try:
+        count = save_captions(panel.site, choice or "", prompt or "", table_rows(rows))
+    except EquipoiseError as error:
+        return {panel.message: error_notice(error)}
+    words = f"{count} caption{'s' * (count != 1)} written." if count else "Nothing has changed."
+    return {panel.message: draw.notice(words, "good")}
