@@ -138,8 +138,7 @@ class Base:
 
     def known(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What `read` has made of captions, each tensor (captions, …)."""
-        rows = [self.embeddings[caption] for caption in captions]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return self.family.stack([self.embeddings[caption] for caption in captions])
 
     @contextmanager
     def encoders_off_device(self) -> Iterator[None]:
@@ -322,11 +321,19 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
-            frozen.to(device, memory_format=torch.channels_last)  # faster convolutions
+            frozen.to(device, **_memory_format(frozen))
         _write_signatures(frozen)
-    base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
+    kind.bind(pipeline)
+    schedule = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
+    base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, schedule)
     _loaded[key] = base
     return base
+
+
+def _memory_format(part: torch.nn.Module) -> dict[str, Any]:
+    """For faster convolutions of pictures; those of videos cannot have it."""
+    videos = any(isinstance(module, nn.Conv3d) for module in part.modules())
+    return {} if videos else {"memory_format": torch.channels_last}
 
 
 def begin_training(part: torch.nn.Module) -> None:
@@ -376,7 +383,8 @@ def layers(part: torch.nn.Module) -> list[str]:
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> None:
     """Without its files, transformers makes an empty tokenizer, and every caption would read the same."""
-    given, words = len(tokenizer), text_encoder.config.vocab_size
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of pictures and words
+    given, words = len(tokenizer), text_encoder.config.get_text_config().vocab_size
     fits = _FILLED * words <= given <= words
     reads = f"but the text encoder reads {words}"
     if text_encoder.config.model_type.startswith("clip"):  # others have no limit of positions

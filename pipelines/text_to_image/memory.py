@@ -16,6 +16,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
@@ -59,15 +60,16 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         **({"requires_safety_checker": False} if "safety_checker" in left else {}),
         scheduler=None,
     )
-    batch, side = config.train.batch, config.data.resolution // pipeline.vae_scale_factor
+    kind.bind(pipeline)
+    batch, side = config.train.batch, config.data.resolution
     weights = [tensor for part in names for tensor in (*parts[part].parameters(), *parts[part].buffers())]
     captions = ["a picture"] * batch
     with torch.device("meta"):
-        read = {} if lora.text_encoder else kind.embed(pipeline, captions)
+        read = {} if lora.text_encoder else kind.embed_empty(pipeline, captions)
 
     def step() -> None:
-        embedded = read or kind.embed(pipeline, captions)
-        noisy = torch.zeros(batch, parts["vae"].config.latent_channels, side, side, dtype=dtype)
+        embedded = read or kind.embed_empty(pipeline, captions)
+        noisy = torch.zeros(batch, *latent_shape(parts["vae"], side, side), dtype=dtype)
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     kept = activations(step, weights, config.train.gradient_checkpointing)
@@ -86,6 +88,8 @@ def _empty(named: list[str], config: dict[str, Any]) -> Any:
 
 class _Lengths:
     """In place of a tokenizer: as many tokens as there may be of any text, without the words."""
+
+    eos_token = pad_token = ""
 
     def __init__(self, config: Any):
         self.model_max_length = getattr(config, "max_position_embeddings", 512)

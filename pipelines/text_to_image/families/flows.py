@@ -1,0 +1,183 @@
+"""Facts about the families that are trained by their pipelines' own code: see `generic`."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from equipoise.pipelines.text_to_image.families.generic import GenericFlow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASKED = "prompt_attention_mask"
+
+
+class Flux2(GenericFlow):
+    """FLUX.2 [dev] (Black Forest Labs, 2025): distilled, with captions read by Mistral 3."""
+
+    pipeline = "Flux2Pipeline"
+    title = "FLUX.2 dev"
+    captions: ClassVar = {"prompt_embeds": (0, (512, "joint_attention_dim"))}
+    tokens: ClassVar = {"text_encoder": 512}
+    targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    )
+    mean_latents = True
+    distilled = True
+    negative = False
+    guidance = 4.0
+
+
+class Flux2Klein(Flux2):
+    """FLUX.2 [klein] (Black Forest Labs, 2026): smaller, with captions read by Qwen3, and guided in the usual way."""
+
+    pipeline = "Flux2KleinPipeline"
+    title = "FLUX.2 klein"
+    distilled = False
+
+
+class QwenImage(GenericFlow):
+    """Qwen-Image (Alibaba, arXiv:2508.02324, 2025)."""
+
+    pipeline = "QwenImagePipeline"
+    title = "Qwen-Image"
+    captions: ClassVar = {"prompt_embeds": (0, (512, "joint_attention_dim")), "prompt_embeds_mask": (1, (512,))}
+    tokens: ClassVar = {"text_encoder": 512}
+    packed = True
+    strength, guidance = "true_cfg_scale", 4.0
+
+
+class Krea2(GenericFlow):
+    """Krea 2 (Krea, 2026): one stream, which reads several layers of Qwen3-VL."""
+
+    pipeline = "Krea2Pipeline"
+    title = "Krea 2"
+    captions: ClassVar = {
+        "prompt_embeds": (0, (512, "num_text_layers", "text_hidden_dim")),
+        "prompt_embeds_mask": (1, (512,)),
+    }
+    tokens: ClassVar = {"text_encoder": 507}
+    packed = True
+    unguided, guidance = 0.0, 4.5  # it counts from 0
+
+
+class Chroma(GenericFlow):
+    """Chroma (Lodestone Rock, 2025): FLUX.1 without distillation, which reads T5 alone."""
+
+    pipeline = "ChromaPipeline"
+    title = "Chroma"
+    captions: ClassVar = {"prompt_embeds": (0, (512, "joint_attention_dim")), _MASKED: (2, (512,))}
+    tokens: ClassVar = {"text_encoder": 512}
+    left_out = ("image_encoder", "feature_extractor")
+    packed = True
+    guidance = 5.0
+
+
+class Lumina2(GenericFlow):
+    """Lumina-Image 2.0 (Shanghai AI Laboratory, arXiv:2503.21758, 2025): one stream, read by Gemma 2."""
+
+    pipeline = "Lumina2Pipeline"
+    title = "Lumina 2"
+    captions: ClassVar = {"prompt_embeds": (0, (256, "cap_feat_dim")), _MASKED: (1, (256,))}
+    tokens: ClassVar = {"text_encoder": 256}
+    casts = False
+    guidance = 4.0
+
+
+class Sana(GenericFlow):
+    """Sana (NVIDIA, arXiv:2410.10629, 2024): linear attention over the few latents of DC-AE."""
+
+    pipeline = "SanaPipeline"
+    title = "Sana"
+    captions: ClassVar = {"prompt_embeds": (0, (300, "caption_channels")), _MASKED: (1, (300,))}
+    tokens: ClassVar = {"text_encoder": 300}
+    patch = 1
+    options: ClassVar = {"use_resolution_binning": False}  # else it draws the nearest of its own sizes
+    guidance = 4.5
+
+
+class HiDream(GenericFlow):
+    """HiDream-I1 (HiDream.ai, arXiv:2505.22705, 2025): a mixture of experts, which reads four text encoders."""
+
+    pipeline = "HiDreamImagePipeline"
+    title = "HiDream-I1"
+    text_encoders: ClassVar = {f"text_encoder{n}": f"tokenizer{n}" for n in ("", "_2", "_3", "_4")}
+    tokens: ClassVar = {f"text_encoder{n}": 128 for n in ("", "_2", "_3", "_4")}
+    targets = ("to_q", "to_k", "to_v", "to_out")
+    captions: ClassVar = {
+        "prompt_embeds_t5": (0, (128, "caption_channels.0")),
+        "prompt_embeds_llama3": (2, ("num_layers", 128, "caption_channels.1")),
+        "pooled_prompt_embeds": (4, ("text_emb_dim",)),
+    }
+    casts = False
+    guidance = 5.0
+
+    def bind(self, pipeline: Any) -> None:
+        super().bind(pipeline)
+        denoiser = pipeline.transformer  # in training it would answer in patches, with a loss of its own beside
+        denoiser.register_to_config(force_inference_output=True)
+        for module in denoiser.modules():
+            if hasattr(module, "_force_inference_output"):
+                module._force_inference_output = True
+
+    def read(self, pipeline: Any, caption: str) -> "dict[str, Tensor]":
+        found = super().read(pipeline, caption)
+        return found | {"prompt_embeds_llama3": found["prompt_embeds_llama3"].transpose(0, 1)}
+
+    def arguments(self, embedded: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        return embedded | {"prompt_embeds_llama3": embedded["prompt_embeds_llama3"].transpose(0, 1)}
+
+    def sized(self, pipeline: Any, height: int, width: int) -> Any:
+        """It makes every size one of so many pixels."""
+        from copy import copy
+
+        own = copy(pipeline)
+        own.default_sample_size = math.sqrt(height * width) / pipeline.vae_scale_factor * (1 + 1e-9)  # rounded down
+        return own
+
+
+class AuraFlow(GenericFlow):
+    """AuraFlow (fal, 2024)."""
+
+    pipeline = "AuraFlowPipeline"
+    title = "AuraFlow"
+    captions: ClassVar = {"prompt_embeds": (0, (256, "joint_attention_dim"))}
+    tokens: ClassVar = {"text_encoder": 256}
+    guidance = 3.5
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        crops: "Tensor",
+        guidance: float = 0,
+    ) -> "Tensor":
+        """The pipeline's call has one time for all."""
+        return denoiser(noisy, encoder_hidden_states=embedded["prompt_embeds"], timestep=times / 1000).sample
+
+
+class CogView4(GenericFlow):
+    """CogView4 (Zhipu AI, 2025)."""
+
+    pipeline = "CogView4Pipeline"
+    title = "CogView4"
+    captions: ClassVar = {"prompt_embeds": (0, (224, "text_embed_dim"))}
+    tokens: ClassVar = {"text_encoder": 1024}
+    guidance = 5.0
+
+
+FLOWS: dict[str, type[GenericFlow]] = {
+    kind.pipeline: kind
+    for kind in (Flux2, Flux2Klein, QwenImage, Krea2, Chroma, Lumina2, Sana, HiDream, AuraFlow, CogView4)
+}
