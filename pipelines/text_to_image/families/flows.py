@@ -29,7 +29,6 @@ class Flux2(GenericFlow):
         "attn.add_v_proj",
         "attn.to_add_out",
         "attn.to_qkv_mlp_proj",
-        "attn.to_out",
     )
     mean_latents = True
     distilled = True
