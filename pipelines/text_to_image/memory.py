@@ -60,6 +60,7 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         **({"requires_safety_checker": False} if "safety_checker" in left else {}),
         scheduler=None,
     )
+    pipeline.set_progress_bar_config(disable=True)
     kind.bind(pipeline)
     batch, side = config.train.batch, config.data.resolution
     weights = [tensor for part in names for tensor in (*parts[part].parameters(), *parts[part].buffers())]

@@ -114,7 +114,7 @@ class HiDream(GenericFlow):
     targets = ("to_q", "to_k", "to_v", "to_out")
     captions: ClassVar = {
         "prompt_embeds_t5": (0, (128, "caption_channels.0")),
-        "prompt_embeds_llama3": (2, ("num_layers", 128, "caption_channels.1")),
+        "prompt_embeds_llama3": (2, (32, 128, "caption_channels.1")),
         "pooled_prompt_embeds": (4, ("text_emb_dim",)),
     }
     casts = False

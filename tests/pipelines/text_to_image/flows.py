@@ -359,6 +359,8 @@ def _auraflow(folder: Path):
         out_channels=4,
         pos_embed_max_size=64,
     )
+    for block in (*transformer.joint_transformer_blocks, *transformer.single_transformer_blocks):
+        torch.nn.init.normal_(block.norm1.linear.weight)  # else hardly anything goes through its gates
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
     vae = _flux_vae(scaling_factor=0.13025, shift_factor=None)
     return AuraFlowPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **_t5(umt5=True))
