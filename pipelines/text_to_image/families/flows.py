@@ -1,7 +1,9 @@
 """Facts about the families that are trained by their pipelines' own code: see `generic`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
@@ -80,6 +82,31 @@ class Chroma(GenericFlow):
     packed = True
     guidance = 5.0
 
+    def predict(self, denoiser: Any, *given: Any, **more: Any) -> "Tensor":
+        with _masked(self._pipeline.transformer):
+            return super().predict(denoiser, *given, **more)
+
+
+@contextmanager
+def _masked(denoiser: Any) -> Iterator[None]:
+    """diffusers 0.42 gives Chroma's single blocks no mask where they are checkpointed: here that of the double ones."""
+    if not denoiser.gradient_checkpointing:
+        yield
+        return
+    own, masks = denoiser._gradient_checkpointing_func, []
+
+    def call(block: Any, *given: Any) -> Any:
+        if len(given) == 3:
+            return own(block, *given, masks[-1])
+        masks.append(given[-1])
+        return own(block, *given)
+
+    denoiser._gradient_checkpointing_func = call
+    try:
+        yield
+    finally:
+        denoiser._gradient_checkpointing_func = own
+
 
 class Lumina2(GenericFlow):
     """Lumina-Image 2.0 (Shanghai AI Laboratory, arXiv:2503.21758, 2025): one stream, read by Gemma 2."""
@@ -122,11 +149,15 @@ class HiDream(GenericFlow):
 
     def bind(self, pipeline: Any) -> None:
         super().bind(pipeline)
-        denoiser = pipeline.transformer  # in training it would answer in patches, with a loss of its own beside
-        denoiser.register_to_config(force_inference_output=True)
-        for module in denoiser.modules():
-            if hasattr(module, "_force_inference_output"):
-                module._force_inference_output = True
+        # In training it would answer in patches. The experts are left in training: else they pass no gradient on.
+        pipeline.transformer.register_to_config(force_inference_output=True)
+
+    def embed_empty(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
+        pipeline.transformer.register_to_config(force_inference_output=False)
+        for layer in pipeline.transformer.modules():
+            if hasattr(layer, "experts"):  # which one it goes to depends on values; all are alike
+                layer.forward = partial(_through_one, layer)
+        return super().embed_empty(pipeline, captions)
 
     def read(self, pipeline: Any, caption: str) -> "dict[str, Tensor]":
         found = super().read(pipeline, caption)
@@ -142,6 +173,12 @@ class HiDream(GenericFlow):
         own = copy(pipeline)
         own.default_sample_size = math.sqrt(height * width) / pipeline.vae_scale_factor * (1 + 1e-9)  # rounded down
         return own
+
+
+def _through_one(layer: Any, given: "Tensor") -> "Tensor":
+    repeated = given.repeat_interleave(layer.num_activated_experts, dim=1)
+    made = layer.experts[0](repeated).unflatten(1, (-1, layer.num_activated_experts)).sum(2)
+    return made + layer.shared_experts(given)
 
 
 class AuraFlow(GenericFlow):

@@ -3,7 +3,6 @@
 `write(name, folder)` builds one of BUILDERS as diffusers saves it: every part, and tokenizers that know real words.
 """
 
-import json
 import warnings
 from pathlib import Path
 
