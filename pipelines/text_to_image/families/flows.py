@@ -1,17 +1,35 @@
 """Facts about the families that are trained by their pipelines' own code: see `generic`."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from equipoise.pipelines.text_to_image.families.flux import Flux
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
+from equipoise.pipelines.text_to_image.families.transformer import renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MASKED = "prompt_attention_mask"
+_FLUX2 = {
+    "attn.to_q": "img_attn.qkv",
+    "attn.to_k": "img_attn.qkv",
+    "attn.to_v": "img_attn.qkv",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.add_q_proj": "txt_attn.qkv",
+    "attn.add_k_proj": "txt_attn.qkv",
+    "attn.add_v_proj": "txt_attn.qkv",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_FLUX2_SINGLE = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
 
 
 class Flux2(GenericFlow):
@@ -36,6 +54,15 @@ class Flux2(GenericFlow):
     distilled = True
     negative = False
     guidance = 4.0
+    refused = ()
+    network = "networks.lora_flux_2"
+    shape = ("num_attention_heads", "attention_head_dim")
+
+    fused = Flux.fused
+
+    def original(self, module: str) -> str:
+        inside = re.sub(r"^(single_)?transformer_blocks\.", lambda found: f"{found[1] or 'double_'}blocks.", module)
+        return renamed(inside, _FLUX2 if inside.startswith("double_") else _FLUX2_SINGLE)
 
 
 class Flux2Klein(Flux2):
@@ -55,6 +82,8 @@ class QwenImage(GenericFlow):
     tokens: ClassVar = {"text_encoder": 512}
     packed = True
     strength, guidance = "true_cfg_scale", 4.0
+    refused = ()
+    network = "networks.lora_qwen_image"
 
 
 class Krea2(GenericFlow):
@@ -69,6 +98,7 @@ class Krea2(GenericFlow):
     tokens: ClassVar = {"text_encoder": 507}
     packed = True
     unguided, guidance = 0.0, 4.5  # it counts from 0
+    refused = ("kohya",)
 
 
 class Chroma(GenericFlow):
@@ -81,6 +111,10 @@ class Chroma(GenericFlow):
     left_out = ("image_encoder", "feature_extractor")
     packed = True
     guidance = 5.0
+    refused = ()
+    network = "networks.lora_flux"
+    shape = ("num_attention_heads", "attention_head_dim")
+    original, fused = Flux.original, Flux.fused  # its layers are called as FLUX.1's
 
     def predict(self, denoiser: Any, *given: Any, **more: Any) -> "Tensor":
         with _masked(self._pipeline.transformer):
@@ -146,6 +180,7 @@ class HiDream(GenericFlow):
     }
     casts = False
     guidance = 5.0
+    refused = ("kohya",)
 
     def bind(self, pipeline: Any) -> None:
         super().bind(pipeline)
@@ -189,6 +224,7 @@ class AuraFlow(GenericFlow):
     captions: ClassVar = {"prompt_embeds": (0, (256, "joint_attention_dim"))}
     tokens: ClassVar = {"text_encoder": 256}
     guidance = 3.5
+    refused = ("kohya",)
 
     def predict(
         self,

@@ -182,17 +182,21 @@ class GenericFlow(TransformerFamily):
         )
         return one_step.unpack(seen["latents"], noise.shape, self.patch)
 
+    def original(self, module: str) -> str:
+        return module
+
     def kohya(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
-        raise self._unnamed("kohya's scripts call")
+        if "kohya" in self.refused:
+            raise self._unnamed("kohya's scripts call")
+        return super().kohya(part, module, shape)
 
     def comfyui(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
-        raise self._unnamed("ComfyUI calls")
-
-    def aliases(self, part: str, module: str, shape: Mapping[str, Any]) -> set[str]:
-        return set()
+        if "comfyui" in self.refused:
+            raise self._unnamed("ComfyUI calls")
+        return super().comfyui(part, module, shape)
 
     def versions(self, shape: Mapping[str, Any], prediction: str | None) -> tuple[str, str]:
-        name = self.title.lower().replace(" ", "-").replace(".", "")
+        name = self.title.lower().replace(" ", "-")
         return name, name
 
     def _unnamed(self, who: str) -> InputError:

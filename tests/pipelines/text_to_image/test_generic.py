@@ -13,6 +13,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, QwenImagePipeline
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux2_lora_to_diffusers,
+    _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_qwen_lora_to_diffusers,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,7 +31,10 @@ from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageMo
 from equipoise.pipelines.text_to_image.families import Family, autoencoders, family, known, trained
 from equipoise.pipelines.text_to_image.families.flows import FLOWS
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
+from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import model_problems
+from equipoise.pipelines.text_to_image.formats.lora_files import read_lora, write_lora
+from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAMES = list(FLOWS)
@@ -416,3 +424,48 @@ def test_the_gradient_is_that_of_the_answer(name, base):
         with torch.no_grad():
             seen = (moved(3e-4) - moved(-3e-4)) / 6e-4
     assert slope == pytest.approx(seen, rel=0.05, abs=5e-3) and abs(slope) > 0.03
+
+
+# Names in other apps
+
+
+def some_factors(kind: Family, model) -> dict[str, Factors]:
+    source, found = torch.Generator().manual_seed(0), {}
+    for layer, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and layer.endswith((*kind.targets, "proj_mlp")):
+            down = torch.randn((2, module.in_features), generator=source)
+            up = torch.randn((module.out_features, 2), generator=source)
+            found[f"transformer.{layer}"] = Factors(down, up, 1.0)
+    return found
+
+
+@pytest.mark.parametrize(("name", "format"), [(n, f) for n in NAMES for f in FORMATS if f not in family(n).refused])
+def test_every_bit_comes_back(name, format, base, tmp_path):
+    made = base(name)
+    factors = some_factors(made.family, made.denoiser)
+    write_lora(tmp_path / "lora.safetensors", format, factors, made.shape, {"format": "pt"})
+    found = read_lora(tmp_path / "lora.safetensors", factors, made.shape)
+    assert found.keys() == factors.keys() and len(found) > 3
+    assert all(torch.equal(found[layer].up, own.up) for layer, own in factors.items())
+    if format == "comfyui":  # its loader knows diffusers' modules of these families by that prefix
+        names = {name.rsplit(".lora_", 1)[0] for name in load_file(tmp_path / "lora.safetensors") if ".lora_" in name}
+        assert names == factors.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "convert"),
+    [
+        ("Flux2Pipeline", _convert_kohya_flux2_lora_to_diffusers),
+        ("ChromaPipeline", _convert_kohya_flux_lora_to_diffusers),
+        ("QwenImagePipeline", _convert_non_diffusers_qwen_lora_to_diffusers),
+    ],
+)
+def test_diffusers_reads_kohyas_files_as_the_same_updates(name, convert, base, tmp_path):
+    made = base(name)
+    factors = some_factors(made.family, made.denoiser)
+    write_lora(tmp_path / "kohya.safetensors", "kohya", factors, made.shape, {"format": "pt"})
+    theirs = convert(load_file(tmp_path / "kohya.safetensors"))
+    for layer, own in factors.items():
+        update = theirs.pop(f"{layer}.lora_B.weight") @ theirs.pop(f"{layer}.lora_A.weight")
+        assert torch.allclose(update, own.up @ own.down * (own.alpha / own.rank), atol=1e-4), layer
+    assert not theirs
