@@ -3,9 +3,9 @@
     python benchmarks/picture_families.py                        # all; --only SanaPipeline FluxPipeline for some
 
 Each family's small checkpoint (tests/pipelines/conftest.py and tests/pipelines/text_to_image/flows.py: real classes and
-layout, random weights) is trained for four steps by `equipoise train`; diffusers loads the result by itself and draws from
-the noise of the run's sample, and the two pictures are compared. Prints a Markdown table, and another of diffusers' LoRA
-loaders, with what stands in the way where nothing is trained that they load.
+layout, random weights) is trained for four steps by `equipoise train`; diffusers loads the result by itself and draws
+from the noise of the run's sample, and the two pictures are compared. Prints a Markdown table, and another of the LoRA
+loaders of diffusers, with what stands in the way where nothing is trained that they load.
 """
 
 import argparse

@@ -299,7 +299,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
         encoders = encoders_of(kind, index)
         absent = [name for name in kind.text_encoders if name not in encoders]
         scheduler = load_scheduler(kind, source, **common)
-        pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
+        pipeline = kind.load(
             source,
             scheduler=scheduler,
             # The autoencoder stays in float32: those of Stable Diffusion overflow into black pictures in fp16.
@@ -384,10 +384,12 @@ def layers(part: torch.nn.Module) -> list[str]:
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> None:
     """Without its files, transformers makes an empty tokenizer, and every caption would read the same."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of pictures and words
-    given, words = len(tokenizer), text_encoder.config.get_text_config().vocab_size
+    config = text_encoder.config
+    words = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config["target_vocab_size"]
+    given = len(tokenizer)
     fits = _FILLED * words <= given <= words
     reads = f"but the text encoder reads {words}"
-    if text_encoder.config.model_type.startswith("clip"):  # others have no limit of positions
+    if getattr(config, "model_type", "").startswith("clip"):  # others have no limit of positions
         length, longest = text_encoder.config.max_position_embeddings, tokenizer.model_max_length
         fits = fits and longest <= length
         reads = f"gives up to {longest} tokens, but the text encoder reads {words} words and {length} tokens"

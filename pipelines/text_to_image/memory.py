@@ -53,7 +53,7 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         cast_training_params(parts[part], torch.float32)
         trained += [parameter for parameter in parts[part].parameters() if parameter.requires_grad]
     left = [*kind.left_out, *(name for name in kind.text_encoders if name not in encoders)]
-    pipeline = getattr(diffusers, kind.pipeline)(
+    pipeline = kind.assemble(
         **parts,
         **dict.fromkeys([*left, *(kind.text_encoders[name] for name in left if name in kind.text_encoders)]),
         **{kind.text_encoders[name]: _Lengths(parts[name].config) for name in encoders},
@@ -79,7 +79,7 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
 
 def _empty(named: list[str], config: dict[str, Any]) -> Any:
     """A part without its values, of the class that model_index.json names."""
-    library, name = named
+    library, name = named[:2]  # modular pipelines say more
     with torch.device("meta"):
         if library == "diffusers":
             return getattr(diffusers, name).from_config(config)

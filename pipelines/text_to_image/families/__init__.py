@@ -53,12 +53,25 @@ class Family(ABC):
     native: ClassVar[int | None] = None  # pixels, where the denoiser's config does not say
     guidance: ClassVar[float] = 7.0  # for samples, by default
 
+    modular: ClassVar[bool] = False  # the pipeline is one of diffusers' modular ones, which are called in another way
     refused: ClassVar[tuple[str, ...]] = ()  # formats of files in which its layers have no names that are known
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The folders with weights."""
         return (self.denoiser, "vae", *self.text_encoders)
+
+    def load(self, source: str, **options: Any) -> Any:
+        """The pipeline of a checkpoint, with diffusers' options of loading."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline).from_pretrained(source, **options)
+
+    def assemble(self, **parts: Any) -> Any:
+        """The pipeline of these parts."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline)(**parts)
 
     def bind(self, pipeline: Any) -> None:  # noqa: B027 (most need none)
         """Is given the pipeline that it will be used with, before `predict`."""

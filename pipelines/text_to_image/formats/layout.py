@@ -15,6 +15,7 @@ from equipoise.pipelines.text_to_image.families import TITLES, Family, family, t
 from equipoise.pipelines.training.layers import named_by, unmatched
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
+INDEXES = ("model_index.json", "modular_model_index.json")  # a checkpoint has either
 HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
 
 
@@ -45,8 +46,8 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
         return [
             f"model.path: {folder} does not exist. Give a checkpoint folder, a hub id such as owner/name, or `demo`."
         ]
-    index = folder / "model_index.json"
-    if not index.is_file():
+    index = next((file for file in (folder / name for name in INDEXES) if file.is_file()), None)
+    if index is None:
         return [f"model.path: {folder} has no model_index.json, so it is not a checkpoint in diffusers' layout."]
     described = _json(index)
     if wrong := _index_problems(described, index, str(folder)):
@@ -67,7 +68,16 @@ def read_index(path: str, revision: str | None = None, fetch: bool = True) -> di
     Args:
         fetch: ask the hub where it was not fetched before.
     """
-    return _json(_file(path, "model_index.json", revision, fetch)) or {}
+    found = None
+    for name in INDEXES:
+        try:
+            found = _json(_file(path, name, revision, fetch))
+        except OSError:
+            if name == INDEXES[-1]:
+                raise
+        if found is not None:
+            return found
+    return {}
 
 
 def encoders_of(kind: Family, index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AnimaModularPipeline,
+    AnimaTextConditioner,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
@@ -18,6 +20,8 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
+    CosmosTransformer3DModel,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -29,6 +33,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    ModularPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -345,6 +350,39 @@ def _hidream(folder: Path):
     return HiDreamImagePipeline(scheduler=scheduler, vae=_flux_vae(), transformer=transformer, **read)
 
 
+def _anima(folder: Path):
+    from transformers import Qwen3Config, Qwen3Model
+
+    words, t5 = _qwen_words(), _t5()["tokenizer"]
+    config = Qwen3Config(vocab_size=len(words), num_hidden_layers=2, head_dim=8, **_DEEP)
+    sizes = {"source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH, "num_layers": 1, "num_attention_heads": 2}
+    transformer = CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=4,
+        max_size=(4, 16, 16),
+        patch_size=(1, 2, 2),
+        extra_pos_embed_type=None,
+        concat_padding_mask=False,  # which needs torchvision
+    )
+    made = AnimaModularPipeline()
+    made.update_components(
+        text_encoder=Qwen3Model(config),
+        tokenizer=words,
+        t5_tokenizer=t5,
+        text_conditioner=AnimaTextConditioner(target_vocab_size=len(t5) + 2, **sizes),
+        transformer=transformer,
+        vae=_qwen_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    return made
+
+
 def _auraflow(folder: Path):
     transformer = AuraFlowTransformer2DModel(
         sample_size=4,
@@ -400,6 +438,7 @@ BUILDERS = {
     "Lumina2Pipeline": _lumina2,
     "SanaPipeline": _sana,
     "HiDreamImagePipeline": _hidream,
+    "AnimaModularPipeline": _anima,
     "AuraFlowPipeline": _auraflow,
     "CogView4Pipeline": _cogview4,
 }
@@ -410,7 +449,7 @@ def write(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        BUILDERS[name](folder.with_name(f"{folder.name}-words")).save_pretrained(folder, safe_serialization=True)
+        BUILDERS[name](folder.with_name(f"{folder.name}-words")).save_pretrained(str(folder), safe_serialization=True)
     return folder
 
 
@@ -427,17 +466,21 @@ def draw(checkpoint: str, result: str, shape: list[int], words: dict) -> torch.T
     Returns:
         Its bytes.
     """
-    from diffusers import DiffusionPipeline
-
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    if Path(checkpoint, "modular_model_index.json").is_file():
+        blocks = ModularPipeline.from_pretrained(checkpoint)
+        blocks.load_components()
+        blocks.load_lora_weights(result)
+        picture = blocks(prompt="a sks object", latents=noise.unsqueeze(2), output="images", **size)[0]
+        return torch.tensor(list(picture.tobytes()), dtype=torch.uint8)
     pipeline = DiffusionPipeline.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(result)
-    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
     name = type(pipeline).__name__
     if name in PACKED:
         noise = pipeline._pack_latents(noise, *noise.shape)
     if name == "HiDreamImagePipeline":  # else it draws 1024 × 1024
         pipeline.default_sample_size = 4 + 1e-8
-    size = {"height": 32, "width": 32, "num_inference_steps": 2}
     picture = pipeline(prompt="a sks object", latents=noise, **size, **words).images[0]
     return torch.tensor(list(picture.tobytes()), dtype=torch.uint8)
