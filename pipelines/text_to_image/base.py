@@ -35,6 +35,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.runs.run import memory_full
 from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageLora, TextToImageModel
 from equipoise.pipelines.text_to_image.families import Family, family, shape_of
+from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.noise import Noise, load_scheduler, make_noise, scheduler_with
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
@@ -105,7 +106,7 @@ class Base:
     @property
     def stride(self) -> int:
         """Pixels: sides of pictures are multiples of it."""
-        return self.pipeline.vae_scale_factor * self.family.patch
+        return factor(self.vae.config) * self.family.patch
 
     @property
     def shape(self) -> dict[str, Any]:

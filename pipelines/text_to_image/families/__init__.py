@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TITLES = (  # what comes with Equipoise
     "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and FLUX.2, Z-Image, Qwen-Image, Krea 2, Chroma, Lumina 2, Sana, "
-    "HiDream-I1, AuraFlow and CogView4"
+    "HiDream-I1, Anima, AuraFlow, CogView4 and ERNIE-Image"
 )
 
 NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in pure noise where the noise is what is predicted

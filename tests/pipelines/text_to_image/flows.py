@@ -23,6 +23,8 @@ from diffusers import (
     CosmosTransformer3DModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    ErnieImagePipeline,
+    ErnieImageTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -145,7 +147,7 @@ def _qwen_vae():
     )
 
 
-def _flux2_parts(klein: bool):
+def _flux2_vae():
     vae = AutoencoderKLFlux2(
         sample_size=32,
         block_out_channels=(4, 4, 4, 4),
@@ -157,6 +159,10 @@ def _flux2_parts(klein: bool):
     )
     torch.nn.init.normal_(vae.bn.running_mean)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
+
+
+def _flux2_parts(klein: bool):
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -170,7 +176,7 @@ def _flux2_parts(klein: bool):
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=not klein,
     )
-    return {"vae": vae, "transformer": transformer, "scheduler": _shifting()}
+    return {"vae": _flux2_vae(), "transformer": transformer, "scheduler": _shifting()}
 
 
 def _shifting():
@@ -429,6 +435,31 @@ def _cogview4(folder: Path):
     return CogView4Pipeline(words, GlmModel(config), vae, transformer, scheduler)
 
 
+def _ernie(folder: Path):
+    from transformers import Mistral3Config, Mistral3Model
+
+    words = _byte_words()
+    text = {"model_type": "mistral", "vocab_size": len(words), "num_hidden_layers": 2, "head_dim": 8, **_DEEP}
+    tower = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 1, "image_size": 32, "patch_size": 16}
+    config = Mistral3Config(text_config=text, vision_config=tower, image_token_index=0)
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=WIDTH,
+        rope_axes_dim=(4, 6, 6),
+    )
+    for parameter in transformer.parameters():  # it begins with zeros where it modulates and at its end
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=4.0)
+    return ErnieImagePipeline(transformer, _flux2_vae(), Mistral3Model(config), words, scheduler)
+
+
 BUILDERS = {
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2_klein,
@@ -441,6 +472,7 @@ BUILDERS = {
     "AnimaModularPipeline": _anima,
     "AuraFlowPipeline": _auraflow,
     "CogView4Pipeline": _cogview4,
+    "ErnieImagePipeline": _ernie,
 }
 
 

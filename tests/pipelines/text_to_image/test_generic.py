@@ -238,6 +238,8 @@ def direct(name: str, pipeline, noisy, times, read: dict[str, torch.Tensor]) -> 
         return -model(noisy, 1 - times / 1000, words, mask).sample
     if name == "SanaPipeline":
         return model(noisy, words, times, encoder_attention_mask=mask).sample
+    if name == "ErnieImagePipeline":
+        return model(noisy, times, words, read["lengths"]).sample
     if name == "AuraFlowPipeline":
         return model(noisy, words, times / 1000).sample
     assert name == "CogView4Pipeline"
