@@ -1,7 +1,7 @@
 """Facts about the families that are trained by their pipelines' own code: see `generic`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from equipoise.pipelines.text_to_image.families.anima import Anima
@@ -173,6 +173,16 @@ class Ernie(GenericFlow):
 
         (words,) = pipeline.encode_prompt([caption], device=pipeline.text_encoder.device)
         return {"prompt_embeds": words[None], "lengths": torch.tensor([len(words)])}
+
+    def embed_empty(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
+        import torch
+
+        places = (
+            pipeline.transformer.pos_embed
+        )  # are reckoned without autocast, which a tensor without values knows not
+        own = places.forward
+        places.forward = lambda ids: own(torch.zeros(ids.shape, device="cpu")).to(ids.device)
+        return super().embed_empty(pipeline, captions)
 
     def predict(
         self,
