@@ -21,7 +21,7 @@ from equipoise.pipelines.config import Key, PluginSection, RunConfig, yamlio
 from equipoise.pipelines.config.keys import section_at
 from equipoise.plugin_cache import load_errors
 
-NOT_ASKED = ("pipeline", "runs")  # what the form itself settles
+NOT_ASKED = ("pipeline", "runs", "script")  # what the form itself settles, and what no page may start
 SWEEP = "sweep"  # holds the axes that no other field can show
 OPTION_HEADERS = ["plugin", "option", "value", "default", "must be", "what it does"]
 _DECIMAL_COMMA = re.compile(r"-?(0,\d+|\d+,0\d+)")  # 0,5 and 1,05: hardly a list of 0 and 5, or of 1 and 05

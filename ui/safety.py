@@ -35,6 +35,7 @@ SUFFIXES = {  # what is served, and as what; everything else stays where it is
 }
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".yaml", ".safetensors")  # what a choice of data may end in
 OFFERED = 500  # entries of one folder
+COMMANDS = "script: this page starts no commands of other programs. `equipoise train` and `equipoise sweep` do."
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")
 _UPLOADED = ("PNG", "JPEG", "WEBP")
 _SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp"}  # MPO: a JPEG with more pictures behind it
@@ -117,14 +118,15 @@ class Site:
         return str(target.resolve())
 
     def problems(self, *configs: RunConfig) -> list[str]:
-        """Paths in configurations that lead out of the data roots, and folders with links that do: a sentence for each.
+        """Paths in configurations that lead out of the data roots, folders with links that do, and commands of other
+        programs: a sentence for each.
 
         Args:
             configs: One, or a sweep's and those of its cells.
         """
         roots = [self.store.root, *self.data.values()]
         hint = f"one of {', '.join(self.data)}" if self.data else "--data NAME=FOLDER when it starts"
-        found = []
+        found = [COMMANDS] if any(getattr(one, "script", None) for one in configs) else []
         marked = {key.key: key.opened for one in configs[:1] for key in describe(type(one))}
         for key, text in dict.fromkeys(item for one in configs for item in _paths(one, marked)):
             if not _inside(Path(text), roots):

@@ -254,6 +254,24 @@ def opened(cls: type) -> list[str]:
     return [key.key for key in configs.describe(cls) if key.opened]
 
 
+def test_the_page_starts_no_command_of_another_program(site):
+    """Neither from a form, an axis or a YAML file, nor by resuming a run that was made elsewhere."""
+    command = "touch here {output} {learning_rate}"
+    base = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
+    shown = launch.forms.show(base)
+    assert "script" not in {field.key.key for field in forms.fields(type(base))}
+    for axes in ({"script": [command]}, {"script": [command, None]}):
+        with pytest.raises(ConfigError, match="script: this page starts no commands"):
+            launch.plan(site, "text_to_image", "text_to_image/demo", {**shown, "sweep": json.dumps(axes)}, [])
+    given = configs.set_keys(base, {"script": command})
+    with pytest.raises(ConfigError, match="script: this page starts no commands"):
+        api.check(site, 1, configs.dump(given))
+    made = site.store.create(given, id="theirs")
+    with pytest.raises(InputError, match="script: this page starts no commands"):
+        runs_detail.act(site, made.id, "resume", 1)
+    assert not made.status().started
+
+
 @pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])
 def test_every_key_that_is_a_path_is_confined_however_it_is_written(site, tmp_path, monkeypatch, name):
     (tmp_path / "private").mkdir()
