@@ -15,12 +15,13 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.data import SPLITS
 from equipoise.pipelines.audio_visual.papers import RECIPES, configuration
-from equipoise.pipelines.commands import conversations, question_sets
+from equipoise.pipelines.commands import conversations, pictures, question_sets
 from equipoise.pipelines.commands.question_sets import table_of, text_of
 from equipoise.pipelines.files import explained, user_path, write_atomic
 
 Row = dict[str, str]  # a set's reader gives a str in its place for a clip that is left out: which, and why
 _LISTED = 5  # of those
+LOOKS = {conversations.NAME: conversations.show, pictures.NAME: pictures.show}  # into data sets of any name
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".flv", ".mov"}
 EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness", "NEU": "neutral", "SAD": "sadness"}
 
@@ -28,27 +29,29 @@ EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     asked = {name: read for name, (read, _) in question_sets.SETS.items()}
-    readers = {**SETS, **asked, conversations.NAME: conversations.show}
+    readers = {**SETS, **asked, **LOOKS}
     known = "\n".join(f"  {name:<16} {(reader.__doc__ or '').splitlines()[0]}" for name, reader in readers.items())
     parser.epilog = f"Data sets, and what DIR holds:\n{known}"
     parser.add_argument("set", metavar="SET", help="The data set; see below.")
     parser.add_argument(
-        "folder", metavar="DIR", type=user_path, help="The folder it was unpacked in; the conversations."
+        "folder", metavar="DIR", type=user_path, help="The folder it was unpacked in; the conversations; the pictures."
     )
     parser.add_argument(
         "--output",
         type=user_path,
         metavar="CSV",
-        help="The manifest to write (default: manifest.csv in DIR), or the questions' folder (default: DIR).",
+        help="The manifest to write (default: manifest.csv in DIR), or the folder of questions (default: DIR) or of "
+        "pictures.",
     )
     conversations.add_arguments(parser)
+    pictures.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.set == conversations.NAME:
-        return conversations.show(args)
+    if args.set in LOOKS:
+        return LOOKS[args.set](args)
     if args.set not in SETS and args.set not in question_sets.SETS:
-        known = [*SETS, *question_sets.SETS, conversations.NAME]
+        known = [*SETS, *question_sets.SETS, *LOOKS]
         close = get_close_matches(args.set, known, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise InputError(f"prepare: no data set {args.set!r}. {hint}There are {', '.join(known)}.")

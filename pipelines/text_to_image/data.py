@@ -21,6 +21,7 @@ from equipoise.pipelines.text_to_image.tables import ENCODING, listed, read_tabl
 CAPTIONS = (".txt", ".caption")  # of the files beside pictures, the first counts
 _RUN = {"config.yaml", "status.json", "environment.json"}  # a folder that holds all of these is a run's
 _SPLITS = {"train", "validation", "valid", "val", "test", "eval"}
+_PACKED = (".parquet", ".arrow", ".tar")  # what data sets keep pictures in
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")  # more digits are a year or a date
 
 
@@ -83,7 +84,11 @@ def read_folder(data: TextToImageData) -> Folder:
         return made
     kept = _without_zeros(pictures, data, made)
     if not kept:
-        made.problems.append(f"data.folder: {folder} holds no pictures ({NAMED}).")
+        inside = ", ".join(suffix for suffix in _PACKED if made.others[suffix])
+        advice = (
+            f" `equipoise prepare pictures {folder} --output FOLDER` takes them out of its {inside}." if inside else ""
+        )
+        made.problems.append(f"data.folder: {folder} holds no pictures ({NAMED}).{advice}")
         return made
     if data.instance_prompt is not None:
         made.examples = [Example(path, data.instance_prompt) for path in kept]
