@@ -20,7 +20,7 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
 from equipoise.quick import no_garbage_collection
-from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, read_only, runs_tab, talk_tab, theme
+from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, read_only, runs_tab, talk, theme
 from equipoise.ui.guard import Guard
 from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
 
@@ -51,7 +51,7 @@ TABS: dict[str, Callable[[Page, gr.Tab], None]] = {  # in their order; each draw
     "Launch": _launch,
     "Runs": _runs,
     "Compare": lambda page, tab: compare_tab.build(page.site, page.launch, tab),
-    "Talk": lambda page, tab: talk_tab.build(page.site, tab),
+    "Talk": lambda page, tab: talk.build(page.site, tab),
     "Plugins": lambda page, tab: plugins.build(tab),
 }
 

@@ -1,4 +1,7 @@
-"""`equipoise prepare SET DIR`: manifests of audio-visual data sets, questions of others, a look at conversations."""
+"""`equipoise prepare`: a data set's files as what a pipeline trains on, or a look at conversations.
+
+equipoise prepare SET DIR: manifests of audio-visual clips, questions about pictures and sounds, folders of pictures.
+"""
 
 import argparse
 import csv

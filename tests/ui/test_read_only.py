@@ -11,7 +11,7 @@ import pytest
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs import status
-from equipoise.ui import read_only, talk_tab
+from equipoise.ui import read_only, talk
 from equipoise.ui.app import page
 
 READS = {  # all other handlers: each new one must be put into one of the two
@@ -75,9 +75,9 @@ def test_a_page_that_only_shows_changes_nothing(site, run, swept, serve):
 
 
 def test_a_trained_model_and_its_base_stand_beside_each_other(site, swept, run):
-    ids = talk_tab.offered(site)
+    ids = talk.offered(site)
     assert ids[0] == "one" or set(ids) == {"one", *(cell.id for cell in sweeps.cells(swept))}
-    shown = talk_tab.shown_beside(site, "grid/comparison")
+    shown = talk.shown_beside(site, "grid/comparison")
     assert shown.count("<section>") == 2 and "the untouched base" in shown and "adamw 1e-4" in shown
     assert shown.count("<img") == 4 and "a &lt;i&gt;cat" in shown
 
@@ -97,6 +97,6 @@ def test_what_was_asked_before_is_shown_at_once(site, swept, ask):
 
 
 def test_without_a_run_there_is_nobody_to_ask(site):
-    assert talk_tab.offered(site) == []
+    assert talk.offered(site) == []
     with pytest.raises(gr.Error, match="--read-only"):
         read_only._refuse()
