@@ -159,6 +159,8 @@ class GenericFlow(TransformerFamily):
         steps: int,
         guidance: float,
     ) -> "Tensor":
+        import torch
+
         from equipoise.pipelines.text_to_image.families import one_step
 
         latents = noise if self.casts else noise.to(getattr(pipeline, self.denoiser).dtype)
@@ -168,18 +170,20 @@ class GenericFlow(TransformerFamily):
             seen.update(tensors)
             return {}
 
-        self.sized(pipeline, *size)(
-            prompt=list(prompts),
-            latents=one_step.pack(latents, self.patch) if self.packed else latents,
-            height=size[0],
-            width=size[1],
-            num_inference_steps=steps,
-            output_type="latent",
-            callback_on_step_end=keep,  # some pipelines decode a part of what they return
-            **{self.strength: guidance},
-            **({"negative_prompt": [negative] * len(prompts)} if self.negative else {}),
-            **self.options,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of schedulers that add noise as they go
+            self.sized(pipeline, *size)(
+                prompt=list(prompts),
+                latents=one_step.pack(latents, self.patch) if self.packed else latents,
+                height=size[0],
+                width=size[1],
+                num_inference_steps=steps,
+                output_type="latent",
+                callback_on_step_end=keep,  # some pipelines decode a part of what they return
+                **{self.strength: guidance},
+                **({"negative_prompt": [negative] * len(prompts)} if self.negative else {}),
+                **self.options,
+            )
         return one_step.unpack(seen["latents"], noise.shape, self.patch)
 
     def original(self, module: str) -> str:
