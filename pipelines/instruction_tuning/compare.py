@@ -53,7 +53,7 @@ def compare(
                 raise InputError(f"comparison: {key} differs between the runs ({mine} and {theirs}); compare others.")
     base = load_model(first.model, first.train.precision, first.components)
     talk = _talk(first, base.config.model_type)
-    parts = architecture(talk.model_type, [name for name, _ in base.named_parameters()], first.components)
+    parts = architecture(talk.model_type, [name for name, _ in base.named_parameters()], first.components, base)
     limit = positions(base, parts)  # what was left out for it is not asked either
     _, held, problems = load_examples(first, talk, lambda text: print(text, file=sys.stderr), limit)
     if problems:

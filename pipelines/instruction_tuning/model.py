@@ -285,7 +285,7 @@ def _fewer_bits(
     empty = _of_shapes(model, precision)
     if getattr(empty.config, "quantization_config", None):
         raise InputError(f"model.quantize: {model.path} is kept in fewer bits already. Leave it out.")
-    parts = architecture(empty.config.model_type, [name for name, _ in empty.named_parameters()], components)
+    parts = architecture(empty.config.model_type, [name for name, _ in empty.named_parameters()], components, empty)
     how = str(model.quantize)
     return quantized.options(how, quantized.layers(empty, parts, how), DTYPES[precision])
 
@@ -331,7 +331,7 @@ def adapt(model: Any, config: InstructionTuningConfig) -> Tuned:
             f"model.path: this {kind} has a language model with an encoder of its own, as T5 and BART have; here "
             "answers follow their questions in one text, as in OPT, LLaMA and Qwen. Use such a model."
         )
-    parts = architecture(kind, names, config.components)
+    parts = architecture(kind, names, config.components, model)
     idle = [pattern for pattern in config.frozen if not any(matches(pattern, name) for name in names)]
     wrong = [f"frozen: {', '.join(idle)}: matches no parameter of the model."] * bool(idle)
     chosen, unfit = targets(model, parts, config)

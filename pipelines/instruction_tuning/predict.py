@@ -92,7 +92,9 @@ class _Tuned:
         data, processor = config.data, load_processor(config.model)
         frames = Frames(data.fps, data.frames)
         self.talk = Talk(processor, base.config.model_type, data.prompt, data.max_tokens, frames)
-        parts = architecture(self.talk.model_type, [name for name, _ in base.named_parameters()], config.components)
+        parts = architecture(
+            self.talk.model_type, [name for name, _ in base.named_parameters()], config.components, base
+        )
         self.limit = positions(base, parts)
         self.model = load_result(base, folder).eval()
 

@@ -70,7 +70,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     talk = Talk(processor, model.config.model_type, data.prompt, data.max_tokens, frames)
 
     tell = partial(_tell, run)
-    parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components)
+    parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components, model)
     with accelerator.main_process_first():  # it may have to draw them
         kept, held, problems = load_examples(config, talk, tell, positions(model, parts))
     if problems:  # since the check

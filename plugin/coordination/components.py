@@ -1,16 +1,20 @@
 """The parts of a multimodal model, and the components that its trained parameters are split into, each with its rate.
 
 Multimodal models of transformers are a tower (of pictures or sounds), a connector and a language model, under names
-that differ. `architecture` knows them for the architectures below and recognises others of that shape; `partition`
-puts every trained parameter into exactly one component, or refuses with a list.
+that differ. `architecture` knows them for the architectures below and recognises others of that shape, by names or by
+the modules' structure; `partition` puts every trained parameter into exactly one component, or refuses with a list.
+
+Names come first, for structure does not tell all: a connector may lie inside of its tower (Qwen's merger, the proj of
+its Omni's audio tower, Llama 4's adapter), be a model of its own as a tower is (a Q-Former, Idefics2's resampler), or
+the language model may be what all the rest lies in (Phi-4).
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.errors import InputError
 
@@ -103,7 +107,10 @@ _SHAPE = Architecture(_names("tower"), _names("connector"), _names("language"))
 
 
 def architecture(
-    model_type: str, names: Iterable[str], components: Mapping[str, Sequence[str]] | None = None
+    model_type: str,
+    names: Iterable[str],
+    components: Mapping[str, Sequence[str]] | None = None,
+    model: nn.Module | None = None,
 ) -> Architecture:
     """The parts of a model.
 
@@ -112,6 +119,7 @@ def architecture(
         names: Its parameters' names, as `named_parameters` gives them.
         components: Component → patterns, one of them `language`: they stand in for the names where those are not known;
             what the other components name is then the connector.
+        model: What the parameters are of; where its names are not known, its structure may tell the parts.
 
     Raises:
         InputError: The model has no tower or no language model under any known name, or parameters outside all parts.
@@ -122,6 +130,10 @@ def architecture(
     if components and not ({"tower", "language"} <= set(parts.values()) and all(parts.values())):
         before = [pattern for name, some in components.items() for pattern in some if name != "language"]
         return Architecture((), tuple(before), tuple(components["language"]))
+    if not ({"tower", "language"} <= set(parts.values()) and all(parts.values())):
+        if model is not None and (found := by_structure(model)) is not None:
+            media = {_medium(name) for name in names if found.part(name) == "tower"}
+            return replace(found, apart={"vision", "audio"} <= media)
     if not {"tower", "language"} <= set(parts.values()):
         missing = " and no ".join(sorted({"tower", "language"} - {part for part in parts.values() if part}))
         raise InputError(
@@ -135,6 +147,37 @@ def architecture(
         )
     media = {_medium(name) for name, part in parts.items() if part == "tower"}
     return replace(known, apart={"vision", "audio"} <= media)
+
+
+def by_structure(model: nn.Module) -> Architecture | None:
+    """The parts of a model as its modules show them: what has the text's configuration, and the head, is the language
+    model; other models inside that have a configuration of their own are towers; all else is the connector. None where
+    one of the three is missing."""
+    top = getattr(model, "config", None)
+    if not hasattr(top, "get_text_config"):
+        return None
+    text: Any = top.get_text_config()
+    inside = {name: m.config for name, m in model.named_modules() if name and hasattr(m, "config") and _is_model(m)}
+    own = {name: config for name, config in inside.items() if config is not top and type(config) is not type(top)}
+    language = [name for name, config in own.items() if config is text or type(config) is type(text)]
+    towers = [name for name in own if name not in language and not any(at.startswith(f"{name}.") for at in language)]
+    head = model.get_output_embeddings() if _is_model(model) else None  # type: ignore[operator]
+    if not language or head is None:  # else what answers would be taken for the connector
+        return None
+    language += [name for name, module in model.named_modules() if module is head]
+    known = Architecture(tuple(towers), (), tuple(language))
+    between = [name for name, _ in model.named_parameters() if known.part(name) is None]
+    if not (towers and between):
+        return None
+    above = {name: name.rpartition(".")[0] for name in between}
+    held = {at.rsplit(".", depth)[0] for at in (*towers, *language) for depth in range(at.count(".") + 1)}
+    connector = [name if not parent or parent in held else parent for name, parent in above.items()]
+    return replace(known, connector=tuple(dict.fromkeys(connector)))
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, which a package without transformers knows by what it can do."""
+    return hasattr(module, "get_input_embeddings") and hasattr(module, "get_output_embeddings")
 
 
 def partition(

@@ -125,7 +125,7 @@ def find_components(
     if patterns is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         names = [name for name, _ in model.named_parameters()]
-        known = architecture(kind, names)
+        known = architecture(kind, names, model=model)
         found: dict[str, dict[str, Tensor]] = {name: {} for name in known.components(names)}
         for name, tensor in trained.items():
             found[known.component(name)][name] = tensor

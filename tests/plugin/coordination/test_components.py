@@ -1,9 +1,13 @@
 """The parts of multimodal models by their parameters' names, and partitions that are complete or refused."""
 
+import warnings
+
 import pytest
 import torch
+from transformers import AutoModelForMultimodalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from equipoise.coordination.components import ARCHITECTURES, architecture, matches, partition
+from equipoise.coordination.components import ARCHITECTURES, architecture, by_structure, matches, partition
 from equipoise.errors import InputError
 
 # Names as the models of transformers 5 have them; the pipeline's tests build five of these for real.
@@ -136,3 +140,51 @@ def test_gemmas_embedders_are_connectors():
     known = architecture("gemma4", [f"model.{name}" for name in names])
     assert [known.part(name) for name in names] == ["tower", "connector", "tower", "connector", "language"]
     assert known.components(names) == ["vision", "audio", "language"]
+
+
+ALIKE = [
+    "llava",
+    "llava_onevision",
+    "paligemma",
+    "gemma3",
+    "internvl",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
+    "qwen2_audio",
+]
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_structure_gives_the_parts_that_names_do(kind):
+    model = on_meta(kind)
+    names = [name for name, _ in model.named_parameters()]
+    by_name, found = architecture(kind, names), by_structure(model)
+    assert found is not None and {n: found.part(n) for n in names} == {n: by_name.part(n) for n in names}
+
+
+@pytest.mark.parametrize("kind", ["deepseek_vl_hybrid", "kosmos-2", "vibevoice_asr", "nemo_speechlm"])
+def test_structure_tells_the_parts_of_models_whose_names_nobody_knows(kind):
+    model = on_meta(kind)
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(InputError, match=r"of a known shape|outside its tower"):
+        architecture(kind, names)
+    found = architecture(kind, names, model=model)
+    assert {found.part(name) for name in names} == {"tower", "connector", "language"}
+    assert found.components(names)[-1] == "language"
+    layers = [name for name in names if (".layers." in name and "text" in name) or "language_model" in name]
+    assert layers and {found.part(name) for name in layers} == {"language"}
+
+
+@pytest.mark.parametrize("kind", ["git", "kyutai_speech_to_text", "qwen2_5_omni", "blip", "fuyu"])
+def test_what_structure_does_not_tell_is_refused_still(kind):
+    model = on_meta(kind)
+    assert by_structure(model) is None
+    with pytest.raises(InputError, match=r"Name the parts by patterns in components"):
+        architecture(kind, [name for name, _ in model.named_parameters()], model=model)
+
+
+def on_meta(kind: str) -> torch.nn.Module:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForMultimodalLM.from_config(CONFIG_MAPPING[kind]())
