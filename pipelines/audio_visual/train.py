@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +262,12 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         if self.objective.uses_responses:
             with torch.no_grad(), self.accelerator.autocast():
                 responses = self.model.responses(features, unimodal)
+        given: Mapping[str, Tensor] = features
+        if self.objective.changes_features:
+            said = {name: processes.gathered(logits) for name, logits in (responses or {}).items()}
+            given = self.objective.fuse(features, said, processes.gathered(labels))
         with self.accelerator.autocast():
-            changed = self.objective.changes_features
-            joint = self.model.fusion(self.objective.fuse(features, responses or {}, labels) if changed else features)
+            joint = self.model.fusion(given)
         weigh = self.weights_of_classes
 
         def loss(logits: Tensor, there: Tensor | None = None) -> Tensor:

@@ -133,8 +133,8 @@ class Objective:
     def fuse(
         self,
         features: Mapping[str, Tensor],  # modality → (batch, width), with their graph
-        responses: Mapping[str, Tensor],  # as `Losses.responses`
-        labels: Tensor,  # (batch,)
+        responses: Mapping[str, Tensor],  # as `Losses.responses`; of several processes, all of them
+        labels: Tensor,  # the classes of those
     ) -> Mapping[str, Tensor]:
         """What the joint head is given in place of the features, if `changes_features`."""
         return features

@@ -71,7 +71,7 @@ class OPM(Objective):
         self._logged = {f"dropped_{name}": value for name, value in q.items()}
         device = labels.device
         # the draws are made in any case, so that the numbers after them are the same
-        drawn = {name: torch.rand(len(labels), 1).to(device) for name in features}
+        drawn = {name: torch.rand(len(made), 1).to(device) for name, made in features.items()}
         if float(torch.rand(())) >= self.execute or not self._drops():
             return features
         widths = {name: made.shape[1] for name, made in features.items()}

@@ -34,6 +34,7 @@ OPTIONS = {
     "mslr": {"factors": {"audio": 0.5, "visual": 2.0}},
     "ogm_ge": {"tensors": "all", "noise": False},
     "noisy": {"tensors": "all"},
+    "gradient_blending": {"weights": {"joint": 0.5, "audio": 0.2, "visual": 0.3}},
 }
 
 
@@ -72,6 +73,7 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
             groups = [{"params": some, "lr": 0.05, "component": c} for some, c in ((nets, "nets"), (heads, "heads"))]
             encoders = {name: list(net.parameters()) for name, net in self.nets.items()}
             super().__init__(config, None, make_accelerator("no"), dict([*nets, *heads]), groups, encoders)
+            self.objective.steps_per_epoch = len(self.data) / (2 * BATCH)
 
         def evaluate(self, step, micro):
             chosen = list(self.share(step * self.config.train.accumulate + micro))
