@@ -272,7 +272,17 @@ class Base:
 
 
 _loaded: dict[str, Base] = {}
+
+
 _FILLED = 0.25  # of a text encoder's rows, the least share that its tokenizer uses: an empty one has a hundredth
+
+
+def forget_bases() -> None:
+    """Frees the memory of the base that this process has loaded."""
+    _loaded.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_base(model: TextToImageModel, precision: str) -> Base:
@@ -286,8 +296,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     if key in _loaded:
         _loaded[key].set_scheduler(NoiseSection())  # a run before may have sampled in another way
         return _loaded[key]
-    _loaded.clear()  # one base in memory at a time
-    gc.collect()
+    forget_bases()  # one base in memory at a time
     wrong = model_problems(model.path, model.variant) if is_local(model.path) else []
     if wrong:
         raise InputError("\n".join(wrong))

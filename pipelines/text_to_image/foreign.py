@@ -7,6 +7,7 @@ own. What they are judged by, loss and pictures, is measured here, alike for all
 # diffusers annotates too narrowly.
 # pyright: reportArgumentType=false
 
+import codecs
 import ctypes
 import json
 import os
@@ -20,8 +21,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
@@ -29,7 +33,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
-from equipoise.pipelines.text_to_image.base import load_base
+from equipoise.pipelines.text_to_image.base import forget_bases, load_base
 from equipoise.pipelines.text_to_image.compare import with_lora
 from equipoise.pipelines.text_to_image.compare_files import plain_factors
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
@@ -40,6 +44,7 @@ from equipoise.pipelines.text_to_image.formats.layout import model_source
 from equipoise.pipelines.text_to_image.formats.lora_files import write_lora
 from equipoise.pipelines.text_to_image.latents import prepare_latents
 from equipoise.pipelines.text_to_image.result import LORA_FILE, facts_of
+from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import StoppedError
 from equipoise.pipelines.training.state import make_accelerator, number
 
@@ -47,6 +52,7 @@ FOLDER, LOG = "trainer", "trainer.log"  # in a run's folder: where the command w
 THROUGH = "trainer.json"  # there once it came to its end
 NEEDED = ("output", "learning_rate")  # without which there is nothing to find, or all columns are the same
 _NAME = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+_MARK = "EQUIPOISE_TRAINER_OF"  # in the environment of the command: the run's folder
 _LAST = 3  # lines of the output in an error
 _PATIENCE = 30  # seconds between asking it to end and ending it
 _KEPT_FACTS = ("base", "revision", "trigger", "resolution", "pictures", "equipoise")  # that do not depend on who trains
@@ -108,11 +114,13 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     Raises:
         EquipoiseError: the command fails, leaves no LoRA file, or one that does not fit the base; all stays on disk.
     """
+    processes.alone("script: another program's training")
     output, through = run.folder / FOLDER, run.folder / THROUGH
     output.mkdir(exist_ok=True)
     command = words(config, output)
     done = json.loads(through.read_text()) if through.is_file() else {}
     if done.get("command") != command:
+        forget_bases()  # of the cells before: the command needs the device's memory for itself
         run.log(f"runs {shlex.join(command)}")
         started = time.perf_counter()
         if not _ended(command, run):
@@ -150,9 +158,11 @@ def _judged(config: TextToImageConfig, run: Run, file: Path, seconds: float) -> 
     drawn = config.model_copy(update={"seed": 0}) if held else config
     noise, accelerator = base.set_scheduler(config.noise), make_accelerator(config.train.precision)
     fixed, pictures = FixedLosses(drawn, accelerator, base, noise, latents, captions), spread(len(captions))
-    before = fixed.losses(fixed.embed, pictures=pictures).mean().item()
+    base.read(captions)
+    before = fixed.losses(base.known, pictures=pictures).mean().item()
+    encoders = any(name.startswith("text_encoder") for name in factors)
     with with_lora(base, result / LORA_FILE, 1.0):
-        after = fixed.losses(fixed.embed, pictures=pictures).mean().item()
+        after = fixed.losses(fixed.embed if encoders else base.known, pictures=pictures).mean().item()
     facts = {"state": "done", "loss_before": number(before), "loss_after": number(after), "seconds": seconds}
     write_atomic(result / "result.json", json.dumps(described | facts, indent=1) + "\n")
     return Outcome("done")
@@ -187,6 +197,7 @@ def _ended(command: Sequence[str], run: Run) -> bool:
     Raises:
         EquipoiseError: it fails.
     """
+    _end(run)  # one that a killed run has left would write into the same folder
     last: deque[str] = deque(maxlen=_LAST)
     with open(run.folder / LOG, "ab") as log:
         process = subprocess.Popen(
@@ -195,6 +206,7 @@ def _ended(command: Sequence[str], run: Run) -> bool:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=os.environ | {_MARK: str(run.folder)},
             preexec_fn=_with_its_parent if sys.platform == "linux" else None,
         )
         assert process.stdout
@@ -204,9 +216,8 @@ def _ended(command: Sequence[str], run: Run) -> bool:
             while process.poll() is None and not run.asked_to_stop():
                 time.sleep(0.1)
         finally:
-            stopped = process.poll() is None
-            if stopped:
-                _end(process)
+            if stopped := process.poll() is None:
+                _end(run, process)
             reader.join(timeout=5)
             if not reader.is_alive():  # else a process that outlives the command holds the other end
                 process.stdout.close()
@@ -221,31 +232,46 @@ def _ended(command: Sequence[str], run: Run) -> bool:
 
 def _copy(source: IO[bytes], log: IO[bytes], last: deque[str]) -> None:
     """What the command says goes to the terminal, to the log, and its last lines into an error."""
-    line = b""
+    decoder, line = codecs.getincrementaldecoder("utf-8")("replace"), ""
     while piece := os.read(source.fileno(), 4096):
         log.write(piece)
         log.flush()
-        sys.stderr.write(piece.decode(errors="replace"))
+        text = decoder.decode(piece)
+        sys.stderr.write(text)
         sys.stderr.flush()
-        *whole, line = re.split(rb"[\r\n]+", line + piece)
-        last.extend(text.decode(errors="replace") for text in whole if text.strip(b" ^~"))
-    if line.strip(b" ^~"):
-        last.append(line.decode(errors="replace"))
+        *whole, line = re.split(r"[\r\n]+", line + text)
+        last.extend(one for one in whole if one.strip(" ^~"))
+    if line.strip(" ^~"):
+        last.append(line)
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Asks a command and its children to end, and ends them where they do not."""
-    for sign, patience in ((signal.SIGINT, _PATIENCE), (signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
+def _end(run: Run, process: subprocess.Popen | None = None) -> None:
+    """Asks a run's command and all that it has started to end, and ends what does not."""
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        if not (left := _of(run)):
+            break
+        for one in left:
+            with suppress(psutil.Error):
+                one.send_signal(sign)
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until and _of(run):
+            if process:
+                process.poll()  # else it stays as a zombie
+            time.sleep(0.1)
+    if process:
+        process.wait()
+
+
+def _of(run: Run) -> list[psutil.Process]:
+    """A run's command and all that it has started, known by their environment whoever is their parent."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == str(run.folder):
+                found.append(process)
+    return found
 
 
 def _with_its_parent() -> None:
-    """In the new process: it ends when the one that trains is killed, so that no two write into one folder."""
+    """In the new process: it ends when the one that trains is killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -100,14 +100,15 @@ def test_a_command_that_cannot_work_is_refused_before_anything_runs(command, mes
 
 
 def waiting(words, id: str) -> tuple[subprocess.Popen, psutil.Process]:
-    """A run in a process of its own, and its trainer, which waits."""
-    command = f"script={json.dumps(COMMAND + ' --wait')}"
+    """A run in a process of its own, and its trainer, which a launcher has started and which waits."""
+    launched = f"sh -c '{COMMAND} --wait & wait'"
+    command = f"script={json.dumps(launched)}"
     started = [sys.executable, "-m", "equipoise.pipelines.cli", "train", *words, "learning_rate=1e-3", command]
     process = subprocess.Popen([*started, "--id", id], stderr=subprocess.PIPE, text=True)
     assert process.stderr
     while "waiting" not in (line := process.stderr.readline()):
         assert line, "the run ended"
-    (trainer,) = psutil.Process(process.pid).children()
+    (trainer,) = (child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name())
     return process, trainer
 
 
@@ -132,9 +133,12 @@ def test_a_stop_reaches_the_command_and_resume_runs_it_anew(words, tmp_path):
     assert json.loads((run / "status.json").read_text())["state"] == "done" and (run / "result" / LORA_FILE).is_file()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-def test_a_killed_run_leaves_no_trainer_behind(words):
+def test_a_killed_runs_trainer_is_ended_before_another_writes_into_its_folder(words, tmp_path):
     process, trainer = waiting(words, "one")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    assert gone(trainer)
+    run = tmp_path / "runs" / "one"
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(" --wait & wait", ""))
+    assert main(["resume", str(run)]) == 0
+    assert gone(trainer) and (run / "result" / LORA_FILE).is_file()
