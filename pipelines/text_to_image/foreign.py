@@ -54,6 +54,7 @@ NEEDED = ("output", "learning_rate")  # without which there is nothing to find, 
 _NAME = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 _MARK = "EQUIPOISE_TRAINER_OF"  # in the environment of the command: the run's folder
 _LAST = 3  # lines of the output in an error
+_ROUNDED = 2  # seconds, by which a disk's times may be rounded
 _PATIENCE = 30  # seconds between asking it to end and ending it
 _KEPT_FACTS = ("base", "revision", "trigger", "resolution", "pictures", "equipoise")  # that do not depend on who trains
 
@@ -122,13 +123,13 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     if done.get("command") != command:
         forget_bases()  # of the cells before: the command needs the device's memory for itself
         run.log(f"runs {shlex.join(command)}")
-        started = time.perf_counter()
+        started = time.time()
         if not _ended(command, run):
             return Outcome("stopped", "stopped on request; a resumed run begins the command anew.", 0)
-        done = {"command": command, "seconds": time.perf_counter() - started}
+        done = {"command": command, "began": started, "seconds": time.time() - started}
         write_atomic(through, json.dumps(done) + "\n")
     try:
-        file = lora_file(output)
+        file = lora_file(output, done["began"])
         run.log(f"takes {file.relative_to(run.folder)}")
         return _judged(config, run, file, done["seconds"])
     except InputError as error:  # one would have a run that could not begin removed, and this one was trained
@@ -165,16 +166,19 @@ def _judged(config: TextToImageConfig, run: Run, file: Path, seconds: float) -> 
         after = fixed.losses(fixed.embed if encoders else base.known, pictures=pictures).mean().item()
     facts = {"state": "done", "loss_before": number(before), "loss_after": number(after), "seconds": seconds}
     write_atomic(result / "result.json", json.dumps(described | facts, indent=1) + "\n")
-    return Outcome("done")
+    return Outcome("done", step=config.total_steps)
 
 
-def lora_file(output: Path) -> Path:
+def lora_file(output: Path, began: float) -> Path:
     """The LoRA file that a trainer has left: the newest outside of its checkpoints.
+
+    Args:
+        began: When it was started, in seconds since 1970: what is older is of an earlier start.
 
     Raises:
         InputError: there is none.
     """
-    files = [path for path in output.rglob("*.safetensors") if path.is_file()]
+    files = [path for path in output.rglob("*.safetensors") if path.stat().st_mtime > began - _ROUNDED]
     final = [path for path in files if not any("checkpoint" in part for part in path.relative_to(output).parts[:-1])]
     if not final:
         few = f" There are only checkpoints, such as {files[0].relative_to(output)}." if files else ""

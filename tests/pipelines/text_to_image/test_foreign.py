@@ -12,8 +12,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from equipoise.errors import InputError
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.text_to_image.foreign import FOLDER, LOG
+from equipoise.pipelines.text_to_image.foreign import FOLDER, LOG, lora_file
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
@@ -56,6 +57,7 @@ def test_a_sweep_of_another_trainer_is_judged_and_compared_like_ones_own(words, 
     assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in ours), "the same update, alpha within it"
     described = json.loads((run / "result/result.json").read_text())
     assert described["learning_rate"] == 0.001 and described["rank"] == 3 and "trainer.py" in described["script"]
+    assert json.loads((run / "status.json").read_text())["step"] == 6, "it is through, as the list of runs shows it"
     assert described["optimizer"] is None and described["schedule"] is None, "nothing is claimed that nobody knows"
     assert "step 12 of 12" in (run / LOG).read_text()
 
@@ -97,6 +99,14 @@ def test_a_command_that_cannot_work_is_refused_before_anything_runs(command, mes
     assert main(["train", *words, "learning_rate=1e-3", f"script={json.dumps(command)}", "--dry-run"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("2*"))
+
+
+def test_a_file_of_an_earlier_start_is_not_taken_for_a_later_ones(tmp_path):
+    (tmp_path / "old.safetensors").write_bytes(b"")
+    os.utime(tmp_path / "old.safetensors", (1000, 1000))
+    with pytest.raises(InputError, match="has left no .safetensors"):
+        lora_file(tmp_path, 2000.0)
+    assert lora_file(tmp_path, 1000.0).name == "old.safetensors"
 
 
 def waiting(words, id: str) -> tuple[subprocess.Popen, psutil.Process]:
