@@ -104,7 +104,7 @@ def test_a_command_that_cannot_work_is_refused_before_anything_runs(command, mes
 def test_a_file_of_an_earlier_start_is_not_taken_for_a_later_ones(tmp_path):
     (tmp_path / "old.safetensors").write_bytes(b"")
     os.utime(tmp_path / "old.safetensors", (1000, 1000))
-    with pytest.raises(InputError, match="has left no .safetensors"):
+    with pytest.raises(InputError, match=r"has left no \.safetensors"):
         lora_file(tmp_path, 2000.0)
     assert lora_file(tmp_path, 1000.0).name == "old.safetensors"
 
