@@ -13,7 +13,7 @@ COUNT := { n=0; while read -r word name _; do case $$word in \
 INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
   -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo ui test same-tests soak lint types bench demo-base demo-multimodal-base clean
+.PHONY: demo ui test test-quantized same-tests soak lint types bench demo-base demo-multimodal-base clean
 
 demo: $(VENV)/.installed  # compares learning rates on the embedded model
 	$(BIN)/equipoise demo
@@ -24,6 +24,10 @@ ui: $(VENV)/.installed-ui  # the web page
 test: $(VENV)/.installed-dev  # one process per core, each with one thread, and a file's tests in one of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	  --no-loadscope-reorder --max-worker-restart 0 $(TESTS)
+
+test-quantized: $(VENV)/.installed-dev  # with bitsandbytes, apart, for it slows every import of peft
+	[ -d $(VENV)/quantized ] || $(INSTALL) --quiet --no-deps --target $(VENV)/quantized bitsandbytes
+	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pipelines/instruction_tuning/test_quantized.py
 
 same-tests: $(VENV)/.installed-dev  # every process must collect the same tests, at any hour and anywhere, or none are run
 	OMP_NUM_THREADS=1 $(BIN)/python tests/collect_twice.py
