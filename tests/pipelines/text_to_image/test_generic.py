@@ -153,6 +153,22 @@ def test_a_comparison_draws_it_beside_the_untouched_base(name, tuned, tmp_path):
     assert len(pictures) == 2 and pictures[0] != pictures[1]
 
 
+def test_a_sweep_of_rates_is_drawn_beside_the_untouched_base(built, tmp_path):
+    more = ["steps=2", f"samples.prompts=[{PROMPT}]", "--axis", "learning_rate=0.01,0.02"]
+    assert main(["sweep", *words(built("QwenImagePipeline"), tmp_path / "runs", *more)]) == 0
+    cells = Store(tmp_path / "runs").list(kinds=("cell",))
+    assert [cell.state for cell in cells] == ["done"] * 2
+    assert len({picture.read_bytes() for picture in (tmp_path / "runs").rglob("cells/*/00-0.png")}) == 3
+
+
+def test_a_card_says_how_a_modular_pipeline_is_called(tuned):
+    modular, other = (
+        (tuned[name].result / "README.md").read_text() for name in ("AnimaModularPipeline", "SanaPipeline")
+    )
+    assert "pipe.load_components()\n" in modular and 'output="images")[0].save("picture.png")' in modular
+    assert "load_components" not in other and ').images[0].save("picture.png")' in other
+
+
 # Times, signs and scales
 
 
