@@ -21,7 +21,8 @@ BESIDES = {
     "a method": {"amsgrad", "attach", "reference"},
     "an objective": {"min_norm", "objective"},
     "a coordinator": {"norms", "sides", "balance", "components", "coordinator"},
-    "a family of text-to-image models": {"config", "noise", "transformer", "unet"},
+    "a family of text-to-image models": {"config", "noise", "transformer", "unet"}
+    | {"autoencoders", "generic", "one_step", "flows", "anima", "chroma", "hidream"},  # by the code of diffusers
     "a command": {"conversations", "hub", "one_run", "skip_bad"},
     "a pipeline": set(),
 }

@@ -1,4 +1,4 @@
-"""LoRA tuning of Stable Diffusion, FLUX.1 and Z-Image: config → check → train → a LoRA file that diffusers loads."""
+"""LoRA tuning of text-to-image models: config → check → train → a LoRA file that diffusers loads."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class TextToImage(Pipeline):
-    """LoRA tuning of Stable Diffusion 1.x to 3.5, FLUX.1 and Z-Image on captioned pictures."""
+    """LoRA tuning of Stable Diffusion, FLUX, Z-Image, Qwen-Image and other families on captioned pictures."""
 
     name = "text_to_image"
     title = "Text to image (LoRA)"

@@ -35,6 +35,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.runs.run import memory_full
 from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageLora, TextToImageModel
 from equipoise.pipelines.text_to_image.families import Family, family, shape_of
+from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.noise import Noise, load_scheduler, make_noise, scheduler_with
 from equipoise.pipelines.text_to_image.formats.layout import (
     encoder_problems,
@@ -105,7 +106,7 @@ class Base:
     @property
     def stride(self) -> int:
         """Pixels: sides of pictures are multiples of it."""
-        return self.pipeline.vae_scale_factor * self.family.patch
+        return factor(self.vae.config) * self.family.patch
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -138,8 +139,7 @@ class Base:
 
     def known(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What `read` has made of captions, each tensor (captions, …)."""
-        rows = [self.embeddings[caption] for caption in captions]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return self.family.stack([self.embeddings[caption] for caption in captions])
 
     @contextmanager
     def encoders_off_device(self) -> Iterator[None]:
@@ -300,7 +300,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
         encoders = encoders_of(kind, index)
         absent = [name for name in kind.text_encoders if name not in encoders]
         scheduler = load_scheduler(kind, source, **common)
-        pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
+        pipeline = kind.load(
             source,
             scheduler=scheduler,
             # The autoencoder stays in float32: those of Stable Diffusion overflow into black pictures in fp16.
@@ -322,11 +322,19 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
-            frozen.to(device, memory_format=torch.channels_last)  # faster convolutions
+            frozen.to(device, **_memory_format(frozen))
         _write_signatures(frozen)
-    base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, dict(scheduler.config))
+    kind.bind(pipeline)
+    schedule = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
+    base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, schedule)
     _loaded[key] = base
     return base
+
+
+def _memory_format(part: torch.nn.Module) -> dict[str, Any]:
+    """For faster convolutions of pictures; those of videos cannot have it."""
+    videos = any(isinstance(module, nn.Conv3d) for module in part.modules())
+    return {} if videos else {"memory_format": torch.channels_last}
 
 
 def begin_training(part: torch.nn.Module) -> None:
@@ -376,10 +384,13 @@ def layers(part: torch.nn.Module) -> list[str]:
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> None:
     """Without its files, transformers makes an empty tokenizer, and every caption would read the same."""
-    given, words = len(tokenizer), text_encoder.config.vocab_size
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of pictures and words
+    config = text_encoder.config
+    words = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config["target_vocab_size"]
+    given = len(tokenizer)
     fits = _FILLED * words <= given <= words
     reads = f"but the text encoder reads {words}"
-    if text_encoder.config.model_type.startswith("clip"):  # others have no limit of positions
+    if getattr(config, "model_type", "").startswith("clip"):  # others have no limit of positions
         length, longest = text_encoder.config.max_position_embeddings, tokenizer.model_max_length
         fits = fits and longest <= length
         reads = f"gives up to {longest} tokens, but the text encoder reads {words} words and {length} tokens"

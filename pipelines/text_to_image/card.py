@@ -8,7 +8,7 @@ from typing import Any
 from equipoise.pipelines import demo
 from equipoise.pipelines.files import explained, write_atomic
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families import Family, family
 from equipoise.pipelines.text_to_image.formats.lora_files import opened, read_metadata
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE
 from equipoise.pipelines.text_to_image.result import LORA_FILE
@@ -55,11 +55,12 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
         "```python",
         f"import torch\nfrom diffusers import {kind.pipeline}",
         *(["from equipoise.pipelines import demo"] if own else []),
-        f"\npipe = {kind.pipeline}.from_pretrained({source}, dtype=torch.float32)",
+        f"\npipe = {kind.pipeline}.from_pretrained({source}{'' if kind.modular else ', dtype=torch.float32'})",
+        *(["pipe.load_components()"] if kind.modular else []),
         'pipe.load_lora_weights("FOLDER OR REPOSITORY")',
         *_scheduler(config),
         *_word(result / WORD_FILE, config),
-        f'pipe({_quoted(prompt)}).images[0].save("picture.png")',
+        f'pipe({_drawn(kind, prompt)}[0].save("picture.png")',
         "```\n",
         "## Training\n",
         "| | |\n| --- | --- |",
@@ -83,6 +84,11 @@ def publish(run: Path, config: TextToImageConfig, folder: Path) -> None:
             shutil.copytree(source, folder / name)
         elif source.is_file():
             shutil.copy(source, folder / name)
+
+
+def _drawn(kind: Family, prompt: str) -> str:
+    """What comes after `pipe(`, up to the pictures."""
+    return f'prompt={_quoted(prompt)}, output="images")' if kind.modular else f"{_quoted(prompt)}).images"
 
 
 def _scheduler(config: TextToImageConfig) -> list[str]:

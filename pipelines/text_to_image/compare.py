@@ -44,9 +44,10 @@ from equipoise.pipelines.text_to_image.metrics import (
 )
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
+_NO_FACTORS = ("No LoRA keys associated to CLIPTextModel", "No LoRA keys associated to T5EncoderModel")
 # Said once per cell, and no news: a run that leaves the text encoder as it is has no factors for it.
 logging.getLogger("diffusers.loaders.lora_base").addFilter(
-    lambda record: not record.getMessage().startswith("No LoRA keys associated to CLIPTextModel")
+    lambda record: not record.getMessage().startswith(_NO_FACTORS)
 )
 
 NOTHING = "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."

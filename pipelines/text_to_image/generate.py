@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
 from equipoise.pipelines.text_to_image.config import TextToImageSamples
-from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families import autoencoders, family
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,13 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
     """
     kind, vae = family(type(pipeline).__name__), pipeline.vae
     wanted = [(prompt, samples.seed + index) for prompt in samples.prompts for index in range(samples.count)]
-    side = size // pipeline.vae_scale_factor
+    shape = autoencoders.shape(vae, size, size)
     guidance = kind.guidance if samples.guidance is None else samples.guidance
     made: list[Sample] = []
     for start in range(0, len(wanted), samples.batch):
         chunk = wanted[start : start + samples.batch]
         noise = [  # drawn on the CPU: equal on any device
-            torch.randn((vae.config.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
-            for _, seed in chunk
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in chunk
         ]
         latents = kind.draw(
             pipeline,
@@ -68,9 +67,7 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
             samples.steps,
             guidance,
         )
-        decoded = vae.decode(
-            latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        ).sample
+        decoded = autoencoders.decode(vae, latents)
         for (prompt, seed), pixels in zip(chunk, decoded.float().cpu(), strict=True):
             made.append(Sample(prompt, seed, _to_image(pixels), bool(torch.isfinite(pixels).all())))
         if progress:

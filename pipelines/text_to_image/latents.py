@@ -28,6 +28,7 @@ from equipoise.pipelines.text_to_image.buckets import Size, nearest, sizes
 from equipoise.pipelines.text_to_image.config import TextToImageData
 from equipoise.pipelines.text_to_image.cuts import to_tensor, variants
 from equipoise.pipelines.text_to_image.data import Example, open_picture
+from equipoise.pipelines.text_to_image.families.autoencoders import encode
 from equipoise.pipelines.training.loop import StoppedError
 from equipoise.pipelines.training.state import mix
 
@@ -109,10 +110,8 @@ def _encode(base: Base, path: Path, data: TextToImageData, among: Sequence[Size]
     cut = variants(whole, data, where, nearest(whole.size, among))
     pictures = [to_tensor(picture) for picture, _ in cut]
     crops = torch.tensor([[whole.height, whole.width, *corner, *pictures[0].shape[1:]] for _, corner in cut])
-    posteriors = [base.vae.encode(picture[None].to(base.vae.device)).latent_dist for picture in pictures]
-    moments = torch.stack([torch.cat([p.mean, p.std]).cpu() for p in posteriors])
-    moments[:, 0] -= base.vae.config.shift_factor or 0.0  # of the means; deviations have none
-    return moments * base.vae.config.scaling_factor, crops.float()
+    encoded = [encode(base.vae, picture[None].to(base.vae.device)) for picture in pictures]
+    return torch.stack([torch.cat(both).cpu() for both in encoded]), crops.float()
 
 
 def _kept(file: Path) -> Made | None:

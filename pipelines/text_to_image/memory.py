@@ -16,6 +16,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
 
@@ -52,22 +53,24 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         cast_training_params(parts[part], torch.float32)
         trained += [parameter for parameter in parts[part].parameters() if parameter.requires_grad]
     left = [*kind.left_out, *(name for name in kind.text_encoders if name not in encoders)]
-    pipeline = getattr(diffusers, kind.pipeline)(
+    pipeline = kind.assemble(
         **parts,
         **dict.fromkeys([*left, *(kind.text_encoders[name] for name in left if name in kind.text_encoders)]),
         **{kind.text_encoders[name]: _Lengths(parts[name].config) for name in encoders},
         **({"requires_safety_checker": False} if "safety_checker" in left else {}),
         scheduler=None,
     )
-    batch, side = config.train.batch, config.data.resolution // pipeline.vae_scale_factor
+    pipeline.set_progress_bar_config(disable=True)
+    kind.bind(pipeline)
+    batch, side = config.train.batch, config.data.resolution
     weights = [tensor for part in names for tensor in (*parts[part].parameters(), *parts[part].buffers())]
     captions = ["a picture"] * batch
     with torch.device("meta"):
-        read = {} if lora.text_encoder else kind.embed(pipeline, captions)
+        read = {} if lora.text_encoder else kind.embed_empty(pipeline, captions)
 
     def step() -> None:
-        embedded = read or kind.embed(pipeline, captions)
-        noisy = torch.zeros(batch, parts["vae"].config.latent_channels, side, side, dtype=dtype)
+        embedded = read or kind.embed_empty(pipeline, captions)
+        noisy = torch.zeros(batch, *latent_shape(parts["vae"], side, side), dtype=dtype)
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     kept = activations(step, weights, config.train.gradient_checkpointing)
@@ -76,7 +79,7 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
 
 def _empty(named: list[str], config: dict[str, Any]) -> Any:
     """A part without its values, of the class that model_index.json names."""
-    library, name = named
+    library, name = named[:2]  # modular pipelines say more
     with torch.device("meta"):
         if library == "diffusers":
             return getattr(diffusers, name).from_config(config)
@@ -86,6 +89,8 @@ def _empty(named: list[str], config: dict[str, Any]) -> Any:
 
 class _Lengths:
     """In place of a tokenizer: as many tokens as there may be of any text, without the words."""
+
+    eos_token = pad_token = ""
 
     def __init__(self, config: Any):
         self.model_max_length = getattr(config, "max_position_embeddings", 512)

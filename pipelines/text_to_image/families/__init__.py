@@ -1,7 +1,8 @@
 """The kinds of models that can be tuned, one file each; loop, data, sampling and saving are shared.
 
 A new family is a subclass of `Family`, named by an entry point in the group `equipoise.families` under the class that a
-checkpoint's model_index.json names. Torch is not imported here.
+checkpoint's model_index.json names. Those that their pipelines' own code can train are some facts in `flows`. Torch is
+not imported here.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,10 @@ from equipoise import registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-TITLES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image"  # what comes with Equipoise
+TITLES = (  # what comes with Equipoise
+    "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and FLUX.2, Z-Image, Qwen-Image, Krea 2, Chroma, Lumina 2, Sana, "
+    "HiDream-I1, Anima, AuraFlow, CogView4 and ERNIE-Image"
+)
 
 NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in pure noise where the noise is what is predicted
     "noise.zero_terminal_snr: needs noise.prediction=v_prediction (or sample): this base predicts the noise, and at "
@@ -49,14 +53,42 @@ class Family(ABC):
     native: ClassVar[int | None] = None  # pixels, where the denoiser's config does not say
     guidance: ClassVar[float] = 7.0  # for samples, by default
 
+    modular: ClassVar[bool] = False  # the pipeline is one of diffusers' modular ones, which are called in another way
+    refused: ClassVar[tuple[str, ...]] = ()  # formats of files in which its layers have no names that are known
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The folders with weights."""
         return (self.denoiser, "vae", *self.text_encoders)
 
+    def load(self, source: str, **options: Any) -> Any:
+        """The pipeline of a checkpoint, with diffusers' options of loading."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline).from_pretrained(source, **options)
+
+    def assemble(self, **parts: Any) -> Any:
+        """The pipeline of these parts."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline)(**parts)
+
+    def bind(self, pipeline: Any) -> None:  # noqa: B027 (most need none)
+        """Is given the pipeline that it will be used with, before `predict`."""
+
     @abstractmethod
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
         """What the denoiser reads of captions, each tensor (captions, …). Differentiable."""
+
+    def stack(self, rows: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Tensor]":
+        """What `embed` made of single captions, as if it had read them together."""
+        from torch import cat
+
+        return {name: cat([row[name] for row in rows]) for name in rows[0]}
+
+    def embed_empty(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
+        """The like of what `embed` makes, of tensors without values, where the pipeline's parts have none."""
+        return self.embed(pipeline, captions)
 
     @abstractmethod
     def predict(
@@ -148,12 +180,23 @@ def family(pipeline: str) -> Family:
 
 @cache  # asked for each layer
 def _loaded(pipeline: str) -> type[Family]:
+    from equipoise.pipelines.text_to_image.families.flows import FLOWS
+
+    if pipeline in FLOWS and pipeline not in known():
+        return FLOWS[pipeline]
     return registry.load("families", pipeline)
 
 
 def known() -> list[str]:
-    """The classes that there is a family for."""
+    """The classes that there is a family with code of its own for."""
     return [entry.name for entry in registry.entries("families") if not entry.error]
+
+
+def trained() -> list[str]:
+    """All classes that there is a family for."""
+    from equipoise.pipelines.text_to_image.families.flows import FLOWS
+
+    return [*known(), *(name for name in FLOWS if name not in known())]
 
 
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:

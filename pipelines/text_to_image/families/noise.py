@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from equipoise.errors import InputError
@@ -98,7 +105,10 @@ class Flow(Noise):
         super().__init__(section, kind)
         # Sampling changes the scheduler's own table. A shift that depends on the picture's size is for sampling alone.
         shift = {} if section.shift is None else {"shift": section.shift, "use_dynamic_shifting": False}
-        fresh = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **shift)
+        config = scheduler.config
+        if "flow_shift" in config:  # a solver that has other ways of adding noise too
+            config = {"num_train_timesteps": config.num_train_timesteps, "shift": config.flow_shift}
+        fresh = FlowMatchEulerDiscreteScheduler.from_config(config, **shift)
         self.steps = fresh.config.num_train_timesteps
         self.table = fresh.sigmas * self.steps  # (steps,) from all noise to almost none
 
@@ -127,16 +137,35 @@ class Flow(Noise):
         return (times / self.steps).square() if self.kind.preconditioned else None
 
 
-_SCHEDULERS: dict[str, type] = {"diffusion": DDIMScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 _KINDS: dict[str, type] = {"diffusion": Diffusion, "flow": Flow}
 # DDIM cuts what it predicts to ±1, where pixels end, unless it is set not to. Latents have no such bounds, and the
 # configs of other schedulers, from which it is made, do not set it.
 _BOUNDLESS: dict[str, dict[str, Any]] = {"diffusion": {"clip_sample": False}, "flow": {}}
 
 
+_SOLVERS = {  # by which families that were trained by flow matching are sampled
+    kind.__name__: kind
+    for kind in (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        FlowMatchLCMScheduler,
+        UniPCMultistepScheduler,
+    )
+}
+
+
+def _scheduler(kind: Family, config: Mapping[str, Any]) -> Any:
+    """The class of the noise schedule by which is sampled: for flow matching, the checkpoint's own."""
+    if kind.noise == "diffusion":
+        return DDIMScheduler
+    return _SOLVERS.get(str(config.get("_class_name")), FlowMatchEulerDiscreteScheduler)
+
+
 def load_scheduler(kind: Family, source: str, **options: Any) -> Any:
     """A checkpoint's noise schedule, as diffusers' scheduler that samples with it."""
-    return _SCHEDULERS[kind.noise].from_pretrained(source, subfolder="scheduler", **_BOUNDLESS[kind.noise], **options)
+    config = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler", **options)
+    return _scheduler(kind, config).from_config(config, **_BOUNDLESS[kind.noise])
 
 
 def make_noise(kind: Family, scheduler: Any, section: NoiseSection) -> Noise:
@@ -152,4 +181,4 @@ def scheduler_with(kind: Family, config: Mapping[str, Any], section: NoiseSectio
     given = _BOUNDLESS[kind.noise] | section.scheduler
     if section.zero_terminal_snr and {**config, **given}.get("prediction_type", "epsilon") == "epsilon":
         raise InputError(NOTHING_TO_SEE)
-    return _SCHEDULERS[kind.noise].from_config(config, **given)
+    return _scheduler(kind, config).from_config(config, **given)

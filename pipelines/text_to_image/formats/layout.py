@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from equipoise.errors import InputError, UnknownNameError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.records import HUB_ID
-from equipoise.pipelines.text_to_image.families import TITLES, Family, family, known
+from equipoise.pipelines.text_to_image.families import TITLES, Family, family, trained
 from equipoise.pipelines.training.layers import named_by, unmatched
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
+INDEXES = ("model_index.json", "modular_model_index.json")  # a checkpoint has either
 HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
 
 
@@ -34,7 +35,7 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
         if folder.suffix == ".safetensors":
             return [
                 f"model.path: {folder} is a single-file checkpoint. Convert it once, by the pipeline that it is for "
-                f'({", ".join(known())}): StableDiffusionPipeline.from_single_file("{folder}")'
+                f'({", ".join(trained())}): StableDiffusionPipeline.from_single_file("{folder}")'
                 ".save_pretrained(FOLDER), then give FOLDER."
             ]
         return [
@@ -45,8 +46,8 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
         return [
             f"model.path: {folder} does not exist. Give a checkpoint folder, a hub id such as owner/name, or `demo`."
         ]
-    index = folder / "model_index.json"
-    if not index.is_file():
+    index = next((file for file in (folder / name for name in INDEXES) if file.is_file()), None)
+    if index is None:
         return [f"model.path: {folder} has no model_index.json, so it is not a checkpoint in diffusers' layout."]
     described = _json(index)
     if wrong := _index_problems(described, index, str(folder)):
@@ -67,7 +68,16 @@ def read_index(path: str, revision: str | None = None, fetch: bool = True) -> di
     Args:
         fetch: ask the hub where it was not fetched before.
     """
-    return _json(_file(path, "model_index.json", revision, fetch)) or {}
+    found = None
+    for name in INDEXES:
+        try:
+            found = _json(_file(path, name, revision, fetch))
+        except OSError:
+            if name == INDEXES[-1]:
+                raise
+        if found is not None:
+            return found
+    return {}
 
 
 def encoders_of(kind: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -88,7 +98,7 @@ def _index_problems(described: Mapping[str, Any] | None, index: Path, name: str)
     try:
         family(kind)
     except UnknownNameError:
-        return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(known())})."]
+        return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(trained())})."]
     except InputError as error:
         return [f"model.path: {name} is a {kind}: {error}"]
     return []
@@ -160,7 +170,9 @@ def _file(path: str, name: str, revision: str | None, fetch: bool) -> Path:
 
 def _factor(vae: Mapping[str, Any]) -> int:
     """Pixels to a side of a latent cell."""
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    if "temperal_downsample" in vae:  # of autoencoders of videos
+        return 2 ** len(vae["temperal_downsample"])
+    return 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
 
 
 def layers(folder: Path, part: str, variant: str | None = None) -> list[str]:
@@ -206,9 +218,15 @@ def _config_problems(folder: Path, kind: Family, parts: Iterable[str], tokenizer
             f"model.path: {scheduler}: {described['_class_name']} has another noise schedule than {kind.title} is "
             "trained with here. Use a base with a scheduler of betas, such as DDIM or Euler."
         )
-    if kind.noise == "flow" and not str(described.get("_class_name", "FlowMatch")).startswith("FlowMatch"):
+    if kind.noise == "flow" and not _is_flow(described):
         found.append(f"model.path: {scheduler}: must be a flow-matching scheduler, got {described['_class_name']}.")
     return found
+
+
+def _is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler adds noise by flow matching; solvers for several ways say so in their config."""
+    named = str(scheduler.get("_class_name", "FlowMatch")).startswith("FlowMatch")
+    return named or (bool(scheduler.get("use_flow_sigmas")) and scheduler.get("prediction_type") == "flow_prediction")
 
 
 def _weights(part: Path, variant: str | None) -> list[Path]:

@@ -200,8 +200,8 @@ def read_lora(path: Path, layers: Iterable[str], shape: Mapping[str, Any], key: 
             if layer is None:
                 strange.append(name)
             else:
-                own = layer not in joint and name.removesuffix(end) == name_in("kohya", layer, shape)
-                if own and kind.swapped(*layer.split(".", 1), shape):
+                turned = layer not in joint and kind.swapped(*layer.split(".", 1), shape)
+                if turned and name.removesuffix(end) == name_in("kohya", layer, shape):
                     swapped.add(layer)
                 found.setdefault(layer, {})[_ENDS[end]] = file.get_tensor(name)
     where = f"{key}: {path}" if key else str(path)
@@ -258,7 +258,11 @@ def _all_names(layer: str, shape: Mapping[str, Any]) -> set[str]:
     part, module = layer.split(".", 1)
     kind = family(shape["family"])
     shared = kind.writes_fused and kind.fused(part, module, shape) is not None
-    names = {name_in(format, layer, shape) for format in FORMATS if format != "kohya" or not shared}
+    names = {
+        name_in(format, layer, shape)
+        for format in FORMATS
+        if format not in kind.refused and (format != "kohya" or not shared)
+    }
     return names | kind.aliases(part, module, shape) | {layer.replace(".text_model.", ".", 1)}
 
 

@@ -1,0 +1,204 @@
+"""Facts about the families that are trained by their pipelines' own code: see `generic`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from equipoise.pipelines.text_to_image.families.anima import Anima
+from equipoise.pipelines.text_to_image.families.chroma import Chroma
+from equipoise.pipelines.text_to_image.families.flux import Flux
+from equipoise.pipelines.text_to_image.families.generic import GenericFlow
+from equipoise.pipelines.text_to_image.families.hidream import HiDream
+from equipoise.pipelines.text_to_image.families.transformer import renamed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASKED = "prompt_attention_mask"
+_FLUX2 = {
+    "attn.to_q": "img_attn.qkv",
+    "attn.to_k": "img_attn.qkv",
+    "attn.to_v": "img_attn.qkv",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.add_q_proj": "txt_attn.qkv",
+    "attn.add_k_proj": "txt_attn.qkv",
+    "attn.add_v_proj": "txt_attn.qkv",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_FLUX2_SINGLE = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+
+
+class Flux2(GenericFlow):
+    """FLUX.2 [dev] (Black Forest Labs, 2025): distilled, with captions read by Mistral 3."""
+
+    pipeline = "Flux2Pipeline"
+    title = "FLUX.2 dev"
+    captions: ClassVar = {"prompt_embeds": (0, (512, "joint_attention_dim"))}
+    tokens: ClassVar = {"text_encoder": 512}
+    targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_qkv_mlp_proj",
+    )
+    mean_latents = True
+    distilled = True
+    negative = False
+    guidance = 4.0
+    refused = ()
+    network = "networks.lora_flux_2"
+    shape = ("num_attention_heads", "attention_head_dim")
+
+    fused = Flux.fused
+
+    def original(self, module: str) -> str:
+        inside = re.sub(r"^(single_)?transformer_blocks\.", lambda found: f"{found[1] or 'double_'}blocks.", module)
+        return renamed(inside, _FLUX2 if inside.startswith("double_") else _FLUX2_SINGLE)
+
+
+class Flux2Klein(Flux2):
+    """FLUX.2 [klein] (Black Forest Labs, 2026): smaller, with captions read by Qwen3, and guided in the usual way."""
+
+    pipeline = "Flux2KleinPipeline"
+    title = "FLUX.2 klein"
+    distilled = False
+
+
+class QwenImage(GenericFlow):
+    """Qwen-Image (Alibaba, arXiv:2508.02324, 2025)."""
+
+    pipeline = "QwenImagePipeline"
+    title = "Qwen-Image"
+    captions: ClassVar = {"prompt_embeds": (0, (512, "joint_attention_dim")), "prompt_embeds_mask": (1, (512,))}
+    tokens: ClassVar = {"text_encoder": 512}
+    packed = True
+    strength, guidance = "true_cfg_scale", 4.0
+    refused = ()
+    network = "networks.lora_qwen_image"
+
+
+class Krea2(GenericFlow):
+    """Krea 2 (Krea, 2026): one stream, which reads several layers of Qwen3-VL."""
+
+    pipeline = "Krea2Pipeline"
+    title = "Krea 2"
+    captions: ClassVar = {
+        "prompt_embeds": (0, (512, "num_text_layers", "text_hidden_dim")),
+        "prompt_embeds_mask": (1, (512,)),
+    }
+    tokens: ClassVar = {"text_encoder": 507}
+    packed = True
+    unguided, guidance = 0.0, 4.5  # it counts from 0
+    refused = ("kohya",)
+
+
+class Lumina2(GenericFlow):
+    """Lumina-Image 2.0 (Shanghai AI Laboratory, arXiv:2503.21758, 2025): one stream, read by Gemma 2."""
+
+    pipeline = "Lumina2Pipeline"
+    title = "Lumina 2"
+    captions: ClassVar = {"prompt_embeds": (0, (256, "cap_feat_dim")), _MASKED: (1, (256,))}
+    tokens: ClassVar = {"text_encoder": 256}
+    casts = False
+    guidance = 4.0
+
+
+class Sana(GenericFlow):
+    """Sana (NVIDIA, arXiv:2410.10629, 2024): linear attention over the few latents of DC-AE."""
+
+    pipeline = "SanaPipeline"
+    title = "Sana"
+    captions: ClassVar = {"prompt_embeds": (0, (300, "caption_channels")), _MASKED: (1, (300,))}
+    tokens: ClassVar = {"text_encoder": 300}
+    patch = 1
+    options: ClassVar = {"use_resolution_binning": False}  # else it draws the nearest of its own sizes
+    guidance = 4.5
+
+
+class AuraFlow(GenericFlow):
+    """AuraFlow (fal, 2024)."""
+
+    pipeline = "AuraFlowPipeline"
+    title = "AuraFlow"
+    captions: ClassVar = {"prompt_embeds": (0, (256, "joint_attention_dim"))}
+    tokens: ClassVar = {"text_encoder": 256}
+    guidance = 3.5
+    refused = ("kohya",)
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        crops: "Tensor",
+        guidance: float = 0,
+    ) -> "Tensor":
+        """The pipeline's call has one time for all."""
+        return denoiser(noisy, encoder_hidden_states=embedded["prompt_embeds"], timestep=times / 1000).sample
+
+
+class CogView4(GenericFlow):
+    """CogView4 (Zhipu AI, 2025)."""
+
+    pipeline = "CogView4Pipeline"
+    title = "CogView4"
+    captions: ClassVar = {"prompt_embeds": (0, (224, "text_embed_dim"))}
+    tokens: ClassVar = {"text_encoder": 1024}
+    guidance = 5.0
+
+
+class Ernie(GenericFlow):
+    """ERNIE-Image (Baidu, 2026): one stream, read by Ministral 3."""
+
+    pipeline = "ErnieImagePipeline"
+    title = "ERNIE-Image"
+    captions: ClassVar = {"prompt_embeds": (0, (512, "text_in_dim"))}
+    left_out = ("pe", "pe_tokenizer")  # which write prompts anew
+    casts = False
+    guidance = 4.0
+    refused = ("kohya",)
+
+    def read(self, pipeline: Any, caption: str) -> "dict[str, Tensor]":
+        import torch
+
+        (words,) = pipeline.encode_prompt([caption], device=pipeline.text_encoder.device)
+        return {"prompt_embeds": words[None], "lengths": torch.tensor([len(words)])}
+
+    def embed_empty(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
+        import torch
+
+        places = (
+            pipeline.transformer.pos_embed
+        )  # are reckoned without autocast, which a tensor without values knows not
+        own = places.forward
+        places.forward = lambda ids: own(torch.zeros(ids.shape, device="cpu")).to(ids.device)
+        return super().embed_empty(pipeline, captions)
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        crops: "Tensor",
+        guidance: float = 0,
+    ) -> "Tensor":
+        """The pipeline's call has one time for all."""
+        lengths = embedded["lengths"].to(noisy.device)
+        return denoiser(noisy, timestep=times, text_bth=embedded["prompt_embeds"], text_lens=lengths).sample
+
+
+FLOWS: dict[str, type[GenericFlow]] = {
+    kind.pipeline: kind
+    for kind in (Flux2, Flux2Klein, QwenImage, Krea2, Chroma, Lumina2, Sana, HiDream, Anima, AuraFlow, CogView4, Ernie)
+}
