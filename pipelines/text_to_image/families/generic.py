@@ -170,7 +170,7 @@ class GenericFlow(TransformerFamily):
             seen.update(tensors)
             return {}
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([noise.device] if noise.is_cuda else []):
             torch.manual_seed(0)  # of schedulers that add noise as they go
             self.sized(pipeline, *size)(
                 prompt=list(prompts),
