@@ -22,7 +22,7 @@ BESIDES = {
     "an objective": {"min_norm", "objective"},
     "a coordinator": {"norms", "sides", "balance", "components", "coordinator"},
     "a family of text-to-image models": {"config", "noise", "transformer", "unet"},
-    "a command": {"conversations", "hub", "one_run", "skip_bad"},
+    "a command": {"conversations", "hub", "one_run", "question_sets", "skip_bad"},
     "a pipeline": set(),
 }
 
