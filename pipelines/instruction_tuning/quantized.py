@@ -1,7 +1,7 @@
 """A language model's frozen weights in 4 or 8 bits, by bitsandbytes: QLoRA (Dettmers et al. 2023)."""
 
 # transformers annotates too narrowly.
-# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false, reportOptionalMemberAccess=false
 
 import logging
 import re
@@ -85,9 +85,10 @@ def options(how: str, chosen: list[str], dtype: torch.dtype) -> dict[str, Any]:
 def keep_differentiable(model: nn.Module) -> None:
     """Lets weights in 4 bits as they are: evaluated on some CPUs, bitsandbytes puts them into another form, through
     which no gradient goes, and training would go on with it."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: Any = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def is_rounded(model: nn.Module) -> bool:

@@ -153,7 +153,7 @@ def by_structure(model: nn.Module) -> Architecture | None:
     """The parts of a model as its modules show them: what has the text's configuration, and the head, is the language
     model; other models inside that have a configuration of their own are towers; all else is the connector. None where
     one of the three is missing."""
-    top = getattr(model, "config", None)
+    top: Any = getattr(model, "config", None)
     if not hasattr(top, "get_text_config"):
         return None
     text: Any = top.get_text_config()
