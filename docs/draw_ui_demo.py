@@ -38,6 +38,7 @@ def draw(url: str, sweep: str, cells: list[str], browser: str) -> None:
         page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
             viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light"
         )
+        page.set_default_timeout(120_000)  # milliseconds, for machines that are busy with other things
         page.goto(url)
         page.get_by_role("tab", name="Compare").click()
         page.locator("#compare-refs input").fill(sweep)
