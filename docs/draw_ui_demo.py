@@ -19,7 +19,7 @@ from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.runs.store import Store
 
 ROWS = ("adamw", "bounded_adamw reach=0.2 trust=0.01")
-WIDTH, HEIGHT = 1200, 1640  # pixels
+WIDTH, HEIGHT = 1200, 2380  # pixels
 HERE = Path(__file__).parent
 
 
@@ -38,13 +38,14 @@ def draw(url: str, sweep: str, cells: list[str], browser: str) -> None:
         page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
             viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light"
         )
+        page.set_default_timeout(120_000)  # milliseconds, for machines that are busy with other things
         page.goto(url)
         page.get_by_role("tab", name="Compare").click()
         page.locator("#compare-refs input").fill(sweep)
         page.get_by_role("option", name=sweep).click()
         page.keyboard.press("Escape")
         for cell in cells:
-            page.locator(f'#grid button[data-id="{cell}"]').click()
+            page.locator(f'#grid button[data-id="{cell}"] img').first.click()
             page.locator(f'#grid button[data-id="{cell}"][aria-pressed=true]').wait_for()
         page.locator(".before-after img").last.wait_for()
         page.mouse.move(0, 0)

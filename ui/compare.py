@@ -238,11 +238,11 @@ def takes_files(site: Site, refs: Sequence[str]) -> bool:
 def lora_files(site: Site) -> list[tuple[str, str]]:
     """The .safetensors files of runs' results, and of the top of each data folder: (words, choice)."""
     root = site.store.root
-    found = [(file.relative_to(root).as_posix(),) * 2 for file in sorted(root.glob("*/result/*.safetensors"))]
-    found += [(file.relative_to(root).as_posix(),) * 2 for file in sorted(root.glob("*/*/result/*.safetensors"))]
+    files = [*sorted(root.glob("*/result/*.safetensors")), *sorted(root.glob("*/*/result/*.safetensors"))]
+    names = [file.relative_to(root).as_posix() for file in files]
     for name, folder in site.data.items():
-        found += [(f"{name}/{file.name}",) * 2 for file in sorted(folder.glob("*.safetensors"))]
-    return found[:MOST_FILES]
+        names += [f"{name}/{file.name}" for file in sorted(folder.glob("*.safetensors"))]
+    return [(name, name) for name in names[:MOST_FILES]]
 
 
 def _file(site: Site, name: str) -> str:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _tables(found: Folder) -> list[str]:
     return [source for source in found.sources if source.endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet"))]
 
 
-def _wanted(found: Folder, rows: Sequence[Sequence[Any]]) -> Mapping[Path, str]:
+def _wanted(found: Folder, rows: Sequence[Sequence[Any]]) -> dict[Path, str]:
     """The captions of the table by picture; a name that the folder does not have is left out."""
     paths = {example.path.relative_to(found.path).as_posix(): example.path for example in found.examples}
     wanted = {}

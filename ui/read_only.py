@@ -28,7 +28,7 @@ def close(blocks: gr.Blocks) -> None:
         if event.name in CHANGES:
             event.fn, event.inputs_as_dict = _refuse, False
             for id, _ in event.targets:
-                if isinstance(button := blocks.blocks.get(id), gr.Button | gr.UploadButton | gr.File):
+                if isinstance(button := blocks.blocks.get(id or 0), gr.Button | gr.UploadButton | gr.File):
                     button.visible = False
 
 
