@@ -67,10 +67,17 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         settings = {kind: (best(*kind)["rate"], best(*kind)["rho"]) for kind in kinds}
         by_rho = {(beta, rho): best("AdaSAM", beta, rho)["rate"] for beta, rho in product(PAPER, RHOS)}
         ordered = _judged(settings, by_rho)
-        cells = measure(train, [cell(*one[:4], s, *one[4:]) for one in ordered for s in range(seeds)])
+        chosen = [
+            cell(name, beta, rate, rho, seed, batch, times)
+            for name, beta, rate, rho, batch, times in ordered
+            for seed in range(seeds)
+        ]
+        cells = measure(train, chosen)
 
     rate, rho = settings["AdaSAM", 0.9]
-    found = {one: cells[seeds * i : seeds * (i + 1)] for i, one in enumerate(ordered)}
+    found: dict[tuple[Any, ...], list[Trial]] = {
+        one: cells[seeds * i : seeds * (i + 1)] for i, one in enumerate(ordered)
+    }
 
     def got(key: str, *one: Any) -> list[Any]:  # one per seed, of (optimizer, β₁[, rate, ρ[, batch, times]])
         one += settings[one[:2]] if len(one) == 2 else ()
@@ -95,7 +102,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
     return Reproduction("\n".join(text), _panels(grid, got, falling), grid + cells)
 
 
-def _judged(settings: dict, by_rho: dict) -> list[tuple[str, float, float, float, int, int]]:
+def _judged(settings: dict, by_rho: dict) -> list[tuple[Any, ...]]:
     """(optimizer, β₁, rate, ρ, batch, times the steps) of all that is judged, each once."""
     rate, rho = settings["AdaSAM", 0.9]
     judged = {(*kind, *settings[kind], BATCH, 1) for kind in settings}

@@ -75,7 +75,7 @@ class OPM(Objective):
         if float(torch.rand(())) >= self.execute or not self._drops():
             return features
         widths = {name: made.shape[1] for name, made in features.items()}
-        theta = sum(widths[name] * q[name] for name in features) / sum(widths.values())
+        theta = torch.stack([widths[name] * q[name] for name in features]).sum(0) / sum(widths.values())
         kept = {name: (drawn[name] >= q[name]) / (1 - theta).clamp(min=1e-5) for name in features}
         return {name: made * kept[name].to(made.dtype) for name, made in features.items()}
 

@@ -8,7 +8,7 @@ not imported here.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from equipoise import registry
 
@@ -179,11 +179,11 @@ def family(pipeline: str) -> Family:
 
 
 @cache  # asked for each layer
-def _loaded(pipeline: str) -> type[Family]:
+def _loaded(pipeline: str) -> "type[Family]":
     from equipoise.pipelines.text_to_image.families.flows import FLOWS
 
     if pipeline in FLOWS and pipeline not in known():
-        return FLOWS[pipeline]
+        return cast("type[Family]", FLOWS[pipeline])
     return registry.load("families", pipeline)
 
 

@@ -52,7 +52,7 @@ class Anima(GenericFlow):
         from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 
         encoder, device = pipeline.text_encoder, pipeline.text_encoder.device
-        read = AnimaTextEncoderStep.encode_prompt(
+        read: dict[str, Any] = AnimaTextEncoderStep.encode_prompt(
             pipeline, [caption], prepare_unconditional_embeds=False, device=device
         )
         words = AnimaTextConditioningStep._condition_prompt_embeds(

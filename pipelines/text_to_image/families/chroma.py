@@ -24,7 +24,7 @@ class Chroma(GenericFlow):
     refused = ()
     network = "networks.lora_flux"
     shape = ("num_attention_heads", "attention_head_dim")
-    original, fused = Flux.original, Flux.fused  # its layers are called as FLUX.1's
+    original, fused = Flux.original, Flux.fused  # pyright: ignore[reportAssignmentType]  # layers are FLUX.1's by name
 
     def predict(self, denoiser: Any, *given: Any, **more: Any) -> "Tensor":
         with _masked(self._pipeline.transformer):
