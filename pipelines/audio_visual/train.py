@@ -69,18 +69,15 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         **work.figures(found),
         **(work.probe() if processes.leads() else {}),
     }
-    chosen = config.objective
-    if baselines := [name for name in config.train.baselines if name != chosen.name or chosen.options]:
-        made = {name: _baseline(config, run, accelerator, prepared, name) for name in baselines}
-        facts["baselines"] = {name: figures for name, figures in made.items() if figures}
-    if processes.leads():
+    if processes.leads():  # before the baselines, whatever comes of them
         work.save_result(found, facts)
-    sentences = [f"Test accuracy with {config.objective.name}: {_accuracies(facts)}; guessing {work.chance:.1%}."]
-    for name, figures in facts.get("baselines", {}).items():
-        when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
-        sentences.append(f"With {name} in its place{when}: {_accuracies(figures)}.")
-    if missing := [name for name in baselines if name not in facts["baselines"]]:
-        sentences.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
+    chosen = config.objective
+    sentences = [f"Test accuracy with {chosen.name}: {_accuracies(facts)}; guessing {work.chance:.1%}."]
+    if baselines := [name for name in config.train.baselines if name != chosen.name or chosen.options]:
+        facts["baselines"], said = _baselines(config, run, accelerator, prepared, baselines)
+        sentences += said
+        if processes.leads():
+            work.save_facts(facts)
     message = " ".join([outcome.message, *sentences])
     run.log(message)
     return Outcome(outcome.state, message, outcome.step)
@@ -100,8 +97,34 @@ def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> No
                 print(line, file=sys.stderr)
 
 
+def _baselines(
+    config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, names: Sequence[str]
+) -> tuple[dict[str, dict], list[str]]:
+    """The figures of other objectives by name, as far as they were trained, and a sentence on each."""
+    made: dict[str, dict] = {}
+    sentences, stopped = [], []
+    for name in names:
+        try:
+            figures = made[name] = _baseline(config, run, accelerator, prepared, name)
+        except StoppedError:
+            stopped.append(name)
+        except InputError as error:
+            sentences.append(f"With {name} in its place nothing was trained: {error}")
+        else:
+            when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
+            sentences.append(f"With {name} in its place{when}: {_accuracies(figures)}.")
+    if stopped:
+        sentences.append(f"Stopped before {' and '.join(stopped)} had been trained instead.")
+    return made, sentences
+
+
 def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
-    """Another objective in place of this one: its figures; none where it was stopped. Its weights are not kept."""
+    """Another objective in place of this one: its figures. Its weights are not kept.
+
+    Raises:
+        StoppedError: The run was asked to stop.
+        InputError: What the objective needs before its first step diverged.
+    """
     other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
     work = AudioVisualWork(other, run, accelerator, prepared)
     steps, step, state = range(config.train.steps), 0, "done"
@@ -109,7 +132,7 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
     try:
         for step in tqdm(steps, f"{name} instead", unit="step", dynamic_ncols=True, leave=False, disable=silent):
             if "stop" in processes.requests(run):
-                return {}
+                raise StoppedError(f"stopped on request before {name} had been trained instead")
             work.step(step)
     except ArithmeticError as error:
         state = "diverged"
@@ -419,7 +442,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             save_tensors(folder / WEIGHTS, self.model.state_dict(), {"format": "pt"})
         write_atomic(folder / DESCRIPTION, json.dumps(described, indent=1) + "\n")
         self.save_confusions(found, folder)
-        write_atomic(folder / "result.json", json.dumps(facts, indent=1) + "\n")
+        self.save_facts(facts)
+
+    def save_facts(self, facts: dict[str, Any]) -> None:
+        write_atomic(self.run.folder / "result" / "result.json", json.dumps(facts, indent=1) + "\n")
 
     def save_confusions(self, found: dict[str, Scores], folder: Path) -> None:
         """A table per prediction: a row for each true class."""

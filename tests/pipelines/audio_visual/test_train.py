@@ -450,6 +450,23 @@ def test_baselines_that_were_stopped_or_diverged_are_said_to_be(tiny, monkeypatc
     assert made.keys() == {"joint"} and (made["joint"]["state"], made["joint"]["step"]) == ("diverged", 4)
 
 
+def test_a_stop_while_a_baselines_modalities_train_alone_keeps_the_result(tiny, monkeypatch):
+    steps = AudioVisualWork.step
+
+    def step(self, number):
+        if self.config.objective.name == "unimodal":
+            assert (self.run.folder / "result" / "result.json").is_file(), "the run's own result is there by now"
+            self.run.request("stop")
+        return steps(self, number)
+
+    monkeypatch.setattr(AudioVisualWork, "step", step)
+    run, outcome = train(*tiny, "objective=joint", "objective.options={}", "train.baselines=[gradient_blending]")
+    assert outcome.state == "done"
+    assert outcome.message.endswith("Stopped before gradient_blending had been trained instead.")
+    found = json.loads((run.folder / "result" / "result.json").read_text())
+    assert found["objective"] == "joint" and found["baselines"] == {} and weights(run)
+
+
 def test_a_run_does_not_go_on_with_other_clips(tiny, clips, stopped_run):
     path = clips.with_name("changing.csv")
     path.write_text(clips.read_text())
