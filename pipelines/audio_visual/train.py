@@ -41,6 +41,7 @@ from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
 _SEEN = 1000  # training clips whose loss is looked at, at most
+_HEARD = 512  # training clips by which sound is standardized, at most
 _LOOKS, _WAIT = 10, 2  # validations of modalities that train alone; those in a row without a better loss that end it
 
 
@@ -181,7 +182,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         torch.manual_seed(mix(config.seed, "model"))
         model = LateFusion(config, len(self.classes), self.bins)
         if "audio" in first:
-            model.sound.copy_(_spread(self.batches["train"], len(splits["train"])))
+            model.sound.copy_(_spread(self.batches["train"]))
         self.model: LateFusion = model.to(accelerator.device)
         self.weights_of_classes = self._class_weights(config, splits["train"]).to(accelerator.device)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -460,10 +461,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
                 write_atomic(folder / f"confusion-{name}.csv", text.getvalue())
 
 
-def _spread(batches: Batches, count: int) -> Tensor:  # (2,)
-    """Mean and standard deviation of the training spectrograms, from at most 512 clips."""
-    chosen = torch.linspace(0, count - 1, min(count, 512)).long().tolist()
-    batch = batches.get(chosen)
-    there = present(batch, batches.store.data.modalities, "audio")
-    sound = (batch["audio"] if there is None else batch["audio"][there]).double()
+def _spread(batches: Batches) -> Tensor:  # (2,)
+    """Mean and standard deviation of the training spectrograms, from some of the clips that have sound."""
+    given = batches.store.given
+    heard = [i for i, clip in enumerate(batches.clips) if "audio" in given.get(clip.line, ("audio",))]
+    chosen = torch.linspace(0, len(heard) - 1, min(len(heard), _HEARD)).long().tolist()
+    sound = batches.get([heard[i] for i in chosen])["audio"].double()
     return torch.stack([sound.mean(), sound.std().clamp(min=1e-6)]).float()

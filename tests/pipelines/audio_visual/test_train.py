@@ -17,6 +17,7 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
+from equipoise.pipelines.audio_visual.features import Batches
 from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load, present
 from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.audio_visual.scores import scores
@@ -226,6 +227,68 @@ def test_what_a_clip_lacks_changes_nothing(tiny, clips, tmp_path):
     work.model.zero_grad()
     made_of = work.model.features(none)["audio"]
     assert not made_of.any()
+
+
+def test_batches_in_which_one_clip_or_none_has_a_modality_leave_the_batch_norms_alone(tiny, clips, tmp_path):
+    settings = config.load(NAME, [*tiny, f"data={lacking(clips, tmp_path)}", *MASKED, "data.missing=mask"])
+    run, prepared = Store(settings.runs).create(settings), prepare(settings)
+    model = AudioVisualWork(settings, run, make_accelerator("no"), prepared).model.train()
+    batch = Batches(prepared.store, prepared.splits(settings)["train"]).get([0, 1, 2, 3])
+    norms = {name: value.clone() for name, value in model.encoders["audio"].named_buffers()}
+    for count, wanted in ((2, False), (3, True)):
+        model.zero_grad()
+        joint, own = model({name: part[:count] for name, part in batch.items()})
+        (joint.sum() + own["audio"].sum()).backward()
+        assert equal(dict(model.encoders["audio"].named_buffers()), norms)
+        assert model.heads["audio"].bias.grad.any()
+        grads = [parameter.grad for parameter in model.encoders["audio"].parameters()]
+        assert any(grad is not None and bool(grad.any()) for grad in grads) == wanted
+    model(batch)
+    assert not equal(dict(model.encoders["audio"].named_buffers()), norms), "two clips have it"
+
+
+def with_rare_text(clips: Path, folder: Path, kept: set[str]) -> Path:
+    """The clips of a manifest, of which those of these names alone have text."""
+    with clips.open(newline="") as file:
+        rows = [dict(row, text=row["text"] if row["clip"] in kept else "") for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+    return made.write_manifest(folder / "m.csv", rows)
+
+
+@pytest.mark.parametrize(
+    ("kept", "drawn", "lacking"),
+    [
+        (set(), False, {"train", "val", "test"}),
+        ({"train0", "test0"}, False, {"val"}),
+        ({"train0", "val0", "test0"}, False, set()),
+        ({"train0", "test0"}, True, {"val", "train"}),  # one of them, by where the only clip is drawn to
+    ],
+)
+def test_a_modality_that_no_clip_of_a_split_has_is_a_problem(kept, drawn, lacking, tiny, clips, tmp_path):
+    path = with_rare_text(clips, tmp_path, kept)
+    if drawn:
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("val")))
+    settings = config.load(NAME, [*tiny, f"data={path}", *MASKED, "data.missing=mask"])
+    found = prepare(settings).problems
+    named = {split for split in ("train", "val", "test") for line in found if f"no clip of the split {split}" in line}
+    assert len(named) == len(found) == min(len(lacking), 1 if drawn else 3) and named <= lacking
+    assert all("has the modality text" in line for line in found)
+
+
+def test_sound_that_is_rare_is_standardized_by_the_clips_that_have_it(tiny, clips, tmp_path, monkeypatch):
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+        row["audio"] = "" if row["split"] == "train" and row["clip"] != "train5" else row["audio"]
+    path = made.write_manifest(tmp_path / "m.csv", rows)
+    settings = config.load(NAME, [*tiny, f"data={path}", "data.missing=mask"])
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train._HEARD", 2)  # clips, which else miss the only one
+    prepared = prepare(settings)
+    work = AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepared)
+    sound = prepared.store.get(next(clip for clip in prepared.manifest.clips if clip.name == "train5"))["audio"]
+    assert work.model.sound.tolist() == pytest.approx([float(sound.mean()), float(sound.std())], rel=1e-4)
 
 
 def test_a_modality_that_no_test_clip_has_is_a_problem(tiny, clips, tmp_path, capfd):
