@@ -257,6 +257,11 @@ def doubts(manifest: Manifest) -> list[str]:
     return [f"{manifest.path}: {', '.join(absent[:5])}: trained, but not in the split test."] if absent else []
 
 
+def held_out(labels: Sequence[str], share: float) -> dict[str, int]:
+    """How many training clips of each class are taken to validate on, where no split is called val."""
+    return {label: min(n - 1, max(1, round(share * n))) for label, n in Counter(labels).items() if n > 1}
+
+
 def with_validation(manifest: Manifest, share: float, seed: int) -> dict[str, list[Clip]]:
     """The clips by split; where none is called val, every class gives a share of its training clips to it."""
     import torch
@@ -265,11 +270,7 @@ def with_validation(manifest: Manifest, share: float, seed: int) -> dict[str, li
     if splits["val"]:
         return splits
     order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = {
-        label: min(n - 1, max(1, round(share * n)))
-        for label, n in Counter(c.label for c in splits["train"]).items()
-        if n > 1
-    }
+    wanted = held_out([clip.label for clip in splits["train"]], share)
     chosen = set()
     for index in order:
         label = splits["train"][index].label
