@@ -215,11 +215,11 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def step(self, step: int) -> dict[str, float]:
         self.loading = 0.0
-        if self.objective.needs_alone:
-            self.objective.take_alone(self._alone())
+        if self.objective.needs_alone and (note := self.objective.take_alone(self._alone())):
+            self.run.log(note)
         if self.objective.wants_features():
-            every = {split: torch.arange(len(self.labels[split])) for split in ("train", "val")}
-            given = [(self._encoded(split, clips), self.labels[split]) for split, clips in every.items()]
+            some = {split: self._some(split, MOST) for split in ("train", "val")}
+            given = [(self._encoded(split, clips), self.labels[split][clips]) for split, clips in some.items()]
             self.run.log(self.objective.take_features(*given[0], *given[1]))
         return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
 
@@ -253,16 +253,22 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             if waited == _WAIT and not self.objective.alone_joint:
                 break
         last = work._both_losses(names)
-        return {name: Reached(*first[name], *last[name], best[name]) for name in names}
+        return {name: Reached(*first[name][:2], *last[name][:2], best[name], last[name][2]) for name in names}
 
-    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Training and validation loss by prediction; of many training clips, some by chance."""
-        chosen = torch.randperm(len(self.labels["train"]), generator=torch.Generator().manual_seed(0))[:_SEEN]
-        train, validation = self.predict("train", chosen), self.predict("val")
-        pairs = processes.first(
-            {f"{part} {name}": found[name].loss for part, found in (("t", train), ("v", validation)) for name in names}
-        )
-        return {name: (pairs[f"t {name}"], pairs[f"v {name}"]) for name in names}
+    def _some(self, split: str, most: int) -> Tensor:
+        """The indices of a split's clips; of more than `most`, so many by chance, always the same."""
+        count = len(self.labels[split])
+        return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+
+    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+        """Training and validation loss by prediction, and the noise of the latter; of many training clips, some."""
+        train, validation = self.predict("train", self._some("train", _SEEN)), self.predict("val")
+        found = {}
+        for name in names:
+            one, other = train[name], validation[name]
+            sent = processes.first({"train": one.loss, "validation": other.loss, "noise": other.noise})
+            found[name] = (sent["train"], sent["validation"], sent["noise"])
+        return found
 
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
@@ -399,8 +405,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         by chance where there are very many. None where clips may lack a modality, for a probe needs all of each."""
         if self.config.data.missing == "mask":
             return {}
-        count = len(self.labels["train"])
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST].sort().values
+        chosen = self._some("train", MOST)
         train, labels = self._encoded("train", chosen), self.labels["train"][chosen]
         test = self._encoded("test", torch.arange(len(self.labels["test"])))
         found = probes(train, labels, test, self.labels["test"], len(self.classes), self.chance)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from equipoise import registry
+from equipoise.balancing.relearning import Relearning
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
@@ -345,11 +346,22 @@ def test_relearning_moves_the_encoders_back_and_says_by_how_much(tiny):
     assert moved == [4, 7], "before the steps after three and after six, of epochs of 12 clips by 4"
 
 
+def test_relearning_clusters_some_clips_of_very_many(tiny, monkeypatch):
+    given, take = [], Relearning.take_features
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train.MOST", 5)
+    monkeypatch.setattr(Relearning, "take_features", lambda self, *parts: given.append(parts) or take(self, *parts))
+    train(*tiny, "steps=4", "objective=relearning", "objective.options={every: 1, times: 1}")
+    ((features, labels, validation, _),) = given
+    assert len(features["audio"]) == len(labels) == 5 and len(validation["audio"]) == 4
+
+
 def test_gradient_blending_estimates_its_weights_before_the_run(tiny):
     run, outcome = train(*tiny, "steps=10", "objective=gradient_blending")
     result = json.loads((run.folder / "result" / "result.json").read_text())
     assert outcome.state == "done" and {"alone_audio", "alone_visual", "alone_joint"} <= result.keys()
-    assert "alone: audio " in (run.folder / "log.txt").read_text()
+    log = (run.folder / "log.txt").read_text()
+    assert "alone: audio " in log and "weights: audio " in log
+    assert sum(run.metrics()[0][f"weight_{name}"] for name in ("audio", "visual", "joint")) == pytest.approx(1)
 
 
 def test_opm_changes_what_the_joint_head_is_given(tiny):
