@@ -204,12 +204,11 @@ def _times(row: dict[str, str], problems: list[str]) -> tuple[float | None, floa
     return found["start"], found["end"]
 
 
-def settle(manifest: Manifest, skip_bad: bool, given: Mapping[int, frozenset[str]] | None = None) -> None:
+def settle(manifest: Manifest, skip_bad: bool) -> None:
     """What only the clips together can be wrong about, once those that cannot be used are known.
 
     Args:
         skip_bad: whether training goes on without those, so that what they have in common may be missing.
-        given: line → the modalities of its clip, where clips may lack some.
     """
     if not {"label", "split"} <= manifest.columns:
         return
@@ -230,20 +229,37 @@ def settle(manifest: Manifest, skip_bad: bool, given: Mapping[int, frozenset[str
     for split in ("train", "test"):
         if not any(clip.split == split for clip in counted):
             manifest.problems.append(f"{manifest.path}: there is no usable clip in the split {split}.")
-    for modality in sorted(frozenset().union(*(given or {}).values())):
-        for split in ("train", "test"):
-            if not any(modality in (given or {}).get(clip.line, ()) for clip in manifest.split(split)):
-                manifest.problems.append(f"{manifest.path}: no clip of the split {split} has the modality {modality}.")
     if len(train) == 1:
         manifest.problems.append(
             f"{manifest.path}: there is one class only, {', '.join(train)}; nothing can be told apart."
         )
 
 
+def lacking(
+    manifest: Manifest,
+    splits: Mapping[str, Sequence[Clip]],
+    given: Mapping[int, frozenset[str]],  # line → the modalities of its clip
+    modalities: Sequence[str],
+) -> list[str]:
+    """The modalities that no clip of a split has, where clips may lack some: nothing could be said of their losses."""
+    drawn = "" if manifest.split("val") else " data.validation drew it by chance; name a split val that has some."
+    return [
+        f"{manifest.path}: no clip of the split {split} has the modality {modality}.{drawn * (split != 'test')}"
+        for modality in modalities
+        for split, clips in splits.items()
+        if clips and not any(modality in given.get(clip.line, ()) for clip in clips)
+    ]
+
+
 def doubts(manifest: Manifest) -> list[str]:
     """Classes that are trained and never tested."""
     absent = sorted({c.label for c in manifest.split("train")} - {c.label for c in manifest.split("test")})
     return [f"{manifest.path}: {', '.join(absent[:5])}: trained, but not in the split test."] if absent else []
+
+
+def held_out(labels: Sequence[str], share: float) -> dict[str, int]:
+    """How many training clips of each class are taken to validate on, where no split is called val."""
+    return {label: min(n - 1, max(1, round(share * n))) for label, n in Counter(labels).items() if n > 1}
 
 
 def with_validation(manifest: Manifest, share: float, seed: int) -> dict[str, list[Clip]]:
@@ -254,11 +270,7 @@ def with_validation(manifest: Manifest, share: float, seed: int) -> dict[str, li
     if splits["val"]:
         return splits
     order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = {
-        label: min(n - 1, max(1, round(share * n)))
-        for label, n in Counter(c.label for c in splits["train"]).items()
-        if n > 1
-    }
+    wanted = held_out([clip.label for clip in splits["train"]], share)
     chosen = set()
     for index in order:
         label = splits["train"][index].label

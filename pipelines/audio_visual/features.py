@@ -66,6 +66,8 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
     """A clip's features as far as its files are there and can be read, and what is wrong with those files."""
     found: Features = {}
     lengths: dict[str, float] = {}
+    spanned = clip.start is not None or clip.end is not None
+    wrong: list[str] = []
 
     def parts(made: Tensor, count: int) -> Tensor:
         """Apart, where one is drawn in each step; else there is one."""
@@ -74,6 +76,10 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
 
     def add_sound(path: Path) -> None:
         if path.suffix == ".npy":
+            if spanned:
+                raise InputError(
+                    f"{path.name} is a spectrogram, whose seconds nobody knows. Cut it, and leave start and end empty."
+                )
             found["audio"] = parts(read_spectrogram(path, data.audio), 1)
             return
         samples, rate = read_audio(path)
@@ -87,6 +93,11 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
         if clip.frames:
             if seconds := lengths.get("sound"):
                 spans = [(begin / seconds, end / seconds) for begin, end in stretches(seconds, clip, data)]
+            elif spanned and not wrong and not path.is_file():
+                raise InputError(
+                    f"{path.name} is a folder of pictures, and without sound nobody knows their seconds. Give a video "
+                    "or the clip's sound, or pictures of the span alone, and leave start and end empty."
+                )
             made = read_frames(path, data.visual.frames, data.visual.size, spans)
         else:
 
@@ -97,7 +108,6 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
             made, lengths["video"] = read_video(path, data.visual.frames, data.visual.size, choose)
         found["visual"] = parts(made, len(spans))
 
-    wrong = []
     for reader, path in _media(clip, data, {"audio": add_sound, "visual": add_pictures}):
         if path is None or not os.path.exists(path):
             continue

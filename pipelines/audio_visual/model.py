@@ -4,7 +4,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,25 @@ class LateFusion(nn.Module):
         made = {}
         for name in self.modalities:
             given, there = batch[name], present(batch, self.modalities, name)
-            few = there is not None and not bool(there.all())
-            if few:
-                given = given[there] if bool(there.any()) else given[:1]
-                given = torch.cat([given, given]) if len(given) == 1 else given  # batch norm takes two or more
-            if name == "audio":
-                given = (given - self.sound[0]) / self.sound[1]
-            elif name == "visual":
-                mean, std = (given.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
-                given = (given.float() / 255 - mean) / std
-            found = self.encoders[name](given)
-            if few:
-                count = int(there.sum())
-                found = found.new_zeros(len(there), found.shape[1]).index_put((there.nonzero()[:, 0],), found[:count])
+            if there is None or bool(there.all()):
+                made[name] = self._encoded(name, given)
+                continue
+            count, width = int(there.sum()), self.encoders[name].features
+            found = torch.zeros(len(there), width, device=given.device)
+            if count:
+                with _norms_kept(self.encoders[name]) if count == 1 else nullcontext():
+                    own = self._encoded(name, given[there])
+                found = found.to(own.dtype).index_put((there.nonzero()[:, 0],), own)
             made[name] = found
         return made
+
+    def _encoded(self, name: str, given: Tensor) -> Tensor:  # (clips, width)
+        if name == "audio":
+            given = (given - self.sound[0]) / self.sound[1]
+        elif name == "visual":
+            mean, std = (given.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
+            given = (given.float() / 255 - mean) / std
+        return self.encoders[name](given)
 
     def predict(self, files: Sequence[str | Path]) -> list[dict[str, Any]]:
         """What the model says of clips: for each `clip`, its `label` and `probability`, and each modality's own.
@@ -111,6 +116,19 @@ class LateFusion(nn.Module):
 def present(batch: Mapping[str, Tensor], modalities: Sequence[str], name: str) -> Tensor | None:
     """(batch,) which clips have the modality; none where all have to."""
     return batch[PRESENT][:, modalities.index(name)] if PRESENT in batch else None
+
+
+@contextmanager
+def _norms_kept(net: nn.Module) -> Iterator[None]:
+    """Batch norms go by their running statistics, and leave them as they are: those of a single clip say nothing."""
+    norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class Sum(nn.Module):

@@ -87,7 +87,7 @@ def configuration(name: str, manifest: Path, training: int, lists: str) -> str:
     Args:
         name: Of the data set.
         manifest: Its manifest, whose path is written as it is.
-        training: Clips of its split train.
+        training: The clips that an epoch goes through: of its split train, less those held out to validate on.
         lists: What its splits come from.
     """
     recipe = RECIPES[name]

@@ -7,7 +7,15 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig, AudioVisualEncoder
-from equipoise.pipelines.audio_visual.data import NEEDED, Clip, Manifest, read_manifest, settle, with_validation
+from equipoise.pipelines.audio_visual.data import (
+    NEEDED,
+    Clip,
+    Manifest,
+    lacking,
+    read_manifest,
+    settle,
+    with_validation,
+)
 from equipoise.pipelines.audio_visual.features import FeatureStore
 from equipoise.pipelines.demo import digits
 
@@ -39,8 +47,11 @@ def prepare(config: AudioVisualConfig) -> Prepared:
     store = feature_store(config, runs / ".cache" / "features")
     manifest = read_manifest(config.data, path)
     extract_all(manifest, store)
-    settle(manifest, config.data.skip_bad, store.given if config.data.missing == "mask" else None)
-    return Prepared(manifest, store)
+    settle(manifest, config.data.skip_bad)
+    prepared = Prepared(manifest, store)
+    if config.data.missing == "mask" and store.given:
+        manifest.problems += lacking(manifest, prepared.splits(config), store.given, config.data.modalities)
+    return prepared
 
 
 def feature_store(config: AudioVisualConfig, cache: Path | None) -> FeatureStore:

@@ -1,5 +1,6 @@
 """How good predictions are: accuracy, macro-F1 and the confusion matrix."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,14 @@ class Scores(NamedTuple):
     accuracy: float  # share of clips
     f1: float  # mean over the classes that occur
     confusion: Tensor  # (classes, classes) counts, rows the true class
+    noise: float  # the standard error of the loss, over the clips
 
 
 def scores(losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> Scores:
     """All of them, of (clips,) losses, predictions and labels."""
     if not len(labels):
         nothing = float("nan")
-        return Scores(nothing, nothing, nothing, torch.zeros(classes, classes, dtype=torch.long))
+        return Scores(nothing, nothing, nothing, torch.zeros(classes, classes, dtype=torch.long), nothing)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
     right = confusion.diagonal().double()
     sizes = confusion.sum(0) + confusion.sum(1)  # predicted and true: twice the denominator of F1
@@ -27,4 +29,5 @@ def scores(losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> S
         (right.sum() / len(labels)).item(),
         f1[confusion.sum(1) > 0].mean().item(),
         confusion,
+        losses.double().std(correction=min(1, len(losses) - 1)).item() / math.sqrt(len(losses)),
     )

@@ -24,7 +24,7 @@ from equipoise.balancing.objective import Losses, Reached
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
-from equipoise.pipelines.audio_visual.features import Batches, Features
+from equipoise.pipelines.audio_visual.features import PRESENT, Batches, Features
 from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion, present
 from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
 from equipoise.pipelines.audio_visual.probe import MOST, probes
@@ -35,12 +35,13 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import EarlyStopError, StoppedError, train_loop
+from equipoise.pipelines.training.loop import DivergedError, EarlyStopError, StoppedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
 _SEEN = 1000  # training clips whose loss is looked at, at most
+_HEARD = 512  # training clips by which sound is standardized, at most
 _LOOKS, _WAIT = 10, 2  # validations of modalities that train alone; those in a row without a better loss that end it
 
 
@@ -69,18 +70,15 @@ def train(config: AudioVisualConfig, run: Run) -> Outcome:
         **work.figures(found),
         **(work.probe() if processes.leads() else {}),
     }
-    chosen = config.objective
-    if baselines := [name for name in config.train.baselines if name != chosen.name or chosen.options]:
-        made = {name: _baseline(config, run, accelerator, prepared, name) for name in baselines}
-        facts["baselines"] = {name: figures for name, figures in made.items() if figures}
-    if processes.leads():
+    if processes.leads():  # before the baselines, whatever comes of them
         work.save_result(found, facts)
-    sentences = [f"Test accuracy with {config.objective.name}: {_accuracies(facts)}; guessing {work.chance:.1%}."]
-    for name, figures in facts.get("baselines", {}).items():
-        when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
-        sentences.append(f"With {name} in its place{when}: {_accuracies(figures)}.")
-    if missing := [name for name in baselines if name not in facts["baselines"]]:
-        sentences.append(f"Stopped before {' and '.join(missing)} had been trained instead.")
+    chosen = config.objective
+    sentences = [f"Test accuracy with {chosen.name}: {_accuracies(facts)}; guessing {work.chance:.1%}."]
+    if baselines := [name for name in config.train.baselines if name != chosen.name or chosen.options]:
+        facts["baselines"], said = _baselines(config, run, accelerator, prepared, baselines)
+        sentences += said
+        if processes.leads():
+            work.save_facts(facts)
     message = " ".join([outcome.message, *sentences])
     run.log(message)
     return Outcome(outcome.state, message, outcome.step)
@@ -100,8 +98,34 @@ def _tell_skipped(prepared: Prepared, config: AudioVisualConfig, run: Run) -> No
                 print(line, file=sys.stderr)
 
 
+def _baselines(
+    config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, names: Sequence[str]
+) -> tuple[dict[str, dict], list[str]]:
+    """The figures of other objectives by name, as far as they were trained, and a sentence on each."""
+    made: dict[str, dict] = {}
+    sentences, stopped = [], []
+    for name in names:
+        try:
+            figures = made[name] = _baseline(config, run, accelerator, prepared, name)
+        except StoppedError:
+            stopped.append(name)
+        except InputError as error:
+            sentences.append(f"With {name} in its place nothing was trained: {error}")
+        else:
+            when = f" (diverged at step {figures['step']})" if figures["state"] == "diverged" else ""
+            sentences.append(f"With {name} in its place{when}: {_accuracies(figures)}.")
+    if stopped:
+        sentences.append(f"Stopped before {' and '.join(stopped)} had been trained instead.")
+    return made, sentences
+
+
 def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, prepared: Prepared, name: str) -> dict:
-    """Another objective in place of this one: its figures; none where it was stopped. Its weights are not kept."""
+    """Another objective in place of this one: its figures. Its weights are not kept.
+
+    Raises:
+        StoppedError: The run was asked to stop.
+        InputError: What the objective needs before its first step diverged.
+    """
     other = config.model_copy(update={"objective": ObjectiveSection(name=name)})
     work = AudioVisualWork(other, run, accelerator, prepared)
     steps, step, state = range(config.train.steps), 0, "done"
@@ -109,7 +133,7 @@ def _baseline(config: AudioVisualConfig, run: Run, accelerator: Accelerator, pre
     try:
         for step in tqdm(steps, f"{name} instead", unit="step", dynamic_ncols=True, leave=False, disable=silent):
             if "stop" in processes.requests(run):
-                return {}
+                raise StoppedError(f"stopped on request before {name} had been trained instead")
             work.step(step)
     except ArithmeticError as error:
         state = "diverged"
@@ -158,7 +182,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         torch.manual_seed(mix(config.seed, "model"))
         model = LateFusion(config, len(self.classes), self.bins)
         if "audio" in first:
-            model.sound.copy_(_spread(self.batches["train"], len(splits["train"])))
+            model.sound.copy_(_spread(self.batches["train"]))
         self.model: LateFusion = model.to(accelerator.device)
         self.weights_of_classes = self._class_weights(config, splits["train"]).to(accelerator.device)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -173,6 +197,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
         self.loading = 0.0  # seconds that the last step waited for its batch
+        self.had: dict[int, dict[str, Tensor]] = {}  # forward pass of a step → modality → whether some clip had it
         self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
         size = config.train.batch * config.train.accumulate * processes.count()
         self.objective.steps_per_epoch = len(splits["train"]) / size
@@ -191,13 +216,20 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
 
     def step(self, step: int) -> dict[str, float]:
         self.loading = 0.0
-        if self.objective.needs_alone:
-            self.objective.take_alone(self._alone())
+        if self.objective.needs_alone and (note := self.objective.take_alone(self._alone())):
+            self.run.log(note)
         if self.objective.wants_features():
-            every = {split: torch.arange(len(self.labels[split])) for split in ("train", "val")}
-            given = [(self._encoded(split, clips), self.labels[split]) for split, clips in every.items()]
+            some = {split: self._some(split, MOST) for split in ("train", "val")}
+            given = [(self._encoded(split, clips), self.labels[split][clips]) for split, clips in some.items()]
             self.run.log(self.objective.take_features(*given[0], *given[1]))
-        return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
+        values = super().step(step) | {"balancing": self.balancing, "loading": self.loading}
+        for name in self.model.modalities if self.had else ():
+            # the mean is over all forward passes, and 0 is none's loss
+            if count := sum(float(had[name]) for had in self.had.values()):
+                values[f"loss_{name}"] *= len(self.had) / count
+            else:
+                del values[f"loss_{name}"]
+        return values
 
     def _alone(self) -> dict[str, Reached]:
         """What each modality reaches by itself in as many steps as the run has at most, and until none gets better by
@@ -220,7 +252,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         for step in tqdm(range(steps), f"{' and '.join(names)} alone", **shown):
             if "stop" in processes.requests(self.run):
                 raise StoppedError(f"stopped on request at step {step} of {steps} in which modalities train alone")
-            found = work.step(step)
+            try:
+                found = work.step(step)
+            except DivergedError as error:
+                raise self._diverged_alone(names, f"{error} at step {step + 1} of {steps}") from error
             if not (work.validation and work.validation.due(step + 1)):
                 continue
             now = processes.first({name: found.get(f"val_loss_{name}", math.inf) for name in names})
@@ -229,16 +264,30 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             if waited == _WAIT and not self.objective.alone_joint:
                 break
         last = work._both_losses(names)
-        return {name: Reached(*first[name], *last[name], best[name]) for name in names}
+        if not all(math.isfinite(value) for name in names for value in (best[name], last[name][1])):
+            raise self._diverged_alone(names, "the validation loss was not finite")
+        return {name: Reached(*first[name][:2], *last[name][:2], best[name], last[name][2]) for name in names}
 
-    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Training and validation loss by prediction; of many training clips, some by chance."""
-        chosen = torch.randperm(len(self.labels["train"]), generator=torch.Generator().manual_seed(0))[:_SEEN]
-        train, validation = self.predict("train", chosen), self.predict("val")
-        pairs = processes.first(
-            {f"{part} {name}": found[name].loss for part, found in (("t", train), ("v", validation)) for name in names}
+    def _diverged_alone(self, names: Sequence[str], what: str) -> InputError:
+        return InputError(
+            f"the training of {' and '.join(names)} alone, before the run's own, diverged: {what}. Set a smaller "
+            f"optimizer.learning_rate, or give numbers: objective.options.{self.objective.alone_option}."
         )
-        return {name: (pairs[f"t {name}"], pairs[f"v {name}"]) for name in names}
+
+    def _some(self, split: str, most: int) -> Tensor:
+        """The indices of a split's clips; of more than `most`, so many by chance, always the same."""
+        count = len(self.labels[split])
+        return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+
+    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+        """Training and validation loss by prediction, and the noise of the latter; of many training clips, some."""
+        train, validation = self.predict("train", self._some("train", _SEEN)), self.predict("val")
+        found = {}
+        for name in names:
+            one, other = train[name], validation[name]
+            sent = processes.first({"train": one.loss, "validation": other.loss, "noise": other.noise})
+            found[name] = (sent["train"], sent["validation"], sent["noise"])
+        return found
 
     def evaluate(self, step: int, micro: int) -> Losses:
         train = self.config.train
@@ -278,7 +327,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             # of the weight of all processes' clips, if those had each the same
             return mean if processes.count() == 1 else mean * weight / processes.mean(weight).clamp(min=1e-12)
 
-        own = {n: loss(logits, present(batch, self.model.modalities, n)) for n, logits in unimodal.items()}
+        there = {n: present(batch, self.model.modalities, n) for n in unimodal}
+        own = {n: loss(logits, there[n]) for n, logits in unimodal.items()}
+        if PRESENT in batch:
+            self.had[micro] = {n: processes.mean(batch[PRESENT][:, i].float().sum()) > 0 for i, n in enumerate(own)}
         return Losses(loss(joint), own, labels, responses)
 
     def _chosen(self, number: int) -> list[int]:
@@ -375,8 +427,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         by chance where there are very many. None where clips may lack a modality, for a probe needs all of each."""
         if self.config.data.missing == "mask":
             return {}
-        count = len(self.labels["train"])
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST].sort().values
+        chosen = self._some("train", MOST)
         train, labels = self._encoded("train", chosen), self.labels["train"][chosen]
         test = self._encoded("test", torch.arange(len(self.labels["test"])))
         found = probes(train, labels, test, self.labels["test"], len(self.classes), self.chance)
@@ -395,7 +446,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         return {name: torch.cat(parts) for name, parts in made.items()}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "clips": self.digest}
+        return {**super().state(), "clips": self.digest, "alone": self.alone}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state.get("clips", self.digest) != self.digest:
@@ -404,6 +455,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
                 "was trained on so far. Put them back, or train anew."
             )
         super().restore(weights, state)
+        self.alone = dict(state.get("alone", {}))  # earlier versions kept none
 
     def save_result(self, found: dict[str, Scores], facts: dict[str, Any]) -> None:
         """Writes the model with all it takes to load it, the figures, and a confusion matrix per prediction."""
@@ -419,7 +471,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             save_tensors(folder / WEIGHTS, self.model.state_dict(), {"format": "pt"})
         write_atomic(folder / DESCRIPTION, json.dumps(described, indent=1) + "\n")
         self.save_confusions(found, folder)
-        write_atomic(folder / "result.json", json.dumps(facts, indent=1) + "\n")
+        self.save_facts(facts)
+
+    def save_facts(self, facts: dict[str, Any]) -> None:
+        write_atomic(self.run.folder / "result" / "result.json", json.dumps(facts, indent=1) + "\n")
 
     def save_confusions(self, found: dict[str, Scores], folder: Path) -> None:
         """A table per prediction: a row for each true class."""
@@ -434,10 +489,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
                 write_atomic(folder / f"confusion-{name}.csv", text.getvalue())
 
 
-def _spread(batches: Batches, count: int) -> Tensor:  # (2,)
-    """Mean and standard deviation of the training spectrograms, from at most 512 clips."""
-    chosen = torch.linspace(0, count - 1, min(count, 512)).long().tolist()
-    batch = batches.get(chosen)
-    there = present(batch, batches.store.data.modalities, "audio")
-    sound = (batch["audio"] if there is None else batch["audio"][there]).double()
+def _spread(batches: Batches) -> Tensor:  # (2,)
+    """Mean and standard deviation of the training spectrograms, from some of the clips that have sound."""
+    given = batches.store.given
+    heard = [i for i, clip in enumerate(batches.clips) if "audio" in given.get(clip.line, ("audio",))]
+    chosen = torch.linspace(0, len(heard) - 1, min(len(heard), _HEARD)).long().tolist()
+    sound = batches.get([heard[i] for i in chosen])["audio"].double()
     return torch.stack([sound.mean(), sound.std().clamp(min=1e-6)]).float()

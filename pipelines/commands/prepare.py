@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
-from equipoise.pipelines.audio_visual.data import SPLITS
+from equipoise.pipelines.audio_visual.config import AudioVisualData
+from equipoise.pipelines.audio_visual.data import SPLITS, held_out
 from equipoise.pipelines.audio_visual.papers import RECIPES, configuration
 from equipoise.pipelines.commands import conversations, pictures, question_sets
 from equipoise.pipelines.commands.question_sets import table_of, text_of
@@ -100,10 +101,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {file} is there already, and is left as it is")
     else:
         used = ", ".join(path.name for path in LISTS.get(args.set, lambda _: [])(args.folder)) or "folders and names"
-        write_atomic(file, configuration(args.set, output, splits["train"], used))
+        write_atomic(file, configuration(args.set, output, _trained(rows), used))
         print(f"  {file}: epochs, rate, seconds, fusion and objective as the papers have them")
     print(f"  next: equipoise train {shlex.quote(str(file))}")
     return 0
+
+
+def _trained(rows: list[Row]) -> int:
+    """The clips that training goes through: without a list to validate on, it holds some out."""
+    labels = [row["label"] for row in rows if row["split"] == "train"]
+    if any(row["split"] == "val" for row in rows):
+        return len(labels)
+    return len(labels) - sum(held_out(labels, AudioVisualData().validation).values())
 
 
 def crema_d(folder: Path, output: Path) -> Iterator[Row | str]:

@@ -145,6 +145,8 @@ def _shown_at(
         if due > len(found):
             found += [_upright(before or frame, stream)] * (due - len(found))
         before = frame
+        if len(found) == len(middles):
+            break
     if before is None:
         raise MediaError(path, "has no pictures.")
     return found + [_upright(before, stream)] * (len(middles) - len(found))

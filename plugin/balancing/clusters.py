@@ -51,8 +51,9 @@ def clusters(
 def _start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Points far from one another: each is drawn by the square of its distance to those before."""
     chosen = [int(torch.randint(len(points), (), generator=generator))]
+    near = points.new_full((len(points),), torch.inf)  # the squared distance to the nearest of those chosen
     for _ in range(count - 1):
-        near = torch.cdist(points, points[chosen]).amin(1).square()
+        near = torch.minimum(near, torch.cdist(points, points[chosen[-1:]])[:, 0].square())
         weights = near if float(near.sum()) > 0 else torch.ones_like(near)
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
     return points[chosen]

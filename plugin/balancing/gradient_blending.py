@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.balancing.objective import Losses, Objective, Reached
+from equipoise.balancing.objective import Backward, Losses, Objective, Reached, differentiate
 from equipoise.errors import InputError
 
 JOINT = "joint"
@@ -24,7 +24,9 @@ class GradientBlending(Objective):
     Minimizes Σ_k w_k·f_k over the joint loss and the unimodal ones. Before, each modality by itself and the joint model
     are trained for as many steps; with G_k what its validation loss has fallen by, and O_k what the gap between its
     validation and its training loss has grown by, w_k = (G_k/O_k²)/Z, so that the weights sum to 1. What gains nothing
-    weighs nothing. That makes three trainings of one. (Offline; the paper's online form estimates anew on the way.)
+    weighs nothing. O_k is at least ε, the largest standard error of the validation losses at the end: smaller gaps are
+    noise, and where nothing has been learned 1/O_k² of it would outweigh all else. The paper has no such bound. That
+    makes three trainings of one. (Offline; the paper's online form estimates anew on the way.)
 
     Args:
         weights: Name → weight, of `joint` and of every modality, in place of estimating them. (each >= 0)
@@ -39,6 +41,7 @@ class GradientBlending(Objective):
 
     modalities: ClassVar[tuple[int, float]] = (1, math.inf)
     alone_joint: ClassVar[bool] = True
+    alone_option: ClassVar[str] = "weights"
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.weights = dict(weights or {})
@@ -50,12 +53,17 @@ class GradientBlending(Objective):
         if self.weights and self.weights.keys() != wanted:
             raise InputError(f"weights: must be of {', '.join([JOINT, *encoders])}, got {', '.join(self.weights)}.")
 
-    def take_alone(self, reached: Mapping[str, Reached]) -> None:
-        shares = {name: share(found) for name, found in reached.items()}
+    def take_alone(self, reached: Mapping[str, Reached]) -> str:
+        noise = max(found.noise for found in reached.values())
+        shares = {name: share(found, noise) for name, found in reached.items()}
         total = sum(shares.values())
         even = 1 / len(shares)  # where nothing has gained anything
         self.weights = {name: value / total if total else even for name, value in shares.items()}
         self.needs_alone = False
+        return f"weights: {', '.join(f'{name} {value:.4g}' for name, value in self.weights.items())}."
+
+    def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
+        return super().backward(losses, backward) | {f"weight_{name}": value for name, value in self.weights.items()}
 
     def combine(self, losses: Losses) -> Tensor:
         if self.needs_alone:
@@ -70,8 +78,8 @@ class GradientBlending(Objective):
         self.weights, self.needs_alone = dict(state["weights"]), not state["weights"]
 
 
-def share(found: Reached) -> float:
-    """G/O², at least 0."""
+def share(found: Reached, noise: float = 0.0) -> float:
+    """G/O², at least 0; O is at least `noise`."""
     gain = found.validation_first - found.validation_last
     grown = (found.validation_last - found.train_last) - (found.validation_first - found.train_first)
-    return max(gain, 0.0) / max(grown**2, _LEAST)
+    return max(gain, 0.0) / max(grown**2, noise**2, _LEAST)

@@ -67,6 +67,7 @@ class MIMO(Objective):
     """
 
     modalities: ClassVar[tuple[int, float]] = (1, math.inf)
+    alone_option: ClassVar[str] = "f_star"
 
     def __init__(
         self,
@@ -94,8 +95,9 @@ class MIMO(Objective):
         if unknown := [name for name in self.f_star if name not in encoders]:
             raise InputError(f"f_star: {', '.join(unknown)} is no modality here; there are {', '.join(encoders)}.")
 
-    def take_alone(self, reached) -> None:
+    def take_alone(self, reached) -> str:
         self._hold({name: found.validation_best for name, found in reached.items()})
+        return ""
 
     def _hold(self, best: Mapping[str, float]) -> None:
         self.f_star, self.needs_alone = dict(best), False

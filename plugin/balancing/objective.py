@@ -28,6 +28,7 @@ class Reached(NamedTuple):
     train_last: float  # after it
     validation_last: float
     validation_best: float
+    noise: float = 0.0  # the standard error of `validation_last`, over the validation examples
 
 
 class Backward(Protocol):
@@ -69,6 +70,7 @@ class Objective:
     # whether it needs the joint loss's too, and trainings of the same length.
     needs_alone: bool = False
     alone_joint: ClassVar[bool] = False
+    alone_option: ClassVar[str] = ""  # the option that takes numbers in place of those trainings
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,9 +128,10 @@ class Objective:
         """Factors on the learning rates of some components, modalities among them; 1 where none is given."""
         return {}
 
-    def take_alone(self, reached: Mapping[str, Reached]) -> None:
+    def take_alone(self, reached: Mapping[str, Reached]) -> str:
         """Takes what each modality reaches when it is trained by itself, if `needs_alone`; and the joint loss, by the
-        name of joint, if `alone_joint`."""
+        name of joint, if `alone_joint`; returns a sentence for the log if something follows from it."""
+        return ""
 
     def fuse(
         self,

@@ -131,6 +131,16 @@ def test_every_set_has_a_configuration_as_the_paper_trains_it(name, tmp_path):
     assert config.load(file, ["steps=2", "epochs="]).train.steps == 2
 
 
+def test_an_epoch_is_counted_without_the_clips_that_are_held_out_to_validate_on(tmp_path):
+    """70 clips by the list, of which training holds out 7: one step of 64."""
+    touch(tmp_path, *(f"video/c_{index}.mp4" for index in range(71)))
+    lines = [f"c,{index},dog,{'train' if index < 70 else 'test'}\n" for index in range(71)]
+    (tmp_path / "vggsound.csv").write_text("".join(lines))
+    assert main(["prepare", "vggsound", str(tmp_path)]) == 0
+    made = config.load(tmp_path / "manifest.yaml")
+    assert (made.train.validate_every, made.schedule.rules) == (1, "1:70,0.1")
+
+
 def test_prepare_writes_the_configuration_once_and_names_its_lists(tmp_path, capfd):
     touch(tmp_path, "AVE/a1.mp4", "AVE/b2.mp4")
     (tmp_path / "trainSet.txt").write_text("Bark&a1&good&2&7\n")

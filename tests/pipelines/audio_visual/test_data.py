@@ -110,6 +110,31 @@ def test_long_clips_are_sampled_where_the_settings_and_their_event_say(stretch, 
     assert found["audio"].shape == ((5,) if len(seconds) > 1 else (1,) * (stretch == "random")) + (1, 33, 126)
 
 
+@pytest.mark.parametrize(
+    ("files", "modalities", "message"),
+    [
+        ({"frames": "many"}, ["visual"], "many is a folder of pictures, and without sound nobody knows their seconds"),
+        ({"frames": "many", "audio": "a.npy"}, ["audio", "visual"], "a.npy is a spectrogram, whose seconds nobody"),
+        ({"frames": "0.png"}, ["visual"], None),  # the same at any time
+        ({"frames": "many", "audio": "a.wav"}, ["audio", "visual"], None),
+    ],
+)
+def test_spans_of_files_without_seconds_are_refused(files, modalities, message, tmp_path):
+    (tmp_path / "many").mkdir()
+    for place in ("0.png", "many/0.png", "many/1.png"):
+        made.write_picture(tmp_path / place, (0, 0, 0))
+    made.write_sound(tmp_path / "a.wav", 500, 1.0)
+    np.save(tmp_path / "a.npy", np.zeros((16, 16), np.float32))
+    data = AudioVisualData(modalities=modalities, **SMALL)
+    row = {**files, "start": "0.25", "end": "0.75", "label": "a", "split": "train"}
+    (clip,) = read_manifest(data, made.write_manifest(tmp_path / "m.csv", [row])).clips
+    if message is None:
+        assert extract(clip, data).keys() == set(modalities)
+        return
+    with pytest.raises(InputError, match=message):
+        extract(clip, data)
+
+
 def test_training_draws_stretches_and_everything_else_sees_the_middle(tmp_path):
     rows = [long_clip(tmp_path, name) for name in "ab"]
     data = AudioVisualData(audio={"sample_rate": 4000, "seconds": 2}, visual={"size": 16}, stretch="random")

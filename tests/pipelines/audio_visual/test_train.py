@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from equipoise import registry
+from equipoise.balancing.relearning import Relearning
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, features
+from equipoise.pipelines.audio_visual.features import Batches
 from equipoise.pipelines.audio_visual.model import FUSIONS, LateFusion, load, present
 from equipoise.pipelines.audio_visual.prepared import prepare
 from equipoise.pipelines.audio_visual.scores import scores
@@ -192,7 +194,12 @@ def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name
         words.append("data.modalities=[audio, visual]")
         assert main(["train", NAME, *words]) == 2
         said = capfd.readouterr().err
-        assert f"objective.name: {name} compares what modalities say of the same clip" in said
+        why = (
+            "clusters the features of every clip"
+            if name == "relearning"
+            else "compares what modalities say of the same"
+        )
+        assert f"objective.name: {name} {why}" in said
         return
     run, outcome = train(*words, f"objective.options={options}")
     assert outcome.state == "done"
@@ -226,6 +233,68 @@ def test_what_a_clip_lacks_changes_nothing(tiny, clips, tmp_path):
     work.model.zero_grad()
     made_of = work.model.features(none)["audio"]
     assert not made_of.any()
+
+
+def test_batches_in_which_one_clip_or_none_has_a_modality_leave_the_batch_norms_alone(tiny, clips, tmp_path):
+    settings = config.load(NAME, [*tiny, f"data={lacking(clips, tmp_path)}", *MASKED, "data.missing=mask"])
+    run, prepared = Store(settings.runs).create(settings), prepare(settings)
+    model = AudioVisualWork(settings, run, make_accelerator("no"), prepared).model.train()
+    batch = Batches(prepared.store, prepared.splits(settings)["train"]).get([0, 1, 2, 3])
+    norms = {name: value.clone() for name, value in model.encoders["audio"].named_buffers()}
+    for count, wanted in ((2, False), (3, True)):
+        model.zero_grad()
+        joint, own = model({name: part[:count] for name, part in batch.items()})
+        (joint.sum() + own["audio"].sum()).backward()
+        assert equal(dict(model.encoders["audio"].named_buffers()), norms)
+        assert model.heads["audio"].bias.grad.any()
+        grads = [parameter.grad for parameter in model.encoders["audio"].parameters()]
+        assert any(grad is not None and bool(grad.any()) for grad in grads) == wanted
+    model(batch)
+    assert not equal(dict(model.encoders["audio"].named_buffers()), norms), "two clips have it"
+
+
+def with_rare_text(clips: Path, folder: Path, kept: set[str]) -> Path:
+    """The clips of a manifest, of which those of these names alone have text."""
+    with clips.open(newline="") as file:
+        rows = [dict(row, text=row["text"] if row["clip"] in kept else "") for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+    return made.write_manifest(folder / "m.csv", rows)
+
+
+@pytest.mark.parametrize(
+    ("kept", "drawn", "lacking"),
+    [
+        (set(), False, {"train", "val", "test"}),
+        ({"train0", "test0"}, False, {"val"}),
+        ({"train0", "val0", "test0"}, False, set()),
+        ({"train0", "test0"}, True, {"val", "train"}),  # one of them, by where the only clip is drawn to
+    ],
+)
+def test_a_modality_that_no_clip_of_a_split_has_is_a_problem(kept, drawn, lacking, tiny, clips, tmp_path):
+    path = with_rare_text(clips, tmp_path, kept)
+    if drawn:
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("val")))
+    settings = config.load(NAME, [*tiny, f"data={path}", *MASKED, "data.missing=mask"])
+    found = prepare(settings).problems
+    named = {split for split in ("train", "val", "test") for line in found if f"no clip of the split {split}" in line}
+    assert len(named) == len(found) == min(len(lacking), 1 if drawn else 3) and named <= lacking
+    assert all("has the modality text" in line for line in found)
+
+
+def test_sound_that_is_rare_is_standardized_by_the_clips_that_have_it(tiny, clips, tmp_path, monkeypatch):
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {column: str(clips.parent / row[column]) for column in ("audio", "frames")}
+        row["audio"] = "" if row["split"] == "train" and row["clip"] != "train5" else row["audio"]
+    path = made.write_manifest(tmp_path / "m.csv", rows)
+    settings = config.load(NAME, [*tiny, f"data={path}", "data.missing=mask"])
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train._HEARD", 2)  # clips, which else miss the only one
+    prepared = prepare(settings)
+    work = AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepared)
+    sound = prepared.store.get(next(clip for clip in prepared.manifest.clips if clip.name == "train5"))["audio"]
+    assert work.model.sound.tolist() == pytest.approx([float(sound.mean()), float(sound.std())], rel=1e-4)
 
 
 def test_a_modality_that_no_test_clip_has_is_a_problem(tiny, clips, tmp_path, capfd):
@@ -272,6 +341,8 @@ def test_a_run_with_an_automatic_f_star_stops_and_resumes_exactly(tiny, stopped_
     run = stopped_run(AudioVisual, settings, at=3)
     assert execute(AudioVisual, settings, run).state == "done"
     assert equal(weights(whole), weights(run)) and not equal(weights(whole), weights(train(*tiny)[0]))
+    one, other = (json.loads((r.folder / "result" / "result.json").read_text()) for r in (whole, run))
+    assert one["alone_audio"] == other["alone_audio"] and one["alone_visual"] == other["alone_visual"]
 
 
 def test_relearning_moves_the_encoders_back_and_says_by_how_much(tiny):
@@ -282,11 +353,22 @@ def test_relearning_moves_the_encoders_back_and_says_by_how_much(tiny):
     assert moved == [4, 7], "before the steps after three and after six, of epochs of 12 clips by 4"
 
 
+def test_relearning_clusters_some_clips_of_very_many(tiny, monkeypatch):
+    given, take = [], Relearning.take_features
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train.MOST", 5)
+    monkeypatch.setattr(Relearning, "take_features", lambda self, *parts: given.append(parts) or take(self, *parts))
+    train(*tiny, "steps=4", "objective=relearning", "objective.options={every: 1, times: 1}")
+    ((features, labels, validation, _),) = given
+    assert len(features["audio"]) == len(labels) == 5 and len(validation["audio"]) == 4
+
+
 def test_gradient_blending_estimates_its_weights_before_the_run(tiny):
     run, outcome = train(*tiny, "steps=10", "objective=gradient_blending")
     result = json.loads((run.folder / "result" / "result.json").read_text())
     assert outcome.state == "done" and {"alone_audio", "alone_visual", "alone_joint"} <= result.keys()
-    assert "alone: audio " in (run.folder / "log.txt").read_text()
+    log = (run.folder / "log.txt").read_text()
+    assert "alone: audio " in log and "weights: audio " in log
+    assert sum(run.metrics()[0][f"weight_{name}"] for name in ("audio", "visual", "joint")) == pytest.approx(1)
 
 
 def test_opm_changes_what_the_joint_head_is_given(tiny):
@@ -423,6 +505,46 @@ def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
     assert all(torch.isfinite(w.float()).all() for w in weights(run).values())
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "ways"),
+    [("mimo", "{f_star: auto}", "objective.options.f_star"), ("gradient_blending", "{}", "objective.options.weights")],
+)
+def test_a_preliminary_training_that_diverges_is_named_and_leaves_no_result(name, options, ways, tiny):
+    words = [*tiny, f"objective={name}", f"objective.options={options}"]
+    settings = config.load(NAME, [*words, "learning_rate=1e30", "optimizer.options={}", "steps=12"])
+    run = Store(settings.runs).create(settings)
+    with pytest.raises(InputError, match=r"the training of audio and visual alone, before the run's own") as caught:
+        execute(AudioVisual, settings, run)
+    assert "Set a smaller optimizer.learning_rate" in str(caught.value) and ways in str(caught.value)
+    assert not list((run.folder / "result").iterdir())
+
+
+def test_a_baseline_whose_preliminary_training_diverges_is_said_to(tiny, monkeypatch):
+    steps = AudioVisualWork.step
+
+    def step(self, number):
+        if self.config.objective.name == "unimodal":
+            raise NonFiniteError("the loss was not finite")
+        return steps(self, number)
+
+    monkeypatch.setattr(AudioVisualWork, "step", step)
+    run, outcome = train(*tiny, "train.baselines=[gradient_blending]")
+    assert "With gradient_blending in its place nothing was trained: the training of audio and" in outcome.message
+    assert json.loads((run.folder / "result" / "result.json").read_text())["baselines"] == {}
+
+
+def test_the_loss_of_an_absent_modality_is_the_mean_of_the_batches_that_have_it(tiny, clips, tmp_path):
+    path = with_rare_text(clips, tmp_path, {"train0", "val0", "test0"})
+    words = [*tiny, f"data={path}", *MASKED, "data.missing=mask", "objective=joint", "objective.options={}", "steps=3"]
+    losses = {}
+    for accumulate, batch in ((1, 4), (2, 6)):  # of twelve clips one has text
+        run, _ = train(*words, f"train.accumulate={accumulate}", f"batch={batch}", "learning_rate=1e-30")
+        losses[accumulate] = [record["loss_text"] for record in run.metrics() if "loss_text" in record]
+        assert all("loss_audio" in record for record in run.metrics())
+    assert len(losses[1]) == 1 and len(losses[2]) == 3, "one batch of three, and a half of each step"
+    assert losses[1] + losses[2] == pytest.approx([losses[1][0]] * 4, rel=0.3)
+
+
 def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
     counted, real = [], features.extract
     monkeypatch.setattr(features, "extract", lambda *given: counted.append(1) or real(*given))
@@ -448,6 +570,23 @@ def test_baselines_that_were_stopped_or_diverged_are_said_to_be(tiny, monkeypatc
     assert "Stopped before equal_weight and agm had been trained instead." in outcome.message
     made = json.loads((run.folder / "result" / "result.json").read_text())["baselines"]
     assert made.keys() == {"joint"} and (made["joint"]["state"], made["joint"]["step"]) == ("diverged", 4)
+
+
+def test_a_stop_while_a_baselines_modalities_train_alone_keeps_the_result(tiny, monkeypatch):
+    steps = AudioVisualWork.step
+
+    def step(self, number):
+        if self.config.objective.name == "unimodal":
+            assert (self.run.folder / "result" / "result.json").is_file(), "the run's own result is there by now"
+            self.run.request("stop")
+        return steps(self, number)
+
+    monkeypatch.setattr(AudioVisualWork, "step", step)
+    run, outcome = train(*tiny, "objective=joint", "objective.options={}", "train.baselines=[gradient_blending]")
+    assert outcome.state == "done"
+    assert outcome.message.endswith("Stopped before gradient_blending had been trained instead.")
+    found = json.loads((run.folder / "result" / "result.json").read_text())
+    assert found["objective"] == "joint" and found["baselines"] == {} and weights(run)
 
 
 def test_a_run_does_not_go_on_with_other_clips(tiny, clips, stopped_run):

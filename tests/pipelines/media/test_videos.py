@@ -162,3 +162,25 @@ def test_what_has_no_pictures_is_said_in_a_sentence(tmp_path):
     for name, problem in (("a.wav", "has no pictures."), ("text.mp4", "cannot be read as video"), ("no.mp4", "cannot")):
         with pytest.raises(MediaError, match=f"{name}: {problem}"):
             videos.read_frames(tmp_path / name, 1)
+
+
+def test_nothing_is_decoded_after_the_last_frame_that_is_wanted(tmp_path):
+    decoded = []
+
+    class Counting:
+        """A real container that notes what is taken from its decoder."""
+
+        def __init__(self, container):
+            self.container, self.streams = container, container.streams
+
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                decoded.append(frame.time)
+                yield frame
+
+    path = write(tmp_path / "v.mp4", list(range(0, 4000, 40)), "libx264")
+    with av.open(str(path)) as container:
+        line = videos._timeline(container, path)
+    with av.open(str(path)) as container:
+        shown = videos._shown_at(Counting(container), path, line, [Fraction(0), Fraction(1, 2)])
+    assert grey(shown) == pytest.approx([0, 255 / 8], abs=10) and max(decoded) < 0.6

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from equipoise.balancing.clusters import clusters, purity
+from equipoise.balancing.clusters import _start, clusters, purity
 from equipoise.balancing.gradient_blending import GradientBlending
 from equipoise.balancing.objective import Losses, Reached
 from equipoise.balancing.opm import OPM
@@ -99,6 +99,15 @@ def test_clusters_are_the_groups_that_are_far_apart():
     assert purity(points, groups) == 1
 
 
+def test_the_starts_of_k_means_look_at_each_centre_once(monkeypatch):
+    """The distances to one new centre at a time, and not to all before again."""
+    points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    measured, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda one, other: measured.append(len(other)) or cdist(one, other))
+    centres = _start(points, 10, torch.Generator().manual_seed(0))
+    assert measured == [1] * 9 and len(centres.unique(dim=0)) == 10
+
+
 def test_purity_counts_each_clusters_commonest_class():
     """Two far groups; of the first one's six, two are of another class: 8 of 10."""
     points = torch.tensor([[0.0, 7.0]] * 6 + [[9.0, 7.0]] * 4)  # a feature that is the same everywhere says nothing
@@ -175,6 +184,24 @@ def test_gradient_blendings_weights_are_those_of_its_formula():
     assert again.weights == objective.weights and not again.needs_alone
     objective.take_alone(dict.fromkeys(found, reached((1.0, 1.0), (1.0, 2.0))))
     assert set(objective.weights.values()) == {0.25}, "where nothing gains, all weigh alike"
+
+
+def test_gradient_blending_takes_nothing_below_the_noise_for_overfitting():
+    """A modality that learns nothing overfits by nothing either: its weight would be that of its chance gain."""
+    found = {
+        "a": Reached(2.3, 2.4, 0.4, 1.4, 1.4, 0.1),  # gains 1.0, overfits by 0.9
+        "b": Reached(2.3, 2.304, 2.3, 2.303, 2.303, 0.004),  # gains 0.001, overfits by -0.001
+        "joint": Reached(2.3, 2.4, 0.4, 1.4, 1.4, 0.1),
+    }
+    objective = GradientBlending()
+    objective.bind(dict.fromkeys("ab", ()))
+    said = objective.take_alone(found)
+    slow = np.array([1.0 / 0.9**2, 0.001 / 0.1**2, 1.0 / 0.9**2])
+    assert [objective.weights[name] for name in ("a", "b", "joint")] == pytest.approx(slow / slow.sum())
+    assert said == "weights: a 0.4805, b 0.03892, joint 0.4805."
+    losses = {name: torch.tensor(1.0, requires_grad=True) for name in ("a", "b")}
+    logged = objective.backward(Losses(torch.tensor(1.0, requires_grad=True), losses))
+    assert logged["weight_b"] == objective.weights["b"] and logged.keys() >= {"loss", "weight_a", "weight_joint"}
 
 
 def test_gradient_blending_takes_weights_and_refuses_what_it_cannot():
