@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -148,6 +149,11 @@ def write(name: str, folder: Path, output: Path) -> str:
     for one in asked:
         record = {one.kind: os.path.relpath(one.medium, output), "question": one.question, "answers": one.answers}
         lines.setdefault(one.split, []).append(json.dumps(record, ensure_ascii=False) + "\n")
+    if there := [name for split in lines if os.path.lexists(output / (name := f"{split}.jsonl"))]:
+        raise InputError(
+            f"prepare: {output} has {' and '.join(there)} already, and nothing is overwritten. Give another folder by "
+            "--output, or move them away."
+        )
     with explained(output):
         output.mkdir(parents=True, exist_ok=True)
     for split, some in lines.items():
@@ -159,7 +165,7 @@ def write(name: str, folder: Path, output: Path) -> str:
         text += f"\n  left out {len(left):,} of {len(found):,}: {'; '.join(left[:LISTED])}{more}"
     words = [f"data={output / 'train.jsonl'}", f"samples.metric={metric}"]
     words[1:1] = [f"data.validation={output / 'val.jsonl'}"] if "val" in counts else []
-    return f"{text}\n  next: equipoise train instruction_tuning/demo model=… {' '.join(words)}"
+    return f"{text}\n  next: equipoise train instruction_tuning/demo model=… {shlex.join(words)}"
 
 
 def _there(

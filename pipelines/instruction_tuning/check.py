@@ -95,11 +95,12 @@ def _data_problems(config: InstructionTuningConfig, known: bool, tuned: "Tuned |
 
 def _talk(config: InstructionTuningConfig) -> "Talk":
     from equipoise.pipelines.instruction_tuning.media import Frames
-    from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
+    from equipoise.pipelines.instruction_tuning.model import load_processor, model_type, no_videos
     from equipoise.pipelines.instruction_tuning.talk import Talk
 
     processor, data = load_processor(config.model), config.data
-    return Talk(processor, model_type(config.model), data.prompt, data.max_tokens, Frames(data.fps, data.frames))
+    frames, no = Frames(data.fps, data.frames), no_videos(processor, config.model)
+    return Talk(processor, model_type(config.model), data.prompt, data.max_tokens, frames, no)
 
 
 def notes(config: InstructionTuningConfig) -> list[str]:

@@ -11,7 +11,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Conversation, conversation
 from equipoise.pipelines.instruction_tuning.media import Frames
-from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
+from equipoise.pipelines.instruction_tuning.model import load_processor, model_type, no_videos
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.instruction_tuning.verify import Precision, verify
 
@@ -59,10 +59,12 @@ class AnswerCollator:
         frames: int = 16,
     ):
         section = InstructionTuningModel(
-            path=str(model), revision=revision, min_pixels=min_pixels, max_pixels=max_pixels
+            path=str(model), revision=revision, quantize=None, min_pixels=min_pixels, max_pixels=max_pixels
         )
         self.folder = Path(folder)
-        self.talk = Talk(load_processor(section), model_type(section), prompt, max_tokens, Frames(fps, frames))
+        processor = load_processor(section)
+        no = no_videos(processor, section)
+        self.talk = Talk(processor, model_type(section), prompt, max_tokens, Frames(fps, frames), no)
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """A batch.

@@ -246,17 +246,14 @@ class Reading:
 
     def check(self, name: str) -> None:
         """What is wrong with all of it."""
-        first = {example.kind: row for _, row, example in reversed(self.read)}
-        both = [kind for kind in NAMES if kind in first][:2]
-        if len(both) == 2:
-            at = {kind: row.at if str(row.file) == name else f"{row.file}:{row.at}" for kind, row in first.items()}
-            lines = {kind: f"line {text}" if text.isdecimal() else text for kind, text in at.items()}
-            self.general.append(
-                f"{name}: has {' and '.join(f'{NAMES[kind]} (first in {lines[kind]})' for kind in both)}; one model "
-                "takes one of them. Split the file."
-            )
+        self.general += mixed_kinds(name, self.first)
         if not self.read and not self.wrong and not self.general:
             self.general.append(f"{name}: holds no conversations.")
+
+    @property
+    def first(self) -> dict[Kind, Row]:
+        """The first row of each kind."""
+        return {example.kind: row for _, row, example in reversed(self.read)}
 
     def usable(self, shown: bool = True) -> list[Conversation]:
         """The conversations with nothing wrong, after a look at their media, with a progress bar if that is shown."""
@@ -275,6 +272,19 @@ class Reading:
             for index, (_, where, text) in enumerate(self.wrong)
             if index == first or not by_url(text)
         ]
+
+
+def mixed_kinds(name: str, first: dict[Kind, Row]) -> list[str]:
+    """A sentence where a data set has pictures and also sounds, say, of each of which the first row is given."""
+    both = [kind for kind in NAMES if kind in first][:2]
+    if len(both) < 2:
+        return []
+    at = {kind: row.at if str(row.file) == name else f"{row.file}:{row.at}" for kind, row in first.items()}
+    lines = {kind: f"line {text}" if text.isdecimal() else text for kind, text in at.items()}
+    return [
+        f"{name}: has {' and '.join(f'{NAMES[kind]} (first in {lines[kind]})' for kind in both)}; one model "
+        "takes one of them. Split the file."
+    ]
 
 
 def _media_problems(

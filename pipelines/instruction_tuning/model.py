@@ -183,7 +183,7 @@ def load_processor(model: InstructionTuningModel) -> Any:
 
 
 def _set_pixels(processor: Any, model: InstructionTuningModel) -> None:
-    """Gives a processor the sizes of pictures that are set.
+    """Gives a processor the sizes of pictures, and of the frames of videos, that are set.
 
     Raises:
         InputError: it counts no pixels, or they are in the wrong order with the one that it has.
@@ -209,6 +209,25 @@ def _set_pixels(processor: Any, model: InstructionTuningModel) -> None:
             f"them to {size['longest_edge']}. Give both min_pixels and max_pixels."
         )
     looks.size = size
+    if _counts_of_frames(processor):  # not those of others, whose sizes are whole videos'
+        processor.video_processor.size = {**processor.video_processor.size, **size}
+
+
+def _counts_of_frames(processor: Any) -> bool:
+    """Whether videos are sized by the number of pixels of a frame; others are by those of all frames together."""
+    watches: Any = getattr(processor, "video_processor", None)
+    return any(cls.__name__ == "Qwen2VLVideoProcessor" for cls in type(watches).__mro__)
+
+
+def no_videos(processor: Any, model: InstructionTuningModel) -> str:
+    """Why a processor can take no videos with the sizes of pictures that are set; empty where it can."""
+    key = "min_pixels" if model.min_pixels is not None else "max_pixels" if model.max_pixels is not None else ""
+    if not key or _counts_of_frames(processor):
+        return ""
+    return (
+        f"has a video, and the processor of {model.path} does not size videos by the pixels of a frame. Leave "
+        f"model.{key} out."
+    )
 
 
 def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:

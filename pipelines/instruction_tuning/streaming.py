@@ -13,7 +13,15 @@ import torch
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningData
-from equipoise.pipelines.instruction_tuning.data import Conversation, Reading, beside, read_examples, rows_of
+from equipoise.pipelines.instruction_tuning.data import (
+    Conversation,
+    Kind,
+    Reading,
+    beside,
+    mixed_kinds,
+    read_examples,
+    rows_of,
+)
 from equipoise.pipelines.instruction_tuning.examples import too_long
 from equipoise.pipelines.instruction_tuning.formats import sources
 from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
@@ -59,6 +67,7 @@ class Reader:
         self.data, self.talk, self.seed = data, talk, seed
         self.problems: list[str] = []
         self.wrong: list[str] = []  # with single conversations
+        self.first: dict[Kind, Row] = {}  # the first row of each kind
         self.files: list[Path] | None = None
         try:
             self.files = None if sources.is_hub(data.file) else sources.files(data.file)
@@ -87,7 +96,8 @@ class Reader:
             for row in some:
                 reading.take(row)
             found += reading.usable(shown=self.seed is None)
-            self.problems += reading.general
+            self.first = reading.first | self.first
+            self.problems += reading.general + mixed_kinds(data.file, self.first)
             self.wrong += reading.lines()
             if self.problems:
                 break
@@ -120,7 +130,8 @@ class Stream:
         self.limit = limit
         self.held = set() if config.data.validation is not None else {example.where for example in held}
         self.each = max(1, config.data.buffer // size)  # batches of a block
-        self.reading = 2 + config.train.workers // self.each  # blocks of which batches may still be made
+        # blocks of which batches may still be made: of a step, which some optimizers evaluate twice, and ahead
+        self.reading = 2 + (config.train.accumulate - 1 + config.train.workers) // self.each
         self.reader = Reader(config.data, talk, config.seed)
         self.starts: dict[int, tuple[int, int]] = {0: (0, 0)}  # block → (epoch, rows of it that were read before)
         self._blocks: dict[int, list[list[Conversation]]] = {}
@@ -170,12 +181,14 @@ class Stream:
         found: list[Conversation] = []
         empty = 0
         while len(found) < wanted:
-            more = self.reader.read(self._rows, wanted - len(found), MediaFolder(folder))
-            more = [example for example in more if self._fits(example)]
+            missing = wanted - len(found)
+            read = self.reader.read(self._rows, missing, MediaFolder(folder))
+            more = [example for example in read if self._fits(example)]
             self._refuse()
             found += more
-            if len(found) < wanted:  # the next epoch follows
-                empty = 0 if more else empty + 1
+            empty = 0 if more else empty
+            if len(read) < missing:  # the next epoch follows
+                empty += 0 if more else 1
                 if empty > 2:
                     raise InputError(f"{self.config.data.file}: no conversation is left to train on.")
                 self._epoch, self._count = self._epoch + 1, 0
@@ -221,7 +234,8 @@ class Stream:
         """
         problems = self.reader.problems + ([] if self.config.data.skip_bad else self.reader.wrong)
         if problems:
-            raise InputError("\n".join([*problems[:5], "data.skip_bad=true leaves out what cannot be used."]))
+            way = [] if self.reader.problems else ["data.skip_bad=true leaves out what cannot be used."]
+            raise InputError("\n".join([*problems[:5], *way]))
         if self.reader.wrong:
             more = f"\nand {len(self.reader.wrong) - 5} more" if len(self.reader.wrong) > 5 else ""
             self.tell("left out, for it cannot be used:\n" + "\n".join(self.reader.wrong[:5]) + more)

@@ -42,8 +42,9 @@ class Talk:
         prompt: str | None = None,  # replaces the model type's own where there is no chat template
         max_tokens: int | None = None,
         frames: Frames | None = None,  # of videos
+        no_videos: str = "",  # why none can be taken, although the model takes them
     ):
-        self.frames = frames or Frames()
+        self.frames, self.no_videos = frames or Frames(), no_videos
         self.processor, self.model_type, self.max_tokens = processor, model_type, max_tokens
         self.tokenizer = processor.tokenizer
         if getattr(self.tokenizer, "pad_token", None) is None:
@@ -74,6 +75,8 @@ class Talk:
         takes = self.kinds
         if example.kind != "text" and example.kind not in takes:
             found.append(self._not_taken(example.kind))
+        elif example.kind == "video" and self.no_videos:
+            found.append(self.no_videos)
         elif self.leads and len(example.media) != 1:
             found.append(f"has {len(example.media)} pictures, but {self.model_type} takes exactly one.")
         if self.prefixed and not example.media:

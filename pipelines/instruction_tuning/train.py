@@ -44,7 +44,7 @@ from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answ
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.media import Frames
 from equipoise.pipelines.instruction_tuning.mixing import mixed
-from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, positions
+from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, no_videos, positions
 from equipoise.pipelines.instruction_tuning.packing import pack, width
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
 from equipoise.pipelines.instruction_tuning.streaming import Stream
@@ -67,7 +67,8 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     model = load_model(config.model, config.train.precision, config.components)
     data = config.data
     frames = Frames(data.fps, data.frames)
-    talk = Talk(processor, model.config.model_type, data.prompt, data.max_tokens, frames)
+    no = no_videos(processor, config.model)
+    talk = Talk(processor, model.config.model_type, data.prompt, data.max_tokens, frames, no)
 
     tell = partial(_tell, run)
     parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components, model)

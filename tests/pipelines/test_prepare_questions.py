@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,22 @@ def test_textvqa_has_both_splits_pictures_in_one_folder(tmp_path):
     assert found["val"] == [
         {"image": "train_images/00val.jpg", "question": "what does it say?", "answers": ["stop"] * 9 + ["halt"]}
     ]
+
+
+def test_files_that_are_there_are_kept_and_paths_can_be_pasted(tmp_path, capsys):
+    row = {"image_id": "a", "question": "what does it say?", "question_id": 5, "answers": ["stop"]}
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    (folder / "TextVQA_0.5.1_train.json").write_text(json.dumps({"data": [row]}))
+    picture(folder / "train_images" / "a.jpg")
+    assert main(["prepare", "textvqa", str(folder)]) == 0
+    (printed,) = [line for line in capsys.readouterr().out.splitlines() if "next:" in line]
+    assert f"data={folder / 'train.jsonl'}" in shlex.split(printed)
+    (folder / "train.jsonl").write_text("mine")
+    assert main(["prepare", "textvqa", str(folder)]) == 2
+    assert "has train.jsonl already, and nothing is overwritten" in capsys.readouterr().err
+    assert (folder / "train.jsonl").read_text() == "mine"
+    assert main(["prepare", "textvqa", str(folder), "--output", str(tmp_path / "new")]) == 0
 
 
 def test_clothoaqa_puts_three_peoples_answers_together(tmp_path):

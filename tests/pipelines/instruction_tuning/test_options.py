@@ -1,6 +1,7 @@
 """What people set when they tune multimodal models: which weights are trained, how, on pictures of which size."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
+from equipoise.pipelines.instruction_tuning.data import Conversation, Turn
 from equipoise.pipelines.instruction_tuning.examples import load_examples
-from equipoise.pipelines.instruction_tuning.model import load_processor, old_names
+from equipoise.pipelines.instruction_tuning.model import _set_pixels, load_processor, no_videos, old_names
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.instruction_tuning.train import InstructionTuningWork
 from equipoise.pipelines.pipeline import execute
@@ -228,6 +230,32 @@ def test_the_size_of_pictures_is_set_where_the_processor_counts_pixels(checkpoin
     for kind in ("llava", "idefics3", "blip-2"):
         assert main(["train", NAME, *short(kind), "model.max_pixels=64"]) == 2
         assert "does not size pictures by their number of pixels" in capfd.readouterr().err
+
+
+def test_the_frames_of_videos_get_the_sizes_too_or_videos_are_refused(checkpoints, tmp_path):
+    section = InstructionTuningModel(path=str(checkpoints("qwen2_vl")), min_pixels=64, max_pixels=128)
+    video = Conversation("video", (tmp_path / "a.mp4",), (Turn("<video>\nWhat is it?", "A star."),))
+    for cls, refused in (("Qwen2VLVideoProcessor", []), ("Qwen3VLVideoProcessor", ["Leave model.min_pixels out."])):
+        processor = load_processor(section)
+        # torchvision, which the real one needs, is mostly not there
+        sized = type(cls, (), {"size": {"shortest_edge": 16, "longest_edge": 4096}})()
+        processor.video_processor = sized
+        _set_pixels(processor, section)
+        assert sized.size == {"shortest_edge": 16, "longest_edge": 4096} | (
+            {} if refused else {"shortest_edge": 64, "longest_edge": 128}
+        )
+        problems = Talk(processor, "qwen2_vl", no_videos=no_videos(processor, section)).problems(video)
+        assert [problem[-len(refused[0]) :] for problem in problems] == refused
+    assert no_videos(processor, InstructionTuningModel(path=section.path)) == ""
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="processors take videos with torchvision")
+@pytest.mark.parametrize(("kind", "count"), [("qwen2_vl", 128), ("qwen2_5_vl", 128), ("qwen3_vl", 4096)])
+def test_real_processors_size_frames_as_they_count_them(kind, count, checkpoints):
+    section = InstructionTuningModel(path=str(checkpoints(kind)), max_pixels=128)
+    processor = load_processor(section)
+    assert processor.video_processor.size["longest_edge"] == count
+    assert bool(no_videos(processor, section)) == (kind == "qwen3_vl")
 
 
 def test_a_processor_is_saved_with_the_size_that_was_set(checkpoints, tmp_path):

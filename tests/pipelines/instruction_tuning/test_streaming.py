@@ -156,6 +156,59 @@ def test_what_is_wrong_later_ends_the_run_in_a_sentence_or_is_left_out(words, sh
     assert len(said) == 1 and "train-2.parquet:row 5" in said[0]
 
 
+def test_one_too_long_does_not_end_the_epoch_and_resuming_stays_exact(words, shards):
+    from pyarrow import Table, parquet
+
+    rows = parquet.read_table(shards / "train-1.parquet").to_pylist()
+    for index in (4, 5, 20):
+        rows[index]["messages"][0]["content"] += " long" * 400
+    parquet.write_table(Table.from_pylist(rows), shards / "train-1.parquet")
+    options = words("data.skip_bad=true", "batch=3")  # blocks of 15
+    whole = stream(options)
+    whole.limit = 300
+    wanted = [asked(whole.batch(at)) for at in range(5 * 29)]  # five epochs, which are a number of blocks
+    seen = Counter(number for batch in wanted for number in batch)
+    assert seen == dict.fromkeys(set(range(3 * COUNT)) - {34, 35, 50}, 5)
+    first, second = stream(options), stream(options)
+    first.limit = second.limit = 300
+    for at in range(23):
+        first.batch(at)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert [asked(second.batch(at)) for at in range(23, 5 * 29)] == wanted[23:]
+
+
+def test_where_all_are_too_long_it_ends_in_a_sentence(words):
+    found = stream(words("data.skip_bad=true"))
+    found.limit = 1
+    with pytest.raises(InputError, match="no conversation is left to train on"):
+        found.batch(0)
+
+
+@pytest.mark.parametrize("more", [[], ["data.skip_bad=true"]])
+def test_pictures_and_later_sounds_are_refused_as_when_read_at_once(more, words, shards, pictures, tmp_path):
+    file = tmp_path / "both.jsonl"
+    records = [{"image": str(pictures.parent / "0.png"), "question": "?", "answer": str(n)} for n in range(40)]
+    records[30] = {"audio": "a.wav", "question": "?", "answer": "A."}
+    file.write_text("\n".join(map(json.dumps, records)))
+    found = stream([*words("batch=2", *more), f"data={file}"])
+    found.batch(0)
+    found.talk.problems = lambda example: []  # of a model that takes both
+    with pytest.raises(
+        InputError, match=r"has pictures \(first in line 1\) and sounds \(first in line 31\); one model"
+    ):
+        for at in range(20):
+            found.batch(at)
+
+
+def test_all_batches_of_a_step_can_be_made_again_without_reading_again(words, monkeypatch):
+    found = stream(words("batch=8", "train.accumulate=12"))  # blocks of 2 batches
+    for at in range(12):
+        found.batch(at)
+    monkeypatch.setattr(found, "_go_to", lambda block: pytest.fail("reads again"))
+    for at in range(24):
+        found.batch(at if at < 12 else at - 12)
+
+
 def test_other_files_are_refused_when_a_run_goes_on(words, shards, stopped_run):
     settings = config.load(NAME, words())
     run = stopped_run(InstructionTuning, settings, at=4)
