@@ -184,7 +184,7 @@ def render_html(comparison: Comparison) -> str:
     """The report: one file, thumbnails within it, full-size pictures linked beside it."""
     ranges = "".join(
         f'<tr><td><i style="background:{line_colour(index)}"></i>{html.escape(row)}</td>'
-        f"<td>{html.escape(str(found)) if found else f'none of the {comparison.noun}s tried'}</td></tr>"
+        f"<td>{html.escape(str(found or f'none of the {comparison.noun}s tried'))}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
         if comparison.judged
     )
@@ -201,7 +201,7 @@ def render_html(comparison: Comparison) -> str:
     titles = ["row", comparison.column, "seed", "state", "verdict", *names]
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     rows = "".join(
-        f"<tr><td>{html.escape(c.row)}</td><td>{comparison.shown(c.rate)}</td><td>{c.seed}</td>"
+        f"<tr><td>{html.escape(c.row)}</td><td>{comparison.shown(c.rate)}</td><td>{html.escape(str(c.seed))}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
         f"<td class=why>{html.escape(comparison.verdict(c.row, c.rate))}</td>"
         + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
@@ -211,9 +211,9 @@ def render_html(comparison: Comparison) -> str:
     page = files("equipoise.pipelines.comparing").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(comparison.name),
-        "WORKED": f"{comparison.column.capitalize()}s that worked",
+        "WORKED": html.escape(f"{comparison.column.capitalize()}s that worked"),
         "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
-        "RANGES": ranges or f"<tr><td>{not_judged(comparison)}</td></tr>",
+        "RANGES": ranges or f"<tr><td>{html.escape(not_judged(comparison))}</td></tr>",
         "BEST": f"<p>{html.escape(best_words(comparison))}</p>",
         "CURVE": f"{draw_curve(comparison)}<p>{html.escape(curve_words(comparison))}</p>" if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
@@ -232,7 +232,7 @@ def _prompt_table(comparison: Comparison) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["prompt", "row", comparison.column, "seed", *names])
     rows = [
         f"<tr><td>{html.escape(prompt)}</td><td>{html.escape(c.row)}</td>"
-        f"<td>{comparison.shown(c.rate)}</td><td>{c.seed}</td>"
+        f"<td>{comparison.shown(c.rate)}</td><td>{html.escape(str(c.seed))}</td>"
         + "".join(f"<td>{found[name]:.4g}</td>" if name in found else "<td></td>" for name in names)
         + "</tr>"
         for index, prompt in enumerate(comparison.prompts)

@@ -200,3 +200,14 @@ def test_the_best_rate_fills_launch(site, swept, keeping, ask):
     ask("pick", ["grid"])
     updates = str(ask("use_rate", OWN))
     assert "'launch'" in updates and "0.001" in updates and "'adamw'" in updates
+
+
+def test_a_comparison_of_somebody_else_brings_no_markup_into_the_page(site, swept, keeping):
+    keeping.column = "learning <script>x</script><i>rate</i>"
+    keeping.write_tables()
+    shown = [compare_numbers.curve(site, OWN), compare_numbers.table(site, OWN), compare_grid.grid(site, OWN)]
+    for cell in keeping.cells:
+        cell.metrics["score"] = 0.0
+    keeping.write_tables()
+    shown.append(compare_numbers.curve(site, OWN))
+    assert not any("<script>" in page or "<i>" in page for page in shown)

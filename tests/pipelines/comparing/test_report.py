@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from PIL import Image
 
+from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve
@@ -389,3 +390,41 @@ def test_curves_that_coincide_are_told_apart(comparison):
         comparison.at(SCALED, rate)[0].metrics["score"] = score
     first, second = heights()
     assert [b - a for a, b in zip(first[:2], second[:2], strict=True)] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("column", 3),
+        ("name", None),
+        ("prompts", ["one", 2]),
+        ("beside", {"kept": ["x"]}),
+        ("cells.row", {"a": 1}),
+        ("cells.seed", "<img src=x onerror=alert(1)>"),
+        ("cells.metrics", {"score": "high"}),
+        ("cells.learning_rate", "1e-3"),
+        ("cells.learning_rate", 0),
+        ("cells.pictures", [{"prompt": 0, "seed": None, "file": 1, "thumbnail": "a"}]),
+        ("cells.config", []),
+    ],
+)
+def test_a_file_with_values_of_other_types_is_refused_in_a_sentence(key, value, comparison):
+    comparison.write_tables()
+    file = comparison.folder / "table.json"
+    data = json.loads(file.read_text())
+    assert Comparison.read(comparison.folder).cells == comparison.cells
+    (data["cells"][1] if key.startswith("cells.") else data)[key.removeprefix("cells.")] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="holds no comparison that can be read"):
+        Comparison.read(comparison.folder)
+
+
+def test_what_the_columns_are_called_is_text_and_no_markup(comparison):
+    """In the report, in the curve, and in what is said where no rate worked."""
+    comparison.column = "learning <script>x</script><i>rate</i>"
+    page = render_html(comparison)
+    for cell in comparison.cells:
+        cell.metrics = {"score": 0.0}
+    pages = page, render_html(comparison), draw_curve(comparison)
+    comparison.forget_scores()
+    assert not any(mark in page.lower() for page in (*pages, render_html(comparison)) for mark in ("<script>x", "<i>"))
