@@ -75,12 +75,15 @@ def folder_of(site: Site, choice: str, prompt: str) -> tuple[Folder, bool]:
 
     Raises:
         ConfigError: it may not be read.
+        InputError: it is the demo's, which this page would have to draw although it only shows.
     """
     path = site.path(choice.strip())
     config = configs.set_keys(TextToImageConfig(name="data"), {"data.folder": path})  # pyright: ignore[reportCallIssue]
     if problems := site.problems(config):
         raise ConfigError(problems)
     embedded = path == demo.NAME
+    if embedded and site.read_only and not demo.has_pictures(site.store.root):
+        raise InputError("The demo's pictures are not there yet, and this page only shows. Its first run draws them.")
     folder = str(demo.pictures_folder(site.store.root)) if embedded else path
     given = {"folder": folder, "instance_prompt": prompt.strip() or None}
     found = read_folder(config.data.model_copy(update=given))

@@ -138,6 +138,13 @@ class Site:
         return found
 
 
+def refuse_commands(config: RunConfig) -> None:
+    """Raises InputError where a configuration, or a cell of its sweep, starts another program's command."""
+    axes = {config.SHORT.get(key, key): values for key, values in config.sweep.items()}
+    if any([getattr(config, "script", None), *axes.get("script", ())]):
+        raise InputError(COMMANDS)
+
+
 def _paths(config: RunConfig, marked: Mapping[str, Opened | None]) -> Iterator[tuple[str, str]]:
     """What in a configuration names something on this machine's disks: (key, path).
 
