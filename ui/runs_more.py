@@ -36,6 +36,7 @@ class Written:
     tags: gr.Textbox
     archived: gr.Checkbox
     save: gr.Button
+    read: gr.State  # the run's id, and what was written to it when it was shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class More:
     @property
     def outputs(self) -> list[Any]:
         export, written = self.export, self.written
-        return [export.row, export.format, export.file, written.note, written.tags, written.archived]
+        return [export.row, export.format, export.file, written.note, written.tags, written.archived, written.read]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def notes() -> Written:
         tags = gr.Textbox(label="Tags", info="With commas between.", max_lines=1, elem_id="tags")
         archived = gr.Checkbox(label="Put away", info="Out of the table; the state “archived” shows it.")
         save = gr.Button("Save", size="md", elem_id="save-notes")
-    return Written(note, tags, archived, save)
+    return Written(note, tags, archived, save, gr.State([]))
 
 
 def several(site: Site) -> Several:
@@ -109,8 +110,8 @@ def connect(
     tab, written, export = _Tab(site, several, more, message), more.written, more.export
     page_tab.select(bound(offer, tab), None, several.chosen, **HIDDEN)
     shown = gr.Textbox(visible=False)  # the id of the run that is shown
-    given = [shown, written.note, written.tags, written.archived]
-    written.save.click(bound(save_notes, tab), given, message, js=SHOWN, **HIDDEN).then(**refreshed)
+    given = [shown, written.note, written.tags, written.archived, written.read]
+    written.save.click(bound(save_notes, tab), given, [message, written.read], js=SHOWN, **HIDDEN).then(**refreshed)
     outputs = [message, export.file]
     export.make.click(bound(make_export, tab), [shown, export.format], outputs, js=SHOWN, **HIDDEN)
     several.differ.click(bound(differ, tab), several.chosen, several.shown, **HIDDEN)
@@ -134,6 +135,7 @@ def of_run(more: More, run: Run) -> Updates:
         written.note: found.note,
         written.tags: ", ".join(found.tags),
         written.archived: found.archived,
+        written.read: [run.id, *_fields(found)],
     }
 
 
@@ -161,12 +163,25 @@ def make_export(tab: _Tab, id: str, format: str) -> Updates:
     return {tab.message: "", tab.more.export.file: gr.update(value=str(file), visible=True, label=f"Download {name}")}
 
 
-def save_notes(tab: _Tab, id: str, note: str, tags: str, archived: bool) -> Updates:
+def _fields(found: runs_notes.Notes) -> list[Any]:
+    return [found.note, ", ".join(found.tags), found.archived]
+
+
+def save_notes(tab: _Tab, id: str, note: str, tags: str, archived: bool, before: list[Any]) -> Updates:
+    """Writes what was edited, unless somebody else has edited the same since it was shown."""
     try:
-        runs_notes.write(open_run(tab.site, id), note or "", tags or "", bool(archived))
+        run = open_run(tab.site, id)
+        there, given = _fields(runs_notes.read(run.folder)), [(note or "").strip(), tags or "", bool(archived)]
+        if before[:1] != [id]:
+            raise InputError(f"{id}: choose it again; nothing was saved.")
+        each = list(zip(given, before[1:], there, strict=True))
+        if any(new != shown != old != new for new, shown, old in each):
+            raise InputError(f"{id}: its notes were edited elsewhere meanwhile, and nothing was saved. Choose it again.")
+        runs_notes.write(run, *(old if new == shown else new for new, shown, old in each))
     except EquipoiseError as error:
         return {tab.message: draw.notice(tab.site.without_paths(error), "bad")}
-    return {tab.message: draw.notice(f"{id}: its notes are saved.", "good")}
+    message = draw.notice(f"{id}: its notes are saved.", "good")
+    return {tab.message: message, tab.more.written.read: [id, *_fields(runs_notes.read(run.folder))]}
 
 
 def offer(tab: _Tab) -> Updates:
