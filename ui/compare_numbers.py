@@ -21,8 +21,8 @@ def curve(site: Site, id: str) -> str:
     )
     head = f"<thead><tr><th></th><th>{esc(comparison.column)}s that worked</th></tr></thead>"
     drawn = curves.draw_curve(comparison) if comparison.rates else ""
-    words = [report.best_words(comparison), curves.curve_words(comparison)]
-    hints = "".join(f"<p class='hint'>{esc(line)}</p>" for line in words if line)
+    words = curves.curve_words(comparison)
+    hints = f"<p class='hint'>{esc(words)}</p>" if words else ""
     lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
     return f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
 
@@ -54,10 +54,10 @@ def answer(site: Site, id: str) -> str:
 
 
 def best_run(site: Site, id: str) -> str:
-    """The run whose rate the sentence names, or "" where it names none or the comparison is not of runs."""
+    """The run whose rate the sentence calls usable, or "" where none is or the comparison is not of runs."""
     comparison = read(site, id)
     found = comparison.best if comparison.column == "learning rate" else None
-    return comparison.at(found[0], found[1].rate)[0].run if found else ""
+    return comparison.at(found[0], found[1].rate)[0].run if found and comparison.usable(found[0], found[1].rate) else ""
 
 
 def prompts(site: Site, id: str, chosen: int = 0) -> str:

@@ -16,9 +16,9 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.media.pictures import decode
 from equipoise.pipelines.media.reading import MediaError
+from equipoise.pipelines.tables import listed
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Folder, read_folder
-from equipoise.pipelines.tables import listed
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.launch import error_notice
@@ -169,9 +169,7 @@ def save_captions(
     known = {example.path: example.caption for example in found.examples}
     there = {path: _in_one_line(text) for path, text in known.items()}
     shown = there if before is None else _wanted(found, before)
-    changed = {
-        path: text for path, text in _wanted(found, rows).items() if text not in (there[path], shown.get(path))
-    }
+    changed = {path: text for path, text in _wanted(found, rows).items() if text not in (there[path], shown.get(path))}
     if stale := [path.name for path in changed if shown.get(path) != there[path]]:
         raise InputError(
             f"Nothing was written: {listed(stale)} got another caption since it was shown. Choose the folder again."

@@ -3,7 +3,7 @@
 import gradio as gr
 
 WORDS = "This page only shows: it was started with --read-only."
-CHANGES = frozenset(  # the handlers that write, delete, begin or end something, by name; a check may draw the demo's data
+CHANGES = frozenset(  # the handlers that write, delete, begin or end something, by name; a check may draw data
     {
         *("on_start", "on_start_demo", "on_upload", "on_use", "on_save", "on_yaml", "on_check", "asked_check"),
         *(

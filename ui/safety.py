@@ -58,6 +58,8 @@ class Site:
         parts = name.split("/")
         if len(parts) > 1 and all(_PART.fullmatch(part) for part in parts):
             target = (self.store.root / name).resolve()
+            if parts[0] == "comparisons" and len(parts) == 2:  # which say where files lie
+                raise InputError(f"{name[:200]!r}: there is no such file.")
             if target.is_relative_to(self.store.root) and target.suffix in SUFFIXES and target.is_file():
                 return target
         raise InputError(f"{name[:200]!r}: there is no such file.")

@@ -37,7 +37,7 @@ _SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
 WORKS = "usable"  # the verdict on a rate that learnt and kept enough; any other says what it lacks
 _OUTSIDE = "optimizer.outside_learning_rate"  # each optimizer may have one of its own
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
-_LATER = ("scored", "alike", "kept", "column")  # parts of the file that earlier versions did not write
+_LATER = ("scored", "alike", "kept", "own", "column")  # parts of the file that earlier versions did not write
 _LONG = 40  # characters of a value in a label
 
 
@@ -100,6 +100,7 @@ class Comparison:
     scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, reported after them
     alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
     kept: str = ""  # which of `beside` says what is left of what the base knew; "": none, and the score judges alone
+    own: bool | None = None  # whether the pictures are of the runs' own prompts and strength; None: not recorded
     column: str = "learning rate"  # what cells differ in from left to right, their `rate`; of files it is the strength
 
     @classmethod
@@ -271,6 +272,7 @@ class Comparison:
             "scored": self.scored,
             "alike": self.alike,
             "kept": self.kept,
+            "own": self.own,
             "column": self.column,
             "usable_from": self.line,
             "kept_from": self.kept_line,

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import WORKS, Cell, Comparison, Picture, means, short
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve, line_colour
-from equipoise.pipelines.comparing.robustness import GAIN, KEPT, USABLE
+from equipoise.pipelines.comparing.robustness import KEPT, USABLE
 from equipoise.pipelines.files import write_atomic
 
 CELL = 168  # pixels, the side of a cell of the grid picture
@@ -120,22 +121,6 @@ def usable_words(comparison: Comparison) -> str:
     return f"Usable: {learnt} and keeps at least {KEPT:.0%} of what the base knew ({kept})."
 
 
-def best_words(comparison: Comparison) -> str:
-    """The rate that worked best, or what comes nearest where none worked; nothing where nothing is judged."""
-    if not comparison.judged:
-        return ""
-    if (found := comparison.best) is None:
-        return f"No score is {GAIN:g} or more above the base's; smaller gains are noise."
-    row, point = found
-    figures = [f"score {point.score:.0%}"]
-    if comparison.kept_line is not None and math.isfinite(point.kept):
-        figures.append(f"{short(comparison.kept)} {point.kept:.0%}")
-    place = f"{row} at {comparison.shown(point.rate)} ({', '.join(figures)})"
-    if (verdict := comparison.verdict(row, point.rate)) == WORKS:
-        return f"Best usable {comparison.noun}: {place}."
-    return f"No {comparison.noun} learnt and kept enough. Nearest: {place}: {verdict}."
-
-
 def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
     """The cells of one place, one per training seed; the column of no rate is the base's."""
     return [comparison.base] if math.isnan(rate) else comparison.at(row, rate)
@@ -214,7 +199,7 @@ def render_html(comparison: Comparison) -> str:
         "WORKED": html.escape(f"{comparison.column.capitalize()}s that worked"),
         "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
         "RANGES": ranges or f"<tr><td>{html.escape(not_judged(comparison))}</td></tr>",
-        "BEST": f"<p>{html.escape(best_words(comparison))}</p>",
+        "BEST": f"<p>{html.escape(answer(comparison))}</p>",
         "CURVE": f"{draw_curve(comparison)}<p>{html.escape(curve_words(comparison))}</p>" if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
         "PROMPTS": _prompt_table(comparison),
