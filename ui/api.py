@@ -1,4 +1,4 @@
-"""What programs may ask through gradio_client: one reader for each tab, which changes nothing and writes nothing."""
+"""What programs may ask through gradio_client: one reader for each tab, which starts nothing."""
 
 import json
 import tempfile

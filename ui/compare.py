@@ -1,6 +1,5 @@
 """The comparisons of runs: which there are, how another one is started, and how it goes on."""
 
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -57,6 +56,7 @@ class Made:
     label: str
     scale: float | None  # the LoRA's strength it was generated with, where that was asked for
     prompts: tuple[str, ...] = ()
+    by_strength: bool = False  # whether its columns are strengths, so that it has no one of them
 
 
 def made(site: Site, refs: Sequence[str]) -> list[Made]:
@@ -71,9 +71,9 @@ def made(site: Site, refs: Sequence[str]) -> list[Made]:
             words += [f"scale {job.asked['scale']:g}"] if "scale" in job.asked else []
             words += ["files by strength"] if "scales" in job.asked else []
             words.append(f"{datetime.fromtimestamp(job.created):%d %b %H:%M}")
-            found.append(
-                Made(f"{background.COMPARISONS}/{job.name}", " · ".join(words), job.asked.get("scale"), prompts)
-            )
+            by_strength = "scales" in job.asked
+            about = job.asked.get("scale"), prompts, by_strength
+            found.append(Made(f"{background.COMPARISONS}/{job.name}", " · ".join(words), *about))
     return found
 
 
@@ -87,7 +87,8 @@ def read(site: Site, id: str) -> Comparison:
         found = Comparison.read(site.file(f"{id}/table.json").parent)
     except InputError as error:
         raise InputError(site.without_paths(error)) from None
-    if found.column != STRENGTH and {"prompts", "scale"} & asked(site, id).keys():  # earlier versions judged it
+    earlier = found.own is None and found.column != STRENGTH  # a version that did not record it
+    if earlier and {"prompts", "scale"} & asked(site, id).keys():
         found.forget_scores()
     for cell in found.cells:
         if "file" in cell.config:  # where on this machine it lies is nobody's business
@@ -98,12 +99,8 @@ def read(site: Site, id: str) -> Comparison:
 def asked(site: Site, id: str) -> dict[str, Any]:
     """What a comparison in the background was asked for beside its runs."""
     folder, _, name = id.partition("/")
-    if folder != background.COMPARISONS:
-        return {}
-    try:
-        return dict(json.loads(site.file(f"{folder}/{name}.json").read_text())["asked"])
-    except (InputError, OSError, ValueError, KeyError, TypeError):
-        return {}
+    jobs = background.jobs(site.store.root) if folder == background.COMPARISONS else []
+    return next((job.asked for job in jobs if job.name == name), {})
 
 
 def accepted(site: Site, refs: Sequence[str]) -> dict[str, str]:
@@ -236,13 +233,18 @@ def takes_files(site: Site, refs: Sequence[str]) -> bool:
 
 
 def lora_files(site: Site) -> list[tuple[str, str]]:
-    """The .safetensors files of runs' results, and of the top of each data folder: (words, choice)."""
-    root = site.store.root
-    files = [*sorted(root.glob("*/result/*.safetensors")), *sorted(root.glob("*/*/result/*.safetensors"))]
-    names = [file.relative_to(root).as_posix() for file in files]
+    """The .safetensors files of the top of each data folder, then of runs' results, the newest run first:
+    (words, choice)."""
+    root, found = site.store.root, []
     for name, folder in site.data.items():
-        names += [f"{name}/{file.name}" for file in sorted(folder.glob("*.safetensors"))]
-    return [(name, name) for name in names[:MOST_FILES]]
+        found += [f"{name}/{file.name}" for file in sorted(folder.glob("*.safetensors"))]
+    for item in site.store.list():
+        if len(found) >= MOST_FILES:
+            break
+        for place in ("result", "*/result"):  # its own, and those of a sweep's cells
+            files = sorted((root / item.id).glob(f"{place}/*.safetensors"))
+            found += [file.relative_to(root).as_posix() for file in files]
+    return [(file, file) for file in found[:MOST_FILES]]
 
 
 def _file(site: Site, name: str) -> str:

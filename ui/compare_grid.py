@@ -102,9 +102,11 @@ def _cell(look: _Look, cells: list[Cell]) -> str:
         drawn = f"step {step_of(folder)}" if folder else ""  # perhaps not the one asked for
     one = len({(other.row, other.rate) for other in cells}) == 1  # else a verdict is of one of them alone
     verdict = comparison.verdict(cell.row, cell.rate) if step is None and one else ""
-    words = report.place_words(comparison, cells, verdict) if step is None else drawn
-    beside = report.beside_words(comparison, cells) if step is None else ""
-    words += f" of {len(cells)}" if len(cells) > 1 and step is None else ""
+    alike = cells if one else cells[:1]  # seeds, of which means are said
+    words = report.place_words(comparison, alike, verdict) if step is None else drawn
+    beside = report.beside_words(comparison, alike) if step is None else ""
+    words += f" of {len(cells)}" if len(cells) > 1 and one and step is None else ""
+    words += "" if one else f"{' · ' if words else ''}1 of {len(cells)}"
     marks = [shot.right for shot in found if shot.right is not None]
     right = f"{sum(marks)} of {len(marks)} right" if marks else ""
     best = cell.run and look.best(cells)
@@ -125,7 +127,19 @@ def _cell(look: _Look, cells: list[Cell]) -> str:
         "best": f"★ {'best' if verdict == WORKS else 'nearest'}" if best else "",
     }
     lines = "".join(f"<small class='{kind}'>{esc(text)}</small>" for kind, text in small.items() if text)
-    return f"<button {marked}>{_inside(look, cell, found, folder)}<div>{esc(words)}</div>{lines}</button>"
+    shown = f"{_inside(look, cell, found, folder)}<div>{esc(words)}</div>{lines}"
+    return f"<button {marked}>{shown}</button>{_others(look, cells)}"
+
+
+def _others(look: _Look, cells: list[Cell]) -> str:
+    """Small buttons for the cells of a place behind the one that is shown."""
+    buttons = []
+    for number, cell in enumerate(cells[1:], 2):
+        pressed = "true" if cell.run in look.chosen else "false"
+        title = esc(f"{cell.who} {look.comparison.shown(cell.rate)}")
+        about = f"class='link' data-id='{esc(cell.run)}' aria-pressed='{pressed}' title='{title}'"
+        buttons.append(f"<button {about}>{number}</button>")
+    return f"<div class='others'>{' '.join(buttons)}</div>" if buttons else ""
 
 
 def _inside(look: _Look, cell: Cell, found: list[Shot], folder: Path | None) -> str:

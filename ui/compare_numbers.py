@@ -16,13 +16,13 @@ def curve(site: Site, id: str) -> str:
         return ""
     ranges = "".join(
         f"<tr><td><i style='background:{curves.line_colour(index)}'></i>{esc(row)}</td>"
-        f"<td>{esc(found) if found else f'none of the {comparison.noun}s tried'}</td></tr>"
+        f"<td>{esc(found or f'none of the {comparison.noun}s tried')}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )
-    head = f"<thead><tr><th></th><th>{comparison.column}s that worked</th></tr></thead>"
+    head = f"<thead><tr><th></th><th>{esc(comparison.column)}s that worked</th></tr></thead>"
     drawn = curves.draw_curve(comparison) if comparison.rates else ""
-    words = [report.best_words(comparison), curves.curve_words(comparison)]
-    hints = "".join(f"<p class='hint'>{esc(line)}</p>" for line in words if line)
+    words = curves.curve_words(comparison)
+    hints = f"<p class='hint'>{esc(words)}</p>" if words else ""
     lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
     return f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
 
@@ -35,7 +35,7 @@ def table(site: Site, id: str) -> str:
     names = [name for name in known if any(cell.metrics.get(name) for cell in cells)]  # not what is 0 everywhere
     head = "".join(f"<th>{esc(name)}</th>" for name in ["", comparison.noun, "seed", "state", "verdict", *names])
     rows = "".join(
-        f"<tr><td>{esc(cell.row)}</td><td>{comparison.shown(cell.rate)}</td><td>{cell.seed}</td>"
+        f"<tr><td>{esc(cell.row)}</td><td>{comparison.shown(cell.rate)}</td><td>{esc(cell.seed)}</td>"
         f"<td>{esc(cell.state)}</td><td class='verdict'>{esc(comparison.verdict(cell.row, cell.rate))}</td>"
         + "".join(f"<td>{draw.number(cell.metrics.get(name))}</td>" for name in names)
         + "</tr>"
@@ -54,10 +54,10 @@ def answer(site: Site, id: str) -> str:
 
 
 def best_run(site: Site, id: str) -> str:
-    """The run whose rate the sentence names, or "" where it names none or the comparison is not of runs."""
+    """The run whose rate the sentence calls usable, or "" where none is or the comparison is not of runs."""
     comparison = read(site, id)
     found = comparison.best if comparison.column == "learning rate" else None
-    return comparison.at(found[0], found[1].rate)[0].run if found else ""
+    return comparison.at(found[0], found[1].rate)[0].run if found and comparison.usable(found[0], found[1].rate) else ""
 
 
 def prompts(site: Site, id: str, chosen: int = 0) -> str:

@@ -15,7 +15,19 @@ from equipoise.ui.compare_grid import COLUMN, ROW, axes, grid
 from equipoise.ui.compare_pictures import noises
 from equipoise.ui.launch_tab import Launch, filled
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, Slider, Updates, bound, clicked_id, root
+from equipoise.ui.widgets import (
+    HIDDEN,
+    ON_CLICK,
+    PRIVATE,
+    Confirm,
+    Slider,
+    Updates,
+    asked_of,
+    bound,
+    clicked_id,
+    confirm,
+    root,
+)
 
 POLL = 2.0  # seconds
 OWN_COUNT = "0 keeps the runs' own setting."
@@ -78,6 +90,7 @@ class CompareTab:
     shown: Shown
     asks: Asks
     message: gr.HTML
+    confirm: Confirm  # before the comparison that is shown is deleted
     end: gr.Button  # of the job that the message is about
     chosen: gr.State  # the marked cells, by run id ("base" is the base), the one chosen last at the end
     picture: gr.State  # which of its pictures, by key; "" is the first
@@ -92,6 +105,7 @@ def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
         draw.head("Compare", "The same prompts, noise, questions or clips for every cell, beside the untouched base.")
     )
     refs, which, delete = _choice(site)
+    asked = confirm("comparison")
     message = gr.HTML(elem_id="compare-message")
     end = gr.Button("End it, or take it away", size="sm", visible=False, elem_id="end-job")
     answer, use, curve, title = _answer()
@@ -100,7 +114,7 @@ def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
     asks = _asks(site)
     shown = Shown(answer, use, curve, title, cells, detail, gr.HTML(), gr.HTML(elem_id="export"))
     states = gr.State([]), gr.State(""), gr.State(""), gr.State([]), gr.State("")
-    made = CompareTab(site, launch, view, shown, asks, message, end, *states)
+    made = CompareTab(site, launch, view, shown, asks, message, asked, end, *states)
     _connect_choice(made, tab)
     _connect_view(made)
     _connect_cells(made)
@@ -120,7 +134,7 @@ def _choice(site: Site) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
         )
         which = gr.Dropdown([], label="Comparison", elem_id="compare-which", scale=3, interactive=True, min_width=220)
         delete = gr.Button(
-            "Delete comparison", size="sm", scale=0, min_width=150, visible=False, elem_id="delete-comparison"
+            "Delete comparison …", size="sm", scale=0, min_width=150, visible=False, elem_id="delete-comparison"
         )
     return refs, which, delete
 
@@ -200,8 +214,11 @@ def _connect_choice(tab: CompareTab, page_tab: gr.Tab) -> None:
     view.refs.change(bound(pick, tab), view.refs, [view.which, tab.known, *_of_comparison(tab), *outputs], **HIDDEN)
     view.which.change(bound(open_another, tab), [view.which, view.refs, tab.opened], _of_comparison(tab), **HIDDEN)
     view.which.change(None, view.which, None, js="id => { if (id) equipoise.at({made: id}, true) }", **PRIVATE)
-    view.delete.click(
-        bound(delete_comparison, tab), [view.which, view.refs], [tab.message, view.which, tab.known], **HIDDEN
+    question, outputs = gr.Textbox(visible=False), [view.which, tab.known, *_of_comparison(tab)]
+    view.delete.click(bound(ask_delete, tab), view.which, [tab.confirm.row, tab.confirm.question], **HIDDEN)
+    tab.confirm.no.click(bound(keep, tab), None, tab.confirm.row, **HIDDEN)
+    tab.confirm.yes.click(
+        bound(delete_comparison, tab), [question, view.refs], outputs, js=asked_of("comparison"), **HIDDEN
     )
     launch = tab.launch
     outputs = [tab.message, *launch.outputs]
@@ -214,7 +231,7 @@ def _of_comparison(tab: CompareTab) -> list[Any]:
     view, shown = tab.view, tab.shown
     sliders = [view.delete, view.rows, view.columns, view.prompt, view.noise, view.step]
     parts = [shown.answer, shown.use, shown.curve, shown.title, shown.grid, shown.detail, shown.table, shown.export]
-    return [*sliders, *parts, tab.chosen, tab.picture, tab.message, tab.end, tab.opened]
+    return [*sliders, *parts, tab.chosen, tab.picture, tab.message, tab.end, tab.opened, tab.confirm.row]
 
 
 def _looked_at(tab: CompareTab) -> list[Any]:
@@ -319,7 +336,7 @@ def _cleared(tab: CompareTab, words: str) -> Updates:
     shown = tab.shown
     parts = (shown.answer, shown.title, shown.detail, shown.curve, shown.table, shown.export, tab.opened, tab.picture)
     hidden = gr.update(visible=False)
-    empty = {tab.message: "", shown.use: hidden, tab.end: hidden, tab.view.delete: hidden}
+    empty = {tab.message: "", **dict.fromkeys((shown.use, tab.end, tab.view.delete, tab.confirm.row), hidden)}
     return {shown.grid: words, **dict.fromkeys(parts, ""), tab.chosen: [], **empty}
 
 
@@ -331,6 +348,7 @@ def _filled(tab: CompareTab, id: str) -> Updates:
     first = steps[0] if len(steps) > 1 else 0  # a slider has two ends, hidden or not
     many, options, each = max(len(comparison.prompts), 1), axes(comparison), noises(comparison)
     return {
+        tab.confirm.row: gr.update(visible=False),
         view.delete: gr.update(visible=id.startswith(f"{background.COMPARISONS}/")),
         view.rows: gr.update(choices=options, value=ROW),
         view.columns: gr.update(choices=options, value=RATE),
@@ -457,7 +475,7 @@ def by_scale(tab: CompareTab, refs: list[str], id: str, scale: float) -> Updates
     own = compare.own_scale(tab.site, refs or [])
     for item in found:
         drawn = own if item.scale is None else item.scale
-        if item.prompts == now.prompts and abs(drawn - scale) < compare.CLOSE:
+        if not item.by_strength and item.prompts == now.prompts and abs(drawn - scale) < compare.CLOSE:
             return {tab.view.which: item.id if item.id != id else gr.skip(), tab.message: ""}
     words = f"Nothing is drawn at scale {scale:g} yet: Generate does that, for the prompt above."
     return {tab.message: draw.notice(words)}
@@ -500,16 +518,27 @@ def end_job(tab: CompareTab, refs: list[str]) -> Updates:
     return {tab.message: draw.notice(words, "good"), tab.end: gr.update(visible=False)}
 
 
+def ask_delete(tab: CompareTab, id: str | None) -> Updates:
+    made = draw.esc(id or "")
+    question = f"<p data-shown='{made}'>Delete <b>{made}</b> with all its pictures? It cannot be undone.</p>"
+    return {tab.confirm.row: gr.update(visible=True), tab.confirm.question: question}
+
+
+def keep(tab: CompareTab) -> Updates:
+    return {tab.confirm.row: gr.update(visible=False)}
+
+
 def delete_comparison(tab: CompareTab, id: str, refs: list[str]) -> Updates:
-    """Deletes the comparison that is shown, and opens the first of those that are left."""
+    """Deletes the comparison that was asked about, and opens the first of those that are left."""
     try:
         words = compare.discard(tab.site, id or "")
     except EquipoiseError as error:
-        return {tab.message: draw.notice(str(error), "bad")}
+        return {tab.message: draw.notice(str(error), "bad"), tab.confirm.row: gr.update(visible=False)}
     found = compare.made(tab.site, refs or [])
     ids = [item.id for item in found]
     which = gr.update(choices=[(item.label, item.id) for item in found], value=ids[0] if ids else None)
-    return {tab.message: draw.notice(words, "good"), tab.view.which: which, tab.known: ids}
+    shown = open_comparison(tab, ids[0] if ids else "", refs or [])
+    return {**shown, tab.message: draw.notice(words, "good"), tab.view.which: which, tab.known: ids}
 
 
 def follow_job(tab: CompareTab, refs: list[str], before: str) -> Updates:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from equipoise.ui.safety import PICTURES, UPLOAD
 
 ROOM = 1_000_000_000  # bytes of uploads that wait to be used, and of one request
+EXPORTS = "exports"  # in the folder of uploads: what was made here to be downloaded, which takes none of their room
 WAIT = 3600  # seconds for which they are kept
 _LITTLE = 1_000_000  # bytes of a request that is refused
 _WORD = "[A-Za-z0-9_]+"
@@ -49,7 +50,7 @@ def make_room(folder: Path, age: float = WAIT) -> int:
                 continue
             if time.time() - about.st_ctime > age and file.suffix != ".yaml":  # those were made here, to be saved
                 file.unlink()
-            else:
+            elif file.relative_to(folder).parts[0] != EXPORTS:
                 kept += about.st_size
         except OSError:  # another request has just removed it
             continue

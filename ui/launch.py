@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,8 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
 
 def at_work(site: Site, made: Plan) -> Status | None:
     """What is at work already with this very configuration, whose results would be the same to the last bit."""
+    with suppress(EquipoiseError):  # of data that is not as it should be, which starting reports
+        made = replace(made, config=in_steps(made.config)[0])  # as a run is written
     for item in site.store.at_work():
         with suppress(OSError):
             if (site.store.root / item.id / "config.yaml").read_text() == made.yaml:

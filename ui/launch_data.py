@@ -16,6 +16,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.media.pictures import decode
 from equipoise.pipelines.media.reading import MediaError
+from equipoise.pipelines.tables import listed
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Folder, read_folder
 from equipoise.ui import draw
@@ -40,6 +41,7 @@ class DataPanel:
     page: Slider
     shown: gr.HTML
     captions: Table
+    read: gr.State  # the rows of that table as they were on the disk
     save: gr.Button
     message: gr.HTML
 
@@ -63,11 +65,11 @@ def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox) -> None:
         )
         save = gr.Button("Write the captions beside the pictures", visible=False, elem_id="save-captions")
         message = gr.HTML(elem_id="data-message")
-    panel = DataPanel(site, data, prompt, page, shown, captions, save, message)
-    outputs = [shown, captions, save, page, message]
+    panel = DataPanel(site, data, prompt, page, shown, captions, gr.State([]), save, message)
+    outputs = [shown, captions, panel.read, save, page, message]
     gr.on([around.expand, data.change], bound(on_look, panel), [data, prompt], outputs, **HIDDEN)
     page.input(bound(on_page, panel), [data, prompt, page], outputs, trigger_mode="always_last", **HIDDEN)
-    save.click(bound(on_save, panel), [data, prompt, captions], message, **PRIVATE)
+    save.click(bound(on_save, panel), [data, prompt, captions, panel.read], [message, panel.read], **PRIVATE)
 
 
 def folder_of(site: Site, choice: str, prompt: str) -> tuple[Folder, bool]:
@@ -75,12 +77,15 @@ def folder_of(site: Site, choice: str, prompt: str) -> tuple[Folder, bool]:
 
     Raises:
         ConfigError: it may not be read.
+        InputError: it is the demo's, which this page would have to draw although it only shows.
     """
     path = site.path(choice.strip())
     config = configs.set_keys(TextToImageConfig(name="data"), {"data.folder": path})  # pyright: ignore[reportCallIssue]
     if problems := site.problems(config):
         raise ConfigError(problems)
     embedded = path == demo.NAME
+    if embedded and site.read_only and not demo.has_pictures(site.store.root):
+        raise InputError("The demo's pictures are not there yet, and this page only shows. Its first run draws them.")
     folder = str(demo.pictures_folder(site.store.root)) if embedded else path
     given = {"folder": folder, "instance_prompt": prompt.strip() or None}
     found = read_folder(config.data.model_copy(update=given))
@@ -130,14 +135,28 @@ def _thumbnail(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def save_captions(site: Site, choice: str, prompt: str, rows: Sequence[Sequence[Any]]) -> int:
-    """Writes the captions that have changed as .txt files beside their pictures; returns how many.
+def save_captions(
+    site: Site,
+    choice: str,
+    prompt: str,
+    rows: Sequence[Sequence[Any]],
+    before: Sequence[Sequence[Any]] | None = None,
+) -> int:
+    """Writes the captions that were edited as .txt files beside their pictures; returns how many.
 
     Of uploads the table, which counts before such files, gives way to them.
 
+    Args:
+        site: whose.
+        choice: the folder, as it was chosen.
+        prompt: what goes before the captions.
+        rows: (picture, caption).
+        before: the same as they were shown before they were edited; None: as they are on the disk now.
+
     Raises:
         ConfigError: the folder may not be read.
-        InputError: captions of this folder are kept elsewhere, or one is too long.
+        InputError: captions of this folder are kept elsewhere, one is too long, or one that was edited is another on
+            the disk than the one that was shown.
     """
     found, writable = folder_of(site, choice, "")
     table = found.path / _TABLE
@@ -147,14 +166,19 @@ def save_captions(site: Site, choice: str, prompt: str, rows: Sequence[Sequence[
         raise InputError(f"Nothing was written: {reason}.")
     if not uploaded and any(source not in (".txt files", ".caption files") for source in _tables(found)):
         raise InputError("Nothing was written: a table in this folder holds its captions; change them there.")
-    wanted = _wanted(found, rows)
     known = {example.path: example.caption for example in found.examples}
-    if uploaded:  # all of them, before the table goes
-        wanted = known | wanted
-    changed = {path: text for path, text in wanted.items() if uploaded or text != known[path]}
+    there = {path: _in_one_line(text) for path, text in known.items()}
+    shown = there if before is None else _wanted(found, before)
+    changed = {path: text for path, text in _wanted(found, rows).items() if text not in (there[path], shown.get(path))}
+    if stale := [path.name for path in changed if shown.get(path) != there[path]]:
+        raise InputError(
+            f"Nothing was written: {listed(stale)} got another caption since it was shown. Choose the folder again."
+        )
+    if uploaded and changed:  # all of them, before the table goes
+        changed = known | changed
     for path, text in changed.items():
         write_atomic(path.with_suffix(".txt"), text + "\n")
-    if uploaded:
+    if uploaded and changed:
         table.unlink()
     return len(changed)
 
@@ -169,12 +193,16 @@ def _wanted(found: Folder, rows: Sequence[Sequence[Any]]) -> dict[Path, str]:
     paths = {example.path.relative_to(found.path).as_posix(): example.path for example in found.examples}
     wanted = {}
     for name, caption, *_ in (row for row in rows if len(row) > 1):
-        text = " ".join(str(caption or "").split())
+        text = _in_one_line(caption)
         if len(text) > MOST:
             raise InputError(f"{name}: its caption has {len(text)} characters; {MOST} are the most.")
         if str(name) in paths:
             wanted[paths[str(name)]] = text
     return wanted
+
+
+def _in_one_line(caption: Any) -> str:
+    return " ".join(str(caption or "").split())
 
 
 # Handlers: what they are given stands in the order of the inputs above
@@ -203,16 +231,18 @@ def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int)
     return {
         panel.shown: view(panel.site, found, page),
         panel.captions: gr.update(value=rows, visible=editable),
+        panel.read: rows,
         panel.save: gr.update(visible=editable),
         panel.page: gr.update(visible=pages > 1, maximum=max(pages, 2), value=page),
         panel.message: "",
     }
 
 
-def on_save(panel: DataPanel, choice: str | None, prompt: str | None, rows: Any) -> Updates:
+def on_save(panel: DataPanel, choice: str | None, prompt: str | None, rows: Any, before: list[Any]) -> Updates:
+    given = table_rows(rows)
     try:
-        count = save_captions(panel.site, choice or "", prompt or "", table_rows(rows))
+        count = save_captions(panel.site, choice or "", prompt or "", given, before)
     except EquipoiseError as error:
         return {panel.message: error_notice(error)}
     words = f"{count} caption{'s' * (count != 1)} written." if count else "Nothing has changed."
-    return {panel.message: draw.notice(words, "good")}
+    return {panel.message: draw.notice(words, "good"), panel.read: given}

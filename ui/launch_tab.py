@@ -33,7 +33,7 @@ from equipoise.ui.launch import (
 )
 from equipoise.ui.launch_estimates import estimate, memory
 from equipoise.ui.runs import open_run
-from equipoise.ui.safety import Site
+from equipoise.ui.safety import Site, refuse_commands
 from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
 
 LATEST: Any = {**HIDDEN, "trigger_mode": "always_last"}  # of an event that may come again while it is at work
@@ -96,7 +96,12 @@ class Form:
         return {item.key.key: value for item, value in zip(self.items, values, strict=True)}
 
     def fill(self, config: RunConfig) -> Updates:
-        """Updates of all widgets and the table of options."""
+        """Updates of all widgets and the table of options.
+
+        Raises:
+            InputError: it starts another program's command, which no field shows.
+        """
+        refuse_commands(config)
         shown = forms.show(config)
         chosen = {key: shown[key] for key in self.plugins}
         rows = forms.option_rows(type(config), chosen, config)
@@ -127,9 +132,9 @@ def filled(launch: Launch, site: Site, id: str, message: gr.HTML) -> Updates:
     try:
         config = open_run(site, id).config()
         form = launch.forms[config.pipeline]
+        fields = {form.preset: gr.update(value=None), **form.fill(config)}
     except (EquipoiseError, KeyError) as error:
         return {message: draw.notice(f"{id}: cannot be shown in Launch: {error}", "bad")}
-    fields = {form.preset: gr.update(value=None), **form.fill(config)}
     return {message: "", launch.tabs: gr.update(selected="launch"), launch.pipeline: config.pipeline, **fields}
 
 

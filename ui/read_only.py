@@ -3,9 +3,9 @@
 import gradio as gr
 
 WORDS = "This page only shows: it was started with --read-only."
-CHANGES = frozenset(  # the handlers that write, delete, begin or end something, by name
+CHANGES = frozenset(  # the handlers that write, delete, begin or end something, by name; a check may draw data
     {
-        *("on_start", "on_start_demo", "on_upload", "on_use", "on_save", "on_yaml", "on_check"),
+        *("on_start", "on_start_demo", "on_upload", "on_use", "on_save", "on_yaml", "on_check", "asked_check"),
         *(
             "stop",
             "resume",

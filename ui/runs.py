@@ -24,7 +24,7 @@ SORTS = ("newest", "name", "state", "loss", "rate", "steps", "duration")
 ARCHIVED = "archived"  # in place of a state: runs that were put away
 _TAIL = 2**16  # bytes at the end of the metrics, which show the pace
 MEAN_OF = 20  # steps whose losses are shown as one: a batch's alone says little
-LOSS = f"loss, mean of {MEAN_OF} steps"
+LOSS = "loss, mean of the last steps"
 _COLUMNS = ("run", "state", "progress", "left", LOSS, "rate", "started", "took")
 _ENOUGH = 2**14  # bytes at the end of the metrics, which hold so many steps
 
@@ -65,13 +65,15 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
         and runs_notes.read(site.store.root / item.id).archived == (state == ARCHIVED)
         and (not wanted or all(word in _text(site, item) for word in wanted))
     ]
+    if not shown and state == "all" and not wanted:
+        return draw.empty("All runs are put away", f"The state “{ARCHIVED}” shows them.")
     if not shown:
         return draw.empty("Nothing matches", "Clear the filter to see all runs.")
     keys = {
         "name": lambda item: item.name,
         "state": lambda item: STATES.index(item.state) if item.state in STATES else 99,
         "loss": lambda item: _or_last(recent_loss(site.store.root / item.id, item)),
-        "rate": lambda item: -math.inf if item.shown_rate is None else item.shown_rate,
+        "rate": lambda item: math.inf if item.shown_rate is None else item.shown_rate,
         "steps": lambda item: -item.step,
         "duration": lambda item: -item.duration,
     }

@@ -23,7 +23,7 @@ from equipoise.ui import draw
 from equipoise.ui.draw import esc, url
 from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, together
 from equipoise.ui.runs_curves import MEASURED, Wanted, charts
-from equipoise.ui.safety import COMMANDS, SUFFIXES, Site
+from equipoise.ui.safety import SUFFIXES, Site, refuse_commands
 
 LOG_LINES = 60
 MOST_STEPS = 20  # whose samples lie folded up below those of the step that is looked at
@@ -289,8 +289,7 @@ def act(site: Site, id: str, what: str, workers: int) -> str:
     if what == "stop":
         return background.stop(run)
     if what == "resume":
-        if getattr(run.config(), "script", None):
-            raise InputError(COMMANDS)
+        refuse_commands(run.config())
         if not run.status().over:
             return f"{id}: is at work."
         first = background.ahead(run)

@@ -1,6 +1,8 @@
 """What else is done with runs: notes, exports, and several of them at once; parts of the tab Runs."""
 
+import hashlib
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.runs.run import Run
 from equipoise.ui import draw, runs_notes, runs_several
+from equipoise.ui.guard import EXPORTS
 from equipoise.ui.launch import UPLOADED
 from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import HIDDEN, SHOWN, Updates, bound
+from equipoise.ui.widgets import HIDDEN, PRIVATE, SHOWN, Updates, bound
+
+ROOM_FOR_EXPORTS = 10_000_000_000  # bytes of exports that wait to be downloaded, whatever waits of uploads
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,7 @@ class Written:
     tags: gr.Textbox
     archived: gr.Checkbox
     save: gr.Button
+    read: gr.State  # the run's id, and what was written to it when it was shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,7 @@ class More:
     @property
     def outputs(self) -> list[Any]:
         export, written = self.export, self.written
-        return [export.row, export.format, export.file, written.note, written.tags, written.archived]
+        return [export.row, export.format, export.file, written.note, written.tags, written.archived, written.read]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,7 @@ def notes() -> Written:
         tags = gr.Textbox(label="Tags", info="With commas between.", max_lines=1, elem_id="tags")
         archived = gr.Checkbox(label="Put away", info="Out of the table; the state “archived” shows it.")
         save = gr.Button("Save", size="md", elem_id="save-notes")
-    return Written(note, tags, archived, save)
+    return Written(note, tags, archived, save, gr.State([]))
 
 
 def several(site: Site) -> Several:
@@ -109,13 +115,14 @@ def connect(
     tab, written, export = _Tab(site, several, more, message), more.written, more.export
     page_tab.select(bound(offer, tab), None, several.chosen, **HIDDEN)
     shown = gr.Textbox(visible=False)  # the id of the run that is shown
-    given = [shown, written.note, written.tags, written.archived]
-    written.save.click(bound(save_notes, tab), given, message, js=SHOWN, **HIDDEN).then(**refreshed)
+    given = [shown, written.note, written.tags, written.archived, written.read]
+    written.save.click(bound(save_notes, tab), given, [message, written.read], js=SHOWN, **HIDDEN).then(**refreshed)
     outputs = [message, export.file]
     export.make.click(bound(make_export, tab), [shown, export.format], outputs, js=SHOWN, **HIDDEN)
     several.differ.click(bound(differ, tab), several.chosen, several.shown, **HIDDEN)
     outputs = [several.shown, several.chosen, several.sure]
     several.archive.click(bound(put_away, tab), several.chosen, outputs, **HIDDEN).then(**refreshed)
+    several.chosen.change(None, None, several.sure, js="() => false", **PRIVATE)  # it was said of others
     deleted = several.delete.click(bound(delete_several, tab), [several.chosen, several.sure], outputs, **HIDDEN)
     deleted.then(**refreshed)
 
@@ -134,6 +141,7 @@ def of_run(more: More, run: Run) -> Updates:
         written.note: found.note,
         written.tags: ", ".join(found.tags),
         written.archived: found.archived,
+        written.read: [run.id, *_fields(found)],
     }
 
 
@@ -154,19 +162,50 @@ def make_export(tab: _Tab, id: str, format: str) -> Updates:
         if format not in _formats(run):
             raise InputError(f"{id}: cannot be exported as {str(format)[:60]!r}.")
         name = f"{run.folder.name.replace(',', '_').replace('=', '-')}-{format}.safetensors"
-        file = Path(tempfile.mkdtemp(dir=os.environ.get(UPLOADED)), name)
+        file = _empty_place(id) / name
         registry.load("pipelines", run.status().pipeline).export(run.result, format, file)
+        _make_room(file.parent)
     except EquipoiseError as error:
         return {tab.message: draw.notice(tab.site.without_paths(error), "bad")}
     return {tab.message: "", tab.more.export.file: gr.update(value=str(file), visible=True, label=f"Download {name}")}
 
 
-def save_notes(tab: _Tab, id: str, note: str, tags: str, archived: bool) -> Updates:
+def _empty_place(id: str) -> Path:
+    """The folder of a run's export, without the one before."""
+    folder = Path(os.environ.get(UPLOADED) or tempfile.gettempdir(), EXPORTS, hashlib.sha256(id.encode()).hexdigest())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _make_room(newest: Path) -> None:
+    """Removes the oldest exports beside the newest one, until all together are not too large."""
+    sizes = {one: sum(file.stat().st_size for file in one.iterdir()) for one in newest.parent.iterdir()}
+    for one in sorted(sizes, key=lambda one: one.stat().st_mtime):
+        if one != newest and sum(sizes.values()) > ROOM_FOR_EXPORTS:
+            shutil.rmtree(one, ignore_errors=True)
+            del sizes[one]
+
+
+def _fields(found: runs_notes.Notes) -> list[Any]:
+    return [found.note, ", ".join(found.tags), found.archived]
+
+
+def save_notes(tab: _Tab, id: str, note: str, tags: str, archived: bool, before: list[Any]) -> Updates:
+    """Writes what was edited, unless somebody else has edited the same since it was shown."""
     try:
-        runs_notes.write(open_run(tab.site, id), note or "", tags or "", bool(archived))
+        run = open_run(tab.site, id)
+        there, given = _fields(runs_notes.read(run.folder)), [(note or "").strip(), tags or "", bool(archived)]
+        if before[:1] != [id]:
+            raise InputError(f"{id}: choose it again; nothing was saved.")
+        each = list(zip(given, before[1:], there, strict=True))
+        if any(new != shown != old != new for new, shown, old in each):
+            raise InputError(f"{id}: its notes were edited elsewhere meanwhile: choose it again. Nothing was saved.")
+        runs_notes.write(run, *(old if new == shown else new for new, shown, old in each))
     except EquipoiseError as error:
         return {tab.message: draw.notice(tab.site.without_paths(error), "bad")}
-    return {tab.message: draw.notice(f"{id}: its notes are saved.", "good")}
+    message = draw.notice(f"{id}: its notes are saved.", "good")
+    return {tab.message: message, tab.more.written.read: [id, *_fields(runs_notes.read(run.folder))]}
 
 
 def offer(tab: _Tab) -> Updates:

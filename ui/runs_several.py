@@ -58,8 +58,15 @@ def archive(site: Site, ids: Sequence[str]) -> str:
 
 def delete(site: Site, ids: Sequence[str]) -> str:
     """Deletes the runs that are not at work; returns what was deleted, and what was not and why."""
-    said, gone = [], 0
-    for run in _opened(site, ids):
+    said, found, gone = [], [], 0
+    for id in ids:
+        try:
+            found.append(open_run(site, id))
+        except InputError as error:  # deleted since they were offered
+            said.append(str(error))
+    if not found:
+        raise InputError("\n".join(said) or "Choose some runs first.")
+    for run in found:
         try:
             background.delete(run)
             gone += 1

@@ -17,10 +17,22 @@ from equipoise.ui.runs_curves import MEASURED, Wanted, metrics
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
 from equipoise.ui.runs_more import More
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import HIDDEN, ON_CLICK, PRIVATE, SHOWN, Slider, Updates, bound, clicked_id, root
+from equipoise.ui.widgets import (
+    HIDDEN,
+    ON_CLICK,
+    PRIVATE,
+    SHOWN,
+    Confirm,
+    Slider,
+    Updates,
+    asked_of,
+    bound,
+    clicked_id,
+    confirm,
+    root,
+)
 
 REFRESH = 2.0  # seconds
-ASKED = "() => document.querySelector('#delete-question [data-shown]')?.dataset.shown ?? ''"
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 
@@ -43,16 +55,6 @@ class Actions:
     resume: gr.Button
     duplicate: gr.Button
     delete: gr.Button
-
-
-@dataclass(frozen=True, eq=False)
-class Confirm:
-    """The question before a run is deleted."""
-
-    row: gr.Row
-    question: gr.HTML
-    yes: gr.Button
-    no: gr.Button
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,9 @@ def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
     above = launch, filters, listing, head, message
-    tab = RunsTab(site, workers, *above, _actions(), _confirm(), _parts(), gr.State(""), gr.State([]), gr.State(1))
+    tab = RunsTab(
+        site, workers, *above, _actions(), confirm("delete"), _parts(), gr.State(""), gr.State([]), gr.State(1)
+    )
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
     _connect_actions(tab)
@@ -141,13 +145,6 @@ def _actions() -> Actions:
             gr.Button("Duplicate into Launch", size="md", elem_id="duplicate"),
             gr.Button("Delete …", size="md", variant="stop", elem_id="delete"),
         )
-
-
-def _confirm() -> Confirm:
-    with gr.Row(elem_classes=["actions"], visible=False) as row:
-        question = gr.HTML(elem_id="delete-question")
-        yes = gr.Button("Delete for good", size="md", variant="stop", elem_id="delete-yes")
-        return Confirm(row, question, yes, gr.Button("Keep it", size="md"))
 
 
 def _parts() -> Parts:
@@ -227,7 +224,7 @@ def _connect_actions(tab: RunsTab) -> None:
     events = ((actions.stop, stop), (actions.resume, resume), (actions.sample, sample))
     for button, handler in events:
         button.click(bound(handler, tab), shown, _of_run(tab), js=SHOWN, **HIDDEN).then(**_refreshed(tab))
-    deleted = confirm.yes.click(bound(delete, tab), question, _of_run(tab), js=ASKED, **HIDDEN)
+    deleted = confirm.yes.click(bound(delete, tab), question, _of_run(tab), js=asked_of("delete"), **HIDDEN)
     deleted.then(**_refreshed(tab))
     confirm.yes.click(None, None, None, js="() => equipoise.at({run: ''})", **PRIVATE)
     actions.delete.click(bound(ask_delete, tab), shown, [confirm.row, confirm.question], js=SHOWN, **HIDDEN)

@@ -58,6 +58,8 @@ class Site:
         parts = name.split("/")
         if len(parts) > 1 and all(_PART.fullmatch(part) for part in parts):
             target = (self.store.root / name).resolve()
+            if parts[0] == "comparisons" and len(parts) == 2:  # which say where files lie
+                raise InputError(f"{name[:200]!r}: there is no such file.")
             if target.is_relative_to(self.store.root) and target.suffix in SUFFIXES and target.is_file():
                 return target
         raise InputError(f"{name[:200]!r}: there is no such file.")
@@ -136,6 +138,13 @@ class Site:
                     f"{key}: {link} is a link that leads out of the folders that this page may read; remove it."
                 )
         return found
+
+
+def refuse_commands(config: RunConfig) -> None:
+    """Raises InputError where a configuration, or a cell of its sweep, starts another program's command."""
+    axes = {config.SHORT.get(key, key): values for key, values in config.sweep.items()}
+    if any([getattr(config, "script", None), *axes.get("script", ())]):
+        raise InputError(COMMANDS)
 
 
 def _paths(config: RunConfig, marked: Mapping[str, Opened | None]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Gradio's parts, made to bear what a browser may send, and how a tab's handlers are connected to them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -32,6 +33,30 @@ def bound(handler: Callable[..., Any], tab: Any) -> Callable[..., Any]:
     those of a `functools.partial`.
     """
     return MethodType(handler, tab)
+
+
+@dataclass(frozen=True, eq=False)
+class Confirm:
+    """The question before something is deleted."""
+
+    row: gr.Row
+    question: gr.HTML  # with the id in it that it is about
+    yes: gr.Button
+    no: gr.Button
+
+
+def confirm(name: str) -> Confirm:
+    """Draws it, out of sight. `name`: the beginning of its parts' ids in the page."""
+    with gr.Row(elem_classes=["actions"], visible=False) as row:
+        question = gr.HTML(elem_id=f"{name}-question")
+        yes = gr.Button("Delete for good", size="md", variant="stop", elem_id=f"{name}-yes")
+        return Confirm(row, question, yes, gr.Button("Keep it", size="md"))
+
+
+def asked_of(name: str) -> str:
+    """What fills an event's first input with the id that such a question is about."""
+    found = f"document.querySelector('#{name}-question [data-shown]')?.dataset.shown ?? ''"
+    return f"(id, ...rest) => [{found}, ...rest]"
 
 
 def clicked_id(event: gr.EventData) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.comparing.report import best_words, not_judged, usable_words
+from equipoise.pipelines.comparing.report import not_judged, usable_words
 from equipoise.pipelines.files import user_path
 from equipoise.pipelines.jobs.making import make, make_of_files
 from equipoise.pipelines.runs.store import Run, find
@@ -148,7 +149,7 @@ def _say(comparison: Comparison, paths: dict[str, Path]) -> None:
         print(f"{comparison.column.capitalize()}s that worked:")
         for row, found in comparison.ranges().items():
             print(f"  {row}: {found or 'none of those tried'}")
-        print(best_words(comparison))
+        print(answer(comparison))
     print()
     for what, path in paths.items():
         print(f"  {what + ':':<8} {path}")

@@ -24,7 +24,8 @@ def answer(comparison: Comparison) -> str:
         said = f"No {comparison.noun} is usable. {said}, {comparison.verdict(row, point.rate)}"
     elif reached and reached.low < reached.high:
         ends = [comparison.shown(float(f"{end:.2g}")) for end in (reached.low, reached.high)]
-        said += f"; usable from {ends[0]} to {ends[1]}"
+        open_end = "at least " if reached.open_low or reached.open_high else ""  # as the table of ranges has it
+        said += f"; usable {open_end}from {ends[0]} to {ends[1]}"
     return f"{said}{_next(comparison, row, point)}."
 
 

@@ -8,8 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from equipoise.errors import InputError
 from equipoise.pipelines.comparing.robustness import (
@@ -34,6 +37,7 @@ _SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
 WORKS = "usable"  # the verdict on a rate that learnt and kept enough; any other says what it lacks
 _OUTSIDE = "optimizer.outside_learning_rate"  # each optimizer may have one of its own
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
+_LATER = ("scored", "alike", "kept", "own", "column")  # parts of the file that earlier versions did not write
 _LONG = 40  # characters of a value in a label
 
 
@@ -96,6 +100,7 @@ class Comparison:
     scored: dict[str, str] = field(default_factory=dict)  # others that are no shares, reported after them
     alike: str = ""  # a sentence on what is the same for all cells, so that they can be compared
     kept: str = ""  # which of `beside` says what is left of what the base knew; "": none, and the score judges alone
+    own: bool | None = None  # whether the pictures are of the runs' own prompts and strength; None: not recorded
     column: str = "learning rate"  # what cells differ in from left to right, their `rate`; of files it is the strength
 
     @classmethod
@@ -108,20 +113,22 @@ class Comparison:
         try:
             data = json.loads((folder / "table.json").read_text())
             base, *cells = [
-                Cell(
-                    *(it["run"], it["row"], math.nan if it["learning_rate"] is None else it["learning_rate"]),
-                    *(it["seed"], it["state"], it["message"]),
-                    {name: math.nan if value is None else value for name, value in it["metrics"].items()},
-                    [Picture(**picture) for picture in it["pictures"]],
-                    it["config"],
-                    it.get("doubt", ""),
-                )
+                {
+                    **{name: it[name] for name in ("run", "row", "seed", "state", "message", "pictures", "config")},
+                    "rate": math.nan if it["learning_rate"] is None else it["learning_rate"],
+                    "metrics": {name: math.nan if value is None else value for name, value in it["metrics"].items()},
+                    "doubt": it.get("doubt", ""),
+                }
                 for it in data["cells"]
             ]
-            extra = data["beside"], data.get("scored", {}), data.get("alike", ""), data.get("kept", "")
-            column = data.get("column", "learning rate")
-            return cls(data["name"], folder, data["prompts"], data["score"], base, cells, *extra, column)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            known = {name: data[name] for name in ("name", "prompts", "score", "beside")}
+            known |= {name: data[name] for name in _LATER if name in data}
+            text = json.dumps({**known, "folder": str(folder), "base": base, "cells": cells})
+            found = _record(cls).validate_json(text, strict=True)  # the file may be anybody's
+            if not all(0 < cell.rate < math.inf for cell in found.cells):
+                raise ValueError("a cell has no rate")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
 
     @property
@@ -265,6 +272,7 @@ class Comparison:
             "scored": self.scored,
             "alike": self.alike,
             "kept": self.kept,
+            "own": self.own,
             "column": self.column,
             "usable_from": self.line,
             "kept_from": self.kept_line,
@@ -299,6 +307,12 @@ class Comparison:
         }
         write_atomic(self.folder / "table.json", json.dumps(document, indent=1) + "\n")
         return [self.folder / "table.csv", self.folder / "table.json"]
+
+
+@cache
+def _record(cls: type[Comparison]) -> TypeAdapter[Comparison]:
+    """What checks the types of a file."""
+    return TypeAdapter(cls)
 
 
 def _failure(cell: Cell) -> str:

@@ -43,7 +43,8 @@ def draw_curve(comparison: Comparison) -> str:
     for value in ticks(low, high):
         drawn.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
         drawn.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-    drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">{comparison.column}</text>')
+    axis = html.escape(comparison.column)
+    drawn.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">{axis}</text>')
     above = math.inf  # where the words below are: two may be near each other
     for kind, label, value in bars:
         at, above = y(value), min(y(value), above - _ROW)
@@ -75,7 +76,7 @@ def _stretches(spots: list[Spot], down: float) -> set[tuple]:
 
 def _title(comparison: Comparison) -> str:
     more = "" if comparison.kept_line is None else f" and {short(comparison.kept)}"
-    return f"score{html.escape(more)} against {comparison.column}"
+    return f"score{html.escape(more)} against {html.escape(comparison.column)}"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import WORKS, Cell, Comparison, Picture, means, short
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve, line_colour
-from equipoise.pipelines.comparing.robustness import GAIN, KEPT, USABLE
+from equipoise.pipelines.comparing.robustness import KEPT, USABLE
 from equipoise.pipelines.files import write_atomic
 
 CELL = 168  # pixels, the side of a cell of the grid picture
@@ -120,22 +121,6 @@ def usable_words(comparison: Comparison) -> str:
     return f"Usable: {learnt} and keeps at least {KEPT:.0%} of what the base knew ({kept})."
 
 
-def best_words(comparison: Comparison) -> str:
-    """The rate that worked best, or what comes nearest where none worked; nothing where nothing is judged."""
-    if not comparison.judged:
-        return ""
-    if (found := comparison.best) is None:
-        return f"No score is {GAIN:g} or more above the base's; smaller gains are noise."
-    row, point = found
-    figures = [f"score {point.score:.0%}"]
-    if comparison.kept_line is not None and math.isfinite(point.kept):
-        figures.append(f"{short(comparison.kept)} {point.kept:.0%}")
-    place = f"{row} at {comparison.shown(point.rate)} ({', '.join(figures)})"
-    if (verdict := comparison.verdict(row, point.rate)) == WORKS:
-        return f"Best usable {comparison.noun}: {place}."
-    return f"No {comparison.noun} learnt and kept enough. Nearest: {place}: {verdict}."
-
-
 def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
     """The cells of one place, one per training seed; the column of no rate is the base's."""
     return [comparison.base] if math.isnan(rate) else comparison.at(row, rate)
@@ -184,7 +169,7 @@ def render_html(comparison: Comparison) -> str:
     """The report: one file, thumbnails within it, full-size pictures linked beside it."""
     ranges = "".join(
         f'<tr><td><i style="background:{line_colour(index)}"></i>{html.escape(row)}</td>'
-        f"<td>{html.escape(str(found)) if found else f'none of the {comparison.noun}s tried'}</td></tr>"
+        f"<td>{html.escape(str(found or f'none of the {comparison.noun}s tried'))}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
         if comparison.judged
     )
@@ -201,7 +186,7 @@ def render_html(comparison: Comparison) -> str:
     titles = ["row", comparison.column, "seed", "state", "verdict", *names]
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     rows = "".join(
-        f"<tr><td>{html.escape(c.row)}</td><td>{comparison.shown(c.rate)}</td><td>{c.seed}</td>"
+        f"<tr><td>{html.escape(c.row)}</td><td>{comparison.shown(c.rate)}</td><td>{html.escape(str(c.seed))}</td>"
         f"<td title={_attribute(c.message)}>{html.escape(c.state)}</td>"
         f"<td class=why>{html.escape(comparison.verdict(c.row, c.rate))}</td>"
         + "".join(f"<td>{c.metrics[name]:.4g}</td>" if name in c.metrics else "<td></td>" for name in names)
@@ -211,10 +196,10 @@ def render_html(comparison: Comparison) -> str:
     page = files("equipoise.pipelines.comparing").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(comparison.name),
-        "WORKED": f"{comparison.column.capitalize()}s that worked",
+        "WORKED": html.escape(f"{comparison.column.capitalize()}s that worked"),
         "LEGEND": "".join(f"<p>{html.escape(line)}</p>" for line in explanations(comparison)),
-        "RANGES": ranges or f"<tr><td>{not_judged(comparison)}</td></tr>",
-        "BEST": f"<p>{html.escape(best_words(comparison))}</p>",
+        "RANGES": ranges or f"<tr><td>{html.escape(not_judged(comparison))}</td></tr>",
+        "BEST": f"<p>{html.escape(answer(comparison))}</p>",
         "CURVE": f"{draw_curve(comparison)}<p>{html.escape(curve_words(comparison))}</p>" if comparison.rates else "",
         "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>",
         "PROMPTS": _prompt_table(comparison),
@@ -232,7 +217,7 @@ def _prompt_table(comparison: Comparison) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["prompt", "row", comparison.column, "seed", *names])
     rows = [
         f"<tr><td>{html.escape(prompt)}</td><td>{html.escape(c.row)}</td>"
-        f"<td>{comparison.shown(c.rate)}</td><td>{c.seed}</td>"
+        f"<td>{comparison.shown(c.rate)}</td><td>{html.escape(str(c.seed))}</td>"
         + "".join(f"<td>{found[name]:.4g}</td>" if name in found else "<td></td>" for name in names)
         + "</tr>"
         for index, prompt in enumerate(comparison.prompts)

@@ -25,6 +25,11 @@ def pictures_folder(runs: Path) -> Path:
     return once(runs / ".demo" / "object", _whole, _draw)
 
 
+def has_pictures(runs: Path) -> bool:
+    """Whether `pictures_folder` has drawn them already."""
+    return _whole(runs / ".demo" / "object")
+
+
 def questions_file(runs: Path) -> Path:
     """Drawn scenes with a question and its answer each, in LLaVA's format, written below the runs folder once."""
 

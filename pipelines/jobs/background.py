@@ -220,7 +220,7 @@ def jobs(root: Path) -> list[Job]:
 
 
 def discard(root: Path, name: str) -> None:
-    """Ends a comparison's process, if it is at work, and removes all that it made.
+    """Ends a comparison's process, if it is at work on this machine, and removes all that it made.
 
     Raises:
         InputError: There is none of that name.
@@ -230,8 +230,11 @@ def discard(root: Path, name: str) -> None:
         raise InputError(f"{name[:200]}: there is no such comparison.")
     place = root / COMPARISONS
     if job.state == "running":
-        with suppress(psutil.NoSuchProcess):  # it ends in this moment
-            _end(psutil.Process(json.loads((place / f"{name}.json").read_text())["pid"]))
+        record = json.loads((place / f"{name}.json").read_text())
+        with suppress(psutil.Error):  # it ends in this moment, or is somebody else's
+            process = psutil.Process(record["pid"])
+            if status.is_process(process, record["host"], record["pid_started"]):
+                _end(process)
     for file in (place / f"{name}.json", place / f"{name}.log"):
         file.unlink(missing_ok=True)
     for folder in (place / name, *place.glob(f".{name}.*")):

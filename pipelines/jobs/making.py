@@ -55,7 +55,8 @@ def make(
     folder, name = _place(found, out, own=bool(changes))
     with swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
         comparison = pipeline.compare(name, staging, runs, loaded, first)
-        if _other_pictures(loaded[0], first):
+        comparison.own = not _other_pictures(loaded[0], first)
+        if not comparison.own:
             comparison.forget_scores()
         paths = write_report(comparison)
     comparison.folder = folder
@@ -147,10 +148,21 @@ def _labelled(
         if not own:
             print(f"{run.id}: has nothing to draw with yet, and is left out.", file=sys.stderr)
         given |= own
-    names = Counter(file.stem for file in files)
-    for file in files:
-        given[file.stem if names[file.stem] == 1 and file.stem not in given else str(file)] = file.resolve()
+    for file in dict.fromkeys(files):
+        given[next(name for name in _names(file) if _is_free(name, file, files, given))] = file.resolve()
     return given
+
+
+def _names(file: Path) -> Iterator[str]:
+    """What a file may be called, the shortest first; where on this machine it lies is said last."""
+    yield file.stem
+    yield from ("/".join(file.parts[-count:]) for count in range(1, len(file.parts)))
+    yield str(file)
+
+
+def _is_free(name: str, file: Path, files: Sequence[Path], taken: Mapping[str, Path]) -> bool:
+    """Whether no other file could be called the same; of a whole path, none can."""
+    return name == str(file) or not (name in taken or any(name in _names(one) for one in files if one != file))
 
 
 def _of_one_base(loaded: Sequence[Any], keys: set[str]) -> None:

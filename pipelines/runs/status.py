@@ -164,6 +164,11 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: one(value) for key, value in values.items()}
 
 
+def is_process(process: psutil.Process, host: str, pid_started: float) -> bool:
+    """Whether a process of this machine is the one that was recorded, and not another that has its number now."""
+    return host == platform.node() and abs(process.create_time() - pid_started) < 2.0
+
+
 def gone(host: str, pid: int, pid_started: float) -> bool:
     """Whether a process is no more. Of other hosts' processes nothing is known, so they never are."""
     if host != platform.node():

@@ -64,9 +64,7 @@ def compare_files(
         cells = []
         for label, path in given.items():
             for strength in strengths:
-                cell = Cell(
-                    f"{label} at {strength:g}", label, strength, config.seed, "done", config={"file": str(path)}
-                )
+                cell = Cell(f"{label} at {strength:g}", label, strength, config.seed, "done", config={"file": label})
                 tuned = partial(_with_checkpoint, base, path, strength)
                 if path in files:
                     tuned = partial(_with_file, base, path, files[path], strength)

@@ -125,7 +125,7 @@ def test_a_rate_that_kept_too_little_is_named_so(capfd, monkeypatch):
     _, base, first, second = out.splitlines()[:4]
     assert base.endswith("untouched") and first.endswith("usable") and second.endswith("kept too little")
     assert "keeps at least 75% of what the base knew (left 75% or more)." in out
-    assert "\nBest usable rate: adamw at 1e-4 (score 45%, left 90%).\n" in out
+    assert "\nBest: adamw at 1e-4: 45% learnt, 90% left; " in out
 
 
 def test_runs_are_compared_from_any_folder(tmp_path, monkeypatch):

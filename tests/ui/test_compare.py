@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 
 import pytest
@@ -153,7 +154,8 @@ def test_a_comparison_can_be_deleted(site, swept, keeping, ask):
         with pytest.raises(InputError):
             compare.discard(site, wrong)
     ask("pick", ["grid"])
-    assert "is deleted" in str(ask("delete_comparison", id, ["grid"]))
+    said = str(ask("delete_comparison", id, ["grid"]))
+    assert "is deleted" in said and "class='answer'" in said, "the one that is left is shown"
     assert [item.id for item in compare.made(site, ["grid"])] == [OWN]
     assert list((site.store.root / background.COMPARISONS).iterdir()) == []
 
@@ -180,9 +182,9 @@ def test_files_are_offered_from_the_folders_that_may_be_read(site, swept, monkey
     (site.data["photos"] / "link.safetensors").symlink_to(outside)
     own = f"{cell.id}/result/lora.safetensors"
     assert [choice for _, choice in compare.lora_files(site)] == [
-        own,
         "photos/link.safetensors",
         "photos/mine.safetensors",
+        own,
     ]
     compare.generate_from_files(site, ["grid"], "a cat", 0, "0.5, 1", True, [own, "photos/mine.safetensors"])
     files = [str(cell.result / "lora.safetensors"), str(site.data["photos"] / "mine.safetensors")]
@@ -200,3 +202,73 @@ def test_the_best_rate_fills_launch(site, swept, keeping, ask):
     ask("pick", ["grid"])
     updates = str(ask("use_rate", OWN))
     assert "'launch'" in updates and "0.001" in updates and "'adamw'" in updates
+
+
+def test_a_comparison_of_somebody_else_brings_no_markup_into_the_page(site, swept, keeping):
+    keeping.column = "learning <script>x</script><i>rate</i>"
+    keeping.write_tables()
+    shown = [compare_numbers.curve(site, OWN), compare_numbers.table(site, OWN), compare_grid.grid(site, OWN)]
+    for cell in keeping.cells:
+        cell.metrics["score"] = 0.0
+    keeping.write_tables()
+    shown.append(compare_numbers.curve(site, OWN))
+    assert not any("<script>" in page or "<i>" in page for page in shown)
+
+
+def test_the_last_comparison_goes_from_the_screen_when_it_is_deleted(site, swept, keeping, ask):
+    id = job(site, swept, {"prompts": ["a zebra"]})
+    shutil.rmtree(swept.folder / "comparison")
+    ask("pick", ["grid"])
+    said = str(ask("delete_comparison", id, ["grid"]))
+    assert "is deleted" in said and "Not compared yet" in said and "class='cell" not in said
+
+
+def test_the_runs_own_prompts_given_again_are_judged(site, swept, keeping):
+    """As the report has it: what was compared says so itself."""
+    for own, judged in ((True, True), (False, False), (None, False)):
+        keeping.own = own
+        if own is False:
+            keeping.forget_scores()
+        keeping.write_tables()
+        id = job(site, swept, {"prompts": PROMPTS}, name=f"20260101-000000-{own}")
+        assert compare.read(site, id).judged is judged
+
+
+def test_files_by_strength_are_none_of_the_comparisons_at_a_scale(site, swept, keeping, ask):
+    job(site, swept, {"scales": [0.5, 1.0], "checkpoints": False}, name="20260101-000001-aaaa")
+    drawn = job(site, swept, {"scale": 0.5})
+    ask("pick", ["grid"])
+    shutil.rmtree(swept.folder / "comparison")
+    assert "is drawn at scale 1 yet" in str(ask("by_scale", ["grid"], drawn, 1.0))
+
+
+def test_the_files_of_the_newest_runs_are_offered_where_there_are_many(site, swept, run, monkeypatch):
+    monkeypatch.setattr(compare, "MOST_FILES", 2)
+    for made in (run, sweeps.cells(swept)[0]):
+        (made.result / "lora.safetensors").write_bytes(b"")
+    (site.data["photos"] / "mine.safetensors").write_bytes(b"")
+    newest = site.store.list()[0].id
+    found = [choice for _, choice in compare.lora_files(site)]
+    assert found[0] == "photos/mine.safetensors" and len(found) == 2 and found[1].startswith(f"{newest}/")
+
+
+def test_on_other_axes_a_cell_shows_its_own_score_and_the_way_to_the_others(site, keeping):
+    """0.7 and 0 of two rates are no mean over seeds."""
+    shown = compare_grid.grid(site, OWN, columns="optimizer.name")
+    first, second = (cell.run for cell in keeping.cells[:2])
+    assert "<div>0% · 1 of 2</div>" in shown and "35%" not in shown and " to 70%" not in shown
+    others = shown.split("class='others'")[1].split("</div>")[0]
+    assert f"data-id='{second}'" in others and first not in others
+
+
+def test_a_rate_is_offered_only_where_it_is_usable(site, keeping):
+    keeping.cells[1].metrics["kept"] = 0.1
+    keeping.write_tables()
+    assert "No rate is usable" in compare_numbers.answer(site, OWN) and compare_numbers.best_run(site, OWN) == ""
+
+
+def test_where_files_lie_is_not_served(site, swept):
+    id = job(site, swept, {"scales": [1.0], "files": ["/srv/private/lora.safetensors"]})
+    assert site.file(f"{id}/table.json").is_file()
+    with pytest.raises(InputError, match="no such file"):
+        site.file(f"{id}.json")

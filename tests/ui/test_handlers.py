@@ -291,7 +291,8 @@ def test_a_rate_that_kept_too_little_is_named_so_in_the_page(site, swept):
     assert shown.count("<small class='verdict'>kept too little</small>") == 1
     assert f"aria-label='{last.row}, 1e-3, 75%, kept too little, " in shown
     curve = compare_numbers.curve(site, id)
-    assert "No rate learnt and kept enough. Nearest: scaled_adamw at 1e-4 (score 50%, left 90%)" in curve
+    said = compare_numbers.answer(site, id)
+    assert "No rate is usable. Nearest: scaled_adamw at 1e-4: 50% learnt, 90% left" in said and "Nearest" not in curve
     assert 'class="kept"' in curve and "Thin dashed lines: left." in curve
     assert "<td>done</td><td class='verdict'>kept too little</td>" in compare_numbers.table(site, id)
     assert "<dt>verdict</dt><dd>kept too little</dd>" in compare_cell.cell_detail(site, id, [last.run], 0)
@@ -399,7 +400,7 @@ def test_the_loss_of_a_run_is_a_mean_of_its_last_steps_and_says_so(site, run, fi
     finish(site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two"), steps=40)
     mean = sum(1 / step for step in range(21, 41)) / 20
     shown = runs.table(site)
-    assert f">{draw.number(mean)}<" in shown and f"<th>loss, mean of {runs.MEAN_OF} steps</th>" in shown
+    assert f">{draw.number(mean)}<" in shown and "<th>loss, mean of the last steps</th>" in shown
     assert runs.recent_loss(run.folder, run.status()) == pytest.approx(sum(1 / step for step in range(1, 6)) / 5)
     two = site.store.get("two")
     two.update(learning_rate=0.005, rate=1.54e-8)

@@ -11,7 +11,8 @@ from PIL import Image
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
-from equipoise.ui import launch_data, launch_demo, launch_pictures, launch_tab
+from equipoise.pipelines.jobs.epochs import in_steps
+from equipoise.ui import launch, launch_data, launch_demo, launch_pictures, launch_tab
 
 
 @pytest.fixture
@@ -113,6 +114,23 @@ def test_nothing_outside_of_the_folders_is_read_or_written(site, folder, choice)
             ask()
 
 
+def test_a_caption_that_somebody_else_wrote_meanwhile_is_not_reverted(site, folder):
+    """And one with line breaks that nobody has touched stays as it is."""
+    (folder / "b.txt").write_text("two\nvases")
+    before = [["a.png", "a <b>vase</b>"], ["b.png", "two\nvases"], ["c.png", ""]]
+    (folder / "a.txt").write_text("another's")
+
+    def save(*edited: list[str]) -> int:
+        rows = [next((one for one in edited if one[0] == row[0]), row) for row in before]
+        return launch_data.save_captions(site, "photos/vases", "", rows, before)
+
+    assert save(["c.png", "mine"]) == 1
+    with pytest.raises(InputError, match="png got another caption since it was shown"):
+        save(["a.png", "mine, too"])
+    assert [(folder / f"{name}.txt").read_text() for name in "abc"] == ["another's", "two\nvases", "mine\n"]
+    assert save(["a.png", "another's"]) == 0
+
+
 def test_captions_are_not_written_where_they_would_not_be_read(site, folder):
     with pytest.raises(InputError, match="the instance prompt is the caption of all"):
         launch_data.save_captions(site, "photos/vases", "a vase", [["a.png", "new"]])
@@ -120,3 +138,11 @@ def test_captions_are_not_written_where_they_would_not_be_read(site, folder):
         launch_data.save_captions(site, "demo", "", [["00.png", "new"]])
     with pytest.raises(InputError, match="5001 characters"):
         launch_data.save_captions(site, "photos/vases", "", [["a.png", "x" * 5001]])
+
+
+def test_a_run_by_epochs_is_not_started_twice(site, folder):
+    config = configs.load("text_to_image/demo", [f"runs={site.store.root}", "sweep={}"])
+    config = configs.set_keys(config, {"train.steps": None, "train.epochs": 2.0})
+    made = launch.planned(site, config)
+    item = site.store.create(in_steps(config)[0], id="one")
+    assert launch.at_work(site, made).id == item.id

@@ -1,5 +1,6 @@
 """What the tab Runs does beyond showing how runs stand: curves, notes, several at once, exports."""
 
+import os
 import re
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.ui import draw, runs, runs_curves, runs_detail, runs_notes, runs_several
+from equipoise.pipelines.text_to_image import TextToImage
+from equipoise.ui import draw, runs, runs_curves, runs_detail, runs_more, runs_notes, runs_several
+from equipoise.ui.guard import make_room
 from equipoise.ui.runs_curves import Wanted
 
 
@@ -120,3 +123,51 @@ def test_checkpoints_can_be_downloaded(site, run):
 def test_an_export_is_refused_where_there_is_none(site, run, ask):
     for id, format in (("one", "kohya"), ("one", "../x"), ("../one", "kohya")):
         assert "bad" in str(ask("make_export", id, format))
+
+
+def test_notes_that_somebody_else_wrote_meanwhile_are_not_reverted(site, run, ask):
+    ask("select", "", "all", "newest", 0, False, None, [], event={"id": "one"})
+    runs_notes.write(run, "another's", "", False)  # in another tab
+    assert "are saved" in str(ask("save_notes", "one", "", "mine", False, None)), "only the tags were edited here"
+    assert runs_notes.read(run.folder) == runs_notes.Notes("another's", ("mine",))
+    runs_notes.write(run, "another's again", "mine", True)
+    assert "edited elsewhere meanwhile" in str(ask("save_notes", "one", "and mine", "mine", False, None))
+    assert runs_notes.read(run.folder) == runs_notes.Notes("another's again", ("mine",), True)
+
+
+def test_runs_that_are_all_put_away_are_said_to_be(site, run):
+    runs_several.archive(site, ["one"])
+    assert "All runs are put away" in runs.table(site) and "Nothing matches" in runs.table(site, words="zebra")
+
+
+def test_a_run_without_a_rate_comes_last_by_rate(site, run, two):
+    run.update(learning_rate=None, rate=None)
+    two.update(learning_rate=1e-3)
+    shown = runs.table(site, sort="rate")
+    assert shown.index(">two<") < shown.index(">one<")
+
+
+def test_runs_that_are_gone_do_not_keep_the_others_from_being_deleted(site, run, two):
+    said = runs_several.delete(site, ["gone", "one", "two"])
+    assert "2 of 3 runs deleted" in said and "no run 'gone'" in said and site.store.list() == []
+
+
+def test_an_export_takes_the_place_of_the_one_before_and_none_of_the_uploads_room(
+    site, run, ask, tmp_path, monkeypatch
+):
+    place = tmp_path / "uploaded"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(place))
+    monkeypatch.setattr(TextToImage, "export", lambda result, format, file: file.write_bytes(b"x" * 1000))
+    format = next(iter(TextToImage.formats))
+    for _ in range(2):
+        assert "Download" in str(ask("make_export", "one", format))
+    (made,) = (place / "exports").rglob("*.safetensors")
+    (place / "a.png").write_bytes(b"x" * 10)
+    assert make_room(place) == 10
+    older = place / "exports" / "older"
+    older.mkdir()
+    (older / "b.safetensors").write_bytes(b"x" * 1000)
+    os.utime(older, (1, 1))
+    monkeypatch.setattr(runs_more, "ROOM_FOR_EXPORTS", 1500)
+    ask("make_export", "one", format)
+    assert made.is_file() and not older.exists()

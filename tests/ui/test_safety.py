@@ -1,5 +1,6 @@
 """Attacks: paths that lead out, links, crafted names, markup, bombs, other sites, no password."""
 
+import asyncio
 import base64
 import json
 import struct
@@ -7,6 +8,7 @@ import zlib
 from http.client import HTTPConnection
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 from PIL import Image
@@ -16,6 +18,7 @@ from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.config.records import LocalPath, RunConfig, Section
+from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.store import Store
 from equipoise.ui import (
     api,
@@ -26,6 +29,7 @@ from equipoise.ui import (
     forms,
     launch,
     launch_pictures,
+    launch_tab,
     runs,
     runs_detail,
 )
@@ -270,6 +274,34 @@ def test_the_page_starts_no_command_of_another_program(site):
     with pytest.raises(InputError, match="script: this page starts no commands"):
         runs_detail.act(site, made.id, "resume", 1)
     assert not made.status().started
+    swept = sweeps.create(configs.set_keys(base, {"sweep": {"script": [command, None]}}), id="axis")
+    swept.update(state="stopped")
+    with pytest.raises(InputError, match="script: this page starts no commands"):
+        runs_detail.act(site, swept.id, "resume", 1)
+    assert swept.status().state == "stopped"
+
+
+def test_a_run_of_another_program_is_not_put_into_a_form_without_its_command(site, tmp_path):
+    """There it would train by Equipoise's own optimizer."""
+    base = configs.load("text_to_image/demo", [f"runs={site.store.root}"])
+    command = "touch here {output} {learning_rate}"
+
+    async def built() -> tuple:  # where no loop runs, gradio makes some that nobody closes
+        with gr.Blocks():
+            return gr.HTML(), gr.Tabs(), *launch_tab.build(site, 1)
+
+    with asyncio.Runner() as loop:
+        message, tabs, found, pipelines = loop.run(built())
+    form = found["text_to_image"]
+    for name, given in (("theirs", {"script": command}), ("axis", {"sweep": {"script": [command, None]}})):
+        config = configs.set_keys(base, given)
+        site.store.create(config, id=name)
+        updates = launch_tab.filled(launch_tab.Launch(found, pipelines, tabs), site, name, message)
+        assert list(updates) == [message] and "this page starts no commands" in updates[message]
+        file = tmp_path / "given.yaml"
+        file.write_text(configs.dump(config))
+        updates = launch_tab.on_yaml(form, str(file))
+        assert list(updates) == [form.message] and "this page starts no commands" in updates[form.message]
 
 
 @pytest.mark.parametrize("name", ["text_to_image/demo", "instruction_tuning/demo", "audio_visual/demo"])

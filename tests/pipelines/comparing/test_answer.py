@@ -32,11 +32,11 @@ def compared(rows: dict[str, dict[float, tuple]], base: tuple = (0.0, 1.0), kept
         ),
         (
             {1e-3: (0, 1.0), 1e-2: (0.8, 0.9)},
-            "Best: a at 1e-2: 80% learnt, 90% kept; usable from 5.6e-3 to 1e-2; try 1e-1.",
+            "Best: a at 1e-2: 80% learnt, 90% kept; usable at least from 5.6e-3 to 1e-2; try 1e-1.",
         ),
         (
             {1e-2: (0.8, 0.9), 1e-1: (0, 0)},
-            "Best: a at 1e-2: 80% learnt, 90% kept; usable from 1e-2 to 1.5e-2; try 1e-3.",
+            "Best: a at 1e-2: 80% learnt, 90% kept; usable at least from 1e-2 to 1.5e-2; try 1e-3.",
         ),
         ({1e-2: (0.8, 0.9)}, "Best: a at 1e-2: 80% learnt, 90% kept; try 1e-3 and 1e-1."),
         (

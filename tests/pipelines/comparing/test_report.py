@@ -9,12 +9,13 @@ import subprocess
 import pytest
 from PIL import Image
 
+from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve
 from equipoise.pipelines.comparing.report import (
     CELL,
-    best_words,
     draw_grid,
     explanations,
     not_judged,
@@ -79,18 +80,19 @@ def test_a_rate_is_usable_where_it_learnt_and_kept_enough(keeping):
     assert ranges["adamw"] is None
     assert ranges[SCALED].low == pytest.approx(10 ** (-4 - 1 / 6)), "0.9 to 0 meets 0.75"
     assert ranges[SCALED].high == pytest.approx(10 ** (-4 + 1 / 6)), "0.7 to 0.1 meets 0.6"
-    assert best_words(keeping) == f"Best usable rate: {SCALED} at 1e-4 (score 90%, left 70%)."
+    said = f"Best: {SCALED} at 1e-4: 90% learnt, 70% left; usable from 6.8e-5 to 1.5e-4."
+    assert answer(keeping) == said
     equal = keeping.at("adamw", 1e-5)[0]
     equal.metrics |= {"score": 0.9, "left": 0.65}
     assert keeping.usable("adamw", 1e-5)
-    assert best_words(keeping) == f"Best usable rate: {SCALED} at 1e-4 (score 90%, left 70%).", "of equal scores"
+    assert answer(keeping) == said, "of equal scores"
 
 
 def test_where_none_is_usable_the_nearest_is_named(keeping):
     keeping.at(SCALED, 1e-4)[0].metrics["left"] = 0.5
     assert set(keeping.ranges().values()) == {None}
-    said = f"No rate learnt and kept enough. Nearest: {SCALED} at 1e-4 (score 90%, left 50%): kept too little."
-    assert best_words(keeping) == said
+    said = f"No rate is usable. Nearest: {SCALED} at 1e-4: 90% learnt, 50% left, kept too little; try 3.2e-5."
+    assert answer(keeping) == said
     assert html.escape(said) in render_html(keeping)
 
 
@@ -133,7 +135,7 @@ def test_without_what_was_kept_the_score_judges_alone(comparison):
         after = verdicts(comparison, "adamw"), verdicts(comparison, SCALED), comparison.ranges(), draw_curve(comparison)
         assert after == before and curve_words(comparison) == ""
         assert "by what was learnt alone" in usable_words(comparison)
-        assert best_words(comparison) == "Best usable rate: adamw at 1e-4 (score 100%)."
+        assert answer(comparison).startswith("Best: adamw at 1e-4: score 100%; usable from ")
         assert usable_words(comparison) in explanations(comparison)[-1]
 
 
@@ -281,7 +283,7 @@ def test_a_gain_that_may_be_noise_is_none(comparison):
     for cell in comparison.cells:
         cell.metrics = {"score": 0.002}
     assert set(comparison.ranges().values()) == {None}
-    assert "smaller gains are noise" in render_html(comparison)
+    assert "smaller ones are noise" in render_html(comparison)
 
 
 def test_rates_that_are_close_are_told_apart(comparison):
@@ -389,3 +391,41 @@ def test_curves_that_coincide_are_told_apart(comparison):
         comparison.at(SCALED, rate)[0].metrics["score"] = score
     first, second = heights()
     assert [b - a for a, b in zip(first[:2], second[:2], strict=True)] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("column", 3),
+        ("name", None),
+        ("prompts", ["one", 2]),
+        ("beside", {"kept": ["x"]}),
+        ("cells.row", {"a": 1}),
+        ("cells.seed", "<img src=x onerror=alert(1)>"),
+        ("cells.metrics", {"score": "high"}),
+        ("cells.learning_rate", "1e-3"),
+        ("cells.learning_rate", 0),
+        ("cells.pictures", [{"prompt": 0, "seed": None, "file": 1, "thumbnail": "a"}]),
+        ("cells.config", []),
+    ],
+)
+def test_a_file_with_values_of_other_types_is_refused_in_a_sentence(key, value, comparison):
+    comparison.write_tables()
+    file = comparison.folder / "table.json"
+    data = json.loads(file.read_text())
+    assert Comparison.read(comparison.folder).cells == comparison.cells
+    (data["cells"][1] if key.startswith("cells.") else data)[key.removeprefix("cells.")] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="holds no comparison that can be read"):
+        Comparison.read(comparison.folder)
+
+
+def test_what_the_columns_are_called_is_text_and_no_markup(comparison):
+    """In the report, in the curve, and in what is said where no rate worked."""
+    comparison.column = "learning <script>x</script><i>rate</i>"
+    page = render_html(comparison)
+    for cell in comparison.cells:
+        cell.metrics = {"score": 0.0}
+    pages = page, render_html(comparison), draw_curve(comparison)
+    comparison.forget_scores()
+    assert not any(mark in page.lower() for page in (*pages, render_html(comparison)) for mark in ("<script>x", "<i>"))

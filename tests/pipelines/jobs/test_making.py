@@ -3,7 +3,8 @@
 import pytest
 
 from equipoise.errors import InputError
-from equipoise.pipelines.jobs.making import swapped_in
+from equipoise.pipelines.jobs.making import _labelled, swapped_in
+from equipoise.pipelines.pipeline import Pipeline
 
 
 def test_a_folder_is_replaced_when_all_is_made_and_stays_when_something_fails(tmp_path):
@@ -32,3 +33,11 @@ def test_what_somebody_else_wrote_meanwhile_is_kept(there, tmp_path):
     assert (folder / "notes").read_text() == "mine" and (folder / "old").exists() == there
     (other,) = (path for path in tmp_path.iterdir() if path != folder)
     assert str(other) in str(refused.value) and [path.name for path in other.iterdir()] == ["made"]
+
+
+def test_files_are_called_by_as_little_of_their_path_as_tells_them_apart(tmp_path):
+    """Where they lie on this machine is in nothing that is handed on."""
+    files = [tmp_path / name for name in ("a/lora.safetensors", "b/lora.safetensors", "c/one.bin", "c/one.safetensors")]
+    names = list(_labelled(Pipeline, [], files, False))
+    assert names == ["a/lora.safetensors", "b/lora.safetensors", "one.bin", "one.safetensors"]
+    assert list(_labelled(Pipeline, [], files[:1], False)) == ["lora"]

@@ -125,11 +125,11 @@ def test_files_of_one_name_have_pictures_of_their_own(run, compared, tmp_path, c
         save_file({k: t * (scale if "lora_B" in k else 1) for k, t in tensors.items()}, tmp_path / name / LORA_FILE)
     files = [tmp_path / name / LORA_FILE for name in "ab"]
     cells = compared(*files, "--model", checkpoint, "--prompt", PROMPT)
-    assert not alike(*(cells[str(file), 1.0] for file in files))
+    assert not alike(*(cells[f"{file.parent.name}/{file.name}", 1.0] for file in files))
     named = tmp_path / "one.safetensors"  # as the run
     save_file(load_file(files[1]), named)
     cells = compared(run, named)
-    assert not alike(cells["one", 1.0], cells[str(named), 1.0])
+    assert not alike(cells["one", 1.0], cells[named.name, 1.0])
 
 
 def test_each_run_is_drawn_by_its_own_schedule_and_the_base_by_its(run, short, compared, tmp_path, checkpoint):
