@@ -1,5 +1,6 @@
 """Facts about the families that are trained by their pipelines' own code: see `generic`."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -156,6 +157,34 @@ class CogView4(GenericFlow):
     tokens: ClassVar = {"text_encoder": 1024}
     guidance = 5.0
 
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        crops: "Tensor",
+        guidance: float = 0,
+    ) -> "Tensor":
+        """Its pipeline gives the denoiser times that are not shifted, at noise that is: those are found here again."""
+        factor = self._shift(noisy)
+        read = 1000 * times / (times + factor * (1000 - times))
+        return super().predict(denoiser, noisy, read, embedded, crops, guidance)
+
+    def _shift(self, latents: "Tensor") -> float:
+        """How its scheduler makes noise σ of times t in 0 … 1: 1 / σ − 1 = (1 / t − 1) / shift."""
+        from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+
+        scheduler = self._pipeline.scheduler
+        if scheduler is None:  # of an estimate
+            return 1.0
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return config.get("shift", 1.0)
+        tokens = latents.shape[-2] * latents.shape[-1] // self.patch**2
+        shift = calculate_shift(tokens, *(config[key] for key in ("base_image_seq_len", "base_shift", "max_shift")))
+        return shift if config.time_shift_type == "linear" else math.exp(shift)
+
 
 class Ernie(GenericFlow):
     """ERNIE-Image (Baidu, 2026): one stream, read by Ministral 3."""
@@ -167,6 +196,10 @@ class Ernie(GenericFlow):
     casts = False
     guidance = 4.0
     refused = ("kohya",)
+
+    def bind(self, pipeline: Any) -> None:
+        super().bind(pipeline)
+        pipeline.vae.register_to_config(batch_norm_eps=1e-5)  # as its pipeline decodes, whatever the config says
 
     def read(self, pipeline: Any, caption: str) -> "dict[str, Tensor]":
         import torch

@@ -201,6 +201,39 @@ def one_drawn_step(kind: Family, pipeline, noisy: torch.Tensor, sigma: float) ->
         return kind.draw(pipeline, [PROMPT], "", noisy, (32, 32), 1, unguided)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_times_and_noise_go_together_in_training_as_in_sampling_by_the_checkpoints_own_schedule(
+    name, base, monkeypatch
+):
+    made = base(name)
+    kind, pipeline = made.family, made.pipeline
+    made.set_scheduler(NoiseSection())
+    times, levels, forward, step = [], [], made.denoiser.forward, pipeline.scheduler.step
+
+    def answer(*given, **more):
+        read = next((value for key, value in more.items() if key.startswith("timestep")), None)
+        times.append(float((given[1] if read is None else read).flatten()[0]))
+        return forward(*given, **more)
+
+    def stepped(*given, **more):
+        done = step(*given, **more)
+        levels.append(float(pipeline.scheduler.sigmas[pipeline.scheduler.step_index - 1]))
+        return done
+
+    monkeypatch.setattr(made.denoiser, "forward", answer)
+    monkeypatch.setattr(pipeline.scheduler, "step", stepped)
+    kind.draw(pipeline, [PROMPT], "", some_latents(made, 1), (32, 32), 3, getattr(kind, "unguided", 1.0))
+    sampled = times[:: len(times) // 3]
+    times.clear()
+    embedded = kind.embed(pipeline, [PROMPT])
+    for level in levels:
+        kind.predict(made.denoiser, some_latents(made, 1), torch.tensor([1000 * level]), embedded, torch.zeros(1, 6))
+    assert len(levels) == len(sampled) == 3 and len({round(level, 3) for level in levels}) == 3
+    scale = 1 if max(sampled) > 1 else 1000
+    assert [scale * time for time in times] == pytest.approx([scale * time for time in sampled], abs=1)  # some round
+
+
 # What the adapter gives is what a direct call gives
 
 
@@ -246,6 +279,8 @@ def direct(name: str, pipeline, noisy, times, read: dict[str, torch.Tensor]) -> 
         return model(noisy, words, times / 1000).sample
     assert name == "CogView4Pipeline"
     size, corner = torch.tensor([[32.0, 32.0]] * batch), torch.zeros(batch, 2)
+    mu = (height * width / 4 / 256) ** 0.5 * 0.75 + 0.25  # the script's; it gives the time before its shift
+    times = 1000 / (1 + mu * (1000 / times - 1))
     return model(noisy, words, times, original_size=size, target_size=size, crop_coords=corner).sample
 
 
