@@ -106,22 +106,35 @@ def _index_problems(described: Mapping[str, Any] | None, index: Path, name: str)
 
 def hub_problems(path: str, revision: str | None = None) -> list[str]:
     """Why a hub id is not a checkpoint of a known family, asked before gigabytes are fetched."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    name = "model_index.json"
     try:
-        index = try_to_load_from_cache(path, name, revision=revision)
-        if not isinstance(index, str):
-            # Asks once; a download from a hub that does not answer is tried again for minutes.
-            get_hf_file_metadata(hf_hub_url(path, name, revision=revision), timeout=HUB_TIMEOUT)
-            index = hf_hub_download(path, name, revision=revision)
+        index = _hub_index(path, revision)
     except Exception as error:  # OSError, ValueError, or the HTTP client's own, whichever that is
         reason = " ".join(str(error).split()).split(". ")[0]
         return [
             f"model.path: {path} is no folder here, and the hub gave no model_index.json of that name ({reason}). "
             "Check the spelling, the revision and the connection."
         ]
-    return _index_problems(_json(Path(index)), Path(index), path)
+    return _index_problems(_json(index), index, path)
+
+
+def _hub_index(path: str, revision: str | None) -> Path:
+    """A hub id's index of either name. Raises whatever the hub's client does without one."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in INDEXES:
+        if isinstance(known := try_to_load_from_cache(path, name, revision=revision), str):
+            return Path(known)
+    for name in INDEXES:
+        try:
+            # Asks once; a download from a hub that does not answer is tried again for minutes.
+            get_hf_file_metadata(hf_hub_url(path, name, revision=revision), timeout=HUB_TIMEOUT)
+        except EntryNotFoundError:  # the repository is there
+            if name == INDEXES[-1]:
+                raise
+        else:
+            return Path(hf_hub_download(path, name, revision=revision))
+    raise AssertionError(path)
 
 
 def native_resolution(path: str, revision: str | None = None) -> int | None:

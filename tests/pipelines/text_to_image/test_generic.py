@@ -381,6 +381,35 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(name, base):
     assert not torch.allclose(mean.flatten(), caught[0].flatten(), atol=1e-3) or name == "CogView4Pipeline"
 
 
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
+@torch.no_grad()
+def test_the_autoencoder_is_given_what_the_pipeline_gives_it(name, base, monkeypatch):
+    made = base(name)
+    kind, pipeline, call, given = made.family, made.pipeline, type(made.pipeline).__call__, []
+    made.set_scheduler(NoiseSection())
+
+    def drawn():
+        return kind.draw(pipeline, [PROMPT], "", some_latents(made, 1), (32, 32), 2, getattr(kind, "unguided", 1.0))
+
+    class Caught(Exception):
+        pass
+
+    def decode(latents, *_, **__):
+        given.append(latents)
+        raise Caught
+
+    latents = drawn()
+    changed = {"output": "images"} if kind.modular else {"output_type": "pil"}
+    monkeypatch.setattr(type(pipeline), "__call__", lambda self, *some, **more: call(self, *some, **more | changed))
+    monkeypatch.setattr(made.vae, "decode", decode)
+    with pytest.raises(Caught):
+        drawn()
+    with pytest.raises(Caught):
+        autoencoders.decode(made.vae, latents)
+    theirs, ours = given
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 # Everything else that a run needs
 
 
