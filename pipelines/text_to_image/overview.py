@@ -132,7 +132,8 @@ def _encoders(path: str) -> list[tuple[Path, int]]:
     index = read_index(path)
     kind = family(index["_class_name"])
     folder = Path(model_source(path))
-    return [(folder / kind.text_encoders[name], kind.tokens.get(name, 0)) for name in encoders_of(kind, index)]
+    encoders = [name for name in encoders_of(kind, index) if name not in kind.apart or (folder / name).is_dir()]
+    return [(folder / kind.text_encoders[name], kind.tokens.get(name, 0)) for name in encoders]
 
 
 @lru_cache(8)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageMo
 from equipoise.pipelines.text_to_image.families import Family, autoencoders, family, known, shape_of, trained
 from equipoise.pipelines.text_to_image.families.flows import FLOWS
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
+from equipoise.pipelines.text_to_image.formats import layout
 from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import model_problems
 from equipoise.pipelines.text_to_image.formats.lora_files import read_lora, write_lora
@@ -446,6 +448,42 @@ def test_the_estimate_counts_every_weight(name, built, tmp_path):
         factors = sum(p.numel() * 4 for part in parts.values() for p in part.parameters() if p.requires_grad)
     assert estimate and more and estimate.model == pytest.approx(weights + factors, rel=1e-2)
     assert more.activations == pytest.approx(2 * estimate.activations, rel=0.1)
+
+
+def test_a_text_encoder_that_is_published_elsewhere_is_given_beside_the_base(built, tmp_path, capsys):
+    whole, base, other = built("HiDreamImagePipeline"), tmp_path / "hidream", tmp_path / "llama"
+    shutil.copytree(whole, base)
+    for part in ("text_encoder_4", "tokenizer_4"):
+        shutil.copytree(base / part, other, dirs_exist_ok=True)
+        shutil.rmtree(base / part)
+    index = json.loads((base / "model_index.json").read_text())
+    described = {key: value for key, value in index.items() if not key.endswith("_4")}
+    (base / "model_index.json").write_text(json.dumps(described))
+    runs, more = tmp_path / "runs", ["steps=1", "samples.prompts=[]", "--id"]
+    assert main(["train", *words(base, runs), *more, "refused"]) == 2
+    assert (
+        f"model.path: {base} has no text_encoder_4. Give model.text_encoder_4: Llama 3.1 8B" in capsys.readouterr().err
+    )
+    assert main(["train", *words(base, runs, f"model.text_encoder_4={tmp_path}"), *more, "refused"]) == 2
+    assert f"model.text_encoder_4: {tmp_path} is no folder with a model's config.json" in capsys.readouterr().err
+    assert main(["train", *words(built("SanaPipeline"), runs, f"model.text_encoder_4={other}"), *more, "refused"]) == 2
+    assert "model.text_encoder_4: has no effect on Sana" in capsys.readouterr().err
+    beside = words(base, runs, f"model.text_encoder_4={other}")
+    estimates = [TextToImage.estimate_memory(config.load(some[0], some[1:])) for some in (beside, words(whole, runs))]
+    assert estimates[0] == estimates[1]
+    assert main(["train", *beside, *more, "beside"]) == main(["train", *words(whole, runs), *more, "whole"]) == 0
+    files = [load_file(runs / run / "result" / LORA_FILE) for run in ("beside", "whole")]
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    card = (runs / "beside" / "result" / "README.md").read_text()
+    assert 'text_encoder_4 = LlamaForCausalLM.from_pretrained("llama"' in card and "tokenizer_4=tokenizer_4" in card
+
+
+def test_a_base_without_a_part_is_refused_before_anything_else_is_fetched():
+    described = {"_class_name": "HiDreamImagePipeline", "text_encoder_4": [None, None], "vae": [None, None]}
+    found = layout._index_problems(described, Path("model_index.json"), "owner/name")
+    assert "model.path: owner/name has no vae, which HiDream-I1 needs. Give one that has it." in found
+    assert any("has no text_encoder_4. Give model.text_encoder_4" in problem for problem in found)
+    assert len(layout._index_problems(described, Path("model_index.json"), "owner/name", ["text_encoder_4"])) == 1
 
 
 def test_what_is_not_known_is_refused_in_a_sentence(built, tuned, tmp_path, capsys):
