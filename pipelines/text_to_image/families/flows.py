@@ -109,6 +109,7 @@ class Lumina2(GenericFlow):
     title = "Lumina 2"
     captions: ClassVar = {"prompt_embeds": (0, (256, "cap_feat_dim")), _MASKED: (1, (256,))}
     tokens: ClassVar = {"text_encoder": 256}
+    negatives = 2  # without the system prompt
     casts = False
     guidance = 4.0
 
@@ -120,6 +121,7 @@ class Sana(GenericFlow):
     title = "Sana"
     captions: ClassVar = {"prompt_embeds": (0, (300, "caption_channels")), _MASKED: (1, (300,))}
     tokens: ClassVar = {"text_encoder": 300}
+    negatives = 2  # without its instruction
     patch = 1
     options: ClassVar = {"use_resolution_binning": False}  # else it draws the nearest of its own sizes
     guidance = 4.5

@@ -236,6 +236,29 @@ def test_times_and_noise_go_together_in_training_as_in_sampling_by_the_checkpoin
     assert [scale * time for time in times] == pytest.approx([scale * time for time in sampled], abs=1)  # some round
 
 
+@pytest.mark.parametrize("name", ["Lumina2Pipeline", "SanaPipeline"])
+@torch.no_grad()
+def test_a_dropped_caption_is_read_as_the_pipeline_reads_no_negative_prompt(name, base, monkeypatch):
+    made, forward, read = base(name), base(name).denoiser.forward, []
+
+    def answer(*given, encoder_hidden_states, encoder_attention_mask, **more):
+        read.extend(zip(encoder_hidden_states, encoder_attention_mask, strict=True))
+        return forward(
+            *given,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **more,
+        )
+
+    monkeypatch.setattr(made.denoiser, "forward", answer)
+    made.family.draw(made.pipeline, [PROMPT], "", some_latents(made, 1), (32, 32), 1, 4.0)
+    ours = [made.family.embed(made.pipeline, [caption]) for caption in ("", PROMPT)]
+    assert len(read) == 2
+    for found in ours:
+        words, mask = found["prompt_embeds"][0], found["prompt_attention_mask"][0]
+        assert sum(torch.equal(mask.bool(), m.bool()) and torch.allclose(words, w, atol=1e-5) for w, m in read) == 1
+
+
 # What the adapter gives is what a direct call gives
 
 
