@@ -78,6 +78,14 @@ class Family(ABC):
     def bind(self, pipeline: Any) -> None:  # noqa: B027 (most need none)
         """Is given the pipeline that it will be used with, before `predict`."""
 
+    def usual_guidance(self, pipeline: Any) -> float:
+        """For samples of this checkpoint, by default."""
+        return self.guidance
+
+    def before(self, tokenizer: Any, special: int) -> int:
+        """How many tokens the pipeline puts before a caption, given how many a tokenizer puts around any text."""
+        return special
+
     @abstractmethod
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
         """What the denoiser reads of captions, each tensor (captions, …). Differentiable."""

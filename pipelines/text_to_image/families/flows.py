@@ -15,6 +15,7 @@ from equipoise.pipelines.text_to_image.families.transformer import renamed
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MARK = "CAPTION"
 _MASKED = "prompt_attention_mask"
 _FLUX2 = {
     "attn.to_q": "img_attn.qkv",
@@ -61,6 +62,15 @@ class Flux2(GenericFlow):
 
     fused = Flux.fused
 
+    def before(self, tokenizer: Any, special: int) -> int:
+        written = tokenizer.apply_chat_template(self.messages(_MARK), tokenize=False)
+        return len(tokenizer(written.partition(_MARK)[0], add_special_tokens=False).input_ids)
+
+    def messages(self, caption: str) -> list[dict[str, Any]]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
+
+        return format_input([caption], SYSTEM_MESSAGE)[0]
+
     def original(self, module: str) -> str:
         inside = re.sub(r"^(single_)?transformer_blocks\.", lambda found: f"{found[1] or 'double_'}blocks.", module)
         return renamed(inside, _FLUX2 if inside.startswith("double_") else _FLUX2_SINGLE)
@@ -72,6 +82,9 @@ class Flux2Klein(Flux2):
     pipeline = "Flux2KleinPipeline"
     title = "FLUX.2 klein"
     distilled = False
+
+    def messages(self, caption: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": caption}]
 
 
 class QwenImage(GenericFlow):
@@ -112,6 +125,13 @@ class Lumina2(GenericFlow):
     negatives = 2  # without the system prompt
     casts = False
     guidance = 4.0
+
+    def before(self, tokenizer: Any, special: int) -> int:
+        from diffusers import Lumina2Pipeline
+
+        parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+        written = f"{Lumina2Pipeline(**dict.fromkeys(parts)).system_prompt} <Prompt Start> "
+        return special + len(tokenizer(written, add_special_tokens=False).input_ids)
 
 
 class Sana(GenericFlow):

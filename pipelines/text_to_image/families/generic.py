@@ -39,6 +39,9 @@ class GenericFlow(TransformerFamily):
     def bind(self, pipeline: Any) -> None:
         self._pipeline = pipeline
 
+    def usual_guidance(self, pipeline: Any) -> float:
+        return self.unguided if pipeline.config.get("is_distilled") else self.guidance
+
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
         return self.stack([self.read(pipeline, caption) for caption in captions])
 

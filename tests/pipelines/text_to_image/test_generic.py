@@ -34,7 +34,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import begin_training, load_base
-from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel
+from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel, TextToImageSamples
 from equipoise.pipelines.text_to_image.families import Family, autoencoders, family, known, shape_of, trained
 from equipoise.pipelines.text_to_image.families.flows import FLOWS
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
@@ -43,6 +43,8 @@ from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import model_problems
 from equipoise.pipelines.text_to_image.formats.lora_files import read_lora, write_lora
 from equipoise.pipelines.text_to_image.formats.names import FORMATS
+from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.text_to_image.overview import unread_words
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAMES = list(FLOWS)
@@ -257,6 +259,35 @@ def test_a_dropped_caption_is_read_as_the_pipeline_reads_no_negative_prompt(name
     for found in ours:
         words, mask = found["prompt_embeds"][0], found["prompt_attention_mask"][0]
         assert sum(torch.equal(mask.bool(), m.bool()) and torch.allclose(words, w, atol=1e-5) for w, m in read) == 1
+
+
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "Flux2KleinPipeline", "Lumina2Pipeline"])
+@torch.no_grad()
+def test_what_a_long_caption_loses_beside_the_words_around_it_is_named(name, base, built):
+    made = base(name)
+    caption = "a red vase, a blue cup and a dog in a garden, " * 12
+    lost = unread_words(str(built(name)), caption)
+    kept = caption.rstrip().removesuffix(lost)
+    assert lost and len(kept) > 10 and caption.rstrip() == kept + lost
+    whole, cut, less = (made.family.embed(made.pipeline, [text]) for text in (caption, kept + "zzz", kept[:-2] + "zz"))
+    assert torch.equal(whole["prompt_embeds"], cut["prompt_embeds"])
+    assert not torch.equal(whole["prompt_embeds"], less["prompt_embeds"])
+
+
+@pytest.mark.parametrize("name", ["Krea2Pipeline", "Flux2KleinPipeline"])
+@torch.no_grad()
+def test_a_distilled_checkpoint_is_sampled_without_guidance(name, base, monkeypatch):
+    made, forward, calls = base(name), base(name).denoiser.forward, []
+    monkeypatch.setattr(made.denoiser, "forward", lambda *some, **more: calls.append(1) or forward(*some, **more))
+    asked = TextToImageSamples(prompts=[PROMPT], steps=2)
+    generate(made.pipeline, asked, 32)
+    assert len(calls) == 4 and made.family.usual_guidance(made.pipeline) == made.family.guidance
+    try:
+        made.pipeline.register_to_config(is_distilled=True)
+        generate(made.pipeline, asked, 32)
+        assert len(calls) == 6 and made.family.usual_guidance(made.pipeline) == made.family.unguided
+    finally:
+        made.pipeline.register_to_config(is_distilled=False)
 
 
 # What the adapter gives is what a direct call gives
