@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+import transformers
 from accelerate.state import PartialState
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
@@ -297,7 +298,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
         _loaded[key].set_scheduler(NoiseSection())  # a run before may have sampled in another way
         return _loaded[key]
     forget_bases()  # one base in memory at a time
-    wrong = model_problems(model.path, model.variant) if is_local(model.path) else []
+    wrong = model_problems(model.path, model.variant, model.apart) if is_local(model.path) else []
     if wrong:
         raise InputError("\n".join(wrong))
     for logging in (transformers_logging, diffusers_logging):
@@ -317,6 +318,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
             variant=model.variant,
             use_safetensors=True,
             **_quantized(kind, model, dtype),
+            **_apart(kind, model, dtype),
             **dict.fromkeys([*kind.left_out, *absent, *(kind.text_encoders[name] for name in absent)]),
             **common,
         )
@@ -324,10 +326,12 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
         if memory_full(error):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model.path: {model.path} cannot be loaded: {reason}") from None
+        beside = "".join(f", with model.{part}: {other}," for part, other in model.apart.items())
+        raise InputError(f"model.path: {model.path}{beside} cannot be loaded: {reason}") from None
     pipeline.set_progress_bar_config(disable=True)
     for encoder in encoders:
-        _check_tokenizer(model.path, getattr(pipeline, kind.text_encoders[encoder]), getattr(pipeline, encoder))
+        path, words = model.apart.get(encoder, model.path), getattr(pipeline, kind.text_encoders[encoder])
+        _check_tokenizer(path, words, getattr(pipeline, encoder))
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
@@ -338,6 +342,16 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, schedule)
     _loaded[key] = base
     return base
+
+
+def _apart(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts that come from elsewhere: text encoders with their tokenizers."""
+    found = {}
+    for part, path in model.apart.items():
+        reader = getattr(transformers, kind.apart[part][0])
+        found[part] = reader.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        found[kind.text_encoders[part]] = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return found
 
 
 def _memory_format(part: torch.nn.Module) -> dict[str, Any]:

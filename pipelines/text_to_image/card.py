@@ -35,6 +35,7 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
     kind, base = family(described["shape"]["family"]), described["base"]
     own = config.model.path == demo.NAME
     source = "demo.base_folder()" if own else _quoted(base)
+    beside = "".join(f"{name}={name}, " for part in config.model.apart for name in (part, kind.text_encoders[part]))
     shown = _pictures(run, config)
     prompt = described["trigger"] or (config.samples.prompts or ["…"])[0]
     header = ModelCardData(
@@ -55,7 +56,8 @@ def write_card(run: Path, config: TextToImageConfig) -> None:
         "```python",
         f"import torch\nfrom diffusers import {kind.pipeline}",
         *(["from equipoise.pipelines import demo"] if own else []),
-        f"\npipe = {kind.pipeline}.from_pretrained({source}{'' if kind.modular else ', dtype=torch.float32'})",
+        *_apart(kind, config),
+        f"\npipe = {kind.pipeline}.from_pretrained({source}{'' if kind.modular else f', {beside}dtype=torch.float32'})",
         *(["pipe.load_components()"] if kind.modular else []),
         'pipe.load_lora_weights("FOLDER OR REPOSITORY")',
         *_scheduler(config),
@@ -89,6 +91,19 @@ def publish(run: Path, config: TextToImageConfig, folder: Path) -> None:
 def _drawn(kind: Family, prompt: str) -> str:
     """What comes after `pipe(`, up to the pictures."""
     return f'prompt={_quoted(prompt)}, output="images")' if kind.modular else f"{_quoted(prompt)}).images"
+
+
+def _apart(kind: Family, config: TextToImageConfig) -> list[str]:
+    """The lines that load what the base is published without."""
+    lines = []
+    for part, path in config.model.apart.items():
+        reader, source = kind.apart[part][0], _quoted(Path(path).name if Path(path).is_dir() else path)
+        lines += [
+            f"from transformers import AutoTokenizer, {reader}\n",
+            f"{part} = {reader}.from_pretrained({source}, dtype=torch.float32)",
+            f"{kind.text_encoders[part]} = AutoTokenizer.from_pretrained({source})",
+        ]
+    return lines
 
 
 def _scheduler(config: TextToImageConfig) -> list[str]:

@@ -50,7 +50,10 @@ def examples(config: TextToImageConfig) -> int:
 def problems(config: TextToImageConfig) -> list[str]:
     model = config.model
     local = is_local(model.path)
-    found = model_problems(model.path, model.variant) if local else hub_problems(model.path, model.revision)
+    if local:
+        found = model_problems(model.path, model.variant, model.apart)
+    else:
+        found = hub_problems(model.path, model.revision, model.apart)
     if not found:
         kind = family(read_index(model.path, model.revision)["_class_name"])
         found = unread(config, kind) + (_target_problems(config, kind) if local else [])
@@ -78,9 +81,10 @@ def problems(config: TextToImageConfig) -> list[str]:
     if (start := config.lora.start) and not Path(start).is_file():
         what = "is a folder" if Path(start).is_dir() else "does not exist"
         found.append(f"lora.start: {start} {what}. Give a .safetensors file, or leave it out.")
-    for judge, path in config.judges:
+    others = [(f"judges.{judge}", path) for judge, path in config.judges]
+    for key, path in [*others, *((f"model.{part}", path) for part, path in model.apart.items())]:
         if path and is_local(path) and not (Path(model_source(path)) / "config.json").is_file():
-            found.append(f"judges.{judge}: {path} is no folder with a model's config.json, and no hub id.")
+            found.append(f"{key}: {path} is no folder with a model's config.json, and no hub id.")
     found += objective_problems(config) + one_sided(config)
     if config.train.precision == "fp16":
         import torch

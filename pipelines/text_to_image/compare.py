@@ -167,7 +167,11 @@ def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:
     where = environment.working_folder(run.folder / "environment.json")
     path = where and where / config.model.path
     local = path and path.is_dir() and config.model.path != demo.NAME
-    return config.model.model_copy(update={"path": str(path)}) if local else config.model
+    changes = {"path": str(path)} if local else {}
+    for part, other in config.model.apart.items():
+        if where and (where / other).is_dir():
+            changes[part] = str(where / other)
+    return config.model.model_copy(update=changes)
 
 
 def _training_pictures(run: Run, config: TextToImageConfig) -> list[Path]:

@@ -29,9 +29,18 @@ class TextToImageModel(Section):
     )
     revision: Revision | None = Field(None, description="The revision on the hub: a branch, tag or commit.")
     variant: Revision | None = Field(None, description="The variant of the weights, such as fp16.")
+    text_encoder_4: ModelPath | None = Field(
+        None,
+        description="For HiDream-I1, which is published without: the folder or hub id of Llama 3.1 8B Instruct.",
+    )
     quantize: Literal["int8", "nf4"] | None = Field(
         None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes and CUDA)."
     )
+
+    @property
+    def apart(self) -> dict[str, str]:
+        """The parts that do not come from `path`, and where they do."""
+        return {"text_encoder_4": self.text_encoder_4} if self.text_encoder_4 else {}
 
 
 class TextToImageData(Section):

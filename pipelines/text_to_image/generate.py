@@ -51,7 +51,7 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
     kind, vae = family(type(pipeline).__name__), pipeline.vae
     wanted = [(prompt, samples.seed + index) for prompt in samples.prompts for index in range(samples.count)]
     shape = autoencoders.shape(vae, size, size)
-    guidance = kind.guidance if samples.guidance is None else samples.guidance
+    guidance = kind.usual_guidance(pipeline) if samples.guidance is None else samples.guidance
     made: list[Sample] = []
     for start in range(0, len(wanted), samples.batch):
         chunk = wanted[start : start + samples.batch]

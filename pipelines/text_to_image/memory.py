@@ -31,7 +31,13 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         kind = family(index.get("_class_name", ""))
         encoders = encoders_of(kind, index)
         names = (kind.denoiser, "vae", *encoders)
-        described = {part: read_config(model.path, part, model.revision, fetch=False) for part in names}
+        described = {
+            part: read_config(model.path, part, model.revision, fetch=False)
+            for part in names
+            if part not in model.apart
+        }
+        for part, path in model.apart.items():
+            described[part], index[part] = read_config(path, "", fetch=False), ["transformers", kind.apart[part][0]]
     except (InputError, KeyError, OSError, ValueError):
         return None
     parts: dict[str, Any] = {part: _empty(index[part], described[part]) for part in names}

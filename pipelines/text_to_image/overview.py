@@ -112,27 +112,31 @@ def _cut_captions(config: TextToImageConfig, folder: Folder) -> list[str]:
 
 def unread_words(path: str, caption: str) -> str:
     """The end of a caption that none of a local base's text encoders reads; empty where one reads all."""
-    read = [(_tokenizer(folder), most) for folder, most in _encoders(path)]
     ends = []
-    for tokenizer, most in read:
-        most = most or tokenizer.model_max_length
-        if len(caption.encode()) + 2 <= most:  # fewer bytes than tokens, with begin and end: none can be cut
+    for tokenizer, most in _readers(path):
+        if len(caption.encode()) <= most:  # no more tokens than bytes: none can be cut
             return ""
-        given = tokenizer(caption, add_special_tokens=True, truncation=False, verbose=False)
         offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        extra = len(given["input_ids"]) - len(offsets["input_ids"])
-        place = offsets["offset_mapping"][most - extra :]
+        place = offsets["offset_mapping"][most:]
         ends.append(place[0][0] if place else len(caption))
     return caption[max(ends) :].strip() if ends else ""
 
 
 @lru_cache(4)
-def _encoders(path: str) -> list[tuple[Path, int]]:
-    """Of each text encoder of a local base: its tokenizer's folder, and the tokens it reads, if not as that says."""
+def _readers(path: str) -> list[tuple[Any, int]]:
+    """Of each text encoder of a local base: its tokenizer, and how many tokens of a caption it reads at most."""
     index = read_index(path)
     kind = family(index["_class_name"])
     folder = Path(model_source(path))
-    return [(folder / kind.text_encoders[name], kind.tokens.get(name, 0)) for name in encoders_of(kind, index)]
+    encoders = [name for name in encoders_of(kind, index) if name not in kind.apart or (folder / name).is_dir()]
+    found = []
+    for name in encoders:
+        tokenizer = _tokenizer(folder / kind.text_encoders[name])
+        around = len(tokenizer("x", verbose=False)["input_ids"])
+        special = around - len(tokenizer("x", add_special_tokens=False, verbose=False)["input_ids"])
+        most = kind.tokens.get(name) or tokenizer.model_max_length
+        found.append((tokenizer, most - kind.before(tokenizer, special)))
+    return found
 
 
 @lru_cache(8)

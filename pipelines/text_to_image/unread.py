@@ -22,6 +22,9 @@ def unread(config: TextToImageConfig, kind: Family) -> list[str]:
     for key, only in {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}.items():
         if key in known and times != only and is_set(config.noise, key):
             found.append(f"noise.{key}: has no effect on times that are drawn {times}. Set noise.times={only}.")
+    for part in config.model.apart:
+        if part not in kind.apart:
+            found.append(f"model.{part}: has no effect on {kind.title}. Leave it out.")
     if config.lora.text_encoder and not kind.tuned_encoders:
         found.append(
             f"lora.text_encoder: diffusers loads no factors for the text encoder of {kind.title}. Set it false."

@@ -36,6 +36,8 @@ class Family(ABC):
     tuned_encoders: ClassVar[tuple[str, ...]] = ()  # those that diffusers' LoRA loader knows
     tokens: ClassVar[dict[str, int]] = {}  # of a caption, that an encoder reads at most, if not as its tokenizer says
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a checkpoint may be without
+    # Text encoders that a checkpoint may be published without, to be given beside it: their class, and what they are.
+    apart: ClassVar[dict[str, tuple[str, str]]] = {}
     left_out: ClassVar[tuple[str, ...]] = ()  # components of the pipeline class that nobody needs here
     targets: ClassVar[tuple[str, ...]]  # the denoiser's layers that get factors by default
     shape: ClassVar[tuple[str, ...]] = ()  # keys of the denoiser's config that other apps' names depend on
@@ -75,6 +77,14 @@ class Family(ABC):
 
     def bind(self, pipeline: Any) -> None:  # noqa: B027 (most need none)
         """Is given the pipeline that it will be used with, before `predict`."""
+
+    def usual_guidance(self, pipeline: Any) -> float:
+        """For samples of this checkpoint, by default."""
+        return self.guidance
+
+    def before(self, tokenizer: Any, special: int) -> int:
+        """How many tokens the pipeline puts before a caption, given how many a tokenizer puts around any text."""
+        return special
 
     @abstractmethod
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":

@@ -1,5 +1,6 @@
 """Facts about the families that are trained by their pipelines' own code: see `generic`."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +15,7 @@ from equipoise.pipelines.text_to_image.families.transformer import renamed
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MARK = "CAPTION"
 _MASKED = "prompt_attention_mask"
 _FLUX2 = {
     "attn.to_q": "img_attn.qkv",
@@ -60,6 +62,15 @@ class Flux2(GenericFlow):
 
     fused = Flux.fused
 
+    def before(self, tokenizer: Any, special: int) -> int:
+        written = tokenizer.apply_chat_template(self.messages(_MARK), tokenize=False)
+        return len(tokenizer(written.partition(_MARK)[0], add_special_tokens=False).input_ids)
+
+    def messages(self, caption: str) -> list[dict[str, Any]]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
+
+        return format_input([caption], SYSTEM_MESSAGE)[0]
+
     def original(self, module: str) -> str:
         inside = re.sub(r"^(single_)?transformer_blocks\.", lambda found: f"{found[1] or 'double_'}blocks.", module)
         return renamed(inside, _FLUX2 if inside.startswith("double_") else _FLUX2_SINGLE)
@@ -71,6 +82,9 @@ class Flux2Klein(Flux2):
     pipeline = "Flux2KleinPipeline"
     title = "FLUX.2 klein"
     distilled = False
+
+    def messages(self, caption: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": caption}]
 
 
 class QwenImage(GenericFlow):
@@ -108,8 +122,16 @@ class Lumina2(GenericFlow):
     title = "Lumina 2"
     captions: ClassVar = {"prompt_embeds": (0, (256, "cap_feat_dim")), _MASKED: (1, (256,))}
     tokens: ClassVar = {"text_encoder": 256}
+    negatives = 2  # without the system prompt
     casts = False
     guidance = 4.0
+
+    def before(self, tokenizer: Any, special: int) -> int:
+        from diffusers import Lumina2Pipeline
+
+        parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+        written = f"{Lumina2Pipeline(**dict.fromkeys(parts)).system_prompt} <Prompt Start> "
+        return special + len(tokenizer(written, add_special_tokens=False).input_ids)
 
 
 class Sana(GenericFlow):
@@ -119,6 +141,7 @@ class Sana(GenericFlow):
     title = "Sana"
     captions: ClassVar = {"prompt_embeds": (0, (300, "caption_channels")), _MASKED: (1, (300,))}
     tokens: ClassVar = {"text_encoder": 300}
+    negatives = 2  # without its instruction
     patch = 1
     options: ClassVar = {"use_resolution_binning": False}  # else it draws the nearest of its own sizes
     guidance = 4.5
@@ -156,6 +179,34 @@ class CogView4(GenericFlow):
     tokens: ClassVar = {"text_encoder": 1024}
     guidance = 5.0
 
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: "Tensor",
+        times: "Tensor",
+        embedded: "Mapping[str, Tensor]",
+        crops: "Tensor",
+        guidance: float = 0,
+    ) -> "Tensor":
+        """Its pipeline gives the denoiser times that are not shifted, at noise that is: those are found here again."""
+        factor = self._shift(noisy)
+        read = 1000 * times / (times + factor * (1000 - times))
+        return super().predict(denoiser, noisy, read, embedded, crops, guidance)
+
+    def _shift(self, latents: "Tensor") -> float:
+        """How its scheduler makes noise σ of times t in 0 … 1: 1 / σ − 1 = (1 / t − 1) / shift."""
+        from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+
+        scheduler = self._pipeline.scheduler
+        if scheduler is None:  # of an estimate
+            return 1.0
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return config.get("shift", 1.0)
+        tokens = latents.shape[-2] * latents.shape[-1] // self.patch**2
+        shift = calculate_shift(tokens, *(config[key] for key in ("base_image_seq_len", "base_shift", "max_shift")))
+        return shift if config.time_shift_type == "linear" else math.exp(shift)
+
 
 class Ernie(GenericFlow):
     """ERNIE-Image (Baidu, 2026): one stream, read by Ministral 3."""
@@ -167,6 +218,10 @@ class Ernie(GenericFlow):
     casts = False
     guidance = 4.0
     refused = ("kohya",)
+
+    def bind(self, pipeline: Any) -> None:
+        super().bind(pipeline)
+        pipeline.vae.register_to_config(batch_norm_eps=1e-5)  # as its pipeline decodes, whatever the config says
 
     def read(self, pipeline: Any, caption: str) -> "dict[str, Tensor]":
         import torch

@@ -26,6 +26,8 @@ class GenericFlow(TransformerFamily):
     # Of each argument of the pipeline's call that a caption becomes: its index in what `encode_prompt` returns, and its
     # shape for one caption: numbers, or keys of the denoiser's config.
     captions: ClassVar[dict[str, tuple[int, tuple[int | str, ...]]]]
+    # How much later in it the like of a negative caption is, where that is read in another way; so is an empty one.
+    negatives: ClassVar[int] = 0
     packed: ClassVar[bool] = False  # the call takes latents as tokens
     strength: ClassVar[str] = "guidance_scale"  # the call's argument for classifier-free guidance
     unguided: ClassVar[float] = 1.0  # its value without
@@ -36,6 +38,9 @@ class GenericFlow(TransformerFamily):
 
     def bind(self, pipeline: Any) -> None:
         self._pipeline = pipeline
+
+    def usual_guidance(self, pipeline: Any) -> float:
+        return self.unguided if pipeline.config.get("is_distilled") else self.guidance
 
     def embed(self, pipeline: Any, captions: Sequence[str]) -> "dict[str, Tensor]":
         return self.stack([self.read(pipeline, caption) for caption in captions])
@@ -50,11 +55,12 @@ class GenericFlow(TransformerFamily):
             for name in signature(pipeline.encode_prompt).parameters
             if name in usual and usual[name].default is not Parameter.empty
         }
+        later = self.negatives if not caption else 0
         if "do_classifier_free_guidance" in signature(pipeline.encode_prompt).parameters:
-            words["do_classifier_free_guidance"] = False
+            words["do_classifier_free_guidance"] = bool(later)
         device = getattr(pipeline, next(iter(self.text_encoders))).device
         made = pipeline.encode_prompt(**words | {"prompt": [caption], "device": device})
-        found = {name: made[index] for name, (index, _) in self.captions.items()}
+        found = {name: made[index + later] for name, (index, _) in self.captions.items()}
         length = next(iter(found.values())).shape[1]
         for name, tensor in found.items():
             if tensor is None:  # a mask of ones

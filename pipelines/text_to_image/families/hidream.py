@@ -19,6 +19,9 @@ class HiDream(GenericFlow):
     title = "HiDream-I1"
     text_encoders: ClassVar = {f"text_encoder{n}": f"tokenizer{n}" for n in ("", "_2", "_3", "_4")}
     tokens: ClassVar = {f"text_encoder{n}": 128 for n in ("", "_2", "_3", "_4")}
+    apart: ClassVar = {
+        "text_encoder_4": ("LlamaForCausalLM", "Llama 3.1 8B Instruct, such as meta-llama/Llama-3.1-8B-Instruct")
+    }
     targets = ("to_q", "to_k", "to_v", "to_out")
     captions: ClassVar = {
         "prompt_embeds_t5": (0, (128, "caption_channels.0")),

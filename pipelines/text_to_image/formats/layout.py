@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ def is_local(path: str) -> bool:
     return path == demo.NAME or os.path.exists(model_source(path)) or not HUB_ID.fullmatch(path)
 
 
-def model_problems(path: str, variant: str | None = None) -> list[str]:
-    """Why a local path is not a checkpoint of a known family that can be loaded safely."""
+def model_problems(path: str, variant: str | None = None, apart: Collection[str] = ()) -> list[str]:
+    """Why a local path is not a checkpoint of a known family that can be loaded safely.
+
+    Args:
+        apart: Parts that come from elsewhere.
+    """
     folder = Path(model_source(path))
     if os.path.isfile(folder):  # unlike pathlib's, False also where no path can be so long
         if folder.suffix == ".safetensors":
@@ -50,11 +54,11 @@ def model_problems(path: str, variant: str | None = None) -> list[str]:
     if index is None:
         return [f"model.path: {folder} has no model_index.json, so it is not a checkpoint in diffusers' layout."]
     described = _json(index)
-    if wrong := _index_problems(described, index, str(folder)):
+    if wrong := _index_problems(described, index, str(folder), apart):
         return wrong
     described = described or {}
     kind = family(described["_class_name"])
-    encoders = encoders_of(kind, described)
+    encoders = [name for name in encoders_of(kind, described) if name not in apart]
     parts = (kind.denoiser, "vae", *encoders)
     found = _config_problems(folder, kind, parts, [kind.text_encoders[name] for name in encoders])
     for part in parts:
@@ -82,15 +86,17 @@ def read_index(path: str, revision: str | None = None, fetch: bool = True) -> di
 
 def encoders_of(kind: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
     """The text encoders that a checkpoint has: all of its family's, but for the optional that its index leaves out."""
-
-    def there(name: str) -> bool:
-        entry = index.get(name)  # [library, class]
-        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-
-    return tuple(name for name in kind.text_encoders if name not in kind.optional or there(name))
+    return tuple(name for name in kind.text_encoders if name not in kind.optional or _names(index, name))
 
 
-def _index_problems(described: Mapping[str, Any] | None, index: Path, name: str) -> list[str]:
+def _names(index: Mapping[str, Any], part: str) -> bool:
+    entry = index.get(part)  # [library, class]
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def _index_problems(
+    described: Mapping[str, Any] | None, index: Path, name: str, apart: Collection[str] = ()
+) -> list[str]:
     """Why the checkpoint that this model_index.json describes is of another kind."""
     if described is None:
         return [f"model.path: {index} is not a JSON object."]
@@ -101,27 +107,53 @@ def _index_problems(described: Mapping[str, Any] | None, index: Path, name: str)
         return [f"model.path: {name} is a {kind}; this pipeline tunes {TITLES} ({', '.join(trained())})."]
     except InputError as error:
         return [f"model.path: {name} is a {kind}: {error}"]
-    return []
+    return _lacking(family(kind), described, name, apart)
 
 
-def hub_problems(path: str, revision: str | None = None) -> list[str]:
+def _lacking(kind: Family, described: Mapping[str, Any], name: str, apart: Collection[str]) -> list[str]:
+    """A sentence for each part that is needed, is not in the index, and does not come from elsewhere."""
+    found = []
+    for part in (*kind.parts, *kind.text_encoders.values()):
+        if part in kind.apart and part not in apart and not _names(described, part):
+            found.append(f"model.path: {name} has no {part}. Give model.{part}: {kind.apart[part][1]}.")
+        elif part in described and not kind.modular and not _names(described, part):
+            owner = next((encoder for encoder, words in kind.text_encoders.items() if words == part), part)
+            if owner not in (*kind.optional, *kind.apart):
+                found.append(f"model.path: {name} has no {part}, which {kind.title} needs. Give one that has it.")
+    return found
+
+
+def hub_problems(path: str, revision: str | None = None, apart: Collection[str] = ()) -> list[str]:
     """Why a hub id is not a checkpoint of a known family, asked before gigabytes are fetched."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    name = "model_index.json"
     try:
-        index = try_to_load_from_cache(path, name, revision=revision)
-        if not isinstance(index, str):
-            # Asks once; a download from a hub that does not answer is tried again for minutes.
-            get_hf_file_metadata(hf_hub_url(path, name, revision=revision), timeout=HUB_TIMEOUT)
-            index = hf_hub_download(path, name, revision=revision)
+        index = _hub_index(path, revision)
     except Exception as error:  # OSError, ValueError, or the HTTP client's own, whichever that is
         reason = " ".join(str(error).split()).split(". ")[0]
         return [
             f"model.path: {path} is no folder here, and the hub gave no model_index.json of that name ({reason}). "
             "Check the spelling, the revision and the connection."
         ]
-    return _index_problems(_json(Path(index)), Path(index), path)
+    return _index_problems(_json(index), index, path, apart)
+
+
+def _hub_index(path: str, revision: str | None) -> Path:
+    """A hub id's index of either name. Raises whatever the hub's client does without one."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in INDEXES:
+        if isinstance(known := try_to_load_from_cache(path, name, revision=revision), str):
+            return Path(known)
+    for name in INDEXES:
+        try:
+            # Asks once; a download from a hub that does not answer is tried again for minutes.
+            get_hf_file_metadata(hf_hub_url(path, name, revision=revision), timeout=HUB_TIMEOUT)
+        except EntryNotFoundError:  # the repository is there
+            if name == INDEXES[-1]:
+                raise
+        else:
+            return Path(hf_hub_download(path, name, revision=revision))
+    raise AssertionError(path)
 
 
 def native_resolution(path: str, revision: str | None = None) -> int | None:
@@ -146,8 +178,8 @@ def stride(path: str, revision: str | None = None) -> int | None:
 
 
 def read_config(path: str, part: str, revision: str | None = None, fetch: bool = True) -> dict[str, Any]:
-    """A part's config.json, likewise."""
-    return json.loads(_file(path, f"{part}/config.json", revision, fetch).read_text(encoding="utf-8"))
+    """A part's config.json, likewise, or that of a model that is one part."""
+    return json.loads(_file(path, f"{part}/config.json".lstrip("/"), revision, fetch).read_text(encoding="utf-8"))
 
 
 def prediction(path: str, revision: str | None = None) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +34,17 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import begin_training, load_base
-from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel
+from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel, TextToImageSamples
 from equipoise.pipelines.text_to_image.families import Family, autoencoders, family, known, shape_of, trained
 from equipoise.pipelines.text_to_image.families.flows import FLOWS
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
+from equipoise.pipelines.text_to_image.formats import layout
 from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import model_problems
 from equipoise.pipelines.text_to_image.formats.lora_files import read_lora, write_lora
 from equipoise.pipelines.text_to_image.formats.names import FORMATS
+from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.text_to_image.overview import unread_words
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAMES = list(FLOWS)
@@ -217,6 +221,91 @@ def one_drawn_step(kind: Family, pipeline, noisy: torch.Tensor, sigma: float) ->
         return kind.draw(pipeline, [PROMPT], "", noisy, (32, 32), 1, unguided)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_times_and_noise_go_together_in_training_as_in_sampling_by_the_checkpoints_own_schedule(
+    name, base, monkeypatch
+):
+    made = base(name)
+    kind, pipeline = made.family, made.pipeline
+    made.set_scheduler(NoiseSection())
+    times, levels, forward, step = [], [], made.denoiser.forward, pipeline.scheduler.step
+
+    def answer(*given, **more):
+        read = next((value for key, value in more.items() if key.startswith("timestep")), None)
+        times.append(float((given[1] if read is None else read).flatten()[0]))
+        return forward(*given, **more)
+
+    def stepped(*given, **more):
+        done = step(*given, **more)
+        levels.append(float(pipeline.scheduler.sigmas[pipeline.scheduler.step_index - 1]))
+        return done
+
+    monkeypatch.setattr(made.denoiser, "forward", answer)
+    monkeypatch.setattr(pipeline.scheduler, "step", stepped)
+    kind.draw(pipeline, [PROMPT], "", some_latents(made, 1), (32, 32), 3, getattr(kind, "unguided", 1.0))
+    sampled = times[:: len(times) // 3]
+    times.clear()
+    embedded = kind.embed(pipeline, [PROMPT])
+    for level in levels:
+        kind.predict(made.denoiser, some_latents(made, 1), torch.tensor([1000 * level]), embedded, torch.zeros(1, 6))
+    assert len(levels) == len(sampled) == 3 and len({round(level, 3) for level in levels}) == 3
+    scale = 1 if max(sampled) > 1 else 1000
+    assert [scale * time for time in times] == pytest.approx([scale * time for time in sampled], abs=1)  # some round
+
+
+@pytest.mark.parametrize("name", ["Lumina2Pipeline", "SanaPipeline"])
+@torch.no_grad()
+def test_a_dropped_caption_is_read_as_the_pipeline_reads_no_negative_prompt(name, base, monkeypatch):
+    made, forward, read = base(name), base(name).denoiser.forward, []
+
+    def answer(*given, encoder_hidden_states, encoder_attention_mask, **more):
+        read.extend(zip(encoder_hidden_states, encoder_attention_mask, strict=True))
+        return forward(
+            *given,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **more,
+        )
+
+    monkeypatch.setattr(made.denoiser, "forward", answer)
+    made.family.draw(made.pipeline, [PROMPT], "", some_latents(made, 1), (32, 32), 1, 4.0)
+    ours = [made.family.embed(made.pipeline, [caption]) for caption in ("", PROMPT)]
+    assert len(read) == 2
+    for found in ours:
+        words, mask = found["prompt_embeds"][0], found["prompt_attention_mask"][0]
+        assert sum(torch.equal(mask.bool(), m.bool()) and torch.allclose(words, w, atol=1e-5) for w, m in read) == 1
+
+
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "Flux2KleinPipeline", "Lumina2Pipeline"])
+@torch.no_grad()
+def test_what_a_long_caption_loses_beside_the_words_around_it_is_named(name, base, built):
+    made = base(name)
+    caption = "a red vase, a blue cup and a dog in a garden, " * 12
+    lost = unread_words(str(built(name)), caption)
+    kept = caption.rstrip().removesuffix(lost)
+    assert lost and len(kept) > 10 and caption.rstrip() == kept + lost
+    whole, cut, less = (made.family.embed(made.pipeline, [text]) for text in (caption, kept + "zzz", kept[:-2] + "zz"))
+    assert torch.equal(whole["prompt_embeds"], cut["prompt_embeds"])
+    assert not torch.equal(whole["prompt_embeds"], less["prompt_embeds"])
+
+
+@pytest.mark.parametrize("name", ["Krea2Pipeline", "Flux2KleinPipeline"])
+@torch.no_grad()
+def test_a_distilled_checkpoint_is_sampled_without_guidance(name, base, monkeypatch):
+    made, forward, calls = base(name), base(name).denoiser.forward, []
+    monkeypatch.setattr(made.denoiser, "forward", lambda *some, **more: calls.append(1) or forward(*some, **more))
+    asked = TextToImageSamples(prompts=[PROMPT], steps=2)
+    generate(made.pipeline, asked, 32)
+    assert len(calls) == 4 and made.family.usual_guidance(made.pipeline) == made.family.guidance
+    try:
+        made.pipeline.register_to_config(is_distilled=True)
+        generate(made.pipeline, asked, 32)
+        assert len(calls) == 6 and made.family.usual_guidance(made.pipeline) == made.family.unguided
+    finally:
+        made.pipeline.register_to_config(is_distilled=False)
+
+
 # What the adapter gives is what a direct call gives
 
 
@@ -262,6 +351,8 @@ def direct(name: str, pipeline, noisy, times, read: dict[str, torch.Tensor]) -> 
         return model(noisy, words, times / 1000).sample
     assert name == "CogView4Pipeline"
     size, corner = torch.tensor([[32.0, 32.0]] * batch), torch.zeros(batch, 2)
+    mu = (height * width / 4 / 256) ** 0.5 * 0.75 + 0.25  # the script's; it gives the time before its shift
+    times = 1000 / (1 + mu * (1000 / times - 1))
     return model(noisy, words, times, original_size=size, target_size=size, crop_coords=corner).sample
 
 
@@ -362,6 +453,35 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(name, base):
     assert not torch.allclose(mean.flatten(), caught[0].flatten(), atol=1e-3) or name == "CogView4Pipeline"
 
 
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
+@torch.no_grad()
+def test_the_autoencoder_is_given_what_the_pipeline_gives_it(name, base, monkeypatch):
+    made = base(name)
+    kind, pipeline, call, given = made.family, made.pipeline, type(made.pipeline).__call__, []
+    made.set_scheduler(NoiseSection())
+
+    def drawn():
+        return kind.draw(pipeline, [PROMPT], "", some_latents(made, 1), (32, 32), 2, getattr(kind, "unguided", 1.0))
+
+    class Caught(Exception):
+        pass
+
+    def decode(latents, *_, **__):
+        given.append(latents)
+        raise Caught
+
+    latents = drawn()
+    changed = {"output": "images"} if kind.modular else {"output_type": "pil"}
+    monkeypatch.setattr(type(pipeline), "__call__", lambda self, *some, **more: call(self, *some, **more | changed))
+    monkeypatch.setattr(made.vae, "decode", decode)
+    with pytest.raises(Caught):
+        drawn()
+    with pytest.raises(Caught):
+        autoencoders.decode(made.vae, latents)
+    theirs, ours = given
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 # Everything else that a run needs
 
 
@@ -398,6 +518,42 @@ def test_the_estimate_counts_every_weight(name, built, tmp_path):
         factors = sum(p.numel() * 4 for part in parts.values() for p in part.parameters() if p.requires_grad)
     assert estimate and more and estimate.model == pytest.approx(weights + factors, rel=1e-2)
     assert more.activations == pytest.approx(2 * estimate.activations, rel=0.1)
+
+
+def test_a_text_encoder_that_is_published_elsewhere_is_given_beside_the_base(built, tmp_path, capsys):
+    whole, base, other = built("HiDreamImagePipeline"), tmp_path / "hidream", tmp_path / "llama"
+    shutil.copytree(whole, base)
+    for part in ("text_encoder_4", "tokenizer_4"):
+        shutil.copytree(base / part, other, dirs_exist_ok=True)
+        shutil.rmtree(base / part)
+    index = json.loads((base / "model_index.json").read_text())
+    described = {key: value for key, value in index.items() if not key.endswith("_4")}
+    (base / "model_index.json").write_text(json.dumps(described))
+    runs, more = tmp_path / "runs", ["steps=1", "samples.prompts=[]", "--id"]
+    assert main(["train", *words(base, runs), *more, "refused"]) == 2
+    assert (
+        f"model.path: {base} has no text_encoder_4. Give model.text_encoder_4: Llama 3.1 8B" in capsys.readouterr().err
+    )
+    assert main(["train", *words(base, runs, f"model.text_encoder_4={tmp_path}"), *more, "refused"]) == 2
+    assert f"model.text_encoder_4: {tmp_path} is no folder with a model's config.json" in capsys.readouterr().err
+    assert main(["train", *words(built("SanaPipeline"), runs, f"model.text_encoder_4={other}"), *more, "refused"]) == 2
+    assert "model.text_encoder_4: has no effect on Sana" in capsys.readouterr().err
+    beside = words(base, runs, f"model.text_encoder_4={other}")
+    estimates = [TextToImage.estimate_memory(config.load(some[0], some[1:])) for some in (beside, words(whole, runs))]
+    assert estimates[0] == estimates[1]
+    assert main(["train", *beside, *more, "beside"]) == main(["train", *words(whole, runs), *more, "whole"]) == 0
+    files = [load_file(runs / run / "result" / LORA_FILE) for run in ("beside", "whole")]
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    card = (runs / "beside" / "result" / "README.md").read_text()
+    assert 'text_encoder_4 = LlamaForCausalLM.from_pretrained("llama"' in card and "tokenizer_4=tokenizer_4" in card
+
+
+def test_a_base_without_a_part_is_refused_before_anything_else_is_fetched():
+    described = {"_class_name": "HiDreamImagePipeline", "text_encoder_4": [None, None], "vae": [None, None]}
+    found = layout._index_problems(described, Path("model_index.json"), "owner/name")
+    assert "model.path: owner/name has no vae, which HiDream-I1 needs. Give one that has it." in found
+    assert any("has no text_encoder_4. Give model.text_encoder_4" in problem for problem in found)
+    assert len(layout._index_problems(described, Path("model_index.json"), "owner/name", ["text_encoder_4"])) == 1
 
 
 def test_what_is_not_known_is_refused_in_a_sentence(built, tuned, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import json
 import shutil
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -172,6 +174,35 @@ def test_the_kind_of_a_hub_checkpoint_is_asked_first(monkeypatch, tmp_path, kind
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     problems = hub_problems("owner/name", "main")
     assert problems == [] if message is None else message in problems[0]
+
+
+class OneFile(BaseHTTPRequestHandler):
+    """A repository that has one file: the index of a modular pipeline."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        there = self.path.endswith("/modular_model_index.json")
+        body = json.dumps({"_class_name": "AnimaModularPipeline"}).encode() if there else b""
+        self.send_response(200 if there else 404)
+        about = {"ETag": '"1"', "X-Repo-Commit": "a" * 40} if there else {"X-Error-Code": "EntryNotFound"}
+        for key, value in {**about, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+
+def test_a_modular_pipeline_on_the_hub_has_an_index_of_another_name(monkeypatch, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneFile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", there)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        assert hub_problems("circlestone/anima") == []
+        assert layout.read_index("circlestone/anima") == {"_class_name": "AnimaModularPipeline"}
+        server.shutdown()
+    assert hub_problems("circlestone/anima") == [], "from the cache"
 
 
 def test_a_hub_id_that_is_none(monkeypatch):
