@@ -73,6 +73,7 @@ CASES = [
     (IT, ["data=ROOT/talk.jsonl"]),
     (IT, ["model=ROOT/nowhere"]),
     (IT, ["frozen=[nothing]", "lora.targets=[nothing]"]),
+    (AV, ["objective=agm", "data.missing=mask"]),
     (AV, ["objective=ogm_ge", "data.modalities=[audio, visual, text]"]),
     (AV, ["objective.options={f_star: {sound: 1}}"]),
     (AV, ["objective=mslr", "objective.options={factors: {sound: 1}}"]),
