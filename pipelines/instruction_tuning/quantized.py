@@ -53,7 +53,8 @@ def problems(config: "InstructionTuningConfig") -> list[str]:
         return [f"model.quantize: {how} needs the package bitsandbytes. pip install 'equipoise[quantized]'."]
     import bitsandbytes
 
-    device = PartialState().device.type
+    found: Any = PartialState().device
+    device = found.type
     if device not in getattr(bitsandbytes, "supported_torch_devices", ("cuda", device)):
         return [f"model.quantize: bitsandbytes does not work on {device}. Leave it out."]
     return []
@@ -85,6 +86,7 @@ def options(how: str, chosen: list[str], dtype: torch.dtype) -> dict[str, Any]:
 def keep_differentiable(model: nn.Module) -> None:
     """Lets weights in 4 bits as they are: evaluated on some CPUs, bitsandbytes puts them into another form, through
     which no gradient goes, and training would go on with it."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
