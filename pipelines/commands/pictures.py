@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from equipoise.pipelines.files import explained
 from equipoise.pipelines.instruction_tuning.formats import sources, tables
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
 from equipoise.pipelines.jobs.making import swapped_in
+from equipoise.pipelines.media.pictures import suffixes
 from equipoise.pipelines.progress import progress
 
 NAME = "pictures"
 IMAGES = ("image", "img", "picture", "images", "jpg", "png")  # what the column is mostly called
 CAPTIONS = ("text", "caption", "captions", "prompt", "description", "txt")
 LISTED = 5  # of what is left out
+LOOKED = 1000  # rows, after which a column that none has is missing
+Columns = dict[tuple[Path | str, str], str]  # (file, option) → the column
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,27 +45,49 @@ def show(args: argparse.Namespace) -> int:
         raise InputError(f"--output: {output} exists and is not an empty folder; give a new one.")
     left: list[str] = []
     with swapped_in(output.absolute()) as staging:
-        lines, count = [], 0
-        with progress("pictures", "picture") as bar:
-            for count, row in enumerate(_rows(source), 1):
-                try:
-                    lines.append(_written(row, args, staging, count))
-                except FileError:
-                    raise
-                except InputError as error:
-                    left.append(f"{row.where}: {error}")
-                bar.update()
-        if not lines:
-            why = f" {left[0]}" if left else ""
-            raise InputError(f"prepare: {source} holds no picture that can be used.{why}")
-        with explained(staging):
-            (staging / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"{len(lines):,} pictures in {output}, with their captions in metadata.jsonl")
+        lines, count = _write(args, source, staging, left)
+        if args.caption != "":
+            with explained(staging):
+                (staging / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    with_captions = ", with their captions in metadata.jsonl" if args.caption != "" else ""
+    print(f"{len(lines):,} pictures in {output}{with_captions}")
     if left:
         more = f" and {len(left) - LISTED:,} more" if len(left) > LISTED else ""
         print(f"  left out {len(left):,} of {count:,}: {'; '.join(left[:LISTED])}{more}")
-    print(f"  next: equipoise train text_to_image/dreambooth data={output} data.instance_prompt=null")
+    prompt = "data.instance_prompt=" + ("null" if args.caption != "" else "'…'")
+    print(f"  next: equipoise train text_to_image/dreambooth {shlex.quote(f'data={output}')} {prompt}")
     return 0
+
+
+def _write(args: argparse.Namespace, source: str, folder: Path, left: list[str]) -> tuple[list[str], int]:
+    """Writes the pictures; (the lines of metadata.jsonl, how many rows there are). `left` gets what is left out."""
+    lines: list[str] = []
+    columns: Columns = {}
+    missing: _NoColumn | None = None
+    count = 0
+    with progress("pictures", "picture") as bar:
+        for count, row in enumerate(_rows(source), 1):
+            bar.update()
+            try:
+                data, suffix, caption = _read(row, args, columns)
+            except FileError:
+                raise
+            except InputError as error:
+                missing = missing or (error if isinstance(error, _NoColumn) else None)
+                if missing and not lines and count >= LOOKED:
+                    break
+                left.append(f"{row.where}: {str(error).rstrip('.')}")
+                continue
+            name = f"{count:07d}{suffix}"
+            with explained(folder / name):
+                (folder / name).write_bytes(data)
+            lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
+    if missing and not lines:
+        raise InputError(missing.advice)
+    if not lines:
+        why = f" {left[0]}." if left else ""
+        raise InputError(f"prepare: {source} holds no picture that can be used.{why}")
+    return lines, count
 
 
 def _rows(source: str) -> Iterator[Row]:
@@ -78,11 +104,11 @@ def _rows(source: str) -> Iterator[Row]:
         raise InputError(f"prepare: {source} cannot be read ({error}).") from None
 
 
-def _written(row: Row, args: argparse.Namespace, folder: Path, number: int) -> str:
-    """Writes a row's picture; its line in metadata.jsonl.
+def _read(row: Row, args: argparse.Namespace, columns: Columns) -> tuple[bytes, str, str]:
+    """(a row's picture, what its name is to end in, its caption).
 
     Raises:
-        FileError: the file cannot be read on, or has no such column.
+        FileError: the file cannot be read on.
         InputError: why this row cannot be used.
     """
     if isinstance(row.record, FileError):
@@ -91,10 +117,10 @@ def _written(row: Row, args: argparse.Namespace, folder: Path, number: int) -> s
         raise row.record
     if not isinstance(row.record, dict):
         raise InputError("is no record.")
-    shown = row.record.get(_column(row, args.image, IMAGES, "--image"))
+    shown = row.record[_column(row, args.image, IMAGES, "--image", columns)]
     caption = ""
     if args.caption != "":
-        caption = row.record.get(_column(row, args.caption, CAPTIONS, "--caption"))
+        caption = row.record[_column(row, args.caption, CAPTIONS, "--caption", columns)]
     if isinstance(shown, list):
         if len(shown) != 1:
             raise InputError(f"has {len(shown)} pictures.")
@@ -104,22 +130,33 @@ def _written(row: Row, args: argparse.Namespace, folder: Path, number: int) -> s
     if not isinstance(caption, str):
         raise InputError(f"its caption is {type(caption).__name__}, not text.")
     data = _bytes(shown, row)
-    name = f"{number:07d}{_suffix(data)}"
-    with explained(folder / name):
-        (folder / name).write_bytes(data)
-    return json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n"
+    return data, _suffix(data), caption
 
 
-def _column(row: Row, given: str | None, usual: Sequence[str], option: str) -> str:
-    """
+class _NoColumn(InputError):
+    """No row of a file so far has a column of a usual or the given name."""
+
+    def __init__(self, row: Row, wanted: Sequence[str], option: str):
+        super().__init__(f"has no column {' or '.join(wanted)}.")
+        there = ", ".join(f"{name} ({kind})" for name, kind in _kinds(row.record).items())
+        self.advice = f"{option}: {row.where} {self} There are {there}. Give one of them."
+
+
+def _column(row: Row, given: str | None, usual: Sequence[str], option: str, columns: Columns) -> str:
+    """The column that the first row of the file with one has.
+
     Raises:
-        FileError: there is none.
+        InputError: this row does not have it.
     """
     wanted = [given] if given else usual
-    if (found := next((name for name in wanted if name in row.record), None)) is not None:
-        return found
-    there = ", ".join(f"{name} ({kind})" for name, kind in _kinds(row.record).items())
-    raise FileError(f"{option}: {row.where} has no column {' or '.join(wanted)}. There are {there}. Give one of them.")
+    key = (row.file, option)
+    if key not in columns:
+        if (found := next((name for name in wanted if name in row.record), None)) is None:
+            raise _NoColumn(row, wanted, option)
+        columns[key] = found
+    if columns[key] not in row.record:
+        raise InputError(f"has no {columns[key]}.")
+    return columns[key]
 
 
 def _kinds(record: dict[str, Any]) -> dict[str, str]:
@@ -151,7 +188,7 @@ def _suffix(data: bytes) -> str:
     """What a picture's name is to end in; it is decoded, so that a damaged one is found now.
 
     Raises:
-        InputError: it cannot be decoded.
+        InputError: it cannot be decoded, or is of a format that training does not read.
     """
     from PIL import Image
 
@@ -161,4 +198,8 @@ def _suffix(data: bytes) -> str:
             kind = str(opened.format)
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise InputError(f"its picture cannot be decoded ({' '.join(str(error).split())[:80]}).") from None
-    return {"JPEG": ".jpg", "MPO": ".jpg"}.get(kind) or f".{kind.lower()}"
+    usual = {"JPEG": ".jpg", "MPO": ".jpg"}.get(kind, f".{kind.lower()}")
+    others = [suffix for suffix, other in Image.registered_extensions().items() if other == kind]
+    if (found := next((suffix for suffix in [usual, *others] if suffix in suffixes()), None)) is None:
+        raise InputError(f"its picture is {kind}, which is not trained on.")
+    return found

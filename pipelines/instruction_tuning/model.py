@@ -210,7 +210,7 @@ def _set_pixels(processor: Any, model: InstructionTuningModel) -> None:
         )
     looks.size = size
     if _counts_of_frames(processor):  # not those of others, whose sizes are whole videos'
-        processor.video_processor.size = {**processor.video_processor.size, **size}
+        processor.video_processor.size = dict(processor.video_processor.size) | size
 
 
 def _counts_of_frames(processor: Any) -> bool:

@@ -31,6 +31,7 @@ from equipoise.pipelines.runs.store import Run
 from equipoise.pipelines.tables import listed
 
 _FILES = "text_to_image"  # the pipeline of files that no run says the base of
+STRENGTHS = 12  # at most in one comparison
 _MAKER = ".pid"  # in a folder that is being filled: who does it
 
 
@@ -98,7 +99,7 @@ def make_of_files(
     Args:
         files: Of weights, of whatever origin.
         found: Runs and sweeps; the first one's configuration says the base, if there is one.
-        strengths: Above 0.
+        strengths: Above 0, at most 12; of those that are written alike, the last.
         changes: Key of the configuration → what it is in place of that.
         each_checkpoint: Takes each checkpoint that a run has kept beside its result.
         runs: The folder of runs.
@@ -108,10 +109,9 @@ def make_of_files(
         As `make`.
 
     Raises:
-        InputError: As `make`; a strength that is not above 0; files without a base.
+        InputError: As `make`; too many strengths or one that is not above 0; files without a base.
     """
-    if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
-        raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is drawn in any case.")
+    strengths = columns(strengths)
     cells, loaded = _finished(found) if found else ([], [])
     config = loaded[0] if loaded else registry.load("pipelines", _FILES).Config(name="files")
     pipeline = registry.load("pipelines", config.pipeline)
@@ -129,6 +129,20 @@ def make_of_files(
         paths = write_report(comparison)
     comparison.folder = folder
     return comparison, {what: folder / path.name for what, path in paths.items()}
+
+
+def columns(strengths: Sequence[float]) -> list[float]:
+    """Strengths, of those that are written alike one.
+
+    Raises:
+        InputError: one is not above 0, or there are too many.
+    """
+    if wrong := [strength for strength in strengths if not 0 < strength < math.inf]:
+        raise InputError(f"--scale: must be above 0, got {wrong[0]:g}; the untouched base is drawn in any case.")
+    apart = list({f"{strength:g}": strength for strength in strengths}.values())
+    if len(apart) > STRENGTHS:
+        raise InputError(f"--scale: there are {len(apart)} strengths; give at most {STRENGTHS}.")
+    return apart
 
 
 def _labelled(

@@ -7,6 +7,7 @@ starting noise are the same everywhere, so what differs between two pictures of 
 import json
 import logging
 import math
+import re
 import sys
 import warnings
 from collections import Counter
@@ -52,6 +53,7 @@ logging.getLogger("diffusers.loaders.lora_base").addFilter(
 
 NOTHING = "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
 ALIKE = "The pictures of a prompt begin from the same noise in every cell."
+_SERVED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # names of folders
 _LONG = 100  # characters of a name, beside which others have to fit into a file system's
 THUMBNAIL = 160  # pixels, the longer side
 
@@ -234,11 +236,12 @@ def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
 
 
 def _places(runs: Sequence[str]) -> dict[str, str]:
-    """Where the pictures of each run or file go: by the last part of its name, where that is its own and no base's."""
+    """Where the pictures of each run or file go: by the last part of its name, where that is its own and no base's,
+    and one that the page serves."""
     short = [run.rsplit("/", 1)[-1] for run in runs]
     count = Counter([*short, "base"])
     return {
-        run: name if count[name] == 1 and len(name) < _LONG else f"{index:03d}"
+        run: name if count[name] == 1 and len(name) < _LONG and _SERVED.fullmatch(name) else f"{index:03d}"
         for index, (run, name) in enumerate(zip(runs, short, strict=True))
     }
 

@@ -1,5 +1,6 @@
 """`equipoise prepare pictures`: data sets with pictures inside become folders that text to image trains on."""
 
+import errno
 import io
 import json
 import tarfile
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, features
 from pyarrow import parquet
 
 from equipoise.pipelines.cli import main
@@ -89,8 +90,9 @@ def test_columns_are_named_where_they_have_other_names(capsys):
     assert main([*words, "--caption", "words"]) == 0
     check()
     assert main([*words[:-3], "bare", "--image", "scan", "--caption", ""]) == 0
-    first, *_ = Path("bare/metadata.jsonl").read_text().splitlines()
-    assert json.loads(first)["text"] == ""
+    assert sorted(path.suffix for path in Path("bare").iterdir()) == [".jpg"] * 3, "no captions"
+    said = capsys.readouterr().out
+    assert "3 pictures in bare\n" in said and said.endswith("data=bare data.instance_prompt='…'\n")
 
 
 def test_a_damaged_picture_is_left_out_and_named(capsys):
@@ -98,6 +100,42 @@ def test_a_damaged_picture_is_left_out_and_named(capsys):
     assert main(["prepare", "pictures", "train.parquet", "--output", "out"]) == 0
     assert "left out 1 of 3: train.parquet:row 2: its picture cannot be decoded (" in capsys.readouterr().out
     check(colours=("red", "blue"))
+
+
+def test_a_row_without_a_caption_or_picture_is_left_out_and_named(capsys):
+    for colour in COLOURS:
+        Path(f"{colour}.png").write_bytes(encoded(colour))
+    records = [{"image": f"{colour}.png", "text": f"a {colour} \u2028wall"} for colour in COLOURS]
+    records[1:1] = [{"image": "red.png"}, {"text": "a wall"}, {"image": "red.png", "caption": "a wall"}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, [{"id": 1}, *records])))
+    assert main(["prepare", "pictures", "rows.jsonl", "--output", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "left out 4 of 7: rows.jsonl:1: has no column image or" in said
+    assert "rows.jsonl:3: has no text; rows.jsonl:4: has no image; rows.jsonl:5: has no text\n" in said
+    check()
+
+
+def test_every_format_gets_a_suffix_that_training_reads(capsys):
+    kinds = [kind for kind, there in (("TGA", True), ("JPEG2000", features.check("jpg_2000"))) if there]
+    images = [{"bytes": encoded("red", kind), "path": None} for kind in [*kinds, "PDF"]]
+    parquet.write_table(pyarrow.table({"image": images, "text": ["a red \u2028wall"] * len(images)}), "train.parquet")
+    assert main(["prepare", "pictures", "train.parquet", "--output", "out"]) == 0
+    check(colours=["red"] * len(kinds))
+
+
+def test_a_full_disk_is_no_row_that_is_left_out(monkeypatch, capsys):
+    write_parquet("train.parquet")
+    written = []
+
+    def write_bytes(path, data):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_text("")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert main(["prepare", "pictures", "train.parquet", "--output", "out"]) != 0
+    assert "left out" not in "".join(capsys.readouterr()) and not Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def hub(name: str, streaming: bool = False) -> Iterator[Row]:
 
     repository, configuration, split, revision = found.groups()
     try:
-        options = {"streaming": True} if streaming else {}
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
         made = datasets.load_dataset(repository, configuration, split=split or "train", revision=revision, **options)
         batches = made.with_format("arrow").iter(_AT_ONCE)  # as stored: nothing is decoded
     except Exception as error:  # of the network, of the hub, of a repository that holds something else

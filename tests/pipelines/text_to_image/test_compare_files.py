@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from equipoise.errors import InputError
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.jobs.making import columns
+from equipoise.pipelines.text_to_image.compare import _places
 from equipoise.pipelines.text_to_image.result import LORA_FILE, export
 
 NAME = "text_to_image/dreambooth"
@@ -76,6 +79,19 @@ def test_the_words_say_strength_where_the_columns_are(run, tmp_path, capsys):
     assert "STRENGTH" in said and "learning rate" not in said and "by which strengths worked" in said
     report = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Strengths that worked</h2>" in report and "learning rate" not in report.lower()
+
+
+def test_equal_strengths_are_one_column_and_there_are_at_most_twelve():
+    assert columns([0.5, 1, 0.50000001, 1.0]) == pytest.approx([0.5, 1])
+    assert columns(range(1, 13)) == list(range(1, 13))
+    with pytest.raises(InputError, match="there are 13 strengths; give at most 12"):
+        columns(range(1, 14))
+
+
+def test_pictures_go_where_the_page_serves_them():
+    names = ["runs/one", "lr=1e-3,seed=2", "my-lora at 0.5", "my-lora at 1", "Bäume", ".hidden"]
+    places = _places(names)
+    assert list(places.values()) == ["one", "lr=1e-3,seed=2", "002", "003", "004", "005"]
 
 
 @pytest.mark.parametrize(
