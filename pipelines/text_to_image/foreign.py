@@ -150,9 +150,10 @@ def _judged(config: TextToImageConfig, run: Run, file: Path, seconds: float) -> 
     drawn = config.model_copy(update={"seed": 0}) if held else config
     noise, accelerator = base.set_scheduler(config.noise), make_accelerator(config.train.precision)
     fixed, pictures = FixedLosses(drawn, accelerator, base, noise, latents, captions), spread(len(captions))
-    before = fixed.losses(fixed.embed, pictures=pictures).mean().item()
-    with with_lora(base, result / LORA_FILE, 1.0):
-        after = fixed.losses(fixed.embed, pictures=pictures).mean().item()
+    with base.encoders_on_device():
+        before = fixed.losses(fixed.embed, pictures=pictures).mean().item()
+        with with_lora(base, result / LORA_FILE, 1.0):
+            after = fixed.losses(fixed.embed, pictures=pictures).mean().item()
     facts = {"state": "done", "loss_before": number(before), "loss_after": number(after), "seconds": seconds}
     write_atomic(result / "result.json", json.dumps(described | facts, indent=1) + "\n")
     return Outcome("done")
