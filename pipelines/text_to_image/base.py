@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -133,28 +133,26 @@ class Base:
 
     @torch.no_grad()
     def read(self, captions: Sequence[str]) -> None:
-        """Computes what the untouched text encoders make of captions that are not known yet."""
-        for caption in sorted(set(captions) - self.embeddings.keys()):
-            made = self.family.embed(self.pipeline, [caption])
-            self.embeddings[caption] = {name: tensor.to(self.denoiser.device) for name, tensor in made.items()}
+        """Computes what the untouched text encoders make of captions that are not known yet, and forgets all others.
+
+        It is kept in the computer's memory: of the largest text encoders it is tens of megabytes a caption.
+        """
+        for caption in self.embeddings.keys() - set(captions):
+            del self.embeddings[caption]
+        unknown = sorted(set(captions) - self.embeddings.keys())
+        with self.encoders_on_device() if unknown else nullcontext():
+            for caption in unknown:
+                made = self.family.embed(self.pipeline, [caption])
+                self.embeddings[caption] = {name: tensor.cpu() for name, tensor in made.items()}
 
     def known(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What `read` has made of captions, each tensor (captions, …)."""
-        return self.family.stack([self.embeddings[caption] for caption in captions])
-
-    @contextmanager
-    def encoders_off_device(self) -> Iterator[None]:
-        """For the time of the block, the text encoders are in the computer's memory, not in the device's."""
-        device = self.denoiser.device
-        try:
-            self._move_encoders(torch.device("cpu"))
-            yield
-        finally:
-            self._move_encoders(device)
+        """What `read` has made of captions, each tensor (captions, …), on the denoiser's device."""
+        made = self.family.stack([self.embeddings[caption] for caption in captions])
+        return {name: tensor.to(self.denoiser.device) for name, tensor in made.items()}
 
     @contextmanager
     def encoders_on_device(self) -> Iterator[None]:
-        """The other way around: back on the device for the time of the block, where they are not there."""
+        """For the time of the block, the text encoders are on the denoiser's device, not in the computer's memory."""
         before = getattr(self.pipeline, self.encoders[0]).device
         try:
             self._move_encoders(self.denoiser.device)
@@ -332,11 +330,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     for encoder in encoders:
         path, words = model.apart.get(encoder, model.path), getattr(pipeline, kind.text_encoders[encoder])
         _check_tokenizer(path, words, getattr(pipeline, encoder))
-    for part in (kind.denoiser, "vae", *encoders):
-        frozen = getattr(pipeline, part).requires_grad_(False).eval()
-        if part != kind.denoiser or model.quantize != "nf4":  # bitsandbytes has put it there
-            frozen.to(device, **_memory_format(frozen))
-        _write_signatures(frozen)
+    place(pipeline, kind, encoders, device, model.quantize)
     kind.bind(pipeline)
     schedule = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, schedule)
@@ -352,6 +346,16 @@ def _apart(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[st
         found[part] = reader.from_pretrained(path, dtype=dtype, use_safetensors=True)
         found[kind.text_encoders[part]] = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return found
+
+
+def place(pipeline: Any, kind: Family, encoders: Sequence[str], device: torch.device, quantize: str | None) -> None:
+    """Freezes all parts and moves them to the device: text encoders wait in the computer's memory until they read."""
+    for part in (kind.denoiser, "vae", *encoders):
+        frozen = getattr(pipeline, part).requires_grad_(False).eval()
+        there = part == kind.denoiser and quantize == "nf4"  # bitsandbytes has put it there
+        if part not in encoders and not there:
+            frozen.to(device, **_memory_format(frozen))
+        _write_signatures(frozen)
 
 
 def _memory_format(part: torch.nn.Module) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def draw_all(
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
     total = len(samples.prompts) * samples.count * (1 + sum(one.tuned is not None for one in cells))
     places = {"": "base"} | _places([one.cell.run for one in cells])
-    with progress("pictures", "picture", total=total) as bar:
+    with base.encoders_on_device(), progress("pictures", "picture", total=total) as bar:
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
         def fill(cell: Cell, references: list[Path], scale: float) -> None:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -162,7 +162,7 @@ def _judged(config: TextToImageConfig, run: Run, file: Path, seconds: float) -> 
     base.read(captions)
     before = fixed.losses(base.known, pictures=pictures).mean().item()
     encoders = any(name.startswith("text_encoder") for name in factors)
-    with with_lora(base, result / LORA_FILE, 1.0):
+    with base.encoders_on_device() if encoders else nullcontext(), with_lora(base, result / LORA_FILE, 1.0):
         after = fixed.losses(fixed.embed if encoders else base.known, pictures=pictures).mean().item()
     facts = {"state": "done", "loss_before": number(before), "loss_after": number(after), "seconds": seconds}
     write_atomic(result / "result.json", json.dumps(described | facts, indent=1) + "\n")

@@ -47,7 +47,7 @@ def fresh_rows(base: Base, token: TokenSection) -> dict[str, Tensor]:
         words = getattr(base.pipeline, tokenizer)(token.start, add_special_tokens=False).input_ids
         known = getattr(base.pipeline, encoder).get_input_embeddings().weight
         start = known[words].float().mean(0) if words else known.float().mean(0)
-        made[encoder] = start.detach().repeat(token.vectors, 1).requires_grad_()
+        made[encoder] = start.detach().to(base.denoiser.device).repeat(token.vectors, 1).requires_grad_()
     return made
 
 

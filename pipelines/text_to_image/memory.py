@@ -13,8 +13,10 @@ from peft import LoraConfig
 from transformers import BatchEncoding
 
 from equipoise.errors import InputError
+from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.data import read_class, read_examples, read_held
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
@@ -80,7 +82,21 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     kept = activations(step, weights, config.train.gradient_checkpointing)
-    return MemoryEstimate(size(weights) - saved, training(trained, config.optimizer), kept, PROGRAM)
+    read_once = size(read.values()) // batch * _captions(config)  # kept in the computer's memory
+    return MemoryEstimate(size(weights) - saved + read_once, training(trained, config.optimizer), kept, PROGRAM)
+
+
+def _captions(config: TextToImageConfig) -> int:
+    """How many different ones are read once and kept; of a folder that may still have to be drawn, none are counted."""
+    live = config.lora.text_encoder or config.token.name or config.data.shuffle_tags
+    if live or config.data.folder == demo.NAME:
+        return 0
+    found = {example.caption for example in read_examples(config.data)[0]}
+    if held := read_held(config.data):
+        found |= {example.caption for example in held.examples}
+    found |= {example.caption for example in read_class(config)[0]}
+    found |= {config.prior.prompt, *config.prior.more_prompts} if config.prior.prompt else set()
+    return len(found | ({""} if config.data.caption_dropout else set()))
 
 
 def _empty(named: list[str], config: dict[str, Any]) -> Any:

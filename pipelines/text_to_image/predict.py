@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from equipoise.errors import InputError
@@ -50,6 +51,7 @@ def predict(run: Path, config: TextToImageConfig, sources: Sequence[Path], asked
     some = max(1, samples.batch // samples.count)  # prompts whose pictures are held in memory
     with (
         progress("pictures", "picture", total=len(prompts) * samples.count) as bar,
+        base.encoders_on_device(),
         with_result(base, run / "result", samples.scale, config.noise),
     ):
         for start in range(0, len(prompts), some):
@@ -82,7 +84,10 @@ def evaluate(run: Path, config: TextToImageConfig, folder: Path) -> Predictions:
     live = config.lora.text_encoder or (run / "result" / WORD_FILE).is_file()
     with progress("loss", "draw", total=2 * fixed.draws) as bar:
         untouched = fixed.losses(base.known, bar.update)
-        with with_result(base, run / "result", 1.0, config.noise):
+        with (
+            base.encoders_on_device() if live else nullcontext(),
+            with_result(base, run / "result", 1.0, config.noise),
+        ):
             tuned = fixed.losses(fixed.embed if live else base.known, bar.update)
     rows = [
         {"image": str(example.path), "caption": example.caption, "loss": number(own), "loss_base": number(without)}

@@ -48,7 +48,10 @@ def class_examples(
     prompts = [config.prior.prompt, *config.prior.more_prompts]
     counts = [len(range(first, config.prior.count, len(prompts))) for first in range(len(prompts))]
     base.set_scheduler(NoiseSection())  # an earlier run of this process may have sampled by another schedule
-    with progress("class pictures", "picture", total=config.prior.count, leave=False) as bar:
+    with (
+        base.encoders_on_device(),
+        progress("class pictures", "picture", total=config.prior.count, leave=False) as bar,
+    ):
         return [
             Example(path, prompt)
             for prompt, count in zip(prompts, counts, strict=True)

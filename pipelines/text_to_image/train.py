@@ -75,9 +75,9 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
         kinds = [kind.captions for kind in (own, validation, prior) if kind]
         base.read([*chain(*kinds), *([""] if data.caption_dropout else [])])
     with (
+        base.encoders_on_device() if live else nullcontext(),
         with_token(base, config.token.name or "", word) if word else nullcontext(),
         base.adapted(config.lora, config.seed) as parts,
-        nullcontext() if live else base.encoders_off_device(),
     ):
         work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word, validation)
         before = work.evaluation_loss()

@@ -1,11 +1,13 @@
 """Families that their pipelines' own code trains: a checkpoint in its real layout, a result that diffusers loads."""
 
+import copy
 import inspect
 import json
 import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -33,7 +35,7 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
-from equipoise.pipelines.text_to_image.base import begin_training, load_base
+from equipoise.pipelines.text_to_image.base import begin_training, load_base, place
 from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageModel, TextToImageSamples
 from equipoise.pipelines.text_to_image.families import Family, autoencoders, family, known, shape_of, trained
 from equipoise.pipelines.text_to_image.families.flows import FLOWS
@@ -601,6 +603,52 @@ def test_the_gradient_is_that_of_the_answer(name, base):
         with torch.no_grad():
             seen = (moved(3e-4) - moved(-3e-4)) / 6e-4
     assert slope == pytest.approx(seen, rel=0.05, abs=5e-3) and abs(slope) > 0.03
+
+
+def test_the_estimate_counts_what_is_kept_of_captions(built, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index, caption in enumerate(["a vase", "a cup", "a vase"]):
+        Image.new("RGB", (32, 32), (80 * index, 0, 0)).save(photos / f"{index}.png")
+        (photos / f"{index}.txt").write_text(caption)
+    folder = built("HiDreamImagePipeline")
+    found = []
+    for more in (["data=demo"], [f"data={photos}"], [f"data={photos}", "data.caption_dropout=0.1"]):
+        given = words(folder, tmp_path, "data.instance_prompt=null", *more)
+        found.append(TextToImage.estimate_memory(config.load(given[0], given[1:])).model)
+    one = (128 * 16 + 32 * 128 * 16 + 16) * 4 + 8  # float32 of three tensors, and a length
+    assert [other - found[0] for other in found[1:]] == [2 * one, 3 * one]
+
+
+def test_captions_are_kept_in_the_computers_memory_and_those_of_runs_before_are_dropped(base):
+    """The denoiser stands on a device without memory: nothing that is kept may be there, and all that it reads is."""
+    made = base("SanaPipeline")
+    made.read(["a vase", "a cup"])
+    made.read(["a cup", "a jug"])
+    assert made.embeddings.keys() == {"a cup", "a jug"}
+    away = copy.copy(made.pipeline)
+    with torch.device("meta"):
+        vars(away)["transformer"] = type(made.denoiser).from_config(made.denoiser.config)
+    there = replace(made, pipeline=away)
+    assert {tensor.device.type for tensor in there.known(["a cup", "a jug"]).values()} == {"meta"}
+    assert {tensor.device.type for kept in there.embeddings.values() for tensor in kept.values()} == {"cpu"}
+
+
+def test_text_encoders_come_to_the_device_only_to_read(built):
+    """A device without memory: what is moved there is seen to be."""
+    made = load_base(TextToImageModel(path=str(built("HiDreamImagePipeline"))), "no")
+    away = copy.copy(made.pipeline)
+    for name in (made.family.denoiser, *made.encoders):
+        vars(away)[name] = copy.deepcopy(getattr(away, name))
+    place(away, made.family, made.encoders, torch.device("meta"), None)
+    there = replace(made, pipeline=away)
+
+    def where() -> set[str]:
+        return {getattr(away, name).device.type for name in there.encoders}
+
+    assert there.denoiser.device.type == "meta" and where() == {"cpu"}
+    with pytest.raises(NotImplementedError, match="Cannot copy out"), there.encoders_on_device():
+        assert where() == {"meta"}
 
 
 # Names in other apps
