@@ -85,12 +85,24 @@ def _onnx_use(config: AudioVisualConfig) -> list[str]:
         "Outputs: `logits_joint` of shape (clips, classes), `logits_NAME` by each modality's own head, and "
         "`features_NAME`, which the heads are given. Classes are in the order of `classes` in features.json, which "
         "also holds the settings below.\n",
+        *([f"Unlike in training, {complete(config)}\n"] if config.data.missing == "mask" else []),
     ]
+
+
+def complete(config: AudioVisualConfig) -> str:
+    """What an ONNX model cannot do where the run's clips may lack a modality."""
+    return f"the ONNX model takes clips that have all of {' and '.join(config.data.modalities)}; `equipoise predict` takes others."
 
 
 def _features(config: AudioVisualConfig) -> list[str]:
     """The inputs, precisely enough to be made by another program."""
     data, made = config.data, []
+    length = f"{data.audio.seconds:g} s"
+    cut, seen = (
+        (f"longer sound cut to its first {length}", "of the clip")
+        if data.stretch == "start"
+        else (f"of longer sound the middle {length}", f"of the middle {length} of the clip, or all of a shorter one")
+    )
     if "audio" in data.modalities:
         audio = data.audio
         height, windows = bins(audio)
@@ -102,7 +114,7 @@ def _features(config: AudioVisualConfig) -> list[str]:
         )
         made.append(
             f"- `audio`, float32 of shape (clips, 1, {height}, {windows}): mono at {audio.sample_rate} Hz in -1 to 1, "
-            f"repeated or cut to {audio.seconds:g} s; a short-time Fourier transform with Hann windows of "
+            f"shorter sound repeated to {length}, {cut}; a short-time Fourier transform with Hann windows of "
             f"{audio.window} samples every {audio.hop}, centred, the ends reflected; {spectrum}. The model "
             "standardizes it."
         )
@@ -110,8 +122,8 @@ def _features(config: AudioVisualConfig) -> list[str]:
         visual = data.visual
         made.append(
             f"- `visual`, uint8 of shape (clips, {visual.frames}, 3, {visual.size}, {visual.size}): RGB frames from "
-            f"the middles of {visual.frames} equal stretches of the clip, scaled (bilinear) and cut about the centre "
-            "to a square. The model normalizes them."
+            f"the middles of {visual.frames} equal stretches {seen}, scaled (bilinear) and cut about the centre to a "
+            "square. The model normalizes them."
         )
     if "text" in data.modalities:
         how = (
@@ -120,6 +132,13 @@ def _features(config: AudioVisualConfig) -> list[str]:
             else "UTF-8's bytes + 1, then 0"
         )
         made.append(f"- `text`, int64 of shape (clips, {data.text.length}): {how}.")
+    if data.stretch == "random" and data.modalities != ["text"]:
+        made.append(
+            f"\nIt was trained on one of five stretches of {length}, from a longer clip's start to its end, drawn anew "
+            "each time."
+        )
+    if data.missing == "mask":
+        made.append("\nIt was trained on clips of which some may lack a modality.")
     return made
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import InputError
-from equipoise.pipelines.audio_visual.card import card, described
+from equipoise.pipelines.audio_visual.card import card, complete, described
 from equipoise.pipelines.audio_visual.features import blank
 from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion, load
 from equipoise.pipelines.files import explained
@@ -51,6 +52,8 @@ def export(result: Path, format: str, output: Path) -> None:
             for name in (WEIGHTS, DESCRIPTION, "result.json"):
                 shutil.copyfile(result / name, folder / name)
         (folder / "README.md").write_text(card(model.config, classes, figures, format), encoding="utf-8")
+    if format == "onnx" and model.config.data.missing == "mask":
+        print(f"{output / ONNX}: {complete(model.config)}", file=sys.stderr)
 
 
 class Whole(nn.Module):

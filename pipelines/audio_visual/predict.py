@@ -133,9 +133,17 @@ class Result:
         ]
         return Predictions(rows, figures, "\n".join(meaning), self._arrays(clips, outputs))
 
-    @torch.no_grad()
     def outputs(self, store: FeatureStore, clips: Sequence[Clip]) -> Outputs:
-        """What the model says of clips whose features can be made."""
+        """What the model says, in evaluation mode, of clips whose features can be made."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self._outputs(store, clips)
+        finally:
+            self.model.train(training)
+
+    @torch.no_grad()
+    def _outputs(self, store: FeatureStore, clips: Sequence[Clip]) -> Outputs:
         there: list[Tensor] = []  # (some, modalities), where clips may lack some
         batches, size = Batches(store, clips), min(256, 4 * self.config.train.batch)
         said: dict[str, list[Tensor]] = {}

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual import AudioVisual, export
+from equipoise.pipelines.audio_visual.card import card
 from equipoise.pipelines.audio_visual.features import blank
 from equipoise.pipelines.audio_visual.model import load
 from equipoise.pipelines.cli import main
@@ -58,6 +59,37 @@ def test_what_load_gives_takes_files(tiny, clips):
     found = model.predict(files)
     assert [row["clip"] for row in found] == [str(file) for file in files]
     assert [row["label"] for row in found] == ["low", "high"]
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.predict(files) == found and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("stretch", "sound", "pictures"),
+    [
+        ("start", "longer sound cut to its first 0.25 s", "of the clip"),
+        ("middle", "of longer sound the middle 0.25 s", "of the middle 0.25 s of the clip"),
+        ("random", "of longer sound the middle 0.25 s", "of the middle 0.25 s of the clip"),
+    ],
+)
+def test_the_card_says_which_part_of_a_long_clip_is_looked_at(stretch, sound, pictures, tiny):
+    settings = config.load("audio_visual/demo", [*tiny, f"data.stretch={stretch}"])
+    text = card(settings, ["high", "low"], {}, "onnx")
+    assert sound in text and f"equal stretches {pictures}" in text
+    assert ("one of five stretches" in text) == (stretch == "random")
+
+
+@pytest.mark.slow
+def test_an_onnx_model_of_clips_that_may_lack_a_modality_is_said_to_need_all(tiny, tmp_path, capfd):
+    pytest.importorskip("onnxscript")
+    settings = config.load("audio_visual/demo", [*tiny, "data.missing=mask", "steps=2"])
+    started = Store(settings.runs).create(settings)
+    execute(AudioVisual, settings, started)
+    capfd.readouterr()
+    assert main(["export", str(started.folder), "--output", str(tmp_path / "out"), "--format", "onnx"]) == 0
+    said = "takes clips that have all of audio and visual"
+    assert said in capfd.readouterr().err and said in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
