@@ -40,12 +40,18 @@ def _unmasked(config: AudioVisualConfig) -> list[str]:
         ("objective.name", config.objective.name),
         *(("train.baselines", name) for name in config.train.baselines),
     ]
-    return [
-        f"{key}: {name} compares what modalities say of the same clip, and with data.missing=mask a clip may lack one. "
-        "Use another, such as mimo, or data.missing=refuse."
-        for key, name in chosen
-        if config.data.missing == "mask" and not getattr(registry.load("objectives", name), "takes_missing", True)
-    ]
+    found = []
+    for key, name in chosen if config.data.missing == "mask" else ():
+        objective = registry.load("objectives", name)
+        if getattr(objective, "takes_missing", True):
+            continue
+        compares = getattr(objective, "uses_responses", True)
+        does = "compares what modalities say of the same clip" if compares else "clusters the features of every clip"
+        found.append(
+            f"{key}: {name} {does}, and with data.missing=mask a clip may lack one. Use another, such as mimo, or "
+            "data.missing=refuse."
+        )
+    return found
 
 
 def _data_problems(config: AudioVisualConfig, tokenized: bool) -> list[str]:

@@ -24,7 +24,7 @@ from equipoise.balancing.objective import Losses, Reached
 from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
-from equipoise.pipelines.audio_visual.features import Batches, Features
+from equipoise.pipelines.audio_visual.features import PRESENT, Batches, Features
 from equipoise.pipelines.audio_visual.model import DESCRIPTION, WEIGHTS, LateFusion, present
 from equipoise.pipelines.audio_visual.prepared import Prepared, prepare
 from equipoise.pipelines.audio_visual.probe import MOST, probes
@@ -35,7 +35,7 @@ from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.checkpoints import save_tensors
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import EarlyStopError, StoppedError, train_loop
+from equipoise.pipelines.training.loop import DivergedError, EarlyStopError, StoppedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
 
 JOINT = "joint"
@@ -197,6 +197,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
         self.loading = 0.0  # seconds that the last step waited for its batch
+        self.had: dict[int, dict[str, Tensor]] = {}  # forward pass of a step → modality → whether some clip had it
         self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
         size = config.train.batch * config.train.accumulate * processes.count()
         self.objective.steps_per_epoch = len(splits["train"]) / size
@@ -221,7 +222,14 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             some = {split: self._some(split, MOST) for split in ("train", "val")}
             given = [(self._encoded(split, clips), self.labels[split][clips]) for split, clips in some.items()]
             self.run.log(self.objective.take_features(*given[0], *given[1]))
-        return super().step(step) | {"balancing": self.balancing, "loading": self.loading}
+        values = super().step(step) | {"balancing": self.balancing, "loading": self.loading}
+        for name in self.model.modalities if self.had else ():
+            # the mean is over all forward passes, and 0 is none's loss
+            if count := sum(float(had[name]) for had in self.had.values()):
+                values[f"loss_{name}"] *= len(self.had) / count
+            else:
+                del values[f"loss_{name}"]
+        return values
 
     def _alone(self) -> dict[str, Reached]:
         """What each modality reaches by itself in as many steps as the run has at most, and until none gets better by
@@ -244,7 +252,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         for step in tqdm(range(steps), f"{' and '.join(names)} alone", **shown):
             if "stop" in processes.requests(self.run):
                 raise StoppedError(f"stopped on request at step {step} of {steps} in which modalities train alone")
-            found = work.step(step)
+            try:
+                found = work.step(step)
+            except DivergedError as error:
+                raise self._diverged_alone(names, f"{error} at step {step + 1} of {steps}") from error
             if not (work.validation and work.validation.due(step + 1)):
                 continue
             now = processes.first({name: found.get(f"val_loss_{name}", math.inf) for name in names})
@@ -253,7 +264,15 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             if waited == _WAIT and not self.objective.alone_joint:
                 break
         last = work._both_losses(names)
+        if not all(math.isfinite(value) for name in names for value in (best[name], last[name][1])):
+            raise self._diverged_alone(names, "the validation loss was not finite")
         return {name: Reached(*first[name][:2], *last[name][:2], best[name], last[name][2]) for name in names}
+
+    def _diverged_alone(self, names: Sequence[str], what: str) -> InputError:
+        return InputError(
+            f"the training of {' and '.join(names)} alone, before the run's own, diverged: {what}. Set a smaller "
+            f"optimizer.learning_rate, or give numbers: objective.options.{self.objective.alone_option}."
+        )
 
     def _some(self, split: str, most: int) -> Tensor:
         """The indices of a split's clips; of more than `most`, so many by chance, always the same."""
@@ -308,7 +327,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             # of the weight of all processes' clips, if those had each the same
             return mean if processes.count() == 1 else mean * weight / processes.mean(weight).clamp(min=1e-12)
 
-        own = {n: loss(logits, present(batch, self.model.modalities, n)) for n, logits in unimodal.items()}
+        there = {n: present(batch, self.model.modalities, n) for n in unimodal}
+        own = {n: loss(logits, there[n]) for n, logits in unimodal.items()}
+        if PRESENT in batch:
+            self.had[micro] = {n: processes.mean(batch[PRESENT][:, i].float().sum()) > 0 for i, n in enumerate(own)}
         return Losses(loss(joint), own, labels, responses)
 
     def _chosen(self, number: int) -> list[int]:
@@ -424,7 +446,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         return {name: torch.cat(parts) for name, parts in made.items()}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "clips": self.digest}
+        return {**super().state(), "clips": self.digest, "alone": self.alone}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state.get("clips", self.digest) != self.digest:
@@ -433,6 +455,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
                 "was trained on so far. Put them back, or train anew."
             )
         super().restore(weights, state)
+        self.alone = dict(state.get("alone", {}))  # earlier versions kept none
 
     def save_result(self, found: dict[str, Scores], facts: dict[str, Any]) -> None:
         """Writes the model with all it takes to load it, the figures, and a confusion matrix per prediction."""

@@ -41,6 +41,7 @@ class GradientBlending(Objective):
 
     modalities: ClassVar[tuple[int, float]] = (1, math.inf)
     alone_joint: ClassVar[bool] = True
+    alone_option: ClassVar[str] = "weights"
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.weights = dict(weights or {})

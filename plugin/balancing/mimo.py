@@ -67,6 +67,7 @@ class MIMO(Objective):
     """
 
     modalities: ClassVar[tuple[int, float]] = (1, math.inf)
+    alone_option: ClassVar[str] = "f_star"
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class Objective:
     # whether it needs the joint loss's too, and trainings of the same length.
     needs_alone: bool = False
     alone_joint: ClassVar[bool] = False
+    alone_option: ClassVar[str] = ""  # the option that takes numbers in place of those trainings
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -194,7 +194,12 @@ def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name
         words.append("data.modalities=[audio, visual]")
         assert main(["train", NAME, *words]) == 2
         said = capfd.readouterr().err
-        assert f"objective.name: {name} compares what modalities say of the same clip" in said
+        why = (
+            "clusters the features of every clip"
+            if name == "relearning"
+            else "compares what modalities say of the same"
+        )
+        assert f"objective.name: {name} {why}" in said
         return
     run, outcome = train(*words, f"objective.options={options}")
     assert outcome.state == "done"
@@ -336,6 +341,8 @@ def test_a_run_with_an_automatic_f_star_stops_and_resumes_exactly(tiny, stopped_
     run = stopped_run(AudioVisual, settings, at=3)
     assert execute(AudioVisual, settings, run).state == "done"
     assert equal(weights(whole), weights(run)) and not equal(weights(whole), weights(train(*tiny)[0]))
+    one, other = (json.loads((r.folder / "result" / "result.json").read_text()) for r in (whole, run))
+    assert one["alone_audio"] == other["alone_audio"] and one["alone_visual"] == other["alone_visual"]
 
 
 def test_relearning_moves_the_encoders_back_and_says_by_how_much(tiny):
@@ -496,6 +503,46 @@ def test_a_rate_that_is_too_large_diverges_with_a_result(tiny):
     run, outcome = train(*tiny, "learning_rate=1e30", "optimizer.options={}", "steps=12")
     assert outcome.state == "diverged" and "of 12" in outcome.message
     assert all(torch.isfinite(w.float()).all() for w in weights(run).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ways"),
+    [("mimo", "{f_star: auto}", "objective.options.f_star"), ("gradient_blending", "{}", "objective.options.weights")],
+)
+def test_a_preliminary_training_that_diverges_is_named_and_leaves_no_result(name, options, ways, tiny):
+    words = [*tiny, f"objective={name}", f"objective.options={options}"]
+    settings = config.load(NAME, [*words, "learning_rate=1e30", "optimizer.options={}", "steps=12"])
+    run = Store(settings.runs).create(settings)
+    with pytest.raises(InputError, match=r"the training of audio and visual alone, before the run's own") as caught:
+        execute(AudioVisual, settings, run)
+    assert "Set a smaller optimizer.learning_rate" in str(caught.value) and ways in str(caught.value)
+    assert not list((run.folder / "result").iterdir())
+
+
+def test_a_baseline_whose_preliminary_training_diverges_is_said_to(tiny, monkeypatch):
+    steps = AudioVisualWork.step
+
+    def step(self, number):
+        if self.config.objective.name == "unimodal":
+            raise NonFiniteError("the loss was not finite")
+        return steps(self, number)
+
+    monkeypatch.setattr(AudioVisualWork, "step", step)
+    run, outcome = train(*tiny, "train.baselines=[gradient_blending]")
+    assert "With gradient_blending in its place nothing was trained: the training of audio and" in outcome.message
+    assert json.loads((run.folder / "result" / "result.json").read_text())["baselines"] == {}
+
+
+def test_the_loss_of_an_absent_modality_is_the_mean_of_the_batches_that_have_it(tiny, clips, tmp_path):
+    path = with_rare_text(clips, tmp_path, {"train0", "val0", "test0"})
+    words = [*tiny, f"data={path}", *MASKED, "data.missing=mask", "objective=joint", "objective.options={}", "steps=3"]
+    losses = {}
+    for accumulate, batch in ((1, 4), (2, 6)):  # of twelve clips one has text
+        run, _ = train(*words, f"train.accumulate={accumulate}", f"batch={batch}", "learning_rate=1e-30")
+        losses[accumulate] = [record["loss_text"] for record in run.metrics() if "loss_text" in record]
+        assert all("loss_audio" in record for record in run.metrics())
+    assert len(losses[1]) == 1 and len(losses[2]) == 3, "one batch of three, and a half of each step"
+    assert losses[1] + losses[2] == pytest.approx([losses[1][0]] * 4, rel=0.3)
 
 
 def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
