@@ -91,8 +91,8 @@ def _onnx_use(config: AudioVisualConfig) -> list[str]:
 
 def complete(config: AudioVisualConfig) -> str:
     """What an ONNX model cannot do where the run's clips may lack a modality."""
-    named = " and ".join(config.data.modalities)
-    return f"the ONNX model takes clips that have all of {named}; `equipoise predict` takes others."
+    wanted = " and ".join(config.data.modalities)
+    return f"the ONNX model takes clips that have all of {wanted}; `equipoise predict` takes others too."
 
 
 def _features(config: AudioVisualConfig) -> list[str]:

@@ -66,7 +66,6 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
     """A clip's features as far as its files are there and can be read, and what is wrong with those files."""
     found: Features = {}
     lengths: dict[str, float] = {}
-    spanned = clip.start is not None or clip.end is not None
     wrong: list[str] = []
 
     def parts(made: Tensor, count: int) -> Tensor:
@@ -76,10 +75,7 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
 
     def add_sound(path: Path) -> None:
         if path.suffix == ".npy":
-            if spanned:
-                raise InputError(
-                    f"{path.name} is a spectrogram, whose seconds nobody knows. Cut it, and leave start and end empty."
-                )
+            _without_span(clip, path, "is a spectrogram, whose seconds nobody knows")
             found["audio"] = parts(read_spectrogram(path, data.audio), 1)
             return
         samples, rate = read_audio(path)
@@ -93,11 +89,8 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
         if clip.frames:
             if seconds := lengths.get("sound"):
                 spans = [(begin / seconds, end / seconds) for begin, end in stretches(seconds, clip, data)]
-            elif spanned and not wrong and not path.is_file():
-                raise InputError(
-                    f"{path.name} is a folder of pictures, and without sound nobody knows their seconds. Give a video "
-                    "or the clip's sound, or pictures of the span alone, and leave start and end empty."
-                )
+            elif not wrong and not path.is_file():
+                _without_span(clip, path, "is a folder of pictures, and without sound nobody knows their seconds")
             made = read_frames(path, data.visual.frames, data.visual.size, spans)
         else:
 
@@ -129,6 +122,15 @@ def _read(clip: Clip, data: AudioVisualData, tokenizer: Any) -> tuple[Features, 
     if not found and not wrong:
         wrong.append(f"{clip.name} has none of the modalities {', '.join(data.modalities)}.")
     return found, list(dict.fromkeys(wrong))
+
+
+def _without_span(clip: Clip, path: Path, what: str) -> None:
+    """
+    Raises:
+        InputError: The clip is some seconds of a file that has none, as `what` says.
+    """
+    if clip.start is not None or clip.end is not None:
+        raise InputError(f"{path.name} {what}. Give what is of the span alone, and leave start and end empty.")
 
 
 def stretches(length: float | Fraction, clip: Clip, data: AudioVisualData) -> list[videos.Span]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,7 +240,7 @@ def clips_of(sources: Sequence[Path], modalities: Sequence[str], missing: bool =
                 f"{' and '.join(modalities)}. Give videos, or a manifest that names a file for each."
             )
             continue
-        given = {name: path if name == column else None for name in _GIVES}
+        given: dict[str, Any] = {name: path if name == column else None for name in _GIVES}
         clips.append(Clip(len(clips), str(path), "", "", **given, text=None))
     refuse(problems)
     return clips

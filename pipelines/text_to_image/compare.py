@@ -159,9 +159,8 @@ def draw_all(
     beside = {kept: KEPT} if kept else {}
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
     shown = [one.cell for one in cells]
-    return Comparison(
-        name, folder, list(samples.prompts), meaning, untouched, shown, beside, scored, ALIKE, kept, column
-    )
+    prompts = list(samples.prompts)
+    return Comparison(name, folder, prompts, meaning, untouched, shown, beside, scored, ALIKE, kept=kept, column=column)
 
 
 def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:

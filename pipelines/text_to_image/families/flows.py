@@ -130,7 +130,8 @@ class Lumina2(GenericFlow):
         from diffusers import Lumina2Pipeline
 
         parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
-        written = f"{Lumina2Pipeline(**dict.fromkeys(parts)).system_prompt} <Prompt Start> "
+        empty: dict[str, Any] = dict.fromkeys(parts)
+        written = f"{Lumina2Pipeline(**empty).system_prompt} <Prompt Start> "
         return special + len(tokenizer(written, add_special_tokens=False).input_ids)
 
 
