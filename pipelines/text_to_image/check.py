@@ -1,5 +1,6 @@
 """What is wrong with the world a configuration points to, found before anything is written."""
 
+import math
 import os
 import shutil
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from equipoise.pipelines.text_to_image.formats.layout import (
     model_source,
     native_resolution,
     prediction,
+    read_config,
     read_index,
     stride,
 )
@@ -60,6 +62,7 @@ def problems(config: TextToImageConfig) -> list[str]:
         answer = config.noise.prediction or (prediction(model.path, model.revision) if local else "")
         if config.noise.zero_terminal_snr and kind.noise == "diffusion" and answer == "epsilon":
             found.append(NOTHING_TO_SEE)
+        found += _bucket_problems(config, kind)
         pixels = stride(model.path, model.revision) if local else None
         if pixels and config.data.resolution % pixels:
             found.append(
@@ -174,6 +177,28 @@ def notes(config: TextToImageConfig) -> list[str]:
 def _folder(config: TextToImageConfig) -> Folder | None:
     """What is trained on; None where it may still have to be drawn."""
     return None if config.data.folder == demo.NAME else read_folder(config.data)
+
+
+def _bucket_problems(config: TextToImageConfig, kind: Family) -> list[str]:
+    """Of families that fill up pictures that are no squares, where these would be too large."""
+    from equipoise.pipelines.text_to_image.buckets import sizes
+
+    model, data = config.model, config.data
+    try:
+        described = read_config(model.path, kind.denoiser, model.revision) if data.buckets else {}
+        most, pixels = kind.most_tokens(described) if described else None, stride(model.path, model.revision)
+    except (KeyError, OSError, TypeError, ValueError):  # a damaged one, which is found out when it is loaded
+        return []
+    if not most or not pixels:
+        return []
+    area = most * pixels**2
+    for width, height in sizes(data, pixels):
+        if width != height and width * height > area:
+            return [
+                f"data.buckets: {kind.title} takes pictures that are no squares up to {area} pixels, but one of "
+                f"{width} × {height} has {width * height}. Set data.resolution to {math.isqrt(most) * pixels}."
+            ]
+    return []
 
 
 def _target_problems(config: TextToImageConfig, kind: Family) -> list[str]:

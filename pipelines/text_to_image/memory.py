@@ -3,6 +3,7 @@
 # diffusers, peft and transformers annotate too narrowly.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
+import math
 from typing import Any
 
 import diffusers
@@ -18,6 +19,7 @@ from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import read_class, read_examples, read_held
 from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
@@ -71,6 +73,8 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     pipeline.set_progress_bar_config(disable=True)
     kind.bind(pipeline)
     batch, side = config.train.batch, config.data.resolution
+    if config.data.buckets and (most := kind.most_tokens(parts[kind.denoiser].config)):
+        side = math.isqrt(most) * factor(parts["vae"].config) * kind.patch  # what is no square is filled up
     weights = [tensor for part in names for tensor in (*parts[part].parameters(), *parts[part].buffers())]
     captions = ["a picture"] * batch
     with torch.device("meta"):

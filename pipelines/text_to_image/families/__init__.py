@@ -82,6 +82,10 @@ class Family(ABC):
         """For samples of this checkpoint, by default."""
         return self.guidance
 
+    def most_tokens(self, denoiser: Mapping[str, Any]) -> int | None:
+        """How many tokens a picture that is no square may have, and is filled up to, by the denoiser's config."""
+        return None
+
     def before(self, tokenizer: Any, special: int) -> int:
         """How many tokens the pipeline puts before a caption, given how many a tokenizer puts around any text."""
         return special

@@ -1,7 +1,7 @@
 """HiDream-I1: four text encoders, and experts that answer in another way in training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +50,10 @@ class HiDream(GenericFlow):
 
     def arguments(self, embedded: "dict[str, Tensor]") -> "dict[str, Tensor]":
         return embedded | {"prompt_embeds_llama3": embedded["prompt_embeds_llama3"].transpose(0, 1)}
+
+    def most_tokens(self, denoiser: Mapping[str, Any]) -> int | None:
+        height, width = denoiser["max_resolution"]  # cells of the latents
+        return height * width // denoiser["patch_size"] ** 2
 
     def sized(self, pipeline: Any, height: int, width: int) -> Any:
         """It makes every size one of so many pixels."""

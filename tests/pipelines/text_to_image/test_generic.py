@@ -29,6 +29,7 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
@@ -618,6 +619,39 @@ def test_the_estimate_counts_what_is_kept_of_captions(built, tmp_path):
         found.append(TextToImage.estimate_memory(config.load(given[0], given[1:])).model)
     one = (128 * 16 + 32 * 128 * 16 + 16) * 4 + 8  # float32 of three tensors, and a length
     assert [other - found[0] for other in found[1:]] == [2 * one, 3 * one]
+
+
+def test_hidream_takes_no_pictures_that_are_no_squares_beyond_its_most_tokens(built, tmp_path, capsys):
+    """This one has 8 × 8 cells of 8 pixels at most."""
+    folder = built("HiDreamImagePipeline")
+    given = words(folder, tmp_path, "data.buckets=true", "data.bucket_step=16")
+    assert main(["train", *given, "data.resolution=96", "--id", "refused"]) == 2
+    assert "data.buckets: HiDream-I1 takes pictures that are no squares up to 4096 pixels" in capsys.readouterr().err
+    problems = TextToImage.check
+    assert problems(config.load(given[0], [*given[1:], "data.resolution=64"])) == []
+    assert problems(config.load(given[0], [*given[1:], "data.resolution=96", "data.buckets=false"])) == []
+    found = [
+        TextToImage.estimate_memory(config.load(given[0], [*given[1:], *more])).activations
+        for more in (["data.resolution=32"], ["data.resolution=64"], ["data.resolution=64", "data.buckets=false"])
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to:UserWarning")  # in diffusers
+def test_chroma_is_compiled_once_where_it_is_checkpointed(base):
+    made, counter = base("ChromaPipeline"), CompileCounter()
+    compiled = torch.compile(made.denoiser, backend=counter, dynamic=False)
+    noisy, read = some_latents(made, 1), made.family.embed(made.pipeline, [PROMPT])
+    found = []
+    with made.adapted(config.load("text_to_image/dreambooth", []).lora, 0) as parts:
+        begin_training(parts["transformer"])
+        for _ in range(2):
+            made.denoiser.enable_gradient_checkpointing()  # a second run of this process
+            for time in (300.0, 800.0):
+                made.family.predict(compiled, noisy, torch.tensor([time]), read, torch.zeros(1, 6)).sum().backward()
+                found.append(counter.frame_count)
+    made.denoiser.disable_gradient_checkpointing()
+    assert found[0] > 0 and len(set(found)) == 1
 
 
 def test_captions_are_kept_in_the_computers_memory_and_those_of_runs_before_are_dropped(base):
