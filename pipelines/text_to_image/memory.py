@@ -49,10 +49,7 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
         parts[part].requires_grad_(False).train()
         for parameter in parts[part].parameters() if part != "vae" else ():
             parameter.data = parameter.data.to(dtype)
-    saved = 0
-    if model.quantize:  # the linear layers' weights
-        linear = [layer.weight for layer in parts[kind.denoiser].modules() if isinstance(layer, torch.nn.Linear)]
-        saved = round(size(linear) - sum(weight.numel() for weight in linear) * _BYTES[model.quantize])
+    saved = _saved(parts[kind.denoiser], model.quantize)
     targets = {kind.denoiser: lora.targets or kind.targets}
     if lora.text_encoder:
         targets |= dict.fromkeys((name for name in kind.tuned_encoders if name in encoders), lora.text_encoder_targets)
@@ -88,6 +85,14 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     kept = activations(step, weights, config.train.gradient_checkpointing)
     read_once = size(read.values()) // batch * _captions(config)  # kept in the computer's memory
     return MemoryEstimate(size(weights) - saved + read_once, training(trained, config.optimizer), kept, PROGRAM)
+
+
+def _saved(denoiser: Any, quantize: str | None) -> int:
+    """Bytes that model.quantize saves, of the linear layers' weights."""
+    if not quantize:
+        return 0
+    linear = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
+    return round(size(linear) - sum(weight.numel() for weight in linear) * _BYTES[quantize])
 
 
 def _captions(config: TextToImageConfig) -> int:
