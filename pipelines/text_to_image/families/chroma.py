@@ -1,14 +1,9 @@
 """Chroma: what diffusers' pipeline makes of it, and a mask that it loses in training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from equipoise.pipelines.text_to_image.families.flux import Flux
 from equipoise.pipelines.text_to_image.families.generic import GenericFlow
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Chroma(GenericFlow):
@@ -26,27 +21,26 @@ class Chroma(GenericFlow):
     shape = ("num_attention_heads", "attention_head_dim")
     original, fused = Flux.original, Flux.fused  # pyright: ignore[reportAssignmentType]  # layers are FLUX.1's by name
 
-    def predict(self, denoiser: Any, *given: Any, **more: Any) -> "Tensor":
-        with _masked(self._pipeline.transformer):
-            return super().predict(denoiser, *given, **more)
+    def bind(self, pipeline: Any) -> None:
+        super().bind(pipeline)
+        denoiser, masked = pipeline.transformer, _Masked()
+
+        def enable() -> None:
+            type(denoiser).enable_gradient_checkpointing(denoiser)
+            masked.own = masked.own or denoiser._gradient_checkpointing_func
+            denoiser._gradient_checkpointing_func = masked  # the same one always: another would be compiled anew
+
+        denoiser.enable_gradient_checkpointing = enable
 
 
-@contextmanager
-def _masked(denoiser: Any) -> Iterator[None]:
+class _Masked:
     """diffusers 0.42 gives Chroma's single blocks no mask where they are checkpointed: here that of the double ones."""
-    if not denoiser.gradient_checkpointing:
-        yield
-        return
-    own, masks = denoiser._gradient_checkpointing_func, []
 
-    def call(block: Any, *given: Any) -> Any:
+    own: Any = None
+    mask: Any = None
+
+    def __call__(self, block: Any, *given: Any) -> Any:
         if len(given) == 3:
-            return own(block, *given, masks[-1])
-        masks.append(given[-1])
-        return own(block, *given)
-
-    denoiser._gradient_checkpointing_func = call
-    try:
-        yield
-    finally:
-        denoiser._gradient_checkpointing_func = own
+            return self.own(block, *given, self.mask)
+        self.mask = given[-1]
+        return self.own(block, *given)
