@@ -347,7 +347,7 @@ def plot(_: argparse.Namespace) -> None:
     for setting in table.settings():
         tried = [(value, table.cell(setting, name, 1.0)) for name, value in _reaches().items()
                  if 1.0 in table.rates(setting, name)]  # fmt: skip
-        if tried:
+        if len(tried) > 1:
             _, _, lost = table.best(setting, "adamw")
             layers, best = LAYERS[setting[0]], max(tried, key=lambda item: item[1][0])[0]
             spared = max((value for value, (_, forgotten, _) in tried if forgotten <= lost), default=None)
@@ -383,7 +383,7 @@ def _print_reaches(table: Table) -> None:
     print("| --- | ---: |" + " --- |" * (len(named) + 1))
     for setting in table.settings():
         tried = {name: table.cell(setting, name, 1.0) for name in named if 1.0 in table.rates(setting, name)}
-        if not tried:
+        if len(tried) < 2:  # one is no choice
             continue
         row = [f"{tried[name][0]:.3f}, {tried[name][1]:.3g}" if name in tried else "" for name in named]
         _, gain, lost = table.best(setting, "adamw")
