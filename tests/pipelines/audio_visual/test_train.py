@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -253,7 +254,7 @@ def test_batches_in_which_one_clip_or_none_has_a_modality_leave_the_batch_norms_
     assert not equal(dict(model.encoders["audio"].named_buffers()), norms), "two clips have it"
 
 
-def with_rare_text(clips: Path, folder: Path, kept: set[str]) -> Path:
+def with_rare_text(clips: Path, folder: Path, kept: Collection[str]) -> Path:
     """The clips of a manifest, of which those of these names alone have text."""
     with clips.open(newline="") as file:
         rows = [dict(row, text=row["text"] if row["clip"] in kept else "") for row in csv.DictReader(file)]
