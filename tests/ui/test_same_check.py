@@ -28,6 +28,7 @@ from equipoise.ui import api, forms
 from equipoise.ui.app import page
 from equipoise.ui.safety import Site
 
+BY_FAMILY = "data\\.buckets:"  # of HiDream-I1, whose checkpoints test_generic builds
 ABSENT = ("torchao", "bitsandbytes", "rouge_score")  # packages that these tests do without
 EIGHT_BITS = "from torch.optim import AdamW\nclass AdamW8bit(AdamW): pass"
 # Words that make each refusal come; ROOT stands for a folder that the page may read.
@@ -211,7 +212,7 @@ def test_no_sentence_of_a_check_is_left_out_above(pipeline, source):
     if len(REFUSED) < len(CASES):
         pytest.skip("needs the cases above, in this process")
     came = [line for words, lines in REFUSED.items() if words.startswith(pipeline) for line in lines]
-    wanted = sentences(resolve_name(source))
+    wanted = [text for text in sentences(resolve_name(source)) if not text.startswith(BY_FAMILY)]
     assert wanted and [text for text in wanted if not any(re.match(text, line) for line in came)] == []
 
 

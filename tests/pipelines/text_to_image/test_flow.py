@@ -289,9 +289,11 @@ def test_the_estimate_counts_every_weight(name, short, build_checkpoint):
         if tensor.is_floating_point()
     )
     base = load_base(TextToImageModel(path=str(folder)), "no")
+    base.read({example.caption for example in read_examples(config.load(NAME, short).data)[0]})
+    captions = sum(tensor.numel() * 4 for read in base.embeddings.values() for tensor in read.values())
     with base.adapted(config.load(NAME, ["rank=1"]).lora, 0) as parts:
         factors = sum(p.numel() * 4 for part in parts.values() for p in part.parameters() if p.requires_grad)
-    assert estimate and more and estimate.model == pytest.approx(weights + factors, rel=5e-3)
+    assert estimate and more and estimate.model == pytest.approx(weights + factors + captions, rel=5e-3)
     assert more.activations == pytest.approx(2 * estimate.activations, rel=0.1)
 
 
