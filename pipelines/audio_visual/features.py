@@ -436,11 +436,19 @@ class Batches:
             following: Those that will be asked for next.
             shares: From 0 to below 1, which of a clip's parts to take where it has several; unless given, the middle.
         """
-        if not self.store.full:
-            return self._stacked(self._read(indices), shares)
-        future = self.ahead.pop(tuple(indices), None)
-        self.ahead = {tuple(following): self.reader.submit(self._read, following)} if following else {}
-        return self._stacked(future.result() if future else self._read(indices), shares)
+        drawn = self.store.data.stretch == "random"
+        read = self._read if drawn else self._whole
+        found: Any = None
+        if self.store.full:
+            future = self.ahead.pop(tuple(indices), None)
+            self.ahead = {tuple(following): self.reader.submit(read, following)} if following else {}
+            found = future.result() if future else None
+        found = read(indices) if found is None else found
+        return self._stacked(found, shares) if drawn else found
+
+    def _whole(self, indices: Sequence[int]) -> Features:
+        """Stacked as well by who reads ahead, where no part is drawn in the step itself."""
+        return self._stacked(self._read(indices), None)
 
     def _stacked(self, rows: list[Features], shares: Sequence[float] | None) -> Features:
         data = self.store.data
