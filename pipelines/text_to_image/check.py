@@ -15,6 +15,7 @@ from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import (
     Example,
     Folder,
+    drawn_if_demo,
     open_picture,
     read_class,
     read_examples,
@@ -44,9 +45,7 @@ _DECODED = 2_000  # pictures decoded beforehand; in larger folders the rest is f
 
 def examples(config: TextToImageConfig) -> int:
     """How many pictures an epoch has, a repeated one as often as it is repeated."""
-    drawn = config.data.folder == demo.NAME
-    folder = str(demo.pictures_folder(Path(config.runs))) if drawn else config.data.folder
-    return sum(example.repeats for example in read_examples(config.data.model_copy(update={"folder": folder}))[0])
+    return sum(example.repeats for example in read_examples(drawn_if_demo(config.data, Path(config.runs)))[0])
 
 
 def problems(config: TextToImageConfig) -> list[str]:

@@ -31,7 +31,7 @@ from equipoise.pipelines.text_to_image.config import (
     TextToImageModel,
     TextToImageSamples,
 )
-from equipoise.pipelines.text_to_image.data import read_examples
+from equipoise.pipelines.text_to_image.data import drawn_if_demo, read_examples
 from equipoise.pipelines.text_to_image.generate import Sample, generate
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, with_token
 from equipoise.pipelines.text_to_image.judges import MEANINGS, Judges
@@ -177,9 +177,7 @@ def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:
 
 def _training_pictures(run: Run, config: TextToImageConfig) -> list[Path]:
     """The pictures that a run was trained on; none, with a word about it, where they are gone."""
-    data = config.data
-    if data.folder == demo.NAME:
-        data = data.model_copy(update={"folder": str(demo.pictures_folder(run.root))})
+    data = drawn_if_demo(config.data, run.root)
     with environment.there(run.folder / "environment.json"):
         examples, problems = read_examples(data)
         if problems:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from equipoise.pipelines import demo
 from equipoise.pipelines.media.pictures import NAMED, of_systems, suffixes
 from equipoise.pipelines.media.pictures import open_picture as open_picture
 from equipoise.pipelines.media.reading import content
@@ -57,6 +58,11 @@ class Folder:
                 "no pictures: " + ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common())
             )
         return "; ".join(parts) + "."
+
+
+def drawn_if_demo(data: TextToImageData, runs: Path) -> TextToImageData:
+    """The data, with a folder in place of `demo`, whose pictures are drawn into the folder of runs."""
+    return data.model_copy(update={"folder": str(demo.pictures_folder(runs))}) if data.folder == demo.NAME else data
 
 
 def read_examples(data: TextToImageData) -> tuple[list[Example], list[str]]:

@@ -37,7 +37,7 @@ from equipoise.pipelines.text_to_image.base import forget_bases, load_base
 from equipoise.pipelines.text_to_image.compare import with_lora
 from equipoise.pipelines.text_to_image.compare_files import plain_factors
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
-from equipoise.pipelines.text_to_image.data import read_folder, read_held
+from equipoise.pipelines.text_to_image.data import drawn_if_demo, read_folder, read_held
 from equipoise.pipelines.text_to_image.fixed import FixedLosses, spread
 from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import model_source
@@ -105,7 +105,7 @@ def _of_the_demo(config: TextToImageConfig) -> dict[str, str]:
     if config.model.path == demo.NAME:
         found |= dict.fromkeys(("model", "model.path"), str(model_source(demo.NAME)))
     if config.data.folder == demo.NAME:
-        found |= dict.fromkeys(("data", "data.folder"), str(demo.pictures_folder(Path(config.runs))))
+        found |= dict.fromkeys(("data", "data.folder"), drawn_if_demo(config.data, Path(config.runs)).folder)
     return found
 
 
@@ -138,9 +138,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
 
 def _judged(config: TextToImageConfig, run: Run, file: Path, seconds: float) -> Outcome:
     """Writes the run's result of a LoRA file, with the loss before and after over the draws of one's own runs."""
-    data = config.data
-    if data.folder == demo.NAME:
-        data = data.model_copy(update={"folder": str(demo.pictures_folder(Path(config.runs)))})
+    data = drawn_if_demo(config.data, Path(config.runs))
     held = read_held(data)
     found = held or read_folder(data)
     if found.problems:

@@ -22,7 +22,6 @@ from equipoise.balancing.objective import Losses
 from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
-from equipoise.pipelines import demo
 from equipoise.pipelines.media.reading import content
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
@@ -32,7 +31,7 @@ from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
-from equipoise.pipelines.text_to_image.data import Example, read_folder, read_held
+from equipoise.pipelines.text_to_image.data import Example, drawn_if_demo, read_folder, read_held
 from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
@@ -52,11 +51,8 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     accelerator = make_accelerator(config.train.precision)
     base = load_base(config.model, config.train.precision)
     runs = Path(config.runs)
-    data = config.data
-    if data.folder == demo.NAME:
-        with accelerator.main_process_first():
-            drawn = demo.pictures_folder(runs)
-        data = data.model_copy(update={"folder": str(drawn)})
+    with accelerator.main_process_first():
+        data = drawn_if_demo(config.data, runs)
     found = read_folder(data)
     if found.problems:  # since the check
         raise ConfigError(found.problems)
