@@ -23,7 +23,7 @@ ui: $(VENV)/.installed-ui  # the web page
 
 test: $(VENV)/.installed-dev  # one process per core, each with one thread, and a file's tests in one of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
-	  --no-loadscope-reorder --max-worker-restart 0 $(TESTS)
+	  --no-loadscope-reorder --max-worker-restart 0 --durations 25 $(TESTS)
 
 test-quantized: $(VENV)/.installed-dev  # with bitsandbytes, apart, for it slows every import of peft
 	[ -d $(VENV)/quantized ] || $(INSTALL) --quiet --no-deps --target $(VENV)/quantized bitsandbytes

@@ -2,7 +2,7 @@
 
     python benchmarks/keeping/study.py run --task orders --methods adamw bounded --rates 1e-3 1 --seeds 0 1 2
     python benchmarks/keeping/study.py report        the tables of keeping.md
-    python benchmarks/keeping/study.py plot          claim.png, with matplotlib
+    python benchmarks/keeping/study.py plot          claim.png and transfer.png, with matplotlib
 
 `run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. bases.py describes the pretrained
 models, tasks.py the tasks. Every run has gradients clipped to a norm of 1, a cosine schedule (but for schedule-free),
@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,9 @@ class Table:
 def report(_: argparse.Namespace) -> None:
     table = Table()
     _print_verdicts(table)
+    _print_seeds(table)
     _print_reaches(table)
+    _print_transfer(table)
     for setting in table.settings():
         if setting[1] == TASKS[setting[0]].steps and setting[2] == 8:
             _print_task(table, setting)
@@ -286,11 +288,10 @@ def rivals(table: Table, setting: tuple) -> list[str]:
 
 def _print_verdicts(table: Table) -> None:
     print("\n## One default against AdamW and the best rival, each at its best rate\n")
-    print("Seed 0, gain and forgotten. Spared most: what forgets least with at least 95 % of the largest gain. In the "
-          "last column, the bound at a rate of 1 over all its seeds.\n")  # fmt: skip
+    print("Seed 0, gain and forgotten. Spared most: what forgets least with at least 95 % of the largest gain.\n")
     print("| task | steps, rank, batch | AdamW at | | best rival of | | bounded at | of AdamW's gain | of the best "
-          "rival's | lost | spared most | seeds |")  # fmt: skip
-    print("| --- | --- | ---: | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+          "rival's | lost | spared most |")  # fmt: skip
+    print("| --- | --- | ---: | --- | --- | --- | --- | --- | --- | --- | --- |")
     for setting in table.settings():
         task, steps, rank, batch = setting
         rate, gain, lost = table.best(setting, "adamw")
@@ -301,16 +302,85 @@ def _print_verdicts(table: Table) -> None:
         rival = f"{others}: {named_rival} | {top_gain:.3f}, {top_lost:.3g}" if others else " | "
         rates = [r for r in table.rates(setting, "bounded") if 0 in table.seeds(setting, "bounded", r)]
         ours = [table.cell(setting, "bounded", r, [0]) for r in rates]
-        all_seeds = [table.cell(setting, "bounded", 1.0, [seed]) for seed in table.seeds(setting, "bounded", 1.0)]
-        over = f"{_range([g for g, *_ in all_seeds], '.3f')}, {_range([f for _, f, _ in all_seeds], '.3g')}"
         named = TASKS[task].base + ("" if TASKS[task].chosen_on else ", not chosen on")
         print(
             f"| {task} ({named}) | {steps}, {rank}, {batch} | {rate:g} | {gain:.3f}, {lost:.3g} | {rival} | "
             f"{', '.join(f'{r:g}' for r in rates)} | {_range([g / gain for g, *_ in ours], '.0%')} | "
             f"{_range([g / top_gain for g, *_ in ours], '.0%') if others else ''} | "
-            f"{_range([f for _, f, _ in ours], '.3g')} | {_spared(table, setting) if others else ''} | "
-            f"{over if len(all_seeds) > 1 else ''} |"
+            f"{_range([f for _, f, _ in ours], '.3g')} | {_spared(table, setting) if others else ''} |"
         )
+
+
+def _print_seeds(table: Table) -> None:
+    print("\n## Seed by seed: the bound at a rate of 1 in units of AdamW's at the rate that was its best with seed 0\n")
+    print("The mean over the seeds, and the least and the most. Decided: whether every seed agrees that no more is "
+          "forgotten.\n")  # fmt: skip
+    print("| task | steps, rank, batch | seeds | AdamW at | gain | forgotten | decided |")
+    print("| --- | --- | ---: | ---: | --- | --- | --- |")
+    for setting in table.settings():
+        task, steps, rank, batch = setting
+        rate, *_ = table.best(setting, "adamw")
+        both = sorted({*table.seeds(setting, "adamw", rate)} & {*table.seeds(setting, "bounded", 1.0)})
+        ours = [table.cell(setting, "bounded", 1.0, [seed])[:2] for seed in both]
+        theirs = [table.cell(setting, "adamw", rate, [seed])[:2] for seed in both]
+        gains = [g / other for (g, _), (other, _) in zip(ours, theirs, strict=True)]
+        lost = [f / other for (_, f), (_, other) in zip(ours, theirs, strict=True)]
+        agreed = {f <= other for (_, f), (_, other) in zip(ours, theirs, strict=True)}
+        verdict = "no" if len(agreed) > 1 or len(both) < 3 else "less" if agreed == {True} else "more"
+        forgotten = _spread(lost, ".2f") if all(other > 0 for _, other in theirs) else "AdamW nothing"
+        print(f"| {task} | {steps}, {rank}, {batch} | {len(both)} | {rate:g} | {_spread(gains, '.0%')} | {forgotten} | "
+              f"{verdict} |")  # fmt: skip
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+KINDS = ("rate", "trust", "reach")
+
+
+def _transfers(table: Table) -> Iterator[tuple[tuple, list[tuple[float, float]]]]:
+    """Each setting, its task's own one first, with `_transfer` of each of KINDS."""
+    for task in TASKS:
+        settings = [setting for setting in table.settings() if setting[0] == task]
+        own = next((key for key in settings if key[1:] == (TASKS[task].steps, 8, TASKS[task].batch)), None)
+        for setting in [own, *(key for key in settings if key != own)] if own else []:
+            found = [_transfer(table, kind, own, setting) for kind in KINDS]
+            if all(found):
+                yield setting, [pair for pair in found if pair]
+
+
+def _transfer(table: Table, kind: str, own: tuple, setting: tuple) -> tuple[float, float] | None:
+    """(best value, the gain there of the value that is best in `own`, as a share of the best gain)."""
+    found = []
+    for name, value in _values(kind).items():
+        rates = table.rates(setting, name) if kind == "rate" else [1.0]
+        for rate in rates:
+            if rate in table.rates(setting, name) and rate in table.rates(own, name):
+                gains = [table.cell(where, name, rate, [0])[0] for where in (own, setting)]
+                found.append((*gains, rate if kind == "rate" else value))
+    if len(found) < 3:
+        return None
+    here = max(found, key=lambda cell: cell[1])
+    return here[2], max(found)[1] / here[1]
+
+
+def _values(kind: str) -> dict[str, float]:
+    if kind == "rate":
+        return {"adamw": 0.0}  # which has several
+    return _reaches() if kind == "reach" else {n: float(n.split()[1]) for n in METHODS if n.startswith("trust")}
+
+
+def _print_transfer(table: Table) -> None:
+    print("\n## What has to be chosen anew: the best of AdamW's rates, of `trust` alone and of `reach` alone, seed 0\n")
+    print("By the gain, of those tried in both settings. In brackets, what the value that is best in the first row has "
+          "of the best gain.\n")  # fmt: skip
+    print("| task | steps, rank, batch | rate | trust | reach |")
+    print("| --- | --- | --- | --- | --- |")
+    for (task, steps, rank, batch), found in _transfers(table):
+        cells = [f"{value:g} ({share:.0%})" for value, share in found]
+        print(f"| {task} | {steps}, {rank}, {batch} | " + " | ".join(cells) + " |")
 
 
 def _spared(table: Table, setting: tuple) -> str:
@@ -327,7 +397,7 @@ def _spared(table: Table, setting: tuple) -> str:
 
 
 def plot(_: argparse.Namespace) -> None:
-    """Writes claim.png: gain and forgetting of the bound beside AdamW's, and the best reach by layers."""
+    """Writes claim.png (gain and forgetting beside AdamW, and the best reach by layers) and transfer.png."""
     from matplotlib import pyplot  # pip install matplotlib
 
     table = Table()
@@ -362,6 +432,33 @@ def plot(_: argparse.Namespace) -> None:
     for axes in (claim, reach):
         axes.legend(fontsize="small", loc="upper left" if axes is claim else "lower left")
     figure.savefig(CELLS.with_name("claim.png"), dpi=100)
+
+    _plot_transfer(table)
+
+
+def _plot_transfer(table: Table) -> None:
+    """Writes transfer.png: what a value that was best in a task's own setting has of the best gain in the others."""
+    from matplotlib import pyplot
+
+    found = list(_transfers(table))
+    figure, axes = pyplot.subplots(figsize=(12, 4.5), layout="constrained")
+    for which, (kind, marker) in enumerate(zip(KINDS, "osD", strict=True)):
+        shares = [max(0.0, values[which][1]) for _, values in found]
+        axes.plot([x + 0.15 * (which - 1) for x in range(len(found))], shares, marker, label=AXES[kind])
+    names = [f"{task}\n{steps} steps\nrank {rank}\nbatch {batch}" for (task, steps, rank, batch), _ in found]
+    axes.set_xticks(range(len(found)), names, fontsize="small")
+    axes.set(ylim=(-0.03, 1.05), ylabel="gain, in units of the best of those tried")
+    axes.set_title("Chosen once, where a task's settings begin: what the choice is worth in the others (seed 0)")
+    axes.legend(fontsize="small", loc="lower left")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(CELLS.with_name("transfer.png"), dpi=100)
+
+
+AXES = {
+    "rate": "AdamW's learning rate",
+    "trust": "trust alone: a bound on each step",
+    "reach": "reach, a bound on the run",
+}
 
 
 def _reaches() -> dict[str, float]:
