@@ -179,10 +179,7 @@ def _panels(grid: list[Trial], got: Callable[..., list[Any]], falling: dict[int,
                 ticks,
             )
             for beta in PAPER
-            for what, key, ticks in (
-                ("Training loss", "losses", shares),
-                ("Test accuracy in %", "scores", shares[1::2]),
-            )
+            for what, (key, ticks) in curves.items()
         ),
     ]
 

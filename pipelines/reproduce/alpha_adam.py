@@ -6,12 +6,10 @@ warm-up and cosine decay to a tenth. In place of the rest: a small GPT on bytes 
 The paper says that it tuned every method's rate, and prints one per model size. Here every method is trained at every
 rate of a grid: the table has AdamW's best rate for all, and a second one each method's own. Two rows are not in that
 table: α of at most 2, as Appendix F.4 has it, and cautious AdamW, which Tables 1 and 2 compare with. The chart's last
-panel is Figures 4 and 5: the α of all tensors over the training. On the way of AdamW at one rate each method's next
-step is tried and measured: gradient correlation and directional sharpness (eq. 2 and 3), which the theorems are about.
+panel is Figures 4 and 5: the α of all tensors over the training.
 """
 
 import math
-from copy import deepcopy
 from functools import cache
 from itertools import product
 from random import Random
@@ -20,16 +18,14 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from equipoise.optimizers.alpha_adam import AlphaAdam
-from equipoise.optimizers.directions import measure_step
 from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
 from equipoise.pipelines.tables import table
 
 STEPS, BATCH, WINDOW, WIDTH, HEADS, LAYERS = 300, 12, 64, 64, 4, 2
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-DIRECTED, POINTS, ROWS = 3e-3, 5, 24  # AdamW's rate there, how many steps are tried, and windows to judge them by
 METHODS = {
     "AdamW": AdamW,
     "+SM": lambda *args, **options: AlphaAdam(*args, **options, mask="sync", compensation="none"),
@@ -90,7 +86,6 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         here = [a - b for a, b in zip(columns(method, rate)[i], columns("AdamW", rate)[i], strict=True)]
         printed = PAPER[method][i] - PAPER["AdamW"][i] if method in PAPER else None
         text.append(finding(f"{method}, {COLUMNS[i]}", printed, here))
-    text += _directions(cells, seeds)
 
     curves = {method: [median(losses) for losses in zip(*at(method, rate), strict=True)] for method in METHODS}
     ahead = {m: [a - b for a, b in zip(y, curves["AdamW"], strict=True)] for m, y in curves.items()}
@@ -107,24 +102,19 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
 
 def train(cell: Trial) -> Trial:
     """Trains one GPT: after each tenth of the steps its validation loss, and the smallest, median and largest α of its
-    tensors; on the way of AdamW at one rate also every method's directions. A seed's batches are the same for all."""
+    tensors. A seed's batches are the same for all."""
     steps = cell["steps"]
     torch.manual_seed(cell["seed"])
-    net, (learned, held_out) = GPT(), _texts()
-    optimizer = _optimizer(cell["method"], net, cell["rate"])
-    losses, alphas, directions = [], [], []
+    net, (learned, held_out) = GPT(), texts()
+    optimizer = make_optimizer(cell["method"], net, cell["rate"])
+    losses, alphas = [], []
     for step in range(steps):
         for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / (0.05 * steps))
-            group["lr"] = cell["rate"] * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        rows = learned[torch.randint(len(learned), (BATCH,))]
-        loss = net.loss(rows)
+            group["lr"] = scheduled(cell["rate"], step, steps)
+        loss = net.loss(learned[torch.randint(len(learned), (BATCH,))])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        judged = (cell["method"], cell["rate"]) == ("AdamW", DIRECTED)
-        if judged and (step + 1) * POINTS // steps > step * POINTS // steps:
-            directions.append({method: _directed(method, net, optimizer, rows, held_out[:ROWS]) for method in METHODS})
         optimizer.step()
         if tenths := (step + 1) * 10 // steps - len(losses):
             with torch.no_grad():
@@ -132,10 +122,10 @@ def train(cell: Trial) -> Trial:
             if isinstance(optimizer, AlphaAdam):
                 found = sorted(optimizer.alphas.values())
                 alphas += [[found[0], median(found), found[-1]]] * tenths
-    return {"losses": losses, "alphas": alphas} | ({"directions": directions} if directions else {})
+    return {"losses": losses, "alphas": alphas}
 
 
-def _optimizer(method: str, net: nn.Module, rate: float) -> torch.optim.Optimizer:
+def make_optimizer(method: str, net: nn.Module, rate: float) -> Optimizer:
     groups = [
         {"params": [param for param in net.parameters() if (param.ndim > 1) is large], "weight_decay": 0.1 * large}
         for large in (True, False)
@@ -143,35 +133,8 @@ def _optimizer(method: str, net: nn.Module, rate: float) -> torch.optim.Optimize
     return METHODS[method](groups, lr=rate, betas=(0.9, 0.95), eps=1e-8)
 
 
-def _directed(method: str, net: "GPT", optimizer: torch.optim.Optimizer, *texts: Tensor) -> list[float]:
-    """GC and DS by each text's loss of the step that a method would take with AdamW's moments, without decay."""
-    before, found = [param.detach().clone() for param in net.parameters()], []
-    for rows in texts:
-        other = _optimizer(method, net, DIRECTED)
-        other.load_state_dict(deepcopy(optimizer.state_dict()))
-        for group in other.param_groups:
-            group["weight_decay"] = 0.0
-        found += measure_step(other, lambda rows=rows: net.loss(rows))
-        with torch.no_grad():
-            for param, value in zip(net.parameters(), before, strict=True):
-                param.copy_(value)
-    return found
-
-
-def _directions(cells: list[Trial], seeds: int) -> list[str]:
-    """What of eq. 2 and 3 each method's step has, in units of AdamW's from the same point."""
-    ways = [cell["directions"] for cell in cells if "directions" in cell]
-
-    def shares(method: str, which: int) -> list[float]:  # one per seed: GC and DS by the batch, then by held-out text
-        return [median(point[method][which] / point["AdamW"][which] for point in way) for way in ways]
-
-    rows = [[m, *(spread(shares(m, which), ".2f") for which in range(4))] for m in list(METHODS)[1:]]
-    return [
-        "\nGradient correlation GC (eq. 2) and directional sharpness DS (eq. 3) of the step that each method would take "
-        f"on the way\nof AdamW at {DIRECTED:g}, with its moments and without weight decay, in units of AdamW's: medians "
-        f"of {POINTS} points; {seeds} seed(s).\n",
-        table(["", "GC, its batch", "DS, its batch", "GC, held out", "DS, held out"], rows),
-    ]
+def scheduled(rate: float, step: int, steps: int) -> float:
+    return rate * min(1.0, (step + 1) / (0.05 * steps)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 class GPT(nn.Module):
@@ -199,7 +162,7 @@ class GPT(nn.Module):
 
 
 @cache
-def _texts() -> tuple[Tensor, Tensor]:
+def texts() -> tuple[Tensor, Tensor]:
     """Windows to learn from and to be judged by, (count, WINDOW + 1) bytes each."""
     text = torch.tensor(list(write_text((8000 + 128) * (WINDOW + 1)).encode("ascii")))
     rows = text.view(-1, WINDOW + 1)
