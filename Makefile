@@ -1,7 +1,9 @@
-# Everything runs in .venv, which is made on first use. May be given: PYTHON, PIP_ARGS, and TESTS for `make test`.
+# Everything runs in .venv, which is made on first use. May be given: PYTHON, PIP_ARGS, TESTS for `make test`, and ONLY
+# for `make evidence`.
 PYTHON ?= python3
 PIP_ARGS ?=
 TESTS ?=
+ONLY ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 VENV := .venv
@@ -13,7 +15,7 @@ COUNT := { n=0; while read -r word name _; do case $$word in \
 INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
   -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo ui test test-quantized same-tests soak lint types bench demo-base demo-multimodal-base clean
+.PHONY: demo ui test test-quantized same-tests soak lint types bench evidence demo-base demo-multimodal-base clean
 
 demo: $(VENV)/.installed  # compares learning rates on the embedded model
 	$(BIN)/equipoise demo
@@ -47,6 +49,9 @@ types: $(VENV)/.installed-dev  # the type checker sees the folders under their i
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizer_step.py
+
+evidence: $(VENV)/.installed-dev  # what every published table says beside what its command gives now: many hours, goes on
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(if $(ONLY),--only $(ONLY))
 
 demo-base: $(VENV)/.installed  # trains the embedded model again: tens of minutes
 	$(BIN)/python -m equipoise.pipelines.demo.train_base

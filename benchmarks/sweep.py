@@ -57,8 +57,9 @@ def main() -> None:
             alone.append(sum(cold))
             print(f"one run alone: {statistics.median(cold):.1f} s, the median of {len(cold)}", flush=True)
     one, ten = statistics.median(alone), statistics.median(together)
-    print(f"{len(rates)} runs of {args.steps} steps, {os.cpu_count()} cores:")
-    print(f"  separate  {one:6.1f} s\n  a sweep   {ten:6.1f} s\n  share     {ten / one:6.2f}")
+    print(f"{len(rates)} runs of {args.steps} steps, {os.cpu_count()} cores\n\n| | seconds | |\n| --- | ---: | ---: |")
+    print(f"| {len(rates)} separate runs | {one:.1f} | 1.00 |")
+    print(f"| one sweep of {len(rates)} cells | {ten:.1f} | {ten / one:.2f} |")
 
 
 if __name__ == "__main__":

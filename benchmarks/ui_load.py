@@ -189,7 +189,7 @@ def main() -> None:
         shutil.copy(root / "one" / "metrics.jsonl", now.folder)
         waiting = site.store.create(configs.load("text_to_image/demo", [f"runs={root}"]), id="waiting")
         made = launch.Plan(config := site.store.get("one").config(), [config], "")
-        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.runs} runs of {args.steps} steps")
+        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.runs} runs of {args.steps} steps\n")
         if args.finishing:
             command = [sys.executable, __file__, f"--busy={root}", f"--queued={args.queued}"]
             command.append(f"--finishing={args.finishing}")
@@ -197,26 +197,34 @@ def main() -> None:
             stack.enter_context(other)
             assert other.stdin and other.stdout
             other.stdout.readline()
+        kind = f"{args.runs:,} runs"
+        if args.finishing:
+            kind += f", {args.queued} more wait, {args.finishing:g} end each second"
+        print(f"| | {kind} |\n| --- | ---: |")
         before = most_memory()
         for name, work in {
-            "the table": lambda: runs.table(site),
-            "a refresh, a run chosen": lambda: (runs.table(site), runs_detail.detail(site, "now", None)),
-            "a refresh, a sweep of 25 chosen": lambda: (runs.table(site), runs_detail.detail(site, "grid", None)),
-            "a queued process's look": lambda: background.ahead(waiting),
+            "the table of runs": lambda: runs.table(site),
+            "the table and a run at work: curves, samples, log, files": lambda: (
+                runs.table(site),
+                runs_detail.detail(site, "now", None),
+            ),
+            "the table and a sweep of 25 cells": lambda: (runs.table(site), runs_detail.detail(site, "grid", None)),
+            "a queued process's look at whether it is its turn": lambda: background.ahead(waiting),
             "the estimate of time": lambda: launch_estimates.estimate(site, made, 1),
             "the list, as `equipoise runs` has it": lambda: site.store.list(),
             "the comparisons to choose from": lambda: compare.choices(site),
-            "a comparison of 25 cells": lambda: (
+            "a comparison of 25 cells and six prompts: grid, curve, table": lambda: (
                 compare_grid.grid(site, "grid/comparison"),
                 compare_numbers.curve(site, "grid/comparison"),
                 compare_numbers.table(site, "grid/comparison"),
             ),
         }.items():
             first, then = seconds(work, args.times)
-            print(f"{name}: {1000 * then:.0f} ms ({1000 * first:.0f} ms the first time)")
+            print(f"| {name} | {1000 * then:.0f} ms ({1000 * first:.0f}) |", flush=True)
         if not args.no_browser and (found := painted(root, args.times)):
             first, whole, table = found
-            print(f"first paint {first:.2f} s, tabs {whole:.2f} s, table of runs {table:.2f} s after asking")
+            print(f"| first paint | {first:.2f} s |\n| the tabs can be used | {whole:.2f} s |")
+            print(f"| the table of runs is there | {table:.2f} s |\n")
         print(f"{most_memory() - before:.0f} MiB more memory at most than before the first of these")
         if args.finishing:
             said, _ = other.communicate()  # which closes its standard input

@@ -18,7 +18,7 @@ GROUPS = {what: row for what, row in ROWS.items() if row[2] == "pyproject.toml"}
 LISTS = {what: row for what, row in ROWS.items() if row[2] != "pyproject.toml"}
 # Modules of these folders that are none of what the row adds: bases, parts, and what several share.
 BESIDES = {
-    "a method": {"amsgrad", "attach", "reference"},
+    "a method": {"amsgrad", "attach", "directions", "reference", "schedules"},
     "an objective": {"clusters", "min_norm", "objective"},
     "a coordinator": {"norms", "sides", "balance", "components", "coordinator"},
     "a family of text-to-image models": {"config", "noise", "transformer", "unet"}

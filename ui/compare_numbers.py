@@ -56,7 +56,7 @@ def answer(site: Site, id: str) -> str:
 def best_run(site: Site, id: str) -> str:
     """The run whose rate the sentence calls usable, or "" where none is or the comparison is not of runs."""
     comparison = read(site, id)
-    found = comparison.best if comparison.column == "learning rate" else None
+    found = comparison.best if comparison.of_rates else None
     return comparison.at(found[0], found[1].rate)[0].run if found and comparison.usable(found[0], found[1].rate) else ""
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/keeping/study.py run --task orders --methods adamw bounded --rates 1e-3 1 --seeds 0 1 2
     python benchmarks/keeping/study.py report        the tables of keeping.md
+    python benchmarks/keeping/study.py short         the table of README.md and docs/optimizers.md
     python benchmarks/keeping/study.py plot          claim.png and transfer.png, with matplotlib
 
 `run` measures cell by cell, and goes on where it ended last; cells.jsonl holds them. bases.py describes the pretrained
@@ -383,6 +384,31 @@ def _print_transfer(table: Table) -> None:
         print(f"| {task} | {steps}, {rank}, {batch} | " + " | ".join(cells) + " |")
 
 
+SHORT = {  # (task, steps, rank, batch) of the short table, and what it calls them
+    ("orders", 60, 8, 4): "SmolLM2-135M, orders into a house code",
+    ("bookings", 60, 8, 4): "SmolLM2-135M, payments into ledger lines (nothing was chosen on it)",
+    ("bookings", 240, 8, 4): "the same in 240 steps in place of 60",
+    ("bookings", 60, 64, 4): "the same at rank 64 in place of 8",
+    ("docstrings", 80, 8, 16): "MiniLM-L6, the module of a docstring",
+    ("docstringsall", 80, 8, 16): "the same, adapters on all 36 linear layers",
+    ("code", 80, 8, 16): "MiniLM-L6, the module of a line of code (nothing was chosen on it)",
+}
+
+
+def short(_: argparse.Namespace) -> None:
+    """Prints the pretrained models' rows of the first table, seed 0, without rivals."""
+    table = Table()
+    print("| task | AdamW at | gain, forgotten | bounded at | of that gain | forgotten |")
+    print("| --- | ---: | --- | --- | --- | --- |")
+    for setting, name in SHORT.items():
+        rate, gain, lost = table.best(setting, "adamw")
+        rates = [r for r in table.rates(setting, "bounded") if 0 in table.seeds(setting, "bounded", r)]
+        ours = [table.cell(setting, "bounded", r, [0]) for r in rates]
+        row = [name, f"{rate:g}", f"{gain:.3f}, {lost:.3g}", ", ".join(f"{r:g}" for r in rates)]
+        row += [_range([g / gain for g, *_ in ours], ".0%"), _range([f for _, f, _ in ours], ".3g")]
+        print(f"| {' | '.join(row)} |")
+
+
 def _spared(table: Table, setting: tuple) -> str:
     """What forgets least of all that has at least 95 % of the largest gain, ours and rivals at every rate, seed 0."""
     cells = [
@@ -525,6 +551,7 @@ def main() -> None:
     running.add_argument("--threads", type=int, default=1)
     running.set_defaults(run=run)
     commands.add_parser("report").set_defaults(run=report)
+    commands.add_parser("short").set_defaults(run=short)
     commands.add_parser("plot").set_defaults(run=plot)
     given = parser.parse_args()
     given.run(given)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out
 from equipoise.pipelines.runs.run import Run
 
 SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
@@ -58,7 +58,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
     beside = {f"probe_{m}": f"accuracy of a probe on the frozen features of {m}" for m in first.modalities}
     beside |= {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
     prompts = [f"confusion, {kind} (rows: true classes)" for kind in kinds]
-    return Comparison(name, folder, prompts, SCORE, base, cells, beside, alike=ALIKE)
+    return Comparison(name, folder, prompts, SCORE, base, cells, beside, alike=ALIKE, column=column_of(configs))
 
 
 def _fill(cell: Cell, figures: dict, results: Path, folder: Path, kinds: Sequence[str]) -> None:

@@ -20,8 +20,11 @@ from equipoise.pipelines.runs.run import runs_folder
 PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",
     "scaled-adamw": "scaled AdamW's Theorem 4.1",
+    "scaled-text": "scaled GD and scaled AdamW by rank on text",
     "alpha-adam": "AlphaAdam's Table 3",
-    "ada-sam": "AdaSAM's Tables I and II and Figure 2",
+    "alpha-adam-steps": "AlphaAdam's Theorem 3.5",
+    "ada-sam": "AdaSAM's Tables I and II and Figures 1 to 3",
+    "ada-sam-speedup": "AdaSAM's Corollary 1",
     "commit": "CoMMIT's Table 1 and Figures 2, 3, 5 and 6",
     "mimo": "MIMO's Table 1 and Figures 2 and 3",
     "mimo-toy": "MIMO's Appendix B and Figure 1",

@@ -140,7 +140,12 @@ class Comparison:
         """A column as people write it: 1e-4, or a strength of 0.5; nothing of the base's."""
         if math.isnan(rate):
             return ""
-        return shown_rate(rate) if self.column == "learning rate" else f"{rate:g}"
+        return shown_rate(rate) if self.of_rates else f"{rate:g}"
+
+    @property
+    def of_rates(self) -> bool:
+        """Whether columns are learning rates, of everything or of one part; those of files are strengths."""
+        return is_rate(self.column)
 
     @property
     def rows(self) -> list[str]:
@@ -341,23 +346,33 @@ def measured(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: result[name] for name in names if result.get(name) is not None}
 
 
+def is_rate(column: str) -> bool:
+    return column.endswith("learning rate")
+
+
+def column_of(configs: Sequence[RunConfig]) -> str:
+    """What the columns of these runs are called: the learning rate, or the one of a part that alone differs."""
+    flat = [flat_config(config) for config in configs]
+    return _rate_key(flat, _differing(flat)).removeprefix("optimizer.").replace(".", " ").replace("_", " ")
+
+
 def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, Any]]]:
-    """Each run's row label, learning rate, and what of its configuration differs between the runs.
+    """Each run's row label, its rate (see `column_of`), and what of its configuration differs between the runs.
 
     Raises:
         InputError: a run has no optimizer and learning rate to lay it out by.
     """
     flat = [flat_config(config) for config in configs]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
-    differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
-    hidden = {*_NOT_AXES, *_SHOWN_WITH_IT, *([_OUTSIDE] if _follows_the_optimizer(_OUTSIDE, flat) else [])}
+    differing = _differing(flat)
+    rate = _rate_key(flat, differing)
+    hidden = {*_NOT_AXES, *_SHOWN_WITH_IT, rate, *([_OUTSIDE] if _follows_the_optimizer(_OUTSIDE, flat) else [])}
     axes = [key for key in differing if key not in hidden]
     short = {key: key.removesuffix(".name").split(".")[-1] for key in axes}  # a plugin's section says which it is
     last = Counter(short.values())
     names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
     placed = []
     for one in flat:
-        for key, what in ((RATE, "column"), ("optimizer.name", "row")):
+        for key, what in ((rate, "column"), ("optimizer.name", "row")):
             if key not in one:
                 raise InputError(f"comparison: a run has no {key}, so it has no {what}.")
         options = {
@@ -368,9 +383,20 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
         named = [*options.items(), *((name, one.get(key)) for key, name in names.items())]
         label = " ".join([_who(one), *(f"{name}={_brief(value)}" for name, value in named)])
         placed.append(
-            (label, float(one[RATE]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
+            (label, float(one[rate]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
         )
     return placed
+
+
+def _differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for one in flat for key in one)
+    return [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
+
+
+def _rate_key(flat: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> str:
+    """The key of the rates in columns: where all have one learning rate, that of a part, if it is the only such one."""
+    parts = [key for key in differing if key.endswith("learning_rate") and all(one.get(key) for one in flat)]
+    return parts[0] if len(parts) == 1 and parts[0] != _OUTSIDE else RATE
 
 
 def _who(flat: Mapping[str, Any]) -> str:

@@ -20,12 +20,19 @@ from equipoise.pipelines.config.records import PluginSection, RunConfig, Section
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Schedule = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+    "inverse_sqrt",
 ]
 
 # The schedules that read each option; to any other it would do nothing.
 READ_BY = {
-    "warmup": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    "warmup": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
     "cycles": ("cosine", "cosine_with_restarts"),
     "power": ("polynomial",),
     "rules": ("piecewise_constant",),

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.coordination.components import architecture
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, measured
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out, measured
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
@@ -80,7 +80,8 @@ def compare(
     # of one's own, each is asked of several media
     prompts = [f"{text} ({', '.join(names)})" if samples.prompts and names else text for text, names in shown]
     meaning = f"{METRICS[samples.metric]} ({len(asked)} held-out question{'' if len(asked) == 1 else 's'})"
-    return Comparison(name, folder, prompts, meaning, untouched, cells, alike="Every cell answers the same questions.")
+    alike, column = "Every cell answers the same questions.", column_of(configs)
+    return Comparison(name, folder, prompts, meaning, untouched, cells, alike=alike, column=column)
 
 
 def _talk(config: InstructionTuningConfig, model_type: str) -> Talk:

@@ -5,7 +5,8 @@ Paper: Sun et al., AdaSAM, arXiv 2303.00565, 2023: RoBERTa-large on GLUE, moment
 place of GLUE: a small convolutional net tells drawn shapes apart after 512 pictures, three in ten of them labelled
 wrongly. Each optimizer gets the rate and ρ of one grid that do best on pictures held out for that, with a seed of its
 own; then seeds from 0 are judged on other pictures. AdaSAM is judged at each ρ too, and the optimizers that evaluate
-once also with twice the steps, which is as many gradients. The chart has Figure 1, losses of all four over the steps.
+once also with twice the steps, which is as many gradients. The chart has Figures 1 and 3, loss and accuracy of all four
+over the steps, with momentum and without.
 """
 
 import math
@@ -166,17 +167,19 @@ def _panels(grid: list[Trial], got: Callable[..., list[Any]], falling: dict[int,
         for name in OPTIMIZERS
     }
     shares = [f"{2.5 * (i + 1):g}" for i in range(POINTS)]
+    curves = {"Training loss": ("losses", shares), "Test accuracy in %": ("scores", shares[1::2])}
     return [
         Panel("Accuracy when tuning in %, momentum 0.9", "learning rate", tuned, [f"{r:g}" for r in RATES]),
         Panel("AdaSAM's training loss", "% of steps", {f"batch {b}": middle(f) for b, f in falling.items()}, shares),
         *(
             Panel(
-                f"Training loss, momentum {beta:g}",
+                f"{what}, momentum {beta:g}",
                 "% of steps",
-                {name: middle(got("losses", name, beta)) for name in OPTIMIZERS},
-                shares,
+                {name: middle(got(key, name, beta)) for name in OPTIMIZERS},
+                ticks,
             )
             for beta in PAPER
+            for what, (key, ticks) in curves.items()
         ),
     ]
 
@@ -191,7 +194,8 @@ def _sooner(half: list[float], twice: list[float]) -> float:
 
 
 def train(cell: Trial) -> Trial:
-    """Trains one net: its accuracies in %, and its training loss after each fortieth of the steps."""
+    """Trains one net: its accuracies in %, its training loss after each fortieth of the steps, and, when it is judged,
+    its test accuracy after each twentieth."""
     pictures, labels = _data()
     steps, classes, rng = cell["steps"], len(shapes.SHAPES), torch.Generator().manual_seed(cell["seed"])
     right = labels["train"]
@@ -208,6 +212,11 @@ def train(cell: Trial) -> Trial:
     options = {"momentum": cell["beta"]} if cell["optimizer"] in ("SGD", "SAM") else {"betas": (cell["beta"], 0.999)}
     options |= {"rho": cell["rho"]} if cell["rho"] else {}
     optimizer, losses = OPTIMIZERS[cell["optimizer"]](net.parameters(), lr=cell["rate"], **options), []
+    scores: list[float] = []
+
+    def accuracy(kind: str, wanted: Tensor) -> float:
+        return 100 * (wanted == net(pictures[kind]).argmax(1)).double().mean().item()
+
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = cell["rate"] * min((step + 1) / (0.06 * steps), (steps - step) / (0.94 * steps), 1.0)
@@ -222,12 +231,11 @@ def train(cell: Trial) -> Trial:
         if due := (step + 1) * POINTS // steps - len(losses):
             with torch.no_grad():
                 losses += [F.cross_entropy(net(pictures["train"]), learned).item()] * due
+                if cell["seed"] != TUNING_SEED and (more := len(losses) // 2 - len(scores)):
+                    scores += [accuracy("test", labels["test"])] * more
     with torch.no_grad():
-        answers = {kind: net(inputs).argmax(1) for kind, inputs in pictures.items()}
-    met = {**labels, "train": learned}
-    return {kind: 100 * (met[kind] == predicted).double().mean().item() for kind, predicted in answers.items()} | {
-        "losses": losses
-    }
+        ended = {kind: accuracy(kind, wanted) for kind, wanted in {**labels, "train": learned}.items()}
+    return ended | {"losses": losses} | ({"scores": scores} if scores else {})
 
 
 @cache

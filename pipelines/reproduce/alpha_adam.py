@@ -18,7 +18,7 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from equipoise.optimizers.alpha_adam import AlphaAdam
 from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
@@ -105,17 +105,12 @@ def train(cell: Trial) -> Trial:
     tensors. A seed's batches are the same for all."""
     steps = cell["steps"]
     torch.manual_seed(cell["seed"])
-    net, (learned, held_out) = GPT(), _texts()
-    groups = [
-        {"params": [param for param in net.parameters() if (param.ndim > 1) is large], "weight_decay": 0.1 * large}
-        for large in (True, False)
-    ]
-    optimizer = METHODS[cell["method"]](groups, lr=cell["rate"], betas=(0.9, 0.95), eps=1e-8)
+    net, (learned, held_out) = GPT(), texts()
+    optimizer = make_optimizer(cell["method"], net, cell["rate"])
     losses, alphas = [], []
     for step in range(steps):
         for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / (0.05 * steps))
-            group["lr"] = cell["rate"] * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            group["lr"] = scheduled(cell["rate"], step, steps)
         loss = net.loss(learned[torch.randint(len(learned), (BATCH,))])
         optimizer.zero_grad()
         loss.backward()
@@ -128,6 +123,18 @@ def train(cell: Trial) -> Trial:
                 found = sorted(optimizer.alphas.values())
                 alphas += [[found[0], median(found), found[-1]]] * tenths
     return {"losses": losses, "alphas": alphas}
+
+
+def make_optimizer(method: str, net: nn.Module, rate: float) -> Optimizer:
+    groups = [
+        {"params": [param for param in net.parameters() if (param.ndim > 1) is large], "weight_decay": 0.1 * large}
+        for large in (True, False)
+    ]
+    return METHODS[method](groups, lr=rate, betas=(0.9, 0.95), eps=1e-8)
+
+
+def scheduled(rate: float, step: int, steps: int) -> float:
+    return rate * min(1.0, (step + 1) / (0.05 * steps)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 class GPT(nn.Module):
@@ -155,7 +162,7 @@ class GPT(nn.Module):
 
 
 @cache
-def _texts() -> tuple[Tensor, Tensor]:
+def texts() -> tuple[Tensor, Tensor]:
     """Windows to learn from and to be judged by, (count, WINDOW + 1) bytes each."""
     text = torch.tensor(list(write_text((8000 + 128) * (WINDOW + 1)).encode("ascii")))
     rows = text.view(-1, WINDOW + 1)

@@ -19,7 +19,16 @@ from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out, means, measured
+from equipoise.pipelines.comparing.comparison import (
+    Cell,
+    Comparison,
+    Picture,
+    column_of,
+    is_rate,
+    lay_out,
+    means,
+    measured,
+)
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.runs import environment
 from equipoise.pipelines.runs.run import Run, memory_full
@@ -105,7 +114,7 @@ def compare(
         # By this schedule its factors were trained; the untouched base keeps its own.
         tuned = partial(with_result, base, run.folder / "result", samples.scale, config.noise)
         cells.append(Drawn(cell, tuned if result else None, files, samples.scale))
-    return draw_all(name, folder, base, first, samples, cells, scorer, untouched)
+    return draw_all(name, folder, base, first, samples, cells, scorer, untouched, column_of(configs))
 
 
 @dataclass
@@ -142,7 +151,7 @@ def draw_all(
             plain.extend(made if not cell.run else ())
             judged = scorer(made, references)
             cell.metrics |= metrics | means(judged)
-            if column == "learning rate" or "object" in cell.metrics:  # of files no loss is known to judge by
+            if is_rate(column) or "object" in cell.metrics:  # of files no loss is known to judge by
                 cell.metrics["score"] = score(cell.metrics)
             cell.pictures = _write(folder, places[cell.run], cell, samples, made, verdicts, scale)
             for picture, *found in zip(cell.pictures, scores, judged, strict=True):

@@ -1,9 +1,11 @@
-"""How the learning rate changes over a run's steps: diffusers' schedules, by the names and options of the record."""
+"""How the learning rate changes over a run's steps: diffusers' schedules by the names and options of the record,
+and η/√t."""
 
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from equipoise.optimizers.schedules import inverse_sqrt
 from equipoise.pipelines.config.sections import ScheduleSection
 
 
@@ -17,6 +19,8 @@ def make_schedule(
         return get_cosine_schedule_with_warmup(optimizer, schedule.warmup, steps, num_cycles=schedule.cycles / 2)
     if schedule.name == "polynomial":  # diffusers' own ends at a rate that depends on the optimizer's default one
         return LambdaLR(optimizer, lambda step: _polynomial(step, schedule.warmup, steps, schedule.power))
+    if schedule.name == "inverse_sqrt":
+        return LambdaLR(optimizer, lambda step: inverse_sqrt(step, schedule.warmup))
     return get_scheduler(
         schedule.name,
         optimizer,

@@ -14,7 +14,15 @@ from torch.optim import Optimizer
 
 from equipoise.errors import InputError
 from equipoise.optimizers.parts.arithmetic import batches, narrow, rate, real, widen_all
-from equipoise.optimizers.parts.checks import check_adam, check_dense, fill_options, group_label, is_number, loss_of
+from equipoise.optimizers.parts.checks import (
+    check_adam,
+    check_dense,
+    check_not_negative,
+    fill_options,
+    group_label,
+    is_number,
+    loss_of,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # m, v and v̂, by torch's names
 
@@ -31,6 +39,7 @@ class AMSGrad(Optimizer):
             with a rate of lr/eps. (0 <= x <= 1)
         eps: Where √v̂ starts, and so its least value. (> 0)
         weight_decay: Decoupled weight decay. (>= 0)
+        penalty: λ of AdaSAM's eq. 3: the objective gets λ‖x‖², whose gradient 2λx at x enters the moments. (>= 0)
         maximize: Maximise the objective instead of minimising it.
 
     For float16 and bfloat16 the arithmetic is float32, but what is stored between steps has the parameter's dtype, and
@@ -51,10 +60,13 @@ class AMSGrad(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        penalty: float = 0.0,
         maximize: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
+        super().__init__(params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "penalty": penalty,
+            "maximize": maximize,
+        })  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -67,6 +79,7 @@ class AMSGrad(Optimizer):
     def _check(self, index: int) -> None:
         group, where = self.param_groups[index], group_label(self, index)
         check_adam(where, group, closed=True)
+        check_not_negative(where, "penalty", group["penalty"])
         if not (is_number(group["eps"]) and group["eps"] > 0):  # 0/0 where there was no gradient yet
             raise InputError(f"{where}: eps must be a finite number above 0; got {group['eps']!r}. Try 1e-8.")
 
@@ -109,6 +122,8 @@ class AMSGrad(Optimizer):
         stored += [[real(self.state[param][name]) for param in params] for name in _MOMENTS]
         x, m, v, v_hat = wide = [widen_all(tensors) for tensors in stored]
         g = widen_all([real(param.grad) for param in params])
+        if group["penalty"]:
+            g = torch._foreach_add(g, x, alpha=2 * group["penalty"] * (-1 if group["maximize"] else 1))
         torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)

@@ -82,6 +82,7 @@ class ReferenceAdaSAM:
     Args:
         x: The parameters, (n,); replaced by each step.
         adaptive: ASAM: δ = ρ·w²⊙s/‖w⊙s‖.
+        penalty: λ of eq. 3.
     """
 
     def __init__(
@@ -93,15 +94,16 @@ class ReferenceAdaSAM:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adaptive: bool = False,
+        penalty: float = 0.0,
     ):
-        self.x, self.lr, self.rho, self.betas, self.adaptive = x, lr, rho, betas, adaptive
+        self.x, self.lr, self.rho, self.betas, self.adaptive, self.penalty = x, lr, rho, betas, adaptive, penalty
         self.m, self.v, self.v_hat = torch.zeros_like(x), torch.zeros_like(x), torch.full_like(x, eps**2)
 
     def step(self, gradient: Callable[[Tensor], Tensor]) -> None:
         """One iteration; `gradient` is that of the step's batch, at any point."""
         (beta1, beta2), s = self.betas, gradient(self.x)
         delta = self.x**2 * s / (self.x * s).norm() if self.adaptive else s / s.norm()
-        g = gradient(self.x + self.rho * delta)
+        g = gradient(self.x + self.rho * delta) + 2 * self.penalty * self.x
         self.m = beta1 * self.m + (1 - beta1) * g
         self.v = beta2 * self.v + (1 - beta2) * g**2
         self.v_hat = torch.maximum(self.v_hat, self.v)

@@ -54,6 +54,7 @@ class AdaSAM(SharpOptimizer, AMSGrad):
             one of 1 leaves √v̂ at eps: SAM with a rate of lr/eps (Remark 1). (0 <= x <= 1)
         eps: Where √v̂ starts, and so its least value. (> 0)
         weight_decay: Decoupled weight decay; the paper has none. (>= 0)
+        penalty: λ of eq. 3, for λ‖x‖² beside the worst loss nearby: 2λx at x is added to g, and not to s. (>= 0)
         maximize: Maximise the objective instead of minimising it.
 
     Raises:
@@ -92,10 +93,11 @@ class AdaSAM(SharpOptimizer, AMSGrad):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        penalty: float = 0.0,
         maximize: bool = False,
     ) -> None:
         given, _ = unpack(params)
-        super().__init__(given, lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(given, lr, betas=betas, eps=eps, weight_decay=weight_decay, penalty=penalty, maximize=maximize)
         self._sharpen({"rho": rho, "adaptive": adaptive, "every": every})
 
 

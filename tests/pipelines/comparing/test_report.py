@@ -12,7 +12,7 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.answer import answer
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, lay_out
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve
 from equipoise.pipelines.comparing.report import (
     CELL,
@@ -316,6 +316,34 @@ def test_a_row_names_everything_that_differs_but_rate_and_seed(key, values, labe
     rows = [label for label, _, _ in lay_out(cells)]
     assert len(set(rows)) == 2 and rows[0] == rows[3] != rows[4] == rows[7]
     assert labels[0] in rows[0] and labels[1] in rows[4] and max(map(len, rows)) < 80
+
+
+def test_a_sweep_along_the_rate_of_a_part_has_its_rates_in_columns(tmp_path):
+    """Figure 1 of Riemannian preconditioned LoRA: the U-Net's rate fixed, the text encoder's swept."""
+    config = configs.load("text_to_image/demo", ["sweep={}", "learning_rate=1e-4", "lora.text_encoder=true"])
+    cells = [
+        configs.set_keys(config, {"optimizer.name": name, "optimizer.text_encoder_learning_rate": rate})
+        for name in ("adamw", "scaled_adamw")
+        for rate in (1e-6, 1e-4, 1e-2)
+    ]
+    assert [place[:2] for place in lay_out(cells)] == [
+        (name, rate) for name in ("adamw", "scaled_adamw") for rate in (1e-6, 1e-4, 1e-2)
+    ]
+    assert column_of(cells) == "text encoder learning rate"
+    scores = (0.0, 0.8, 0.7, 0.0, 0.1, 0.8)
+    made = [
+        Cell("run", row, rate, 0, "done", metrics={"score": score})
+        for (row, rate, _), score in zip(lay_out(cells), scores, strict=True)
+    ]
+    base = Cell("", "base", math.nan, 0, "untouched", metrics={"score": 0.0})
+    found = Comparison("it", tmp_path, [], "score", base, made, column=column_of(cells))
+    assert found.of_rates and found.shown(1e-4) == "1e-4" and found.noun == "rate"
+    assert {row: str(usable) for row, usable in found.ranges().items()} == {
+        "adamw": "3.16e-5 to 1e-2 (at least 2.5 decades)",
+        "scaled_adamw": "2.68e-3 to 1e-2 (at least 0.6 decades)",
+    }
+    both = [*cells, configs.set_keys(cells[0], {"learning_rate": 1e-3})]
+    assert column_of(both) == "learning rate" and "learning_rate=1e-06" in lay_out(both)[0][0]
 
 
 def test_keys_that_end_alike_are_named_in_full():

@@ -18,6 +18,7 @@ FORMULAS = {
     "cosine": ({}, lambda n: (1 + math.cos(math.pi * n / 20)) / 2),
     "cosine_with_restarts": ({"cycles": 2}, lambda n: (1 + math.cos(math.pi * (n % 10) / 10)) / 2 if n < 20 else 0),
     "polynomial": ({"power": 2.0, "warmup": 5}, lambda n: n / 5 if n < 5 else ((20 - n) / 15) ** 2),
+    "inverse_sqrt": ({"warmup": 4}, lambda n: n / 4 if n < 4 else 1 / math.sqrt(n - 3)),
     "piecewise_constant": ({"rules": "1:3,0.5:10,0.1"}, lambda n: 1 if n < 3 else 0.5 if n < 10 else 0.1),
 }
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD, attach, scaled
+from equipoise import AlphaAdam, BoundedAdamW, ScaledAdamW, ScaledGD, attach, scaled
 from equipoise.errors import InputError, PairingError
 from equipoise.optimizers import scaled as module
 from equipoise.optimizers.reference import ReferenceScaled
@@ -223,6 +223,50 @@ def test_the_product_moves_alike_however_it_is_split_between_the_factors():
     torch.testing.assert_close(moved(ScaledGD, 1, **relative), moved(ScaledGD, 10, **relative), rtol=0, atol=1e-9)
     assert (moved(ScaledGD, 1, damping=0.1) - moved(ScaledGD, 10, damping=0.1)).abs().max() > 1e-3
     assert (moved(SGD, 1) - moved(SGD, 10)).abs().max() > 1e-3
+
+
+def test_a_step_carries_the_square_of_alpha_over_the_rank():
+    """Twice the scale at a quarter of the rate is the same run of scaled GD, from B = 0."""
+
+    class Scaled(Lora):
+        scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.base + self.scale * self.lora_B @ self.lora_A).T
+
+    moved = []
+    for scale in (1.0, 2.0):
+        torch.manual_seed(0)
+        layer = Scaled(fresh=True)
+        layer.scale = scale
+        train(layer, ScaledGD(layer, lr=0.2 / scale**2, damping=0.0, damping_mode="relative"), 6)
+        moved.append((scale * layer.lora_B @ layer.lora_A).detach())
+    assert moved[0].norm() > 0.1
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-12)
+
+
+def test_the_authors_adam_without_bias_correction_is_a_composition():
+    """correct_bias=False of the authors' AdamW: their order, on AlphaAdam without mask and compensation."""
+    options = {"mask": "none", "compensation": "none", "bias_correction": False, "weight_decay": 0.0, "eps": 0.0}
+    torch.manual_seed(0)
+    layer = Lora()
+    a, b, (beta1, beta2), lr = layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), (0.7, 0.8), 0.01
+    optimizer = scaled(AlphaAdam)(layer, lr=lr, damping=1e-3, order="sequential", betas=(beta1, beta2), **options)
+    moments = [torch.zeros(2, *factor.shape, dtype=a.dtype) for factor in (a, b)]
+    one = 1e-3 * torch.eye(3, dtype=a.dtype)
+    for index in range(4):
+        optimizer.zero_grad()
+        backward(layer, index)
+        grad_a, grad_b = (factor.grad.clone() for factor in (layer.lora_A, layer.lora_B))
+        optimizer.step()
+        for side, factor in enumerate((a, b)):
+            inverse = torch.linalg.inv((b.T @ b if side == 0 else a @ a.T) + one)
+            g, (m, v) = (inverse @ grad_a if side == 0 else grad_b @ inverse), moments[side]
+            m.mul_(beta1).add_((1 - beta1) * g)
+            v.mul_(beta2).add_((1 - beta2) * g * g)
+            factor.sub_(lr * m / v.sqrt())
+    torch.testing.assert_close(layer.lora_A.detach(), a, rtol=0, atol=EXACT)
+    torch.testing.assert_close(layer.lora_B.detach(), b, rtol=0, atol=EXACT)
 
 
 def test_sequential_differs_from_simultaneous():

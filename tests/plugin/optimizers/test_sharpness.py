@@ -126,9 +126,10 @@ def test_golden_trajectory(loop: str, split: int):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)])
-def test_matches_the_slow_twin_step_by_step(adaptive: bool, betas):
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_matches_the_slow_twin_step_by_step(adaptive: bool, betas, penalty: float):
     _, x, Q, b = golden()
-    options = {"rho": 0.3, "betas": betas, "eps": 1e-4, "adaptive": adaptive}
+    options = {"rho": 0.3, "betas": betas, "eps": 1e-4, "adaptive": adaptive, "penalty": penalty}
     twin = ReferenceAdaSAM(x.detach().clone(), 0.05, **options)
     optimizer = AdaSAM([x], lr=0.05, **options)
     assert len(b) == 10
@@ -884,6 +885,24 @@ def test_complex_parameters_are_pairs_of_real_ones():
         assert torch.equal(torch.view_as_real(weight.detach()), pairs.detach())
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_penalty_is_equation_3_at_the_point_that_is_left(maximize: bool):
+    """λ‖x‖² beside the worst loss nearby: λ pulls to 0 also when f is maximised, and makes no way to that point."""
+    weight, sign = nn.Parameter(torch.tensor([2.0, -3.0], dtype=torch.float64)), -1 if maximize else 1
+    slope = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    optimizer = AdaSAM([weight], lr=0.1, rho=0.5, betas=(0.0, 1.0), eps=1.0, penalty=0.25, maximize=maximize)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sign * slope @ weight
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = torch.tensor([2.0, -3.0], dtype=torch.float64) * (1 - 0.1 * 0.5) - 0.1 * slope
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=EXACT)
+
+
 def test_weight_decay_is_decoupled_and_maximising_goes_up():
     weight = nn.Parameter(torch.tensor([2.0, -3.0], dtype=torch.float64))
     optimizer = AMSGrad([weight], lr=0.1, weight_decay=0.5)
@@ -1109,6 +1128,7 @@ def test_a_group_added_later():
         ({"lr": -1.0}, "lr must be a finite number, 0 or more; got -1.0"),
         ({"lr": float("nan")}, "lr must be a finite number, 0 or more; got nan"),
         ({"weight_decay": float("inf")}, "weight_decay must be a finite number"),
+        ({"penalty": -1.0}, "penalty must be a finite number"),
     ],
 )
 def test_options_out_of_bounds(options, message):

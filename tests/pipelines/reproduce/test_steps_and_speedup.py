@@ -1,0 +1,88 @@
+"""What the small parts of `equipoise reproduce` measure: steps by eq. 2 and 3, Corollary 1, ranks and alpha on text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.reproduce import ada_sam_speedup, alpha_adam_steps, scaled_text
+from equipoise.pipelines.reproduce.alpha_adam import GPT, make_optimizer, texts
+
+
+def test_a_step_that_is_tried_leaves_net_and_moments_and_masks_shorten_it():
+    torch.manual_seed(0)
+    net, (learned, held_out) = GPT(), texts()
+    optimizer = make_optimizer("AdamW", net, alpha_adam_steps.RATE)
+    for start in (0, 2, 4):
+        optimizer.zero_grad()
+        net.loss(learned[start : start + 2]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    rows = learned[6:8]
+    net.loss(rows).backward()
+    before = [param.detach().clone() for param in net.parameters()]
+    moments = [optimizer.state[param]["exp_avg"].clone() for param in net.parameters()]
+    found = {
+        method: alpha_adam_steps._tried(method, net, optimizer, rows, held_out[:2])
+        for method in ("AdamW", "+AM", "+SM")
+    }
+    assert all(map(torch.equal, before, net.parameters()))
+    assert all(torch.equal(m, optimizer.state[p]["exp_avg"]) for m, p in zip(moments, net.parameters(), strict=True))
+    gradients = [param.grad.clone() for param in net.parameters()]
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    moved = sum(((b - p) * g).sum().item() for b, p, g in zip(before, net.parameters(), gradients, strict=True))
+    assert found["AdamW"][0] == pytest.approx(moved, rel=1e-4), "eq. 2, by hand"
+    assert found["AdamW"][2] == pytest.approx(found["AdamW"][0] - found["AdamW"][1] / 2)
+    assert found["AdamW"][0] < found["+SM"][0] != found["+AM"][0], "what is left out went up by its own batch"
+    assert len(found["AdamW"]) == len(alpha_adam_steps.COLUMNS)
+
+
+def test_the_norm_that_is_averaged_is_that_of_the_whole_loss():
+    net = ada_sam_speedup.Logistic(3)
+    net.x.data = torch.linspace(-1, 1, ada_sam_speedup.WIDTH, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(net.loss(net.rows), net.x)
+    assert net.squared_norm() == pytest.approx(gradient.square().sum().item(), rel=1e-12)
+
+
+def test_larger_batches_and_longer_runs_have_smaller_gradients():
+    def norm(batch: int, steps: int) -> float:
+        return ada_sam_speedup.train({"way": ada_sam_speedup.WAYS[0], "batch": batch, "steps": steps, "seed": 0})[
+            "norm"
+        ]
+
+    first = norm(1, 50)
+    assert norm(16, 50) < first / 2 and norm(1, 400) < first / 1.5
+
+
+def test_alpha_of_twice_the_rank_is_a_quarter_of_the_rate(monkeypatch):
+    monkeypatch.setattr(scaled_text, "BASE_STEPS", 1)
+    monkeypatch.setattr(scaled_text, "ROWS", 8)
+    cell = {"rank": 1, "steps": 3, "seed": 0}
+    scaled_text._language.cache_clear()
+    scaled_text._trained.cache_clear()
+    try:
+        losses = {
+            (method, rate): scaled_text.train({**cell, "method": method, "rate": rate})["loss"]
+            for method, rate in (
+                ("scaled GD", 1.0), (scaled_text.TWICE, 0.25), ("scaled GD", 0.25), ("SGD", 1.0), ("AdamW", 0.1)
+            )
+        }  # fmt: skip
+    finally:
+        scaled_text._language.cache_clear()
+        scaled_text._trained.cache_clear()
+    assert losses["scaled GD", 1.0] == pytest.approx(losses[scaled_text.TWICE, 0.25], abs=1e-3)
+    assert len({round(loss, 4) for loss in losses.values()}) >= 4
+
+
+@pytest.mark.slow
+def test_the_corollary_as_the_command_prints_it(tmp_path, capsys):
+    words = ["reproduce", "ada-sam-speedup", "--seeds", "1", "--steps", "32", "--workers", "1"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "ρ ∝ 1/√(bT), 2 at b = T = 1:" in out and out.count("the corollary's: -0.5.") == 2
+    cells = json.loads(Path(tmp_path, "out", "results.json").read_text())["runs"]
+    assert len(cells) == 2 * 4 * 3 and {cell["steps"] for cell in cells} == {2, 8, 32}

@@ -1,0 +1,157 @@
+"""Every published table names the command that makes it, and `make evidence` notices a figure that has changed."""
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "evidence.py"
+SPEC = importlib.util.spec_from_file_location("evidence", SCRIPT)
+assert SPEC and SPEC.loader
+evidence = importlib.util.module_from_spec(SPEC)
+sys.modules["evidence"] = evidence  # where dataclasses look for it
+SPEC.loader.exec_module(evidence)
+
+PAGE = """# A page
+
+<!-- measured by: toy -->
+| | rate | loss |
+| --- | ---: | ---: |
+| mine | 0.1 | 1.50 (1.40 to 1.60) |
+| theirs | 0.1 | 2.00 |
+
+Words with 12 figures.
+
+<!-- measured by: toy -->
+```
+          20 %    40 %
+mine      2.092   1.918
+spread    0.024   0.010
+paper     3.799   3.420
+```
+"""
+
+
+def compared(page: str, printed: str, tolerance: float = 0.0) -> list[str]:
+    tables = evidence.read("page.md", page)
+    return evidence.compare(tables, printed.splitlines(), tolerance)[1]
+
+
+def test_every_table_with_figures_names_its_entry_or_says_that_it_is_not_measured():
+    unnamed = [f"{t.file}:{t.line}" for t in evidence.published() if t.mark is None and t.has_figures]
+    assert unnamed == [], "Put `<!-- measured by: NAME -->` before it, and NAME with its command in evidence.toml."
+
+
+def test_every_entry_has_a_table_and_every_name_an_entry():
+    named = {table.mark for table in evidence.published() if table.mark}
+    assert named == set(evidence.entries())
+
+
+def test_commands_are_of_this_repository():
+    for entry in evidence.entries().values():
+        assert entry.seeds
+        for command in entry.commands:
+            program, first, *_ = shlex.split(command)
+            if program == "python":
+                assert (ROOT / first).is_file(), command
+            else:
+                assert program == "equipoise", command
+
+
+def test_a_new_table_without_its_command_is_noticed():
+    page = PAGE + "\n| | accuracy |\n| --- | --- |\n| mine | 91.5 % |\n\n```\nmine  91.5\n```\n"
+    unnamed = [table.line for table in evidence.read("page.md", page) if table.mark is None and table.has_figures]
+    assert unnamed == [19, 24]
+    words = "| key | what |\n| --- | --- |\n| `rho` | how far |\n\n```python\nrho = 3\n```\n"
+    assert not any(table.has_figures for table in evidence.read("page.md", words)) and "python" not in str(
+        evidence.read("page.md", words)
+    )
+
+
+def test_a_mark_may_speak_for_the_rest_of_a_page():
+    table = "| | a |\n| - | - |\n| b | 1 |\n"
+    page = f"<!-- measured by: toy, from here on -->\n{table}\ntext\n\n{table}"
+    assert [table.mark for table in evidence.read("page.md", page)] == ["toy", "toy"]
+
+
+def test_the_same_figures_are_nothing_to_look_at():
+    assert compared(PAGE, f"a heading\n\n{PAGE}\n3 seconds\n") == []
+    assert evidence.compare(evidence.read("page.md", PAGE), PAGE.splitlines(), 0.0)[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "moved"),
+    [
+        ("1.50 (1.40", "1.65 (1.40", False),  # within its range's width
+        ("1.50 (1.40", "1.75 (1.40", True),
+        ("2.00", "2.01", False),  # a unit of the last digit
+        ("2.00", "2.03", True),
+        ("2.092", "2.110", False),  # within the row named spread
+        ("2.092", "2.120", True),
+        ("0.024", "0.9", False),  # a spread is no figure
+        ("3.799", "3.802", True),
+    ],
+)
+def test_a_figure_has_moved_beyond_its_spread(was, now, moved):
+    found = compared(PAGE, PAGE.replace(was, now, 1))
+    assert len(found) == moved, found
+    assert not moved or f"moved to {now.split(' ')[0]}" in found[0]
+
+
+def test_the_tolerance_is_for_figures_without_a_spread():
+    changed = PAGE.replace("2.00", "2.90").replace("1.50 (1.40", "1.75 (1.40")
+    assert len(compared(PAGE, changed, tolerance=0.5)) == 1
+
+
+def test_a_line_that_reads_otherwise_is_named_with_its_number_and_what_stands_there_now():
+    changed = PAGE.replace("| theirs | 0.1 | 2.00 |", "| theirs | 0.1 | not finite |")
+    assert compared(PAGE, changed) == [
+        "7: reads otherwise now, or is gone: | theirs | 0.1 | 2.00 |",
+        "    instead: | theirs | 0.1 | not finite |",
+    ]
+
+
+def test_tables_of_several_commands_are_put_side_by_side():
+    one, other = (
+        "| | 300 runs |\n| --- | ---: |\n| table | 45 ms |\n",
+        "| | 1,000 runs |\n| --- | ---: |\n| table | 74 ms |\n",
+    )
+    joined = evidence.beside([one, other])
+    assert compared("| | 300 runs | 1,000 runs |\n| --- | ---: | ---: |\n| table | 45 ms | 74 ms |\n", joined) == []
+
+
+def test_what_is_finished_is_kept_until_its_command_changes(tmp_path, monkeypatch):
+    script = tmp_path / "count.py"
+    script.write_text("import sys\nopen(sys.argv[1], 'a').write('.')\nprint('| a | 1 |')\n")
+    counts = tmp_path / "counts"
+    monkeypatch.setitem(evidence._PROGRAMS, "python", [])
+    toy = evidence.Entry("toy", [f"python {script} {counts}"], "0")
+    monkeypatch.setattr(evidence, "entries", lambda: {"toy": toy})
+    table = evidence.Table("page.md", 1, "toy", ["| | b |", "| --- | --- |", "| a | 2 |"])
+    monkeypatch.setattr(evidence, "published", lambda: [table])
+    words = ["--output", str(tmp_path / "kept")]
+    assert evidence.main(words) == 1 and evidence.main(words) == 1 and counts.read_text() == "."
+    assert evidence.main([*words, "--again"]) == 1 and counts.read_text() == ".."
+    toy.commands.append(f"python {script} {counts}")
+    assert evidence.main(words) == 1 and counts.read_text() == "...."
+
+
+def test_a_command_that_needs_something_says_what_and_is_left_out(tmp_path, monkeypatch, capsys):
+    toy = evidence.Entry("toy", ["python none.py {script}"], "0", needs="a script")
+    monkeypatch.setattr(evidence, "entries", lambda: {"toy": toy})
+    monkeypatch.setattr(evidence, "published", lambda: [])
+    assert evidence.main(["--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "toy: not run, for want of --given script=…: a script\n"
+
+
+def test_the_published_tables_of_kept_cells_are_as_their_command_prints_them(tmp_path):
+    """The cheapest entry as `make evidence` runs it: cells of the repository, and no training."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--only", "learning-rates", "--output", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing to look at" in done.stdout
