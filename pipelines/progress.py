@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from equipoise.pipelines.training import processes
+
 _PAUSE = 10.0  # seconds between a log file's lines, of which work that is done sooner needs none
 
 
@@ -25,6 +27,7 @@ def progress(
         total=total,
         leave=leave,
         dynamic_ncols=True,
+        disable=not processes.leads(),
         smoothing=0.05,  # of a sweep's cells some are quicker than others; what is left shall not jump about
         mininterval=0.1 if watched else _PAUSE,
         delay=0 if watched else _PAUSE,

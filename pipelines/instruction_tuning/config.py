@@ -30,6 +30,10 @@ class InstructionTuningModel(Section):
         None,
         description="Holds the language model's frozen layers in 4 bits (QLoRA) or 8 bits; needs bitsandbytes.",
     )
+    shard: bool = Field(
+        False,
+        description="Spreads the language model's frozen weights over the processes of a run (FSDP2), a share each.",
+    )
     min_pixels: int | None = Field(
         None, ge=1, description="The least pixels that a picture is enlarged to; empty: as the processor has it."
     )
@@ -41,6 +45,10 @@ class InstructionTuningModel(Section):
     def _in_order(self) -> "InstructionTuningModel":
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}.")
+        if self.shard and self.quantize:
+            raise ValueError(
+                f"shard is for weights as they are, and quantize is {self.quantize}. Leave one of them out."
+            )
         return self
 
 
@@ -226,6 +234,11 @@ class InstructionTuningConfig(SamplingConfig):
                 raise ValueError(f"lora.{key} is for language.method=lora, and it is {method}. Leave one of them out.")
         if method != "lora" and self.encoder.method != "lora" and self.optimizer.loraplus_lr_ratio:
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA factors, and nothing gets any. Leave it out.")
+        if method == "full" and self.model.shard:
+            raise ValueError(
+                "model.shard is for frozen weights, and language.method=full leaves none. Leave it out, or use "
+                "language.method=lora."
+            )
         if method == "full" and self.model.quantize:
             raise ValueError(
                 f"model.quantize is for frozen weights: {self.model.quantize} cannot be trained in full. Leave it "

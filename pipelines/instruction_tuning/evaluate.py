@@ -55,12 +55,14 @@ def answer(
     samples: InstructionTuningSamples,
     tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
     precision: Callable[[], AbstractContextManager] = nullcontext,  # what is generated in; media are read outside of it
+    together: bool = False,  # whether several processes answer the same at once, and none may end before the others
 ) -> list[Answer]:
     """The model's answers to each conversation's last question, without sampling."""
     device = next(model.parameters()).device
     model.eval()
     end, known = talk.end(examples[0]) if examples else None, known_stops(model)
-    stops = {} if end is None or end in known else {"eos_token_id": [*known, end]}
+    stops: dict[str, Any] = {} if end is None or end in known else {"eos_token_id": [*known, end]}
+    stops |= {"synced_gpus": True} if together else {}
     found = []
     for start in range(0, len(examples), samples.batch):
         chosen = examples[start : start + samples.batch]
