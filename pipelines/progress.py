@@ -6,8 +6,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from equipoise.pipelines.training import processes
-
 _PAUSE = 10.0  # seconds between a log file's lines, of which work that is done sooner needs none
 
 
@@ -17,6 +15,7 @@ def progress(
     items: Iterable[Any] | None = None,  # to be counted as they are taken; without them the caller updates the bar
     total: int | None = None,
     leave: bool = True,  # whether the bar stays when all is done
+    quiet: bool = False,  # whether there is none, for another process shows the same
 ) -> tqdm:
     """A bar with the time that is left, on standard error."""
     watched = sys.stderr.isatty()
@@ -27,7 +26,7 @@ def progress(
         total=total,
         leave=leave,
         dynamic_ncols=True,
-        disable=not processes.leads(),
+        disable=quiet,
         smoothing=0.05,  # of a sweep's cells some are quicker than others; what is left shall not jump about
         mininterval=0.1 if watched else _PAUSE,
         delay=0 if watched else _PAUSE,

@@ -413,7 +413,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """Answers to held-out questions, with a progress bar."""
         chosen = self.held[: self.config.samples.count] if chosen is None else chosen
         precision = self.accelerator.autocast if self.config.train.precision != "no" else nullcontext
-        with progress(what, "answer", total=len(chosen)) as bar, torch.random.fork_rng():
+        quiet = not processes.leads()
+        with progress(what, "answer", total=len(chosen), quiet=quiet) as bar, torch.random.fork_rng():
             return answer(self.model, self.talk, chosen, self.config.samples, bar.update, precision, self.together)
 
     def sample(self, step: int) -> None:
