@@ -61,7 +61,8 @@ class InstructionTuningData(Section):
     more: list[LocalPath] = Field([], description="Further data sets in any of the formats, mixed with the first.")
     weights: list[Rate] = Field(
         [],
-        description="How much of an epoch each data set is, the first one's first; empty: every conversation as often.",
+        description="How much of an epoch each data set is, the first one's first; empty: every conversation as often, "
+        "which streaming cannot know.",
     )
     folder: LocalPath | None = Field(
         None, description="The folder with the pictures and sounds; empty: the file's own."
@@ -101,8 +102,11 @@ class InstructionTuningData(Section):
     def _a_weight_each(self) -> "InstructionTuningData":
         if self.weights and len(self.weights) != 1 + len(self.more):
             raise ValueError(f"weights: {1 + len(self.more)} are needed, one for each data set; got {self.weights}.")
-        if self.streaming and (self.more or self.weights):
-            raise ValueError("streaming: is for one data set. Leave out more and weights, or streaming.")
+        if self.streaming and self.more and not self.weights:
+            raise ValueError(
+                f"weights: of {1 + len(self.more)} data sets that are streamed nobody knows how many conversations "
+                "each has. Give weights, one for each, or leave streaming out."
+            )
         if self.streaming and self.file == "demo":
             raise ValueError("streaming: is for data sets of one's own, and file is `demo`. Leave it out.")
         return self

@@ -176,7 +176,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             whole = config.train.batch * processes.count()
             limit = positions(tuned.plain, tuned.parts)
             self.stream = Stream(config, talk, held, whole, partial(_tell, run), limit)
-            self.digest = self.stream.reader.digest
+            self.digest = self.stream.digest
         self.random = has_dropout(tuned.model)
         self.watch = Watch()
         self.decoders = [
@@ -405,7 +405,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             )
         super().restore(weights, state)
         if self.stream is not None:
-            self.stream.restore(state.get("stream", {}))
+            self.stream.restore(state["stream"])
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
 
