@@ -276,7 +276,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """κ of this step, from its last batch; with a regulariser, whose gradient is added to what is there."""
         old = dict(zip(self.named, self.good, strict=True))  # the weights before the step, which are kept in any case
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
-        weight, metric = self.coordinator.weight(step), self.coordinator.metric
+        weight, metric, each = self.coordinator.weight(step), self.coordinator.metric, self.coordinator.each
         assert self._probed is not None
         (batch, base, outputs, encoded), self._probed = self._probed, None
 
@@ -295,8 +295,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
                     base = self._before(batch, before)
             if weight:
                 ascends = self.coordinator.ascends
-                return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends)
-            return measure(predict, self.components, before, metric, base, predict_anew)
+                return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends, each)
+            return measure(predict, self.components, before, metric, base, predict_anew, each)
 
     @torch.no_grad()
     def _before(self, batch: dict[str, Tensor], before: dict[str, list[Tensor]]) -> Prediction:
