@@ -213,7 +213,7 @@ def moved_alone(
     together: Tensor,  # d of the whole encoder side's step
     metric: Metric = "jensen_shannon",
 ) -> dict[str, Tensor]:
-    """d of the step of each component of the encoder side alone. Of several that have moved each costs a forward pass."""
+    """d of the step of each component of the encoder side alone; of several that moved each costs a forward pass."""
     pairs = {name: list(zip(components[name], before[name], strict=True)) for name in components if name != LANGUAGE}
     moved = [name for name, some in pairs.items() if not all(torch.equal(new, old) for new, old in some)]
     found = dict.fromkeys(pairs, torch.zeros_like(together))
