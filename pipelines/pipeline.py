@@ -58,6 +58,7 @@ class Asked:
     count: int | None = None  # pictures of each prompt; None: as the run's samples
     scale: float | None = None  # strength of what was learnt; None: as the run's samples
     features: bool = False  # whether `Predictions.arrays` is wanted
+    server: str | None = None  # the URL of one that answers in place of this process
     folder: Path | None = None  # an empty one for the files of a pipeline that draws
 
 
@@ -84,7 +85,8 @@ class Pipeline:
     comparing: ClassVar[str] = "lays it beside other runs"  # what `equipoise compare RUN` does with one
     formats: ClassVar[tuple[str, ...]] = ()  # that `export` knows; the first where none is asked for
     exports_folders: ClassVar[bool] = False  # whether they are folders, ready for a hub, or one file each
-    asks: ClassVar[tuple[str, ...]] = ()  # the fields of `Asked` that `predict` reads
+    # the fields of `Asked` that `predict` reads; with `server` among them `evaluate` has that as a keyword argument too
+    asks: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[tuple[str, ...]] = ()  # keys that have one value alone here, which a form need not show
     draws: ClassVar[bool] = False  # whether `predict` makes files, into a folder where the table lies beside them
 

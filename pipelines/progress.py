@@ -15,6 +15,7 @@ def progress(
     items: Iterable[Any] | None = None,  # to be counted as they are taken; without them the caller updates the bar
     total: int | None = None,
     leave: bool = True,  # whether the bar stays when all is done
+    quiet: bool = False,  # whether there is none, for another process shows the same
 ) -> tqdm:
     """A bar with the time that is left, on standard error."""
     watched = sys.stderr.isatty()
@@ -25,6 +26,7 @@ def progress(
         total=total,
         leave=leave,
         dynamic_ncols=True,
+        disable=quiet,
         smoothing=0.05,  # of a sweep's cells some are quicker than others; what is left shall not jump about
         mininterval=0.1 if watched else _PAUSE,
         delay=0 if watched else _PAUSE,

@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help="Audio-visual classification: a new .npz file for features and probabilities of each modality.",
         )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="Instruction tuning: a server that has what the run exports and speaks OpenAI's protocol answers, such as "
+        "vLLM's at http://localhost:8000/v1; with #NAME behind it, its model of that name.",
+    )
     parser.add_argument("--output", type=user_path, metavar="FILE", help=written)
     parser.add_argument("--runs", metavar="FOLDER", help="The folder of runs.")
 
@@ -74,9 +80,11 @@ def run(args: argparse.Namespace) -> int:
     sources = [Path(os.path.abspath(user_path(text))) for text in given]  # the run's own paths start elsewhere
     output: Path | None = args.output and Path(os.path.abspath(args.output))
     if args.command == "evaluate":
-        refuse([*_missing(sources), *_taken(output, "--output", _FORMATS)])
+        unread = _unread(pipeline, {"server": args.server})
+        refuse([*unread, *_missing(sources), *_taken(output, "--output", _FORMATS)])
+        options = {"server": args.server} if args.server else {}
         with environment.there(found.folder / "environment.json"):
-            made = pipeline.evaluate(found.folder, config, sources[0])
+            made = pipeline.evaluate(found.folder, config, sources[0], **options)
         _write(made, args.output)
     else:
         _predict(pipeline, found, config, sources, output, args)
@@ -93,12 +101,8 @@ def _predict(
 ) -> None:
     arrays: Path | None = args.features and Path(os.path.abspath(args.features))
     wanted = {"prompts": args.prompt, "count": args.count, "scale": args.scale, "features": arrays is not None}
-    options = {"prompts": "--prompt"}
-    problems = [
-        f"{options.get(name, f'--{name}')}: the pipeline {pipeline.name} does not read it."
-        for name, value in wanted.items()
-        if value not in (None, False, []) and name not in pipeline.asks
-    ]
+    wanted["server"] = args.server
+    problems = _unread(pipeline, wanted)
     if pipeline.draws and output is None:
         problems.append("--output: give a new folder for what is made.")
     problems += [*_missing(sources), *_taken(output, "--output", () if pipeline.draws else _FORMATS)]
@@ -117,6 +121,15 @@ def _predict(
     _write(made, args.output, shown=True)
     if arrays is not None and output is not None:
         print(args.features)
+
+
+def _unread(pipeline: type[Pipeline], wanted: dict[str, Any]) -> list[str]:
+    options = {"prompts": "--prompt"}
+    return [
+        f"{options.get(name, f'--{name}')}: the pipeline {pipeline.name} does not read it."
+        for name, value in wanted.items()
+        if value not in (None, False, []) and name not in pipeline.asks
+    ]
 
 
 def _missing(sources: Sequence[Path]) -> list[str]:

@@ -25,7 +25,7 @@ class InstructionTuning(Pipeline):
     loading = "PeftModel.from_pretrained(model, {folder!r})  # after encoder.safetensors: docs/instruction_tuning.md"
     formats = ("adapter", "merged")
     exports_folders = True
-    asks = ("prompts",)
+    asks = ("prompts", "server")
 
     @classmethod
     def check(cls, config: InstructionTuningConfig) -> list[str]:
@@ -78,14 +78,14 @@ class InstructionTuning(Pipeline):
         with no_garbage_collection():
             from equipoise.pipelines.instruction_tuning.predict import predict
 
-        return predict(run, config, sources[0], asked.prompts)
+        return predict(run, config, sources[0], asked.prompts, asked.server)
 
     @classmethod
-    def evaluate(cls, run, config, file) -> Predictions:
+    def evaluate(cls, run, config, file, server=None) -> Predictions:
         with no_garbage_collection():
             from equipoise.pipelines.instruction_tuning.predict import evaluate
 
-        return evaluate(run, config, file)
+        return evaluate(run, config, file, server)
 
     @classmethod
     def export(cls, result: Path, format: str, output: Path) -> None:

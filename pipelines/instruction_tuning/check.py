@@ -11,6 +11,7 @@ from equipoise.pipelines import demo
 from equipoise.pipelines.config.sections import objective_problems
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import read_all
+from equipoise.pipelines.training import processes
 from equipoise.quick import no_garbage_collection
 
 if TYPE_CHECKING:
@@ -138,7 +139,16 @@ def doubts(config: InstructionTuningConfig) -> list[str]:
         if config.data.streaming
         else _data_doubts(config.data, config.runs)
     )
-    return stream + (_tied_doubts(config) if config.lora.targets else [])
+    return stream + _shard_doubts(config) + (_tied_doubts(config) if config.lora.targets else [])
+
+
+def _shard_doubts(config: InstructionTuningConfig) -> list[str]:
+    if not config.model.shard or processes.count() > 1:
+        return []
+    return [
+        "model.shard: one process trains this run, and holds all weights. Start several, with torchrun or accelerate "
+        "launch: docs/distributed.md."
+    ]
 
 
 def _tied_doubts(config: InstructionTuningConfig) -> list[str]:

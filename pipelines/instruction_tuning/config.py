@@ -30,6 +30,10 @@ class InstructionTuningModel(Section):
         None,
         description="Holds the language model's frozen layers in 4 bits (QLoRA) or 8 bits; needs bitsandbytes.",
     )
+    shard: bool = Field(
+        False,
+        description="Spreads the language model's frozen weights over the processes of a run (FSDP2), a share each.",
+    )
     min_pixels: int | None = Field(
         None, ge=1, description="The least pixels that a picture is enlarged to; empty: as the processor has it."
     )
@@ -41,6 +45,10 @@ class InstructionTuningModel(Section):
     def _in_order(self) -> "InstructionTuningModel":
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}.")
+        if self.shard and self.quantize:
+            raise ValueError(
+                f"shard is for weights as they are, and quantize is {self.quantize}. Leave one of them out."
+            )
         return self
 
 
@@ -53,7 +61,8 @@ class InstructionTuningData(Section):
     more: list[LocalPath] = Field([], description="Further data sets in any of the formats, mixed with the first.")
     weights: list[Rate] = Field(
         [],
-        description="How much of an epoch each data set is, the first one's first; empty: every conversation as often.",
+        description="How much of an epoch each data set is, the first one's first; empty: every conversation as often, "
+        "which streaming cannot know.",
     )
     folder: LocalPath | None = Field(
         None, description="The folder with the pictures and sounds; empty: the file's own."
@@ -93,8 +102,11 @@ class InstructionTuningData(Section):
     def _a_weight_each(self) -> "InstructionTuningData":
         if self.weights and len(self.weights) != 1 + len(self.more):
             raise ValueError(f"weights: {1 + len(self.more)} are needed, one for each data set; got {self.weights}.")
-        if self.streaming and (self.more or self.weights):
-            raise ValueError("streaming: is for one data set. Leave out more and weights, or streaming.")
+        if self.streaming and self.more and not self.weights:
+            raise ValueError(
+                f"weights: of {1 + len(self.more)} data sets that are streamed nobody knows how many conversations "
+                "each has. Give weights, one for each, or leave streaming out."
+            )
         if self.streaming and self.file == "demo":
             raise ValueError("streaming: is for data sets of one's own, and file is `demo`. Leave it out.")
         return self
@@ -226,6 +238,11 @@ class InstructionTuningConfig(SamplingConfig):
                 raise ValueError(f"lora.{key} is for language.method=lora, and it is {method}. Leave one of them out.")
         if method != "lora" and self.encoder.method != "lora" and self.optimizer.loraplus_lr_ratio:
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA factors, and nothing gets any. Leave it out.")
+        if method == "full" and self.model.shard:
+            raise ValueError(
+                "model.shard is for frozen weights, and language.method=full leaves none. Leave it out, or use "
+                "language.method=lora."
+            )
         if method == "full" and self.model.quantize:
             raise ValueError(
                 f"model.quantize is for frozen weights: {self.model.quantize} cannot be trained in full. Leave it "

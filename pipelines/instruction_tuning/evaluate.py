@@ -55,12 +55,14 @@ def answer(
     samples: InstructionTuningSamples,
     tell: Callable[[int], object] = lambda count: None,  # called with how many were just answered
     precision: Callable[[], AbstractContextManager] = nullcontext,  # what is generated in; media are read outside of it
+    together: bool = False,  # whether several processes answer the same at once, and none may end before the others
 ) -> list[Answer]:
     """The model's answers to each conversation's last question, without sampling."""
     device = next(model.parameters()).device
     model.eval()
     end, known = talk.end(examples[0]) if examples else None, known_stops(model)
-    stops = {} if end is None or end in known else {"eos_token_id": [*known, end]}
+    stops: dict[str, Any] = {} if end is None or end in known else {"eos_token_id": [*known, end]}
+    stops |= {"synced_gpus": True} if together else {}
     found = []
     for start in range(0, len(examples), samples.batch):
         chosen = examples[start : start + samples.batch]
@@ -68,12 +70,16 @@ def answer(
         with precision():
             ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False, **stops)
         texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
-        for example, text in zip(chosen, texts, strict=True):
-            wanted = example.turns[-1].accepted if example.turns else ()
-            score = judge(text, wanted, samples.metric) if any(wanted) else None
-            found.append(Answer(example, example.turns[-1].question, text.strip(), wanted, score))
+        found += [judged(example, text, samples.metric) for example, text in zip(chosen, texts, strict=True)]
         tell(len(chosen))
     return found
+
+
+def judged(example: Conversation, text: str, metric: str) -> Answer:
+    """What was answered to a conversation's last question, with its score where the right answer is known."""
+    wanted = example.turns[-1].accepted if example.turns else ()
+    score = judge(text, wanted, metric) if any(wanted) else None
+    return Answer(example, example.turns[-1].question, text.strip(), wanted, score)
 
 
 def answer_loss(logits: Tensor, labels: Tensor, sample: Tensor) -> Tensor:

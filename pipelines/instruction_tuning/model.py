@@ -34,6 +34,7 @@ from equipoise.pipelines.instruction_tuning.config import (
 )
 from equipoise.pipelines.instruction_tuning.novideos import NoVideos
 from equipoise.pipelines.runs.run import memory_full
+from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
@@ -49,6 +50,7 @@ class Tuned:
     model: Any  # peft's, or where nothing has factors that of transformers
     parts: Architecture
     components: dict[str, dict[str, Tensor]]  # component → name → parameter, all trained ones
+    sharded: bool = False  # whether every forward pass is one of all processes
 
     @property
     def plain(self) -> Any:
@@ -262,7 +264,8 @@ def without_videos(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
 def load_model(
     model: InstructionTuningModel, precision: str, components: Mapping[str, Sequence[str]] | None = None
 ) -> Any:
-    """A model with every parameter frozen, on this process's device; with model.quantize in fewer bits.
+    """A model with every parameter frozen, on this process's device; with model.quantize in fewer bits, and in the main
+    memory where model.shard will leave this process a share of it.
 
     Args:
         components: the configuration's, where it names the language model.
@@ -294,7 +297,12 @@ def load_model(
         )
     quantized.keep_differentiable(loaded)
     loaded = loaded.requires_grad_(False).eval()
-    return loaded if fewer else loaded.to(PartialState().device)  # there already
+    return loaded if fewer or is_spread(model) else loaded.to(PartialState().device)
+
+
+def is_spread(model: InstructionTuningModel) -> bool:
+    """Whether frozen weights are to be spread, and there are processes to spread them over."""
+    return model.shard and processes.count() > 1
 
 
 def _fewer_bits(

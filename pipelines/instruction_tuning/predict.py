@@ -33,8 +33,9 @@ from equipoise.pipelines.instruction_tuning.formats.rows import FileError
 from equipoise.pipelines.instruction_tuning.formats.sources import rows
 from equipoise.pipelines.instruction_tuning.formats.texts import COLUMNS, ENCODING
 from equipoise.pipelines.instruction_tuning.media import Frames, media_problem
-from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, positions
+from equipoise.pipelines.instruction_tuning.model import load_model, load_processor, model_type, positions
 from equipoise.pipelines.instruction_tuning.result import load_result, missing
+from equipoise.pipelines.instruction_tuning.served import Server
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.media import pictures, sounds, videos
 from equipoise.pipelines.pipeline import Predictions, refuse
@@ -44,24 +45,28 @@ _TABLES = (".csv", ".json", ".jsonl")
 _ANSWERED = {"prompt": "completion", "instruction": "output", "query": "response"}  # what is asked → its answer
 
 
-def predict(run: Path, config: InstructionTuningConfig, source: Path, prompts: Sequence[str]) -> Predictions:
+def predict(
+    run: Path, config: InstructionTuningConfig, source: Path, prompts: Sequence[str], server: str | None = None
+) -> Predictions:
     """Answers to every question about every medium, in their order.
 
     Args:
         source: a picture or sound, a folder of them, or a table of questions: CSV with the columns image or audio and
             question, or JSON as for training, where the last answer may be missing and is not read.
         prompts: asked in place of a table's questions; empty: those, or else samples.prompts.
+        server: the URL of one that has what the run exports, and answers in place of this process: see `Server`.
 
     Raises:
         InputError: there is no result, or all that is wrong with what is asked.
     """
-    tuned = _Tuned(run, config)
+    tuned = _Tuned(run, config, server)
     examples = _to_ask(source, prompts or ([] if source.suffix in _TABLES else config.samples.prompts), tuned.talk)
     return Predictions([_row(found) for found in tuned.answers(examples)])
 
 
-def evaluate(run: Path, config: InstructionTuningConfig, file: Path) -> Predictions:
-    """Answers to the last question of every labelled conversation, judged by samples.metric, and the mean loss.
+def evaluate(run: Path, config: InstructionTuningConfig, file: Path, server: str | None = None) -> Predictions:
+    """Answers to the last question of every labelled conversation, judged by samples.metric, and the mean loss, which a
+    server does not tell.
 
     The conversations are read as the run's own were: with its data.folder, data.question and data.max_tokens, and
     with data.skip_bad without those that cannot be used.
@@ -69,29 +74,33 @@ def evaluate(run: Path, config: InstructionTuningConfig, file: Path) -> Predicti
     Raises:
         InputError: there is no result, or all that is wrong with the conversations.
     """
-    tuned = _Tuned(run, config)
+    tuned = _Tuned(run, config, server)
     examples = _labelled(file, config.data, tuned.talk)
     answers = tuned.answers(examples)
     rows = [_row(found) | {"wanted": "|".join(found.wanted), "score": found.score} for found in answers]
     metric = config.samples.metric
     meaning = f"Score: {METRICS[metric]} ({len(answers)} question{'s' * (len(answers) != 1)})."
-    return Predictions(rows, {"score": mean(answers), "loss": tuned.loss(examples)}, meaning)
+    loss = {} if server else {"loss": tuned.loss(examples)}
+    return Predictions(rows, {"score": mean(answers), **loss}, meaning)
 
 
 class _Tuned:
-    """A run's model as it was trained."""
+    """A run's model as it was trained, in this process or at a server."""
 
-    def __init__(self, run: Path, config: InstructionTuningConfig):
+    def __init__(self, run: Path, config: InstructionTuningConfig, server: str | None = None):
         folder = run / "result"
         if not (folder / "result.json").is_file():
             raise InputError(f"{run.name}: has no result yet. `equipoise resume` goes on with it.")
         if file := missing(folder, config):
             raise InputError(f"{file}: is missing. Put it back, or train anew.")
         self.config = config
-        base = load_model(config.model, config.train.precision, config.components)
         data, processor = config.data, load_processor(config.model)
         frames = Frames(data.fps, data.frames)
-        self.talk = Talk(processor, base.config.model_type, data.prompt, data.max_tokens, frames)
+        self.talk = Talk(processor, model_type(config.model), data.prompt, data.max_tokens, frames)
+        self.server, self.limit = Server(server) if server else None, None
+        if self.server:
+            return
+        base = load_model(config.model, config.train.precision, config.components)
         parts = architecture(
             self.talk.model_type, [name for name, _ in base.named_parameters()], config.components, base
         )
@@ -103,6 +112,8 @@ class _Tuned:
         if self.limit is not None:
             refuse(unanswerable(examples, self.talk, samples, self.limit))
         with progress("answers", "answer", total=len(examples)) as bar:
+            if self.server:
+                return self.server.answers(self.talk, examples, samples, bar.update)
             return answer(self.model, self.talk, examples, samples, bar.update)
 
     @torch.no_grad()

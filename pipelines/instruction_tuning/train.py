@@ -44,9 +44,18 @@ from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answ
 from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
 from equipoise.pipelines.instruction_tuning.media import Frames
 from equipoise.pipelines.instruction_tuning.mixing import mixed
-from equipoise.pipelines.instruction_tuning.model import Tuned, adapt, load_model, load_processor, no_videos, positions
+from equipoise.pipelines.instruction_tuning.model import (
+    Tuned,
+    adapt,
+    is_spread,
+    load_model,
+    load_processor,
+    no_videos,
+    positions,
+)
 from equipoise.pipelines.instruction_tuning.packing import pack, width
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
+from equipoise.pipelines.instruction_tuning.sharding import spread
 from equipoise.pipelines.instruction_tuning.streaming import Stream
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.verify import verify
@@ -77,26 +86,35 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     if problems:  # since the check
         raise ConfigError(problems)
     tuned = adapt(model, config)
+    if is_spread(config.model):
+        spread(tuned, accelerator.device)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
-    leads = processes.leads()
     checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast, config.train.packing)
-    if leads:
-        run.log(f"self-check: {checked}")
-        before_loss, before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
+    run.log(f"self-check: {checked}")
+    before = None
+    if processes.leads() or work.together:
+        before = work.evaluation_loss(), mean(work.answers("answers of the untuned model"))
     started = time.perf_counter()
     try:
         outcome = train_loop(run, work, config)
     finally:
         if work.stream is not None:
             work.stream.close()
-    if outcome.state == "stopped" or not leads:
+    if outcome.state == "stopped" or before is None:
         return outcome
+    return _finish(work, outcome, *before, time.perf_counter() - started)
+
+
+def _finish(
+    work: "InstructionTuningWork", outcome: Outcome, loss_before: float, before: float, seconds: float
+) -> Outcome:
+    """Saves what was learnt and answers the held-out questions; of several processes the first alone writes."""
+    config = work.config
     work.settle()
-    seconds = time.perf_counter() - started
     facts = {
         "state": outcome.state,
         "step": outcome.step,
-        "loss_before": number(before_loss),
+        "loss_before": number(loss_before),
         "loss_after": number(work.final_loss()),
         "kept": config.train.keep,
         "best_step": work.validation.best_step if work.validation and config.train.validate_every else None,
@@ -132,11 +150,13 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         held: list[Conversation],
     ):
         self.model, self.tuned, self.talk, self.kept_examples, self.held = tuned.model, tuned, talk, kept, held
+        self.together = tuned.sharded
         frozen = [parameter for parameter in tuned.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, tuned.named, _groups(config, tuned), frozen=frozen)
         if config.train.gradient_checkpointing:
             enable = getattr(tuned.plain, "activation_checkpointing_enable", tuned.plain.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        if config.train.gradient_checkpointing or tuned.sharded:  # the way back is then one for all processes' batches
             tuned.plain.enable_input_require_grads()
         if len(kept) < (whole := config.train.batch * processes.count()) and processes.count() > 1:
             raise InputError(
@@ -156,7 +176,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             whole = config.train.batch * processes.count()
             limit = positions(tuned.plain, tuned.parts)
             self.stream = Stream(config, talk, held, whole, partial(_tell, run), limit)
-            self.digest = self.stream.reader.digest
+            self.digest = self.stream.digest
         self.random = has_dropout(tuned.model)
         self.watch = Watch()
         self.decoders = [
@@ -256,7 +276,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """κ of this step, from its last batch; with a regulariser, whose gradient is added to what is there."""
         old = dict(zip(self.named, self.good, strict=True))  # the weights before the step, which are kept in any case
         before = {name: [old[n] for n in inside] for name, inside in self.tuned.components.items()}
-        weight, metric = self.coordinator.weight(step), self.coordinator.metric
+        weight, metric, each = self.coordinator.weight(step), self.coordinator.metric, self.coordinator.each
         assert self._probed is not None
         (batch, base, outputs, encoded), self._probed = self._probed, None
 
@@ -275,8 +295,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
                     base = self._before(batch, before)
             if weight:
                 ascends = self.coordinator.ascends
-                return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends)
-            return measure(predict, self.components, before, metric, base, predict_anew)
+                return look_ahead(predict, self.components, before, base, weight, metric, self.backward, ascends, each)
+            return measure(predict, self.components, before, metric, base, predict_anew, each)
 
     @torch.no_grad()
     def _before(self, batch: dict[str, Tensor], before: dict[str, list[Tensor]]) -> Prediction:
@@ -385,7 +405,7 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             )
         super().restore(weights, state)
         if self.stream is not None:
-            self.stream.restore(state.get("stream", {}))
+            self.stream.restore(state["stream"])
         for name, gradient in state["waiting"].items():
             self.named[name].grad = gradient.to(self.named[name])
 
@@ -393,8 +413,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         """Answers to held-out questions, with a progress bar."""
         chosen = self.held[: self.config.samples.count] if chosen is None else chosen
         precision = self.accelerator.autocast if self.config.train.precision != "no" else nullcontext
-        with progress(what, "answer", total=len(chosen)) as bar, torch.random.fork_rng():
-            return answer(self.model, self.talk, chosen, self.config.samples, bar.update, precision)
+        quiet = not processes.leads()
+        with progress(what, "answer", total=len(chosen), quiet=quiet) as bar, torch.random.fork_rng():
+            return answer(self.model, self.talk, chosen, self.config.samples, bar.update, precision, self.together)
 
     def sample(self, step: int) -> None:
         shown = self.config.samples.shown
@@ -408,7 +429,9 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         return asked_of(self.held, samples, samples.shown) if samples.prompts else []
 
     def write_answers(self, step: int, answers: list[Answer]) -> None:
-        """Writes samples/step-…/answers.jsonl."""
+        """Writes samples/step-…/answers.jsonl, in the first process."""
+        if not processes.leads():
+            return
         folder = self.run.folder / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -427,11 +450,14 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
         self.run.log(f"answered {len(answers)} questions at step {step}{scored}")
 
     def save_result(self, facts: dict[str, Any]) -> None:
-        write_result(Path(self.run.folder / "result"), self.tuned, self._described(facts))
+        """Writes result/, in the first process."""
+        if processes.leads():
+            write_result(Path(self.run.folder / "result"), self.tuned, self._described(facts))
 
     def describe_result(self, facts: dict[str, Any]) -> None:
-        """Says more of a result that is saved."""
-        describe(Path(self.run.folder / "result"), self._described(facts))
+        """Says more of a result that is saved, likewise."""
+        if processes.leads():
+            describe(Path(self.run.folder / "result"), self._described(facts))
 
     def _described(self, facts: dict[str, Any]) -> dict[str, Any]:
         chosen = self.config.optimizer

@@ -69,7 +69,8 @@ class Work(Protocol):
         ...
 
     def sample(self, step: int) -> None:
-        """Shows what the weights do after so many steps, in the run's folder of samples."""
+        """Shows what the weights do after so many steps, in the run's folder of samples. Asked of the first process, or
+        of all where an attribute `together` is true."""
         ...
 
 
@@ -110,6 +111,7 @@ class _Loop:
         self.run, self.work, self.config = run, work, config
         self.total, self.token = config.total_steps, run.status().token
         self.leads, self.processes = processes.leads(), processes.count()
+        self.samples = self.leads or getattr(work, "together", False)
         self.examples = config.train.batch * config.train.accumulate * self.processes  # of a step
 
     def resume(self) -> int:
@@ -194,7 +196,7 @@ class _Loop:
         self.run.log(f"saved step {taken}")
 
     def _sample(self, taken: int) -> None:
-        if not self.leads:
+        if not self.samples:
             return
         try:
             self.work.sample(taken)

@@ -70,7 +70,8 @@ def check() -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise InputError(
                 f"accelerate launch: {name} takes models apart, and the pipelines train whole ones, a copy in each "
-                "process. Start them with accelerate launch --multi_gpu, or with torchrun."
+                "process. Start them with accelerate launch --multi_gpu, or with torchrun; instruction tuning then "
+                "spreads a language model's frozen weights with model.shard=true."
             )
 
 

@@ -25,11 +25,12 @@ from torch.optim import AdamW
 from equipoise import registry
 from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
-from equipoise.lora.pairs import find_pairs
+from equipoise.lora.pairs import find_pairs, is_dtensor
 from equipoise.optimizers.parts.fused_adamw import FusedAdamW
 from equipoise.optimizers.parts.optional import Perturbing, metrics
 from equipoise.optimizers.parts.outside import with_rate_outside
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
+from equipoise.optimizers.parts.sharded import full
 from equipoise.pipelines.config.sections import TrainConfig, ValidatedTrainSection
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
@@ -57,6 +58,7 @@ class OptimizedWork(Generic[ConfigT]):
 
     tensors = "parameters"  # what is trained, for messages
     watched = "validation loss"  # by what validations judge, likewise
+    together = False  # whether samples are made by all processes at once, as by a model that is spread over them
 
     def __init__(
         self,
@@ -331,8 +333,11 @@ def _doubt(optimizer: PairOptimizer) -> str:
 
 def _fingerprint(tensors: Iterable[Tensor]) -> str:
     """Tells weights from others by the beginning of each tensor: all of them would take long."""
-    plain = [tensor for tensor in tensors if type(tensor) in (Tensor, Parameter)]  # not those of quantised weights
-    begins = [tensor.detach().reshape(-1)[:64].float() for tensor in plain]
+    begins = [
+        full(tensor.detach()).reshape(-1)[:64].float()
+        for tensor in tensors
+        if type(tensor) in (Tensor, Parameter) or is_dtensor(tensor)  # not those of quantised weights
+    ]
     if not begins:
         return ""
     return hashlib.blake2b(torch.cat(begins).cpu().numpy().tobytes(), digest_size=16).hexdigest()

@@ -9,7 +9,7 @@ are swapped with those after it, storage for storage: nothing is copied, and all
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,12 +40,22 @@ class Balance:
     encoder: float  # d[S_{t+1}(T_t), S_t(T_t)]
     h_language: float = float("nan")  # H^T of eq. 5
     h_encoder: float = float("nan")  # H^S
+    each: Mapping[str, float] = field(default_factory=dict)  # d of each encoder component alone, where that was asked
 
     @property
     def kappa(self) -> float:
         """κ of eq. 3: above 1 the language side moves the output more. NaN where that is undefined."""
-        sound = 0 < self.encoder < float("inf") and 0 < self.language < float("inf")
-        return self.language / self.encoder if sound else float("nan")
+        return _ratio(self.language, self.encoder)
+
+    @property
+    def kappas(self) -> dict[str, float]:
+        """κ between the language side and each of those components, likewise."""
+        return {name: _ratio(self.language, moved) for name, moved in self.each.items()}
+
+
+def _ratio(language: float, encoder: float) -> float:
+    sound = 0 < encoder < float("inf") and 0 < language < float("inf")
+    return language / encoder if sound else float("nan")
 
 
 def distance(first: Tensor, second: Tensor, metric: Metric = "jensen_shannon") -> Tensor:  # (tokens,)
@@ -177,6 +187,7 @@ def measure(
     metric: Metric = "jensen_shannon",
     base: Prediction | None = None,  # at (T_t, S_t), where the step's own forward pass gave it already
     predict_anew: Callable[[], Prediction] | None = None,  # `predict` where the encoder side is that of `base`
+    each: bool = False,  # whether that is also done with each component of the encoder side alone
 ) -> Balance:
     """Measures κ's two distances and H^S, H^T on a step's batch, without gradients. Call it inside `undisturbed`."""
     language, encoder = sides(components)
@@ -189,12 +200,39 @@ def measure(
             stepped_encoder = mean_distance(base, predict(), metric)  # (T_t, S_{t+1})
         with swapped(encoder, old_encoder):
             stepped_language = mean_distance(base, (predict_anew or predict)(), metric)  # (T_{t+1}, S_t)
-    return balance_of(base, stepped_language, stepped_encoder)
+    alone = moved_alone(predict, components, before, base, stepped_encoder, metric) if each else {}
+    return balance_of(base, stepped_language, stepped_encoder, alone)
 
 
-def balance_of(base: Prediction, language: Tensor, encoder: Tensor) -> Balance:
-    """The measurement from its two distances; where there are several processes, that of all their batches together."""
-    values = [language.detach(), encoder.detach(), base.media_norm, base.text_norm, base.encoded_norm]
+@torch.no_grad()
+def moved_alone(
+    predict: Callable[[], Prediction],
+    components: Mapping[str, Sequence[Tensor]],  # the parameters after the step
+    before: Mapping[str, Sequence[Tensor]],  # their values before it, in the same order
+    base: Prediction,  # at (T_t, S_t)
+    together: Tensor,  # d of the whole encoder side's step
+    metric: Metric = "jensen_shannon",
+) -> dict[str, Tensor]:
+    """d of the step of each component of the encoder side alone; of several that moved each costs a forward pass."""
+    pairs = {name: list(zip(components[name], before[name], strict=True)) for name in components if name != LANGUAGE}
+    moved = [name for name, some in pairs.items() if not all(torch.equal(new, old) for new, old in some)]
+    found = dict.fromkeys(pairs, torch.zeros_like(together))
+    if len(moved) == 1:
+        return found | {moved[0]: together}
+    names = list(components)
+    with swapped(*([tensor for name in names for tensor in some[name]] for some in (components, before))):
+        for name in moved:
+            with swapped(components[name], before[name]):
+                found[name] = mean_distance(base, predict(), metric)
+    return found
+
+
+def balance_of(
+    base: Prediction, language: Tensor, encoder: Tensor, each: Mapping[str, Tensor] | None = None
+) -> Balance:
+    """The measurement from its distances; where there are several processes, that of all their batches together."""
+    each = each or {}
+    values = [language.detach(), encoder.detach(), base.media_norm, base.text_norm, base.encoded_norm, *each.values()]
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several:
         count = base.sample.unique().numel()  # means over samples: one without any counts for nothing
@@ -203,13 +241,14 @@ def balance_of(base: Prediction, language: Tensor, encoder: Tensor) -> Balance:
     if several:
         torch.distributed.all_reduce(found)
         found = found[:-1] / found[-1]
-    moved_language, moved_encoder, media, text, encoded = found.tolist()
+    moved_language, moved_encoder, media, text, encoded, *alone = found.tolist()
     known = media > 0
     return Balance(
         moved_language,
         moved_encoder,
         moved_language / media if known else float("nan"),
         moved_encoder / (text + encoded) if known else float("nan"),
+        dict(zip(each, alone, strict=True)),
     )
 
 

@@ -27,6 +27,7 @@ from equipoise.coordination.balance import (
     balance_of,
     distances,
     mean_of,
+    moved_alone,
     sides,
     swapped,
 )
@@ -47,6 +48,8 @@ class CommitCLR(Measured):
         every: L_lr, steps between changes of the rates (>= 1).
         measure_every: Steps between measurements of κ. 1 is the paper's, at two or three forward passes each (>= 1).
         metric: d, what the distance between two predictions is.
+        each: Whether each component of the encoder side follows a κ of its own, between it alone and the language side,
+            as with a tower of pictures and one of sounds. A forward pass more for each of several that move.
 
     References:
         Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models, eq. 3 to 6.
@@ -54,16 +57,25 @@ class CommitCLR(Measured):
 
     two_sided = True
 
-    def __init__(self, window: int = 10, every: int = 10, measure_every: int = 10, metric: Metric = "jensen_shannon"):
+    def __init__(
+        self,
+        window: int = 10,
+        every: int = 10,
+        measure_every: int = 10,
+        metric: Metric = "jensen_shannon",
+        each: bool = False,
+    ):
         super().__init__(measure_every, metric)
-        self.every = every
+        self.every, self.each = every, each
         self.recent: deque[float] = deque(maxlen=window)  # the last values of κ
         self.skipped = 0  # measurements without a finite, positive ratio
         self.average = 1.0  # κ̃ that the rates follow now
+        self.apart: dict[str, tuple[deque[float], float]] = {}  # the same of each encoder component, where asked for
 
     def factors(self, components: Sequence[str]) -> dict[str, float]:
         language = 2 / (self.average + 1)
-        return split(components, language, 2 - language)  # 2κ̃/(κ̃+1) = 2 − 2/(κ̃+1)
+        found = split(components, language, 2 - language)  # 2κ̃/(κ̃+1) = 2 − 2/(κ̃+1)
+        return found | {name: 2 - 2 / (own + 1) for name, (_, own) in self.apart.items() if name in found}
 
     def measures(self, step: int) -> bool:
         if len(self.recent) + self.skipped < self.recent.maxlen:  # type: ignore[operator]  # it has one
@@ -76,18 +88,27 @@ class CommitCLR(Measured):
             self.recent.append(balance.kappa)
         else:
             self.skipped += 1
+        for name, kappa in balance.kappas.items():
+            if math.isfinite(kappa):
+                recent, own = self.apart.get(name, (deque(maxlen=self.recent.maxlen), self.average))
+                recent.append(kappa)
+                self.apart[name] = recent, own
         return super().observe(step, balance) | {"skipped": self.skipped}
 
     def stepped(self, components: Mapping[str, Sequence[Tensor]], step: int, steps: int) -> None:
         if (step + 1) % self.every == 0 and self.recent:
             self.average = sum(self.recent) / len(self.recent)
+            self.apart = {name: (recent, sum(recent) / len(recent)) for name, (recent, _) in self.apart.items()}
 
     def state_dict(self) -> dict:
-        return {"seen": list(self.recent), "skipped": self.skipped, "average": self.average}
+        apart = {name: {"seen": list(recent), "average": own} for name, (recent, own) in self.apart.items()}
+        return {"seen": list(self.recent), "skipped": self.skipped, "average": self.average, "apart": apart}
 
     def load_state_dict(self, state: dict) -> None:
         self.recent = deque(state["seen"], maxlen=self.recent.maxlen)
         self.skipped, self.average = state["skipped"], state["average"]
+        apart = state.get("apart", {})  # version 1 had none
+        self.apart = {n: (deque(s["seen"], maxlen=self.recent.maxlen), s["average"]) for n, s in apart.items()}
 
 
 class Commit(CommitCLR):
@@ -107,6 +128,8 @@ class Commit(CommitCLR):
             it; else that gradient is taken after the step and enters the next, which needs no copy of the state.
         measure_every: Steps between measurements of κ where none is regularised (>= 1).
         metric: d, what the distance between two predictions is.
+        each: Whether each component of the encoder side follows a κ of its own, between it alone and the language side,
+            as with a tower of pictures and one of sounds. A forward pass more for each of several that move.
 
     References:
         Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models, eq. 3 to 8.
@@ -122,8 +145,9 @@ class Commit(CommitCLR):
         within: bool = False,
         measure_every: int = 10,
         metric: Metric = "jensen_shannon",
+        each: bool = False,
     ):
-        super().__init__(window, every, measure_every, metric)
+        super().__init__(window, every, measure_every, metric, each)
         self.regularizer, self.regularize_every = regularizer, regularize_every
         self.ascends, self.within = ascends, within
 
@@ -143,6 +167,7 @@ def look_ahead(
     metric: Metric = "jensen_shannon",
     backward: Callable[..., object] = Tensor.backward,
     ascends: Ascended = "squared",
+    each: bool = False,
 ) -> Balance:
     """Adds −weight · ∇d(ŷ, ŷ^X)² to the `.grad` of each side X's parameters; returns what κ is made of.
 
@@ -152,14 +177,16 @@ def look_ahead(
     Args:
         backward: What differentiates a scalar with respect to `inputs`; a loop passes `accelerator.backward`.
         ascends: `distance` has d in the place of d².
+        each: See `measure`.
     """
     language, encoder = sides(components)
     old_language, old_encoder = sides(before)
     found = []
     for mine, other, old in ((language, encoder, old_encoder), (encoder, language, old_language)):
         with swapped(other, old):
-            each = distances(base, predict(), metric)
-            ascended = mean_of(each if ascends == "distance" else each.square(), base.sample)
+            apart = distances(base, predict(), metric)
+            ascended = mean_of(apart if ascends == "distance" else apart.square(), base.sample)
             backward(-weight * ascended, inputs=[tensor for tensor in mine if tensor.requires_grad])
-            found.append(mean_of(each, base.sample))
-    return balance_of(base, *found)
+            found.append(mean_of(apart, base.sample))
+    alone = moved_alone(predict, components, before, base, found[1].detach(), metric) if each else {}
+    return balance_of(base, *found, alone)

@@ -26,6 +26,7 @@ class Coordinator:
 
     metric: Metric = "jensen_shannon"
     two_sided = False  # whether it needs a component `language` and another one
+    each = False  # whether the balance is also measured of each component of the encoder side alone
     ascends: Ascended = "squared"  # what a look-ahead regulariser ascends
     within = False  # whether its gradient is taken within the step, after one on trial
 
@@ -91,4 +92,6 @@ class Measured(Coordinator):
             "moved_encoder": balance.encoder,
             "h_language": balance.h_language,
             "h_encoder": balance.h_encoder,
+            **{f"kappa_{name}": value for name, value in balance.kappas.items()},
+            **{f"moved_{name}": value for name, value in balance.each.items() if name != "encoder"},
         }

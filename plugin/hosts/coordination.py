@@ -250,7 +250,8 @@ class Coordination(TrainerCallback):
             return with_norms(found, batch, embeddings[0] if embeddings else None, plain.config)
 
         with undisturbed(model), _embedded(model, embeddings):
-            return measure(predict, self.components, self._before, self.coordinator.metric)
+            chosen = self.coordinator
+            return measure(predict, self.components, self._before, chosen.metric, each=chosen.each)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.data import Conversation
 from equipoise.pipelines.instruction_tuning.examples import load_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor
-from equipoise.pipelines.instruction_tuning.streaming import LEAST_HELD, Stream
+from equipoise.pipelines.instruction_tuning.streaming import LEAST_HELD, Source, Stream
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
@@ -102,8 +102,8 @@ def test_a_stream_goes_on_from_its_state_without_reading_what_came_before(words,
     second = stream(words("batch=3"))
     second.restore(state)
     read = []
-    take = Stream._counted
-    monkeypatch.setattr(Stream, "_counted", lambda self, rows: (read.append(row) or row for row in take(self, rows)))
+    take = Source._counted
+    monkeypatch.setattr(Source, "_counted", lambda self, rows: (read.append(row) or row for row in take(self, rows)))
     assert [asked(second.batch(at)) for at in range(41, 60)] == wanted[41:]
     assert len(read) <= 3 * 20 + 15
 
@@ -200,6 +200,60 @@ def test_pictures_and_later_sounds_are_refused_as_when_read_at_once(more, words,
             found.batch(at)
 
 
+def test_a_stream_that_goes_on_knows_which_media_it_has_seen(words, pictures, tmp_path):
+    file = tmp_path / "both.jsonl"
+    records = [{"image": str(pictures.parent / "0.png"), "question": "?", "answer": "A."} for _ in range(20)]
+    records += [{"question": "?", "answer": "A."} for _ in range(20)]
+    file.write_text("\n".join(map(json.dumps, records)))
+    begun = stream([*words("batch=2"), f"data={file}"])
+    begun.talk.problems = lambda example: []
+    begun.batch(19)
+    state = json.loads(json.dumps(begun.state()))
+    records[35] = {"audio": "a.wav", "question": "?", "answer": "A."}
+    file.write_text("\n".join(map(json.dumps, records)))
+    state["starts"] = {"2": [[0, 32]]}
+    again = stream([*words("batch=2"), f"data={file}"])
+    again.talk.problems = lambda example: []
+    again.restore(state)
+    with pytest.raises(
+        InputError, match=r"has pictures \(first in line 1\) and sounds \(first in line 36\); one model"
+    ):
+        again.batch(17)
+
+
+def test_several_data_sets_are_mixed_by_weight_and_resume_exactly(words, shards, pictures):
+    more = ["data.more=[" + str(other := shards.with_name("other.jsonl")) + "]", "data.weights=[3, 1]", "batch=4"]
+    picture = str(pictures.parent / "0.png")
+    records = [{"image": picture, "question": "?", "answer": f"It is {1000 + number}."} for number in range(40)]
+    other.write_text("\n".join(map(json.dumps, records)))
+    whole = stream(words(*more))
+    wanted = [asked(whole.batch(at)) for at in range(120)]
+    seen = [number for batch in wanted for number in batch]
+    small = [number for number in seen if number >= 1000]
+    assert 0.2 < len(small) / len(seen) < 0.3 and set(seen) == {*range(3 * COUNT), *range(1000, 1040)}
+    assert max(Counter(small).values()) - min(Counter(small).values()) <= 1, "each goes on where it was"
+    first, second = stream(words(*more)), stream(words(*more))
+    for at in range(71):
+        first.batch(at)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert [asked(second.batch(at)) for at in range(71, 120)] == wanted[71:]
+    assert first.digest != stream(words(*more[:1], "data.weights=[1, 1]", "batch=4")).digest
+    apart = stream([*words(*more), "data.validation="])
+    held = apart.sources[0].held
+    assert len([where for where in held if "other.jsonl" in where]) == len(held) / 2, "some of each are held out"
+
+
+def test_pictures_in_one_data_set_and_sounds_in_another_are_refused(words, shards):
+    other = shards.with_name("other.jsonl")
+    records = [{"question": "?", "answer": "A."}] * 30 + [{"audio": "a.wav", "question": "?", "answer": "A."}]
+    other.write_text("\n".join(map(json.dumps, records)))
+    found = stream([*words("batch=2"), f"data.more=[{other}]", "data.weights=[1, 1]"])
+    found.talk.problems = lambda example: []
+    with pytest.raises(InputError, match="there are data sets with pictures and others with sounds"):
+        for at in range(60):
+            found.batch(at)
+
+
 def test_all_batches_of_a_step_can_be_made_again_without_reading_again(words, monkeypatch):
     found = stream(words("batch=8", "train.accumulate=12"))  # blocks of 2 batches
     for at in range(12):
@@ -233,7 +287,7 @@ def test_the_hubs_are_read_as_they_come_and_pictures_stay_bytes(words, shards, m
 
 
 def test_what_cannot_be_streamed_and_what_the_check_cannot_show(words):
-    with pytest.raises(ConfigError, match="streaming: is for one data set"):
+    with pytest.raises(ConfigError, match="weights: of 2 data sets that are streamed nobody knows"):
         config.load(NAME, [*words(), "data.more=[b.jsonl]"])
     with pytest.raises(ConfigError, match="file is `demo`"):
         config.load(NAME, ["data.streaming=true"])

@@ -342,6 +342,20 @@ def test_components_of_ones_own_have_rates_of_their_own(overrides):
     assert (record["rate_tower"], record["rate_projector"], record["rate_language"]) == (1e-5, 1e-4, 7e-4)
 
 
+@pytest.mark.parametrize("coordinator", ["commit_clr", "commit"])
+def test_each_component_of_the_encoder_side_follows_its_own_kappa(overrides, coordinator):
+    parts = "components={tower: [vision_tower], projector: [multi_modal_projector], language: [language_model]}"
+    options = "coordinator.options={each: true, every: 1, measure_every: 1}"
+    words = ["encoder.parts=[tower, connector]", "schedule=constant", f"coordinator={coordinator}", options]
+    run, _ = train(*overrides(), parts, *words, "train.gradient_checkpointing=true")
+    for record in run.metrics():
+        assert record["moved_tower"] > 0 and record["moved_projector"] > 0
+        for name in ("tower", "projector"):
+            assert record[f"kappa_{name}"] == pytest.approx(record["moved_language"] / record[f"moved_{name}"])
+    last = run.metrics()[-1]
+    assert last["rate_tower"] != last["rate_projector"]
+
+
 def test_lora_on_the_encoder_too_and_frozen_parts(overrides, checkpoints):
     settings = config.load(NAME, [*overrides(), "encoder.method=lora", "encoder.parts=[tower]", "frozen=[layers.0]"])
     tuned = adapt(load_model(InstructionTuningModel(path=str(checkpoints("llava"))), "no"), settings)

@@ -218,6 +218,56 @@ def test_mixed_precision_and_a_gradient_scaler(dtype):
     assert (found.language, found.encoder) == (0.0, 0.0) and coordinator.skipped == 1 and len(coordinator.recent) == 1
 
 
+def test_each_tower_has_a_kappa_of_its_own():
+    """y = T(u + v) with a tower for each summand: alone each moves what it moves, and one that rests costs no pass."""
+    u, v, T = (nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (1.0, 0.0, 1.0))
+    components = {"vision": [u], "audio": [v], "language": [T]}
+    calls = []
+
+    def predict():
+        calls.append(1)
+        logit = T * (u + v)
+        return Prediction(torch.stack([logit, 0 * logit], dim=1), torch.zeros(1, dtype=torch.long), 1.0, 1.0, 1.0)
+
+    def tv(z):
+        return abs(torch.sigmoid(torch.tensor(1.0)) - torch.sigmoid(torch.tensor(z))).item()
+
+    for moved, passes in ((0.0, 3), (2.0, 5)):
+        before = {name: [tensor.detach().clone() for tensor in some] for name, some in components.items()}
+        with torch.no_grad():
+            u += 0.5
+            v += moved
+            T += 1.0
+        calls.clear()
+        found = measure(predict, components, before, "total_variation", each=True)
+        assert len(calls) == passes
+        assert found.each["vision"] == pytest.approx(tv(1.5)) and found.encoder == pytest.approx(tv(1.5 + moved))
+        assert found.each["audio"] == pytest.approx(tv(1.0 + moved), abs=1e-6)
+        kappas = {"vision": tv(2.0) / tv(1.5), "audio": tv(2.0) / tv(3.0) if moved else float("nan")}
+        assert found.kappas == pytest.approx(kappas, nan_ok=True)
+        base = Prediction(torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.long))
+        ascended = look_ahead(predict, components, before, base, 1.0, "total_variation", each=True)
+        assert ascended.each == pytest.approx(found.each) and measure(predict, components, before).each == {}
+        for tensor, old in zip((u, v, T), (1.0, 0.0, 1.0), strict=True):
+            tensor.data.fill_(old)
+
+
+def test_towers_follow_their_own_kappa_where_that_is_asked_for():
+    names, base = ["vision", "audio", "language"], Prediction(torch.zeros(1), torch.zeros(1))
+    made = CommitCLR(every=1, each=True)
+    moved = {"vision": torch.tensor(0.5), "audio": torch.tensor(0.0)}
+    logged = made.observe(0, balance_of(base, torch.tensor(2.0), torch.tensor(1.0), moved))
+    assert (logged["kappa"], logged["kappa_vision"], logged["moved_vision"]) == (2.0, 4.0, 0.5)
+    assert logged["kappa_audio"] != logged["kappa_audio"], "a tower that rests has none"
+    made.stepped({}, 0, 10)
+    assert made.factors(names) == pytest.approx({"language": 2 / 3, "audio": 4 / 3, "vision": 8 / 5})
+    again = CommitCLR(every=1, each=True)
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert again.factors(names) == made.factors(names) and again.state_dict() == made.state_dict()
+    again.load_state_dict({"seen": [2.0], "skipped": 0, "average": 2.0})
+    assert again.factors(names) == pytest.approx({"language": 2 / 3, "audio": 4 / 3, "vision": 4 / 3}), "an older state"
+
+
 def test_what_raises_inside_is_swapped_back():
     weight, value = nn.Parameter(torch.zeros(2)), torch.ones(2)
     with pytest.raises(ZeroDivisionError), swapped([weight], [value]):
