@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses, Reached
 from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines.audio_visual.check import unsuited
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import PRESENT, Batches, Features
@@ -196,6 +197,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         ]
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
+        if said := unsuited(config.objective.name, config.model.fusion):
+            raise InputError(f"objective.name: {said}")
+        self.objective.joint_head = [p for p in self.model.fusion.parameters() if p.requires_grad]
         self.loading = 0.0  # seconds that the last step waited for its batch
         self.had: dict[int, dict[str, Tensor]] = {}  # forward pass of a step → modality → whether some clip had it
         self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
@@ -307,9 +311,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             features = self.model.features(batch)
             live = self.objective.uses_unimodal
             unimodal = {n: self.model.heads[n](f if live else f.detach()) for n, f in features.items()}
-        responses = None
-        if self.objective.uses_responses:
-            with torch.no_grad(), self.accelerator.autocast():
+        responses, parted = None, self.objective.needs_head != "any"
+        if self.objective.uses_responses or parted:
+            with torch.set_grad_enabled(parted), self.accelerator.autocast():
                 responses = self.model.responses(features, unimodal)
         given: Mapping[str, Tensor] = features
         if self.objective.changes_features:
@@ -331,7 +335,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         own = {n: loss(logits, there[n]) for n, logits in unimodal.items()}
         if PRESENT in batch:
             self.had[micro] = {n: processes.mean(batch[PRESENT][:, i].float().sum()) > 0 for i, n in enumerate(own)}
-        return Losses(loss(joint), own, labels, responses)
+        weights = None if self.config.data.class_weights == "none" else weigh[labels]
+        return Losses(loss(joint), own, labels, responses, features if self.objective.uses_features else None, weights)
 
     def _chosen(self, number: int) -> list[int]:
         count = len(self.labels["train"])

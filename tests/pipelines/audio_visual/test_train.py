@@ -39,7 +39,13 @@ made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 NAME = "audio_visual/demo"
-OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}", "relearning": "{every: 0.5}", "opm": "{starts: 1}"}
+OPTIONS = {
+    "mslr": "{factors: {audio: 0.5, visual: 2}}",
+    "relearning": "{every: 0.5}",
+    "opm": "{starts: 1}",
+    "recon_boost": "{epochs_each: 1, epochs_all: 0.5}",
+}
+HEADS = {"mla": ["fusion=shared"]}  # what their joint head must be, where the demo's will not do
 
 
 def train(*overrides):
@@ -161,6 +167,7 @@ def test_the_result_loads_and_predicts_the_same(tiny, clips):
 @pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
 def test_every_objective_trains_and_resumes_exactly(name, tiny, stopped_run):
     words = [*tiny, f"objective={name}", f"objective.options={OPTIONS.get(name, '{}')}", "train.accumulate=2"]
+    words += HEADS.get(name, [])
     whole, outcome = train(*words)
     assert outcome.state == "done"
     settings = config.load(NAME, words)
@@ -192,14 +199,11 @@ def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name
     words = [*tiny, f"data={lacking(clips, tmp_path)}", *MASKED, "data.missing=mask", f"objective={name}", "batch=3"]
     options = OPTIONS.get(name, "{}")
     if not registry.load("objectives", name).takes_missing:
-        words.append("data.modalities=[audio, visual]")
+        words += ["data.modalities=[audio, visual]", *HEADS.get(name, [])]
         assert main(["train", NAME, *words]) == 2
         said = capfd.readouterr().err
-        why = (
-            "clusters the features of every clip"
-            if name == "relearning"
-            else "compares what modalities say of the same"
-        )
+        does = {"relearning": "clusters the features of every clip", "mla": "weighs every modality of every clip"}
+        why = does.get(name, "compares what modalities say of the same")
         assert f"objective.name: {name} {why}" in said
         return
     run, outcome = train(*words, f"objective.options={options}")
@@ -415,6 +419,9 @@ def test_heads_that_learn_beside_leave_the_encoders_alone(tiny, monkeypatch):
         ["train.precision=bf16", "data.class_weights=balanced"],
         ["fusion=gated"],
         ["fusion=film", "objective=ogm_ge"],
+        ["fusion=shared", "model.visual={widths: [4, 16], depths: [1, 1]}", "objective=mimo"],
+        ["fusion=concat", "objective=info_reg", "data.class_weights=balanced", "train.precision=bf16"],
+        ["objective=mla", "fusion=shared", "optimizer=ada_sam", "optimizer.options={}"],
         ["data.modalities=[audio, visual, text]", "model.text={kind: transformer, width: 8, layers: 1, heads: 2}"],
         ["data.modalities=[visual, text]", "model.text={kind: transformer, width: 8, layers: 1, heads: 2}"],
         ["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "fusion=concat"],
@@ -631,6 +638,8 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["train.baselines=[agm, mini]"], "baselines: mini: no objective 'mini'."),
         (["train.baselines=[mslr]"], "baselines: mslr: factors: missing"),
         (["fusion=gated", "data.modalities=[audio]"], "model.fusion: gated takes two modalities, and there are 1."),
+        (["objective=mla"], "objective.name: mla trains one head that all modalities go through, and model.fusion=sum"),
+        (["train.baselines=[lfm]", "fusion=film"], "train.baselines: lfm takes the joint logits apart into a part of"),
         (["model.audio.kind=transformer"], "kind must be resnet or ast for audio, got transformer."),
         (["model.visual={widths: [8], depths: [1, 1]}"], "needs as many depths as widths"),
         (["data.modalities=[audio, audio]"], "must name each modality once"),
