@@ -278,17 +278,24 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             f"optimizer.learning_rate, or give numbers: objective.options.{self.objective.alone_option}."
         )
 
-    def _some(self, split: str, most: int) -> Tensor:
-        """The indices of a split's clips; of more than `most`, so many by chance, always the same."""
-        count = len(self.labels[split])
-        return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+    def _some(self, split: str, most: int, name: str = JOINT) -> Tensor:
+        """The indices of a split's clips, those that have the modality; of more than `most`, so many by chance, always
+        the same."""
+        batches = self.batches[split]
+        given = batches.store.given if name != JOINT else {}
+        having = [i for i, clip in enumerate(batches.clips) if name in given.get(clip.line, (name,))]
+        order = torch.randperm(len(having), generator=torch.Generator().manual_seed(0))
+        return torch.tensor(having)[order[:most]].sort().values
 
     def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
         """Training and validation loss by prediction, and the noise of the latter; of many training clips, some."""
-        train, validation = self.predict("train", self._some("train", _SEEN)), self.predict("val")
+        validation, seen = self.predict("val"), dict.fromkeys(names, JOINT)
+        if self.config.data.missing == "mask":  # a rare modality may be in none of some clips
+            seen = {name: name for name in names}
+        train = {name: self.predict("train", self._some("train", _SEEN, name)) for name in dict.fromkeys(seen.values())}
         found = {}
         for name in names:
-            one, other = train[name], validation[name]
+            one, other = train[seen[name]][name], validation[name]
             sent = processes.first({"train": one.loss, "validation": other.loss, "noise": other.noise})
             found[name] = (sent["train"], sent["validation"], sent["noise"])
         return found

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import shlex
 import shutil
 import time
@@ -553,6 +554,16 @@ def test_the_loss_of_an_absent_modality_is_the_mean_of_the_batches_that_have_it(
     assert losses[1] + losses[2] == pytest.approx([losses[1][0]] * 4, rel=0.3)
 
 
+def test_gradient_blending_looks_at_the_clips_that_have_a_rare_modality(tiny, clips, tmp_path, monkeypatch):
+    """Of twelve clips one has text, and two are looked at."""
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train._SEEN", 2)
+    path = with_rare_text(clips, tmp_path, {"train7", "val0", "test0"})
+    words = [*tiny, f"data={path}", *MASKED, "data.missing=mask", "objective=gradient_blending", "steps=3"]
+    record = train(*words)[0].metrics()[-1]
+    weights = [record[f"weight_{name}"] for name in ("joint", "audio", "visual", "text")]
+    assert all(0 <= weight <= 1 for weight in weights) and sum(weights) == pytest.approx(1)
+
+
 def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
     counted, real = [], features.extract
     monkeypatch.setattr(features, "extract", lambda *given: counted.append(1) or real(*given))
@@ -836,10 +847,30 @@ def test_what_a_modality_says_alone(fusion, tiny):
     assert all(logits.shape == (2, 5) for logits in alone.values())
     if fusion in ("sum", "concat"):
         assert torch.allclose(sum(alone.values()), model.fusion(features), atol=1e-6), "the joint logits are their sum"
+    elif fusion == "shared":  # a clip at a time, by its own entropies
+        each = {name: logits.double().softmax(1) for name, logits in alone.items()}
+        for clip, joint in enumerate(model.fusion(features)):
+            sure = {name: math.exp(sum(float(p) * math.log(p) for p in each[name][clip])) for name in each}
+            mean = sum(share * alone[name][clip] for name, share in sure.items()) / sum(sure.values())
+            assert torch.allclose(joint, mean.float(), atol=1e-5)
     else:
         assert all(torch.equal(alone[name], heads[name]) and not alone[name].requires_grad for name in heads)
     other = {"audio": features["audio"], "visual": torch.randn(2, 8)}
     assert torch.equal(model.responses(other, own(other))["audio"], alone["audio"]), "it does not depend on the other"
+
+
+def test_modalities_share_a_head_whose_width_is_the_widest_ones():
+    torch.manual_seed(0)
+    head = FUSIONS["shared"]({"audio": 2, "visual": 3}, 4)
+    said = head.alone("audio", {"audio": torch.tensor([[1.0, 2.0]])})
+    assert torch.allclose(said, torch.tensor([[1.0, 2.0, 0.0]]) @ head.out.weight.T + head.out.bias)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 16
+
+
+def test_an_objective_without_the_head_it_needs_is_refused_in_python_too(tiny):
+    settings = config.load(NAME, [*tiny, "objective=mla"])
+    with pytest.raises(InputError, match=r"^objective.name: mla trains one head that all modalities go through, and "):
+        AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepare(settings))
 
 
 def test_scores_by_hand():
