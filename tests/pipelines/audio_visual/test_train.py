@@ -848,7 +848,7 @@ def test_what_a_modality_says_alone(fusion, tiny):
     if fusion in ("sum", "concat"):
         assert torch.allclose(sum(alone.values()), model.fusion(features), atol=1e-6), "the joint logits are their sum"
     elif fusion == "shared":  # a clip at a time, by its own entropies
-        each = {name: logits.double().softmax(1) for name, logits in alone.items()}
+        each = {name: logits.detach().double().softmax(1) for name, logits in alone.items()}
         for clip, joint in enumerate(model.fusion(features)):
             sure = {name: math.exp(sum(float(p) * math.log(p) for p in each[name][clip])) for name in each}
             mean = sum(share * alone[name][clip] for name, share in sure.items()) / sum(sure.values())
