@@ -26,6 +26,7 @@ def problems(config: AudioVisualConfig) -> list[str]:
         found += _data_problems(config, tokenized="text" not in missing)
     found += one_sided(config)
     found += _unmasked(config)
+    found += [f"{key}: {said}" for key, name in _chosen(config) if (said := unsuited(name, config.model.fusion))]
     if config.train.precision == "fp16":
         import torch
 
@@ -34,22 +35,38 @@ def problems(config: AudioVisualConfig) -> list[str]:
     return found
 
 
+def _chosen(config: AudioVisualConfig) -> list[tuple[str, str]]:
+    """The configuration's keys of objectives, and their names."""
+    baselines = [("train.baselines", name) for name in config.train.baselines]
+    return [("objective.name", config.objective.name), *baselines]
+
+
+def unsuited(name: str, fusion: str) -> str:
+    """Why an objective cannot be trained with a joint head of this kind; empty if it can."""
+    needed = getattr(registry.load("objectives", name), "needs_head", "any")
+    if needed == "shared" and fusion != "shared":
+        return (
+            f"{name} trains one head that all modalities go through, and model.fusion={fusion} has none. Set "
+            "model.fusion=shared."
+        )
+    if needed == "parts" and fusion not in ("sum", "concat"):
+        return (
+            f"{name} takes the joint logits apart into a part of each modality, and those of model.fusion={fusion} are "
+            "no such sum. Set model.fusion=sum or concat."
+        )
+    return ""
+
+
 def _unmasked(config: AudioVisualConfig) -> list[str]:
     """Objectives that clips which lack a modality are not for."""
-    chosen = [
-        ("objective.name", config.objective.name),
-        *(("train.baselines", name) for name in config.train.baselines),
-    ]
     found = []
-    for key, name in chosen if config.data.missing == "mask" else ():
+    for key, name in _chosen(config) if config.data.missing == "mask" else ():
         objective = registry.load("objectives", name)
         if getattr(objective, "takes_missing", True):
             continue
-        compares = getattr(objective, "uses_responses", True)
-        does = "compares what modalities say of the same clip" if compares else "clusters the features of every clip"
         found.append(
-            f"{key}: {name} {does}, and with data.missing=mask a clip may lack one. Use another, such as mimo, or "
-            "data.missing=refuse."
+            f"{key}: {name} {objective.needs_all}, and with data.missing=mask a clip may lack one. Use another, such "
+            "as mimo, or data.missing=refuse."
         )
     return found
 

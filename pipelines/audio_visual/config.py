@@ -140,9 +140,10 @@ class TextEncoderSection(AudioVisualEncoder):
 
 
 class AudioVisualModel(Section):
-    fusion: Literal["sum", "concat", "gated", "film"] = Field(
+    fusion: Literal["sum", "concat", "gated", "film", "shared"] = Field(
         "concat",
-        description="How the modalities' features become the joint prediction; gated and film take two modalities.",
+        description="How the modalities' features become the joint prediction; gated and film take two modalities; "
+        "shared: one head for all of them, its predictions weighed by how sure they are.",
     )
     audio: AudioVisualEncoder = Field(default_factory=AudioVisualEncoder)
     visual: AudioVisualEncoder = Field(default_factory=AudioVisualEncoder)

@@ -98,12 +98,13 @@ class LateFusion(nn.Module):
         return {name: self.encoders[name].net.config.to_dict() for name in self.modalities if self.come[name]}
 
     def responses(self, features: dict[str, Tensor], unimodal: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each modality alone gives: its part of the joint logits where they are a sum of parts.
+        """What each modality alone gives: its part of the joint logits where they are a sum of parts, its logits where
+        all have one head.
 
         Gated and modulated features cannot be taken apart: with the other modality's zero, the joint head's logits say
         which of the two is the gate and not which is ahead. There each modality's own head stands in.
         """
-        if isinstance(self.fusion, Sum | Concat):
+        if isinstance(self.fusion, Sum | Concat | Shared):
             return {name: self.fusion.alone(name, features) for name in features}
         return {name: logits.detach() for name, logits in unimodal.items()}
 
@@ -192,7 +193,27 @@ class Film(nn.Module):
         return self.out((1 + scale) * other + shift)
 
 
-FUSIONS: dict[str, Any] = {"sum": Sum, "concat": Concat, "gated": Gated, "film": Film}
+class Shared(nn.Module):
+    """One linear head that every modality's features go through; the joint logits are the mean of what it says of each,
+    weighed by exp(−entropy) of its prediction. Narrower features are filled up with zeros."""
+
+    def __init__(self, widths: dict[str, int], classes: int):
+        super().__init__()
+        self.out = nn.Linear(max(widths.values()), classes)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        logits = torch.stack([self.alone(name, features) for name in features])  # (modalities, batch, classes)
+        logs = logits.float().log_softmax(2)
+        sure = (logs.exp() * logs).sum(2, keepdim=True)  # −entropy
+        return (sure.softmax(0).to(logits.dtype) * logits).sum(0)
+
+    def alone(self, name: str, features: dict[str, Tensor]) -> Tensor:
+        """What the head says of one modality."""
+        made = features[name]
+        return self.out(nn.functional.pad(made, (0, self.out.in_features - made.shape[1])))
+
+
+FUSIONS: dict[str, Any] = {"sum": Sum, "concat": Concat, "gated": Gated, "film": Film, "shared": Shared}
 
 
 def _encoder(name: str, section: AudioVisualEncoder, config: AudioVisualConfig, bins, pretrained) -> Any:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from equipoise.balancing.objective import Losses, Reached
 from equipoise.errors import ConfigError, InputError
+from equipoise.pipelines.audio_visual.check import unsuited
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.audio_visual.data import Clip
 from equipoise.pipelines.audio_visual.features import PRESENT, Batches, Features
@@ -196,6 +197,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         ]
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super().__init__(config, run, accelerator, named, groups, encoders, dict(self.model.named_buffers()), frozen)
+        if said := unsuited(config.objective.name, config.model.fusion):
+            raise InputError(f"objective.name: {said}")
+        self.objective.joint_head = [p for p in self.model.fusion.parameters() if p.requires_grad]
         self.loading = 0.0  # seconds that the last step waited for its batch
         self.had: dict[int, dict[str, Tensor]] = {}  # forward pass of a step → modality → whether some clip had it
         self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
@@ -274,17 +278,24 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             f"optimizer.learning_rate, or give numbers: objective.options.{self.objective.alone_option}."
         )
 
-    def _some(self, split: str, most: int) -> Tensor:
-        """The indices of a split's clips; of more than `most`, so many by chance, always the same."""
-        count = len(self.labels[split])
-        return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+    def _some(self, split: str, most: int, name: str = JOINT) -> Tensor:
+        """The indices of a split's clips, those that have the modality; of more than `most`, so many by chance, always
+        the same."""
+        batches = self.batches[split]
+        given = batches.store.given if name != JOINT else {}
+        having = [i for i, clip in enumerate(batches.clips) if name in given.get(clip.line, (name,))]
+        order = torch.randperm(len(having), generator=torch.Generator().manual_seed(0))
+        return torch.tensor(having)[order[:most]].sort().values
 
     def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
         """Training and validation loss by prediction, and the noise of the latter; of many training clips, some."""
-        train, validation = self.predict("train", self._some("train", _SEEN)), self.predict("val")
+        validation, seen = self.predict("val"), dict.fromkeys(names, JOINT)
+        if self.config.data.missing == "mask":  # a rare modality may be in none of some clips
+            seen = {name: name for name in names}
+        train = {name: self.predict("train", self._some("train", _SEEN, name)) for name in dict.fromkeys(seen.values())}
         found = {}
         for name in names:
-            one, other = train[name], validation[name]
+            one, other = train[seen[name]][name], validation[name]
             sent = processes.first({"train": one.loss, "validation": other.loss, "noise": other.noise})
             found[name] = (sent["train"], sent["validation"], sent["noise"])
         return found
@@ -307,9 +318,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             features = self.model.features(batch)
             live = self.objective.uses_unimodal
             unimodal = {n: self.model.heads[n](f if live else f.detach()) for n, f in features.items()}
-        responses = None
-        if self.objective.uses_responses:
-            with torch.no_grad(), self.accelerator.autocast():
+        responses, parted = None, self.objective.needs_head != "any"
+        if self.objective.uses_responses or parted:
+            with torch.set_grad_enabled(parted), self.accelerator.autocast():
                 responses = self.model.responses(features, unimodal)
         given: Mapping[str, Tensor] = features
         if self.objective.changes_features:
@@ -331,7 +342,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         own = {n: loss(logits, there[n]) for n, logits in unimodal.items()}
         if PRESENT in batch:
             self.had[micro] = {n: processes.mean(batch[PRESENT][:, i].float().sum()) > 0 for i, n in enumerate(own)}
-        return Losses(loss(joint), own, labels, responses)
+        weights = None if self.config.data.class_weights == "none" else weigh[labels]
+        return Losses(loss(joint), own, labels, responses, features if self.objective.uses_features else None, weights)
 
     def _chosen(self, number: int) -> list[int]:
         count = len(self.labels["train"])

@@ -42,8 +42,19 @@ OBJECTIVES = {  # row: objective
     "OPM": "opm",
     "Re-learning": "relearning",
     "G-Blending": "gradient_blending",
+    "PMR": "pmr",
+    "InfoReg": "info_reg",
+    "ReconBoost": "recon_boost",
+    "MLA": "mla",
+    "LFM": "lfm",
 }
-OPTIONS = {"relearning": {"every": 1.0}}  # after each epoch, for here there are few
+# Epochs are few here: re-learning is done after each, ReconBoost's stages are short, and LFM's schedule ends with them.
+OPTIONS = {
+    "relearning": {"every": 1.0},
+    "recon_boost": {"epochs_each": 0.25, "epochs_all": 0.25},
+    "lfm": {"epochs_all": 4.0},
+}
+HEADS = {"mla": "shared"}  # joint heads other than the demo's
 CREMA_D = {  # Table 1: joint, audio, visual in %, subroutine seconds
     "unimodal": (None, 59.31, 61.04, 0.028),
     "MML": (60.26, 58.02, 22.69, 0.038),
@@ -335,6 +346,7 @@ def _config(cell: Trial) -> Any:
         words |= {"model.text.width": 32, "model.text.layers": 2}
     if "objective" in cell:
         words |= {"objective.name": cell["objective"], "objective.options": cell["options"]}
+        words |= {"model.fusion": HEADS[cell["objective"]]} if cell["objective"] in HEADS else {}
     return config.set_keys(config.load("audio_visual/demo"), words, "reproduce")
 
 

@@ -119,15 +119,9 @@ def mean(tensor: "Tensor") -> "Tensor":
 
 
 def gathered(tensor: "Tensor") -> "Tensor":
-    """All processes' rows, (count · n, …), in their order; each must have as many. Without a gradient."""
-    if count() == 1:
-        return tensor
-    import torch
-
-    own = tensor.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(count())]
-    torch.distributed.all_gather(parts, own)
-    return torch.cat(parts)
+    """All processes' rows, (count · n, …), in their order; each must have as many. Its gradient is that of each
+    process's own rows, times the count, which `average` then divides by."""
+    return tensor if count() == 1 else _gathered_function().apply(tensor)
 
 
 def average(tensors: Sequence["Tensor"]) -> None:
@@ -196,3 +190,22 @@ def _mean_function() -> Any:
             return gradient
 
     return Mean
+
+
+@cache
+def _gathered_function() -> Any:
+    import torch
+
+    class Gathered(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: "Tensor") -> "Tensor":
+            own = tensor.detach().contiguous()
+            parts = [torch.empty_like(own) for _ in range(count())]
+            torch.distributed.all_gather(parts, own)
+            return torch.cat(parts)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: "Tensor") -> "Tensor":  # pyright: ignore[reportIncompatibleMethodOverride]
+            return gradient.chunk(count())[rank()] * count()
+
+    return Gathered

@@ -353,6 +353,8 @@ def _of_all(losses: Losses) -> Losses:
         dict(zip(losses.unimodal, unimodal, strict=True)),
         None if losses.labels is None else processes.gathered(losses.labels),
         losses.responses and {name: processes.gathered(said) for name, said in losses.responses.items()},
+        losses.features and {name: processes.gathered(made) for name, made in losses.features.items()},
+        None if losses.weights is None else processes.gathered(losses.weights),
     )
 
 

@@ -3,9 +3,11 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from equipoise.errors import InputError
 from equipoise.options import read_options
@@ -18,6 +20,22 @@ class Losses(NamedTuple):
     unimodal: Mapping[str, Tensor]  # modality → the loss of the prediction from that modality alone; may be empty
     labels: Tensor | None = None  # (batch,) class of each example
     responses: Mapping[str, Tensor] | None = None  # modality → (batch, classes): see Objective.uses_responses
+    features: Mapping[str, Tensor] | None = None  # modality → (batch, width): see Objective.uses_features
+    weights: Tensor | None = None  # (batch,) of the examples, where classes weigh differently
+
+    def of(
+        self,
+        logits: Tensor,  # (batch, classes)
+    ) -> Tensor:
+        """The loss of another prediction of these examples, as that of the joint one is made."""
+        assert self.labels is not None
+        each = F.cross_entropy(wide(logits), self.labels, reduction="none")
+        return each.mean() if self.weights is None else (each * self.weights).sum() / self.weights.sum()
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class Reached(NamedTuple):
@@ -58,13 +76,21 @@ class Objective:
     # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
     # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
+    # What the joint head must be. "parts": its logits are a sum of one part of each modality; "shared": one head that
+    # every modality's features go through. `Losses.responses` then carry a gradient, and `joint_head` is set.
+    needs_head: ClassVar[Literal["any", "parts", "shared"]] = "any"
+    uses_features: ClassVar[bool] = (
+        False  # whether `Losses.features` is wanted: those of the encoders, with their graph
+    )
     changes_features: ClassVar[bool] = False  # whether `fuse` is to be called
-    # Whether an example may lack a modality. Not where modalities are compared example by example.
+    # Whether an example may lack a modality, and if not, what the objective does that needs all.
     takes_missing: ClassVar[bool] = True
+    needs_all: ClassVar[str] = "compares what modalities say of the same clip"
     trains_joint: ClassVar[bool] = True  # whether the joint prediction is worth looking at
     modalities: ClassVar[tuple[int, float]] = (0, float("inf"))  # how many it takes: at least, at most
 
     encoders: Mapping[str, Sequence[Tensor]] = {}  # modality → its encoder's trainable parameters; set by `bind`
+    joint_head: Sequence[Tensor] = ()  # its trainable parameters; set by a training loop that has one
     steps_per_epoch: float = 0.0  # set by a training loop that has epochs, before its first step
     # Whether `take_alone` is to be called before the first step of a training, where there is a loop that can; and
     # whether it needs the joint loss's too, and trainings of the same length.
@@ -98,6 +124,16 @@ class Objective:
                 f"{len(encoders)} ({', '.join(encoders)}). Use another objective, such as `joint`."
             )
         self.encoders = dict(encoders)
+
+    def epochs(self, steps: int) -> float:
+        """How many epochs so many steps are.
+
+        Raises:
+            InputError: The training loop has no epochs.
+        """
+        if not self.steps_per_epoch:
+            raise InputError(f"{type(self).__name__} counts epochs, and this training has none.")
+        return steps / self.steps_per_epoch
 
     def combine(self, losses: Losses) -> Tensor:
         """The scalar to differentiate."""

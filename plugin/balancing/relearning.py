@@ -38,6 +38,7 @@ class Relearning(Objective):
 
     uses_unimodal: ClassVar[bool] = False
     takes_missing: ClassVar[bool] = False
+    needs_all: ClassVar[str] = "clusters the features of every clip"
     modalities: ClassVar[tuple[int, float]] = (1, math.inf)
 
     def __init__(self, lam: float = 3.0, every: float = 20.0, times: int = 3) -> None:

@@ -16,7 +16,8 @@ BUILT_IN = {
     "optimizers": ["ada_sam", "alpha_adam", "bounded_adamw", "sam", "scaled_adamw", "scaled_gd"],
     "coordinators": ["commit", "commit_clr", "constant", "feature_cd", "language_cd", "language_lr_up", "vision_lr_up"],
     "objectives": """
-        agm equal_weight gradient_blending joint mgda mimo mmpareto mses mslr ogm_ge opm relearning unimodal
+        agm equal_weight gradient_blending info_reg joint lfm mgda mimo mla mmpareto mses mslr ogm_ge opm pmr
+        recon_boost relearning unimodal
     """.split(),
     "pipelines": ["audio_visual", "instruction_tuning", "text_to_image"],
     "families": [

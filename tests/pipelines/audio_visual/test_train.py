@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import shlex
 import shutil
 import time
@@ -39,7 +40,13 @@ made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 NAME = "audio_visual/demo"
-OPTIONS = {"mslr": "{factors: {audio: 0.5, visual: 2}}", "relearning": "{every: 0.5}", "opm": "{starts: 1}"}
+OPTIONS = {
+    "mslr": "{factors: {audio: 0.5, visual: 2}}",
+    "relearning": "{every: 0.5}",
+    "opm": "{starts: 1}",
+    "recon_boost": "{epochs_each: 1, epochs_all: 0.5}",
+}
+HEADS = {"mla": ["fusion=shared"]}  # what their joint head must be, where the demo's will not do
 
 
 def train(*overrides):
@@ -161,6 +168,7 @@ def test_the_result_loads_and_predicts_the_same(tiny, clips):
 @pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
 def test_every_objective_trains_and_resumes_exactly(name, tiny, stopped_run):
     words = [*tiny, f"objective={name}", f"objective.options={OPTIONS.get(name, '{}')}", "train.accumulate=2"]
+    words += HEADS.get(name, [])
     whole, outcome = train(*words)
     assert outcome.state == "done"
     settings = config.load(NAME, words)
@@ -192,14 +200,11 @@ def test_clips_that_lack_a_modality_are_trained_and_scored_on_what_is_there(name
     words = [*tiny, f"data={lacking(clips, tmp_path)}", *MASKED, "data.missing=mask", f"objective={name}", "batch=3"]
     options = OPTIONS.get(name, "{}")
     if not registry.load("objectives", name).takes_missing:
-        words.append("data.modalities=[audio, visual]")
+        words += ["data.modalities=[audio, visual]", *HEADS.get(name, [])]
         assert main(["train", NAME, *words]) == 2
         said = capfd.readouterr().err
-        why = (
-            "clusters the features of every clip"
-            if name == "relearning"
-            else "compares what modalities say of the same"
-        )
+        does = {"relearning": "clusters the features of every clip", "mla": "weighs every modality of every clip"}
+        why = does.get(name, "compares what modalities say of the same")
         assert f"objective.name: {name} {why}" in said
         return
     run, outcome = train(*words, f"objective.options={options}")
@@ -415,6 +420,9 @@ def test_heads_that_learn_beside_leave_the_encoders_alone(tiny, monkeypatch):
         ["train.precision=bf16", "data.class_weights=balanced"],
         ["fusion=gated"],
         ["fusion=film", "objective=ogm_ge"],
+        ["fusion=shared", "model.visual={widths: [4, 16], depths: [1, 1]}", "objective=mimo"],
+        ["fusion=concat", "objective=info_reg", "data.class_weights=balanced", "train.precision=bf16"],
+        ["objective=mla", "fusion=shared", "optimizer=ada_sam", "optimizer.options={}"],
         ["data.modalities=[audio, visual, text]", "model.text={kind: transformer, width: 8, layers: 1, heads: 2}"],
         ["data.modalities=[visual, text]", "model.text={kind: transformer, width: 8, layers: 1, heads: 2}"],
         ["model.audio={kind: ast, width: 8, layers: 1, heads: 2}", "fusion=concat"],
@@ -546,6 +554,16 @@ def test_the_loss_of_an_absent_modality_is_the_mean_of_the_batches_that_have_it(
     assert losses[1] + losses[2] == pytest.approx([losses[1][0]] * 4, rel=0.3)
 
 
+def test_gradient_blending_looks_at_the_clips_that_have_a_rare_modality(tiny, clips, tmp_path, monkeypatch):
+    """Of twelve clips one has text, and two are looked at."""
+    monkeypatch.setattr("equipoise.pipelines.audio_visual.train._SEEN", 2)
+    path = with_rare_text(clips, tmp_path, {"train7", "val0", "test0"})
+    words = [*tiny, f"data={path}", *MASKED, "data.missing=mask", "objective=gradient_blending", "steps=3"]
+    record = train(*words)[0].metrics()[-1]
+    weights = [record[f"weight_{name}"] for name in ("joint", "audio", "visual", "text")]
+    assert all(0 <= weight <= 1 for weight in weights) and sum(weights) == pytest.approx(1)
+
+
 def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
     counted, real = [], features.extract
     monkeypatch.setattr(features, "extract", lambda *given: counted.append(1) or real(*given))
@@ -631,6 +649,8 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["train.baselines=[agm, mini]"], "baselines: mini: no objective 'mini'."),
         (["train.baselines=[mslr]"], "baselines: mslr: factors: missing"),
         (["fusion=gated", "data.modalities=[audio]"], "model.fusion: gated takes two modalities, and there are 1."),
+        (["objective=mla"], "objective.name: mla trains one head that all modalities go through, and model.fusion=sum"),
+        (["train.baselines=[lfm]", "fusion=film"], "train.baselines: lfm takes the joint logits apart into a part of"),
         (["model.audio.kind=transformer"], "kind must be resnet or ast for audio, got transformer."),
         (["model.visual={widths: [8], depths: [1, 1]}"], "needs as many depths as widths"),
         (["data.modalities=[audio, audio]"], "must name each modality once"),
@@ -827,10 +847,30 @@ def test_what_a_modality_says_alone(fusion, tiny):
     assert all(logits.shape == (2, 5) for logits in alone.values())
     if fusion in ("sum", "concat"):
         assert torch.allclose(sum(alone.values()), model.fusion(features), atol=1e-6), "the joint logits are their sum"
+    elif fusion == "shared":  # a clip at a time, by its own entropies
+        each = {name: logits.detach().double().softmax(1) for name, logits in alone.items()}
+        for clip, joint in enumerate(model.fusion(features)):
+            sure = {name: math.exp(sum(float(p) * math.log(p) for p in each[name][clip])) for name in each}
+            mean = sum(share * alone[name][clip] for name, share in sure.items()) / sum(sure.values())
+            assert torch.allclose(joint, mean.float(), atol=1e-5)
     else:
         assert all(torch.equal(alone[name], heads[name]) and not alone[name].requires_grad for name in heads)
     other = {"audio": features["audio"], "visual": torch.randn(2, 8)}
     assert torch.equal(model.responses(other, own(other))["audio"], alone["audio"]), "it does not depend on the other"
+
+
+def test_modalities_share_a_head_whose_width_is_the_widest_ones():
+    torch.manual_seed(0)
+    head = FUSIONS["shared"]({"audio": 2, "visual": 3}, 4)
+    said = head.alone("audio", {"audio": torch.tensor([[1.0, 2.0]])})
+    assert torch.allclose(said, torch.tensor([[1.0, 2.0, 0.0]]) @ head.out.weight.T + head.out.bias)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 16
+
+
+def test_an_objective_without_the_head_it_needs_is_refused_in_python_too(tiny):
+    settings = config.load(NAME, [*tiny, "objective=mla"])
+    with pytest.raises(InputError, match=r"^objective.name: mla trains one head that all modalities go through, and "):
+        AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepare(settings))
 
 
 def test_scores_by_hand():

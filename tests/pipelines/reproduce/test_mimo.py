@@ -115,7 +115,7 @@ def test_the_command_reproduces_mimo_on_given_clips(tmp_path, capsys):
     assert "- MIMO over MML, joint: paper +15.7, here " in out and "λ = 100" in out
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["chart.png", "landscape.png", "results.json"]
     cells = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert len(cells) == 14 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
+    assert len(cells) == 19 + 12 + 2 and {cell["method"] for cell in cells} >= {"AGM", "OGM-GE", "MSES", "unimodal"}
     assert all(cell["balancing"] > 0 and len(cell[f"curve_{kind}"]) == 2 for cell in cells for kind in KINDS)
     gaps = {kind: cells[0][f"probe_{kind}"] - cells[1][f"probe_{kind}"] for kind in KINDS}
     assert (cells[0]["method"], cells[1]["method"]) == ("unimodal", "MML")

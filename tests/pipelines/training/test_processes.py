@@ -35,6 +35,7 @@ OPTIONS = {
     "ogm_ge": {"tensors": "all", "noise": False},
     "noisy": {"tensors": "all"},
     "gradient_blending": {"weights": {"joint": 0.5, "audio": 0.2, "visual": 0.3}},
+    "recon_boost": {"epochs_each": 0.5, "epochs_all": 0.25},
 }
 
 
@@ -65,7 +66,8 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
         def __init__(self, config):
             torch.manual_seed(0)
             self.nets = nn.ModuleDict({name: Factors() for name in ("audio", "visual")}).double()
-            self.heads = nn.ModuleDict({name: nn.Linear(5, 3) for name in self.nets}).double()
+            one = nn.Linear(5, 3)  # for all of them, where the objective wants that
+            self.heads = nn.ModuleDict({n: one if objective == "mla" else nn.Linear(5, 3) for n in self.nets}).double()
             self.data = torch.randn(STEPS * 2 * BATCH, 2, 6, dtype=torch.float64)
             self.labels = torch.randint(0, 3, (len(self.data),))
             nets = [(f"{n}.{k}", p) for n, net in self.nets.items() for k, p in net.named_parameters()]
@@ -74,16 +76,28 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
             encoders = {name: list(net.parameters()) for name, net in self.nets.items()}
             super().__init__(config, None, make_accelerator("no"), dict([*nets, *heads]), groups, encoders)
             self.objective.steps_per_epoch = len(self.data) / (2 * BATCH)
+            self.objective.joint_head = [p for _, p in heads]
+
+        def encoded(self, chosen):
+            return {n: net(self.data[chosen, i]) for i, (n, net) in enumerate(self.nets.items())}
+
+        def step(self, step):
+            if self.objective.wants_features():
+                given = {n: made.detach() for n, made in self.encoded(range(len(self.data))).items()}, self.labels
+                self.objective.take_features(*given, *given)
+            return super().step(step)
 
         def evaluate(self, step, micro):
             chosen = list(self.share(step * self.config.train.accumulate + micro))
             labels = self.labels[chosen]
-            features = {n: net(self.data[chosen, i]) for i, (n, net) in enumerate(self.nets.items())}
+            features = self.encoded(chosen)
             live = self.objective.uses_unimodal
             said = {name: self.heads[name](made if live else made.detach()) for name, made in features.items()}
             joint = F.cross_entropy(sum(self.heads[name](made) for name, made in features.items()), labels)
-            responses = {name: logits.detach() for name, logits in said.items()}
-            return Losses(joint, {n: F.cross_entropy(s, labels) for n, s in said.items()}, labels, responses)
+            parted = self.objective.needs_head != "any"
+            responses = {n: self.heads[n](made) if parted else said[n].detach() for n, made in features.items()}
+            own = {n: F.cross_entropy(s, labels) for n, s in said.items()}
+            return Losses(joint, own, labels, responses, features if self.objective.uses_features else None)
 
     def section(name, **options):
         return SimpleNamespace(name=name, learning_rate=0.05, outside_learning_rate=None, options=options)
