@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -59,24 +59,8 @@ from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
 
-
-class Latents(NamedTuple):
-    """What training reads in place of pictures, of every variant (cut, mirror image) of each."""
-
-    moments: list[
-        Tensor
-    ]  # (variants, 2, channels, height, width) of each picture: the mean and deviation it encodes to
-    crops: Tensor  # (pictures, variants, 6) pixels, as `Family.predict` reads them
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Of each picture's latents (channels, height, width)."""
-        return [tuple(moments.shape[2:]) for moments in self.moments]
-
-    def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""
-        found = torch.stack([self.moments[picture][which] for picture, which in zip(chosen, variant, strict=True)])
-        return found[:, 0], found[:, 1], self.crops[list(chosen), list(variant)]
+if TYPE_CHECKING:
+    from equipoise.pipelines.text_to_image.latents import Latents
 
 
 @dataclass
@@ -88,7 +72,7 @@ class Base:
     encoders: tuple[str, ...]  # the text encoders that it has
     pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `set_scheduler`
     schedule: dict[str, Any]  # the checkpoint's own
-    latents: dict[str, Latents] = field(default_factory=dict)  # by cache key, shared by the runs of this process
+    latents: "dict[str, Latents]" = field(default_factory=dict)  # by cache key, shared by the runs of this process
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by caption, as the untouched encoders read
 
     @property

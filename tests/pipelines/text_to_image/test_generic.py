@@ -68,7 +68,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 def few_draws():
     """Behind the losses before and after: eight instead of 64, for these are no measurements."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equipoise.pipelines.text_to_image.train._EVALUATED", 8)
+        patch.setattr("equipoise.pipelines.text_to_image.fixed.DRAWS", 8)
         yield
 
 
