@@ -674,7 +674,7 @@ def test_text_encoders_come_to_the_device_only_to_read(built):
     away = copy.copy(made.pipeline)
     for name in (made.family.denoiser, *made.encoders):
         vars(away)[name] = copy.deepcopy(getattr(away, name))
-    place(away, made.family, made.encoders, torch.device("meta"), None)
+    place(away, made.family, made.encoders, torch.device("meta"), TextToImageModel())
     there = replace(made, pipeline=away)
 
     def where() -> set[str]:
