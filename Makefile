@@ -29,7 +29,8 @@ test: $(VENV)/.installed-dev  # one process per core, each with one thread, and 
 
 test-quantized: $(VENV)/.installed-dev  # with bitsandbytes, apart, for it slows every import of peft
 	[ -d $(VENV)/quantized ] || $(INSTALL) --quiet --no-deps --target $(VENV)/quantized bitsandbytes
-	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pipelines/instruction_tuning/test_quantized.py
+	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	  tests/pipelines/instruction_tuning/test_quantized.py tests/pipelines/text_to_image/test_quantize.py
 
 same-tests: $(VENV)/.installed-dev  # every process must collect the same tests, at any hour and anywhere, or none are run
 	OMP_NUM_THREADS=1 $(BIN)/python tests/collect_twice.py

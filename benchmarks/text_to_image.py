@@ -155,7 +155,7 @@ def equal_draws(args: argparse.Namespace, work: Path) -> None:
     import torch
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    from equipoise.pipelines.text_to_image.buckets import Batches
+    from equipoise.pipelines.text_to_image.buckets import BucketBatches
     from equipoise.pipelines.text_to_image.config import NoiseSection
     from equipoise.pipelines.text_to_image.families import family
     from equipoise.pipelines.text_to_image.families.noise import load_scheduler, make_noise
@@ -164,7 +164,7 @@ def equal_draws(args: argparse.Namespace, work: Path) -> None:
     kind = family("StableDiffusionPipeline")
     way = make_noise(kind, load_scheduler(kind, args.model), NoiseSection())
     pictures = len(list((work.parent / "pictures").glob("*.png")))
-    batches = Batches([1] * pictures, [(1, 1)] * pictures, args.batch, SEED)
+    batches = BucketBatches([1] * pictures, [(1, 1)] * pictures, args.batch, SEED)
     drawn: dict[str, Any] = {"step": 0}
     randn_like, randint = torch.randn_like, torch.randint
 

@@ -23,7 +23,7 @@ def problems(config: InstructionTuningConfig) -> list[str]:
     with no_garbage_collection():
         from equipoise.pipelines.instruction_tuning.model import model_problems, outline
         from equipoise.pipelines.instruction_tuning.packing import packing_problem
-        from equipoise.pipelines.instruction_tuning.quantized import problems as quantized_problems
+        from equipoise.pipelines.training.quantized import problems as quantized_problems
 
     found, tuned = model_problems(config.model), None
     known = not found
@@ -32,7 +32,7 @@ def problems(config: InstructionTuningConfig) -> list[str]:
             tuned = outline(config)  # layers, parts and components, before any weight is read
         except InputError as error:
             found += str(error).splitlines()
-    found += quantized_problems(config)
+    found += quantized_problems(config.model.quantize)
     if tuned and config.train.packing and (problem := packing_problem(tuned.plain, tuned.plain.config.model_type)):
         found.append(problem)
     found += objective_problems(config) + _coordination_problems(config, tuned) + _rate_problems(config, tuned)

@@ -9,10 +9,11 @@ from torch import Tensor
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.model import Tuned, is_spread, outline
-from equipoise.pipelines.instruction_tuning.quantized import BYTES, layers
+from equipoise.pipelines.instruction_tuning.quantized import layers
 from equipoise.pipelines.instruction_tuning.sharding import saved
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
+from equipoise.pipelines.training.quantized import BYTES
 
 TOKENS = 512  # of a sequence, where data.max_tokens is empty
 _LOGITS = 3  # copies of the logits at the peak: they, their logarithms and their gradient

@@ -38,6 +38,7 @@ from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
+from equipoise.pipelines.training.quantized import keep_differentiable
 
 _TABLE = re.compile(r"(^|\.)(embed_positions|position_embeddings?|wpe)$")
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
@@ -295,7 +296,7 @@ def load_model(
             f"model.path: {model.path} lacks {len(missing)} weights of a {loaded.config.model_type}, such as "
             f"{missing[0]}; they would be random. Give a folder that holds them all."
         )
-    quantized.keep_differentiable(loaded)
+    keep_differentiable(loaded)
     loaded = loaded.requires_grad_(False).eval()
     return loaded if fewer or is_spread(model) else loaded.to(PartialState().device)
 

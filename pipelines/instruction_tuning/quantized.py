@@ -6,7 +6,7 @@
 import logging
 import re
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.state import PartialState
@@ -14,12 +14,8 @@ from torch import nn
 
 from equipoise.coordination.components import Architecture
 from equipoise.errors import InputError
+from equipoise.pipelines.training.quantized import BLOCK
 
-if TYPE_CHECKING:
-    from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-
-_BLOCK = 64  # weights that share a scale in nf4
-BYTES = {"nf4": 0.5 + 4 / _BLOCK, "int8": 1.0}  # of a weight, with its share of the scales where that counts
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.base_layer)?$")
 
 
@@ -39,24 +35,9 @@ def layers(model: nn.Module, parts: Architecture, how: str) -> list[str]:
         name
         for name, module in modules.items()
         if isinstance(module, nn.Linear) and parts.part(name) == "language" and ".lora_" not in name
-        if how != "nf4" or module.in_features % _BLOCK == 0
+        if how != "nf4" or module.in_features % BLOCK == 0
         if not _HEAD.search(name) and not is_router(name, modules)
     ]
-
-
-def problems(config: "InstructionTuningConfig") -> list[str]:
-    """Why this machine cannot hold a model so."""
-    how = config.model.quantize
-    if how is None:
-        return []
-    if not find_spec("bitsandbytes"):
-        return [f"model.quantize: {how} needs the package bitsandbytes. pip install 'equipoise[quantized]'."]
-    import bitsandbytes
-
-    device = PartialState().device.type
-    if device not in getattr(bitsandbytes, "supported_torch_devices", ("cuda", device)):
-        return [f"model.quantize: bitsandbytes does not work on {device}. Leave it out."]
-    return []
 
 
 def options(how: str, chosen: list[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -80,15 +61,6 @@ def options(how: str, chosen: list[str], dtype: torch.dtype) -> dict[str, Any]:
     else:
         given |= {"load_in_8bit": True}
     return {"quantization_config": BitsAndBytesConfig(**given), "device_map": {"": PartialState().device}}
-
-
-def keep_differentiable(model: nn.Module) -> None:
-    """Lets weights in 4 bits as they are: evaluated on some CPUs, bitsandbytes puts them into another form, through
-    which no gradient goes, and training would go on with it."""
-    layers: Any = model.modules()
-    for layer in layers:
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
 
 
 def is_rounded(model: nn.Module) -> bool:

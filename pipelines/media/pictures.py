@@ -63,15 +63,19 @@ def of_systems(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEMS
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as `open_picture` gives it, without decoding it.
+def size_of(path: Path, upright: bool = True) -> tuple[int, int]:
+    """Width and height of a picture as `open_picture` gives it, without decoding it, unless it is a PNG, whose
+    orientation may come last.
+
+    Args:
+        upright: False: as it lies in the file, whose beginning says so in any format.
 
     Raises:
         MediaError: it cannot be read.
     """
     try:
         with Image.open(path, formats=_formats()) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             width, height = image.size
             return (height, width) if turned else (width, height)
     except Exception as error:  # whatever a damaged one makes of its decoder

@@ -59,10 +59,11 @@ def decoded_once() -> Iterator[None]:
             forget()
 
 
-def forget() -> None:
-    """Frees what is kept: nobody will ask for these files again."""
+def forget(path: Path | None = None) -> None:
+    """Frees what is kept, or what is kept of one file: nobody will ask for it again."""
     with _lock:
-        _kept.clear()
+        for key in [key for key in _kept if path is None or key[1] == os.path.abspath(path)]:
+            del _kept[key]
 
 
 def content(path: Path) -> str:

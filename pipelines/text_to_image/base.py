@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -55,28 +55,13 @@ from equipoise.pipelines.text_to_image.formats.lora_files import (
     read_lora,
     sizes_for_comfyui,
 )
+from equipoise.pipelines.text_to_image.held import hold_in_nf4, keep_away
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
 
-
-class Latents(NamedTuple):
-    """What training reads in place of pictures, of every variant (cut, mirror image) of each."""
-
-    moments: list[
-        Tensor
-    ]  # (variants, 2, channels, height, width) of each picture: the mean and deviation it encodes to
-    crops: Tensor  # (pictures, variants, 6) pixels, as `Family.predict` reads them
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Of each picture's latents (channels, height, width)."""
-        return [tuple(moments.shape[2:]) for moments in self.moments]
-
-    def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""
-        found = torch.stack([self.moments[picture][which] for picture, which in zip(chosen, variant, strict=True)])
-        return found[:, 0], found[:, 1], self.crops[list(chosen), list(variant)]
+if TYPE_CHECKING:
+    from equipoise.pipelines.text_to_image.latents import Latents
 
 
 @dataclass
@@ -88,7 +73,7 @@ class Base:
     encoders: tuple[str, ...]  # the text encoders that it has
     pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `set_scheduler`
     schedule: dict[str, Any]  # the checkpoint's own
-    latents: dict[str, Latents] = field(default_factory=dict)  # by cache key, shared by the runs of this process
+    latents: "dict[str, Latents]" = field(default_factory=dict)  # by cache key, shared by the runs of this process
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by caption, as the untouched encoders read
 
     @property
@@ -330,7 +315,9 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     for encoder in encoders:
         path, words = model.apart.get(encoder, model.path), getattr(pipeline, kind.text_encoders[encoder])
         _check_tokenizer(path, words, getattr(pipeline, encoder))
-    place(pipeline, kind, encoders, device, model.quantize)
+    if model.quantize == "nf4" and device.type == "cpu":
+        hold_in_nf4(getattr(pipeline, kind.denoiser), dtype, device)
+    place(pipeline, kind, encoders, device, model)
     kind.bind(pipeline)
     schedule = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
     base = Base(_identity(source, pipeline.vae), kind, encoders, pipeline, schedule)
@@ -348,11 +335,13 @@ def _apart(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[st
     return found
 
 
-def place(pipeline: Any, kind: Family, encoders: Sequence[str], device: torch.device, quantize: str | None) -> None:
+def place(pipeline: Any, kind: Family, encoders: Sequence[str], device: torch.device, model: TextToImageModel) -> None:
     """Freezes all parts and moves them to the device: text encoders wait in the computer's memory until they read."""
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
-        there = part == kind.denoiser and quantize == "nf4"  # bitsandbytes has put it there
+        there = part == kind.denoiser and model.quantize == "nf4"  # bitsandbytes has put it there
+        if part == kind.denoiser and model.offload:
+            keep_away(frozen, model.offload, device)
         if part not in encoders and not there:
             frozen.to(device, **_memory_format(frozen))
         _write_signatures(frozen)
@@ -384,8 +373,8 @@ def _write_signatures(part: torch.nn.Module) -> None:
 
 def _quantized(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[str, Any]:
     """What from_pretrained is to be given. `check` has made sure that the package is there."""
-    if model.quantize is None:
-        return {}
+    if model.quantize is None or (model.quantize == "nf4" and PartialState().device.type == "cpu"):
+        return {}  # on a CPU it is held so once it is loaded: diffusers refuses
     if model.quantize == "int8":
         how = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
     else:

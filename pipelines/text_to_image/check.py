@@ -93,14 +93,14 @@ def problems(config: TextToImageConfig) -> list[str]:
 
         if not torch.cuda.is_available():
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
-    needed = {"int8": "torchao", "nf4": "bitsandbytes"}.get(model.quantize or "")
-    if needed and not find_spec(needed):
-        found.append(f"model.quantize: {model.quantize} needs the package {needed}. pip install {needed}.")
+    if model.quantize == "int8" and not find_spec("torchao"):
+        found.append("model.quantize: int8 needs the package torchao. pip install torchao.")
     if model.quantize == "nf4":
-        import torch
+        from equipoise.pipelines.training.quantized import problems as quantized_problems
 
-        if not torch.cuda.is_available():
-            found.append("model.quantize: nf4 needs a CUDA device, and none is here. Use int8, or leave it out.")
+        found += quantized_problems(model.quantize)
+    if model.quantize and model.offload:
+        found.append(f"model.offload: works with whole weights, not in {model.quantize}. Leave one of the two out.")
     if "8bit" in config.optimizer.name and not find_spec("bitsandbytes"):
         found.append(
             f"optimizer.name: {config.optimizer.name} needs the package bitsandbytes. pip install bitsandbytes."

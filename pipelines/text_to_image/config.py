@@ -34,7 +34,13 @@ class TextToImageModel(Section):
         description="For HiDream-I1, which is published without: the folder or hub id of Llama 3.1 8B Instruct.",
     )
     quantize: Literal["int8", "nf4"] | None = Field(
-        None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes and CUDA)."
+        None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes)."
+    )
+    offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="The share of the denoiser's linear layers whose weights wait in the computer's memory; slower.",
     )
 
     @property

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 RANDOM_CUTS = 4  # per picture, where data.crop is random
 
 
+def variants_of_each(data: TextToImageData) -> int:
+    """How many `variants` gives of a picture."""
+    return (RANDOM_CUTS if data.crop == "random" else 1) * (2 if data.flip else 1)
+
+
 def cut(image: Image.Image, size: tuple[int, int], position: tuple[float, float]) -> Image.Image:
     """Scaled so that it just covers `size` (width, height), then cut at `position` (0 … 1 across and down)."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=position)

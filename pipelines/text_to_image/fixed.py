@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from equipoise.pipelines.text_to_image.base import Base, Latents
+from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families.noise import Noise
+from equipoise.pipelines.text_to_image.latents import Latents
 from equipoise.pipelines.training.state import mix
 
 DRAWS = 64  # by which a run evaluates, and at least where more pictures are judged one by one
 _STEP = 37  # has no divisor in common with DRAWS: a picture that comes again comes with other times
 
 
-def spread(count: int, draws: int = DRAWS) -> list[int]:
+def spread(count: int) -> list[int]:
     """The pictures, of so many, by which a run evaluates: evenly from all."""
-    return [index * max(count, draws) // draws % count for index in range(draws)]
+    return [index * max(count, DRAWS) // DRAWS % count for index in range(DRAWS)]
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,43 @@ class FixedDraws:
 
 
 @dataclass(frozen=True)
-class FixedLosses:
-    """What the draws cost a base as it is, with whatever it has been given."""
+class Measure:
+    """How a base's answer is measured, in training as at fixed draws."""
 
     config: TextToImageConfig
     accelerator: Accelerator
     base: Base
     noise: Noise
+
+    def losses(
+        self,
+        clean: Tensor,  # (batch, channels, height, width), as `noise`
+        noise: Tensor,
+        times: Tensor,  # (batch,)
+        crops: Tensor,  # (batch, 6)
+        embed: Callable[[], dict[str, Tensor]],  # makes the denoiser's inputs of the captions
+        denoiser: Any = None,  # what is called for the base's own
+    ) -> Tensor:  # (batch,)
+        denoiser = denoiser or self.base.denoiser
+        clean, noise, times, crops = (t.to(self.accelerator.device) for t in (clean, noise, times, crops))
+        noisy = self.noise.add(clean, noise, times).to(self.dtype)
+        with self.accelerator.autocast():
+            predicted = self.base.family.predict(denoiser, noisy, times, embed(), crops, self.config.noise.guidance)
+        return self.noise.losses(predicted, clean, noise, times)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return self.base.denoiser.dtype  # which looks through all its parameters
+
+
+@dataclass(frozen=True)
+class FixedLosses:
+    """What the draws cost a base as it is, with whatever it has been given."""
+
+    measure: Measure
     latents: Latents
     captions: Sequence[str]
+    seed: int
 
     @property
     def draws(self) -> int:
@@ -76,12 +107,18 @@ class FixedLosses:
             drawn: Gets the number of draws that were just measured.
         """
         pictures = pictures or [index % len(self.captions) for index in range(self.draws)]
-        fixed = FixedDraws.of(pictures, self.latents.shapes, self.config.seed, DRAWS)
-        times, made = self.noise.at(fixed.spread), torch.zeros(len(pictures), dtype=torch.float64)
-        for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):
-            made[some] = self._loss(chosen, noise, times[some], embed).double().cpu()
+        fixed = FixedDraws.of(pictures, self.latents.shapes, self.seed, DRAWS)
+        times, made = self.measure.noise.at(fixed.spread), torch.zeros(len(pictures), dtype=torch.float64)
+        for some, chosen, noise in fixed.batches(min(16, self.measure.config.train.batch)):  # as memory holds in a step
+            clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
+            read = partial(embed, [self.captions[index] for index in chosen])
+            made[some] = self.measure.losses(clean, noise, times[some], crops, read).double().cpu()
             drawn(len(some))
         return made
+
+    def mean(self, embed: Callable[[list[str]], dict[str, Tensor]]) -> float:
+        """Over the draws by which a run evaluates."""
+        return self.losses(embed, pictures=spread(len(self.captions))).mean().item()
 
     def by_picture(self, losses: Tensor) -> list[float]:
         """The mean of each picture's draws."""
@@ -89,15 +126,4 @@ class FixedLosses:
 
     def embed(self, captions: list[str]) -> dict[str, Tensor]:
         """By the text encoders as they are now."""
-        return self.base.family.embed(self.base.pipeline, captions)
-
-    def _loss(self, chosen: list[int], noise: Tensor, times: Tensor, embed: Callable) -> Tensor:  # (batch,)
-        denoiser = self.base.denoiser
-        clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
-        clean, noise, times, crops = (tensor.to(denoiser.device) for tensor in (clean, noise, times, crops))
-        noisy = self.noise.add(clean, noise, times).to(denoiser.dtype)
-        with self.accelerator.autocast():
-            embedded = embed([self.captions[index] for index in chosen])
-            guidance = self.config.noise.guidance
-            predicted = self.base.family.predict(denoiser, noisy, times, embedded, crops, guidance)
-        return self.noise.losses(predicted, clean, noise, times)
+        return self.measure.base.family.embed(self.measure.base.pipeline, captions)

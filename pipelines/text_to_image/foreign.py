@@ -38,7 +38,7 @@ from equipoise.pipelines.text_to_image.compare import with_lora
 from equipoise.pipelines.text_to_image.compare_files import plain_factors
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import drawn_if_demo, read_folder, read_held
-from equipoise.pipelines.text_to_image.fixed import FixedLosses, spread
+from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure
 from equipoise.pipelines.text_to_image.formats.factors import Factors
 from equipoise.pipelines.text_to_image.formats.layout import model_source
 from equipoise.pipelines.text_to_image.formats.lora_files import write_lora
@@ -154,14 +154,13 @@ def _judged(config: TextToImageConfig, run: Run, file: Path, seconds: float) -> 
     write_lora(result / LORA_FILE, "diffusers", factors, base.shape, metadata)
 
     captions = [example.caption for example in found.examples]
-    drawn = config.model_copy(update={"seed": 0}) if held else config
-    noise, accelerator = base.set_scheduler(config.noise), make_accelerator(config.train.precision)
-    fixed, pictures = FixedLosses(drawn, accelerator, base, noise, latents, captions), spread(len(captions))
+    measure = Measure(config, make_accelerator(config.train.precision), base, base.set_scheduler(config.noise))
+    fixed = FixedLosses(measure, latents, captions, seed=0 if held else config.seed)
     base.read(captions)
-    before = fixed.losses(base.known, pictures=pictures).mean().item()
+    before = fixed.mean(base.known)
     encoders = any(name.startswith("text_encoder") for name in factors)
     with base.encoders_on_device() if encoders else nullcontext(), with_lora(base, result / LORA_FILE, 1.0):
-        after = fixed.losses(fixed.embed if encoders else base.known, pictures=pictures).mean().item()
+        after = fixed.mean(fixed.embed if encoders else base.known)
     facts = {"state": "done", "loss_before": number(before), "loss_after": number(after), "seconds": seconds}
     write_atomic(result / "result.json", json.dumps(described | facts, indent=1) + "\n")
     return Outcome("done", step=config.total_steps)

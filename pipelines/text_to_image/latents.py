@@ -1,4 +1,5 @@
-"""What training reads in place of the pictures: the autoencoder's means and deviations, made once and kept.
+"""What training reads in place of the pictures: the autoencoder's means and deviations, made once, when they are first
+needed, and kept.
 
 Each picture's are kept in a file of their own, named by all that they depend on: the picture's content, how it is cut,
 the version of the reader, and the autoencoder. So a picture that is added costs its own encoding, one that is renamed
@@ -21,20 +22,97 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from equipoise.pipelines.files import explained
+from equipoise.pipelines.media.pictures import size_of
 from equipoise.pipelines.media.reading import VERSION, content, forget
 from equipoise.pipelines.progress import progress
-from equipoise.pipelines.text_to_image.base import Base, Latents
+from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.buckets import Size, nearest, sizes
 from equipoise.pipelines.text_to_image.config import TextToImageData
-from equipoise.pipelines.text_to_image.cuts import to_tensor, variants
+from equipoise.pipelines.text_to_image.cuts import to_tensor, variants, variants_of_each
 from equipoise.pipelines.text_to_image.data import Example, open_picture
-from equipoise.pipelines.text_to_image.families.autoencoders import encode
+from equipoise.pipelines.text_to_image.families.autoencoders import encode, shape
 from equipoise.pipelines.training.loop import StoppedError
 from equipoise.pipelines.training.state import mix
 
 KEPT = 16 << 30  # bytes of latents on disk, from which on those that were not used for longest are deleted
 
 Made = tuple[Tensor, Tensor]  # of a picture: moments (variants, 2, channels, height, width) and crops (variants, 6)
+
+
+class Latents:
+    """What training reads in place of pictures, of every variant (cut, mirror image) of each: made when it is first
+    asked for, unless an earlier run has, and kept in memory from then on.
+
+    Raises:
+        InputError: A file is no picture, as its beginning shows; what is wrong further on is found when it is made.
+    """
+
+    def __init__(
+        self, base: Base, examples: Sequence[Example], keys: Sequence[str], data: TextToImageData, cache: Path
+    ):
+        self._base, self._data, self._folder = base, data, cache / "latents"
+        self._paths, self._keys = [example.path for example in examples], keys
+        self._among = sizes(data, base.stride)
+        self._made: dict[str, Made] = {}
+        # to square pictures, all are alike; whether these are pictures is to be known in any case
+        cuts = [nearest(size_of(path, upright=data.buckets), self._among) for path in self._paths]
+        self.shapes = [shape(base.vae, height, width) for width, height in cuts]  # of each picture's latents
+        self.variants = variants_of_each(data)
+
+    def of(self, picture: int) -> Made:
+        """
+        Raises:
+            MediaError: The picture cannot be read.
+        """
+        key, path = self._keys[picture], self._paths[picture]
+        if key not in self._made:
+            file = _file(self._folder, key)
+            if (made := _kept(file)) is None:
+                made = _encode(self._base, path, self._data, self._among, key)
+                _keep(file, made)
+            self._made[key] = made
+            forget(path)  # the picture itself
+        return self._made[key]
+
+    def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""
+        made = list(zip(map(self.of, chosen), variant, strict=True))
+        found = torch.stack([moments[which] for (moments, _), which in made])
+        return found[:, 0], found[:, 1], torch.stack([crops[which] for (_, crops), which in made])
+
+    def make_all(self, stopped: Callable[[], bool]) -> None:
+        """Of every picture, with a bar.
+
+        Raises:
+            StoppedError: `stopped`, which is asked before each picture, said so; what was made is kept on disk.
+            MediaError: A picture cannot be read.
+        """
+        for picture in progress("latents", "picture", list(range(len(self._keys))), leave=False):
+            if self._keys[picture] not in self._made and stopped():
+                of_all = f"{len(self._made)} of {len(set(self._keys))}"
+                raise StoppedError(f"stopped on request after {of_all} pictures were encoded")
+            self.of(picture)
+
+
+def latents_of(base: Base, examples: Sequence[Example], data: TextToImageData, cache: Path) -> Latents:
+    """Of pictures as they will be needed; those that this process has had already, if it has.
+
+    Args:
+        cache: The folder of what runs keep for each other.
+
+    Raises:
+        InputError: A file is no picture.
+    """
+    keys = [cache_key(example.path, data, base.identity) for example in examples]
+    whole = hashlib.sha256("".join(keys).encode()).hexdigest()
+    if whole in base.latents:
+        base.latents[whole] = base.latents.pop(whole)  # the last used
+    else:
+        for old in list(base.latents)[:-2]:  # the last ones stay: a run may have held-out and class pictures beside
+            del base.latents[old]
+        base.latents[whole] = Latents(base, examples, keys, data, cache)
+        _clean(cache, {_file(cache / "latents", key) for key in keys})
+    return base.latents[whole]
 
 
 def prepare_latents(
@@ -44,28 +122,15 @@ def prepare_latents(
     cache: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Latents:
-    """Of every picture, from memory or disk where they were made before.
-
-    Args:
-        cache: The folder of what runs keep for each other.
-        stopped: Asked after each picture whether to end.
+    """`latents_of`, all of them made now.
 
     Raises:
-        StoppedError: It said so; what was made is kept on disk.
+        StoppedError: `stopped`, which is asked before each picture, said so; what was made is kept on disk.
         InputError: A picture cannot be read, or nothing can be written.
     """
-    folder = cache / "latents"
-    keys = [cache_key(example.path, data, base.identity) for example in examples]
-    whole = hashlib.sha256("".join(keys).encode()).hexdigest()
-    if whole in base.latents:
-        base.latents[whole] = base.latents.pop(whole)  # the last used
-    else:
-        for old in list(base.latents)[:-2]:  # the last ones stay: a run may have held-out and class pictures beside
-            del base.latents[old]
-        base.latents[whole] = _prepare(base, examples, keys, data, folder, stopped)
-        forget()  # the pictures themselves
-        _clean(cache, {_file(folder, key) for key in keys})
-    return base.latents[whole]
+    found = latents_of(base, examples, data, cache)
+    found.make_all(stopped)
+    return found
 
 
 def cache_key(path: Path, data: TextToImageData, base: str) -> str:
@@ -78,29 +143,6 @@ def cache_key(path: Path, data: TextToImageData, base: str) -> str:
 
 def _file(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
-
-
-def _prepare(
-    base: Base,
-    examples: Sequence[Example],
-    keys: Sequence[str],
-    data: TextToImageData,
-    folder: Path,
-    stopped: Callable[[], bool],
-) -> Latents:
-    made: dict[str, Made] = {}
-    among = sizes(data, base.stride)
-    for example, key in progress("latents", "picture", list(zip(examples, keys, strict=True)), leave=False):
-        if key in made:  # a picture that is there twice
-            continue
-        if stopped():
-            raise StoppedError(f"stopped on request after {len(made)} of {len(set(keys))} pictures were encoded")
-        file = _file(folder, key)
-        if (known := _kept(file)) is None:
-            known = _encode(base, example.path, data, among, key)
-            _keep(file, known)
-        made[key] = known
-    return Latents([made[key][0] for key in keys], torch.stack([made[key][1] for key in keys]))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.compare import with_result
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Folder, open_picture, read_folder
-from equipoise.pipelines.text_to_image.fixed import FixedLosses
+from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure
 from equipoise.pipelines.text_to_image.generate import generate
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE
 from equipoise.pipelines.text_to_image.latents import prepare_latents
@@ -79,8 +79,8 @@ def evaluate(run: Path, config: TextToImageConfig, folder: Path) -> Predictions:
     latents = prepare_latents(base, found.examples, data, Run(run).root / ".cache")
     captions = [example.caption for example in found.examples]
     base.read(captions)
-    accelerator = make_accelerator(config.train.precision)
-    fixed = FixedLosses(config, accelerator, base, noise, latents, captions)
+    measure = Measure(config, make_accelerator(config.train.precision), base, noise)
+    fixed = FixedLosses(measure, latents, captions, config.seed)
     live = config.lora.text_encoder or (run / "result" / WORD_FILE).is_file()
     with progress("loss", "draw", total=2 * fixed.draws) as bar:
         untouched = fixed.losses(base.known, bar.update)

@@ -1,4 +1,4 @@
-"""Tunes LoRA factors of a base: load → compute latents once → train → save a file diffusers loads."""
+"""Tunes LoRA factors of a base: load → train, with latents made as they are needed → save a file diffusers loads."""
 
 # diffusers, peft and accelerate annotate too narrowly: tuple[int] for any length, one return type for several.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
@@ -6,9 +6,10 @@
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,28 @@ from equipoise.balancing.objective import Losses
 from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
-from equipoise.pipelines.media.reading import content
+from equipoise.pipelines.media.reading import MediaError, content
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.text_to_image import overview
-from equipoise.pipelines.text_to_image.base import Base, Latents, begin_training, load_base
+from equipoise.pipelines.text_to_image.base import Base, begin_training, load_base
 from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, drawn_if_demo, read_folder, read_held
-from equipoise.pipelines.text_to_image.fixed import DRAWS, FixedDraws, spread
+from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
-from equipoise.pipelines.text_to_image.latents import prepare_latents
+from equipoise.pipelines.text_to_image.latents import Latents, latents_of
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
 from equipoise.pipelines.training import processes
-from equipoise.pipelines.training.loop import DivergedError, StoppedError, train_loop
-from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, seed_all
+from equipoise.pipelines.training.loop import DivergedError, StoppedError, UnreadableError, train_loop
+from equipoise.pipelines.training.state import OptimizedWork, finite, make_accelerator, mix, number, seed_all
 
 _PLAIN = TextToImageData()  # class pictures' captions are read as they are
 _RECENT = 20  # steps over which a loss has to be high for a run to be given up
-_EVALUATED = DRAWS  # fixed draws behind "loss before" and "loss after"
 
 
 def train(config: TextToImageConfig, run: Run) -> Outcome:
@@ -76,8 +76,6 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
         base.adapted(config.lora, config.seed) as parts,
     ):
         work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word, validation)
-        before = work.evaluation_loss()
-        work.untouched = work.fixed_loss(own) if validation else before
         started = time.perf_counter()
         outcome = train_loop(run, work, config)
         if outcome.state != "stopped" and processes.leads():
@@ -86,7 +84,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
                 facts = {
                     "state": outcome.state,
                     "step": outcome.step,
-                    "loss_before": number(before),
+                    "loss_before": number(work.first_losses().evaluated),
                     "loss_after": number(work.final_loss()),
                     **work.chosen(),
                     "seconds": time.perf_counter() - started,
@@ -109,25 +107,21 @@ def _prepare(
 ) -> "tuple[Pictures, Pictures | None, Pictures | None] | Outcome":
     """What is trained on, what is held out and the class pictures, where there are some; the outcome where the run is
     to stop."""
-    cache, stopped = Path(config.runs) / ".cache", run.asked_to_stop
-
-    def pictures(some: list[Example]) -> Pictures:
-        return Pictures.of(some, prepare_latents(base, some, data, cache, stopped), config)
-
-    def prepare() -> tuple[Pictures, Pictures | None, Pictures | None]:
-        own, validation = pictures(examples), pictures(held) if held else None
-        classed = class_examples(base, config, cache, stopped)
-        return own, validation, pictures(classed) if classed else None
-
-    made, message = None, ""
+    cache, classed, message = Path(config.runs) / ".cache", None, ""
     if processes.leads():
         try:
-            made = prepare()
+            classed = class_examples(base, config, cache, run.asked_to_stop)
         except StoppedError as reason:
             message = f"{reason}; what was made is kept."
     if message := processes.shared(message):
         return Outcome("stopped", message, 0)
-    return made or prepare()  # the others find what the first one has made on disk
+    if classed is None:  # the others find what the first one has drawn on disk
+        classed = class_examples(base, config, cache)
+
+    def pictures(some: list[Example]) -> Pictures:
+        return Pictures.of(some, latents_of(base, some, data, cache), config)
+
+    return pictures(examples), pictures(held) if held else None, pictures(classed) if classed else None
 
 
 @dataclass(frozen=True)
@@ -137,15 +131,41 @@ class Pictures:
     captions: list[str]
     latents: Latents
     batches: BucketBatches
-    digest: str  # of all files, their captions and repeats, in their order, wherever they lie
+    facts: list[tuple[str, str, int]]  # of each: a digest of its file, wherever it lies, its caption, its repeats
 
     @classmethod
     def of(cls, examples: list[Example], latents: Latents, config: TextToImageConfig) -> "Pictures":
         repeats = [example.repeats for example in examples]
         batches = BucketBatches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
         facts = [(content(example.path), example.caption, example.repeats) for example in examples]
-        digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-        return cls([example.caption for example in examples], latents, batches, digest)
+        return cls([example.caption for example in examples], latents, batches, facts)
+
+    def digest(self, damaged: Sequence[int] = ()) -> str:
+        """Of all pictures in their order; of the damaged ones, which another file may come in place of, by shape."""
+        facts: list[Any] = list(self.facts)
+        for picture in damaged:
+            facts[picture] = (self.latents.shapes[picture], *facts[picture][1:])
+        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+    def make(self, chosen: Iterable[int]) -> None:
+        """Makes the latents of pictures, unless they are there.
+
+        Raises:
+            UnreadableError: One is damaged.
+        """
+        for picture in chosen:
+            try:
+                self.latents.of(picture)
+            except MediaError as error:
+                raise UnreadableError(str(error), picture) from error
+
+
+@dataclass(frozen=True)
+class FirstLosses:
+    """Of the weights before the first step, at fixed draws."""
+
+    evaluated: float  # `evaluation_loss`
+    trained: float  # of the pictures that are trained on, by which a run is known to have diverged
 
 
 class TextToImageWork(OptimizedWork[TextToImageConfig]):
@@ -169,10 +189,12 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.held = held
         self.captions, self.latents = own.captions, own.latents
         self.prior_loss: dict[int, Tensor] = {}  # of the step's micro-batches
-        self.untouched = torch.inf  # the base's loss, once it is known
+        kinds = {"pictures": own, "class_pictures": prior, "held": held}  # by their names in a checkpoint
+        self.kinds = {name: pictures for name, pictures in kinds.items() if pictures}
+        self.damaged: dict[str, list[int]] = {}  # kind of pictures → one that could not be read
         self.recent: list[float] = []  # the last steps' losses
-        self.noise = base.set_scheduler(config.noise)
-        self.dtype = base.denoiser.dtype  # which looks through all its parameters
+        self.measure = Measure(config, accelerator, base, base.set_scheduler(config.noise))
+        self.noise = self.measure.noise
         named = {
             f"{part}.{name}": parameter
             for part, module in parts.items()
@@ -191,6 +213,8 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             print("train.compile: compiling, which makes the first step take minutes.", file=sys.stderr)
         self.denoiser = base.compiled if config.train.compile else base.denoiser  # what a step calls
         self.average = {f"average.{name}": p.detach().clone() for name, p in named.items()} if config.train.ema else {}
+        self.before: FirstLosses | None = None  # not known until they are needed: the first step waits for nothing
+        self.began = [tensor.detach().to("cpu", copy=True) for tensor in named.values()]  # until they are known
         super().__init__(
             config,
             run,
@@ -202,13 +226,15 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         )
 
     def step(self, step: int) -> dict[str, float]:
-        usual = self.untouched * (1 + self.config.prior.weight * bool(self.prior))
-        mean, limit = sum(self.recent) / _RECENT, self.config.train.give_up
-        if limit and len(self.recent) == _RECENT and mean > limit * usual:
-            raise DivergedError(
-                f"the mean loss of {_RECENT} steps, {mean:.3g}, was more than {limit:g} times the untouched base's, "
-                f"{usual:.3g},"
-            )
+        self._make_ready(step)
+        if self._judged():
+            usual = self.first_losses().trained * (1 + self.config.prior.weight * bool(self.prior))
+            mean, limit = sum(self.recent) / _RECENT, self.config.train.give_up
+            if mean > limit * usual:
+                raise DivergedError(
+                    f"the mean loss of {_RECENT} steps, {mean:.3g}, was more than {limit:g} times the untouched "
+                    f"base's, {usual:.3g},"
+                )
         try:
             values = super().step(step)
         except RuntimeError as error:
@@ -219,6 +245,30 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.recent = [*self.recent[1 - _RECENT :], values["loss"]]
         return values
 
+    def _judged(self) -> bool:
+        """Whether the last steps' losses are held against the base's own."""
+        return bool(self.config.train.give_up) and len(self.recent) == _RECENT
+
+    def _make_ready(self, step: int) -> None:
+        """Makes the latents that a step and the evaluations in it need, before it changes anything."""
+        each, last = self.config.train.accumulate, step + 1 == self.config.train.steps
+        validates = bool(self.validation and self.validation.due(step + 1))
+        evaluates = last or validates or (self._judged() and self.before is None)
+        for name, pictures in self.kinds.items():
+            numbers = range(step * each, (step + 1) * each) if name != "held" else ()
+            wanted = [index for number in numbers for index in pictures.batches[number][self._mine()]]
+            if evaluates and name != "class_pictures":
+                wanted += spread(len(pictures.captions))
+            try:
+                pictures.make(wanted)
+            except UnreadableError as error:
+                self.damaged = {name: [error.picture]}
+                raise
+
+    def _mine(self) -> slice:
+        """This process's share of a batch."""
+        return slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
+
     @contextmanager
     def again(self) -> Iterator[None]:
         first = dict(self.prior_loss)
@@ -226,30 +276,41 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.prior_loss = first
 
     def state(self) -> dict[str, Any]:
-        held = {"held": self.held.digest} if self.held else {}
-        held |= {"class_pictures": self.prior.digest} if self.prior else {}
-        return super().state() | {"recent": list(self.recent), "pictures": self.own.digest} | held
+        found = {name: pictures.digest(self.damaged.get(name, ())) for name, pictures in self.kinds.items()}
+        known = [self.before.evaluated, self.before.trained] if self.before else []
+        found |= {"before": known} if known and all(map(finite, known)) else {}
+        found |= {"damaged": self.damaged} if self.damaged else {}
+        return super().state() | {"recent": list(self.recent)} | found
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        replaced = state.get("damaged", {})
+        for name, pictures in self.kinds.items():
+            own = pictures.digest(replaced.get(name, ()))
+            if state.get(name, None if name == "held" else own) != own:  # the first versions kept none of the others
+                raise InputError(self._others(name))
+        super().restore(weights, state)
+        self.recent = state.get("recent", [])  # an earlier version's checkpoints have none
+        if known := state.get("before"):
+            self.before = FirstLosses(*known)
+
+    def _others(self, kind: str) -> str:
+        """What is wrong where pictures are not those of a checkpoint."""
         data = self.config.data
-        if state.get("pictures", self.own.digest) != self.own.digest:
-            raise InputError(
-                f"data.folder: {data.folder}: its pictures or captions are not those that this run was trained on so "
-                "far. Put them back, or train anew."
-            )
-        if self.prior and state.get("class_pictures", self.prior.digest) != self.prior.digest:
-            raise InputError(
+        if kind == "class_pictures":
+            return (
                 "prior: its class pictures are not those that this run was trained on so far: prior.folder was "
                 "changed, or samples.steps or samples.guidance, by which the base draws them. Put them back, or train "
                 "anew."
             )
-        if self.held and state.get("held") != self.held.digest:
-            raise InputError(
+        if kind == "held":
+            return (
                 f"data.validation: {data.validation}: its pictures or captions are not those that this run was judged "
                 "by so far. Put them back, or train anew."
             )
-        super().restore(weights, state)
-        self.recent = state.get("recent", [])  # an earlier version's checkpoints have none
+        return (
+            f"data.folder: {data.folder}: its pictures or captions are not those that this run was trained on so "
+            "far. Put them back, or train anew."
+        )
 
     def evaluate(self, step: int, micro: int) -> Losses:
         for part in self.parts.values():
@@ -269,27 +330,18 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
     def _drawn(self, pictures: Pictures, number: int, generator: torch.Generator, data: TextToImageData) -> Tensor:
         """The loss of a batch, by its number, with all that is drawn for it; each of several processes draws for all
         of them and evaluates its share."""
-        chosen = pictures.batches[number]
-        variant = torch.randint(pictures.latents.crops.shape[1], (len(chosen),), generator=generator).tolist()
-        clean, deviation, crops = pictures.latents.take(chosen, variant)
+        chosen, mine = pictures.batches[number], self._mine()
+        variant = torch.randint(pictures.latents.variants, (len(chosen),), generator=generator).tolist()
+        clean, deviation, crops = pictures.latents.take(chosen[mine], variant[mine])
+        shape = torch.Size((len(chosen), *clean.shape[1:]))
         if not self.base.family.mean_latents:
-            clean = clean + deviation * torch.randn(clean.shape, generator=generator)
-        noise, times = self.noise.draw(clean.shape, generator)
+            clean = clean + deviation * torch.randn(shape, generator=generator)[mine]
+        noise, times = self.noise.draw(shape, generator)
         captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
-        mine = slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
-        return self._loss(clean[mine], noise[mine], times[mine], captions[mine], crops[mine])
+        return self._loss(clean, noise[mine], times[mine], captions[mine], crops)
 
     def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], crops: Tensor) -> Tensor:
-        device = self.accelerator.device
-        # an evaluation has it as it is: to compile it for that would take longer than all of it
-        denoiser = self.denoiser if torch.is_grad_enabled() else self.base.denoiser
-        clean, noise, times = clean.to(device), noise.to(device), times.to(device)
-        noisy = self.noise.add(clean, noise, times).to(self.dtype)
-        with self.accelerator.autocast():
-            embedded = self._embed(captions)
-            guidance = self.config.noise.guidance
-            predicted = self.base.family.predict(denoiser, noisy, times, embedded, crops.to(device), guidance)
-        return self.noise.losses(predicted, clean, noise, times).mean()
+        return self.measure.losses(clean, noise, times, crops, partial(self._embed, captions), self.denoiser).mean()
 
     def _embed(self, captions: list[str]) -> dict[str, Tensor]:
         if self.config.lora.text_encoder or self.word:
@@ -312,14 +364,28 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The factors are their average for the time of the block, where one is kept."""
-        own = list(self.named.values()) if self.average else []
+        with self._being(list(self.average.values())) if self.average else nullcontext():
+            yield
+
+    @contextmanager
+    def _being(self, tensors: list[Tensor]) -> Iterator[None]:
+        """What is trained has other values for the time of the block."""
+        own = list(self.named.values())
         trained = [tensor.detach().clone() for tensor in own]
         with torch.no_grad():
             try:
-                torch._foreach_copy_(own, list(self.average.values())) if own else None
+                torch._foreach_copy_(own, tensors)
                 yield
             finally:
-                torch._foreach_copy_(own, trained) if own else None
+                torch._foreach_copy_(own, trained)
+
+    def first_losses(self) -> FirstLosses:
+        if self.before is None:
+            with self._being(self.began):
+                evaluated = self.evaluation_loss()
+                self.before = FirstLosses(evaluated, self.fixed_loss(self.own) if self.held else evaluated)
+        self.began = []
+        return self.before
 
     def final_loss(self) -> float:
         return self.evaluation_loss() if self.average else super().final_loss()  # the result is the average
@@ -338,21 +404,13 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         """`fixed_loss` of the held-out pictures, or where there are none of those that are trained on."""
         return self.fixed_loss(self.held or self.own)
 
-    @torch.no_grad()
     def fixed_loss(self, pictures: Pictures) -> float:
         """The loss over fixed pictures, noise and evenly spread timesteps: comparable between runs and steps, and for
         held-out pictures between seeds too."""
         for part in self.parts.values():
             part.eval()
         seed = 0 if pictures is self.held else self.config.seed
-        count = len(pictures.captions)
-        fixed = FixedDraws.of(spread(count, _EVALUATED), pictures.latents.shapes, seed, _EVALUATED)
-        times, total = self.noise.at(fixed.spread), 0.0
-        for some, chosen, noise in fixed.batches(min(16, self.config.train.batch)):  # as memory holds in a step
-            clean, _, crops = pictures.latents.take(chosen, [0] * len(some))
-            captions = [pictures.captions[picture] for picture in chosen]
-            total += self._loss(clean, noise, times[some], captions, crops).item() * len(some)
-        return total / _EVALUATED
+        return FixedLosses(self.measure, pictures.latents, pictures.captions, seed).mean(self._embed)
 
     def sample(self, step: int) -> None:
         if not self.config.samples.prompts:

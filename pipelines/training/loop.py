@@ -41,11 +41,20 @@ class StoppedError(Exception):
     """The run was asked to stop before its first step; the message says how far what comes before that has got."""
 
 
+class UnreadableError(InputError):
+    """A file that a step needs is damaged; raised by a step before it does anything."""
+
+    def __init__(self, message: str, picture: int):
+        super().__init__(message)
+        self.picture = picture  # its number among those of its kind
+
+
 class Work(Protocol):
     """What a pipeline trains, as the loop calls it; `training.state.OptimizedWork` has most of it."""
 
     def step(self, step: int) -> dict[str, float]:
-        """Takes an optimizer step and returns what to log, `loss` among it. Raises DivergedError or EarlyStopError."""
+        """Takes an optimizer step and returns what to log, `loss` among it. Raises DivergedError, EarlyStopError, or
+        UnreadableError."""
         ...
 
     def weights(self) -> dict[str, Any]:
@@ -169,6 +178,12 @@ class _Loop:
             return self._diverged(f"{error} at step {step + 1}", step)
         except EarlyStopError as reason:
             return Outcome("done", f"{step} steps: {reason}.", step)
+        except UnreadableError as error:
+            if not step:
+                raise
+            self._save(step)
+            kept = f"The state after step {step} is saved: the run can be resumed once that file is replaced."
+            raise InputError(f"{error} {kept}") from error
         self.run.metric(step + 1, **values, seconds=time.perf_counter() - started)
         return values
 

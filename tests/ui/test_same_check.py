@@ -60,6 +60,7 @@ CASES = [
     (T2I, ["optimizer=adamw", "optimizer.options={fused: true, foreach: true}"]),
     (T2I, ["model.quantize=int8"]),
     (T2I, ["model.quantize=nf4"]),
+    (T2I, ["model.quantize=nf4", "model.offload=0.5"]),
     (T2I, ["train.validate_every=2"]),
     (IT, ["data.more=[ROOT/talk.jsonl]"]),
     (IT, ["coordinator=commit", "coordinator.options={within: true}", "train.precision=fp16"]),

@@ -26,6 +26,7 @@ from equipoise.pipelines.instruction_tuning.memory import estimate_memory
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model, old_names, outline
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
+from equipoise.pipelines.training.quantized import BYTES
 
 NAME = "instruction_tuning/demo"
 THERE = importlib.util.find_spec("bitsandbytes") is not None
@@ -55,7 +56,8 @@ def short(short, wide) -> Callable[[], list[str]]:
 
 def test_absent_bitsandbytes_is_refused_in_a_sentence(short, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(quantized_layers, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    absent = "equipoise.pipelines.training.quantized.find_spec"
+    monkeypatch.setattr(absent, lambda name: None if name == "bitsandbytes" else real(name))
     assert InstructionTuning.check(config.load(NAME, [*short(), "model.quantize=nf4"])) == [
         "model.quantize: nf4 needs the package bitsandbytes. pip install 'equipoise[quantized]'."
     ]
@@ -78,7 +80,7 @@ def test_the_estimate_of_memory_follows(how, short):
     modules = dict(tuned.plain.named_modules())
     numbers = sum(modules[name].weight.numel() for name in quantized_layers.layers(tuned.plain, tuned.parts, how))
     assert whole is not None and fewer is not None and numbers
-    assert whole.model - fewer.model == round(numbers * (4 - quantized_layers.BYTES[how]))
+    assert whole.model - fewer.model == round(numbers * (4 - BYTES[how]))
     assert whole.training == fewer.training
 
 

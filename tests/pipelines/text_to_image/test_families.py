@@ -135,13 +135,13 @@ def test_xl_is_told_how_pictures_were_cut(xl, xl_checkpoint, tmp_path):
     base = load_base(TextToImageModel(path=str(xl_checkpoint)), "no")
     data = TextToImageData(folder=str(folder), instance_prompt="red", resolution=32, flip=True)
     latents = prepare_latents(base, read_examples(data)[0], data, tmp_path / "cache")
-    assert latents.crops.tolist() == [[[60, 120, 0, 16, 32, 32]] * 2]
+    assert latents.of(0)[1].tolist() == [[60, 120, 0, 16, 32, 32]] * 2
     assert prepare_latents(base, read_examples(data)[0], data, tmp_path / "cache") is latents
 
     embedded = base.family.embed(base.pipeline, ["red"])
     noisy, times = torch.randn(1, 4, 4, 4), torch.tensor([500])
     with torch.no_grad():
-        said = [base.family.predict(base.denoiser, noisy, times, embedded, p[None]) for p in latents.crops[0]]
+        said = [base.family.predict(base.denoiser, noisy, times, embedded, p[None]) for p in latents.of(0)[1]]
         other = base.family.predict(base.denoiser, noisy, times, embedded, torch.tensor([[60, 120, 0, 0, 32, 32.0]]))
     assert torch.equal(*said) and not torch.equal(said[0], other)
 

@@ -83,7 +83,7 @@ def layers_of(model) -> list[str]:
 def few_draws():
     """Behind the losses before and after: eight instead of 64, for these are no measurements."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equipoise.pipelines.text_to_image.train._EVALUATED", 8)
+        patch.setattr("equipoise.pipelines.text_to_image.fixed.DRAWS", 8)
         yield
 
 

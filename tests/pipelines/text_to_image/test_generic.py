@@ -68,7 +68,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 def few_draws():
     """Behind the losses before and after: eight instead of 64, for these are no measurements."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equipoise.pipelines.text_to_image.train._EVALUATED", 8)
+        patch.setattr("equipoise.pipelines.text_to_image.fixed.DRAWS", 8)
         yield
 
 
@@ -674,7 +674,7 @@ def test_text_encoders_come_to_the_device_only_to_read(built):
     away = copy.copy(made.pipeline)
     for name in (made.family.denoiser, *made.encoders):
         vars(away)[name] = copy.deepcopy(getattr(away, name))
-    place(away, made.family, made.encoders, torch.device("meta"), None)
+    place(away, made.family, made.encoders, torch.device("meta"), TextToImageModel())
     there = replace(made, pipeline=away)
 
     def where() -> set[str]:

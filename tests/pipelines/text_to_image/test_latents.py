@@ -1,5 +1,6 @@
 """Latents are made once per picture, whatever happens around them, and a run goes on with the same pictures only."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,25 +48,29 @@ def prepared(words, cache: Path, **more):
     return prepare_latents(base, read_examples(settings.data)[0], settings.data, cache, **more)
 
 
+def made_of(latents):
+    return [latents.of(picture) for picture in range(len(latents.shapes))]
+
+
 def test_a_picture_that_is_added_renamed_or_there_twice_costs_no_other(own, encoded, tmp_path):
     first = prepared([*own, "data.crop=random"], tmp_path / "cache")
     folder, count = tmp_path / "own", len(encoded)
-    assert count == len(first.moments) > 1
+    assert count == len(made_of(first)) > 1
     shutil.copy(folder / "0.png", folder / "zz.png")
     Image.new("RGB", (40, 40), "blue").save(folder / "zzz.png")
     with (folder / "metadata.jsonl").open("a") as table:
         table.write('\n{"file_name": "zz.png", "text": "x"}\n{"file_name": "zzz.png", "text": "x"}\n')
     second = prepared([*own, "data.crop=random"], tmp_path / "cache")
     assert encoded[count:] == ["zzz.png"]
-    assert all(torch.equal(a, b) for a, b in zip(first.moments, second.moments, strict=False))
-    assert torch.equal(second.crops[: len(first.crops)], first.crops)
-    assert torch.equal(second.moments[-2], first.moments[0])
+    for one, other in zip(made_of(first), made_of(second), strict=False):
+        assert all(map(torch.equal, one, other))
+    assert torch.equal(second.of(count)[0], first.of(0)[0])
 
 
 def test_a_damaged_picture_that_comes_last_loses_none_of_the_others(own, encoded, tmp_path):
     examples = read_examples(config.load(NAME, own).data)[0]
     whole = examples[-1].path.read_bytes()
-    examples[-1].path.write_bytes(whole[:60])
+    examples[-1].path.write_bytes(whole[:-60])  # its beginning is whole
     with pytest.raises(InputError, match="cannot be read as a picture"):
         prepared(own, tmp_path / "cache")
     before = len(encoded)
@@ -81,7 +86,7 @@ def test_what_a_crash_left_of_a_file_is_made_anew(own, encoded, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     again = prepared(own, tmp_path / "cache")
     assert len(encoded) == before + 1
-    assert all(torch.equal(a, b) for a, b in zip(first.moments, again.moments, strict=True))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(made_of(first), made_of(again), strict=True))
 
 
 def test_those_that_were_not_used_for_longest_go_first_and_never_a_runs_own(own, tmp_path, monkeypatch):
@@ -99,30 +104,69 @@ def test_those_that_were_not_used_for_longest_go_first_and_never_a_runs_own(own,
     assert len(list((cache / "latents").rglob("*.safetensors"))) == len(files)
 
 
-def test_a_run_stops_while_latents_are_made_and_keeps_them(own, encoded, tmp_path, monkeypatch):
-    settings = config.load(NAME, own)
-    run = Store(settings.runs).create(settings)
+def curve(run) -> list[float]:
+    return [record["loss"] for record in run.metrics()]
+
+
+def started(own, *more):
+    settings = config.load(NAME, [*own, *more])
     load_base(settings.model, "no").latents.clear()
-    encode = latents._encode
+    return settings, Store(settings.runs).create(settings)
 
-    def asked(*words):
-        run.request("stop")
-        run.request("save")
-        return encode(*words)
 
-    monkeypatch.setattr(latents, "_encode", asked)
-    outcome = execute(TextToImage, settings, run)
-    total = len(read_examples(settings.data)[0])
-    assert (outcome.state, outcome.message) == (
-        "stopped",
-        f"stopped on request after 1 of {total} pictures were encoded; what was made is kept.",
-    )
-    assert run.status().exit_code == 143
-    assert (run.folder / "requests" / "save").exists(), "only the request to stop is answered there"
-    monkeypatch.setattr(latents, "_encode", encode)
-    run.forget_requests()
+def test_latents_are_made_by_the_step_that_needs_them_and_change_no_loss(own, encoded):
+    settings, run = started(own, "steps=4", "batch=1")
+    known = []
+    metric = run.metric
+    run.metric = lambda *words, **values: known.append(len(encoded)) or metric(*words, **values)
     assert execute(TextToImage, settings, run).state == "done"
-    assert len(encoded) == total
+    assert known == [1, 2, 3, 4], "an epoch of four steps; the last one is followed by an evaluation of all"
+    settings, again = started(own, "steps=4", "batch=1", "seed=0")
+    prepared(own, Path(settings.runs) / ".cache")
+    execute(TextToImage, settings, again)
+    assert curve(again) == curve(run) and len(encoded) == 4
+
+
+def test_the_loss_before_is_that_of_the_first_weights_whenever_it_is_evaluated(own, work):
+    """After 20 steps a run is judged by it; here before and after, and once after a resume."""
+    results = []
+    for more in (["train.give_up=0", "steps=22"], ["steps=22"], ["steps=22", "checkpoint.every=21"]):
+        settings, run = started(own, *more, "learning_rate=1e-2", "train.ema=0.5")
+        assert execute(TextToImage, settings, run).state == "done"
+        results.append(json.loads((run.folder / "result" / "result.json").read_text())["loss_before"])
+        results.append(curve(run))
+    assert results[::2] == [results[0]] * 3 and results[1::2] == [results[1]] * 3
+    assert results[0] == work(*own).evaluation_loss()
+
+
+def test_a_stop_is_heard_after_the_step_in_which_the_first_latents_are_made(own, encoded, monkeypatch):
+    settings, run = started(own, "batch=1", "steps=40", "train.give_up=0")
+    encode = latents._encode
+    monkeypatch.setattr(latents, "_encode", lambda *words: run.request("stop") or encode(*words))
+    assert execute(TextToImage, settings, run).message == "stopped on request at step 1 of 40; the state is saved."
+    assert len(encoded) == 1
+
+
+def test_a_picture_found_damaged_on_the_way_saves_the_run_which_goes_on_once_it_is_replaced(own, encoded):
+    more = ["batch=1", "steps=6", "learning_rate=1e-2"]
+    settings, whole = started(own, *more)
+    execute(TextToImage, settings, whole)
+    third, folder = encoded[2], Path(settings.data.folder)
+    sound, cache = (folder / third).read_bytes(), Path(settings.runs) / ".cache"
+    shutil.rmtree(cache)
+    (folder / third).write_bytes(sound[:-60])
+    settings, run = started(own, *more)
+    with pytest.raises(InputError, match=rf"{third}: cannot be read as a picture .* The state after step 2 is saved"):
+        execute(TextToImage, settings, run)
+    assert len(list((cache / "latents").rglob("*.safetensors"))) == 2 and run.status().exit_code == 2
+    (folder / encoded[0]).rename(folder / "kept")
+    shutil.copy(folder / third, folder / encoded[0])
+    with pytest.raises(InputError, match="are not those that this run was trained on so far"):
+        execute(TextToImage, settings, run)
+    (folder / "kept").rename(folder / encoded[0])
+    (folder / third).write_bytes(sound)
+    assert execute(TextToImage, settings, run).state == "done"
+    assert curve(run) == curve(whole)
 
 
 def test_a_run_stops_while_class_pictures_are_drawn(own, monkeypatch):

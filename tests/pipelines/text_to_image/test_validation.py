@@ -161,16 +161,16 @@ def test_runs_of_one_process_share_the_held_out_latents(words, monkeypatch):
 def test_of_many_pictures_those_that_are_judged_by_are_spread_over_all(words, held, monkeypatch):
     for index in range(130):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(held / f"{index:03d}.png")
-    taken, loss = set(), TextToImageWork._loss
+    taken, embed = set(), TextToImageWork._embed
 
-    def watched(work, clean, noise, times, captions, crops):
+    def watched(work, captions):
         taken.update(captions if not torch.is_grad_enabled() else [])
-        return loss(work, clean, noise, times, captions, crops)
+        return embed(work, captions)
 
     (held / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": path.name, "text": path.stem}) for path in sorted(held.glob("*.png")))
     )
-    monkeypatch.setattr(TextToImageWork, "_loss", watched)
+    monkeypatch.setattr(TextToImageWork, "_embed", watched)
     train(*words, "train.give_up=0", "steps=1")
     numbers = sorted(int(name) for name in taken if len(name) == 3)
     assert len(taken - {"a"}) >= 64 and numbers[-1] > 120

@@ -1,0 +1,106 @@
+"""Frozen weights of a denoiser that take little memory on a device: in 4 bits, or in the computer's memory.
+
+A linear layer that is kept away has its weight brought to the device for its product, and once more for the gradient of
+what it was given; in between nothing of it stays there. The numbers are those of a layer that stays, but for rounding.
+diffusers' own group offloading is made for drawing: it takes a block's weights away after its forward pass, LoRA
+factors among them, where the backward pass still needs them.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIncompatibleVariableOverride=false
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from equipoise.errors import InputError
+from equipoise.pipelines.training.quantized import BLOCK, keep_differentiable
+
+
+def in_blocks(denoiser: nn.Module) -> list[nn.Linear]:
+    """The linear layers of its numbered blocks, which hold nearly all of its weights."""
+    return [
+        layer
+        for name, layer in denoiser.named_modules()
+        if type(layer) is nn.Linear and any(part.isdigit() for part in name.split("."))
+    ]
+
+
+def some(layers: list[nn.Linear], share: float) -> list[nn.Linear]:
+    """So many of them, evenly from all."""
+    return [layer for index, layer in enumerate(layers) if int((index + 1) * share) > int(index * share)]
+
+
+def keep_away(denoiser: nn.Module, share: float, device: torch.device) -> None:
+    """Leaves the weights of a share of the layers where they are; they work on a device all the same."""
+    for layer in some(in_blocks(denoiser), share):
+        held = layer._parameters.pop("weight")
+        if device.type == "cuda" and held is not None:
+            held.data = held.data.pin_memory()  # which is copied from while the device works
+        layer.__class__ = VisitingLinear
+        layer.held, layer.works_on = Held(held), device
+
+
+class Held:
+    """Around a weight, so that `Module.to` moves it nowhere."""
+
+    def __init__(self, weight: Any):
+        self.weight = weight
+
+
+class VisitingLinear(nn.Linear):
+    """A frozen linear layer whose weight waits in the computer's memory."""
+
+    held: Held
+    works_on: torch.device
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(m, n), on the device: for whoever asks for more than the layer's product."""
+        return self.held.weight.to(self.works_on)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Visit.apply(input, self.held, self.bias)
+
+
+class _Visit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
+        ctx.held = held
+        return F.linear(x, held.weight.to(x.device, non_blocking=True), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        return grad @ ctx.held.weight.to(grad.device, grad.dtype, non_blocking=True), None, None
+
+
+def hold_in_nf4(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Puts a denoiser's linear layers into 4 bits by bitsandbytes, where diffusers does not for want of a GPU. Those
+    whose rows are no whole blocks stay, for bitsandbytes 0.50 reads them wrongly on a CPU.
+
+    Raises:
+        InputError: There is no such layer.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    chosen = [
+        (name, layer)
+        for name, layer in denoiser.named_modules()
+        if type(layer) is nn.Linear and layer.in_features % BLOCK == 0
+    ]
+    if not chosen:
+        raise InputError("model.quantize: the denoiser has no linear layer to hold in nf4 on a CPU. Leave it out.")
+    for name, layer in chosen:
+        with torch.device("meta"):
+            made = Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
+        made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+        made.bias = layer.bias
+        above, _, own = name.rpartition(".")
+        setattr(denoiser.get_submodule(above), own, made.to(device))
+    denoiser.is_loaded_in_4bit = True  # by which peft knows what to put around a layer
+    keep_differentiable(denoiser)
