@@ -125,7 +125,7 @@ def zooms(pictures: str) -> str:
 
 def zoom_buttons(links: Sequence[tuple[str, str]] = ()) -> str:
     """What zooms the pictures around it, and links beside that: (words, address)."""
-    shown = {"+": ("1.5", "closer"), "−": ("0.667", "farther"), "1:1": ("0", "the whole picture")}
+    shown = {"+": ("1.5", "closer"), "−": ("0.667", "farther"), "Whole": ("0", "the whole picture")}
     parts = [
         f"<button data-zoom='{factor}' aria-label='{words}' title='{words}'>{label}</button>"
         for label, (factor, words) in shown.items()

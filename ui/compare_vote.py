@@ -74,10 +74,8 @@ def drawn(site: Site, comparison: Comparison, id: str, cell: Cell) -> Mapping[st
         records = draw.records((folder / ANSWERS).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}
-    return {
-        f"answer {index}": f"<p class='hint'>{esc(record.get('question', ''))}</p><p>{esc(record.get('answer', ''))}</p>"
-        for index, record in enumerate(records, 1)
-    }
+    words = [(esc(record.get("question", "")), esc(record.get("answer", ""))) for record in records]
+    return {f"answer {index}": f"<p class='hint'>{one}</p><p>{two}</p>" for index, (one, two) in enumerate(words, 1)}
 
 
 def draw_duel(site: Site, id: str) -> Duel:
