@@ -97,21 +97,41 @@ def _strip(comparison: Comparison, cell: Cell, found: Sequence[Shot], shown: Sho
 
 
 def _large(comparison: Comparison, pair: Sequence[Cell], found: Sequence[Shot | None]) -> str:
-    """The picture, or with that of the cell before it under a slider."""
+    """The picture, or with that of the cell before it under a slider; both are zoomed and moved together."""
     labels = [f"{cell.row} {comparison.shown(cell.rate)}".strip() for cell in pair]
     images = [(label, url(shot.file)) for label, shot in zip(labels, found, strict=True) if shot]
     if len(images) < 2:
         shot = next(shot for shot in found[::-1] if shot)
         alt = comparison.prompts[shot.prompt] if shot.prompt < len(comparison.prompts) else ""
-        return f"<a href='{url(shot.file)}' target='_blank'><img src='{url(shot.file)}' alt='{esc(alt)}'></a>"
+        return zooms(f"<img src='{url(shot.file)}' alt='{esc(alt)}'>") + zoom_buttons(
+            [("Open the file", url(shot.file))]
+        )
     (left, first), (right, second) = images
+    over = f"<div class='over'><img src='{second}' alt='{esc(right)}'></div>"
+    both = zooms(f"<img src='{first}' alt='{esc(left)}'>{over}")
     return (
-        f"<div class='before-after'><img src='{first}' alt='{esc(left)}'>"
-        f"<img class='over' src='{second}' alt='{esc(right)}'>"
+        f"<div class='before-after'>{both}"
         "<input type='range' min='0' max='100' value='50' aria-label='before and after' "
         "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\">"
-        f"<p><span>{esc(left)}</span><span>{esc(right)}</span></p></div>"
+        f"<p><span>{esc(left)}</span><span>{esc(right)}</span></p></div>{zoom_buttons()}"
     )
+
+
+def zooms(pictures: str) -> str:
+    """Pictures that lie over each other, to be zoomed: by wheel, pinch, double click, keys and buttons."""
+    words = "Zoom: double click; click, then wheel or + and −; drag or arrow keys move; 0 shows all of it."
+    return f"<div class='zooms' tabindex='0' role='group' aria-label='{words}' title='{words}'>{pictures}</div>"
+
+
+def zoom_buttons(links: Sequence[tuple[str, str]] = ()) -> str:
+    """What zooms the pictures around it, and links beside that: (words, address)."""
+    shown = {"+": ("1.5", "closer"), "−": ("0.667", "farther"), "Whole": ("0", "the whole picture")}
+    parts = [
+        f"<button data-zoom='{factor}' aria-label='{words}' title='{words}'>{label}</button>"
+        for label, (factor, words) in shown.items()
+    ]
+    parts += [f"<a href='{address}' target='_blank'>{esc(words)}</a>" for words, address in links]
+    return f"<p class='zoom-buttons'>{' '.join(parts)}</p>"
 
 
 def _differences(site: Site, cell: Cell, other: Cell | None, cells: Sequence[Cell]) -> list[tuple[str, Any, Any]]:

@@ -2,7 +2,7 @@
 
 from equipoise.pipelines.comparing import answer as answers
 from equipoise.pipelines.comparing import curve as curves
-from equipoise.pipelines.comparing import report
+from equipoise.pipelines.comparing import report, votes
 from equipoise.ui import draw
 from equipoise.ui.compare import read
 from equipoise.ui.draw import esc, url
@@ -78,7 +78,7 @@ def export(site: Site, id: str) -> str:
     folder, names = comparison.folder, {"grid.png": "Grid (PNG)"}
     names |= {f"grid-{index:02d}.png": f"Grid {index + 1} (PNG)" for index in range(len(comparison.prompts))}
     names |= {"report.html": "Report (HTML)", "table.csv": "Table (CSV)", "prompts.csv": "Prompts (CSV)"}
-    names |= {"table.json": "JSON"}
+    names |= {"table.json": "JSON", votes.FILE: "Votes (JSONL)"}
     links = [
         f"<li><a href='{url(f'{id}/{file}')}?download=1' download>{label}</a></li>"
         for file, label in names.items()

@@ -9,7 +9,7 @@ import gradio as gr
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.comparing.comparison import RATE, Comparison
 from equipoise.pipelines.jobs import background
-from equipoise.ui import compare, compare_numbers, draw
+from equipoise.ui import compare, compare_numbers, compare_vote, draw
 from equipoise.ui.compare_cell import cell_detail
 from equipoise.ui.compare_grid import COLUMN, ROW, axes, grid
 from equipoise.ui.compare_pictures import noises
@@ -111,6 +111,7 @@ def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
     answer, use, curve, title = _answer()
     view = View(refs, which, delete, *_view())
     cells, detail = _grid()
+    vote = gr.Column()
     asks = _asks(site)
     shown = Shown(answer, use, curve, title, cells, detail, gr.HTML(), gr.HTML(elem_id="export"))
     states = gr.State([]), gr.State(""), gr.State(""), gr.State([]), gr.State("")
@@ -119,6 +120,11 @@ def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
     _connect_view(made)
     _connect_cells(made)
     _connect_job(made)
+    with vote:
+        for voted in compare_vote.build(site, which):
+            outputs = [shown.grid, shown.title, shown.detail]
+            drawn = voted.then(bound(draw_grid, made), _looked_at(made), outputs, **HIDDEN)
+            drawn.then(bound(show_tally, made), which, [shown.table, shown.export], **HIDDEN)
 
 
 def _choice(site: Site) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
@@ -167,7 +173,7 @@ def _slider(label: str, info: str, id: str, maximum: float = 1, step: float = 1,
 def _grid() -> tuple[gr.HTML, gr.HTML]:
     nothing = draw.empty("Nothing chosen", "Choose a sweep above. One that is done has its comparison already.")
     cells = gr.HTML(nothing, js_on_load=ON_PICTURE, elem_id="grid")
-    return cells, gr.HTML(js_on_load=ON_PICTURE, elem_id="cell-detail")
+    return cells, gr.HTML(js_on_load=ON_PICTURE, elem_id="cell-detail", elem_classes=["viewed"])
 
 
 def _asks(site: Site) -> Asks:
@@ -413,6 +419,16 @@ def _step(tab: CompareTab, comparison: Comparison, step: float) -> int | None:
     """The step whose samples are looked at; None where it is the end, whose pictures the comparison has itself."""
     steps = compare.steps(tab.site, comparison)
     return int(step) if steps and step < max(*steps, compare.end(tab.site, comparison)) else None
+
+
+def show_tally(tab: CompareTab, id: str | None) -> Updates:
+    """What blind votes come to, in the table and the files."""
+    if not id:
+        return gr.skip()
+    return {
+        tab.shown.table: compare_numbers.table(tab.site, id),
+        tab.shown.export: compare_numbers.export(tab.site, id),
+    }
 
 
 def choose_prompt(tab: CompareTab, before: float, event: gr.EventData) -> Updates:

@@ -4,8 +4,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
 _LETTER = 8.0  # units of a chart that a digit takes across
+_WIDTH, _HEIGHT, _MARGIN, _FOOT = 520, 220, 12, 26  # of a chart; the margin is that above and on the right
 _POINTS = 400  # of a line; more cannot be told apart on a screen
 
 
@@ -83,51 +85,82 @@ def chart(
     values = [y for points in finite.values() for _, y in points]
     if not values:
         return ""
-    log = (log or max(values) > _DECADES * abs(min(values))) and min(values) > 0
-    scale = math.log10 if log else float
-    low, high = scale(min(values)), scale(max(values))
-    if high - low <= _SAME * (1.0 if log else max(abs(low), abs(high))):
-        low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
-    first = min(x for points in finite.values() for x, _ in points)
-    last = max(x for points in finite.values() for x, _ in points)
-    beside = [short(value) for value in marks(low, high, log)]
-    left = max(58.0, _LETTER * max(map(len, beside), default=0) + 14)  # a number is never cut off
-    width, height, right, top, bottom = 520, 220, 12, 12, 26
-
-    def across(x: float) -> float:
-        return left + (x - first) / ((last - first) or 1) * (width - left - right)
-
-    def down(y: float) -> float:
-        return height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom)
-
-    drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{esc(title)}">']
-    for value in marks(low, high, log):
-        y = down(value)
-        drawn.append(f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
-    for x, anchor in {first: "start", last: "end"}.items():
-        drawn.append(f'<text x="{across(x):.1f}" y="{height - 8}" text-anchor="{anchor}">{x:g}</text>')
-
-    def path(points: Sequence[tuple[float, float]]) -> str:
-        few = [*thinned(points, 2 * len(points) // _POINTS), *points[-1:]]
-        return " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in few)
-
+    plane = _plane(finite, (log or max(values) > _DECADES * abs(min(values))) and min(values) > 0)
+    about = f'data-plot="{esc(json.dumps(plane.plot))}" tabindex="0" role="img" aria-label="{esc(title)}"'
+    drawn = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" {about}>', *plane.marked()]
     colours = inks or {name: _ink(index, len(finite)) for index, name in enumerate(finite)}
     for name, points in finite.items():
-        ink, shown = colours[name], smoothed(points, smooth) if smooth else points
+        line, shown = f'data-line="{esc(name)}"', smoothed(points, smooth) if smooth else points
+        ink = f'style="stroke:{colours[name]}" {line}'
         if smooth:
-            drawn.append(f'<polyline class="raw" points="{path(points)}" style="stroke:{ink}"/>')
-        drawn.append(f'<polyline points="{path(shown)}" style="stroke:{ink}"/>')
+            drawn.append(f'<polyline class="raw" {plane.path(points)} {ink}/>')
+        drawn.append(f"<polyline {plane.path(shown)} {ink}/>")
         for x, y in shown[-1:]:  # all there is to see of what was measured once
-            drawn.append(f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" style="fill:{ink}"/>')
-    legend = _legend(finite, colours)
-    return f'<figure class="chart"><figcaption>{esc(title)}</figcaption>{"".join(drawn)}</svg><p>{legend}</p></figure>'
+            at = f'cx="{plane.across(x):.1f}" cy="{plane.down(y):.1f}"'
+            drawn.append(f'<circle {at} r="3" style="fill:{colours[name]}" {line}/>')
+    inside = f"<figcaption>{esc(title)}</figcaption>{''.join(drawn)}</svg><p>{_legend(finite, colours)}</p>"
+    return f'<figure class="chart" data-chart="{esc(title)}">{inside}</figure>'
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Where on a chart a step and a value are, in its units."""
+
+    first: float  # step
+    last: float
+    low: float  # on the scale of the values
+    high: float
+    log: bool
+    left: float
+
+    @property
+    def plot(self) -> dict[str, float]:
+        """What the browser needs to know of it, to read and to zoom it."""
+        sides = {"right": _WIDTH - _MARGIN, "top": _MARGIN, "bottom": _HEIGHT - _FOOT}
+        return {**asdict(self), **sides, "width": _WIDTH, "height": _HEIGHT}
+
+    def across(self, x: float) -> float:
+        return self.left + (x - self.first) / ((self.last - self.first) or 1) * (_WIDTH - self.left - _MARGIN)
+
+    def down(self, y: float) -> float:
+        share = ((math.log10(y) if self.log else y) - self.low) / (self.high - self.low)
+        return _HEIGHT - _FOOT - share * (_HEIGHT - _MARGIN - _FOOT)
+
+    def marked(self) -> Iterator[str]:
+        """The numbers beside and below it."""
+        for value in marks(self.low, self.high, self.log):
+            y = self.down(value)
+            yield f'<line class="rule" x1="{self.left}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            yield f'<text x="{self.left - 6}" class="beside" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
+        for x, anchor in {self.first: "start", self.last: "end"}.items():
+            about = f'x="{self.across(x):.1f}" class="below" y="{_HEIGHT - 8}" text-anchor="{anchor}"'
+            yield f"<text {about}>{x:g}</text>"
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """A line's points, and the steps and values that they stand for."""
+        few = thinned(points, 2 * len(points) // _POINTS)
+        few += points[-1:] if few[-1:] != list(points[-1:]) else []
+        places = " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in few)
+        return f'points="{places}" data-values="{" ".join(f"{x:.12g}:{y:.5g}" for x, y in few)}"'
+
+
+def _plane(lines: Mapping[str, Sequence[tuple[float, float]]], log: bool) -> _Plane:
+    """One that all lines fit on, with room for the numbers beside it, which are never cut off."""
+    points = [point for some in lines.values() for point in some]
+    scaled = [math.log10(y) if log else y for _, y in points]
+    low, high = min(scaled), max(scaled)
+    if high - low <= _SAME * (1.0 if log else max(abs(low), abs(high))):
+        low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
+    longest = max((len(short(value)) for value in marks(low, high, log)), default=0)
+    steps = [x for x, _ in points]
+    return _Plane(min(steps), max(steps), low, high, log, max(58.0, _LETTER * longest + 14))
 
 
 def _legend(lines: Mapping[str, Sequence[tuple[float, float]]], inks: Mapping[str, str]) -> str:
     """Each line's colour, name and last value."""
     return "".join(
-        f'<span><i style="background:{inks[label]}"></i>{breakable(label)} <b>{number(points[-1][1])}</b></span>'
+        f'<button data-line="{esc(label)}" aria-pressed="true" title="Hide it, or show it again">'
+        f'<i style="background:{inks[label]}"></i>{breakable(label)} <b>{number(points[-1][1])}</b></button>'
         for label, points in lines.items()
         if points
     )

@@ -33,6 +33,7 @@ from equipoise.ui.widgets import (
 )
 
 REFRESH = 2.0  # seconds
+CHART_HINT = "Point at a chart to read it, drag over a range of steps, double click for all; a name hides its line."
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 
@@ -151,7 +152,8 @@ def _parts() -> Parts:
     with gr.Tabs(visible=False) as tabs:
         with gr.Tab("Curves"):
             curving = _curving()
-            curves = gr.HTML()
+            gr.HTML(f"<p class='hint'>{CHART_HINT}</p>")
+            curves = gr.HTML(js_on_load="equipoise.charts(element)", elem_id="curves")
         with gr.Tab("Samples"):
             step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
             samples = gr.HTML()

@@ -124,9 +124,13 @@ def theme() -> gr.themes.Base:
 
 def head(tabs: Sequence[str]) -> str:
     """What the page has before its body. `tabs`: their names."""
-    return HEAD.replace("TABS", json.dumps(list(tabs)))
+    return f"{HEAD.replace('TABS', json.dumps(list(tabs)))}<script>{_file('page.js')}</script>"
 
 
 def css() -> str:
     """The stylesheet."""
-    return files("equipoise.ui").joinpath("style.css").read_text(encoding="utf-8")
+    return _file("style.css")
+
+
+def _file(name: str) -> str:
+    return files("equipoise.ui").joinpath(name).read_text(encoding="utf-8")

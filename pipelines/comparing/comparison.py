@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from equipoise.errors import InputError
+from equipoise.pipelines.comparing import votes
 from equipoise.pipelines.comparing.robustness import (
     Point,
     UsableRange,
@@ -127,9 +128,21 @@ class Comparison:
             found = _record(cls).validate_json(text, strict=True)  # the file may be anybody's
             if not all(0 < cell.rate < math.inf for cell in found.cells):
                 raise ValueError("a cell has no rate")
+            found._count_votes()
             return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
+
+    def _count_votes(self) -> None:
+        """What blind votes say of the cells now, as metrics of them."""
+        counted = votes.tally(self.folder)
+        self.beside.pop(votes.PREFERRED, None)
+        for cell in (self.base, *self.cells):
+            for name in (votes.PREFERRED, votes.VOTES):
+                cell.metrics.pop(name, None)
+            cell.metrics |= counted.get(cell.run, {})
+        if counted:
+            self.beside[votes.PREFERRED] = votes.MEANING
 
     @property
     def noun(self) -> str:

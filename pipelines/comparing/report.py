@@ -40,6 +40,17 @@ def write_report(comparison: Comparison) -> dict[str, Path]:
     return {"grid": folder / "grid.png", "report": folder / "report.html", "table": table, "json": document}
 
 
+def write_anew(folder: Path) -> None:
+    """Writes the tables and report.html of a comparison again, with the votes that there are now.
+
+    Raises:
+        InputError: there is none in the folder, or it cannot be written.
+    """
+    comparison = Comparison.read(folder)
+    comparison.write_tables()
+    write_atomic(folder / "report.html", render_html(comparison))
+
+
 def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     """Rows × learning rates, the untouched base first; each cell a mosaic of its pictures (or of one prompt's).
 

@@ -152,6 +152,15 @@ def memory() -> dict[str, int]:
     return found
 
 
+def held() -> dict[str, float]:
+    """What this process holds of memory now, in GB, as metrics of a step."""
+    found = {"memory_host": psutil.Process().memory_info().rss / 1e9}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["memory_device"] = torch.cuda.memory_allocated() / 1e9
+    return found
+
+
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as strict JSON has them: scalars of arrays and tensors as numbers, NaN and infinities as words."""
 

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.config.sections import TrainConfig
-from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs import checkpoints, status
 from equipoise.pipelines.runs.outcome import Outcome
 from equipoise.pipelines.runs.run import Run, memory_full, sentence
 from equipoise.pipelines.training import processes
 
+MEMORY_EVERY = 10  # steps between two measurements of the memory that is held
 REPORTED_EVERY = 30.0  # seconds between lines of progress in a run's log
 
 
@@ -184,7 +185,8 @@ class _Loop:
             self._save(step)
             kept = f"The state after step {step} is saved: the run can be resumed once that file is replaced."
             raise InputError(f"{error} {kept}") from error
-        self.run.metric(step + 1, **values, seconds=time.perf_counter() - started)
+        held = status.held() if step % MEMORY_EVERY == 0 else {}
+        self.run.metric(step + 1, **values, **held, seconds=time.perf_counter() - started)
         return values
 
     def save_and_sample(self, taken: int) -> None:

@@ -1,13 +1,17 @@
 """What the tab Runs does beyond showing how runs stand: curves, notes, several at once, exports."""
 
+import html
+import json
 import os
 import re
 
+import psutil
 import pytest
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.runs import status
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.ui import draw, runs, runs_curves, runs_detail, runs_more, runs_notes, runs_several
 from equipoise.ui.guard import make_room
@@ -33,6 +37,27 @@ def test_a_smoothed_curve_keeps_the_raw_one_behind_it():
     plain, shown = draw.chart("a", {"b": points}), draw.chart("a", {"b": points}, smooth=0.9)
     assert shown.count('<polyline class="raw"') == 1 and shown.count("<polyline") == 2
     assert lines(plain)[0] in shown and lines(shown)[0] != lines(plain)[0]
+
+
+def test_a_chart_has_its_values_for_whoever_points_at_it():
+    """And a button with each line's name, by which the browser hides it."""
+    points = [(1, 0.123456), (2, 3.0), (1_234_567, 2e-5)]
+    shown = draw.chart("a <b>", {"x <i>": points, "y": [(1, 1.0)]}, smooth=0.5)
+    values = re.findall(r'<polyline class="raw"[^>]* data-values="([^"]+)"', shown)
+    assert values == ["1:0.12346 2:3 1234567:2e-05", "1:1"]
+    assert shown.count('<button data-line="x &lt;i&gt;" aria-pressed="true"') == 1 and "<i>" not in shown
+    assert shown.count('data-line="y"') == 4, "both polylines, the dot and the button"
+    plot = json.loads(html.unescape(re.search(r'data-plot="([^"]+)"', shown)[1]))
+    assert (plot["first"], plot["last"], plot["log"]) == (1, 1_234_567, True)
+    assert 'data-chart="a &lt;b&gt;"' in shown
+
+
+def test_the_memory_that_a_run_holds_is_a_curve(site, run):
+    with run.session(signals=False):
+        run.metric(6, **status.held())
+    memory = run.metrics()[-1]["memory_host"]
+    assert memory == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.2)
+    assert "<figcaption>memory host, GB</figcaption>" in runs_curves.charts(site, "one")
 
 
 def test_any_runs_are_laid_over_each_other_by_any_metric(site, run, two, swept):

@@ -1,0 +1,99 @@
+"""Two cells are seen without their names, and what is preferred is kept, counted and reported."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from equipoise.errors import InputError
+from equipoise.pipelines.comparing import votes
+from equipoise.pipelines.comparing.comparison import Comparison
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.ui import compare_cell, compare_grid, compare_numbers, compare_vote
+
+ID = "grid/comparison"
+
+
+def test_a_pair_does_not_say_whose_it_is(site, swept):
+    duel = compare_vote.draw_duel(site, ID)
+    shown = compare_vote.duel_shown(site, duel)
+    assert shown.count("<img src='data:image/png;base64,") == 2 and shown.count("class='zooms'") == 2
+    words = re.sub("base64,[^']*", "", shown)
+    assert not any(name in words for name in ("adamw", "base", "learning_rate", "grid", "1e-")), words
+    assert duel.cells[0] != duel.cells[1] and {compare_vote.draw_duel(site, ID).cells for _ in range(40)} != {
+        duel.cells
+    }
+
+
+def test_everybody_meets_everybody_before_anybody_meets_again(site, swept):
+    folder, met = swept.folder / "comparison", Counter()
+    for _ in range(10):  # of five cells
+        duel = compare_vote.draw_duel(site, ID)
+        votes.cast(folder, duel.cells, duel.key, None)
+        met[frozenset(duel.cells)] += 1
+    assert len({cell for pair in met for cell in pair}) == 5 and max(met.values()) <= 2 and len(met) >= 8
+
+
+def test_votes_are_counted_in_the_grid_the_table_and_the_report(site, swept, ask):
+    ask("pick", ["grid"])
+    first = sweeps.cells(swept)[0].id
+    folder = swept.folder / "comparison"
+    assert "Show a pair" not in str(ask("prefer_a", None)) and "pair first" in str(ask("prefer_a", None))
+    ask("show_pair", ID)
+    said = str(ask("prefer_a", None))
+    assert "A is better" not in said and "A was better: A was " in said and "1 vote so far" in said
+    (vote,) = [json.loads(line) for line in (folder / votes.FILE).read_text().splitlines()]
+    assert vote["preferred"] == vote["cells"][0]
+    assert "neither was better" in str(ask("prefer_neither", None))
+    (folder / votes.FILE).unlink()
+    for preferred in (first, first, None, ""):
+        votes.cast(folder, ("", first), "0-0", preferred)
+    assert votes.tally(folder)[first] == {"preferred": 0.625, "votes": 4.0}
+    shown = compare_grid.grid(site, ID)
+    assert "preferred 62%" in shown and votes.MEANING in shown and "<th>votes</th>" in compare_numbers.table(site, ID)
+    assert "votes.jsonl?download=1" in compare_numbers.export(site, ID)
+    ask("show_pair", ID)
+    ask("prefer_b", None)
+    assert "preferred" in (folder / "report.html").read_text() and "votes" in (folder / "table.csv").read_text()
+    (folder / votes.FILE).unlink()
+    assert "preferred" not in compare_grid.grid(site, ID), "a tally is of the votes that there are"
+
+
+def test_what_is_no_vote_is_not_counted(swept):
+    folder = swept.folder / "comparison"
+    lines = [
+        *("[]", '{"cells": 5}', '{"cells": ["a"]}', '{"cells": ["a", 5], "preferred": "a"}', "{cut"),
+        *('{"cells": ["a", "b"], "preferred": "c"}', '{"cells": ["a", "b"], "preferred": "b"}'),
+    ]
+    (folder / votes.FILE).write_text("\n".join(lines))
+    assert votes.pairs(folder) == [("a", "b", "b")]
+    assert Comparison.read(folder).cells
+
+
+def test_answers_are_voted_on_too(site, swept, answered):
+    made = Comparison.read(swept.folder / "comparison")
+    for cell in (made.base, *made.cells):
+        cell.pictures = []
+    made.write_tables()
+    duel = compare_vote.draw_duel(site, ID)
+    shown = compare_vote.duel_shown(site, duel)
+    assert duel.key in ("answer 1", "answer 2") and ("which colour?" in shown or "&lt;two&gt;" in shown)
+
+
+def test_a_comparison_of_nothing_alike_has_no_pair(site, swept, ask):
+    made = Comparison.read(swept.folder / "comparison")
+    for cell in (made.base, *made.cells):
+        cell.pictures = []
+    made.write_tables()
+    with pytest.raises(InputError, match="no two cells"):
+        compare_vote.draw_duel(site, ID)
+    ask("pick", ["grid"])
+    assert "no two cells" in str(ask("show_pair", ID)) and "Choose a comparison" in str(ask("show_pair", None))
+
+
+def test_pictures_are_zoomed_together(site, swept):
+    first, second = (cell.id for cell in sweeps.cells(swept)[:2])
+    both = compare_cell.cell_detail(site, ID, [first, second], 0)
+    assert both.count("class='zooms'") == 1 and both.count("data-zoom=") == 3
+    assert compare_cell.cell_detail(site, ID, [first], 0).count("class='zooms'") == 1

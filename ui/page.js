@@ -1,0 +1,259 @@
+// What the page does without asking the server: pictures are zoomed together, curves read, lines hidden.
+Object.assign(equipoise, {
+  // Pictures: all in one `.zooms` are zoomed and moved together. The view is kept on the part that outlives their being
+  // drawn anew, so that the next picture is seen at the same spot. x and y are shares of a picture's side.
+  MOST: 16,
+  held: new Map(),  // the pointers that are down, by id
+  view(zooms) {
+    const style = zooms.closest('.viewed').style, number = name => Number(style.getPropertyValue(name));
+    return {zoom: number('--zoom') || 1, x: number('--x'), y: number('--y')};
+  },
+  look(zooms, {zoom, x, y}) {
+    const within = (value, low, high) => Math.min(high, Math.max(low, value)), style = zooms.closest('.viewed').style;
+    zoom = within(zoom, 1, this.MOST);
+    style.setProperty('--zoom', zoom);
+    style.setProperty('--x', within(x, 1 - zoom, 0));
+    style.setProperty('--y', within(y, 1 - zoom, 0));
+    zooms.closest('.viewed').classList.toggle('zoomed', zoom > 1);
+  },
+  zoom(zooms, factor, at = [.5, .5]) {  // what is at that spot stays there
+    const before = this.view(zooms), zoom = Math.min(this.MOST, Math.max(1, before.zoom * factor));
+    const kept = (moved, spot) => spot - (spot - moved) * zoom / before.zoom;
+    this.look(zooms, {zoom, x: kept(before.x, at[0]), y: kept(before.y, at[1])});
+  },
+  move(zooms, right, down) {
+    const {zoom, x, y} = this.view(zooms);
+    this.look(zooms, {zoom, x: x + right, y: y + down});
+  },
+  spot(zooms, event) {
+    const box = zooms.getBoundingClientRect();
+    return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  },
+  keys: {'+': [1.25], '=': [1.25], '-': [.8], '0': [0], ArrowLeft: [1, .1, 0], ArrowRight: [1, -.1, 0],
+    ArrowUp: [1, 0, .1], ArrowDown: [1, 0, -.1]},
+});
+document.addEventListener('wheel', event => {  // a trackpad's pinch comes as a wheel with Ctrl
+  const zooms = event.target.closest?.('.zooms');
+  if (!zooms || !(event.ctrlKey || zooms.contains(document.activeElement))) return;  // else the page is scrolled
+  event.preventDefault();
+  equipoise.zoom(zooms, Math.exp(-event.deltaY / 300), equipoise.spot(zooms, event));
+}, {passive: false});
+document.addEventListener('dblclick', event => {
+  const zooms = event.target.closest?.('.zooms');
+  if (zooms) equipoise.zoom(zooms, equipoise.view(zooms).zoom > 1 ? 0 : 3, equipoise.spot(zooms, event));
+});
+document.addEventListener('keydown', event => {
+  const zooms = event.target.closest?.('.zooms'), step = equipoise.keys[event.key];
+  if (!zooms || !step || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (step.length > 1 && equipoise.view(zooms).zoom === 1) return;  // there is nowhere to go: the page is scrolled
+  event.preventDefault();
+  step.length > 1 ? equipoise.move(zooms, step[1], step[2]) : equipoise.zoom(zooms, step[0]);
+});
+document.addEventListener('click', event => {
+  const button = event.target.closest?.('button[data-zoom]');
+  if (button) equipoise.zoom(button.closest('.viewed').querySelector('.zooms'), Number(button.dataset.zoom));
+});
+document.addEventListener('pointerdown', event => {
+  const zooms = event.target.closest?.('.zooms');
+  if (!zooms || event.button) return;
+  if (event.pointerType === 'mouse') event.preventDefault();  // or the picture itself would be dragged
+  zooms.focus({preventScroll: true});
+  equipoise.held.set(event.pointerId, {zooms, at: equipoise.spot(zooms, event)});
+});
+document.addEventListener('pointermove', event => {
+  const held = equipoise.held, mine = held.get(event.pointerId);
+  if (!mine) return;
+  const {zooms, at} = mine, now = equipoise.spot(zooms, event);
+  const other = [...held].find(([id, one]) => id !== event.pointerId && one.zooms === zooms)?.[1];
+  if (other) {  // two fingers: the middle between them stays there
+    const far = spot => Math.hypot(spot[0] - other.at[0], spot[1] - other.at[1]) || 1e-3;
+    equipoise.zoom(zooms, far(now) / far(at), [(now[0] + other.at[0]) / 2, (now[1] + other.at[1]) / 2]);
+  }
+  const part = other ? .5 : 1;
+  equipoise.move(zooms, part * (now[0] - at[0]), part * (now[1] - at[1]));
+  mine.at = now;
+});
+for (const kind of ['pointerup', 'pointercancel'])
+  document.addEventListener(kind, event => equipoise.held.delete(event.pointerId));
+
+// Charts: what was measured under the pointer; lines hidden by their names; a range of steps, drawn over by the mouse.
+// The server draws them anew as they grow: what was hidden or chosen is kept by run and title, and applied again.
+const SVG = (name, attributes, text = '') => {
+  const made = document.createElementNS('http://www.w3.org/2000/svg', name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+};
+class Chart {
+  static kept = new Map();  // run and title → {hidden: names, range: [first, last] or null}
+  constructor(figure) {
+    this.figure = figure;
+    this.svg = figure.querySelector('svg');
+    this.plot = JSON.parse(this.svg.dataset.plot);
+    const run = document.querySelector('#run-head [data-shown]')?.dataset.shown ?? '', name = `${run}|${figure.dataset.chart}`;
+    if (!Chart.kept.has(name)) Chart.kept.set(name, {hidden: new Set(), range: null});
+    this.state = Chart.kept.get(name);
+  }
+  get range() { return this.state.range ?? [this.plot.first, this.plot.last] }
+  lines(all = false) {  // with their points; `all`: those as they were measured, behind the smoothed ones, too
+    return [...this.svg.querySelectorAll(all ? 'polyline' : 'polyline:not(.raw)')]
+      .filter(line => !this.state.hidden.has(line.dataset.line))
+      .map(line => {
+        line.points_ ??= line.dataset.values.split(' ').filter(Boolean).map(pair => pair.split(':').map(Number));
+        return {line, points: line.points_.filter(([x]) => x >= this.range[0] && x <= this.range[1])};
+      });
+  }
+  across(x) {
+    const {left, right} = this.plot, [first, last] = this.range;
+    return left + (x - first) / (last - first || 1) * (right - left);
+  }
+  step(event) {
+    const box = this.svg.getBoundingClientRect(), {left, right, width} = this.plot, [first, last] = this.range;
+    const x = (event.clientX - box.left) / box.width * width;
+    return first + (Math.min(right, Math.max(left, x)) - left) / (right - left) * (last - first);
+  }
+  scale(y) { return this.plot.log ? Math.log10(y) : y }
+  down(y) {
+    const {top, bottom} = this.plot, [low, high] = this.heights;
+    return bottom - (this.scale(y) - low) / (high - low) * (bottom - top);
+  }
+  ticks() {
+    const [low, high] = this.heights, rough = (high - low) / 4;
+    if (this.plot.log && high - low > 1.5) {
+      const every = Math.max(1, Math.round(rough)), first = Math.ceil(low / every) * every;
+      return Array.from({length: Math.floor((high - first) / every) + 1}, (_, n) => 10 ** (first + n * every));
+    }
+    const [from, to] = this.plot.log ? [10 ** low, 10 ** high] : [low, high], part = (to - from) / 4;
+    const ten = 10 ** Math.floor(Math.log10(part)), step = ten * [1, 2, 5, 10].find(n => n * ten >= part * .999);
+    const first = Math.ceil(from / step) * step;
+    return Array.from({length: Math.floor((to - first) / step + 1e-9) + 1}, (_, n) => first + n * step);
+  }
+  apply(changed) {  // lays out anew what is not as the server drew it
+    const {hidden, range} = this.state;
+    for (const button of this.figure.querySelectorAll('button[data-line]'))
+      button.setAttribute('aria-pressed', String(!hidden.has(button.dataset.line)));
+    for (const part of this.svg.querySelectorAll('[data-line]'))
+      part.style.display = hidden.has(part.dataset.line) ? 'none' : '';
+    if (hidden.size || range || changed) this.layout();
+  }
+  layout() {
+    const shown = this.lines(true), values = shown.flatMap(one => one.points.map(([, y]) => this.scale(y)));
+    let low = Math.min(...values), high = Math.max(...values);
+    if (!values.length) [low, high] = [this.plot.low, this.plot.high];
+    if (high - low <= 1e-4 * Math.max(Math.abs(low), Math.abs(high)))
+      [low, high] = [low - (Math.abs(low) || 1) * .05, high + (Math.abs(high) || 1) * .05];
+    this.heights = [low, high];
+    for (const {line, points} of shown) {
+      line.setAttribute('points', points.map(([x, y]) => `${this.across(x).toFixed(1)},${this.down(y).toFixed(1)}`).join(' '));
+      const dot = line.matches('.raw') ? null : this.svg.querySelector(`circle[data-line="${CSS.escape(line.dataset.line)}"]`);
+      if (dot && points.length) {
+        dot.setAttribute('cx', this.across(points.at(-1)[0]));
+        dot.setAttribute('cy', this.down(points.at(-1)[1]));
+      }
+      if (dot) dot.style.display = points.length ? '' : 'none';
+    }
+    for (const old of this.svg.querySelectorAll('.rule, .beside, .below')) old.remove();
+    const {left, right, height} = this.plot, drawn = [];
+    for (const value of this.ticks()) {
+      const y = this.down(value);
+      drawn.push(SVG('line', {class: 'rule', x1: left, x2: right, y1: y, y2: y}));
+      const words = Number(value.toPrecision(4)).toString().replace('e+', 'e');
+      drawn.push(SVG('text', {class: 'beside', x: left - 6, y: y + 4, 'text-anchor': 'end'}, words));
+    }
+    this.range.forEach((x, end) => drawn.push(
+      SVG('text', {class: 'below', x: end ? right : left, y: height - 8, 'text-anchor': end ? 'end' : 'start'}, String(x))
+    ));
+    this.svg.prepend(...drawn);
+  }
+  choose(range) {  // of steps; null: all of them
+    this.state.range = range && [Math.round(Math.min(...range)), Math.round(Math.max(...range))];
+    if (this.state.range && this.state.range[0] === this.state.range[1]) this.state.range = null;
+    this.leave();
+    this.apply(true);
+  }
+  toggle(name) {
+    const {hidden} = this.state;
+    if (!hidden.delete(name)) hidden.add(name);
+    this.leave();
+    this.apply(true);
+  }
+  steps() { return [...new Set(this.lines().flatMap(one => one.points.map(([x]) => x)))].sort((a, b) => a - b) }
+  read(near) {  // says what every line has at the step nearest to this one
+    const steps = this.steps();
+    this.leave();
+    if (!steps.length) return;
+    const at = steps.reduce((a, b) => Math.abs(b - near) < Math.abs(a - near) ? b : a);
+    const found = this.lines().filter(one => one.points.length).map(({line, points}) => [
+      line, points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a)
+    ]).sort((a, b) => b[1][1] - a[1][1]);
+    const {left, right, top, bottom} = this.plot, x = this.across(at);
+    this.svg.append(SVG('line', {class: 'reading', x1: x, x2: x, y1: top, y2: bottom}));
+    const tip = document.createElement('div'), head = document.createElement('b');
+    tip.className = 'tip';
+    tip.setAttribute('role', 'status');
+    head.textContent = `step ${at}`;
+    tip.append(head);
+    for (const [line, [step, value]] of found) {
+      const row = document.createElement('span'), ink = document.createElement('i');
+      ink.style.background = line.style.stroke;
+      const words = `${line.dataset.line} ${Number(value.toPrecision(5))}${step === at ? '' : ` (step ${step})`}`;
+      row.append(ink, words);
+      tip.append(row);
+    }
+    const share = x / this.plot.width;
+    tip.style[share < .5 ? 'left' : 'right'] = `${(share < .5 ? share : 1 - share) * 100 + 3}%`;
+    this.figure.append(tip);
+    this.at = at;
+  }
+  leave() {
+    this.figure.querySelectorAll('.tip, .reading').forEach(one => one.remove());
+  }
+  static of(target) {
+    const figure = target.closest?.('figure.chart[data-chart]');
+    if (!figure) return null;
+    if (figure.chart_?.svg.isConnected) return figure.chart_;
+    return figure.chart_ = new Chart(figure);
+  }
+}
+equipoise.charts = element => {  // what holds charts, whenever the server has drawn them anew
+  const apply = () => element.querySelectorAll('figure.chart[data-chart]').forEach(one => Chart.of(one).apply(false));
+  new MutationObserver(changes => {
+    if (changes.some(one => [...one.addedNodes].some(node => node.querySelector?.('figure.chart')))) apply();
+  }).observe(element, {childList: true, subtree: true});
+};
+{
+  let drawn = null;  // the range that is being drawn over a chart
+  const chartAt = event => event.target.closest?.('figure.chart svg') && Chart.of(event.target);
+  document.addEventListener('pointermove', event => {
+    const chart = chartAt(event);
+    document.querySelectorAll('figure.chart:has(.tip)').forEach(one => one === chart?.figure || Chart.of(one)?.leave());
+    if (!chart) return;
+    chart.read(chart.step(event));
+    if (drawn?.chart !== chart) return;
+    chart.svg.querySelector('.drawn')?.remove();
+    const [a, b] = [drawn.from, chart.step(event)].map(step => chart.across(step)), {top, bottom} = chart.plot;
+    chart.svg.append(SVG('rect', {class: 'drawn', x: Math.min(a, b), width: Math.abs(b - a), y: top, height: bottom - top}));
+  });
+  document.addEventListener('pointerdown', event => {
+    const chart = chartAt(event);
+    if (chart && !event.button && event.pointerType === 'mouse') drawn = {chart, from: chart.step(event), x: event.clientX};
+  });
+  document.addEventListener('pointerup', event => {
+    const {chart, from, x} = drawn ?? {};
+    drawn = null;
+    chart?.svg.querySelector('.drawn')?.remove();
+    if (chart && Math.abs(event.clientX - x) > 8) chart.choose([from, chart.step(event)]);
+  });
+  document.addEventListener('dblclick', event => chartAt(event)?.choose(null));
+  document.addEventListener('click', event => {
+    const button = event.target.closest?.('figure.chart button[data-line]');
+    if (button) Chart.of(button).toggle(button.dataset.line);
+  });
+  document.addEventListener('keydown', event => {
+    const chart = chartAt(event), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!chart || !step) return;
+    event.preventDefault();
+    const steps = chart.steps(), before = steps.indexOf(chart.at);
+    chart.read(steps[Math.min(steps.length - 1, Math.max(0, before < 0 ? 0 : before + step))]);
+  });
+}
