@@ -89,8 +89,8 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
 
 def _ahead(claim: str, one: list[float], other: list[float]) -> str:
     here = [a - b for a, b in zip(one, other, strict=True)]
-    word = "undecided" if min(here) < 0 < max(here) else "ahead" if max(here) < 0 else "behind"
-    return f"- {claim}: {spread(here, '+.3f')}. The scaled one is {word}{' in every seed' * (word != 'undecided')}."
+    word = "Ahead in every seed" if max(here) < 0 else "BEHIND in every seed" if min(here) > 0 else "Undecided"
+    return f"- {claim}: {spread(here, '+.3f')}. {word}."
 
 
 def train(cell: Trial) -> Trial:
