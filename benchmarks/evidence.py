@@ -248,9 +248,25 @@ def main(words: Sequence[str] | None = None) -> int:
     if asked.list:
         show(folder, found, tables)
         return 0
+    try:
+        return run(folder, found, tables, given, asked.again, asked.kept)
+    except KeyboardInterrupt:
+        print("Interrupted. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+def run(
+    folder: Path,
+    found: Mapping[str, Entry],
+    tables: Sequence[Table],
+    given: Mapping[str, str],
+    again: bool,
+    only_kept: bool,
+) -> int:
+    """Makes what is not kept, or all of it `again`, and compares; 1 if there is something to look at."""
     code = 0
     for name, entry in found.items():
-        if asked.again or (kept(folder, entry) is None and not asked.kept):
+        if again or (kept(folder, entry) is None and not only_kept):
             if missing := entry.missing(given):
                 words = " ".join(f"{word}=…" for word in missing)
                 print(f"{name}: not run, for want of --given {words}: {entry.needs}")

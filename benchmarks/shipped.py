@@ -32,13 +32,21 @@ def equipoise(*words: str) -> None:
 
 def demo(runs: Path) -> None:
     equipoise("demo", "--runs", str(runs))
-    found = Comparison.load(next(runs.glob("*/comparison")))
-    rates, ranges = found.rates, found.ranges()
-    print(f"| learned, kept at a learning rate of | {' | '.join(map(found.shown, rates))} | usable range |")
-    print("| --- |" + " --- |" * (len(rates) + 1))
-    for row in found.rows:
+    print(learned_and_kept(Comparison.read(next(runs.glob("*/comparison")))))
+
+
+def learned_and_kept(found: Comparison) -> str:
+    rates, names = found.rates, {"adamw": "AdamW", "bounded_adamw": "bounded AdamW"}
+    lines = [f"| learned, kept at a learning rate of | {' | '.join(map(found.shown, rates))} | usable range |"]
+    lines.append("| --- |" + " --- |" * (len(rates) + 1))
+    for row, usable in found.ranges().items():
+        name, *options = row.replace("=", " ").split(" ")
+        pairs = ", ".join(map(" ".join, zip(options[::2], options[1::2], strict=True)))
         points = {point.rate: f"{point.score:.2g}, {point.kept:.2g}" for point in found.points(row)}
-        print(f"| {row} | {' | '.join(points[rate] for rate in rates)} | {ranges[row] or 'none'} |")
+        cells = [f"{names[name]} ({pairs})" if pairs else names[name], *(points[rate] for rate in rates)]
+        until = str(usable).replace(" (", " and beyond (") if usable and usable.open_high else str(usable or "none")
+        lines.append(f"| {' | '.join([*cells, until])} |")
+    return "\n".join(lines)
 
 
 def audio_visual(runs: Path) -> None:

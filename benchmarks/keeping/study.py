@@ -34,7 +34,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from equipoise import BoundedAdamW, ScaledAdamW, ScaledGD
+from equipoise import AlphaAdam, BoundedAdamW, ScaledAdamW, ScaledGD
 
 CELLS = Path(__file__).with_name("cells.jsonl")
 LAYERS = {"orders": 120, "bookings": 120, "docstringsfew": 6, "docstrings": 18, "code": 18, "docstringsall": 36,
@@ -114,6 +114,8 @@ METHODS: dict[str, Method] = {
     "sgd": _plain(SGD),
     "scaled gd": Method(lambda net, lr: ScaledGD(net, lr=lr)),
     "scaled adamw": _ours(ScaledAdamW, damping=1e-6),
+    "alphaadam": _plain(AlphaAdam, weight_decay=0.0),
+    "cautious adamw": _plain(AlphaAdam, weight_decay=0.0, mask="cautious", compensation="cautious"),
     "max norm 1 (kohya)": Method(_plain(AdamW, weight_decay=0.0).make, after=scale_weight_norms),
     "delora (peft)": Method(
         _plain(AdamW, weight_decay=0.0).make, lambda rank, layers: DeloraConfig(r=rank, target_modules=layers)

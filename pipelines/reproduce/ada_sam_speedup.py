@@ -23,7 +23,7 @@ ROWS, WIDTH, PENALTY, FLIPPED = 2000, 20, 0.01, 0.1
 BATCHES, LENGTHS = (1, 4, 16, 64), (100, 400, 1600)
 RATE, RHO, EPSILON = 0.3, 2.0, 0.3  # γ and ρ at b = T = 1, and ε
 WAYS = ("ρ ∝ 1/√(bT)", "one ρ for all")
-NEAR = 0.15  # how far from −1/2 an exponent may be to count as the corollary's
+NEAR = 0.1  # how far from −1/2 an exponent may be to count as the corollary's
 
 
 def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
@@ -58,7 +58,7 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
             table(["", *(f"T = {length}" for length in lengths)], rows),
             "\nExponents of "
             + ", ".join(f"{of}: {spread(power, '+.2f')}" for of, power in powers.items())
-            + f"; the corollary's: -0.5. {'As' if held else 'NOT as'} it has it.",
+            + f"; the corollary's: -0.5{'' if way != WAYS[0] else ', and so it is' if held else ', and it is NOT'}.",
         ]
     lines = {f"b = {b}, {way}": [math.log10(median(found(way, b, t))) for t in lengths]
              for way, b in product(WAYS, (BATCHES[0], BATCHES[-1]))}  # fmt: skip

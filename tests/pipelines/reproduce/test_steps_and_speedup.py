@@ -83,6 +83,6 @@ def test_the_corollary_as_the_command_prints_it(tmp_path, capsys):
     words = ["reproduce", "ada-sam-speedup", "--seeds", "1", "--steps", "32", "--workers", "1"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "ρ ∝ 1/√(bT), 2 at b = T = 1:" in out and out.count("the corollary's: -0.5.") == 2
+    assert "ρ ∝ 1/√(bT), 2 at b = T = 1:" in out and out.count("the corollary's: -0.5") == 2
     cells = json.loads(Path(tmp_path, "out", "results.json").read_text())["runs"]
     assert len(cells) == 2 * 4 * 3 and {cell["steps"] for cell in cells} == {2, 8, 32}
