@@ -35,7 +35,7 @@ def show(args: argparse.Namespace) -> int:
     from equipoise.pipelines.instruction_tuning.talk import Talk
 
     model = InstructionTuningModel(
-        path=args.model or "demo", revision=None, quantize=None, min_pixels=None, max_pixels=None
+        path=args.model or "demo", revision=None, quantize=None, shard=False, min_pixels=None, max_pixels=None
     )
     talk = Talk(load_processor(model), model_type(model))
     found = read_data_set(str(args.folder), args.media, key="prepare", judge=talk.problems, asked=args.question)

@@ -59,7 +59,7 @@ class AnswerCollator:
         frames: int = 16,
     ):
         section = InstructionTuningModel(
-            path=str(model), revision=revision, quantize=None, min_pixels=min_pixels, max_pixels=max_pixels
+            path=str(model), revision=revision, quantize=None, shard=False, min_pixels=min_pixels, max_pixels=max_pixels
         )
         self.folder = Path(folder)
         processor = load_processor(section)

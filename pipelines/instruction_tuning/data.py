@@ -121,14 +121,14 @@ def read_all(
 def _both_kinds(examples: Sequence[Conversation]) -> list[str]:
     """A sentence where one data set has pictures and another one sounds, say; a single one says so itself."""
     kinds = {example.source: example.kind for example in examples if example.media}
-    return sets_of_kinds(list(dict.fromkeys(kinds.values())))
+    return sets_of_kinds([kind for kind in NAMES if kind in kinds.values()])
 
 
-def sets_of_kinds(kinds: Sequence[Kind]) -> list[str]:
+def sets_of_kinds(kinds: Sequence[str]) -> list[str]:
     """A sentence where several data sets have media of several kinds."""
     if len(kinds) < 2:
         return []
-    one, other = (NAMES[kind] for kind in NAMES if kind in kinds[:2])
+    one, other = (NAMES[kind] for kind in kinds[:2])
     return [f"data.more: there are data sets with {one} and others with {other}; one model takes one of them."]
 
 

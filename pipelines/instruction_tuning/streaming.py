@@ -78,7 +78,7 @@ def _several_kinds(readers: Sequence["Reader"]) -> list[str]:
     """A sentence where one data set has pictures and another one sounds, as far as they were read."""
     if any(reader.problems for reader in readers):
         return []
-    return sets_of_kinds(list(dict.fromkeys(kind for reader in readers for kind in NAMES if kind in reader.first)))
+    return sets_of_kinds([kind for kind in NAMES if any(kind in reader.first for reader in readers)])
 
 
 class Reader:

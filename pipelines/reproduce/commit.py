@@ -1,10 +1,12 @@
 """CoMMIT's Table 1 and Figures 2, 3, 5 and 6 in small: five baselines, CoMMIT-CLR and CoMMIT on pictures and sounds.
+Figure 1's contours of κ by `--task contours`, which is no table's.
 
 Paper: Wu et al., CoMMIT: Coordinated Instruction Tuning for Multimodal Large Language Models: BLIP-2 with OPT-2.7B on
 three visual question-answering tasks, SALMONN on three of sound, one rate of 1e-4 for all. Here: the embedded BLIP-2 on
-questions about drawn scenes, and a small Qwen2-Audio, which first learns to describe made sounds, on questions about
-those and on descriptions in other words. Every method starts from one rate and sees the same batches; κ is measured in
-all of them but coordinate descent, where one side stands still.
+questions about drawn scenes, as it is and with a language side whose update counts twenty times (`uneven`), and a small
+Qwen2-Audio, which first learns to describe made sounds, on questions about those and on descriptions in other words.
+Every method starts from one rate and sees the same batches; κ is measured in all of them but coordinate descent, where
+one side stands still.
 """
 
 import json
@@ -17,6 +19,7 @@ from statistics import fmean, median, pstdev
 from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
@@ -26,7 +29,9 @@ from equipoise.pipelines.tables import table
 
 STEPS, BASE_STEPS, MEASURED = 300, 500, 5  # of a training; of the sounds' base; steps between measurements of κ
 SOUNDS = 2000  # each with one question
-RATES = {"pictures": 7e-4, "sounds": 1e-3, "captions": 1e-3}
+RATES = {"pictures": 7e-4, "uneven": 7e-4, "sounds": 1e-3, "captions": 1e-3}
+UNEVEN = ["lora.alpha=320"]  # 20 times the rank: each of the language side's steps moves the answers further
+DRAWN = {"pictures", "uneven", "contours"}  # tasks on questions about drawn scenes
 METHODS = {  # name → (coordinator, its options)
     "Constant LR": ("constant", {}),
     "Feature CD": ("feature_cd", {}),
@@ -51,6 +56,7 @@ COMPARED = [
     ("Language CD", "Constant LR"),
 ]
 TENTHS = 10
+CONTOURS = "contours"  # the task that draws Figure 1
 Got = Callable[[str, str, str], list]  # (key, task, method) → one value per seed
 
 
@@ -68,13 +74,15 @@ def reproduce(
     Raises:
         InputError: a task that there is not.
     """
-    steps, tasks = steps or STEPS, list(tasks or RATES)
-    if wrong := [task for task in tasks if task not in RATES]:
-        raise InputError(f"--task: {wrong[0]!r} is none of {', '.join(RATES)}.")
+    tasks = list(tasks or RATES)
+    if wrong := [task for task in tasks if task not in (*RATES, CONTOURS)]:
+        raise InputError(f"--task: {wrong[0]!r} is none of {', '.join([*RATES, CONTOURS])}.")
+    drawn = [_contours(steps or STEPS)] if CONTOURS in tasks else []
+    steps, tasks = steps or STEPS, [task for task in tasks if task != CONTOURS]
     settings = [
         {"task": task, "method": method, "seed": seed, "steps": steps, "evaluations": steps}
         for seed, task, method in product(range(seeds), tasks, METHODS)
-    ]
+    ] + drawn
     found = {cell_key(cell): cell for cell in earlier}
     if missing := [cell for cell in settings if cell_key(cell) not in found]:
         found |= {cell_key(cell): cell for cell in _train_all(missing, count, keep)}
@@ -83,14 +91,39 @@ def reproduce(
     def got(key: str, task: str, method: str) -> list:
         return [cell[key] for cell in cells if (cell["task"], cell["method"]) == (task, method)]
 
-    text = [f"Held-out accuracy (captions: ROUGE-L) in % after {steps} steps at one learning rate, {seeds} seed(s)."]
+    text, panels, pictures = ([], [], {}) if not drawn else _report_contours(cells[-1])
+    if tasks:
+        text.append(
+            f"Held-out accuracy (captions: ROUGE-L) in % after {steps} steps at one learning rate, {seeds} seed(s)."
+        )
     for task in tasks:
         untuned = median(100 * value for value in got("untuned", task, "Constant LR"))
         text += [f"\n{task.capitalize()}, learning rate {RATES[task]:g}, untuned {untuned:.1f}:\n", _table(task, got)]
-    text.append("\nDifferences, seed by seed, in points; of κ's standard deviation in its own units:")
+    text += ["\nDifferences, seed by seed, in points; of κ's standard deviation in its own units:"] * bool(tasks)
     for task in tasks:
         text += _findings(task, got)
-    return Reproduction("\n".join(text), _panels(tasks, got), [*cells, *found.values()])
+    panels += _panels(tasks, got) if tasks else []
+    return Reproduction("\n".join(text), panels, [*cells, *found.values()], pictures)
+
+
+def _contours(steps: int) -> Trial:
+    """The one training behind Figure 1."""
+    rate, short = RATES["pictures"], max(1, steps // 10)
+    return {
+        "task": CONTOURS,
+        "method": "Constant LR",
+        "seed": 0,
+        "steps": short,
+        "evaluations": short + 1,
+        "rate": rate,
+    }
+
+
+def _report_contours(cell: Trial) -> tuple[list[str], list[Panel], dict[str, Image.Image]]:
+    from equipoise.pipelines.reproduce.contours import report
+
+    text, panels, pictures = report(cell)
+    return [text], panels, pictures
 
 
 def _train_all(missing: Sequence[Trial], count: int, keep: Callable[[Trial], None] | None) -> list[Trial]:
@@ -99,9 +132,9 @@ def _train_all(missing: Sequence[Trial], count: int, keep: Callable[[Trial], Non
 
     with TemporaryDirectory(prefix="equipoise-") as folder:
         shared, tasks = Path(folder), {cell["task"] for cell in missing}
-        if "pictures" in tasks:
+        if tasks & DRAWN:
             demo.questions_file(shared)
-        if tasks - {"pictures"}:
+        if tasks - DRAWN:
             prepare_sounds(shared, BASE_STEPS)
         evaluations = sum(cell["evaluations"] for cell in missing)
         with workers(count, "commit", evaluations, (lambda cell: keep(bare(cell))) if keep else None) as measure:
@@ -117,7 +150,7 @@ def _table(task: str, got: Got) -> str:
             kappa(median(got("kappa_mean", task, method)), median(got("kappa_mean", task, method))),
             kappa(median(got("kappa_mean", task, method)), median(got("kappa_deviation", task, method))),
             f"{median(got('milliseconds', task, method)):.0f}",
-            f"{PAPER[method][task]:.2f}" if method in PAPER else "",
+            f"{PAPER[method][task]:.2f}" if task in PAPER.get(method, {}) else "",
         ]
         for method in METHODS
     ]
@@ -130,7 +163,8 @@ def _findings(task: str, got: Got) -> list[str]:
     for one, other in COMPARED:
         pairs = zip(got("accuracy", task, one), got("accuracy", task, other), strict=True)
         here = [100 * (a - b) for a, b in pairs]
-        said = finding(f"{task}, {one} over {other}", PAPER[one][task] - PAPER[other][task], here, "+.1f")
+        paper = PAPER[one][task] - PAPER[other][task] if task in PAPER[one] else None
+        said = finding(f"{task}, {one} over {other}", paper, here, "+.1f")
         text.append(f"{said} Mean {interval(here, '+.1f')}.")
     for one in ("CoMMIT-CLR", "CoMMIT"):
         pairs = zip(got("kappa_deviation", task, one), got("kappa_deviation", task, "Constant LR"), strict=True)
@@ -188,10 +222,15 @@ def train(cell: Trial) -> Trial:
     from equipoise.pipelines.runs.store import Store
 
     started = time.process_time()
+    if cell["task"] == CONTOURS:
+        from equipoise.pipelines.reproduce import contours
+
+        return contours.train(cell) | {"processor_seconds": round(time.process_time() - started, 1)}
     name, options = METHODS[cell["method"]]
     shared, task = Path(cell["folder"]), cell["task"]
     words = [f"learning_rate={RATES[task]}", f"steps={cell['steps']}", f"seed={cell['seed']}", f"coordinator={name}"]
-    if task == "pictures":
+    if task in DRAWN:
+        words += UNEVEN if task == "uneven" else []
         words.append(f"data={shared / '.demo' / 'questions' / 'questions.jsonl'}")
     else:
         file = "captions.csv" if task == "captions" else "questions.csv"

@@ -189,4 +189,4 @@ def look_ahead(
             backward(-weight * ascended, inputs=[tensor for tensor in mine if tensor.requires_grad])
             found.append(mean_of(apart, base.sample))
     alone = moved_alone(predict, components, before, base, found[1].detach(), metric) if each else {}
-    return balance_of(base, *found, alone)
+    return balance_of(base, found[0], found[1], alone)

@@ -114,6 +114,33 @@ def test_commit_in_small(tmp_path, monkeypatch, capsys):
 BOTH = ("Constant LR", "CoMMIT-CLR", "CoMMIT")
 
 
+def test_contours_of_kappa(tmp_path, monkeypatch):
+    """d is in proportion to a short step's length, so that κ goes with the ratio of the rates; --steps shortens it."""
+    monkeypatch.setattr(commit.demo, "QUESTIONS", 60)
+    commit.demo.questions_file(tmp_path)
+    asked = []
+
+    @contextmanager
+    def workers(count, name, evaluations, keep):
+        def measure(train, settings):
+            asked.extend(settings)
+            return [cell | train(cell | {"folder": str(tmp_path)}) for cell in settings]
+
+        yield measure
+
+    monkeypatch.setattr(commit, "workers", workers)
+    found = commit.reproduce(3, 1, 20, tasks=["contours"])
+    assert [(cell["steps"], cell["task"]) for cell in asked] == [(2, "contours")]
+    (cell,) = found.cells
+    for side in ("language", "encoder"):
+        short = cell[side][:3]
+        assert [short[1] / short[0], short[2] / short[1]] == pytest.approx([10**0.5] * 2, rel=0.1)
+        assert max(cell[side]) < 0.84, "the root of ln 2 is the most that two distributions can be apart"
+    assert found.pictures["kappa.png"].size == (560, 560) and "1e-05" in found.text and len(found.panels) == 1
+    found.write(tmp_path, {})
+    assert {"kappa.png", "chart.png", "results.json"} <= {file.name for file in tmp_path.iterdir()}
+
+
 def test_commit_is_listed_in_the_help_of_reproduce(capsys):
     with pytest.raises(SystemExit):
         main(["reproduce", "--help"])
