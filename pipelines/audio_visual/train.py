@@ -225,7 +225,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         if self.objective.wants_features():
             some = {split: self._some(split, MOST) for split in ("train", "val")}
             given = [(self._encoded(split, clips), self.labels[split][clips]) for split, clips in some.items()]
-            self.run.log(self.objective.take_features(*given[0], *given[1]))
+            if note := self.objective.take_features(*given[0], *given[1]):
+                self.run.log(note)
         values = super().step(step) | {"balancing": self.balancing, "loading": self.loading}
         for name in self.model.modalities if self.had else ():
             # the mean is over all forward passes, and 0 is none's loss

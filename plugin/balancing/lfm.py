@@ -1,6 +1,6 @@
 """LFM: makes modalities predict alike at first, and lets the labels weigh more as training goes on.
 
-Method: LFM, learning to close the modality gap.
+Method: LFM, dynamically learning the modality gap.
 Paper: Yang, Wan, Jiang & Xu, Facilitating Multimodal Classification via Dynamically Learning Modality Gap, NeurIPS
 2024, and the code that its authors released.
 """
@@ -28,9 +28,10 @@ class LFM(Objective):
     to the weights that they had learned in 200 epochs of CREMA-D: 0.20 at the start, 0.54 in the middle, 0.99 after
     175 epochs and 0.90 at the end.
 
-    As in the authors' code, but that their joint logits are the mean of the parts, and here what `model.fusion` makes
-    of them; and that theirs is for two modalities. Weights that are learned on the way are not here: their code takes
-    the mean of a Hessian-vector product over the model's first tensor alone in place of the derivative.
+    As in the authors' code, in which this agreement stands where the paper speaks of contrastive learning; but their
+    joint logits are the mean of the parts, and here what `model.fusion` makes of them, and theirs is for two
+    modalities. Weights that are learned on the way are not here: their code takes the mean of a Hessian-vector product
+    over the model's first tensor alone in place of the derivative.
 
     Args:
         epochs_all: Epochs that stand for the authors' 200; w stays where it is at their end. (> 0)

@@ -71,14 +71,15 @@ class MLA(Objective):
         mean = torch.stack(self._means).mean(0)
         mean = F.pad(mean, (0, weight.shape[1] - len(mean)))  # narrower features are filled up with zeros
         self._means = []
-        if self._projection is None:
-            self._projection = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        projection = self._projection
+        if projection is None:
+            projection = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         if self._steps:
-            moved = self._projection @ mean
-            left = self._projection - torch.outer(moved, moved) / (0.1 ** (1 + share) + mean @ moved)
-            self._projection = left / left.norm()
-            weight.grad.copy_(weight.grad @ self._projection.T.to(weight.grad.dtype))
-        self._steps += 1
+            moved = projection @ mean
+            left = projection - torch.outer(moved, moved) / (0.1 ** (1 + share) + mean @ moved)
+            projection = left / left.norm()
+            weight.grad.copy_(weight.grad @ projection.T.to(weight.grad.dtype))
+        self._steps, self._projection = self._steps + 1, projection
         return {}
 
     def state_dict(self) -> dict[str, Any]:

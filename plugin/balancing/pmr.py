@@ -67,7 +67,7 @@ class PMR(Objective):
                 new = torch.where(counts > 0, torch.where(kept.isnan(), new, mixed), kept)
             self.prototypes[name] = new
         self._made = int(self.epochs(self._steps)) + 1
-        return f"prototypes of {classes} classes were made from {len(train_labels)} training clips."
+        return ""
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         own, scores = self._predicted(losses)
