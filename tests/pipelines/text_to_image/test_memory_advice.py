@@ -46,7 +46,7 @@ def test_advice_takes_what_costs_the_least_time_for_each_size(monkeypatch):
         f"A device of 16 GB: {small} model.offload=1 (about 14.9 GB).",
         f"A device of 24 GB: {small} model.quantize=int8 train.batch=1 train.accumulate=4 (about 23.2 GB).",
     ]
-    assert len(asked) == 3, "once for each precision and batch, and the first was known"
+    assert len(asked) == 2, "once for each precision and batch, and the first was known"
     given = config.load("text_to_image/flux", ["model.quantize=nf4"])
     assert "A device of 24 GB: as it is" in memory._advice(given, halved(given))[-1]
 
