@@ -206,6 +206,7 @@ def _one_step(
     def step() -> None:
         embedded = read or kind.embed_empty(pipeline, captions)
         noisy = torch.zeros(batch, *latent_shape(parts["vae"], side, side), dtype=DTYPES[config.train.precision])
+        embedded = embedded | ({"source": torch.zeros_like(noisy)} if config.data.sources else {})
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     return step, read, weights
