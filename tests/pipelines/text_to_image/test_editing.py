@@ -164,7 +164,7 @@ def test_what_is_wrong_with_pairs_is_found_before_anything_is_written(words, sho
     ]
     wide = Image.new("RGB", (80, 40))
     wide.save(sources / "3.webp")
-    settings = config.load(NAME, [*words, "data.buckets=true"])
+    settings = config.load(NAME, [*words, "data.buckets=true", "data.resolution=64"])
     with pytest.raises(InputError, match=r"3.webp is of another shape than .*3.png. Cut it to that."):
         execute(TextToImage, settings, Store(settings.runs).create(settings))
     assert said(f"data.sources={sources}", own=short) == [
