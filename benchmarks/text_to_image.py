@@ -10,7 +10,7 @@ the two take turns, and medians are told:
     steps per second   of the steps after the first tenth; the script encodes pictures and captions anew at each step.
                        By the wall clock, and by the process's own processor time, for machines that are not quiet
     first step         seconds from the process's start until the first loss is known
-    peak memory        of the process
+    peak memory        of the process, or of the CUDA device's tensors where there is one
     final loss         mean loss of the last tenth of the steps, and so of different draws
 
 Both take AdamW by their defaults. Equipoise's runs on torch's fused kernel, for which the script has no option; a third
@@ -56,7 +56,11 @@ class Record:
         self.losses.append(loss)
 
     def write(self) -> None:
+        import torch
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
         told = {"losses": self.losses, "wall": self.times, "cpu": self.cpu, "peak": peak}
         self.file.write_text(json.dumps(told))
 

@@ -4,7 +4,7 @@ A third party's pipeline is a subclass of `Pipeline`, named by an entry point in
 Nothing here imports torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +33,8 @@ class MemoryEstimate:
     activations: int  # of one batch, until its backward pass is over
     program: int  # Python and its libraries
     assuming: str = ""  # words on what the activations depend on and nobody knows yet
+    # What would make it fit devices of several sizes, a sentence each: takes as long as an estimate.
+    advice: Callable[[], list[str]] = field(default=list, compare=False)
 
     @property
     def total(self) -> int:

@@ -121,12 +121,14 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _memory(pipeline: type[Pipeline], config: configs.RunConfig) -> list[str]:
-    """A sentence on how much memory training will take, where that can be told."""
+    """How much memory training will take, and what would fit where, as far as that can be told."""
     try:
-        found = pipeline.estimate_memory(config)
+        if (found := pipeline.estimate_memory(config)) is None:
+            return []
+        advice = found.advice()
     except Exception:  # a model that runs on shapes alone is more than a pipeline can promise
-        found = None
-    return [f"Memory: about {size_words(found.total)} for each process. {found.in_parts}"] if found else []
+        return []
+    return [f"Memory: about {size_words(found.total)} for each process. {found.in_parts}", *advice]
 
 
 @decoded_once()

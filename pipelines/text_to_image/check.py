@@ -10,7 +10,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.config.sections import objective_problems, one_sided
-from equipoise.pipelines.text_to_image import overview
+from equipoise.pipelines.text_to_image import overview, pairs
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import (
     Example,
@@ -36,6 +36,7 @@ from equipoise.pipelines.text_to_image.formats.layout import (
     read_index,
     stride,
 )
+from equipoise.pipelines.text_to_image.pairs import read_sources
 from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 
@@ -75,9 +76,11 @@ def problems(config: TextToImageConfig) -> list[str]:
         found.append(f"train.compile: needs {missing}. Install it, or leave train.compile out.")
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
-        found += wrong or _unreadable(examples)
+        sources, unpaired = read_sources(config.data, examples)
+        found += wrong or unpaired or _unreadable([*examples, *sources])
         if (word := config.token.name) and not wrong and not any(word in example.caption for example in examples):
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
+    found += pairs.problems(config) + _sample_source_problems(config)
     found += _validation_problems(config)
     found += read_class(config)[1]
     if (start := config.lora.start) and not Path(start).is_file():
@@ -116,6 +119,16 @@ def _unreadable(examples: list[Example]) -> list[str]:
         except InputError as error:
             found.append(str(error))
     return found
+
+
+def _sample_source_problems(config: TextToImageConfig) -> list[str]:
+    samples, found = config.samples, []
+    if samples.sources and len(samples.sources) not in (1, len(samples.prompts)):
+        found.append(
+            f"samples.sources: {len(samples.sources)} pictures for {len(samples.prompts)} prompts. Give one for each, "
+            "or one for all."
+        )
+    return found + _unreadable([Example(Path(source), "") for source in samples.sources])
 
 
 def _validation_problems(config: TextToImageConfig) -> list[str]:

@@ -58,6 +58,10 @@ class TextToImageData(Section):
         None,
         description="A folder of pictures that are not trained on, captioned as those of data.folder, for validations.",
     )
+    sources: LocalPath | None = Field(
+        None,
+        description="For bases that edit: a folder of the pictures to start from, named as those in data.folder.",
+    )
     instance_prompt: str | None = Field(
         None, description="One caption for all pictures; the folder's captions are then not read."
     )
@@ -182,6 +186,9 @@ class TextToImageTrain(ValidatedTrainSection):
 
 
 class TextToImageSamples(SamplesSection):
+    sources: list[DataPath] = Field(
+        [], description="For bases that edit: the pictures to start from, one for each prompt, or one for all."
+    )
     negative: str = Field("", description="The negative prompt.")
     count: int = Field(1, ge=1, le=64, description="The pictures of each prompt, each from its own fixed noise.")
     seed: int = Field(0, ge=0, description="The seed of the noise: equal seeds give equal noise in every run.")

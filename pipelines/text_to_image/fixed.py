@@ -67,12 +67,14 @@ class Measure:
         crops: Tensor,  # (batch, 6)
         embed: Callable[[], dict[str, Tensor]],  # makes the denoiser's inputs of the captions
         denoiser: Any = None,  # what is called for the base's own
+        source: Tensor | None = None,  # latents of the pictures to start from
     ) -> Tensor:  # (batch,)
         denoiser = denoiser or self.base.denoiser
         clean, noise, times, crops = (t.to(self.accelerator.device) for t in (clean, noise, times, crops))
         noisy = self.noise.add(clean, noise, times).to(self.dtype)
         with self.accelerator.autocast():
-            predicted = self.base.family.predict(denoiser, noisy, times, embed(), crops, self.config.noise.guidance)
+            embedded = embed() if source is None else embed() | {"source": source.to(noisy)}
+            predicted = self.base.family.predict(denoiser, noisy, times, embedded, crops, self.config.noise.guidance)
         return self.noise.losses(predicted, clean, noise, times)
 
     @cached_property
@@ -88,6 +90,7 @@ class FixedLosses:
     latents: Latents
     captions: Sequence[str]
     seed: int
+    sources: Latents | None = None  # of the pictures to start from
 
     @property
     def draws(self) -> int:
@@ -112,7 +115,9 @@ class FixedLosses:
         for some, chosen, noise in fixed.batches(min(16, self.measure.config.train.batch)):  # as memory holds in a step
             clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
             read = partial(embed, [self.captions[index] for index in chosen])
-            made[some] = self.measure.losses(clean, noise, times[some], crops, read).double().cpu()
+            source = self.sources.take(chosen, [0] * len(chosen))[0] if self.sources else None
+            found = self.measure.losses(clean, noise, times[some], crops, read, source=source)
+            made[some] = found.double().cpu()
             drawn(len(some))
         return made
 

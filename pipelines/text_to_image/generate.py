@@ -14,7 +14,9 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
+from equipoise.pipelines.media.pictures import open_picture
 from equipoise.pipelines.text_to_image.config import TextToImageSamples
+from equipoise.pipelines.text_to_image.cuts import cut, to_tensor
 from equipoise.pipelines.text_to_image.families import autoencoders, family
 
 
@@ -52,6 +54,7 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
     wanted = [(prompt, samples.seed + index) for prompt in samples.prompts for index in range(samples.count)]
     shape = autoencoders.shape(vae, size, size)
     guidance = kind.usual_guidance(pipeline) if samples.guidance is None else samples.guidance
+    sources = _sources(pipeline, samples, size)
     made: list[Sample] = []
     for start in range(0, len(wanted), samples.batch):
         chunk = wanted[start : start + samples.batch]
@@ -66,6 +69,7 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
             (size, size),
             samples.steps,
             guidance,
+            **({"source": torch.stack(sources[start : start + samples.batch])} if sources else {}),
         )
         decoded = autoencoders.decode(vae, latents)
         for (prompt, seed), pixels in zip(chunk, decoded.float().cpu(), strict=True):
@@ -73,6 +77,16 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
         if progress:
             progress(len(chunk))
     return made
+
+
+def _sources(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int) -> list[torch.Tensor]:
+    """Of each picture that is wanted: the latents (channels, height, width) of the one to start from."""
+    vae, made = pipeline.vae, []
+    for source in samples.sources:
+        picture = to_tensor(cut(open_picture(Path(source)), (size, size), (0.5, 0.5)))
+        made.append(autoencoders.encode(vae, picture[None].to(vae.device))[0][0])
+    each = made * len(samples.prompts) if len(made) == 1 else made
+    return [latents for latents in each for _ in range(samples.count)]
 
 
 @contextmanager

@@ -4,6 +4,8 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -14,22 +16,118 @@ from peft import LoraConfig
 from transformers import BatchEncoding
 
 from equipoise.errors import InputError
+from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import MemoryEstimate
+from equipoise.pipelines.tables import size_words
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import read_class, read_examples, read_held
-from equipoise.pipelines.text_to_image.families import family
+from equipoise.pipelines.text_to_image.families import Family, family
 from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
-from equipoise.pipelines.training.memory import DTYPES, PROGRAM, activations, size, training
+from equipoise.pipelines.text_to_image.held import in_blocks
+from equipoise.pipelines.training.memory import CHECKPOINTED, DTYPES, PROGRAM, activations, size, training
 
 _BYTES = {"int8": 1.0, "nf4": 0.5}  # of a quantised weight
+_CONTEXT = 600_000_000  # bytes of a device that CUDA itself and torch's kernels take, about; not measured here
+_CARDS = (8, 12, 16, 24)  # GB of devices that people have
+# What makes a tuning smaller, one after the other, from what costs the least time; int8 and nf4 exclude what follows.
+_SMALLER: tuple[dict[str, Any], ...] = (
+    {"train.precision": "bf16"},
+    {"train.gradient_checkpointing": True},
+    {"model.quantize": "int8"},
+    {"model.quantize": "nf4"},
+    {"model.quantize": None, "model.offload": 1.0},
+)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a tuning holds, in bytes, where nothing is quantised, kept away or recomputed."""
+
+    denoiser: int
+    linear: int  # of these, those of linear layers
+    numbers: int  # the weights of these layers
+    in_blocks: int  # bytes of those that may wait in the computer's memory
+    vae: int
+    encoders: int
+    words: int  # of captions that were read
+    training: int
+    activations: int
+
+    def saved(self, quantize: str | None) -> int:
+        return round(self.linear - self.numbers * _BYTES[quantize]) if quantize else 0
+
+    def kept(self, config: TextToImageConfig) -> int:
+        return self.activations // (CHECKPOINTED if config.train.gradient_checkpointing else 1)
+
+    def on_device(self, config: TextToImageConfig) -> int:
+        """At its peak: text encoders that nothing tunes are gone when the steps begin."""
+        denoiser = self.denoiser - self.saved(config.model.quantize) - round(config.model.offload * self.in_blocks)
+        steps = self.training + self.kept(config)
+        beside = self.encoders + steps if _live(config) else max(self.encoders, steps)
+        return denoiser + self.vae + beside + _CONTEXT
 
 
 def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     """None where the checkpoint is not on this machine, or of another family."""
-    dtype, model, lora = DTYPES[config.train.precision], config.model, config.lora
+    if (found := _counted(config)) is None:
+        return None
+    held = found.denoiser - found.saved(config.model.quantize) + found.vae + found.encoders + found.words
+    return MemoryEstimate(held, found.training, found.kept(config), PROGRAM, advice=lambda: _advice(config, found))
+
+
+def _advice(config: TextToImageConfig, counted: Counted) -> list[str]:
+    """For devices of several sizes, a sentence each: what makes this fit, of settings that cost more and more time."""
+    known: dict[Any, Counted | None] = {(config.train.precision, config.train.batch): counted}
+
+    def needed(some: TextToImageConfig) -> int:
+        which = some.train.precision, some.train.batch
+        if which not in known:
+            known[which] = _counted(some)
+        found = known[which]
+        return found.on_device(some) if found else 0
+
+    ways = [({}, needed(config))]
+    for way in _ways(config):
+        if ways[-1][1] <= _CARDS[0] * 10**9:
+            break
+        ways.append((way, needed(configs.set_keys(config, way))))
+    cards: dict[str, list[str]] = {}
+    for card in _CARDS:
+        fits = next(((way, most) for way, most in ways if most <= card * 10**9), None)
+        way, most = fits or min(ways, key=lambda one: one[1])
+        keys = " ".join(f"{key}={_word(value)}" for key, value in way.items()) or "as it is"
+        said = keys if fits else f"too small, even with {keys}"
+        cards.setdefault(f"{said} (about {size_words(most)})", []).append(str(card))
+    named = {said: " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1]))) for said, sizes in cards.items()}
+    return [f"A device of {sizes} GB: {said}." for said, sizes in named.items()]
+
+
+def _ways(config: TextToImageConfig) -> Iterator[dict[str, Any]]:
+    """Changes of a configuration that make it smaller and smaller: each with those before it."""
+    made, given, batch = dict[str, Any](), configs.flat(config), config.train.batch
+    one = {"train.batch": 1, "train.accumulate": config.train.accumulate * batch} if batch > 1 else {}
+    for step in _SMALLER:
+        made = {key: value for key, value in (made | step).items() if given.get(key) != value}
+        yield made
+        if one:
+            yield made | one
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _live(config: TextToImageConfig) -> bool:
+    """Whether text encoders read at every step."""
+    return bool(config.lora.text_encoder or config.token.name or config.data.shuffle_tags)
+
+
+def _described(config: TextToImageConfig) -> tuple[Family, tuple[str, ...], dict[str, Any]] | None:
+    """The family of a checkpoint on this machine, its text encoders, and its parts without their values."""
+    model = config.model
     try:
         index = read_index(model.path, model.revision, fetch=False)
         kind = family(index.get("_class_name", ""))
@@ -44,12 +142,20 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
             described[part], index[part] = read_config(path, "", fetch=False), ["transformers", kind.apart[part][0]]
     except (InputError, KeyError, OSError, ValueError):
         return None
-    parts: dict[str, Any] = {part: _empty(index[part], described[part]) for part in names}
-    for part in names:
-        parts[part].requires_grad_(False).train()
-        for parameter in parts[part].parameters() if part != "vae" else ():
+    return kind, encoders, {part: _empty(index[part], described[part]) for part in names}
+
+
+def _counted(config: TextToImageConfig) -> Counted | None:
+    if (found := _described(config)) is None:
+        return None
+    kind, encoders, parts = found
+    dtype, lora = DTYPES[config.train.precision], config.lora
+    for part, module in parts.items():
+        module.requires_grad_(False).train()
+        for parameter in module.parameters() if part != "vae" else ():
             parameter.data = parameter.data.to(dtype)
-    saved = _saved(parts[kind.denoiser], model.quantize)
+    linear = [layer.weight for layer in parts[kind.denoiser].modules() if isinstance(layer, torch.nn.Linear)]
+    waiting = size(layer.weight for layer in in_blocks(parts[kind.denoiser]))
     targets = {kind.denoiser: lora.targets or kind.targets}
     if lora.text_encoder:
         targets |= dict.fromkeys((name for name in kind.tuned_encoders if name in encoders), lora.text_encoder_targets)
@@ -59,6 +165,26 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
             parts[part].add_adapter(LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=list(layers)))
         cast_training_params(parts[part], torch.float32)
         trained += [parameter for parameter in parts[part].parameters() if parameter.requires_grad]
+    step, read, weights = _one_step(config, kind, encoders, parts)
+    read_once = size(read.values()) // config.train.batch * _captions(config)  # kept in the computer's memory
+    each = {part: size((*module.parameters(), *module.buffers())) for part, module in parts.items()}
+    return Counted(
+        denoiser=each[kind.denoiser],
+        linear=size(linear),
+        numbers=sum(weight.numel() for weight in linear),
+        in_blocks=waiting,
+        vae=each["vae"],
+        encoders=sum(each[name] for name in encoders),
+        words=read_once,
+        training=training(trained, config.optimizer),
+        activations=activations(step, weights),
+    )
+
+
+def _one_step(
+    config: TextToImageConfig, kind: Family, encoders: tuple[str, ...], parts: dict[str, Any]
+) -> tuple[Callable[[], None], dict[str, Any], list[Any]]:
+    """A forward pass without values, what it reads of captions if these were read before, and all weights."""
     left = [*kind.left_out, *(name for name in kind.text_encoders if name not in encoders)]
     pipeline = kind.assemble(
         **parts,
@@ -72,33 +198,23 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     batch, side = config.train.batch, config.data.resolution
     if config.data.buckets and (most := kind.most_tokens(parts[kind.denoiser].config)):
         side = math.isqrt(most) * factor(parts["vae"].config) * kind.patch  # what is no square is filled up
-    weights = [tensor for part in names for tensor in (*parts[part].parameters(), *parts[part].buffers())]
+    weights = [tensor for module in parts.values() for tensor in (*module.parameters(), *module.buffers())]
     captions = ["a picture"] * batch
     with torch.device("meta"):
-        read = {} if lora.text_encoder else kind.embed_empty(pipeline, captions)
+        read = {} if config.lora.text_encoder else kind.embed_empty(pipeline, captions)
 
     def step() -> None:
         embedded = read or kind.embed_empty(pipeline, captions)
-        noisy = torch.zeros(batch, *latent_shape(parts["vae"], side, side), dtype=dtype)
+        noisy = torch.zeros(batch, *latent_shape(parts["vae"], side, side), dtype=DTYPES[config.train.precision])
+        embedded = embedded | ({"source": torch.zeros_like(noisy)} if config.data.sources else {})
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
-    kept = activations(step, weights, config.train.gradient_checkpointing)
-    read_once = size(read.values()) // batch * _captions(config)  # kept in the computer's memory
-    return MemoryEstimate(size(weights) - saved + read_once, training(trained, config.optimizer), kept, PROGRAM)
-
-
-def _saved(denoiser: Any, quantize: str | None) -> int:
-    """Bytes that model.quantize saves, of the linear layers' weights."""
-    if not quantize:
-        return 0
-    linear = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
-    return round(size(linear) - sum(weight.numel() for weight in linear) * _BYTES[quantize])
+    return step, read, weights
 
 
 def _captions(config: TextToImageConfig) -> int:
     """How many different ones are read once and kept; of a folder that may still have to be drawn, none are counted."""
-    live = config.lora.text_encoder or config.token.name or config.data.shuffle_tags
-    if live or config.data.folder == demo.NAME:
+    if _live(config) or config.data.folder == demo.NAME:
         return 0
     found = {example.caption for example in read_examples(config.data)[0]}
     if held := read_held(config.data):

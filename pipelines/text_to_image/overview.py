@@ -8,6 +8,7 @@ from typing import Any
 
 from equipoise.errors import InputError
 from equipoise.pipelines.media.pictures import size_of
+from equipoise.pipelines.text_to_image import pairs
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Example, Folder, in_both
 from equipoise.pipelines.text_to_image.families import family
@@ -24,7 +25,7 @@ def notes(config: TextToImageConfig, folder: Folder | None, held: Folder | None 
 
 
 def _trained(config: TextToImageConfig, folder: Folder) -> list[str]:
-    found = [folder.summary]
+    found = [folder.summary, *pairs.notes(config, folder.examples)]
     if shapes := _shapes(config, folder.examples):
         parts = [f"{count} of {width} × {height}" for (width, height), count in shapes.most_common(_SHOWN)]
         more = f" and {len(shapes) - _SHOWN} shapes more" if len(shapes) > _SHOWN else ""

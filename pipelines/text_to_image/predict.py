@@ -71,6 +71,8 @@ def evaluate(run: Path, config: TextToImageConfig, folder: Path) -> Predictions:
         InputError: There is no result, or all that is wrong with the pictures and their captions.
     """
     _check_result(run)
+    if config.data.sources:
+        raise InputError("evaluate: pairs, as data.sources makes them, are not evaluated yet.")
     found, data = _read(config.data, folder)
     for doubt in found.doubts:
         print(doubt, file=sys.stderr)

@@ -37,6 +37,7 @@ from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import Latents, latents_of
+from equipoise.pipelines.text_to_image.pairs import read_sources
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
 from equipoise.pipelines.training import processes
@@ -59,9 +60,12 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     held = read_held(data)
     if held and held.problems:
         raise ConfigError(held.problems)
+    sources, unpaired = read_sources(data, found.examples)
+    if unpaired:
+        raise ConfigError(unpaired)
     for line in [*overview.notes(config, found, held), *overview.doubts(config, found, held)]:
         run.log(line)
-    prepared = _prepare(base, found.examples, held.examples if held else [], data, config, run)
+    prepared = _prepare(base, found.examples, sources, held.examples if held else [], data, config, run)
     if isinstance(prepared, Outcome):
         return prepared
     own, validation, prior = prepared
@@ -100,6 +104,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
 def _prepare(
     base: Base,
     examples: list[Example],
+    sources: list[Example],
     held: list[Example],
     data: TextToImageData,
     config: TextToImageConfig,
@@ -118,10 +123,11 @@ def _prepare(
     if classed is None:  # the others find what the first one has drawn on disk
         classed = class_examples(base, config, cache)
 
-    def pictures(some: list[Example]) -> Pictures:
-        return Pictures.of(some, latents_of(base, some, data, cache), config)
+    def pictures(some: list[Example], beside: list[Example] | None = None) -> Pictures:
+        from_these = latents_of(base, beside, data, cache) if beside else None
+        return Pictures.of(some, latents_of(base, some, data, cache), config, beside, from_these)
 
-    return pictures(examples), pictures(held) if held else None, pictures(classed) if classed else None
+    return pictures(examples, sources), pictures(held) if held else None, pictures(classed) if classed else None
 
 
 @dataclass(frozen=True)
@@ -131,14 +137,28 @@ class Pictures:
     captions: list[str]
     latents: Latents
     batches: BucketBatches
-    facts: list[tuple[str, str, int]]  # of each: a digest of its file, wherever it lies, its caption, its repeats
+    facts: list[tuple[Any, ...]]  # of each: a digest of its file, wherever it lies, its caption, its repeats
+    sources: Latents | None = None  # of the pictures to start from, where the base edits
 
     @classmethod
-    def of(cls, examples: list[Example], latents: Latents, config: TextToImageConfig) -> "Pictures":
+    def of(
+        cls,
+        examples: list[Example],
+        latents: Latents,
+        config: TextToImageConfig,
+        beside: list[Example] | None = None,  # the pictures to start from
+        sources: Latents | None = None,
+    ) -> "Pictures":
+        if sources and beside:
+            unlike = [i for i, own in enumerate(latents.shapes) if own != sources.shapes[i]]
+            for index in unlike[:1]:
+                one, other = beside[index].path, examples[index].path
+                raise InputError(f"data.sources: {one} is of another shape than {other}. Cut it to that.")
         repeats = [example.repeats for example in examples]
         batches = BucketBatches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
         facts = [(content(example.path), example.caption, example.repeats) for example in examples]
-        return cls([example.caption for example in examples], latents, batches, facts)
+        facts = [(*fact, content(other.path)) for fact, other in zip(facts, beside, strict=True)] if beside else facts
+        return cls([example.caption for example in examples], latents, batches, facts, sources)
 
     def digest(self, damaged: Sequence[int] = ()) -> str:
         """Of all pictures in their order; of the damaged ones, which another file may come in place of, by shape."""
@@ -156,6 +176,7 @@ class Pictures:
         for picture in chosen:
             try:
                 self.latents.of(picture)
+                _ = self.sources and self.sources.of(picture)
             except MediaError as error:
                 raise UnreadableError(str(error), picture) from error
 
@@ -338,10 +359,20 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             clean = clean + deviation * torch.randn(shape, generator=generator)[mine]
         noise, times = self.noise.draw(shape, generator)
         captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
-        return self._loss(clean, noise[mine], times[mine], captions[mine], crops)
+        source = pictures.sources.take(chosen[mine], variant[mine])[0] if pictures.sources else None
+        return self._loss(clean, noise[mine], times[mine], captions[mine], crops, source)
 
-    def _loss(self, clean: Tensor, noise: Tensor, times: Tensor, captions: list[str], crops: Tensor) -> Tensor:
-        return self.measure.losses(clean, noise, times, crops, partial(self._embed, captions), self.denoiser).mean()
+    def _loss(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        captions: list[str],
+        crops: Tensor,
+        source: Tensor | None = None,  # (batch, channels, height, width): of the pictures to start from
+    ) -> Tensor:
+        read = partial(self._embed, captions)
+        return self.measure.losses(clean, noise, times, crops, read, self.denoiser, source).mean()
 
     def _embed(self, captions: list[str]) -> dict[str, Tensor]:
         if self.config.lora.text_encoder or self.word:
@@ -410,7 +441,8 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         for part in self.parts.values():
             part.eval()
         seed = 0 if pictures is self.held else self.config.seed
-        return FixedLosses(self.measure, pictures.latents, pictures.captions, seed).mean(self._embed)
+        fixed = FixedLosses(self.measure, pictures.latents, pictures.captions, seed, pictures.sources)
+        return fixed.mean(self._embed)
 
     def sample(self, step: int) -> None:
         if not self.config.samples.prompts:

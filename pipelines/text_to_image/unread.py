@@ -31,6 +31,11 @@ def unread(config: TextToImageConfig, kind: Family) -> list[str]:
         )
     if config.token.name and not kind.loads_textual_inversion:
         found.append(f"token.name: diffusers loads no new words for {kind.title}. Leave it out.")
+    for key, given in {"data.sources": config.data.sources, "samples.sources": config.samples.sources}.items():
+        if given and not kind.edits:
+            found.append(f"{key}: {kind.title} does not start from pictures. Leave it out.")
+    if kind.edits and not config.data.sources:
+        found.append(f"data.sources: {kind.title} edits pictures. Give the folder of those that it is to start from.")
     if config.samples.negative and not kind.negative:
         found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")
     return found

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TITLES = (  # what comes with Equipoise
-    "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and FLUX.2, Z-Image, Qwen-Image, Krea 2, Chroma, Lumina 2, Sana, "
-    "HiDream-I1, Anima, AuraFlow, CogView4 and ERNIE-Image"
+    "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, its Kontext and FLUX.2, Z-Image, Qwen-Image, Krea 2, Chroma, "
+    "Lumina 2, Sana, HiDream-I1, Anima, AuraFlow, CogView4 and ERNIE-Image"
 )
 
 NOTHING_TO_SEE = (  # what is wrong with a schedule that ends in pure noise where the noise is what is predicted
@@ -48,6 +48,7 @@ class Family(ABC):
     mean_latents: ClassVar[bool] = False  # trained on the autoencoder's means, not on draws from what it gives
     distilled: ClassVar[bool] = False  # takes the guidance as an input, in place of being guided
     negative: ClassVar[bool] = True  # reads negative prompts
+    edits: ClassVar[bool] = False  # starts from a picture, whose latents `predict` finds as `source` in `embedded`
     loads_textual_inversion: ClassVar[bool] = False  # diffusers does for it, into the tuned encoders
 
     network: ClassVar[str] = "networks.lora"  # the module of kohya's scripts that reads such a file
@@ -194,10 +195,8 @@ def family(pipeline: str) -> Family:
 
 @cache  # asked for each layer
 def _loaded(pipeline: str) -> "type[Family]":
-    from equipoise.pipelines.text_to_image.families.flows import FLOWS
-
-    if pipeline in FLOWS and pipeline not in known():
-        return cast("type[Family]", FLOWS[pipeline])
+    if pipeline in (built := _by_their_pipelines()) and pipeline not in known():
+        return cast("type[Family]", built[pipeline])
     return registry.load("families", pipeline)
 
 
@@ -208,9 +207,15 @@ def known() -> list[str]:
 
 def trained() -> list[str]:
     """All classes that there is a family for."""
+    return [*known(), *(name for name in _by_their_pipelines() if name not in known())]
+
+
+def _by_their_pipelines() -> Mapping[str, type]:
+    """The families that their pipelines' own code trains."""
+    from equipoise.pipelines.text_to_image.families.edits import EDITS
     from equipoise.pipelines.text_to_image.families.flows import FLOWS
 
-    return [*known(), *(name for name in FLOWS if name not in known())]
+    return FLOWS | EDITS
 
 
 def shape_of(pipeline: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,8 @@ class GenericFlow(TransformerFamily):
             "latents": one_step.pack(noisy, self.patch) if self.packed else noisy,
             "height": height,
             "width": width,
+            **self.of_size(height, width),
+            **({"image": embedded["source"]} if "source" in embedded else {}),
         }
         made = one_step.answer(self.sized(self._pipeline, height, width), self.denoiser, denoiser, times, words)
         return one_step.unpack(made, noisy.shape, self.patch)
@@ -146,6 +148,10 @@ class GenericFlow(TransformerFamily):
 
         pixels = cell(self._pipeline.vae)
         return latents.shape[-2] * pixels, latents.shape[-1] * pixels
+
+    def of_size(self, height: int, width: int) -> dict[str, Any]:
+        """More arguments of the call, which depend on the picture's size."""
+        return {}
 
     def arguments(self, embedded: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """The arguments of the pipeline's call, which may have captions in another dimension than the first."""
@@ -164,6 +170,7 @@ class GenericFlow(TransformerFamily):
         size: tuple[int, int],
         steps: int,
         guidance: float,
+        source: "Tensor | None" = None,  # (prompts, channels, height, width): latents of the pictures to start from
     ) -> "Tensor":
         import torch
 
@@ -188,6 +195,8 @@ class GenericFlow(TransformerFamily):
                 callback_on_step_end=keep,  # some pipelines decode a part of what they return
                 **{self.strength: guidance},
                 **({"negative_prompt": [negative] * len(prompts)} if self.negative else {}),
+                **({"image": source} if source is not None else {}),
+                **self.of_size(*size),
                 **self.options,
             )
         return one_step.unpack(seen["latents"], noise.shape, self.patch)

@@ -178,7 +178,7 @@ def test_the_loss_is_that_of_diffusers_script(name, work, build_checkpoint):
     made._loss = lambda *given: seen.append(given) or loss(*given)
     with torch.no_grad():
         ours = made.evaluate(0, 0).joint
-        ((clean, noise, times, captions, _),) = seen
+        ((clean, noise, times, captions, *_),) = seen
         pipeline = DiffusionPipeline.from_pretrained(folder)
         places = [(pipeline.scheduler.timesteps == time).nonzero().item() for time in times]
         sigmas = pipeline.scheduler.sigmas[places].reshape(-1, 1, 1, 1)

@@ -1,0 +1,73 @@
+"""What makes a tuning fit a device: counted without a device, and in the order of what costs the least time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from equipoise.pipelines import config
+from equipoise.pipelines.cli import main
+from equipoise.pipelines.text_to_image import memory
+from equipoise.pipelines.text_to_image.held import in_blocks
+from equipoise.pipelines.text_to_image.memory import Counted
+
+GB = 10**9
+LARGE = Counted(  # about FLUX.1-dev at 512 pixels in float32
+    denoiser=48 * GB,
+    linear=47 * GB,
+    numbers=47 * GB // 4,
+    in_blocks=46 * GB,
+    vae=GB // 3,
+    encoders=20 * GB,
+    words=0,
+    training=GB // 2,
+    activations=100 * GB,
+)
+
+
+def halved(given) -> Counted:
+    """As `_counted` would find it for the precision and the batch asked for."""
+    half = 2 if given.train.precision == "bf16" else 1
+    whole = replace(LARGE, activations=LARGE.activations * given.train.batch // 4)
+    names = ("denoiser", "linear", "in_blocks", "encoders", "activations")
+    return replace(whole, **{name: getattr(whole, name) // half for name in names})
+
+
+def test_advice_takes_what_costs_the_least_time_for_each_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_counted", lambda given: asked.append(given.train) or halved(given))
+    given = config.load("text_to_image/flux", ["train.precision=no", "train.gradient_checkpointing=false", "batch=4"])
+    small = "train.precision=bf16 train.gradient_checkpointing=true"
+    least = f"{small} model.offload=1 train.batch=1 train.accumulate=4 (about 11.9 GB)"
+    assert memory._advice(given, halved(given)) == [
+        f"A device of 8 GB: too small, even with {least}.",
+        f"A device of 12 GB: {least}.",
+        f"A device of 16 GB: {small} model.offload=1 (about 14.9 GB).",
+        f"A device of 24 GB: {small} model.quantize=int8 train.batch=1 train.accumulate=4 (about 23.2 GB).",
+    ]
+    assert len(asked) == 2, "once for each precision and batch, and the first was known"
+    given = config.load("text_to_image/flux", ["model.quantize=nf4"])
+    assert "A device of 24 GB: as it is" in memory._advice(given, halved(given))[-1]
+
+
+def test_a_dry_run_shows_it_in_a_line_where_all_sizes_do(short, capsys):
+    assert main(["train", "text_to_image/dreambooth", *short, "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# A device of ")]
+    assert len(lines) == 1 and lines[0].startswith("# A device of 8, 12, 16 or 24 GB: as it is (about ")
+
+
+def test_on_a_device_are_what_is_quantised_and_what_does_not_wait(short, build_checkpoint):
+    folder = build_checkpoint("FluxPipeline")
+    words = [*short, f"model={folder}"]
+    found = memory._counted(config.load("text_to_image/dreambooth", words))
+    assert found is not None
+    whole, fewer, away, live = (
+        found.on_device(config.load("text_to_image/dreambooth", [*words, *more]))
+        for more in ([], ["model.quantize=int8"], ["model.offload=0.5"], ["lora.text_encoder=true"])
+    )
+    denoiser = FluxPipeline.from_pretrained(folder).transformer
+    linear = [layer.weight.numel() for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
+    waiting = sum(layer.weight.numel() for layer in in_blocks(denoiser))
+    assert whole - fewer == 3 * sum(linear) and whole - away == pytest.approx(2 * waiting, abs=1)
+    assert live - whole == min(found.encoders, found.training + found.activations)
