@@ -19,7 +19,7 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.making import being_made
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
-from equipoise.ui import draw
+from equipoise.ui import draw, runs_notes
 from equipoise.ui.draw import esc, url
 from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, together
 from equipoise.ui.runs_curves import MEASURED, Wanted, charts
@@ -57,6 +57,7 @@ def heading(site: Site, id: str) -> str:
     run = open_run(site, id)
     now = together(run, run.status())
     back = f"<button class='link' data-id='{esc(run.sweep)}'>← {esc(run.sweep)}</button>" if run.sweep else ""
+    name = runs_notes.read(run.folder).name
     ended = bool(run.sweep) and _ended(open_run(site, run.sweep).status())
     facts = {
         "pipeline": now.pipeline,
@@ -71,7 +72,8 @@ def heading(site: Site, id: str) -> str:
     }
     parts = [
         back,
-        f"<h3 data-shown='{esc(run.id)}'>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
+        f"<h3 data-shown='{esc(run.id)}'>{draw.breakable(name or run.id)} {badge(now, ended)}</h3>",
+        f"<p class='hint'>{draw.breakable(run.id)}</p>" if name else "",
         bar(now),
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in facts.items() if value != ""}),
