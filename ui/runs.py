@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -44,6 +45,12 @@ def open_run(site: Site, id: str) -> Run:
     if run.id != id:
         raise InputError(f"{id[:200]}: there is no such run.")
     return run
+
+
+def sample_steps(run: Run) -> list[int]:
+    """The steps at which a run drew or wrote samples."""
+    found = [re.fullmatch(r"step-(\d+)", folder.name) for folder in run.samples.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def table(

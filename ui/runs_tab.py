@@ -178,7 +178,7 @@ def _parts(site: Site) -> Parts:
             curves = gr.HTML(js_on_load="equipoise.charts(element)", elem_id="curves")
         with gr.Tab("Samples"):
             step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
-            samples = gr.HTML()
+            samples = gr.HTML(js_on_load=ON_RUN, elem_id="samples")
         with gr.Tab("Log"):
             log = gr.HTML()
         with gr.Tab("Configuration"):
@@ -239,7 +239,7 @@ def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
 def _connect_choice(tab: RunsTab) -> None:
     all_of_it = [*tab.redrawn, tab.digests, tab.parts.step, tab.end, *_of_run(tab)]
     root().load(bound(restore, tab), None, all_of_it, **HIDDEN)
-    for source in (tab.listing, tab.head):
+    for source in (tab.listing, tab.head, tab.parts.samples):
         source.select(bound(select, tab), _filled(tab), all_of_it, trigger_mode="multiple", js=FILTERED, **HIDDEN)
 
 
