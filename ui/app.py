@@ -22,7 +22,7 @@ from equipoise.pipelines.runs.store import Store
 from equipoise.quick import no_garbage_collection
 from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, read_only, runs_tab, talk, theme
 from equipoise.ui.guard import Guard
-from equipoise.ui.safety import SUFFIXES, UPLOAD, Site
+from equipoise.ui.safety import SUFFIXES, ZIPPED, Site
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 LOOK = 0.02  # seconds that an event may wait
@@ -106,7 +106,7 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         head=theme.head(list(TABS)),
         footer_links=[],
         run_history=False,
-        max_file_size=UPLOAD,
+        max_file_size=ZIPPED,
         show_error=False,
         ssr_mode=False,
         mcp_server=False,

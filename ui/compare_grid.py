@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from equipoise.pipelines.comparing import report
 from equipoise.pipelines.comparing.comparison import RATE, WORKS, Cell, Comparison
 from equipoise.ui import draw
+from equipoise.ui.answers import answers
 from equipoise.ui.compare import read
 from equipoise.ui.compare_pictures import Shot, nearest, shots, step_of
 from equipoise.ui.compare_pictures import chosen as chosen_shots
 from equipoise.ui.draw import esc, url
 from equipoise.ui.safety import Site
 
-ANSWERS = "answers.jsonl"  # where a pipeline that answers questions writes its answers
 ROW, COLUMN = "row", RATE  # the axes that are shown first: all that differs but the rate, and the rate
 
 
@@ -161,25 +160,3 @@ def _image(shot: Shot, comparison: Comparison) -> str:
         f"<img loading='lazy' data-picture='{esc(shot.key)}' src='{url(shot.thumbnail)}' alt='{words}' "
         f"title='{esc(f'{shot.prompt + 1}: {prompt}')}'>"
     )
-
-
-def answers(folder: Path, prompt: int) -> str:
-    """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
-    try:
-        found = draw.records((folder / ANSWERS).read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return ""
-    marked = list(map(_answer, found[prompt - 1 : prompt] if prompt else found[:4]))
-    return f"<div class='answers'>{''.join(marked)}</div>" if marked else ""
-
-
-def _answer(record: dict[str, Any]) -> str:
-    """One answer, and what was wanted in its place."""
-    answer, score = str(record.get("answer") or "(nothing)"), record.get("score")
-    kind, mark = ("right", "✓ ") if isinstance(score, int | float) and score >= 1 else ("wrong", "✗ ")
-    if not isinstance(score, int | float):
-        kind, mark = "", ""
-    wanted = record.get("wanted") or ()
-    wanted = " or ".join(map(str, wanted if isinstance(wanted, list) else [wanted])) if kind == "wrong" else ""
-    more = f" <s>{esc(wanted)}</s>" if wanted else ""
-    return f"<span class='{kind}' title='{esc(record.get('question', ''))}'>{mark}{esc(answer)}{more}</span>"

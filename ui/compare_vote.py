@@ -13,9 +13,9 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing import report, votes
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.ui import draw
+from equipoise.ui.answers import ANSWERS
 from equipoise.ui.compare import read
 from equipoise.ui.compare_cell import zoom_buttons, zooms
-from equipoise.ui.compare_grid import ANSWERS
 from equipoise.ui.compare_pictures import shots
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import SUFFIXES, Site

@@ -4,7 +4,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -34,9 +34,10 @@ def breakable(text: object) -> str:
     return re.sub(r"(?<=[=,_/])(?=\w)", "<wbr>", esc(text))
 
 
-def notice(text: str, kind: str = "info") -> str:
-    """A sentence in the page; kind info, good or bad."""
-    lines = "".join(f"<li>{esc(line)}</li>" for line in text.splitlines() if line.strip())
+def notice(text: str, kind: str = "info", about: Callable[[str], str] | None = None) -> str:
+    """A sentence in the page, or several; kind info, good or bad. `about`: a line → the id of its field, or ""."""
+    known = {line: about(line) if about else "" for line in text.splitlines() if line.strip()}
+    lines = "".join(f"<li{f' data-field={id!r}' if id else ''}>{esc(line)}</li>" for line, id in known.items())
     return f'<ul class="notice {kind}" role="{"alert" if kind == "bad" else "status"}">{lines}</ul>' if lines else ""
 
 

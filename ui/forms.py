@@ -383,6 +383,17 @@ def _mapping(key: str, text: str, problems: list[str]) -> dict[str, Any]:
     return value
 
 
+def field_of(cls: type[RunConfig], line: str) -> str | None:
+    """The key of the field that a line of an error is about, by the key that the line begins with."""
+    found = re.match(r"(?:sweep\.)?([\w.]+): ", line)
+    if not found:
+        return None
+    keys, key = [item.key.key for item in fields(cls)], _canonical(cls, found[1])
+    if ".options" in key:  # which stand in a table below the plugin's own field
+        key = f"{key.partition('.options')[0]}.name"
+    return key if key in keys else None
+
+
 def count(cls: type[RunConfig], shown: Mapping[str, Any]) -> int:
     """How many runs a filled-in form describes; 1 where it cannot be read."""
     wrong: list[str] = []

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -222,8 +222,7 @@ def read_yaml(file: str, pipeline: str | None = None) -> RunConfig:
     return config
 
 
-def error_notice(error: EquipoiseError) -> str:
-    """An error as a list in the page, without the word for where it came from."""
-    return draw.notice(
-        "\n".join(re.sub(r"^(form|config|cell [^:]*): ", "", line) for line in str(error).splitlines()), "bad"
-    )
+def error_notice(error: EquipoiseError, about: Callable[[str], str] | None = None) -> str:
+    """An error as a list in the page, without the word for where it came from. `about`: as for `draw.notice`."""
+    lines = (re.sub(r"^(form|config|cell [^:]*): ", "", line) for line in str(error).splitlines())
+    return draw.notice("\n".join(lines), "bad", about)

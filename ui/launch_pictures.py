@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from equipoise.pipelines.tables import listed
 from equipoise.ui import draw
 from equipoise.ui.launch import UPLOADED, error_notice
 from equipoise.ui.safety import PICTURES, Site, check_picture
+from equipoise.ui.unpack import unpack
 from equipoise.ui.widgets import PRIVATE, Table, Updates, bound, table_rows
+
+MOST_SAID = 12  # lines on what was left out
 
 
 def save_pictures(
@@ -87,8 +91,9 @@ class PicturePanel:
 def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox | None = None) -> None:
     """Draws the panel; what it makes goes into the form's field `data`, and empties its field `prompt`."""
     with gr.Accordion("Pictures of your own", open=False):
-        label = "Pictures (PNG, JPEG, WebP)"
-        files = gr.File(file_count="multiple", file_types=["image"], label=label, height=260, elem_id="pictures")
+        label = "Pictures (PNG, JPEG, WebP), a folder or a zip file of them, with captions in .txt files or without"
+        kinds: Any = {"file_count": "multiple", "file_types": ["image", ".zip", ".txt"]}
+        files = gr.File(label=label, height=260, elem_id="pictures", **kinds)
         captions = Table(
             headers=["picture", "caption"],
             datatype="str",
@@ -110,18 +115,30 @@ def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox | None = None) -> No
 
 
 def on_upload(panel: PicturePanel, paths: list[str] | None, rows: Any) -> Updates:
-    """What is no picture goes at once, and is named, so that the rest can be captioned and used."""
-    good, wrong = [], []
-    for path in paths or []:
+    """What is no picture goes at once, and is named, so that the rest can be captioned and used; zip files give way to
+    the pictures in them, and captions to the table."""
+    found = unpack(paths or [], Path(os.environ.get(UPLOADED) or tempfile.gettempdir()))
+    good, wrong = [], list(found.left_out)
+    for path in found.pictures[:PICTURES]:
         try:
             check_picture(Path(path), Path(path).name)
             good.append(path)
         except InputError as error:
             wrong.append(f"{error} It was left out.")
-    forget([path for path in paths or [] if path not in good])
-    table = gr.update(value=caption_rows(good, table_rows(rows)), visible=bool(good))
-    left = {panel.files: good, panel.message: draw.notice("\n".join(wrong), "bad")} if wrong else {}
-    return {panel.captions: table, **left}
+    if (count := len(found.pictures)) > PICTURES:
+        wrong.append(f"There are {count} pictures; the first {PICTURES} were taken.")
+    forget([path for path in {*(paths or []), *found.pictures} if path not in good])
+    captions = [[Path(path).name, text] for path, text in found.captions.items()]
+    edited = [row for row in table_rows(rows) if len(row) > 1 and row[1]]
+    table = gr.update(value=caption_rows(good, [*captions, *edited]), visible=bool(good))
+    left = {panel.files: good, panel.message: draw.notice("\n".join(_few(wrong)), "bad")}
+    return {panel.captions: table, **(left if good != (paths or []) else {})}
+
+
+def _few(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - MOST_SAID
+    return [*lines[:MOST_SAID], f"… and {more} more."] if more > 0 else lines
 
 
 def on_use(panel: PicturePanel, name: str, paths: list[str] | None, rows: Any, shared: str = "") -> Updates:

@@ -14,10 +14,11 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing import comparison
 from equipoise.pipelines.config import RunConfig
 from equipoise.pipelines.config.builtin import shipped
-from equipoise.ui import draw, forms, launch_data, launch_demo, launch_pictures
+from equipoise.ui import draw, forms, launch_data, launch_demo, launch_pictures, launch_presets
 from equipoise.ui.launch import (
     PROMPT,
     UPLOADED,
+    Plan,
     at_work,
     beginning,
     begun_already,
@@ -32,6 +33,7 @@ from equipoise.ui.launch import (
     read_yaml,
 )
 from equipoise.ui.launch_estimates import estimate, memory
+from equipoise.ui.launch_presets import PresetPanel
 from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site, refuse_commands
 from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
@@ -75,6 +77,7 @@ class Form:
     check: gr.Button
     start: gr.Button
     checked: Checked
+    presets: PresetPanel
 
     @property
     def record(self) -> type[RunConfig]:
@@ -91,6 +94,19 @@ class Form:
     def following(self) -> dict[str, Any]:
         """The widgets that may be left empty, and then follow from what is chosen, by key."""
         return {item.key.key: widget for item, widget in zip(self.items, self.widgets, strict=True) if item.key.follows}
+
+    def faults(self, error: EquipoiseError) -> str:
+        """An error in the page, from where the browser puts each line at its field."""
+
+        def about(line: str) -> str:
+            key = forms.field_of(self.record, line)
+            return field_id(self.pipeline, key) if key else ""
+
+        return error_notice(error, about)
+
+    def plan(self, preset: str | None, rows: Any, values: Sequence[Any]) -> Plan:
+        """What the form would start. Raises ConfigError: what is wrong with it, one line each."""
+        return plan(self.site, self.pipeline, preset or "", self.shown(values), table_rows(rows), self.workers)
 
     def shown(self, values: Sequence[Any]) -> dict[str, Any]:
         return {item.key.key: value for item, value in zip(self.items, values, strict=True)}
@@ -170,6 +186,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     items = forms.fields(cls)
     shown, rows = beginning(cls)
     preset, bring = _beginning(pipeline, cls)
+    own = launch_presets.draw_panel(site, pipeline)
     widgets = _fields(site, cls, items, shown, registry.load("pipelines", pipeline).fixed)
     with gr.Accordion("Options of what is chosen above", open=False) as opened:
         options = _options(rows)
@@ -177,13 +194,13 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
         launch_pictures.build(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
         if PROMPT in widgets:
             launch_data.build(site, widgets[cls.SHORT["data"]], widgets[PROMPT])
-    message = gr.HTML(elem_classes=["message"])
+    message = gr.HTML(elem_classes=["message"], js_on_load="equipoise.faults(element)")
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
         words = _start_words(forms.count(cls, shown))
         start = gr.Button(words, variant="primary", size="md", elem_id=f"start-{pipeline}")
     ordered = [widgets[item.key.key] for item in items]
-    parts = preset, bring, options, opened, message, check, start, _checked(pipeline)
+    parts = preset, bring, options, opened, message, check, start, _checked(pipeline), own
     form = Form(site, pipeline, workers, items, ordered, *parts)
     _connect(form)
     return form
@@ -279,12 +296,23 @@ def _connect(form: Form) -> None:
     form.start.click(bound(on_start, form), inputs, form.message, **PRIVATE)
     form.preset.input(bound(on_preset, form), form.preset, [form.message, *filled], **PRIVATE)
     form.bring.upload(bound(on_yaml, form), form.bring, [form.message, form.preset, *filled], **PRIVATE)
+    _connect_presets(form, inputs, filled)
     plugins = list(form.plugins.values())
     asks = [form.opened.expand, *(widget.input for widget in plugins)]
     gr.on(asks, bound(on_plugins, form), [form.options, *plugins], [form.options, *form.following.values()], **LATEST)
     kinds = ("plugin", "number", "axes")
     several = [widget.change for item, widget in zip(form.items, form.widgets, strict=True) if item.kind in kinds]
     gr.on(several, bound(on_count, form), form.widgets, form.start, **LATEST)
+
+
+def _connect_presets(form: Form, inputs: list[Any], outputs: list[Any]) -> None:
+    def planned(preset: str | None, rows: Any, *values: Any) -> Plan:
+        return form.plan(preset, rows, values)
+
+    def filled(config: RunConfig) -> Updates:
+        return {form.message: "", form.preset: gr.update(value=None), **form.fill(config)}
+
+    launch_presets.connect(form.presets, planned, filled, inputs, [form.message, form.preset, *outputs])
 
 
 # Handlers: what they are given stands in the order of the inputs above
@@ -304,9 +332,9 @@ def on_check(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterato
     """The plan at once; then, once the model's libraries are imported, whether starting it would be refused."""
     site, workers, checked = form.site, form.workers, form.checked
     try:
-        made = plan(site, form.pipeline, preset or "", form.shown(values), table_rows(rows), workers)
+        made = form.plan(preset, rows, values)
     except EquipoiseError as error:
-        yield {form.message: error_notice(error), checked.column: gr.update(visible=False)}
+        yield {form.message: form.faults(error), checked.column: gr.update(visible=False)}
         return
     file = Path(tempfile.mkdtemp(dir=os.environ.get(UPLOADED)), f"{made.config.name}.yaml")
     file.write_text(made.yaml)
@@ -322,7 +350,7 @@ def on_check(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterato
     try:
         check_plan(made)
     except EquipoiseError as error:
-        yield {form.message: error_notice(error), checked.column: gr.update(visible=False)}
+        yield {form.message: form.faults(error), checked.column: gr.update(visible=False)}
         return
     except Exception as error:
         words = f"Not checked: {type(error).__name__}: {error}. The server's output says more."
@@ -337,11 +365,11 @@ def on_start(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterato
     """Answers at once, and starts the runs; gradio's own words for what nobody foresaw do not replace the answer."""
     yield {form.message: draw.notice("Being checked and started …")}
     try:
-        made = plan(form.site, form.pipeline, preset or "", form.shown(values), table_rows(rows), form.workers)
+        made = form.plan(preset, rows, values)
         started = draw.notice(launch(form.site, made, form.workers)[1], "good")
         yield {form.message: started + draw.notice("\n".join(doubts(made)))}
     except EquipoiseError as error:
-        yield {form.message: error_notice(error)}
+        yield {form.message: form.faults(error)}
     except Exception as error:
         words = f"Not started: {type(error).__name__}: {error}. The server's output says more."
         yield {form.message: draw.notice(words, "bad")}
@@ -397,7 +425,7 @@ def _rank(item: forms.Field) -> tuple[int, int]:
 def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any], visible: bool = True) -> Any:
     given: dict[str, Any] = {"label": item.label, "info": item.info, "value": shown.get(item.key.key)}
     given |= {"interactive": True, "visible": visible}
-    given["elem_id"] = f"field-{cls.model_fields['pipeline'].default}-{item.key.key.replace('.', '-')}"
+    given["elem_id"] = field_id(cls.model_fields["pipeline"].default, item.key.key)
     if item.kind == "plugin":
         return gr.Dropdown(list(item.choices), multiselect=True, **given)
     if item.kind == "choice":
@@ -416,6 +444,11 @@ def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str
         gr.on([root().load, choice.blur, choice.change], bound(_offered, site), both, both, **LATEST)
         return choice
     return gr.Textbox(max_lines=1, placeholder=item.placeholder, **given)
+
+
+def field_id(pipeline: str, key: str) -> str:
+    """What a key's field is called in the page."""
+    return f"field-{pipeline}-{key.replace('.', '-')}"
 
 
 def _offered(site: Site, at: Any, before: list[Any]) -> tuple[Any, list[Any]]:

@@ -257,3 +257,70 @@ equipoise.charts = element => {  // what holds charts, whenever the server has d
     chart.read(steps[Math.min(steps.length - 1, Math.max(0, before < 0 ? 0 : before + step))]);
   });
 }
+
+// What is wrong with a form stands at its fields, too, as long as it is said and they are not edited.
+equipoise.faults = element => {
+  const lift = field => {
+    field.querySelectorAll('.fault').forEach(one => one.remove());
+    field.querySelectorAll('[aria-invalid]').forEach(one => one.removeAttribute('aria-invalid'));
+  };
+  const found = () => [...element.querySelectorAll('li[data-field]')];
+  const place = () => {
+    for (const line of found()) {
+      const field = document.getElementById(line.dataset.field);
+      if (!field || [...field.querySelectorAll('.fault')].some(one => one.textContent === line.textContent)) continue;
+      const fault = document.createElement('p');
+      fault.className = 'fault';
+      fault.id = `${field.id}-fault`;
+      fault.textContent = line.textContent;
+      field.append(fault);
+      for (const input of field.querySelectorAll('input, textarea')) {
+        input.setAttribute('aria-invalid', 'true');
+        input.setAttribute('aria-describedby', fault.id);
+      }
+    }
+  };
+  const isThere = () => found().every(line => document.getElementById(line.dataset.field));
+  new MutationObserver(() => {
+    document.querySelectorAll('.fault').forEach(one => lift(one.parentElement));
+    place();
+    if (isThere()) return;
+    // fields that are folded up are drawn when they are opened
+    const fold = [...document.querySelectorAll('button.label-wrap')]
+      .find(one => one.offsetParent && one.textContent.includes('Everything else'));
+    if (fold && !fold.classList.contains('open')) fold.click();
+    for (let wait = 100; wait < 2000; wait *= 2) setTimeout(place, wait);
+  }).observe(element, {childList: true, subtree: true});
+  element.addEventListener('click', event => {
+    const id = event.target.closest('li[data-field]')?.dataset.field, field = id && document.getElementById(id);
+    field?.scrollIntoView({block: 'center'});
+    field?.querySelector('input, textarea')?.focus({preventScroll: true});
+  });
+  document.addEventListener('input', event => {
+    const field = event.target.closest?.('[id^="field-"]');
+    if (field) lift(field);
+  });
+};
+
+// A folder that is dropped on an upload is walked through: browsers hand over its files one by one.
+equipoise.files = async entry => {
+  if (entry.isFile) return [await new Promise((done, fail) => entry.file(done, fail))];
+  const reader = entry.createReader(), found = [];
+  for (;;) {  // a reader gives a hundred at a time
+    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+    if (!some.length) break;
+    found.push(...some);
+  }
+  return (await Promise.all(found.filter(one => !one.name.startsWith('.')).map(equipoise.files))).flat();
+};
+document.addEventListener('drop', async event => {
+  const input = event.target.closest?.('#pictures')?.querySelector('input[type=file]');
+  const entries = [...event.dataTransfer?.items ?? []].map(item => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (!input || !entries.some(one => one.isDirectory)) return;  // gradio takes files by itself
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  const files = (await Promise.all(entries.map(equipoise.files))).flat(), chosen = new DataTransfer();
+  for (const file of files) if (/\.(png|jpe?g|webp|txt|zip)$/i.test(file.name)) chosen.items.add(file);
+  input.files = chosen.files;
+  input.dispatchEvent(new Event('change', {bubbles: true}));
+}, true);

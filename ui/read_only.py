@@ -18,6 +18,7 @@ CHANGES = frozenset(  # the handlers that write, delete, begin or end something,
             "make_export",
         ),
         *("start", "start_from_files", "end_job", "delete_comparison", "say"),
+        *("save_preset", "ask_delete_preset", "delete_preset"),
         *("show_pair", "prefer_a", "prefer_b", "prefer_neither"),
     }
 )

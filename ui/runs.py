@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -15,17 +17,18 @@ from equipoise.pipelines.files import version
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.pipelines.runs.status import STATES, STOPPING, Status
-from equipoise.ui import draw, runs_notes
+from equipoise.ui import draw, runs_keys, runs_notes
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import Site
 
 SHOWN = 400  # rows of the table
+LOOKED_AT = 200  # of the newest runs, whose keys are offered
 SORTS = ("newest", "name", "state", "loss", "rate", "steps", "duration")
 ARCHIVED = "archived"  # in place of a state: runs that were put away
 _TAIL = 2**16  # bytes at the end of the metrics, which show the pace
 MEAN_OF = 20  # steps whose losses are shown as one: a batch's alone says little
 LOSS = "loss, mean of the last steps"
-_COLUMNS = ("run", "state", "progress", "left", LOSS, "rate", "started", "took")
+COLUMNS = ("state", "progress", "left", LOSS, "rate", "started", "took")  # beside the run itself
 _ENOUGH = 2**14  # bytes at the end of the metrics, which hold so many steps
 
 
@@ -44,15 +47,29 @@ def open_run(site: Site, id: str) -> Run:
     return run
 
 
-def table(site: Site, words: str = "", state: str = "all", sort: str = "newest", chosen: str = "") -> str:
+def sample_steps(run: Run) -> list[int]:
+    """The steps at which a run drew or wrote samples."""
+    found = [re.fullmatch(r"step-(\d+)", folder.name) for folder in run.samples.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def table(
+    site: Site,
+    words: str = "",
+    state: str = "all",
+    sort: str = "newest",
+    chosen: str = "",
+    columns: Sequence[str] = COLUMNS,
+) -> str:
     """The runs as an HTML table.
 
     Args:
         site: whose.
         words: only runs whose id, pipeline, message, notes or configuration have all of these words.
         state: only runs in this state, or "all"; those that were put away only where it is ARCHIVED.
-        sort: one of SORTS.
+        sort: one of SORTS, or a key of what is known of runs, from the lowest.
         chosen: the id that is marked.
+        columns: what stands beside a run: of COLUMNS, or such keys.
     """
     found = site.store.list()
     if not found:
@@ -69,7 +86,25 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
         return draw.empty("All runs are put away", f"The state “{ARCHIVED}” shows them.")
     if not shown:
         return draw.empty("Nothing matches", "Clear the filter to see all runs.")
-    keys = {
+    if sort != "newest":
+        shown.sort(key=_sorting(site, sort))
+    head = "".join(f"<th>{esc(name)}</th>" for name in ("run", *columns))
+    rows = "".join(_row(site, item, item.id == chosen.split("/")[0], columns) for item in shown[:SHOWN])
+    more = f"<p class='hint'>{len(shown) - SHOWN} more: filter to see them.</p>" if len(shown) > SHOWN else ""
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f"<div class='scroll'><table class='runs'>{inside}</table></div>{more}"
+
+
+def _sorting(site: Site, sort: str) -> Callable[[Status], Any]:
+    """What runs are sorted by: of a key, numbers before words, and those that have none at the end."""
+
+    def by_key(item: Status) -> tuple[int, Any]:
+        value = runs_keys.known(site.store.root / item.id).get(sort)
+        if (number := runs_keys.number(value)) is not None:
+            return (0, number) if number == number else (2, 0)
+        return (2, 0) if value is None else (1, runs_keys.shown(value))
+
+    keys: dict[str, Callable[[Status], Any]] = {
         "name": lambda item: item.name,
         "state": lambda item: STATES.index(item.state) if item.state in STATES else 99,
         "loss": lambda item: _or_last(recent_loss(site.store.root / item.id, item)),
@@ -77,20 +112,22 @@ def table(site: Site, words: str = "", state: str = "all", sort: str = "newest",
         "steps": lambda item: -item.step,
         "duration": lambda item: -item.duration,
     }
-    if sort in keys:
-        shown.sort(key=keys[sort])
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "".join(_row(site, item, item.id == chosen.split("/")[0]) for item in shown[:SHOWN])
-    more = f"<p class='hint'>{len(shown) - SHOWN} more: filter to see them.</p>" if len(shown) > SHOWN else ""
-    inside = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f"<div class='scroll'><table class='runs'>{inside}</table></div>{more}"
+    return keys.get(sort, by_key)
+
+
+def offered_columns(site: Site) -> list[str]:
+    """What can stand beside a run: COLUMNS, and what is known of the newest runs."""
+    keys: dict[str, None] = {}
+    for item in site.store.list()[:LOOKED_AT]:
+        keys |= dict.fromkeys(runs_keys.known(site.store.root / item.id))
+    return [*COLUMNS, *sorted(keys)]
 
 
 def _text(site: Site, item: Status) -> str:
     """All that a run can be found by, in small letters."""
     folder = site.store.root / item.id
     notes, config = runs_notes.read(folder), folder / "config.yaml"
-    about = f"{item.id} {item.pipeline} {item.message} {' '.join(notes.tags)} {notes.note} "
+    about = f"{item.id} {notes.name} {item.pipeline} {item.message} {' '.join(notes.tags)} {notes.note} "
     return about.lower() + _config_text(config, *version(config))
 
 
@@ -102,25 +139,36 @@ def _config_text(file: Path, *version: int) -> str:
         return ""
 
 
-def _row(site: Site, item: Status, chosen: bool) -> str:
+def _row(site: Site, item: Status, chosen: bool, columns: Sequence[str]) -> str:
     if item.kind == "sweep":
         item = together(Run(site.store.root / item.id), item)
-    notes = runs_notes.read(site.store.root / item.id)
+    folder = site.store.root / item.id
+    notes = runs_notes.read(folder)
     tags = "".join(f"<span class='tag'>{esc(tag)}</span>" for tag in notes.tags)
-    cells = [
-        f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(item.id)}</button>"
-        f"<small>{esc(item.pipeline)}{' · sweep' if item.kind == 'sweep' else ''}</small>"
-        f"{tags}{f'<small>{esc(notes.note[:80])}</small>' if notes.note else ''}",
-        badge(item),
-        bar(item),
-        left(site, item),
-        draw.number(recent_loss(site.store.root / item.id, item)),
-        rate(item.shown_rate),
-        f"{datetime.fromtimestamp(item.begun):%d %b %H:%M}" if item.begun else "",
-        draw.span(item.duration) if item.started else "",
-    ]
-    inside = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in zip(_COLUMNS, cells, strict=True))
+    about = [*([item.id] if notes.name else []), f"{item.pipeline}{' · sweep' if item.kind == 'sweep' else ''}"]
+    run = (
+        f"<button class='link' data-id='{esc(item.id)}'>{draw.breakable(notes.name or item.id)}</button>"
+        f"{''.join(f'<small>{esc(line)}</small>' for line in about)}"
+        f"{tags}{f'<small>{esc(notes.note[:80])}</small>' if notes.note else ''}"
+    )
+    cells = {"run": run, **{name: _column(site, item, name) for name in columns}}
+    inside = "".join(f"<td data-name='{esc(name)}'>{cell}</td>" for name, cell in cells.items())
     return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
+
+
+def _column(site: Site, item: Status, name: str) -> str:
+    """What stands in a run's row below the name of a column."""
+    folder = site.store.root / item.id
+    made: dict[str, Callable[[], str]] = {
+        "state": lambda: badge(item),
+        "progress": lambda: bar(item),
+        "left": lambda: left(site, item),
+        LOSS: lambda: draw.number(recent_loss(folder, item)),
+        "rate": lambda: rate(item.shown_rate),
+        "started": lambda: f"{datetime.fromtimestamp(item.begun):%d %b %H:%M}" if item.begun else "",
+        "took": lambda: draw.span(item.duration) if item.started else "",
+    }
+    return made[name]() if name in made else esc(runs_keys.shown(runs_keys.known(folder).get(name)))
 
 
 def rate(value: float | None) -> str:

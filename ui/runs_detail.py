@@ -1,6 +1,5 @@
 """One run as HTML: how it stands, its samples, log, configuration and files; and what can be done to it."""
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +18,9 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.making import being_made
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.status import Status
-from equipoise.ui import draw
+from equipoise.ui import draw, runs_live, runs_notes
 from equipoise.ui.draw import esc, url
-from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, together
+from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, sample_steps, together
 from equipoise.ui.runs_curves import MEASURED, Wanted, charts
 from equipoise.ui.safety import SUFFIXES, Site, refuse_commands
 
@@ -57,6 +56,7 @@ def heading(site: Site, id: str) -> str:
     run = open_run(site, id)
     now = together(run, run.status())
     back = f"<button class='link' data-id='{esc(run.sweep)}'>← {esc(run.sweep)}</button>" if run.sweep else ""
+    name = runs_notes.read(run.folder).name
     ended = bool(run.sweep) and _ended(open_run(site, run.sweep).status())
     facts = {
         "pipeline": now.pipeline,
@@ -71,7 +71,8 @@ def heading(site: Site, id: str) -> str:
     }
     parts = [
         back,
-        f"<h3 data-shown='{esc(run.id)}'>{draw.breakable(run.id)} {badge(now, ended)}</h3>",
+        f"<h3 data-shown='{esc(run.id)}'>{draw.breakable(name or run.id)} {badge(now, ended)}</h3>",
+        f"<p class='hint'>{draw.breakable(run.id)}</p>" if name else "",
         bar(now),
         draw.notice(now.message, "bad" if now.state in ("failed", "dead", "diverged") else "info"),
         draw.facts({key: value for key, value in facts.items() if value != ""}),
@@ -113,17 +114,13 @@ def _memory(now: Status) -> str:
         return ""
 
 
-def sample_steps(run: Run) -> list[int]:
-    """The steps at which a run drew or wrote samples."""
-    found = [re.fullmatch(r"step-(\d+)", folder.name) for folder in run.samples.glob("step-*")]
-    return sorted(int(match[1]) for match in found if match)
-
-
 def samples(site: Site, id: str, step: int | None = None) -> str:
     """What a run drew at the step nearest to the given one, or at its last."""
     if not id:
         return ""
     run = open_run(site, id)
+    if run.status().kind == "sweep" and (grid := runs_live.grid(site, run)):
+        return f"<p class='hint'>The newest of each cell; choose one of its cells for all of them.</p>{grid}"
     steps = sample_steps(run)
     if not steps:
         return draw.empty(*_none_drawn(run.status()))

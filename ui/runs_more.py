@@ -37,11 +37,16 @@ class Export:
 class Written:
     """What is written to a run."""
 
+    name: gr.Textbox
     note: gr.Textbox
     tags: gr.Textbox
     archived: gr.Checkbox
     save: gr.Button
     read: gr.State  # the run's id, and what was written to it when it was shown
+
+    @property
+    def edited(self) -> list[Any]:
+        return [self.note, self.tags, self.archived, self.name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,7 @@ class More:
     @property
     def outputs(self) -> list[Any]:
         export, written = self.export, self.written
-        return [export.row, export.format, export.file, written.note, written.tags, written.archived, written.read]
+        return [export.row, export.format, export.file, *written.edited, written.read]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +91,14 @@ def export() -> Export:
 
 
 def notes() -> Written:
+    info = "Shown in place of the id, which stays."
+    name = gr.Textbox(label="Name", info=info, max_lines=1, elem_id="display-name")
     note = gr.Textbox(label="Note", lines=3, max_lines=12, elem_id="note")
     with gr.Row(elem_classes=["actions"]):
         tags = gr.Textbox(label="Tags", info="With commas between.", max_lines=1, elem_id="tags")
         archived = gr.Checkbox(label="Put away", info="Out of the table; the state “archived” shows it.")
         save = gr.Button("Save", size="md", elem_id="save-notes")
-    return Written(note, tags, archived, save, gr.State([]))
+    return Written(name, note, tags, archived, save, gr.State([]))
 
 
 def several(site: Site) -> Several:
@@ -115,7 +122,7 @@ def connect(
     tab, written, export = _Tab(site, several, more, message), more.written, more.export
     page_tab.select(bound(offer, tab), None, several.chosen, **HIDDEN)
     shown = gr.Textbox(visible=False)  # the id of the run that is shown
-    given = [shown, written.note, written.tags, written.archived, written.read]
+    given = [shown, *written.edited, written.read]
     written.save.click(bound(save_notes, tab), given, [message, written.read], js=SHOWN, **HIDDEN).then(**refreshed)
     outputs = [message, export.file]
     export.make.click(bound(make_export, tab), [shown, export.format], outputs, js=SHOWN, **HIDDEN)
@@ -138,9 +145,7 @@ def of_run(more: More, run: Run) -> Updates:
         export.row: gr.update(visible=bool(formats)),
         export.format: gr.update(choices=formats, value=formats[0] if formats else None),
         export.file: gr.update(visible=False),
-        written.note: found.note,
-        written.tags: ", ".join(found.tags),
-        written.archived: found.archived,
+        **dict(zip(written.edited, _fields(found), strict=True)),
         written.read: [run.id, *_fields(found)],
     }
 
@@ -188,14 +193,17 @@ def _make_room(newest: Path) -> None:
 
 
 def _fields(found: runs_notes.Notes) -> list[Any]:
-    return [found.note, ", ".join(found.tags), found.archived]
+    return [found.note, ", ".join(found.tags), found.archived, found.name]
 
 
-def save_notes(tab: _Tab, id: str, note: str, tags: str, archived: bool, before: list[Any]) -> Updates:
+def save_notes(
+    tab: _Tab, id: str, note: str, tags: str, archived: bool, name: str | None, before: list[Any]
+) -> Updates:
     """Writes what was edited, unless somebody else has edited the same since it was shown."""
     try:
         run = open_run(tab.site, id)
-        there, given = _fields(runs_notes.read(run.folder)), [(note or "").strip(), tags or "", bool(archived)]
+        there = _fields(runs_notes.read(run.folder))
+        given = [(note or "").strip(), tags or "", bool(archived), " ".join((name or "").split())]
         if before[:1] != [id]:
             raise InputError(f"{id}: choose it again; nothing was saved.")
         each = list(zip(given, before[1:], there, strict=True))

@@ -1,8 +1,8 @@
-"""What people write to a run: a note, tags, and whether it is put away; in a file of the run's folder."""
+"""What people write to a run: a name, a note, tags, and whether it is put away; in a file of the run's folder."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from equipoise.pipelines.files import version, write_atomic
 from equipoise.pipelines.runs.run import Run
 
 FILE = "notes.json"
-MOST_NOTE, MOST_TAG, MOST_TAGS = 10_000, 40, 20  # characters, characters, tags
+MOST_NOTE, MOST_TAG, MOST_TAGS, MOST_NAME = 10_000, 40, 20, 100  # characters, characters, tags, characters
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Notes:
     note: str = ""
     tags: tuple[str, ...] = ()
     archived: bool = False  # not in the table unless it is asked for
+    name: str = ""  # shown in place of the id, which stays
 
 
 def read(folder: Path) -> Notes:
@@ -31,12 +32,13 @@ def read(folder: Path) -> Notes:
 def _read(file: Path, *version: int) -> Notes:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        return Notes(str(data["note"]), tuple(map(str, data["tags"])), data["archived"] is True)
-    except (OSError, ValueError, KeyError, TypeError):
+        name = str(data.get("name", ""))  # which earlier versions did not have
+        return Notes(str(data["note"]), tuple(map(str, data["tags"])), data["archived"] is True, name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Notes()
 
 
-def write(run: Run, note: str, tags: str, archived: bool) -> None:
+def write(run: Run, note: str, tags: str, archived: bool, name: str = "") -> None:
     """Writes them. `tags`: with commas between.
 
     Raises:
@@ -47,14 +49,15 @@ def write(run: Run, note: str, tags: str, archived: bool) -> None:
         raise InputError(f"The note has {len(note)} characters; {MOST_NOTE} are the most.")
     if len(found) > MOST_TAGS or max(map(len, found), default=0) > MOST_TAG:
         raise InputError(f"At most {MOST_TAGS} tags of at most {MOST_TAG} characters can be given.")
-    _write(run, Notes(note.strip(), tuple(found), archived))
+    if len(name := " ".join(name.split())) > MOST_NAME or not name.isprintable():
+        raise InputError(f"A name is one line of at most {MOST_NAME} characters.")
+    _write(run, Notes(note.strip(), tuple(found), archived, name))
 
 
 def archive(runs: Sequence[Run], archived: bool) -> None:
     """Puts runs away, or back."""
     for run in runs:
-        before = read(run.folder)
-        _write(run, Notes(before.note, before.tags, archived))
+        _write(run, replace(read(run.folder), archived=archived))
 
 
 def _write(run: Run, notes: Notes) -> None:

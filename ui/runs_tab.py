@@ -10,12 +10,13 @@ import gradio as gr
 
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.runs.status import STATES
-from equipoise.ui import draw, runs_more, runs_several
+from equipoise.ui import draw, runs_more, runs_scatter, runs_several
 from equipoise.ui.launch_tab import Launch, filled
-from equipoise.ui.runs import ARCHIVED, SORTS, open_run, table
+from equipoise.ui.runs import ARCHIVED, COLUMNS, SORTS, offered_columns, open_run, table
 from equipoise.ui.runs_curves import MEASURED, Wanted, metrics
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
 from equipoise.ui.runs_more import More
+from equipoise.ui.runs_scatter import ScatterPart
 from equipoise.ui.safety import Site
 from equipoise.ui.widgets import (
     HIDDEN,
@@ -33,6 +34,9 @@ from equipoise.ui.widgets import (
 )
 
 REFRESH = 2.0  # seconds
+MOST_COLUMNS = 40
+# What is chosen in a part that is folded up does not reach the browser's own requests: it is taken from its memory.
+FILTERED = "(a, b, c, columns, ...rest) => [a, b, c, equipoise.remembered('columns', columns), ...rest]"
 CHART_HINT = "Point at a chart to read it, drag over a range of steps, double click for all; a name hides its line."
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
@@ -44,6 +48,17 @@ class Filters:
     words: gr.Textbox
     state: gr.Dropdown
     sort: gr.Dropdown
+    columns: gr.Dropdown
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What the filters say."""
+
+    words: str = ""
+    state: str = "all"
+    sort: str = SORTS[0]
+    columns: Sequence[str] = COLUMNS
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +96,8 @@ class Parts:
     config: gr.Code
     files: gr.HTML
     more: More  # notes and exports, which another file connects
+    scatter: ScatterPart
+    scatter_tab: gr.Tab
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +135,12 @@ def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     head = gr.HTML(heading(site, ""), js_on_load=ON_RUN, elem_id="run-head")
     message = gr.HTML(elem_id="run-message")
     above = launch, filters, listing, head, message
-    tab = RunsTab(
-        site, workers, *above, _actions(), confirm("delete"), _parts(), gr.State(""), gr.State([]), gr.State(1)
-    )
+    parts = _actions(), confirm("delete"), _parts(site)
+    tab = RunsTab(site, workers, *above, *parts, gr.State(""), gr.State([]), gr.State(1))
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
     _connect_actions(tab)
+    runs_scatter.connect(tab.parts.scatter, tab.parts.scatter_tab, tab.chosen, tab.parts.curving.beside)
     runs_more.connect(several, tab.parts.more, site, tab.message, page_tab, _refreshed(tab))
 
 
@@ -132,8 +149,13 @@ def _filters() -> Filters:
         hint = "words of the id, pipeline, message, notes or configuration"
         words = gr.Textbox(label="Filter", placeholder=hint, max_lines=1, scale=3)
         state = gr.Dropdown(["all", *STATES, ARCHIVED], value="all", label="State", interactive=True)
-        sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", interactive=True)
-    return Filters(words, state, sort)
+        more: Any = {"interactive": True, "allow_custom_value": True}
+        sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", elem_id="sort", **more)
+    with gr.Accordion("Columns", open=False):
+        info = "Keys of the configuration, and figures: `last` measured, and of the `result`. This browser remembers."
+        chosen: Any = {"value": list(COLUMNS), "multiselect": True, "elem_id": "columns"}
+        columns = gr.Dropdown(list(COLUMNS), show_label=False, info=info, **chosen, **more)
+    return Filters(words, state, sort, columns)
 
 
 def _actions() -> Actions:
@@ -148,7 +170,7 @@ def _actions() -> Actions:
         )
 
 
-def _parts() -> Parts:
+def _parts(site: Site) -> Parts:
     with gr.Tabs(visible=False) as tabs:
         with gr.Tab("Curves"):
             curving = _curving()
@@ -156,7 +178,7 @@ def _parts() -> Parts:
             curves = gr.HTML(js_on_load="equipoise.charts(element)", elem_id="curves")
         with gr.Tab("Samples"):
             step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
-            samples = gr.HTML()
+            samples = gr.HTML(js_on_load=ON_RUN, elem_id="samples")
         with gr.Tab("Log"):
             log = gr.HTML()
         with gr.Tab("Configuration"):
@@ -166,7 +188,10 @@ def _parts() -> Parts:
             export = runs_more.export()
         with gr.Tab("Notes"):
             notes = runs_more.notes()
-    return Parts(tabs, curving, curves, step, samples, log, config, files, More(export, notes))
+        with gr.Tab("Scatter") as scatter_tab:
+            scatter = runs_scatter.draw_parts(site)
+    shown = tabs, curving, curves, step, samples, log, config, files
+    return Parts(*shown, More(export, notes), scatter, scatter_tab)
 
 
 def _curving() -> Curving:
@@ -185,20 +210,26 @@ def _refreshed(tab: RunsTab) -> dict[str, Any]:
     """An event's handler, inputs and outputs that show how the runs stand now."""
     inputs = [*_filled(tab), tab.chosen, tab.parts.step, tab.end, tab.digests]
     outputs = [*tab.redrawn, tab.digests, tab.parts.step, tab.end]
-    return {"fn": bound(refresh, tab), "inputs": inputs, "outputs": outputs, **HIDDEN}
+    return {"fn": bound(refresh, tab), "inputs": inputs, "outputs": outputs, "js": FILTERED, **HIDDEN}
 
 
 def _filled(tab: RunsTab) -> list[Any]:
     curving = tab.parts.curving
     curves = [curving.smooth, curving.log, curving.metric, curving.beside]
-    return [tab.filters.words, tab.filters.state, tab.filters.sort, *curves]
+    filters = tab.filters
+    return [filters.words, filters.state, filters.sort, filters.columns, *curves]
 
 
 def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
     gr.Timer(REFRESH).tick(**_refreshed(tab), trigger_mode="once")
     page_tab.select(**_refreshed(tab))  # what it shows until then is of when the server started
     filters = tab.filters
-    moved = [filters.words.change, filters.state.input, filters.sort.input, tab.parts.step.input]
+    columns = filters.columns
+    page_tab.select(bound(offer_columns, tab), None, [columns, filters.sort], **HIDDEN)
+    columns.input(None, columns, None, js="chosen => equipoise.remember('columns', chosen)", **PRIVATE)
+    remembered = f"() => [equipoise.remembered('columns', {json.dumps(COLUMNS)})]"
+    root().load(None, None, columns, js=remembered, **PRIVATE)
+    moved = [filters.words.change, filters.state.input, filters.sort.input, columns.change, tab.parts.step.input]
     curving = tab.parts.curving
     moved += [curving.smooth.change, curving.log.input, curving.metric.input, curving.beside.input]
     curving.beside.input(bound(offer_metrics, tab), [tab.chosen, curving.beside], curving.metric, **HIDDEN)
@@ -208,8 +239,8 @@ def _connect_refresh(tab: RunsTab, page_tab: gr.Tab) -> None:
 def _connect_choice(tab: RunsTab) -> None:
     all_of_it = [*tab.redrawn, tab.digests, tab.parts.step, tab.end, *_of_run(tab)]
     root().load(bound(restore, tab), None, all_of_it, **HIDDEN)
-    for source in (tab.listing, tab.head):
-        source.select(bound(select, tab), _filled(tab), all_of_it, trigger_mode="multiple", **HIDDEN)
+    for source in (tab.listing, tab.head, tab.parts.samples):
+        source.select(bound(select, tab), _filled(tab), all_of_it, trigger_mode="multiple", js=FILTERED, **HIDDEN)
 
 
 def _of_run(tab: RunsTab) -> list[Any]:
@@ -241,9 +272,10 @@ def _connect_actions(tab: RunsTab) -> None:
 
 def refresh(
     tab: RunsTab,
-    words: str,
-    state: str,
-    sort: str,
+    words: str | None,
+    state: str | None,
+    sort: str | None,
+    columns: list[str] | None,
     smooth: float,
     log: bool,
     metric: str | None,
@@ -256,22 +288,31 @@ def refresh(
     """How the runs stand now, as far as the browser does not show it already."""
     moved = slide(tab.site, id, at, end)
     wanted = Wanted(smooth, log, metric or "loss", tuple(beside or ()))
-    drawn = _drawn(tab, words, state, sort, id, moved.shown, digests, wanted)
+    listed = _listed(words, state, sort, columns)
+    drawn = _drawn(tab, listed, id, moved.shown, digests, wanted)
     return {**drawn, tab.parts.step: moved.slider, tab.end: moved.end if moved.end != end else gr.skip()}
 
 
 def select(
     tab: RunsTab,
-    words: str,
-    state: str,
-    sort: str,
+    words: str | None,
+    state: str | None,
+    sort: str | None,
+    columns: list[str] | None,
     smooth: float,
     log: bool,
     metric: str | None,
     beside: list[str],
     event: gr.EventData,
 ) -> Updates:
-    return opened(tab, words, state, sort, clicked_id(event), Wanted(smooth, log))
+    listed = _listed(words, state, sort, columns)
+    return opened(tab, listed, clicked_id(event), Wanted(smooth, log))
+
+
+def _listed(words: str | None, state: str | None, sort: str | None, columns: list[str] | None) -> Listed:
+    """What the filters say, whatever a browser remembered of them; a page that loads sends nothing of some."""
+    chosen = [str(name) for name in columns[:MOST_COLUMNS]] if isinstance(columns, list) else COLUMNS
+    return Listed(words or "", state or "all", str(sort or SORTS[0]), list(dict.fromkeys(chosen)))
 
 
 def restore(tab: RunsTab, request: gr.Request) -> Updates:
@@ -281,10 +322,10 @@ def restore(tab: RunsTab, request: gr.Request) -> Updates:
         open_run(tab.site, id)
     except EquipoiseError:
         return gr.skip()
-    return opened(tab, "", "all", SORTS[0], id)  # as the filters are in a page that was just loaded
+    return opened(tab, Listed(), id)  # as the filters are in a page that was just loaded
 
 
-def opened(tab: RunsTab, words: str, state: str, sort: str, id: str, wanted: Wanted = MEASURED) -> Updates:
+def opened(tab: RunsTab, listed: Listed, id: str, wanted: Wanted = MEASURED) -> Updates:
     """Shows a run, no other beside it."""
     try:
         run = open_run(tab.site, id)
@@ -292,7 +333,7 @@ def opened(tab: RunsTab, words: str, state: str, sort: str, id: str, wanted: Wan
         return {tab.message: draw.notice(str(error), "bad")}
     moved, curving = slide(tab.site, id, None, 1), tab.parts.curving
     return {
-        **_drawn(tab, words, state, sort, id, None, [], wanted),
+        **_drawn(tab, listed, id, None, [], wanted),
         tab.parts.step: moved.slider,
         tab.end: moved.end,
         tab.message: "",
@@ -314,10 +355,15 @@ def offer_metrics(tab: RunsTab, id: str, beside: list[str]) -> Updates:
         return gr.skip()
 
 
-def _drawn(
-    tab: RunsTab, words: str, state: str, sort: str, id: str, step: int | None, digests: list[str], wanted: Wanted
-) -> Updates:
-    listing = table(tab.site, words, state, sort, id)
+def offer_columns(tab: RunsTab) -> Updates:
+    """What can stand in a column, and be sorted by."""
+    offered = offered_columns(tab.site)
+    sorts = [*SORTS, *(key for key in offered if key not in COLUMNS)]
+    return {tab.filters.columns: gr.update(choices=offered), tab.filters.sort: gr.update(choices=sorts)}
+
+
+def _drawn(tab: RunsTab, listed: Listed, id: str, step: int | None, digests: list[str], wanted: Wanted) -> Updates:
+    listing = table(tab.site, listed.words, listed.state, listed.sort, id, listed.columns)
     shown = [listing, *detail(tab.site, id, step, wanted), *possible(tab.site, id)]
     outputs, new = unchanged(shown, digests)
     return {**dict(zip(tab.redrawn, outputs, strict=True)), tab.digests: new if new != digests else gr.skip()}

@@ -18,7 +18,8 @@ from equipoise.pipelines.runs.store import Store
 
 PIXELS = 50_000_000  # of one uploaded picture; a camera's has 24 million
 PICTURES = 200  # files of one upload
-UPLOAD = 20_000_000  # bytes of one uploaded file
+UPLOAD = 20_000_000  # bytes of one uploaded picture, or of a form
+ZIPPED = 500_000_000  # bytes of one uploaded file, such as many pictures in a zip file
 SUFFIXES = {  # what is served, and as what; everything else stays where it is
     ".png": "image/png",
     ".jpg": "image/jpeg",

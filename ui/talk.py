@@ -8,7 +8,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.pipelines.jobs import background
 from equipoise.ui import compare, draw
-from equipoise.ui.compare_grid import answers
+from equipoise.ui.answers import answers
 from equipoise.ui.compare_pictures import MOST, shots
 from equipoise.ui.draw import esc, url
 from equipoise.ui.safety import Site

@@ -54,6 +54,13 @@ window.equipoise = {
       if (this.kept.has(form)) sessionStorage.setItem('equipoise ' + form, JSON.stringify(values));
     } catch {}  // full, or not allowed
   },
+  // What is chosen once and for all outlives the tab, too.
+  remember(name, value) {
+    try { localStorage.setItem('equipoise ' + name, JSON.stringify(value)) } catch {}
+  },
+  remembered(name, value) {
+    try { return JSON.parse(localStorage.getItem('equipoise ' + name)) ?? value } catch { return value }
+  },
   filled(form, values) {
     this.kept.add(form);
     try {

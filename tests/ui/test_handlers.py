@@ -425,7 +425,7 @@ def test_when_a_run_started_does_not_move_when_it_goes_on(site, finish):
 def test_a_button_acts_on_the_run_that_is_shown(site, run, finish, ask):
     """Not on one that was chosen before or since: the browser says whose heading it shows."""
     made = site.store.create(configs.load("text_to_image/demo", [f"runs={site.store.root}"]), id="two")
-    ask("select", "", "all", "newest", 0, False, "loss", [], event={"id": "one"})
+    ask("select", "", "all", "newest", None, 0, False, "loss", [], event={"id": "one"})
     with made.session(signals=False):
         assert "two: saves its state" in str(ask("stop", "two"))
         assert "stop" in made.requested()
@@ -486,8 +486,8 @@ def test_numbers_out_of_bounds_are_taken_for_the_nearest(site, run, swept, ask):
     for scale in (99, -1, None):
         assert "drawn at scale" in (said := str(ask("by_scale", ["grid"], "grid/comparison", scale))) or scale is None
         assert scale != 99 or "scale 10 yet" in said
-    ask("select", "", "all", "newest", 0, False, "loss", [], event={"id": "one"})
-    assert "step 2<" in str(ask("refresh", "", "all", "newest", 0, False, "loss", [], None, 1, None, None))
+    ask("select", "", "all", "newest", None, 0, False, "loss", [], event={"id": "one"})
+    assert "step 2<" in str(ask("refresh", "", "all", "newest", None, 0, False, "loss", [], None, 1, None, None))
 
 
 def test_count_is_a_whole_number_of_some_size(site, swept, ask, monkeypatch):

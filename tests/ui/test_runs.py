@@ -151,12 +151,12 @@ def test_an_export_is_refused_where_there_is_none(site, run, ask):
 
 
 def test_notes_that_somebody_else_wrote_meanwhile_are_not_reverted(site, run, ask):
-    ask("select", "", "all", "newest", 0, False, None, [], event={"id": "one"})
+    ask("select", "", "all", "newest", None, 0, False, None, [], event={"id": "one"})
     runs_notes.write(run, "another's", "", False)  # in another tab
-    assert "are saved" in str(ask("save_notes", "one", "", "mine", False, None)), "only the tags were edited here"
+    assert "are saved" in str(ask("save_notes", "one", "", "mine", False, "", None)), "only the tags were edited here"
     assert runs_notes.read(run.folder) == runs_notes.Notes("another's", ("mine",))
     runs_notes.write(run, "another's again", "mine", True)
-    assert "edited elsewhere meanwhile" in str(ask("save_notes", "one", "and mine", "mine", False, None))
+    assert "edited elsewhere meanwhile" in str(ask("save_notes", "one", "and mine", "mine", False, "", None))
     assert runs_notes.read(run.folder) == runs_notes.Notes("another's again", ("mine",), True)
 
 

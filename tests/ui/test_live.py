@@ -1,0 +1,42 @@
+"""A sweep while it trains: the newest samples of its cells, side by side."""
+
+import re
+import shutil
+
+from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.ui import runs_detail, runs_live
+
+
+def test_the_newest_samples_of_each_cell_stand_side_by_side_as_they_come(site, swept, ask):
+    first, second, *_ = sweeps.cells(swept)
+    shutil.rmtree(first.samples / "step-00000005")
+    shutil.rmtree(second.samples)
+    second.samples.mkdir()
+    second.update(state="running", total=5)
+    shown = runs_detail.samples(site, "grid")
+    assert re.findall(r"<th scope='(?:col|row)'>([^<]*)", shown)[1:4] == ["1e-4", "1e-3", "adamw"]
+    assert shown.count("<button class='cell'") == 4 and shown.count("<img") == 3
+    assert f"{first.folder.name}/samples/step-00000002/00-0.png".replace("=", "%3D").replace(",", "%2C") in shown
+    assert "step 2 of 5" in shown and shown.count("step 5 of 5") == 2 and shown.count("none yet") == 1
+    shutil.copytree(first.samples / "step-00000002", second.samples / "step-00000004")
+    assert "step 4 of 5" in (later := runs_detail.samples(site, "grid")) and "none yet" not in later
+    opened = str(ask("select", "", "all", "newest", None, 0, False, "loss", [], event={"id": first.id}))
+    assert f"data-shown='{first.id}'".replace("'", "\\'") in opened or f"data-shown='{first.id}'" in opened
+
+
+def test_answers_are_seen_as_they_come(site, swept, answered):
+    shown = runs_detail.samples(site, "grid")
+    assert shown.count("<button class='cell'") == 4
+    for cell in sweeps.cells(swept):
+        shutil.rmtree(cell.samples / "step-00000005")
+    assert runs_detail.samples(site, "grid").count("✗ blue") == 4
+
+
+def test_a_sweep_whose_configurations_are_gone_is_shown_all_the_same(site, swept):
+    for cell in sweeps.cells(swept):
+        (cell.folder / "config.yaml").unlink()
+    assert runs_live.grid(site, swept).count("<tr>") == 1 + 4
+    for cell in sweeps.cells(swept):
+        shutil.rmtree(cell.samples)
+        cell.samples.mkdir()
+    assert runs_live.grid(site, swept) == "" and "one of its cells" in runs_detail.samples(site, "grid")
