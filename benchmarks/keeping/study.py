@@ -316,9 +316,9 @@ def _print_verdicts(table: Table) -> None:
 
 def _print_seeds(table: Table) -> None:
     print("\n## Seed by seed: the bound at a rate of 1 in units of AdamW's at the rate that was its best with seed 0\n")
-    print("The mean over the seeds, and the least and the most. Decided: whether every seed agrees that no more is "
-          "forgotten.\n")  # fmt: skip
-    print("| task | steps, rank, batch | seeds | AdamW at | gain | forgotten | decided |")
+    print("The mean over the seeds, and the least and the most. The last column: what each of at least three seeds "
+          "says of what is forgotten.\n")  # fmt: skip
+    print("| task | steps, rank, batch | seeds | AdamW at | gain | forgotten | every seed forgets |")
     print("| --- | --- | ---: | ---: | --- | --- | --- |")
     for setting in table.settings():
         task, steps, rank, batch = setting
@@ -329,7 +329,7 @@ def _print_seeds(table: Table) -> None:
         gains = [g / other for (g, _), (other, _) in zip(ours, theirs, strict=True)]
         lost = [f / other for (_, f), (_, other) in zip(ours, theirs, strict=True)]
         agreed = {f <= other for (_, f), (_, other) in zip(ours, theirs, strict=True)}
-        verdict = "no" if len(agreed) > 1 or len(both) < 3 else "less" if agreed == {True} else "more"
+        verdict = "undecided" if len(agreed) > 1 or len(both) < 3 else "less" if agreed == {True} else "more"
         forgotten = _spread(lost, ".2f") if all(other > 0 for _, other in theirs) else "AdamW nothing"
         print(f"| {task} | {steps}, {rank}, {batch} | {len(both)} | {rate:g} | {_spread(gains, '.0%')} | {forgotten} | "
               f"{verdict} |")  # fmt: skip
