@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ class Entry:
     seeds: str
     tolerance: float = TOLERANCE
     needs: str = ""  # what has to be there first, in words
-    resume: str = ""  # what the command is given besides to go on with what an interrupted call left in {folder}
+    resume: str = ""  # what the command is given besides to go on with the cells.jsonl that an interrupted call left
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self, given: Mapping[str, str]) -> list[str]:
@@ -180,8 +181,10 @@ def kept(folder: Path, entry: Entry) -> dict | None:
 def make(folder: Path, entry: Entry, given: Mapping[str, str]) -> bool:
     """Runs an entry's commands and keeps what they print; whether all of them ended well."""
     own = folder / entry.name
-    begun = own.exists()
+    if (own / "kept.json").exists():  # to be made again, from nothing
+        shutil.rmtree(own)
     own.mkdir(parents=True, exist_ok=True)
+    begun = any(own.rglob("cells.jsonl"))
     started, outputs = time.monotonic(), []
     for command in entry.commands:
         line = command.format(folder=own, **given) + (f" {entry.resume}" if begun and entry.resume else "")

@@ -140,6 +140,22 @@ def test_what_is_finished_is_kept_until_its_command_changes(tmp_path, monkeypatc
     assert evidence.main(words) == 1 and counts.read_text() == "...."
 
 
+def test_an_interrupted_call_goes_on_and_a_finished_one_begins_anew(tmp_path, monkeypatch):
+    script = tmp_path / "cells.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "cells = pathlib.Path(sys.argv[1], 'cells.jsonl')\n"
+        "if '--add' not in sys.argv: cells.write_text('1'); sys.exit(1)\n"  # as if it had been killed
+        "cells.unlink(); print('| a | 2 |')\n"
+    )
+    toy = evidence.Entry("toy", [f"python {script} {{folder}}"], "0", resume="--add")
+    monkeypatch.setattr(evidence, "entries", lambda: {"toy": toy})
+    monkeypatch.setattr(evidence, "published", lambda: [evidence.Table("page.md", 1, "toy", ["| a | 2 |"])])
+    words = ["--output", str(tmp_path / "kept")]
+    assert [evidence.main(words) for _ in range(3)] == [1, 0, 0], "killed, gone on, kept"
+    assert evidence.main([*words, "--again"]) == 1 and evidence.main(words) == 0
+
+
 def test_a_command_that_needs_something_says_what_and_is_left_out(tmp_path, monkeypatch, capsys):
     toy = evidence.Entry("toy", ["python none.py {script}"], "0", needs="a script")
     monkeypatch.setattr(evidence, "entries", lambda: {"toy": toy})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.reproduce import ada_sam_speedup, alpha_adam_steps, scaled_text
+from equipoise.pipelines.reproduce import ada_sam_speedup, alpha_adam_steps, scaled_gd, scaled_text
 from equipoise.pipelines.reproduce.alpha_adam import GPT, make_optimizer, texts
 
 
@@ -39,6 +39,22 @@ def test_a_step_that_is_tried_leaves_net_and_moments_and_masks_shorten_it():
     assert found["AdamW"][2] == pytest.approx(found["AdamW"][0] - found["AdamW"][1] / 2)
     assert found["AdamW"][0] < found["+SM"][0] != found["+AM"][0], "what is left out went up by its own batch"
     assert len(found["AdamW"]) == len(alpha_adam_steps.COLUMNS)
+
+
+def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
+    monkeypatch.setattr(scaled_gd, "ROWS", 400)
+    constant = scaled_gd.isometry(0)
+    inputs = scaled_gd._inputs(torch.Generator().manual_seed(0))
+    stretched = []
+    for x in inputs:
+        _, vectors = torch.linalg.eigh(x.T @ x)
+        for vector in vectors.T:
+            product = vector[:, None] @ torch.ones(1, 3, dtype=x.dtype)
+            stretched.append(abs(((x @ product).norm() / product.norm()).item() ** 2 - 1))
+    assert max(stretched) == pytest.approx(constant, rel=1e-9) and constant > 0.1
+    for _ in range(20):
+        product = torch.randn(scaled_gd.WIDTH, 3, dtype=torch.float64)
+        assert all(abs((x @ product).norm() ** 2 / product.norm() ** 2 - 1) <= constant for x in inputs)
 
 
 def test_the_norm_that_is_averaged_is_that_of_the_whole_loss():
