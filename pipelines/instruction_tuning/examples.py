@@ -1,13 +1,22 @@
 """The conversations of a configuration, the drawn ones too, as a model can take them."""
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import transformers
+
+from equipoise import __version__
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
+from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Turn, read_all
+from equipoise.pipelines.instruction_tuning.model import source
 from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
@@ -43,7 +52,7 @@ def load_examples(
         lenient = left_out if skip else None
         kept, held, problems = read_all(data, not drawn, talk.problems, lenient, unpacked(config.runs))
     if measured or (not problems and (talk.max_tokens or skip)):
-        bad = unusable([*kept, *held], talk, tell, limit)
+        bad = _known_or_measured(config, [*kept, *held], talk, tell, limit)
         wrong = list(dict.fromkeys(bad.values()))
         if skip:
             left_out += wrong
@@ -53,12 +62,47 @@ def load_examples(
     if left_out:
         tell("\n".join(["left out, for it cannot be used:", *summarized(left_out)]))
     files, there = [data.file, *data.more], {example.source for example in kept}
-    for source, file in enumerate(files if data.weights and not problems else []):
-        if source not in there:
+    for number, file in enumerate(files if data.weights and not problems else []):
+        if number not in there:
             problems.append(f"data.weights: {file} has no conversation to train on. Leave it out.")
     if skip and not problems and not (kept and held):
         problems.append(f"{data.file}: no conversation is left to {'train on' if not kept else 'judge by'}.")
     return kept, held, summarized(problems)
+
+
+def _known_or_measured(
+    config: InstructionTuningConfig,
+    examples: list[Conversation],
+    talk: Talk,
+    tell: Callable[[str], object],
+    limit: int | None,
+) -> dict[Conversation, str]:
+    """`unusable`; that all are good is kept beside the runs, so that the next run on the same need not look again."""
+    kept = Path(config.runs) / ".cache" / "measured" / _digest(config, examples, talk, limit)
+    told: list[str] = []
+    with suppress(OSError, ValueError):
+        told = json.loads(kept.read_text())
+        for text in told:
+            tell(text)
+        return {}
+    bad = unusable(examples, talk, lambda text: (told.append(text), tell(text)), limit)
+    if not bad and os.path.isdir(config.runs):  # a check makes no folder of runs
+        with suppress(InputError, OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, json.dumps(told))
+    return bad
+
+
+def _digest(config: InstructionTuningConfig, examples: list[Conversation], talk: Talk, limit: int | None) -> str:
+    """What tells these conversations, this processor and these lengths from others."""
+    media = {path for example in examples for path in example.media}
+    files = [*media, *(path for path in Path(source(config.model.path)).glob("*") if path.suffix != ".safetensors")]
+    found = {str(path): path.stat() for path in files if path.is_file()}
+    stats = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items())
+    words = [(e.kind, [str(path) for path in e.media], e.turns, e.system, e.where) for e in examples]
+    model = config.model.model_dump(), repr(talk.processor), talk.frames, talk.max_tokens, config.data.prompt, limit
+    known = repr((__version__, transformers.__version__, model, stats, words))
+    return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
 
 def unpacked(runs: str) -> Path:

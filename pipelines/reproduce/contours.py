@@ -86,8 +86,9 @@ def report(cell: Trial) -> tuple[str, list[Panel], dict[str, Image.Image]]:
 
 def _picture(language: Sequence[float], encoder: Sequence[float]) -> Image.Image:
     """log10 κ in colours, with a line at each half power of ten, over the logarithms of both rates."""
-    grid = np.log10(np.array(language)[None, :] / np.array(encoder)[::-1, None]).astype(np.float32)
-    fine = np.array(Image.fromarray(grid).resize((WIDE, WIDE), Image.Resampling.BICUBIC))
+    at = np.linspace(0, len(RATES) - 1, WIDE)
+    across, up = (np.interp(at, range(len(RATES)), np.log10(moved)) for moved in (language, encoder))
+    fine = across[None, :] - up[::-1, None]
     stops = [stop for stop, _ in _STOPS]
     colours = [np.interp(fine, stops, [colour[i] for _, colour in _STOPS]) for i in range(3)]
     square = np.stack(colours, axis=2).astype(np.uint8)

@@ -1,6 +1,8 @@
 """What is found before a run: positions, tied heads, conversations that are left out, and what a dry run shows."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
-from equipoise.pipelines import demo
+from equipoise.pipelines import config, demo
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.instruction_tuning import InstructionTuning, examples
 from equipoise.pipelines.instruction_tuning.model import old_names
 
 NAME = "instruction_tuning/demo"
@@ -112,3 +115,30 @@ def test_a_tied_head_is_said_and_merges_once_it_is_untied(written, tmp_path, cap
         assert merged(untied=True) < 1e-4 < 1e-2 < merged(untied=False)
     assert main(["train", NAME, *words[:2], "lora.targets=[q_proj]", "--dry-run", f"runs={tmp_path / 'runs'}"]) == 0
     assert "tied" not in capfd.readouterr().err
+
+
+def test_that_all_conversations_are_good_is_kept_until_something_changes(short, pictures, tmp_path, monkeypatch):
+    measured = []
+    unusable = examples.unusable
+    monkeypatch.setattr(
+        examples, "unusable", lambda some, *rest: (measured.append(len(some)), unusable(some, *rest))[1]
+    )
+
+    def check(*words: str) -> list[str]:
+        measured.clear()
+        return InstructionTuning.check(config.load(NAME, [*short(), *words]))
+
+    assert check() == [] and check() == [] and measured == [12], "a check makes no folder of runs"
+    (tmp_path / "runs").mkdir()
+    assert check() == [] and measured == [12]
+    assert check() == [] and measured == []
+    for words in (["model.path=" + str(tmp_path / "other")], ["data.max_tokens=100"]):
+        if "path" in words[0]:
+            shutil.copytree(config.load(NAME, short()).model.path, tmp_path / "other")
+        assert check(*words) == [] and measured == [12]
+        assert check(*words) == [] and measured == []
+    os.utime(pictures.parent / "3.png", (1, 1))
+    assert check() == [] and measured == [12]
+    lines = pictures.read_text().splitlines()
+    pictures.write_text("\n".join([*lines[:-1], lines[-1].replace("What colour?", "What colour? " * 200)]))
+    assert check("data.max_tokens=100") != [] and check("data.max_tokens=100") != [] and measured == [12]
