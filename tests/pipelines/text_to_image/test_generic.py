@@ -184,6 +184,25 @@ def some_latents(base, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
 
 
+def test_cogview4_is_trained_at_the_noise_by_which_its_pipeline_draws(base):
+    """Times are even before their shift, which depends on the size; noise.shift takes the place of that."""
+    made = base("CogView4Pipeline")
+    noise, shape = made.set_scheduler(NoiseSection()), torch.Size((6, 4, 8, 16))
+    even = noise.times(6, torch.Generator().manual_seed(1))
+    scheduler = copy.deepcopy(made.pipeline.scheduler)
+    mu = (8 * 16 / 4 / 256) ** 0.5 * 0.75 + 0.25
+    scheduler.set_timesteps(timesteps=even.numpy(), sigmas=(even / 1000).numpy(), mu=mu)
+    found = noise.scheduled(even, shape)
+    assert torch.allclose(found / 1000, scheduler.sigmas[:-1], atol=1e-6) and not torch.allclose(found, even, atol=10)
+    generator = torch.Generator().manual_seed(1)
+    _, drawn = noise.draw(shape, generator)
+    generator.manual_seed(1)
+    torch.randn(shape, generator=generator)
+    assert torch.equal(drawn, noise.scheduled(noise.times(6, generator), shape))
+    still = made.set_scheduler(NoiseSection(shift=2.0))
+    assert torch.equal(still.scheduled(even, shape), even)
+
+
 @pytest.mark.parametrize("name", [*NAMES, *OWN])
 @torch.no_grad()
 def test_one_step_of_the_familys_own_sampling_with_the_exact_answer_lands_on_the_picture(name, base, monkeypatch):
