@@ -48,11 +48,13 @@ from equipoise.pipelines.text_to_image.formats.lora_files import read_lora, writ
 from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.generate import generate
 from equipoise.pipelines.text_to_image.overview import unread_words
+from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAMES = list(FLOWS)
 OWN = [name for name in known() if family(name).noise == "flow"]
 PROMPT = "a sks object"
+CLASS = ("prior.prompt=a vase", "prior.count=1", "samples.steps=1")
 OPTIMIZERS = ("scaled_adamw", "bounded_adamw", "alpha_adam")
 DRAW = """
 import json, runpy, sys
@@ -184,6 +186,21 @@ def some_latents(base, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
 
 
+def test_class_pictures_of_a_distilled_base_are_not_those_of_the_other_one(built, base, tmp_path):
+    made = base("Krea2Pipeline")
+    name, *more = words(built("Krea2Pipeline"), tmp_path, *CLASS)
+    settings = config.load(name, more)
+    before, folders = made.pipeline.config.get("is_distilled"), []
+    try:
+        for distilled in (False, True, False):
+            made.pipeline.register_to_config(is_distilled=distilled)
+            folders += [example.path.parent for example in class_examples(made, settings, tmp_path)]
+    finally:
+        made.pipeline.register_to_config(is_distilled=before)
+    assert folders[0] == folders[2] != folders[1]
+
+
+@torch.no_grad()
 def test_cogview4_is_trained_at_the_noise_by_which_its_pipeline_draws(base):
     """Times are even before their shift, which depends on the size; noise.shift takes the place of that."""
     made = base("CogView4Pipeline")
