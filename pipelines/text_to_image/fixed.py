@@ -116,7 +116,8 @@ class FixedLosses:
             clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
             read = partial(embed, [self.captions[index] for index in chosen])
             source = self.sources.take(chosen, [0] * len(chosen))[0] if self.sources else None
-            found = self.measure.losses(clean, noise, times[some], crops, read, source=source)
+            own = self.measure.noise.scheduled(times[some], noise.shape)
+            found = self.measure.losses(clean, noise, own, crops, read, source=source)
             made[some] = found.double().cpu()
             drawn(len(some))
         return made

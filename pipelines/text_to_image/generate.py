@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, PngImagePlugin
 
+from equipoise.errors import InputError
 from equipoise.pipelines.media.pictures import open_picture
 from equipoise.pipelines.text_to_image.config import TextToImageSamples
 from equipoise.pipelines.text_to_image.cuts import cut, to_tensor
@@ -85,6 +86,9 @@ def _sources(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
     for source in samples.sources:
         picture = to_tensor(cut(open_picture(Path(source)), (size, size), (0.5, 0.5)))
         made.append(autoencoders.encode(vae, picture[None].to(vae.device))[0][0])
+    if made and len(made) not in (1, len(samples.prompts)):
+        counts = f"{len(made)} pictures for {len(samples.prompts)} prompts"
+        raise InputError(f"samples.sources: {counts}. Give one for each, or one for all.")
     each = made * len(samples.prompts) if len(made) == 1 else made
     return [latents for latents in each for _ in range(samples.count)]
 

@@ -70,7 +70,10 @@ def _drawn(
 ) -> list[Path]:
     """Pictures of a prompt by the untouched base, those that are not there yet drawn now."""
     samples = config.samples
-    facts = [_fingerprint(base), prompt, config.data.resolution, samples.steps, samples.guidance]
+    guidance, usual = samples.guidance, base.family.usual_guidance(base.pipeline)
+    if guidance is None and usual != base.family.guidance:  # a distilled checkpoint's, which weights may not show
+        guidance = usual
+    facts = [_fingerprint(base), prompt, config.data.resolution, samples.steps, guidance]
     folder = cache / f"prior-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)

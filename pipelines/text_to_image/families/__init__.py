@@ -148,6 +148,10 @@ class Family(ABC):
             output_type="latent",
         ).images
 
+    def drawn(self, times: "Tensor", size: Sequence[int]) -> "Tensor":
+        """Times as the pipeline's own schedule has them for latents of that height and width, of times drawn evenly."""
+        return times
+
     @abstractmethod
     def kohya(self, part: str, module: str, shape: Mapping[str, Any]) -> str:
         """kohya's name for a layer, given its part and its name there, and the base's `shape`."""

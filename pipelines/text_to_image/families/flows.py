@@ -190,21 +190,26 @@ class CogView4(GenericFlow):
         guidance: float = 0,
     ) -> "Tensor":
         """Its pipeline gives the denoiser times that are not shifted, at noise that is: those are found here again."""
-        factor = self._shift(noisy)
+        factor = self._shift(noisy.shape[-2:])
         read = 1000 * times / (times + factor * (1000 - times))
         return super().predict(denoiser, noisy, read, embedded, crops, guidance)
 
-    def _shift(self, latents: "Tensor") -> float:
+    def drawn(self, times: "Tensor", size: Sequence[int]) -> "Tensor":
+        """So that training, as sampling, has times evenly before their shift, and noise as these make it."""
+        factor = self._shift(size)
+        return 1000 * factor * times / (factor * times + 1000 - times)
+
+    def _shift(self, size: Sequence[int]) -> float:
         """How its scheduler makes noise σ of times t in 0 … 1: 1 / σ − 1 = (1 / t − 1) / shift."""
         from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
-        scheduler = self._pipeline.scheduler
+        scheduler = self._pipeline and self._pipeline.scheduler
         if scheduler is None:  # of an estimate
             return 1.0
         config = scheduler.config
         if not config.get("use_dynamic_shifting"):
             return config.get("shift", 1.0)
-        tokens = latents.shape[-2] * latents.shape[-1] // self.patch**2
+        tokens = size[0] * size[1] // self.patch**2
         shift = calculate_shift(tokens, *(config[key] for key in ("base_image_seq_len", "base_shift", "max_shift")))
         return shift if config.time_shift_type == "linear" else math.exp(shift)
 

@@ -10,7 +10,7 @@ times of Esser et al., Scaling Rectified Flow Transformers, arXiv:2403.03206, 20
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Noise(ABC):
     def draw(self, shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Noise (batch, channels, height, width) and times (batch,)."""
         noise = torch.randn(shape, generator=generator)
-        times = self.times(shape[0], generator)
+        times = self.scheduled(self.times(shape[0], generator), shape)
         if self.section.offset:  # a little more or less of a whole channel: pictures darker or brighter than the mean
             noise += self.section.offset * torch.randn((*shape[:2], 1, 1), generator=generator)
         return noise, times
@@ -51,6 +51,10 @@ class Noise(ABC):
     @abstractmethod
     def at(self, fractions: Tensor) -> Tensor:
         """The times at fractions 0 … 1 of all there are."""
+
+    def scheduled(self, times: Tensor, shape: Sequence[int]) -> Tensor:
+        """Times for latents of that shape, where the schedule depends on it."""
+        return times
 
     @abstractmethod
     def add(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor: ...
@@ -124,6 +128,9 @@ class Flow(Noise):
 
     def at(self, fractions: Tensor) -> Tensor:
         return self.table[(fractions * self.steps).long().clamp(0, self.steps - 1)]
+
+    def scheduled(self, times: Tensor, shape: Sequence[int]) -> Tensor:
+        return times if self.section.shift is not None else self.kind.drawn(times, shape[-2:])
 
     def add(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         sigma = (times / self.steps)[:, None, None, None]

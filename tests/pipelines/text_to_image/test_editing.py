@@ -162,8 +162,8 @@ def test_what_is_wrong_with_pairs_is_found_before_anything_is_written(words, sho
     assert said(wrong, "samples.prompts=[a, b, c]") == [
         "samples.sources: 2 pictures for 3 prompts. Give one for each, or one for all."
     ]
-    wide = Image.new("RGB", (80, 40))
-    wide.save(sources / "3.webp")
+    tall = Image.new("RGB", (40, 80))
+    tall.save(sources / "3.webp")
     settings = config.load(NAME, [*words, "data.buckets=true", "data.resolution=64"])
     with pytest.raises(InputError, match=r"3.webp is of another shape than .*3.png. Cut it to that."):
         execute(TextToImage, settings, Store(settings.runs).create(settings))

@@ -48,11 +48,13 @@ from equipoise.pipelines.text_to_image.formats.lora_files import read_lora, writ
 from equipoise.pipelines.text_to_image.formats.names import FORMATS
 from equipoise.pipelines.text_to_image.generate import generate
 from equipoise.pipelines.text_to_image.overview import unread_words
+from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAMES = list(FLOWS)
 OWN = [name for name in known() if family(name).noise == "flow"]
 PROMPT = "a sks object"
+CLASS = ("prior.prompt=a vase", "prior.count=1", "samples.steps=1")
 OPTIMIZERS = ("scaled_adamw", "bounded_adamw", "alpha_adam")
 DRAW = """
 import json, runpy, sys
@@ -182,6 +184,40 @@ def test_a_card_says_how_a_modular_pipeline_is_called(tuned):
 def some_latents(base, count: int, seed: int = 0) -> torch.Tensor:
     shape = autoencoders.shape(base.vae, 32, 32)
     return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def test_class_pictures_of_a_distilled_base_are_not_those_of_the_other_one(built, base, tmp_path):
+    made = base("Krea2Pipeline")
+    name, *more = words(built("Krea2Pipeline"), tmp_path, *CLASS)
+    settings = config.load(name, more)
+    before, folders = made.pipeline.config.get("is_distilled"), []
+    try:
+        for distilled in (False, True, False):
+            made.pipeline.register_to_config(is_distilled=distilled)
+            folders += [example.path.parent for example in class_examples(made, settings, tmp_path)]
+    finally:
+        made.pipeline.register_to_config(is_distilled=before)
+    assert folders[0] == folders[2] != folders[1]
+
+
+@torch.no_grad()
+def test_cogview4_is_trained_at_the_noise_by_which_its_pipeline_draws(base):
+    """Times are even before their shift, which depends on the size; noise.shift takes the place of that."""
+    made = base("CogView4Pipeline")
+    noise, shape = made.set_scheduler(NoiseSection()), torch.Size((6, 4, 8, 16))
+    even = noise.times(6, torch.Generator().manual_seed(1))
+    scheduler = copy.deepcopy(made.pipeline.scheduler)
+    mu = (8 * 16 / 4 / 256) ** 0.5 * 0.75 + 0.25
+    scheduler.set_timesteps(timesteps=even.numpy(), sigmas=(even / 1000).numpy(), mu=mu)
+    found = noise.scheduled(even, shape)
+    assert torch.allclose(found / 1000, scheduler.sigmas[:-1], atol=1e-6) and not torch.allclose(found, even, atol=10)
+    generator = torch.Generator().manual_seed(1)
+    _, drawn = noise.draw(shape, generator)
+    generator.manual_seed(1)
+    torch.randn(shape, generator=generator)
+    assert torch.equal(drawn, noise.scheduled(noise.times(6, generator), shape))
+    still = made.set_scheduler(NoiseSection(shift=2.0))
+    assert torch.equal(still.scheduled(even, shape), even)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OWN])
