@@ -13,7 +13,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.config import flat
 from equipoise.pipelines.config.keys import section_at
-from equipoise.pipelines.jobs import background
+from equipoise.pipelines.jobs import background, hub_files
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.jobs.making import being_made
 from equipoise.pipelines.pipeline import Pipeline
@@ -26,7 +26,7 @@ OWN = "as the runs are set"  # what the comparison of a run's or sweep's own set
 STRENGTH = "strength"  # what files and checkpoints are laid out by
 CLOSE = 1e-6  # two scales that mean the same
 MOST_PROMPT, MOST_COUNT = 1000, 1000  # characters of a prompt, pictures of each or questions
-MOST_PROMPTS, MOST_FILES = 20, 500
+MOST_PROMPTS, MOST_FILES, MOST_AT_HUB = 20, 500, 8
 MOST_SCALE = 10  # of a LoRA: far beyond what still draws anything
 _BAR = re.compile(r"(\S[^|%]*?):? +\d+%\|[^|]*\| *(\d+)/(\d+) \[[^<]*<([^,\]]+)")  # as tqdm draws it
 
@@ -164,6 +164,7 @@ def generate_from_files(
     strengths: str,
     checkpoints: bool,
     files: Sequence[str],
+    at_hub: str = "",
 ) -> str:
     """Starts one job that draws from LoRA files, the runs' own among them, at each strength; returns its name.
 
@@ -171,6 +172,7 @@ def generate_from_files(
         strengths: numbers with commas between; "" is 1.
         checkpoints: whether the runs' checkpoints are drawn from, too.
         files: as `lora_files` offers them.
+        at_hub: others, at the Hugging Face hub, a line each, which the job downloads.
 
     Raises:
         InputError: as `generate`; a strength that is none, or a file that this page may not read.
@@ -187,7 +189,14 @@ def generate_from_files(
     offered = dict(lora_files(site))
     if unknown := [name for name in files if name not in offered.values()]:
         raise InputError(f"{unknown[0][:200]!r}: is no LoRA file that this page may read.")
-    more = {"files": [_file(site, name) for name in files]} if files else {}
+    references = [line.strip() for line in at_hub.splitlines() if line.strip()]
+    for reference in references:
+        hub_files.parse(reference)
+    if len(references) > MOST_AT_HUB:
+        raise InputError(f"There are {len(references)} files of the hub; {MOST_AT_HUB} are the most.")
+    chosen = [_file(site, name) for name in files]
+    chosen += [hub_files.SIGN + reference.removeprefix(hub_files.SIGN) for reference in references]
+    more = {"files": chosen} if chosen else {}
     return _start(site, refs, {**given, "scales": scales, "checkpoints": bool(checkpoints), **more})
 
 

@@ -77,6 +77,7 @@ class Asks:
     strengths: gr.Textbox
     checkpoints: gr.Checkbox
     files: gr.Dropdown
+    at_hub: gr.Textbox
     from_files: gr.Button
 
 
@@ -207,8 +208,10 @@ def _asks(site: Site) -> Asks:
                     elem_id="new-files",
                     scale=2,
                 )
+            info = "OWNER/NAME or OWNER/NAME/FILE.safetensors, a line each; downloaded when the button is pressed."
+            at_hub = gr.Textbox(label="LoRA files of the hub", info=info, max_lines=6, elem_id="new-at-hub")
             from_files = gr.Button("Generate from files", size="md", elem_id="generate-files")
-    return Asks(prompt, count, generate, around, strengths, checkpoints, files, from_files)
+    return Asks(prompt, count, generate, around, strengths, checkpoints, files, at_hub, from_files)
 
 
 def _connect_choice(tab: CompareTab, page_tab: gr.Tab) -> None:
@@ -269,7 +272,7 @@ def _connect_job(tab: CompareTab) -> None:
     view, asks = tab.view, tab.asks
     said = [tab.message, tab.end]
     asks.generate.click(bound(start, tab), [view.refs, asks.prompt, asks.count, view.scale], said, **HIDDEN)
-    given = [view.refs, asks.prompt, asks.count, asks.strengths, asks.checkpoints, asks.files]
+    given = [view.refs, asks.prompt, asks.count, asks.strengths, asks.checkpoints, asks.files, asks.at_hub]
     asks.from_files.click(bound(start_from_files, tab), given, said, **HIDDEN)
     tab.end.click(bound(end_job, tab), view.refs, said, **HIDDEN)
     timer = gr.Timer(POLL)
@@ -510,9 +513,10 @@ def start_from_files(
     strengths: str,
     checkpoints: bool,
     files: list[str],
+    at_hub: str | None,
 ) -> Updates:
     """Starts a job that lays LoRA files out by strength."""
-    given = (prompt or "", count, strengths or "", checkpoints, files or [])
+    given = (prompt or "", count, strengths or "", checkpoints, files or [], at_hub or "")
     return _started(tab, refs, lambda: compare.generate_from_files(tab.site, refs or [], *given))
 
 

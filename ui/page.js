@@ -90,17 +90,22 @@ class Chart {
     this.figure = figure;
     this.svg = figure.querySelector('svg');
     this.plot = JSON.parse(this.svg.dataset.plot);
-    const run = document.querySelector('#run-head [data-shown]')?.dataset.shown ?? '', name = `${run}|${figure.dataset.chart}`;
+  }
+  get state() {
+    const run = document.querySelector('#run-head [data-shown]')?.dataset.shown ?? '';
+    const name = `${run}|${this.figure.dataset.chart}`;
     if (!Chart.kept.has(name)) Chart.kept.set(name, {hidden: new Set(), range: null});
-    this.state = Chart.kept.get(name);
+    return Chart.kept.get(name);
   }
   get range() { return this.state.range ?? [this.plot.first, this.plot.last] }
   lines(all = false) {  // with their points; `all`: those as they were measured, behind the smoothed ones, too
     return [...this.svg.querySelectorAll(all ? 'polyline' : 'polyline:not(.raw)')]
       .filter(line => !this.state.hidden.has(line.dataset.line))
       .map(line => {
-        line.points_ ??= line.dataset.values.split(' ').filter(Boolean).map(pair => pair.split(':').map(Number));
-        return {line, points: line.points_.filter(([x]) => x >= this.range[0] && x <= this.range[1])};
+        const text = line.dataset.values;
+        if (line.read_?.text !== text)
+          line.read_ = {text, points: text.split(' ').filter(Boolean).map(pair => pair.split(':').map(Number))};
+        return {line, points: line.read_.points.filter(([x]) => x >= this.range[0] && x <= this.range[1])};
       });
   }
   across(x) {
@@ -130,6 +135,7 @@ class Chart {
   }
   apply(changed) {  // lays out anew what is not as the server drew it
     const {hidden, range} = this.state;
+    this.plot = JSON.parse(this.svg.dataset.plot);
     for (const button of this.figure.querySelectorAll('button[data-line]'))
       button.setAttribute('aria-pressed', String(!hidden.has(button.dataset.line)));
     for (const part of this.svg.querySelectorAll('[data-line]'))
@@ -215,11 +221,14 @@ class Chart {
     return figure.chart_ = new Chart(figure);
   }
 }
-equipoise.charts = element => {  // what holds charts, whenever the server has drawn them anew
-  const apply = () => element.querySelectorAll('figure.chart[data-chart]').forEach(one => Chart.of(one).apply(false));
-  new MutationObserver(changes => {
-    if (changes.some(one => [...one.addedNodes].some(node => node.querySelector?.('figure.chart')))) apply();
-  }).observe(element, {childList: true, subtree: true});
+equipoise.charts = element => {  // what holds charts: gradio changes its parts in place, and so what was done to them
+  const watched = {childList: true, subtree: true, attributes: true, attributeFilter: ['data-values', 'points', 'aria-pressed']};
+  const watcher = new MutationObserver(() => {
+    watcher.disconnect();  // what is done here is no news
+    element.querySelectorAll('figure.chart[data-chart]').forEach(one => Chart.of(one).apply(false));
+    watcher.observe(element, watched);
+  });
+  watcher.observe(element, watched);
 };
 {
   let drawn = null;  // the range that is being drawn over a chart
@@ -290,7 +299,7 @@ equipoise.faults = element => {
       .find(one => one.offsetParent && one.textContent.includes('Everything else'));
     if (fold && !fold.classList.contains('open')) fold.click();
     for (let wait = 100; wait < 2000; wait *= 2) setTimeout(place, wait);
-  }).observe(element, {childList: true, subtree: true});
+  }).observe(element, {childList: true, subtree: true, attributes: true, characterData: true});
   element.addEventListener('click', event => {
     const id = event.target.closest('li[data-field]')?.dataset.field, field = id && document.getElementById(id);
     field?.scrollIntoView({block: 'center'});

@@ -1,15 +1,12 @@
 """Runs side by side: joint and per-modality test accuracy, and confusion matrices as pictures."""
 
-import csv
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from equipoise.errors import InputError
+from equipoise.pipelines.audio_visual import confusion
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
 from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out
 from equipoise.pipelines.runs.run import Run
@@ -17,7 +14,6 @@ from equipoise.pipelines.runs.run import Run
 SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
 ALIKE = "Every cell is judged by the same test clips; chance is what guessing gets right."
 _SHOWN = ("accuracy", "probe", "contribution", "f1", "loss", "seconds", "step")  # metrics of a cell, by first word
-_SIDE, _DARK = 320, (9, 60, 120)  # pixels; the colour of a full cell
 
 
 def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[AudioVisualConfig]) -> Comparison:
@@ -75,13 +71,10 @@ def _fill(cell: Cell, figures: dict, results: Path, folder: Path, kinds: Sequenc
 
 
 def _draw(table: Path, folder: Path, cell: str, index: int, kind: str, note: str) -> Picture:
-    """A confusion matrix, each row in shares of its class: the darker the diagonal, the better."""
-    with table.open(newline="") as file:
-        counts = np.array([[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]], float)
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    pixels = 255 - shares[..., None] * (255 - np.array(_DARK))
-    image = Image.fromarray(pixels.astype(np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
-    file = f"cells/{cell}/{kind}.png"
-    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    image.save(folder / file)
-    return Picture(index, None, file, file, note=note)
+    """A confusion matrix, small for the grid, and large with its classes' names and numbers."""
+    classes, counts = confusion.read(table)
+    files = f"cells/{cell}/{kind}.png", f"cells/{cell}/small-{kind}.png"
+    (folder / files[0]).parent.mkdir(parents=True, exist_ok=True)
+    confusion.large(classes, counts).save(folder / files[0])
+    confusion.small(counts).save(folder / files[1])
+    return Picture(index, None, *files, note=note)

@@ -14,6 +14,7 @@ from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import not_judged, usable_words
 from equipoise.pipelines.files import user_path
+from equipoise.pipelines.jobs import hub_files
 from equipoise.pipelines.jobs.making import make, make_of_files
 from equipoise.pipelines.runs.store import Run, find
 from equipoise.pipelines.tables import table
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "refs",
         nargs="+",
         metavar="SWEEP|RUN|FILE",
-        help="Ids, folders, or latest; or LoRA files (.safetensors) of any program, which are compared by strength.",
+        help="Ids, folders, or latest; or LoRA files (.safetensors) of any program, also as hub:OWNER/NAME or "
+        "hub:OWNER/NAME/FILE.safetensors, which are compared by strength.",
     )
     parser.add_argument(
         "--prompt", action="append", help="A prompt in place of the configured ones; may be given several times."
@@ -56,8 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    files = [path for ref in args.refs if (path := user_path(ref)).suffix == ".safetensors"]
-    found = [find(ref, args.runs) for ref in args.refs if user_path(ref) not in files]
+    at_hub = [ref for ref in args.refs if ref.startswith(hub_files.SIGN)]
+    refs = [ref for ref in args.refs if ref not in at_hub]
+    files = [path for ref in refs if (path := user_path(ref)).suffix == ".safetensors"]
+    found = [find(ref, args.runs) for ref in refs if user_path(ref) not in files]
+    files += map(hub_files.fetch, at_hub)
     keys = {"prompts": args.prompt, "count": args.count, "steps": args.sample_steps}
     changes: dict[str, Any] = {f"samples.{key}": value for key, value in keys.items() if value is not None}
     for name in ("clip", "dino"):

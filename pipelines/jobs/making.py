@@ -23,6 +23,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.comparing.report import write_report
 from equipoise.pipelines.files import explained, version
+from equipoise.pipelines.jobs import hub_files
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.pipeline import Pipeline
 from equipoise.pipelines.runs import environment
@@ -163,12 +164,15 @@ def _labelled(
             print(f"{run.id}: has nothing to draw with yet, and is left out.", file=sys.stderr)
         given |= own
     for file in dict.fromkeys(files):
-        given[next(name for name in _names(file) if _is_free(name, file, files, given))] = file.resolve()
+        label = next(name for name in _names(file) if _is_free(name, file, files, given))
+        given[label] = file if hub_files.repository_of(file) else file.resolve()  # which there has no name
     return given
 
 
 def _names(file: Path) -> Iterator[str]:
     """What a file may be called, the shortest first; where on this machine it lies is said last."""
+    if repository := hub_files.repository_of(file):
+        yield repository
     yield file.stem
     yield from ("/".join(file.parts[-count:]) for count in range(1, len(file.parts)))
     yield str(file)

@@ -130,7 +130,13 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     cell = page.locator("#run-head table button").first
     cell.click()
     expect(page.locator(".charts figcaption").first).to_have_text("loss", timeout=PATIENCE)
+    read_a_chart(page)
     shoot(page, "runs", full=True)
+    page.locator("#run-head button.link", has_text=sweep).click()
+    page.get_by_role("tab", name="Scatter").click()
+    expect(page.locator("#scatter .point")).to_have_count(2, timeout=PATIENCE)  # plotly, from gradio's own files
+    page.get_by_role("tab", name="Samples").click()
+    expect(page.locator("#samples")).to_contain_text("one of its cells")
 
     made = Store(tmp_path).get(sweep)
     assert [one.status().state for one in sweeps.cells(made)] == ["done", "done"]
@@ -156,6 +162,8 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     assert page.locator(".before-after").evaluate("it => it.style.getPropertyValue('--at')") == "25%"
     expect(page.locator("#cell-detail")).to_contain_text("optimizer.learning_rate")
     shoot(page, "compare", full=True)
+    zoom_together(page)
+    vote(page)
     thumbnails = cells.nth(1).locator("img")
     key = thumbnails.last.get_attribute("data-picture")
     thumbnails.last.click()
@@ -175,6 +183,99 @@ def test_from_the_form_to_a_new_prompt(tmp_path, serve, look):
     with page.expect_download() as download:
         page.get_by_role("link", name="Table (CSV)").click()
     assert "adamw" in Path(download.value.path()).read_text()
+    if SHOTS:
+        shoot_looks(look, server.url, sweep)
+
+
+def read_a_chart(page) -> None:
+    """Values under the pointer, a range of steps, a line hidden by its name: all of it outlives the chart's growth."""
+    chart = page.locator("#curves figure.chart").first
+    chart.locator("svg").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(chart.locator(".tip")).to_contain_text(re.compile(r"step 2\s*loss \d"))
+    chart.locator("svg").scroll_into_view_if_needed()
+    box = chart.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + 60)
+    step = re.match(r"step (\d+)", chart.locator(".tip").inner_text())[1]
+    assert int(step) > 2
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 60, steps=3)
+    page.mouse.up()
+    expect(chart.locator("text.below").first).to_have_text(step)
+    name = chart.locator("button[data-line]").first
+    name.click()
+    expect(name).to_have_attribute("aria-pressed", "false")
+    expect(chart.locator("polyline").first).to_be_hidden()
+    page.locator("#smooth input[type=range]").fill("0.5")  # drawn anew by the server
+    expect(page.locator("#curves polyline.raw").first).to_be_attached()
+    expect(name).to_have_attribute("aria-pressed", "false")
+    expect(chart.locator("text.below").first).to_have_text(step)
+    name.click()
+    chart.locator("svg").dblclick(position={"x": 100, "y": 60})
+    expect(chart.locator("text.below").first).to_have_text("1")
+    page.locator("#smooth input[type=range]").fill("0")
+    expect(page.locator("#curves polyline.raw")).to_have_count(0)
+
+
+def zoom_together(page) -> None:
+    """Both pictures under the slider; the next one is seen at the same spot."""
+    zooms = page.locator("#cell-detail .zooms")
+    zooms.scroll_into_view_if_needed()
+    wide = zooms.bounding_box()["width"]
+
+    def widths() -> list[int]:
+        return [round(image.bounding_box()["width"] / wide) for image in zooms.locator("img").all()]
+
+    assert widths() == [1, 1]
+    zooms.dblclick(position={"x": wide / 4, "y": wide / 4})
+    assert widths() == [3, 3]
+    first = zooms.locator("img").first.bounding_box()
+    page.mouse.down()
+    page.mouse.move(first["x"] + wide, first["y"] + wide, steps=3)
+    page.mouse.up()
+    moved = [image.bounding_box() for image in zooms.locator("img").all()]
+    assert moved[0] == moved[1] != first
+    page.keyboard.press("-")
+    assert 2 <= zooms.locator("img").first.bounding_box()["width"] / wide < 3
+    page.locator("#cell-detail .strip button").last.click()
+    expect(page.locator("#cell-detail .strip button").last).to_have_attribute("aria-pressed", "true")
+    assert zooms.locator("img").first.bounding_box()["width"] / wide >= 2
+    page.locator("#cell-detail").get_by_role("button", name="the whole picture").click()
+    assert widths() == [1, 1]
+
+
+def vote(page) -> None:
+    """Whose the pictures are is not said before."""
+    page.get_by_role("button", name="Blind vote").click()
+    page.locator("#vote-begin").click()
+    pair = page.locator("#vote-pair")
+    expect(pair.locator("img")).to_have_count(2)
+    assert "adamw" not in re.sub("base64,[^']*", "", pair.inner_html())
+    page.locator("#vote-a").click()
+    expect(page.locator("#vote-said")).to_contain_text("A was better: A was")
+    expect(page.locator("#grid small", has_text="preferred").first).to_be_visible()
+
+
+def shoot_looks(look, url: str, sweep: str) -> None:
+    """Launch, Runs and Compare in the dark, and on a phone."""
+    for name, width, height, dark in (("dark", 1280, 900, True), ("390", 390, 844, False)):
+        page = look(url, width, height, dark)
+        page.wait_for_timeout(3000)
+        shoot(page, f"launch-{name}")
+        for tab_name, address, part in (
+            ("runs", f"?tab=Runs&run={sweep}", "#curves figure"),
+            ("compare", f"?tab=Compare&compare={sweep}", "#grid button.cell"),
+        ):
+            before = len(look.said)
+            page.goto(f"{url}/{address}")
+            page.locator(part).first.wait_for()
+            page.wait_for_timeout(3000)
+            del look.said[before:]  # what a page says of the requests that it leaves behind is no fault
+            page.locator(part).first.scroll_into_view_if_needed()
+            page.evaluate("scrollTo(0, 0)")
+            page.wait_for_timeout(500)
+            shoot(page, f"{tab_name}-{name}", full=True)
 
 
 def test_stop_resume_delete_on_a_phone_in_the_dark(tmp_path, serve, look):
@@ -259,7 +360,24 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
     page.get_by_role("button", name="Options of what is chosen").click()
     expect(page.locator(".accordion, .block").get_by_text("term added to the denominator").first).to_be_visible()
 
+    rate.fill("-1")
+    page.locator("#check-text_to_image").click()
+    fault = page.locator("#field-text_to_image-optimizer-learning_rate .fault")
+    expect(fault).to_have_text("optimizer.learning_rate: must be > 0, got -1.")
+    expect(rate).to_have_attribute("aria-invalid", "true")
+    rate.fill("0.007")
+    expect(fault).to_have_count(0)
+    page.locator("#presets-text_to_image button").first.click()
+    page.locator("#preset-name-text_to_image").locator("input, textarea").first.fill("mine")
+    page.locator("#save-preset-text_to_image").click()
+    expect(page.locator("#preset-message-text_to_image")).to_have_text("Saved.")
+    rate.fill("0.5")
+    page.locator("#own-text_to_image input").click()
+    page.get_by_role("option", name="mine", exact=True).click()
+    expect(rate).to_have_value("0.007")
+
     page.get_by_role("button", name="Pictures of your own").click()
+    drop_a_folder(page, tmp_path / "dropped")
     for name, ink in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (64, 64), ink).save(tmp_path / f"{name}.png")
     (tmp_path / "no.png").write_text("words")
@@ -312,6 +430,26 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
 def _file(folder: Path, text: str) -> Path:
     (folder / "mine.yaml").write_text(text)
     return folder / "mine.yaml"
+
+
+def drop_a_folder(page, folder: Path) -> None:
+    """As a hand does it; its captions come with it."""
+    (folder / "more").mkdir(parents=True)
+    for place, words in (("a", "a square"), ("more/b", "another")):
+        Image.new("RGB", (64, 64), "green").save(folder / f"{place}.png")
+        (folder / f"{place}.txt").write_text(words)
+    upload = page.locator("#pictures")
+    upload.scroll_into_view_if_needed()
+    expect(upload.locator("input[type=file]")).to_be_attached()
+    box, devtools = upload.bounding_box(), page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        devtools.send("Input.dispatchDragEvent", {"type": kind, **at, "data": data})
+    expect(page.locator("#captions")).to_contain_text("a square")
+    expect(page.locator("#captions")).to_contain_text("another")
+    upload.get_by_role("button", name="Clear").click()
+    expect(page.locator("#captions")).to_be_hidden()
 
 
 def only(page, words: str) -> None:

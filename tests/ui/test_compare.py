@@ -198,6 +198,17 @@ def test_files_are_offered_from_the_folders_that_may_be_read(site, swept, monkey
     assert len(begun) == 1
 
 
+def test_files_of_the_hub_are_left_to_the_job_and_named_by_reference_alone(site, swept, monkeypatch):
+    begun: list[dict] = []
+    monkeypatch.setattr(background, "compare", lambda root, refs, words: begun.append(words) or "name")
+    compare.generate_from_files(site, ["grid"], "", 0, "1", False, [], " a/b \n\nhub:a/b/c.safetensors")
+    assert begun[0]["files"] == ["hub:a/b", "hub:a/b/c.safetensors"]
+    for wrong in ("/etc/passwd", "a/b\n../x", "--out=/tmp/x", "http://a/b", "a/b\n" * 9):
+        with pytest.raises(InputError):
+            compare.generate_from_files(site, ["grid"], "", 0, "1", False, [], wrong)
+    assert len(begun) == 1
+
+
 def test_the_best_rate_fills_launch(site, swept, keeping, ask):
     ask("pick", ["grid"])
     updates = str(ask("use_rate", OWN))
