@@ -120,7 +120,7 @@ def _contours(steps: int) -> Trial:
 
 
 def _report_contours(cell: Trial) -> tuple[list[str], list[Panel], dict[str, Image.Image]]:
-    from equipoise.pipelines.reproduce.contours import report
+    from equipoise.pipelines.reproduce._contours import report
 
     text, panels, pictures = report(cell)
     return [text], panels, pictures
@@ -223,9 +223,9 @@ def train(cell: Trial) -> Trial:
 
     started = time.process_time()
     if cell["task"] == CONTOURS:
-        from equipoise.pipelines.reproduce import contours
+        from equipoise.pipelines.reproduce._contours import train as train_contours
 
-        return contours.train(cell) | {"processor_seconds": round(time.process_time() - started, 1)}
+        return train_contours(cell) | {"processor_seconds": round(time.process_time() - started, 1)}
     name, options = METHODS[cell["method"]]
     shared, task = Path(cell["folder"]), cell["task"]
     words = [f"learning_rate={RATES[task]}", f"steps={cell['steps']}", f"seed={cell['seed']}", f"coordinator={name}"]
