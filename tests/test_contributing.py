@@ -22,7 +22,16 @@ BESIDES = {
     "an objective": {"clusters", "min_norm", "objective"},
     "a coordinator": {"norms", "sides", "balance", "components", "coordinator"},
     "a family of text-to-image models": {"config", "noise", "transformer", "unet"}
-    | {"autoencoders", "generic", "one_step", "flows", "anima", "chroma", "hidream"},  # by the code of diffusers
+    | {
+        "autoencoders",
+        "generic",
+        "one_step",
+        "flows",
+        "edits",
+        "anima",
+        "chroma",
+        "hidream",
+    },  # by the code of diffusers
     "a command": {"conversations", "hub", "one_run", "pictures", "question_sets", "skip_bad"},
     "a pipeline": set(),
 }
