@@ -196,7 +196,9 @@ def _parts(site: Site) -> Parts:
 
 def _curving() -> Curving:
     with gr.Row(elem_classes=["filters"]):
-        smooth = Slider(0, 0.99, value=0, step=0.01, label="Smoothing", interactive=True, elem_id="smooth")
+        smooth = Slider(
+            0, 0.99, value=0, step=0.01, label="Smoothing", interactive=True, elem_id="smooth", min_width=220
+        )
         log = gr.Checkbox(label="Logarithmic", elem_id="log-scale", min_width=120)
         more: Any = {"interactive": True, "min_width": 160}
         metric = gr.Dropdown(
