@@ -434,7 +434,8 @@ def test_every_way_to_train_ends_with_finite_weights(words, tiny):
     assert outcome.state == "done" and all(torch.isfinite(w.float()).all() for w in weights(run).values())
 
 
-def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
+@pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
+def test_a_gradient_scaler_scales_and_clips(name, tiny, monkeypatch):
     """fp16 needs a scaler, which divides a step's gradients by its factor once; here it runs on the CPU in float32."""
 
     def scaled(precision):
@@ -443,7 +444,8 @@ def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
         accelerator.state._mixed_precision, accelerator.autocast = "fp16", nullcontext
         return accelerator
 
-    words = [*tiny, "train.clip=0.5", "train.keep=last"]
+    words = [*tiny, "train.clip=0.5", "train.keep=last", f"objective={name}", *HEADS.get(name, [])]
+    words += [f"objective.options={OPTIONS.get(name, '{}')}"]
     plain = train(*words)[0]
     monkeypatch.setattr("equipoise.pipelines.audio_visual.train.make_accelerator", scaled)
     run, outcome = train(*words)
@@ -451,6 +453,8 @@ def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
     assert [m["gradient_norm"] for m in run.metrics()] == pytest.approx([m["gradient_norm"] for m in plain.metrics()])
     one, other = weights(plain), weights(run)  # a power of two scales without rounding
     assert all(torch.allclose(one[key].float(), other[key].float(), atol=1e-6) for key in one)
+    held = [[m.get("held_audio", 0) + m.get("held_visual", 0) for m in r.metrics()] for r in (plain, run)]
+    assert held[0] == pytest.approx(held[1])
 
 
 def test_a_second_evaluation_leaves_the_running_means_alone(tiny):
