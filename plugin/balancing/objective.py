@@ -76,9 +76,10 @@ class Objective:
     # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
     # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
-    # What the joint head must be. "parts": its logits are a sum of one part of each modality; "shared": one head that
-    # every modality's features go through. `Losses.responses` then carry a gradient, and `joint_head` is set.
-    needs_head: ClassVar[Literal["any", "parts", "shared"]] = "any"
+    # What the joint head must be. "parts": its logits are a sum of one part of each modality; "sum": and each part has
+    # parameters of its own; "shared": one head that every modality's features go through. `Losses.responses` then carry
+    # a gradient, and `joint_head` is set.
+    needs_head: ClassVar[Literal["any", "parts", "sum", "shared"]] = "any"
     uses_features: ClassVar[bool] = (
         False  # whether `Losses.features` is wanted: those of the encoders, with their graph
     )

@@ -654,6 +654,7 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["train.baselines=[mslr]"], "baselines: mslr: factors: missing"),
         (["fusion=gated", "data.modalities=[audio]"], "model.fusion: gated takes two modalities, and there are 1."),
         (["objective=mla"], "objective.name: mla trains one head that all modalities go through, and model.fusion=sum"),
+        (["objective=recon_boost", "fusion=concat"], "objective.name: recon_boost lets the other modalities' parts of"),
         (["train.baselines=[lfm]", "fusion=film"], "train.baselines: lfm takes the joint logits apart into a part of"),
         (["model.audio.kind=transformer"], "kind must be resnet or ast for audio, got transformer."),
         (["model.visual={widths: [8], depths: [1, 1]}"], "needs as many depths as widths"),
@@ -869,6 +870,20 @@ def test_modalities_share_a_head_whose_width_is_the_widest_ones():
     said = head.alone("audio", {"audio": torch.tensor([[1.0, 2.0]])})
     assert torch.allclose(said, torch.tensor([[1.0, 2.0, 0.0]]) @ head.out.weight.T + head.out.bias)
     assert sum(parameter.numel() for parameter in head.parameters()) == 16
+
+
+def test_what_recon_boost_lets_rest_stands_still(tiny):
+    """Whatever momentum its optimizer has, and weight decay."""
+    words = ["objective=recon_boost", "objective.options={epochs_each: 1, epochs_all: 0}", "learning_rate=1e-2"]
+    settings = config.load(NAME, [*tiny, *words, "optimizer=adamw", "optimizer.options={weight_decay: 0.1}"])
+    run = Store(settings.runs).create(settings)
+    work = AudioVisualWork(settings, run, make_accelerator("no"), prepare(settings))
+    for resting, steps in (("visual", range(3)), ("audio", range(3, 6)), ("visual", range(6, 9))):  # epochs of 3 steps
+        before = {name: parameter.detach().clone() for name, parameter in work.named.items()}
+        for step in steps:
+            work.step(step)
+        still = {name for name, parameter in work.named.items() if torch.equal(parameter, before[name])}
+        assert still == {n for n in work.named if n.startswith((f"encoders.{resting}.", f"fusion.parts.{resting}."))}
 
 
 def test_an_objective_without_the_head_it_needs_is_refused_in_python_too(tiny):
