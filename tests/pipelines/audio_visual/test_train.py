@@ -872,6 +872,22 @@ def test_modalities_share_a_head_whose_width_is_the_widest_ones():
     assert sum(parameter.numel() for parameter in head.parameters()) == 16
 
 
+def test_a_shared_head_gives_what_a_clip_lacks_no_say():
+    torch.manual_seed(0)
+    head = FUSIONS["shared"]({"audio": 2, "visual": 3, "text": 2}, 4)
+    features = {name: torch.randn(3, width) for name, width in (("audio", 2), ("visual", 3), ("text", 2))}
+    features["audio"][1:] = 0
+    features["visual"][2] = features["text"][2] = 0
+    features = {name: made.requires_grad_() for name, made in features.items()}
+    joint = head(features)
+    both = {name: features[name] for name in ("visual", "text")}
+    assert not torch.allclose(joint[0], head(both)[0])
+    assert torch.allclose(joint[1], head(both)[1]), "as if there were no sound"
+    assert torch.allclose(joint[2], head.out.bias), "a clip of nothing"
+    joint.square().sum().backward()
+    assert all(made.grad.isfinite().all() for made in (*features.values(), head.out.weight, head.out.bias))
+
+
 def test_what_recon_boost_lets_rest_stands_still(tiny):
     """Whatever momentum its optimizer has, and weight decay."""
     words = ["objective=recon_boost", "objective.options={epochs_each: 1, epochs_all: 0}", "learning_rate=1e-2"]
