@@ -46,7 +46,8 @@ class Reached(NamedTuple):
     train_last: float  # after it
     validation_last: float
     validation_best: float
-    noise: float = 0.0  # the standard error of `validation_last`, over the validation examples
+    noise: float = 0.0  # the standard error of `validation_last`, over the validation examples; infinite of one alone
+    examples: int = 1  # how many those were
 
 
 class Backward(Protocol):
