@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from equipoise import registry
 from equipoise.balancing.relearning import Relearning
@@ -566,6 +567,17 @@ def test_gradient_blending_looks_at_the_clips_that_have_a_rare_modality(tiny, cl
     record = train(*words)[0].metrics()[-1]
     weights = [record[f"weight_{name}"] for name in ("joint", "audio", "visual", "text")]
     assert all(0 <= weight <= 1 for weight in weights) and sum(weights) == pytest.approx(1)
+    settings = config.load(NAME, words)
+    work = AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepare(settings))
+    found = work._both_losses(["joint", "audio", "text"])
+
+    def loss(split: str, index: int) -> float:
+        batch = work.batches[split].get([index])
+        assert batch["text"].any()
+        return F.cross_entropy(work.model(batch)[1]["text"], work.labels[split][[index]]).item()
+
+    assert found["text"][:2] == pytest.approx((loss("train", 7), loss("val", 0)), rel=1e-5)
+    assert found["text"][2:] == (math.inf, 1) and found["audio"][3] == 4, "of one validation clip, and of four"
 
 
 def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
