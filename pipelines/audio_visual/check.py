@@ -49,6 +49,11 @@ def unsuited(name: str, fusion: str) -> str:
             f"{name} trains one head that all modalities go through, and model.fusion={fusion} has none. Set "
             "model.fusion=shared."
         )
+    if needed == "sum" and fusion != "sum":
+        return (
+            f"{name} lets the other modalities' parts of the joint head rest, and model.fusion={fusion} has no parts "
+            "with weights of their own. Set model.fusion=sum."
+        )
     if needed == "parts" and fusion not in ("sum", "concat"):
         return (
             f"{name} takes the joint logits apart into a part of each modality, and those of model.fusion={fusion} are "

@@ -195,7 +195,9 @@ class Film(nn.Module):
 
 class Shared(nn.Module):
     """One linear head that every modality's features go through; the joint logits are the mean of what it says of each,
-    weighed by exp(−entropy) of its prediction. Narrower features are filled up with zeros."""
+    weighed by exp(−entropy) of its prediction. Narrower features are filled up with zeros. Features that are zero, of a
+    modality that the clip lacks or that was dropped, have no say; where all are, it is what the head says of nothing.
+    """
 
     def __init__(self, widths: dict[str, int], classes: int):
         super().__init__()
@@ -205,6 +207,8 @@ class Shared(nn.Module):
         logits = torch.stack([self.alone(name, features) for name in features])  # (modalities, batch, classes)
         logs = logits.float().log_softmax(2)
         sure = (logs.exp() * logs).sum(2, keepdim=True)  # −entropy
+        given = torch.stack([(made != 0).any(1, keepdim=True) for made in features.values()])
+        sure = sure.masked_fill(~given & given.any(0), -torch.inf)
         return (sure.softmax(0).to(logits.dtype) * logits).sum(0)
 
     def alone(self, name: str, features: dict[str, Tensor]) -> Tensor:

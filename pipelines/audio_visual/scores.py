@@ -12,7 +12,7 @@ class Scores(NamedTuple):
     accuracy: float  # share of clips
     f1: float  # mean over the classes that occur
     confusion: Tensor  # (classes, classes) counts, rows the true class
-    noise: float  # the standard error of the loss, over the clips
+    noise: float  # the standard error of the loss, over the clips; infinite of one alone
 
 
 def scores(losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> Scores:
@@ -29,5 +29,5 @@ def scores(losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> S
         (right.sum() / len(labels)).item(),
         f1[confusion.sum(1) > 0].mean().item(),
         confusion,
-        losses.double().std(correction=min(1, len(losses) - 1)).item() / math.sqrt(len(losses)),
+        losses.double().std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.inf,
     )

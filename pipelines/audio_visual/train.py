@@ -271,7 +271,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         last = work._both_losses(names)
         if not all(math.isfinite(value) for name in names for value in (best[name], last[name][1])):
             raise self._diverged_alone(names, "the validation loss was not finite")
-        return {name: Reached(*first[name][:2], *last[name][:2], best[name], last[name][2]) for name in names}
+        return {name: Reached(*first[name][:2], *last[name][:2], best[name], *last[name][2:]) for name in names}
 
     def _diverged_alone(self, names: Sequence[str], what: str) -> InputError:
         return InputError(
@@ -288,8 +288,9 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         order = torch.randperm(len(having), generator=torch.Generator().manual_seed(0))
         return torch.tensor(having)[order[:most]].sort().values
 
-    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-        """Training and validation loss by prediction, and the noise of the latter; of many training clips, some."""
+    def _both_losses(self, names: Sequence[str]) -> dict[str, tuple[float, float, float, int]]:
+        """Training and validation loss by prediction, and the noise and the clips of the latter; of many training
+        clips, some."""
         validation, seen = self.predict("val"), dict.fromkeys(names, JOINT)
         if self.config.data.missing == "mask":  # a rare modality may be in none of some clips
             seen = {name: name for name in names}
@@ -298,7 +299,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         for name in names:
             one, other = train[seen[name]][name], validation[name]
             sent = processes.first({"train": one.loss, "validation": other.loss, "noise": other.noise})
-            found[name] = (sent["train"], sent["validation"], sent["noise"])
+            found[name] = (sent["train"], sent["validation"], sent["noise"], int(other.confusion.sum()))
         return found
 
     def evaluate(self, step: int, micro: int) -> Losses:

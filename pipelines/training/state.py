@@ -201,9 +201,9 @@ class OptimizedWork(Generic[ConfigT]):
         started = self._now()
         if processes.count() > 1:  # each has its own random numbers until here
             seed_all(mix(self.config.seed, step, "step"))
-        logged |= self.objective.before_step()
-        if scaler:
+        if scaler:  # first, for what the objective adds to the gradients is in no scale
             scaler.unscale_(optimizer)
+        logged |= self.objective.before_step()
         logged |= self.gradients()
         self.amend(step)
         length = torch.nn.utils.get_total_norm(t.grad for t in self.named.values() if t.grad is not None)

@@ -24,9 +24,10 @@ class GradientBlending(Objective):
     Minimizes Σ_k w_k·f_k over the joint loss and the unimodal ones. Before, each modality by itself and the joint model
     are trained for as many steps; with G_k what its validation loss has fallen by, and O_k what the gap between its
     validation and its training loss has grown by, w_k = (G_k/O_k²)/Z, so that the weights sum to 1. What gains nothing
-    weighs nothing. O_k is at least ε, the largest standard error of the validation losses at the end: smaller gaps are
-    noise, and where nothing has been learned 1/O_k² of it would outweigh all else. The paper has no such bound. That
-    makes three trainings of one. (Offline; the paper's online form estimates anew on the way.)
+    weighs nothing. O_k is at least ε_k = σ/√n_k, where σ is the largest standard deviation of a validation loss at the
+    end over the clips, and n_k how many clips loss k is of: smaller gaps are noise, and where nothing has been learned
+    1/O_k² of it would outweigh all else. The paper has no such bound. That makes three trainings of one. (Offline; the
+    paper's online form estimates anew on the way.)
 
     Args:
         weights: Name → weight, of `joint` and of every modality, in place of estimating them. (each >= 0)
@@ -54,8 +55,10 @@ class GradientBlending(Objective):
             raise InputError(f"weights: must be of {', '.join([JOINT, *encoders])}, got {', '.join(self.weights)}.")
 
     def take_alone(self, reached: Mapping[str, Reached]) -> str:
-        noise = max(found.noise for found in reached.values())
-        shares = {name: share(found, noise) for name, found in reached.items()}
+        deviations = [found.noise * math.sqrt(found.examples) for found in reached.values()]
+        # of a loss of one clip alone it is not known
+        widest = max((deviation for deviation in deviations if math.isfinite(deviation)), default=math.inf)
+        shares = {name: share(found, widest / math.sqrt(found.examples)) for name, found in reached.items()}
         total = sum(shares.values())
         even = 1 / len(shares)  # where nothing has gained anything
         self.weights = {name: value / total if total else even for name, value in shares.items()}

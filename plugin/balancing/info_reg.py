@@ -81,7 +81,9 @@ class InfoReg(Objective):
                 if parameter.grad is not None:
                     parameter.grad.add_(held.to(parameter.dtype) * (parameter - start))
             found = [p.grad.square().mean() for p in self.encoders[name] if p.grad is not None and p.ndim > 1]
-            self._trace[name] = self._trace[name] + sum(found)
+            mean = self._trace[name] + sum(found)
+            # a step that overflowed in half precision is skipped, and must not shut the window for ten epochs
+            self._trace[name] = torch.where(mean.isfinite(), mean, self._trace[name])
         return logged
 
     def grows(self, name: str) -> float:

@@ -46,7 +46,8 @@ class Reached(NamedTuple):
     train_last: float  # after it
     validation_last: float
     validation_best: float
-    noise: float = 0.0  # the standard error of `validation_last`, over the validation examples
+    noise: float = 0.0  # the standard error of `validation_last`, over the validation examples; infinite of one alone
+    examples: int = 1  # how many those were
 
 
 class Backward(Protocol):
@@ -76,9 +77,10 @@ class Objective:
     # Whether `Losses.responses` is wanted: logits from each modality alone, without a gradient; its part of the joint
     # head's where those are a sum of parts, else its own head's.
     uses_responses: ClassVar[bool] = False
-    # What the joint head must be. "parts": its logits are a sum of one part of each modality; "shared": one head that
-    # every modality's features go through. `Losses.responses` then carry a gradient, and `joint_head` is set.
-    needs_head: ClassVar[Literal["any", "parts", "shared"]] = "any"
+    # What the joint head must be. "parts": its logits are a sum of one part of each modality; "sum": and each part has
+    # parameters of its own; "shared": one head that every modality's features go through. `Losses.responses` then carry
+    # a gradient, and `joint_head` is set.
+    needs_head: ClassVar[Literal["any", "parts", "sum", "shared"]] = "any"
     uses_features: ClassVar[bool] = (
         False  # whether `Losses.features` is wanted: those of the encoders, with their graph
     )

@@ -42,7 +42,7 @@ class ReconBoost(Objective):
     """
 
     uses_unimodal: ClassVar[bool] = False
-    needs_head = "parts"
+    needs_head = "sum"  # a part that rests must have no gradient: one of zeros still lets momentum and decay move it
     takes_missing: ClassVar[bool] = False
     modalities: ClassVar[tuple[int, float]] = (2, math.inf)
 

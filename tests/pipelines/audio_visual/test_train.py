@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from equipoise import registry
 from equipoise.balancing.relearning import Relearning
@@ -434,7 +435,8 @@ def test_every_way_to_train_ends_with_finite_weights(words, tiny):
     assert outcome.state == "done" and all(torch.isfinite(w.float()).all() for w in weights(run).values())
 
 
-def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
+@pytest.mark.parametrize("name", [e.name for e in registry.entries("objectives") if e.distribution == "equipoise"])
+def test_a_gradient_scaler_scales_and_clips(name, tiny, monkeypatch):
     """fp16 needs a scaler, which divides a step's gradients by its factor once; here it runs on the CPU in float32."""
 
     def scaled(precision):
@@ -443,7 +445,8 @@ def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
         accelerator.state._mixed_precision, accelerator.autocast = "fp16", nullcontext
         return accelerator
 
-    words = [*tiny, "train.clip=0.5", "train.keep=last"]
+    words = [*tiny, "train.clip=0.5", "train.keep=last", f"objective={name}", *HEADS.get(name, [])]
+    words += [f"objective.options={OPTIONS.get(name, '{}')}"]
     plain = train(*words)[0]
     monkeypatch.setattr("equipoise.pipelines.audio_visual.train.make_accelerator", scaled)
     run, outcome = train(*words)
@@ -451,6 +454,8 @@ def test_a_gradient_scaler_scales_and_clips(tiny, monkeypatch):
     assert [m["gradient_norm"] for m in run.metrics()] == pytest.approx([m["gradient_norm"] for m in plain.metrics()])
     one, other = weights(plain), weights(run)  # a power of two scales without rounding
     assert all(torch.allclose(one[key].float(), other[key].float(), atol=1e-6) for key in one)
+    held = [[m.get("held_audio", 0) + m.get("held_visual", 0) for m in r.metrics()] for r in (plain, run)]
+    assert held[0] == pytest.approx(held[1])
 
 
 def test_a_second_evaluation_leaves_the_running_means_alone(tiny):
@@ -562,6 +567,17 @@ def test_gradient_blending_looks_at_the_clips_that_have_a_rare_modality(tiny, cl
     record = train(*words)[0].metrics()[-1]
     weights = [record[f"weight_{name}"] for name in ("joint", "audio", "visual", "text")]
     assert all(0 <= weight <= 1 for weight in weights) and sum(weights) == pytest.approx(1)
+    settings = config.load(NAME, words)
+    work = AudioVisualWork(settings, Store(settings.runs).create(settings), make_accelerator("no"), prepare(settings))
+    found = work._both_losses(["joint", "audio", "text"])
+
+    def loss(split: str, index: int) -> float:
+        batch = work.batches[split].get([index])
+        assert batch["text"].any()
+        return F.cross_entropy(work.model(batch)[1]["text"], work.labels[split][[index]]).item()
+
+    assert found["text"][:2] == pytest.approx((loss("train", 7), loss("val", 0)), rel=1e-5)
+    assert found["text"][2:] == (math.inf, 1) and found["audio"][3] == 4, "of one validation clip, and of four"
 
 
 def test_every_clip_is_decoded_once(tiny, tmp_path, monkeypatch):
@@ -650,6 +666,7 @@ def test_a_joint_accuracy_of_nothing_is_the_score(tiny, tmp_path):
         (["train.baselines=[mslr]"], "baselines: mslr: factors: missing"),
         (["fusion=gated", "data.modalities=[audio]"], "model.fusion: gated takes two modalities, and there are 1."),
         (["objective=mla"], "objective.name: mla trains one head that all modalities go through, and model.fusion=sum"),
+        (["objective=recon_boost", "fusion=concat"], "objective.name: recon_boost lets the other modalities' parts of"),
         (["train.baselines=[lfm]", "fusion=film"], "train.baselines: lfm takes the joint logits apart into a part of"),
         (["model.audio.kind=transformer"], "kind must be resnet or ast for audio, got transformer."),
         (["model.visual={widths: [8], depths: [1, 1]}"], "needs as many depths as widths"),
@@ -865,6 +882,36 @@ def test_modalities_share_a_head_whose_width_is_the_widest_ones():
     said = head.alone("audio", {"audio": torch.tensor([[1.0, 2.0]])})
     assert torch.allclose(said, torch.tensor([[1.0, 2.0, 0.0]]) @ head.out.weight.T + head.out.bias)
     assert sum(parameter.numel() for parameter in head.parameters()) == 16
+
+
+def test_a_shared_head_gives_what_a_clip_lacks_no_say():
+    torch.manual_seed(0)
+    head = FUSIONS["shared"]({"audio": 2, "visual": 3, "text": 2}, 4)
+    features = {name: torch.randn(3, width) for name, width in (("audio", 2), ("visual", 3), ("text", 2))}
+    features["audio"][1:] = 0
+    features["visual"][2] = features["text"][2] = 0
+    features = {name: made.requires_grad_() for name, made in features.items()}
+    joint = head(features)
+    both = {name: features[name] for name in ("visual", "text")}
+    assert not torch.allclose(joint[0], head(both)[0])
+    assert torch.allclose(joint[1], head(both)[1]), "as if there were no sound"
+    assert torch.allclose(joint[2], head.out.bias), "a clip of nothing"
+    joint.square().sum().backward()
+    assert all(made.grad.isfinite().all() for made in (*features.values(), head.out.weight, head.out.bias))
+
+
+def test_what_recon_boost_lets_rest_stands_still(tiny):
+    """Whatever momentum its optimizer has, and weight decay."""
+    words = ["objective=recon_boost", "objective.options={epochs_each: 1, epochs_all: 0}", "learning_rate=1e-2"]
+    settings = config.load(NAME, [*tiny, *words, "optimizer=adamw", "optimizer.options={weight_decay: 0.1}"])
+    run = Store(settings.runs).create(settings)
+    work = AudioVisualWork(settings, run, make_accelerator("no"), prepare(settings))
+    for resting, steps in (("visual", range(3)), ("audio", range(3, 6)), ("visual", range(6, 9))):  # epochs of 3 steps
+        before = {name: parameter.detach().clone() for name, parameter in work.named.items()}
+        for step in steps:
+            work.step(step)
+        still = {name for name, parameter in work.named.items() if torch.equal(parameter, before[name])}
+        assert still == {n for n in work.named if n.startswith((f"encoders.{resting}.", f"fusion.parts.{resting}."))}
 
 
 def test_an_objective_without_the_head_it_needs_is_refused_in_python_too(tiny):

@@ -204,6 +204,25 @@ def test_gradient_blending_takes_nothing_below_the_noise_for_overfitting():
     assert logged["weight_b"] == objective.weights["b"] and logged.keys() >= {"loss", "weight_a", "weight_joint"}
 
 
+def test_gradient_blendings_noise_is_each_losss_own():
+    """A modality that few validation clips have says little of its own overfitting, and nothing of the others'."""
+    often = {
+        "a": Reached(2.3, 2.4, 1.35, 1.4, 1.4, 0.02, 400),  # gains 1.0 and overfits by -0.05
+        "b": Reached(2.3, 2.4, 0.8, 1.4, 1.4, 0.01, 400),  # by 0.5
+    }
+    rare = {"joint": Reached(2.3, 2.4, 1.4, 1.4, 1.4, 0.1, 4)}  # its clips scatter by 0.2, those of a by 0.4
+    objective = GradientBlending()
+    objective.bind(dict.fromkeys("ab", ()))
+    objective.take_alone(often | rare)
+    slow = np.array([1 / 0.05**2, 1 / 0.5**2, 1 / 0.2**2])
+    assert [objective.weights[name] for name in ("a", "b", "joint")] == pytest.approx(slow / slow.sum())
+    objective.take_alone(often | {"joint": Reached(2.3, 2.4, 1.4, 1.4, 1.4, math.inf, 1)})
+    slow[2] = 1 / 0.4**2
+    assert [objective.weights[name] for name in ("a", "b", "joint")] == pytest.approx(slow / slow.sum())
+    objective.take_alone(dict.fromkeys(("joint", "a", "b"), Reached(2.3, 2.4, 1.4, 1.4, 1.4, math.inf, 1)))
+    assert set(objective.weights.values()) == {1 / 3}, "of one clip each, nothing is known"
+
+
 def test_gradient_blending_takes_weights_and_refuses_what_it_cannot():
     objective = GradientBlending({"joint": 0.5, "a": 0.25, "b": 0.25})
     objective.bind({"a": [], "b": []})

@@ -243,6 +243,21 @@ def test_info_reg_takes_its_twins_steps():
     assert "a" in held and held[-1] == "", "the window is open first, and shut at the end"
 
 
+def test_info_regs_window_is_not_shut_by_a_step_that_overflowed():
+    """A gradient scaler begins with such steps and skips them; their trace would be infinite for ten epochs."""
+    encoders = {n: [torch.ones(2, 2, requires_grad=True)] for n in "ab"}
+    objective = InfoReg()
+    objective.bind(encoders)
+    objective.steps_per_epoch = 2.0
+    said = {n: torch.zeros(1, 2, requires_grad=True) for n in "ab"}
+    for slope in (math.inf, 1.0, 1.0, 1.0, 1.0):
+        objective.backward(Losses(sum(v.sum() for v in said.values()), {}, torch.tensor([0]), said))
+        for (parameter,) in encoders.values():
+            parameter.grad = torch.full_like(parameter, slope)
+        objective.before_step()
+    assert objective.grows("a") == pytest.approx(2 / 3)  # traces of 1 and 2: their means are 0.3 and 0.1
+
+
 @pytest.mark.parametrize("names", ["ab", "abc"])
 def test_recon_boost_takes_its_twins_steps(names):
     """An epoch for one modality, half a one for all, and the next one's turn."""
