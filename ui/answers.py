@@ -3,18 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+from equipoise.errors import InputError
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
+from equipoise.ui.safety import Site
 
 ANSWERS = "answers.jsonl"  # where a pipeline that answers questions writes its answers
 
 
-def answers(folder: Path, prompt: int) -> str:
-    """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
+def answer_records(site: Site, folder: Path) -> list[dict[str, Any]]:
+    """The answers in a folder of the runs folder; none of a pipeline that draws, or behind a link that leads out."""
     try:
-        found = draw.records((folder / ANSWERS).read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return ""
+        file = site.file(f"{folder.relative_to(site.store.root).as_posix()}/{ANSWERS}")
+        return draw.records(file.read_text(encoding="utf-8", errors="replace"))
+    except (InputError, OSError, ValueError):
+        return []
+
+
+def answers(site: Site, folder: Path, prompt: int) -> str:
+    """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
+    found = answer_records(site, folder)
     marked = list(map(_answer, found[prompt - 1 : prompt] if prompt else found[:4]))
     return f"<div class='answers'>{''.join(marked)}</div>" if marked else ""
 

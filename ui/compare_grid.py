@@ -143,7 +143,7 @@ def _others(look: _Look, cells: list[Cell]) -> str:
 
 def _inside(look: _Look, cell: Cell, found: list[Shot], folder: Path | None) -> str:
     """What a cell drew or answered, or that it did not."""
-    written = answers(folder, look.prompt) if folder else ""
+    written = answers(look.site, folder, look.prompt) if folder else ""
     images = [_image(shot, look.comparison) for shot in found]
     if written and not look.prompt:  # cards with so many words cannot be read that small
         images = []

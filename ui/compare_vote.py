@@ -13,7 +13,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing import report, votes
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.ui import draw
-from equipoise.ui.answers import ANSWERS
+from equipoise.ui.answers import answer_records
 from equipoise.ui.compare import read
 from equipoise.ui.compare_cell import zoom_buttons, zooms
 from equipoise.ui.compare_pictures import shots
@@ -69,11 +69,7 @@ def drawn(site: Site, comparison: Comparison, id: str, cell: Cell) -> Mapping[st
     found = {shot.key: shot.file for shot in shots(site, comparison, id, cell)}
     if found:
         return found
-    try:
-        folder = comparison.folder / "cells" / (cell.run.rpartition("/")[2] or "base")
-        records = draw.records((folder / ANSWERS).read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return {}
+    records = answer_records(site, comparison.folder / "cells" / (cell.run.rpartition("/")[2] or "base"))
     words = [(esc(record.get("question", "")), esc(record.get("answer", ""))) for record in records]
     return {f"answer {index}": f"<p class='hint'>{one}</p><p>{two}</p>" for index, (one, two) in enumerate(words, 1)}
 

@@ -70,4 +70,4 @@ def _drawn(site: Site, folder: Path) -> str:
     files = [first[prompt].relative_to(site.store.root).as_posix() for prompt in sorted(first)[:MOST]]
     images = "".join(f"<img loading='lazy' src='{url(file)}' alt=''>" for file in files)
     many = " class='many'" if len(files) > 1 else ""
-    return (f"<div{many}>{images}</div>" if images else "") + answers(folder, 0)
+    return (f"<div{many}>{images}</div>" if images else "") + answers(site, folder, 0)

@@ -109,7 +109,7 @@ class Comparison:
         """The comparison that `write_tables` wrote into `folder`.
 
         Raises:
-            InputError: There is none, or one of a version that wrote less.
+            InputError: There is none, one of a version that wrote less, or one with pictures outside of it.
         """
         try:
             data = json.loads((folder / "table.json").read_text())
@@ -128,10 +128,22 @@ class Comparison:
             found = _record(cls).validate_json(text, strict=True)  # the file may be anybody's
             if not all(0 < cell.rate < math.inf for cell in found.cells):
                 raise ValueError("a cell has no rate")
-            found._count_votes()
-            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
+        found._refuse_what_lies_elsewhere()
+        found._count_votes()
+        return found
+
+    def _refuse_what_lies_elsewhere(self) -> None:
+        """Raises InputError for a picture outside of the folder: the file may be anybody's, and pictures are shown."""
+        folder = self.folder.resolve()
+        for picture in (picture for cell in (self.base, *self.cells) for picture in cell.pictures):
+            for name in (picture.file, picture.thumbnail):
+                if not _is_in(folder, name):
+                    raise InputError(
+                        f"{self.folder}: table.json names the picture {name[:200]!r}, which is not a file's name in "
+                        "that folder, so nothing of it is shown; compare anew."
+                    )
 
     def _count_votes(self) -> None:
         """What blind votes say of the cells now, as metrics of them."""
@@ -331,6 +343,17 @@ class Comparison:
 def _record(cls: type[Comparison]) -> TypeAdapter[Comparison]:
     """What checks the types of a file."""
     return TypeAdapter(cls)
+
+
+def _is_in(folder: Path, name: str) -> bool:
+    """Whether a name leads to something in the (resolved) folder: on disk, links followed, and in a browser, for which
+    it is an address beside the report's own."""
+    if name[:1] in ("", "/") or any(mark in name for mark in ":\\\0") or ".." in name.split("/"):
+        return False
+    try:
+        return (folder / name).resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def _failure(cell: Cell) -> str:

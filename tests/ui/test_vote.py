@@ -97,3 +97,17 @@ def test_pictures_are_zoomed_together(site, swept):
     both = compare_cell.cell_detail(site, ID, [first, second], 0)
     assert both.count("class='zooms'") == 1 and both.count("data-zoom=") == 3
     assert compare_cell.cell_detail(site, ID, [first], 0).count("class='zooms'") == 1
+
+
+def test_no_answers_are_shown_from_behind_a_link_that_leads_out(site, swept, answered, tmp_path):
+    (tmp_path / "private.jsonl").write_text(json.dumps({"question": "the secret", "answer": "the secret"}))
+    made = Comparison.read(swept.folder / "comparison")
+    for cell in (made.base, *made.cells):
+        cell.pictures = []
+    made.write_tables()
+    for place in (made.folder / "cells").iterdir():
+        (place / "answers.jsonl").unlink()
+        (place / "answers.jsonl").symlink_to(tmp_path / "private.jsonl")
+    assert "the secret" not in compare_grid.grid(site, ID)
+    with pytest.raises(InputError, match="no two cells"):
+        compare_vote.draw_duel(site, ID)

@@ -21,6 +21,7 @@ from equipoise.pipelines.comparing.report import (
     not_judged,
     render_html,
     usable_words,
+    write_anew,
     write_report,
 )
 
@@ -445,6 +446,39 @@ def test_a_file_with_values_of_other_types_is_refused_in_a_sentence(key, value, 
     (data["cells"][1] if key.startswith("cells.") else data)[key.removeprefix("cells.")] = value
     file.write_text(json.dumps(data))
     with pytest.raises(InputError, match="holds no comparison that can be read"):
+        Comparison.read(comparison.folder)
+
+
+@pytest.mark.parametrize("part", ["file", "thumbnail"])
+@pytest.mark.parametrize(
+    "name", ["{out}", "../secret.txt", "cells/../../secret.txt", "link.png", "linked/secret.txt", "circle.png"]
+)
+def test_a_table_that_names_files_elsewhere_is_refused_and_none_is_shown(part, name, comparison):
+    """It may be anybody's, and whoever counts votes writes thumbnails into the report that is served."""
+    folder = comparison.folder / "shared"
+    folder.mkdir()
+    secret = comparison.folder / "secret.txt"
+    secret.write_text("the secret")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "linked").symlink_to(comparison.folder)
+    (folder / "circle.png").symlink_to("circle.png")
+    comparison.folder, name = folder, name.format(out=secret)
+    for cell in (comparison.base, *comparison.cells):
+        cell.pictures = []
+    setattr(picture := Picture(0, 0, "a.png", "a.png"), part, name)
+    comparison.cells[0].pictures = [picture]
+    comparison.write_tables()
+    (folder / "report.html").write_text("as it was")
+    with pytest.raises(InputError, match=r"table\.json names the picture"):
+        write_anew(folder)
+    assert (folder / "report.html").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("name", ["", "https:example.org/a.png", "\\\\example.org/a.png", "a\0.png"])
+def test_a_table_whose_pictures_a_browser_would_fetch_elsewhere_is_refused(name, comparison):
+    comparison.cells[0].pictures[0].file = name
+    comparison.write_tables()
+    with pytest.raises(InputError, match=r"table\.json names the picture"):
         Comparison.read(comparison.folder)
 
 
