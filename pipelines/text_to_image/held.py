@@ -71,7 +71,6 @@ class _Visit(torch.autograd.Function):
         return F.linear(x, held.weight.to(x.device, non_blocking=True), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         return grad @ ctx.held.weight.to(grad.device, grad.dtype, non_blocking=True), None, None

@@ -23,7 +23,7 @@ def fuse(model: nn.Module) -> None:
 class FusedLinear(Linear):
     """peft's layer, which does itself whatever is not one adapter without dropout on a frozen weight in one dtype.
 
-    It is differentiated once, backwards; not by `torch.func`, nor twice.
+    It is differentiated backwards, also twice; not by `torch.func`.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -90,10 +90,11 @@ class _Update(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, W, A, B = ctx.saved_tensors
         (grad,) = grads
+        if torch.is_grad_enabled():  # a second derivative is to come, and the kept one leads nowhere
+            inner = rows @ A.mT * ctx.s
         # products of few rows: those of few columns take MKL three times as long
         back = B.mT @ grad.mT  # (r, k)
         if ctx.s != 1:

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from equipoise.errors import InputError
+
+_ONCE = once_differentiable(lambda ctx: None).__code__  # of every backward pass that it decorates
 
 
 class Direction(NamedTuple):
@@ -45,7 +48,8 @@ def measure_step(
         GC and DS.
 
     Raises:
-        InputError: the loss depends on no parameter that the step moved.
+        InputError: the loss depends on no parameter that the step moved, or goes through an autograd function that is
+            differentiated only once.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
@@ -70,6 +74,7 @@ def measure_step(
 def _direction(params: list[Tensor], changes: list[Tensor], loss: Callable[[], Tensor]) -> Direction:
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         value = loss()
+        _refuse_once_differentiable(value)
         grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True) if params else ()
         pairs = [(g, change) for g, change in zip(grads, changes, strict=True) if g is not None]
         if not pairs:
@@ -83,6 +88,24 @@ def _direction(params: list[Tensor], changes: list[Tensor], loss: Callable[[], T
         curved = torch.autograd.grad(along, params, allow_unused=True)
     products = [(h.double() * d).sum() for h, d in zip(curved, changes, strict=True) if h is not None]
     return Direction(along.item(), float(sum(products)))
+
+
+def _refuse_once_differentiable(value: Tensor) -> None:
+    """Autograd loses second derivatives through such functions without an error."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        own = getattr(node, "_forward_cls", None)  # of functions written in Python
+        if own and getattr(own.backward, "__code__", None) is _ONCE:
+            raise InputError(
+                f"measure_step: the loss goes through {own.__name__}, which is differentiated only once, so that its "
+                "sharpness would be wrong. Use the layer without that function, or give it a backward pass without "
+                "@once_differentiable."
+            )
+        waiting += [before for before, _ in node.next_functions]
 
 
 @torch.no_grad()

@@ -106,3 +106,11 @@ def test_the_estimate_of_fewer_bits(short, build_checkpoint):
     assert sizes["null"] - sizes["int8"] == 3 * count and sizes["null"] - sizes["nf4"] == pytest.approx(
         3.5 * count, abs=1
     )
+
+
+def test_second_derivatives_pass_a_weight_that_waits_elsewhere():
+    layers = nn.Sequential(*(nn.Linear(3, 3).requires_grad_(False) for _ in range(2))).double()
+    keep_away(layers, 1.0, torch.device("cpu"))
+    assert [type(layer) for layer in layers] == [VisitingLinear] * 2
+    given = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layers(x.tanh()).tanh(), (given,))

@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.optim import SGD
 
+from equipoise.optimizers.directions import measure_step
 from equipoise.pipelines.training import fused_lora
 from equipoise.pipelines.training.fused_lora import FusedLinear, fuse
 
@@ -69,6 +71,26 @@ def test_its_gradients_are_those_of_its_values():
     factors = [p for p in fused.parameters() if p.requires_grad]
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert len(factors) == 2 and torch.autograd.gradcheck(lambda *_: fused(x), (x, *factors))
+
+
+def test_its_second_derivatives_are_those_of_its_gradients():
+    fused = pair(layer())[1][0]
+    factors = [p for p in fused.parameters() if p.requires_grad]
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert len(factors) == 2 and torch.autograd.gradgradcheck(lambda *_: fused(x), (x, *factors))
+
+
+def test_a_step_of_it_is_as_sharp_as_one_of_pefts_layer(calls):
+    """Of two layers one after the other, so that sharpness also passes through a layer."""
+    x, found = torch.randn(4, 6, dtype=torch.float64), []
+    options = {"target_modules": ["0", "2"], "r": 3, "lora_alpha": 5, "init_lora_weights": False}
+    net = inject_adapter_in_model(LoraConfig(**options), nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)))
+    for one in pair(net.double()):
+        optimizer = SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+        one(x).square().sum().backward()
+        found.append(measure_step(optimizer, lambda one=one: one(x).square().sum()))
+    assert found[1] == pytest.approx(found[0], rel=1e-9) and found[0].sharpness > 1
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])

@@ -89,6 +89,29 @@ def test_a_loss_of_nothing_that_moved_is_refused_and_the_step_stays_taken():
     assert measure_step(SGD([linear], lr=1.0), lambda: linear.sum()) == (2.0, 0.0)
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """A square, whose second derivative autograd loses without an error."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return 2 * ctx.saved_tensors[0] * grads[0]
+
+
+@pytest.mark.parametrize("outer", [torch.sum, lambda y: y.exp().sum()], ids=["linear above", "curved above"])
+def test_a_function_that_is_differentiated_once_is_refused_by_name(outer):
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    with pytest.raises(InputError, match="goes through OnceDifferentiable, which is differentiated only once"):
+        measure_step(SGD([weight], lr=0.1), lambda: outer(OnceDifferentiable.apply(weight)))
+    assert weight.tolist() == pytest.approx([0.9, 0.9]), "the step stays taken"
+
+
 def test_the_rate_falls_with_the_root_of_the_step_after_its_warm_up():
     assert [inverse_sqrt(step) for step in (0, 3, 99)] == [1.0, 0.5, 0.1]
     assert [inverse_sqrt(step, 4) for step in (0, 2, 4, 7)] == [0.0, 0.5, 1.0, 0.5]
