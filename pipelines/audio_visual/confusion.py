@@ -28,11 +28,10 @@ def small(counts: np.ndarray) -> Image.Image:
 def large(classes: list[str], counts: np.ndarray) -> Image.Image:
     """The same with names beside and above it and the counts in it; of very many classes without."""
     if len(classes) > LABELLED:
-        return _pixels(counts).resize((4 * len(classes),) * 2, Image.Resampling.NEAREST)
-    font, names = (
-        ImageFont.load_default(_FONT),
-        [name if len(name) <= _LONG else name[: _LONG - 1] + "…" for name in classes],
-    )
+        side = 4 * len(classes)
+        return _pixels(counts).resize((side, side), Image.Resampling.NEAREST)
+    font = ImageFont.load_default(_FONT)
+    names = [name if len(name) <= _LONG else name[: _LONG - 1] + "…" for name in classes]
     wide = max(int(font.getlength(name)) for name in names) + 12
     side = max(30, int(font.getlength(str(int(counts.max(initial=0))))) + 10)  # pixels of a cell
     left, top, size = wide + 20, wide + 20, side * len(classes)

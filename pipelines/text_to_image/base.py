@@ -315,7 +315,7 @@ def load_base(model: TextToImageModel, precision: str) -> Base:
     for encoder in encoders:
         path, words = model.apart.get(encoder, model.path), getattr(pipeline, kind.text_encoders[encoder])
         _check_tokenizer(path, words, getattr(pipeline, encoder))
-    if model.quantize == "nf4" and device.type == "cpu":
+    if model.quantize == "nf4" and str(device) == "cpu":
         hold_in_nf4(getattr(pipeline, kind.denoiser), dtype, device)
     place(pipeline, kind, encoders, device, model)
     kind.bind(pipeline)
@@ -373,7 +373,7 @@ def _write_signatures(part: torch.nn.Module) -> None:
 
 def _quantized(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[str, Any]:
     """What from_pretrained is to be given. `check` has made sure that the package is there."""
-    if model.quantize is None or (model.quantize == "nf4" and PartialState().device.type == "cpu"):
+    if model.quantize is None or (model.quantize == "nf4" and str(PartialState().device) == "cpu"):
         return {}  # on a CPU it is held so once it is loaded: diffusers refuses
     if model.quantize == "int8":
         how = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())

@@ -20,7 +20,7 @@ def problems(how: str | None) -> list[str]:
     import bitsandbytes
     from accelerate.state import PartialState
 
-    device = PartialState().device.type
+    device = str(PartialState().device).partition(":")[0]
     if device not in getattr(bitsandbytes, "supported_torch_devices", ("cuda", device)):
         return [f"model.quantize: bitsandbytes does not work on {device}. Leave it out."]
     return []

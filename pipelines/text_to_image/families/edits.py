@@ -36,7 +36,7 @@ class FluxKontext(GenericFlow):
     network = Flux.network
     encoders: ClassVar = Flux.encoders
 
-    original = Flux.original
+    original = Flux.original  # pyright: ignore[reportAssignmentType]  # layers are FLUX.1's by name
     fused = Flux.fused
     swapped = Flux.swapped
 
