@@ -198,6 +198,7 @@ class InstructionTuningSamples(SamplesSection):
 
 
 class InstructionTuningConfig(SamplingConfig):
+    RESUMABLE: ClassVar[tuple[str, ...]] = (*SamplingConfig.RESUMABLE, "model.shard")
     SHORT: ClassVar[dict[str, str]] = {
         "model": "model.path",
         "data": "data.file",

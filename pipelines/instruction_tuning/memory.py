@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.model import Tuned, is_spread, outline
+from equipoise.pipelines.instruction_tuning.model import Tuned, is_sharded, outline
 from equipoise.pipelines.instruction_tuning.quantized import layers
 from equipoise.pipelines.instruction_tuning.sharding import saved
 from equipoise.pipelines.pipeline import MemoryEstimate
@@ -45,7 +45,7 @@ def estimate_memory(config: InstructionTuningConfig) -> MemoryEstimate | None:
         kept += _LOGITS * 4 * batch * length * text.vocab_size
         added = training(tuned.named.values(), config.optimizer)
         added += size(tuned.named.values()) if config.train.keep == "best" else 0
-        held = size(weights) - _saved(tuned, config) - (saved(tuned) if is_spread(config.model) else 0)
+        held = size(weights) - _saved(tuned, config) - (saved(tuned) if is_sharded(config.model) else 0)
         return MemoryEstimate(held, added, kept, PROGRAM, f"in sequences of {length} tokens")
     return None
 

@@ -298,11 +298,11 @@ def load_model(
         )
     keep_differentiable(loaded)
     loaded = loaded.requires_grad_(False).eval()
-    return loaded if fewer or is_spread(model) else loaded.to(PartialState().device)
+    return loaded if fewer or is_sharded(model) else loaded.to(PartialState().device)
 
 
-def is_spread(model: InstructionTuningModel) -> bool:
-    """Whether frozen weights are to be spread, and there are processes to spread them over."""
+def is_sharded(model: InstructionTuningModel) -> bool:
+    """Whether frozen weights are to be sharded, and there are processes to share them."""
     return model.shard and processes.count() > 1
 
 

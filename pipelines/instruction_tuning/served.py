@@ -41,7 +41,11 @@ class Server:
 
     def __init__(self, url: str):
         address, _, name = url.partition("#")
-        if urlsplit(address).scheme not in ("http", "https"):
+        try:
+            known = urlsplit(address).scheme in ("http", "https")
+        except ValueError:  # of brackets that are no IPv6 address
+            known = False
+        if not known:
             raise InputError(f"--server: {url} is no URL. Give one such as http://localhost:8000/v1.")
         self.url = address.rstrip("/")
         self.name = name or self._only_model()

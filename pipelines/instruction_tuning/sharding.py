@@ -22,7 +22,7 @@ from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.memory import size
 
 
-def spread(tuned: Tuned, device: torch.device) -> None:
+def shard(tuned: Tuned, device: torch.device) -> None:
     """Leaves each process its share of the frozen weights, and brings all of the model to this process's device.
 
     From then on every forward pass is one of all processes.

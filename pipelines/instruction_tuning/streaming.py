@@ -173,7 +173,7 @@ class Source:
             empty = 0 if more else empty
             if len(read) < missing:  # the next epoch follows
                 empty += 0 if more else 1
-                if empty > 2:
+                if empty > 1:
                     raise InputError(f"{self.reader.name}: no conversation is left to train on.")
                 self.go_to(self.start[0] + 1)
         return found

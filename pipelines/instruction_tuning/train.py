@@ -47,7 +47,7 @@ from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import (
     Tuned,
     adapt,
-    is_spread,
+    is_sharded,
     load_model,
     load_processor,
     no_videos,
@@ -55,7 +55,7 @@ from equipoise.pipelines.instruction_tuning.model import (
 )
 from equipoise.pipelines.instruction_tuning.packing import pack, width
 from equipoise.pipelines.instruction_tuning.result import describe, write_result
-from equipoise.pipelines.instruction_tuning.sharding import spread
+from equipoise.pipelines.instruction_tuning.sharding import shard
 from equipoise.pipelines.instruction_tuning.streaming import Stream
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.verify import verify
@@ -86,8 +86,8 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
     if problems:  # since the check
         raise ConfigError(problems)
     tuned = adapt(model, config)
-    if is_spread(config.model):
-        spread(tuned, accelerator.device)
+    if is_sharded(config.model):
+        shard(tuned, accelerator.device)
     work = InstructionTuningWork(config, run, accelerator, tuned, talk, kept, held)
     checked = verify(talk, tuned.model, kept, config.train.batch, accelerator.autocast, config.train.packing)
     run.log(f"self-check: {checked}")

@@ -143,7 +143,8 @@ def test_a_server_that_refuses_or_is_not_there_is_reported(trained, served, pict
     assert main([*words, server.url]) == 2 and "has no models" in capsys.readouterr().err
     assert main([*words, "http://127.0.0.1:9/v1"]) == 2
     assert "does not answer" in (told := capsys.readouterr().err) and "Is it running?" in told
-    assert main([*words, "localhost:8000"]) == 2 and "is no URL" in capsys.readouterr().err
+    for url in ("localhost:8000", "http://[bad"):
+        assert main([*words, url]) == 2 and "is no URL" in capsys.readouterr().err
     assert main(["train", "vase.yaml", "--id", "counted", "--runs", str(run.root)]) == 0
     assert main(["evaluate", "counted", str(pictures), "--server", server.url, "--runs", str(run.root)]) == 2
     assert "--server: the pipeline counting does not read it." in capsys.readouterr().err

@@ -13,10 +13,11 @@ from equipoise import registry
 from equipoise.errors import ConfigError
 from equipoise.lora.pairs import is_dtensor
 from equipoise.pipelines import config as configs
+from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.memory import estimate_memory
 from equipoise.pipelines.instruction_tuning.model import adapt, load_model
-from equipoise.pipelines.instruction_tuning.sharding import spread
+from equipoise.pipelines.instruction_tuning.sharding import shard
 from equipoise.pipelines.pipeline import execute, follow
 from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.store import Store
@@ -61,7 +62,7 @@ def take_part(rank: int, where: str, runs: list[tuple[str, type[Run]]]) -> tuple
     config = Run(Path(runs[0][0])).config()
     tuned = adapt(load_model(config.model, "no"), config)
     known = _fingerprint(p for p in tuned.plain.parameters() if not p.requires_grad)
-    spread(tuned, torch.device("cpu"))
+    shard(tuned, torch.device("cpu"))
     same = known == _fingerprint(p for p in tuned.plain.parameters() if not p.requires_grad)
     frozen = [p for name, p in tuned.plain.named_parameters() if tuned.parts.part(name) == "language"]
     frozen = [p for p in frozen if not p.requires_grad]
@@ -96,16 +97,23 @@ def test_spread_weights_train_as_copies_do_and_resume_exactly(short, pictures, m
     assert all(held < 0.6 * whole for held, whole, _ in both), "of the frozen weights a process holds about half"
     assert all(same for *_, same in both)
     for name in RUNS:
-        copies, spread = made[name, "false"], made[name, "true"]
-        assert alike(copies, spread, rtol=1e-3, atol=1e-4), name
-        assert losses(spread) == pytest.approx(losses(copies), rel=1e-3), name
-        scores = [json.loads((run.result / "result.json").read_text())["loss_after"] for run in (copies, spread)]
+        copies, sharded = made[name, "false"], made[name, "true"]
+        assert alike(copies, sharded, rtol=1e-3, atol=1e-4), name
+        assert losses(sharded) == pytest.approx(losses(copies), rel=1e-3), name
+        scores = [json.loads((run.result / "result.json").read_text())["loss_after"] for run in (copies, sharded)]
         assert scores[0] == pytest.approx(scores[1], rel=1e-3)
-        assert len(list(spread.samples.glob("step-*"))) == len(list(copies.samples.glob("step-*")))
+        assert len(list(sharded.samples.glob("step-*"))) == len(list(copies.samples.glob("step-*")))
     assert "resumed from step-00000002" in stopped.log_file.read_text()
     assert alike(stopped, made["bounded", "true"], rtol=0, atol=0) and losses(stopped) == losses(
         made["bounded", "true"]
     )
+
+
+def test_a_run_is_resumed_with_the_other_value_of_the_key(short, capsys):
+    run = Store((config := configs.load(NAME, short())).runs).create(config, id="whole")
+    assert main(["resume", str(run.folder), "model.shard=true"]) == 0
+    assert run.config().model.shard and run.status().state == "done"
+    capsys.readouterr()
 
 
 def alike(one: Run, other: Run, **error: float) -> bool:
