@@ -99,8 +99,10 @@ def workers(count: int, name: str, evaluations: int, keep: Callable[[Trial], Non
             bar.update(trained["evaluations"])
         return [cell | future.result() for future, cell in futures.items()]
 
+    bar = tqdm(total=evaluations, desc=name, unit="gradient", dynamic_ncols=True, smoothing=0, disable=None)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the workers would go on by themselves
     try:
-        with tqdm(total=evaluations, desc=name, unit="gradient", dynamic_ncols=True, smoothing=0, disable=None) as bar:
+        with bar:
             yield measure
     except BaseException as error:
         for process in multiprocessing.active_children():
@@ -113,6 +115,7 @@ def workers(count: int, name: str, evaluations: int, keep: Callable[[Trial], Non
         raise
     finally:
         executor.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

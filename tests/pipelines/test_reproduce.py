@@ -165,7 +165,8 @@ def is_worker(process: psutil.Process) -> bool:
     return False
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("way", ["SIGINT", "SIGTERM"])
+def test_ending_it_leaves_nothing_behind(tmp_path, way):
     words = [sys.executable, "-m", "equipoise.pipelines.cli", "reproduce", "ada-sam", "--workers", "2"]
 
     def hear_it():  # tests that run in the background hand on that Ctrl-C is ignored
@@ -176,9 +177,9 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     while sum(map(is_worker, children := itself.children())) < 2:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    for one in (itself, *children):  # as a terminal does
+    for one in (itself, *children) if way == "SIGINT" else (itself,):  # as a terminal does, and as `kill`
         with suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGINT)
+            one.send_signal(signal.Signals[way])
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out, err) == (130, "", "")
     assert not list(tmp_path.rglob("reproduce-ada-sam"))
