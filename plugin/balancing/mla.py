@@ -53,13 +53,13 @@ class MLA(Objective):
         return list(self.encoders)[self._steps % len(self.encoders)]
 
     def combine(self, losses: Losses) -> Tensor:
-        assert losses.responses is not None  # asked for by needs_head
-        return losses.of(losses.responses[self.turn()])
+        _, responses, _ = self.asked(losses)
+        return losses.of(responses[self.turn()])
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         logged = super().backward(losses, backward)
-        assert losses.features is not None  # asked for by uses_features
-        self._means = [*self._means, wide(losses.features[self.turn()].detach()).mean(0)]
+        _, _, features = self.asked(losses)
+        self._means = [*self._means, wide(features[self.turn()].detach()).mean(0)]
         return logged
 
     @torch.no_grad()
