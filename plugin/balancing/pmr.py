@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from equipoise.balancing.counted import Counted
 from equipoise.balancing.objective import Backward, Losses, differentiate, wide
@@ -22,8 +21,9 @@ class PMR(Counted):
 
     A class's prototype is the mean of its training clips' features in one modality. By the softmax of the negative
     distances to all prototypes a modality predicts the class without a head; s_k is the sum over the batch of what it
-    gives the true one. The modality with the lesser s_k gets α times the cross-entropy of that prediction on top. The
-    prototypes are made anew for each epoch, from the third time on as (1 − m)·new + m·old.
+    gives the true one. The modality with the lesser s_k gets α times the cross-entropy of that prediction on top, in
+    which classes weigh as in the joint loss; in s_k they weigh alike. The prototypes are made anew for each epoch, from
+    the third time on as (1 − m)·new + m·old.
 
     As in the authors' code, which has no entropy term against early convergence beside it, as the paper has. Theirs
     makes prototypes of a tenth of the batches, this of all training clips, or of 10,000 drawn by chance.
@@ -92,7 +92,9 @@ class PMR(Counted):
             # a class of which none of the clips that made them had any is beyond the last prototype
             there = known[true.clamp(max=len(known) - 1)] & (true < len(known))
             near, labels = near.masked_fill(~known, -math.inf)[there], true[there]
-            own[name] = F.cross_entropy(near, labels) if len(labels) else features.sum() * 0
+            weights = None if losses.weights is None else losses.weights[there]
+            theirs = losses._replace(labels=labels, weights=weights)
+            own[name] = theirs.of(near) if len(labels) else features.sum() * 0
             scores[name] = near.detach().softmax(1).gather(1, labels[:, None]).sum()
         return own, scores
 
