@@ -25,7 +25,8 @@ class MLA(Objective):
     gradient is left as it is. How the joint prediction weighs the modalities, by exp(−entropy), is the model's:
     `model.fusion=shared`.
 
-    The authors' code trains every modality in turn on the same batch, which is as many of these steps; divides by
+    The authors' code trains every modality in turn on the same batch, which is as many of these steps: beside other
+    objectives, to train as they do takes as many times their steps as there are modalities. It also divides by
     a + h·(Ph)ᵀ, element by element, where the update of the paper and its source has a number; and weighs modalities
     by entropies over a whole batch at the test, where here each clip has its own.
 
