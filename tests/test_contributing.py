@@ -19,7 +19,7 @@ LISTS = {what: row for what, row in ROWS.items() if row[2] != "pyproject.toml"}
 # Modules of these folders that are none of what the row adds: bases, parts, and what several share.
 BESIDES = {
     "a method": {"amsgrad", "attach", "directions", "reference", "schedules"},
-    "an objective": {"clusters", "min_norm", "objective"},
+    "an objective": {"clusters", "counted", "min_norm", "objective"},
     "a coordinator": {"norms", "sides", "balance", "components", "coordinator"},
     "a family of text-to-image models": {"config", "noise", "transformer", "unet"}
     | {

@@ -43,7 +43,7 @@ def _chosen(config: AudioVisualConfig) -> list[tuple[str, str]]:
 
 def unsuited(name: str, fusion: str) -> str:
     """Why an objective cannot be trained with a joint head of this kind; empty if it can."""
-    needed = getattr(registry.load("objectives", name), "needs_head", "any")
+    needed = registry.load("objectives", name).needs_head
     if needed == "shared" and fusion != "shared":
         return (
             f"{name} trains one head that all modalities go through, and model.fusion={fusion} has none. Set "
@@ -67,7 +67,7 @@ def _unmasked(config: AudioVisualConfig) -> list[str]:
     found = []
     for key, name in _chosen(config) if config.data.missing == "mask" else ():
         objective = registry.load("objectives", name)
-        if getattr(objective, "takes_missing", True):
+        if objective.takes_missing:
             continue
         found.append(
             f"{key}: {name} {objective.needs_all}, and with data.missing=mask a clip may lack one. Use another, such "

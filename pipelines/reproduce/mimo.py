@@ -199,7 +199,13 @@ def _train_all(
 def _first_table(got: Got, rows: Mapping[str, Any], kinds: Sequence[str], what: str) -> list[str]:
     of, paper = PAPER.get(tuple(kinds), ("", {}))
     lines = [f"Test accuracy in %, {what}" + (f"; the paper's: {of}." if of else ".")]
-    lines.append("t: seconds per batch of balancing, backward pass and update; the paper's on its GPUs.\n")
+    lines.append("t: seconds per batch of balancing, backward pass and update; the paper's on its GPUs.")
+    if "MLA" in rows:
+        lines.append(
+            "MLA trains one modality in a step, its authors' code each of them on every batch: here each has had "
+            f"1/{len(kinds)} of the steps."
+        )
+    lines[-1] += "\n"
     made = []
     for name in rows:
         shown = [_shown(got(name, f"accuracy_{kind}")) for kind in ("joint", *kinds)]

@@ -51,9 +51,9 @@ class AGM(Objective):
         return losses.joint
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
+        labels, responses, _ = self.asked(losses)
         logged = super().backward(losses, backward)
-        assert losses.responses is not None and losses.labels is not None  # asked for by uses_responses
-        scores = [F.cross_entropy(losses.responses[name].float(), losses.labels) for name in self.encoders]
+        scores = [F.cross_entropy(responses[name].float(), labels) for name in self.encoders]
         self._batch = [*self._batch, torch.stack(scores).clamp(max=-math.log(1e-8))]
         return logged
 

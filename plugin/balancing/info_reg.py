@@ -53,15 +53,14 @@ class InfoReg(Objective):
         self._start: dict[str, list[Tensor]] = {}  # parameters as the epoch began
 
     def combine(self, losses: Losses) -> Tensor:
-        assert losses.responses is not None  # asked for by needs_head
-        return losses.joint + sum(losses.of(said) for said in losses.responses.values())
+        _, responses, _ = self.asked(losses)
+        return losses.joint + sum(losses.of(said) for said in responses.values())
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         logged = super().backward(losses, backward)
-        assert losses.responses is not None and losses.labels is not None
+        labels, responses, _ = self.asked(losses)
         scores = {
-            name: wide(said.detach()).softmax(1).gather(1, losses.labels[:, None]).sum()
-            for name, said in losses.responses.items()
+            name: wide(said.detach()).softmax(1).gather(1, labels[:, None]).sum() for name, said in responses.items()
         }
         self._scores = {name: self._scores.get(name, 0.0) + score for name, score in scores.items()}
         return logged

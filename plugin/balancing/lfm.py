@@ -8,19 +8,20 @@ Paper: Yang, Wan, Jiang & Xu, Facilitating Multimodal Classification via Dynamic
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from equipoise.balancing.objective import Backward, Losses, Objective, differentiate, wide
+from equipoise.balancing.counted import Counted
+from equipoise.balancing.objective import Backward, Losses, differentiate, wide
 
 # The weight of the labels by epochs: the authors' polynomial through what they learned on CREMA-D, from 0 to EPOCHS
 _FITTED = (2.04623704e-01, 3.35472727e-03, 1.22989557e-04, -2.92947416e-06, 2.23835486e-08, -5.39717505e-11)
 EPOCHS = 200
 
 
-class LFM(Objective):
+class LFM(Counted):
     """Trains on the joint loss and on the agreement of the modalities' predictions (LFM), for two or more modalities.
 
     Minimizes 2·(w·f_mm + (1 − w)·a), where a is the mean over pairs of modalities of (KL(m‖p) + KL(m‖q))/2, p and q
@@ -50,7 +51,6 @@ class LFM(Objective):
 
     def __init__(self, epochs_all: float = 200.0) -> None:
         self.epochs_all = epochs_all
-        self._steps = 0
 
     def weight(self) -> float:
         """w, of the labels, in the epoch that is under way."""
@@ -58,23 +58,13 @@ class LFM(Objective):
         return sum(factor * epoch**power for power, factor in enumerate(_FITTED))
 
     def combine(self, losses: Losses) -> Tensor:
-        assert losses.responses is not None  # asked for by needs_head
-        pairs = [_apart(*pair) for pair in combinations(losses.responses.values(), 2)]
+        _, responses, _ = self.asked(losses)
+        pairs = [_apart(*pair) for pair in combinations(responses.values(), 2)]
         weight = self.weight()
         return 2 * (weight * losses.joint + (1 - weight) * torch.stack(pairs).mean())
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         return super().backward(losses, backward) | {"weight_labels": self.weight()}
-
-    def before_step(self) -> dict[str, float | Tensor]:
-        self._steps += 1
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = state["steps"]
 
 
 def _apart(*pair: Tensor) -> Tensor:

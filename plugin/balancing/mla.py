@@ -25,7 +25,8 @@ class MLA(Objective):
     gradient is left as it is. How the joint prediction weighs the modalities, by exp(−entropy), is the model's:
     `model.fusion=shared`.
 
-    The authors' code trains every modality in turn on the same batch, which is as many of these steps; divides by
+    The authors' code trains every modality in turn on the same batch, which is as many of these steps: beside other
+    objectives, to train as they do takes as many times their steps as there are modalities. It also divides by
     a + h·(Ph)ᵀ, element by element, where the update of the paper and its source has a number; and weighs modalities
     by entropies over a whole batch at the test, where here each clip has its own.
 
@@ -53,13 +54,13 @@ class MLA(Objective):
         return list(self.encoders)[self._steps % len(self.encoders)]
 
     def combine(self, losses: Losses) -> Tensor:
-        assert losses.responses is not None  # asked for by needs_head
-        return losses.of(losses.responses[self.turn()])
+        _, responses, _ = self.asked(losses)
+        return losses.of(responses[self.turn()])
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
         logged = super().backward(losses, backward)
-        assert losses.features is not None  # asked for by uses_features
-        self._means = [*self._means, wide(losses.features[self.turn()].detach()).mean(0)]
+        _, _, features = self.asked(losses)
+        self._means = [*self._means, wide(features[self.turn()].detach()).mean(0)]
         return logged
 
     @torch.no_grad()

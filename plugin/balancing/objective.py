@@ -137,6 +137,24 @@ class Objective:
             raise InputError(f"{type(self).__name__} counts epochs, and this training has none.")
         return steps / self.steps_per_epoch
 
+    def asked(self, losses: Losses) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """A batch's labels, and its responses and features where the objective asks for them; else none of these.
+
+        Raises:
+            InputError: The training loop does not give what the objective asks for.
+        """
+        responses = self.uses_responses or self.needs_head != "any"
+        wanted = {
+            "the examples' classes": (losses.labels, True),
+            "what each modality alone predicts": (losses.responses, responses),
+            "the encoders' features": (losses.features, self.uses_features),
+        }
+        if missing := [what for what, (given, asks) in wanted.items() if asks and given is None]:
+            name = type(self).__name__
+            raise InputError(f"{name} needs {' and '.join(missing)}, which this training does not give.")
+        assert losses.labels is not None
+        return losses.labels, losses.responses or {}, losses.features or {}
+
     def combine(self, losses: Losses) -> Tensor:
         """The scalar to differentiate."""
         raise NotImplementedError(f"{type(self).__name__} defines neither combine() nor backward()")

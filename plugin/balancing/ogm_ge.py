@@ -61,10 +61,10 @@ class OGMGE(Objective):
         return losses.joint
 
     def backward(self, losses: Losses, backward: Backward = differentiate) -> dict[str, float | Tensor]:
+        labels, responses, _ = self.asked(losses)
         logged = super().backward(losses, backward)
-        assert losses.responses is not None and losses.labels is not None  # asked for by uses_responses
-        for name, logits in losses.responses.items():
-            true = torch.softmax(logits.float(), 1).gather(1, losses.labels[:, None]).sum()
+        for name, logits in responses.items():
+            true = torch.softmax(logits.float(), 1).gather(1, labels[:, None]).sum()
             self._scores = {**self._scores, name: self._scores.get(name, 0.0) + true}
         return logged
 

@@ -7,16 +7,17 @@ after their warm-up.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from equipoise.balancing.objective import Losses, Objective
+from equipoise.balancing.counted import Counted
+from equipoise.balancing.objective import Losses
 from equipoise.errors import InputError
 
 
-class OPM(Objective):
+class OPM(Counted):
     """Trains on the joint loss of features from which the dominant modality's are dropped (OPM); for two modalities.
 
     With s_k the sum over the batch of the softmax score that modality k alone gives to the true class through the joint
@@ -47,7 +48,6 @@ class OPM(Objective):
 
     def __init__(self, base: float = 0.5, lam: float = 0.5, execute: float = 0.7, starts: int = 0) -> None:
         self.base, self.lam, self.execute, self.starts = base, lam, execute, starts
-        self._steps = 0
         self._logged: dict[str, Tensor] = {}
 
     def combine(self, losses: Losses) -> Tensor:
@@ -80,8 +80,7 @@ class OPM(Objective):
         return {name: made * kept[name].to(made.dtype) for name, made in features.items()}
 
     def before_step(self):
-        self._steps += 1
-        return dict(self._logged)
+        return super().before_step() | self._logged
 
     def _drops(self) -> bool:
         if not self.starts:
@@ -89,9 +88,3 @@ class OPM(Objective):
         if not self.steps_per_epoch:
             raise InputError("starts: this training has no epochs to count. Leave it at 0.")
         return self._steps // self.steps_per_epoch >= self.starts
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = state["steps"]

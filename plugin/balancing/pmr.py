@@ -10,19 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from equipoise.balancing.objective import Backward, Losses, Objective, differentiate, wide
+from equipoise.balancing.counted import Counted
+from equipoise.balancing.objective import Backward, Losses, differentiate, wide
 from equipoise.errors import InputError
 
 
-class PMR(Objective):
+class PMR(Counted):
     """Trains on the joint loss, and the slower modality on its prototypes too (PMR); for two modalities.
 
     A class's prototype is the mean of its training clips' features in one modality. By the softmax of the negative
     distances to all prototypes a modality predicts the class without a head; s_k is the sum over the batch of what it
-    gives the true one. The modality with the lesser s_k gets α times the cross-entropy of that prediction on top. The
-    prototypes are made anew for each epoch, from the third time on as (1 − m)·new + m·old.
+    gives the true one. The modality with the lesser s_k gets α times the cross-entropy of that prediction on top, in
+    which classes weigh as in the joint loss; in s_k they weigh alike. The prototypes are made anew for each epoch, from
+    the third time on as (1 − m)·new + m·old.
 
     As in the authors' code, which has no entropy term against early convergence beside it, as the paper has. Theirs
     makes prototypes of a tenth of the batches, this of all training clips, or of 10,000 drawn by chance.
@@ -47,7 +48,7 @@ class PMR(Objective):
     def __init__(self, alpha: float = 1.0, momentum: float = 0.2, ends: int | None = None) -> None:
         self.alpha, self.momentum, self.ends = alpha, momentum, ends
         self.prototypes: dict[str, Tensor] = {}  # modality → (classes, width); NaN where a class has none yet
-        self._steps, self._made = 0, 0
+        self._made = 0
 
     def wants_features(self) -> bool:
         return self._made <= int(self.epochs(self._steps))
@@ -79,18 +80,21 @@ class PMR(Objective):
 
     def _predicted(self, losses: Losses) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each modality's loss by its prototypes, and the sum of what it gives the true classes."""
-        if losses.features is None or losses.labels is None or not self.prototypes:
-            raise InputError("PMR needs the encoders' features, which this training does not give.")
+        true, _, given = self.asked(losses)
+        if not self.prototypes:
+            raise InputError("PMR needs the training clips' features once an epoch, which this training does not give.")
         own, scores = {}, {}
-        for name, features in losses.features.items():
+        for name, features in given.items():
             prototypes = self.prototypes[name].to(features.device)
             known = ~prototypes.isnan().any(1)
             here = wide(features), prototypes.nan_to_num().to(wide(features).dtype)
             near = -torch.cdist(*here, compute_mode="donot_use_mm_for_euclid_dist")
             # a class of which none of the clips that made them had any is beyond the last prototype
-            there = known[losses.labels.clamp(max=len(known) - 1)] & (losses.labels < len(known))
-            near, labels = near.masked_fill(~known, -math.inf)[there], losses.labels[there]
-            own[name] = F.cross_entropy(near, labels) if len(labels) else features.sum() * 0
+            there = known[true.clamp(max=len(known) - 1)] & (true < len(known))
+            near, labels = near.masked_fill(~known, -math.inf)[there], true[there]
+            weights = None if losses.weights is None else losses.weights[there]
+            theirs = losses._replace(labels=labels, weights=weights)
+            own[name] = theirs.of(near) if len(labels) else features.sum() * 0
             scores[name] = near.detach().softmax(1).gather(1, labels[:, None]).sum()
         return own, scores
 
@@ -99,12 +103,9 @@ class PMR(Objective):
         weighs = self.alpha if self.ends is None or int(self.epochs(self._steps)) <= self.ends else 0.0
         return {one: weighs * (first < second).to(first.dtype), other: weighs * (second < first).to(first.dtype)}
 
-    def before_step(self) -> dict[str, float | Tensor]:
-        self._steps += 1
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
-        return {"prototypes": dict(self.prototypes), "steps": self._steps, "made": self._made}
+        return super().state_dict() | {"prototypes": dict(self.prototypes), "made": self._made}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.prototypes, self._steps, self._made = dict(state["prototypes"]), state["steps"], state["made"]
+        super().load_state_dict(state)
+        self.prototypes, self._made = dict(state["prototypes"]), state["made"]

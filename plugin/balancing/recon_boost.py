@@ -7,15 +7,16 @@ its authors released. Options: `fit` and `differ` are their weight1 and weight2,
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from equipoise.balancing.objective import Losses, Objective, wide
+from equipoise.balancing.counted import Counted
+from equipoise.balancing.objective import Losses, wide
 
 
-class ReconBoost(Objective):
+class ReconBoost(Counted):
     """Trains one modality after the other, each on what the others get wrong (ReconBoost), for any number of them.
 
     The joint logits are the sum of a part of each modality. In a stage modality k alone is trained, encoder and part,
@@ -51,7 +52,6 @@ class ReconBoost(Objective):
     ) -> None:
         self.fit, self.differ = fit, differ
         self.epochs_each, self.epochs_all = epochs_each, epochs_all
-        self._steps = 0
 
     def turn(self) -> str | None:
         """The modality that is trained in this step; none: all of them."""
@@ -59,22 +59,12 @@ class ReconBoost(Objective):
         return list(self.encoders)[int(stage) % len(self.encoders)] if within < self.epochs_each else None
 
     def combine(self, losses: Losses) -> Tensor:
-        assert losses.responses is not None and losses.labels is not None  # asked for by needs_head
-        name, true = self.turn(), losses.labels[:, None]
+        labels, responses, _ = self.asked(losses)
+        name, true = self.turn(), labels[:, None]
         if name is None:
             return losses.joint
-        others = sum(wide(said.detach()) for other, said in losses.responses.items() if other != name)
+        others = sum(wide(said.detach()) for other, said in responses.items() if other != name)
         assert isinstance(others, Tensor)
         known = F.softmax(others, 1).gather(1, true)
-        own = F.log_softmax(wide(losses.responses[name]), 1).gather(1, true)
+        own = F.log_softmax(wide(responses[name]), 1).gather(1, true)
         return ((self.differ * known - self.fit) * own).mean() / others.shape[1]
-
-    def before_step(self) -> dict[str, float | Tensor]:
-        self._steps += 1
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = state["steps"]

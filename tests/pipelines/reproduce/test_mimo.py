@@ -53,6 +53,12 @@ def test_three_modalities_are_compared_where_the_manifest_has_text(tmp_path):
     values = {"balancing": 0.1, "probe_joint": 99.0}
     lines = mimo._first_table(lambda name, key: [values.get(key, 50.0)], rows, kinds, "2 steps")
     assert "the paper's: UR-Funny" in lines[0] and "64.54 / 52.19 / 50.38 / 62.1 / 0.101" in lines[-1]
+    assert lines[2] == (
+        "MLA trains one modality in a step, its authors' code each of them on every batch: here each has had 1/3 of "
+        "the steps.\n"
+    )
+    without = {name: row for name, row in rows.items() if name != "MLA"}
+    assert not any("MLA" in line for line in mimo._first_table(lambda *_: [1.0], without, kinds, "2 steps"))
     (tmp_path / "lone.csv").write_text("audio,label,split\n")
     with pytest.raises(InputError, match=r"has columns for only audio of audio, visual, text. Balancing needs two"):
         mimo._kinds(str(tmp_path / "lone.csv"))

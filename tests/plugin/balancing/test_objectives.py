@@ -114,6 +114,31 @@ def test_every_objective_gives_each_parameter_a_finite_gradient_and_sums_over_fo
     assert all(float(value) == float(value) for value in objective.before_step().values())
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("ogm_ge", "what each modality alone predicts"),
+        ("agm", "what each modality alone predicts"),
+        ("info_reg", "what each modality alone predicts"),
+        ("recon_boost", "what each modality alone predicts"),
+        ("lfm", "what each modality alone predicts"),
+        ("mla", "what each modality alone predicts and the encoders' features"),
+        ("pmr", "the encoders' features"),
+    ],
+)
+def test_what_a_training_loop_does_not_give_is_named(name, missing, task):
+    net, batch, labels = task()
+    objective = registry.load("objectives", name)()
+    objective.bind(net.own())
+    objective.steps_per_epoch = 1.0
+    given = net(batch, labels)
+    with pytest.raises(InputError, match=f"^{type(objective).__name__} needs {missing}, which this training does not"):
+        objective.backward(Losses(given.joint, given.unimodal, labels))
+    with pytest.raises(InputError, match="needs the examples' classes"):
+        objective.backward(Losses(given.joint, given.unimodal))
+    assert not grads(net), "before anything was differentiated"
+
+
 def test_all_objectives_are_covered():
     names = {e.name for e in registry.entries("objectives") if e.distribution == "equipoise"}
     assert names >= {"joint", "equal_weight", "mimo", "mses", "mslr", "ogm_ge", "agm", "mgda", "mmpareto", "unimodal"}

@@ -207,6 +207,20 @@ def test_pmr_goes_by_the_classes_that_have_prototypes():
     assert objective.prototypes["a"].tolist() == [[0.0, 0.0], [4.0, 4.0], [2.0, 2.0]]
 
 
+def test_pmrs_prototype_loss_weighs_classes_as_the_joint_loss_does():
+    objective = PMR(alpha=1)
+    objective.bind({"a": [], "b": []})
+    objective.steps_per_epoch = 1.0
+    centres, labels = {n: torch.eye(2) * 3 for n in "ab"}, torch.tensor([0, 1, 1, 2])  # 2 has no prototype
+    objective.take_features(centres, torch.tensor([0, 1]), centres, torch.tensor([0, 1]))
+    made = {"a": torch.eye(2)[labels.clamp(max=1)] * 3, "b": torch.zeros(4, 2) + torch.tensor([1.0, 0.0])}
+    weights, joint = torch.tensor([4.0, 0.5, 0.5, 7.0]), torch.zeros((), requires_grad=True)
+    logged = objective.backward(Losses(joint, {}, labels, None, made, weights))
+    near = -torch.stack([(made["b"][0] - centre).norm() for centre in centres["b"]])  # b is the slower
+    each = -near.log_softmax(0)
+    assert float(logged["loss"]) == pytest.approx(float(4 * each[0] + 2 * 0.5 * each[1]) / 5)
+
+
 def test_info_reg_takes_its_twins_steps():
     """Twelve epochs: the means of ten traces are compared, and the window closes where they grow no more."""
     traces: dict[str, list[float]] = {"a": [], "b": []}
