@@ -54,6 +54,11 @@ class Picture:
     note: str = ""  # what the judge saw
     scores: dict[str, float] = field(default_factory=dict)  # shares are 0 or 1 of one picture
 
+    @property
+    def key(self) -> str:
+        """PROMPT-NOISE, by which the same picture is found in another cell."""
+        return f"{self.prompt}-{'' if self.seed is None else self.seed}"
+
 
 @dataclass
 class Cell:
@@ -131,7 +136,7 @@ class Comparison:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: holds no comparison that can be read; compare anew.") from error
         found._refuse_what_lies_elsewhere()
-        found._count_votes()
+        found.count_votes()
         return found
 
     def _refuse_what_lies_elsewhere(self) -> None:
@@ -145,7 +150,7 @@ class Comparison:
                         "that folder, so nothing of it is shown; compare anew."
                     )
 
-    def _count_votes(self) -> None:
+    def count_votes(self) -> None:
         """What blind votes say of the cells now, as metrics of them."""
         counted = votes.tally(self.folder)
         self.beside.pop(votes.PREFERRED, None)
@@ -153,8 +158,8 @@ class Comparison:
             for name in (votes.PREFERRED, votes.VOTES):
                 cell.metrics.pop(name, None)
             cell.metrics |= counted.get(cell.run, {})
-        if counted:
-            self.beside[votes.PREFERRED] = votes.MEANING
+        if counted or votes.left_out(self.folder):
+            self.beside[votes.PREFERRED] = votes.meaning(self.folder)
 
     @property
     def noun(self) -> str:

@@ -2,14 +2,22 @@
 
 import json
 import re
+import shutil
+import threading
+import time
 from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from equipoise.errors import InputError
-from equipoise.pipelines.comparing import votes
+from equipoise.pipelines.comparing import report, votes
 from equipoise.pipelines.comparing.comparison import Comparison
+from equipoise.pipelines.jobs import making
 from equipoise.pipelines.jobs import sweep as sweeps
+from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.ui import compare_cell, compare_grid, compare_numbers, compare_vote
 
 ID = "grid/comparison"
@@ -111,3 +119,42 @@ def test_no_answers_are_shown_from_behind_a_link_that_leads_out(site, swept, ans
     assert "the secret" not in compare_grid.grid(site, ID)
     with pytest.raises(InputError, match="no two cells"):
         compare_vote.draw_duel(site, ID)
+
+
+def test_a_line_that_cannot_be_read_hides_no_votes_and_is_reported(site, swept):
+    folder = swept.folder / "comparison"
+    first = sweeps.cells(swept)[0].id
+    votes.cast(folder, ("", first), "0-0", first)
+    with (folder / votes.FILE).open("ab") as file:
+        file.write(b"\xff\n\n{}\n" + b"[" * 100_000 + b"\n{cut")
+    votes.cast(folder, ("", first), "0-0", None)
+    assert votes.tally(folder)[first] == {"preferred": 0.75, "votes": 2.0}
+    assert "4 lines of votes.jsonl that are no votes, left out" in compare_grid.grid(site, ID)
+    (folder / votes.FILE).write_bytes(b"\xff\n")
+    assert "1 line of votes.jsonl that are no votes, left out" in compare_grid.grid(site, ID)
+
+
+def test_a_vote_is_not_written_behind_a_link(swept, tmp_path):
+    folder = swept.folder / "comparison"
+    (folder / votes.FILE).symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(InputError, match="cannot be written"):
+        votes.cast(folder, ("", "a"), "0-0", None)
+    assert not (tmp_path / "mine.txt").exists()
+
+
+def test_a_report_waits_for_the_one_that_is_being_written_and_has_all_votes(swept):
+    """Else the slower of two would write the tally that it read first."""
+    folder = swept.folder / "comparison"
+    first = sweeps.cells(swept)[0].id
+    votes.cast(folder, ("", first), "0-0", first)
+    before = (folder / "report.html").read_text()
+    writing = threading.Thread(target=report.write_anew, args=(folder,))
+    with votes.locked(folder):
+        writing.start()
+        time.sleep(0.5)
+        assert (folder / "report.html").read_text() == before
+        with (folder / votes.FILE).open("a") as file:
+            file.write(json.dumps({"cells": ["", first], "picture": "0-0", "preferred": ""}) + "\n")
+    writing.join()
+    counted = {cell["run"]: cell["metrics"] for cell in json.loads((folder / "table.json").read_text())["cells"]}
+    assert counted[first]["votes"] == 2 and counted[first]["preferred"] == 0.5
