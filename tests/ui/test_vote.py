@@ -158,3 +158,78 @@ def test_a_report_waits_for_the_one_that_is_being_written_and_has_all_votes(swep
     writing.join()
     counted = {cell["run"]: cell["metrics"] for cell in json.loads((folder / "table.json").read_text())["cells"]}
     assert counted[first]["votes"] == 2 and counted[first]["preferred"] == 0.5
+
+
+def cast_lines(folder):
+    return [json.loads(line) for line in (folder / votes.FILE).read_text().splitlines()]
+
+
+@pytest.fixture
+def remake(swept, monkeypatch):
+    """Makes the comparison anew as `equipoise compare` does, but for the drawing: what is drawn is copied."""
+    before = Comparison.read(swept.folder / "comparison")
+
+    def make(change):
+        def compare(name, folder, runs, configs, asked):
+            shutil.copytree(before.folder / "cells", folder / "cells")
+            made = replace(deepcopy(before), folder=folder)
+            change(made)
+            return made
+
+        monkeypatch.setattr(TextToImage, "compare", compare)
+        return making.make([swept])[0]
+
+    return make
+
+
+def test_votes_outlive_that_a_comparison_is_made_anew_where_nothing_looks_different(swept, remake, capsys):
+    first, second = (cell.id for cell in sweeps.cells(swept)[:2])
+    folder = swept.folder / "comparison"
+    for cells in (("", first), (first, second)):
+        votes.cast(folder, cells, "1-0", first)
+    report.write_anew(folder)
+
+    def draw_second_differently(made):
+        cell = next(cell for cell in made.cells if cell.run == second)
+        Image.new("RGB", (64, 64), (1, 2, 3)).save(made.folder / cell.pictures[1].file)
+
+    remake(lambda made: None)
+    assert len(votes.pairs(folder)) == 2 and "preferred" in (folder / "report.html").read_text()
+    assert "no longer count" not in capsys.readouterr().err
+    remake(draw_second_differently)
+    assert votes.pairs(folder) == [("", first, first)] and len(cast_lines(folder)) == 2
+    assert "1 of the votes are on what looked different, and no longer count" in capsys.readouterr().err
+    assert "1 line of votes.jsonl with votes on what was drawn" in (folder / "report.html").read_text()
+    table = json.loads((folder / "table.json").read_text())
+    assert {cell["run"]: cell["metrics"].get("votes") for cell in table["cells"]}[second] is None
+    remake(lambda made: None)
+    assert votes.pairs(folder) == [("", first, first)], "what is outdated once stays so"
+
+
+def test_a_vote_while_a_comparison_is_made_anew_is_kept_and_in_nobodys_way(swept, remake):
+    first = sweeps.cells(swept)[0].id
+    folder = swept.folder / "comparison"
+
+    def vote_meanwhile(made):
+        votes.cast(folder, ("", first), "0-0", first)
+        report.write_anew(folder)
+
+    made = remake(vote_meanwhile)
+    assert made.folder == folder and len(votes.pairs(folder)) == 1
+    assert [path.name for path in swept.folder.iterdir() if "comparison" in path.name] == ["comparison"]
+    counted = json.loads((folder / "table.json").read_text())["beside"]
+    assert "preferred" in counted
+
+
+def test_votes_on_answers_outlive_it_too(swept, answered, remake):
+    first = sweeps.cells(swept)[0].id
+    folder = swept.folder / "comparison"
+    for key in ("answer 1", "answer 2", "answer 3", "x"):
+        votes.cast(folder, ("", first), key, first)
+
+    def answer_differently(made):
+        file = made.folder / "cells" / first.rpartition("/")[2] / "answers.jsonl"
+        file.write_text(file.read_text().replace("<two>", "three"))
+
+    remake(answer_differently)
+    assert [line["picture"] for line in cast_lines(folder) if "outdated" not in line] == ["answer 1"]
