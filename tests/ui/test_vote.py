@@ -23,6 +23,25 @@ from equipoise.ui import compare_cell, compare_grid, compare_numbers, compare_vo
 ID = "grid/comparison"
 
 
+@pytest.fixture
+def vote(ask, monkeypatch):
+    """Clicks on one of the three buttons below the pair that a page shows, as if it had been looked at."""
+
+    def click(handler, shown):
+        monkeypatch.setattr(compare_vote, "GLANCE", 0)
+        return ask(handler, token(shown), None)
+
+    return click
+
+
+def token(shown):
+    return re.search("data-shown='([^']*)'", str(shown))[1]
+
+
+def cast_lines(folder):
+    return [json.loads(line) for line in (folder / votes.FILE).read_text().splitlines()]
+
+
 def test_a_pair_does_not_say_whose_it_is(site, swept):
     duel = compare_vote.draw_duel(site, ID)
     shown = compare_vote.duel_shown(site, duel)
@@ -43,17 +62,16 @@ def test_everybody_meets_everybody_before_anybody_meets_again(site, swept):
     assert len({cell for pair in met for cell in pair}) == 5 and max(met.values()) <= 2 and len(met) >= 8
 
 
-def test_votes_are_counted_in_the_grid_the_table_and_the_report(site, swept, ask):
+def test_votes_are_counted_in_the_grid_the_table_and_the_report(site, swept, ask, vote):
     ask("pick", ["grid"])
     first = sweeps.cells(swept)[0].id
     folder = swept.folder / "comparison"
-    assert "Show a pair" not in str(ask("prefer_a", None)) and "pair first" in str(ask("prefer_a", None))
-    ask("show_pair", ID)
-    said = str(ask("prefer_a", None))
+    assert "Show a pair" not in str(ask("prefer_a", "", None)) and "pair first" in str(ask("prefer_a", "", None))
+    said = str(shown := vote("prefer_a", ask("show_pair", ID)))
     assert "A is better" not in said and "A was better: A was " in said and "1 vote so far" in said
-    (vote,) = [json.loads(line) for line in (folder / votes.FILE).read_text().splitlines()]
-    assert vote["preferred"] == vote["cells"][0]
-    assert "neither was better" in str(ask("prefer_neither", None))
+    (line,) = cast_lines(folder)
+    assert line["preferred"] == line["cells"][0]
+    assert "neither was better" in str(vote("prefer_neither", shown))
     (folder / votes.FILE).unlink()
     for preferred in (first, first, None, ""):
         votes.cast(folder, ("", first), "0-0", preferred)
@@ -61,8 +79,7 @@ def test_votes_are_counted_in_the_grid_the_table_and_the_report(site, swept, ask
     shown = compare_grid.grid(site, ID)
     assert "preferred 62%" in shown and votes.MEANING in shown and "<th>votes</th>" in compare_numbers.table(site, ID)
     assert "votes.jsonl?download=1" in compare_numbers.export(site, ID)
-    ask("show_pair", ID)
-    ask("prefer_b", None)
+    vote("prefer_b", ask("show_pair", ID))
     assert "preferred" in (folder / "report.html").read_text() and "votes" in (folder / "table.csv").read_text()
     (folder / votes.FILE).unlink()
     assert "preferred" not in compare_grid.grid(site, ID), "a tally is of the votes that there are"
@@ -121,6 +138,67 @@ def test_no_answers_are_shown_from_behind_a_link_that_leads_out(site, swept, ans
         compare_vote.draw_duel(site, ID)
 
 
+def test_a_vote_is_of_who_saw_the_pair(site, swept, ask, vote, monkeypatch):
+    """A second click of a double click, or one that was sent before another pair came, is none on that pair."""
+    folder = swept.folder / "comparison"
+    ask("pick", ["grid"])
+    first = ask("show_pair", ID)
+    for unseen in ("", "x", None, [1]):
+        ask("prefer_a", unseen, None)
+    assert not (folder / votes.FILE).exists()
+    second = vote("prefer_a", first)
+    vote("prefer_a", first)
+    monkeypatch.setattr(compare_vote, "GLANCE", 600)
+    ask("prefer_b", token(second), None)
+    assert len(cast_lines(folder)) == 1 and token(second) != token(first)
+    vote("prefer_b", second)
+    assert len(cast_lines(folder)) == 2
+
+
+def test_no_vote_is_kept_on_a_pair_that_a_comparison_made_anew_has_not_got(site, swept, ask, vote):
+    """Neither where a cell is gone, nor where its picture, or what is on it, is another one."""
+    folder = swept.folder / "comparison"
+    kept = (folder / "table.json").read_text()
+
+    def without_cells(made):
+        made.cells.clear()
+
+    def without_pictures(made):
+        for cell in made.cells:
+            cell.pictures.clear()
+
+    def with_other_pictures(made):
+        for cell in (made.base, *made.cells):
+            for picture in cell.pictures:
+                Image.new("RGB", (64, 64), (1, 2, 3)).save(folder / picture.file)
+
+    ask("pick", ["grid"])
+    for change in (without_cells, without_pictures, with_other_pictures):
+        shown = ask("show_pair", ID)
+        made = Comparison.read(folder)
+        change(made)
+        made.write_tables()
+        assert "made anew" in str(vote("prefer_a", shown)), change
+        assert not (folder / votes.FILE).exists()
+        (folder / "table.json").write_text(kept)
+
+
+def test_a_pair_that_is_gone_before_it_is_shown_is_reported(site, swept):
+    duel = compare_vote.draw_duel(site, ID)
+    made = Comparison.read(swept.folder / "comparison")
+    made.cells.clear()
+    made.write_tables()
+    with pytest.raises(InputError, match="made anew, without one of these two"):
+        compare_vote.duel_shown(site, duel)
+
+
+def test_pictures_without_a_prompt_are_zoomed_by_buttons_and_answers_are_not(site, swept):
+    made = Comparison.read(swept.folder / "comparison")
+    made.prompts = ["", ""]
+    made.write_tables()
+    assert compare_vote.duel_shown(site, compare_vote.draw_duel(site, ID)).count("data-zoom=") == 3
+
+
 def test_a_line_that_cannot_be_read_hides_no_votes_and_is_reported(site, swept):
     folder = swept.folder / "comparison"
     first = sweeps.cells(swept)[0].id
@@ -158,10 +236,6 @@ def test_a_report_waits_for_the_one_that_is_being_written_and_has_all_votes(swep
     writing.join()
     counted = {cell["run"]: cell["metrics"] for cell in json.loads((folder / "table.json").read_text())["cells"]}
     assert counted[first]["votes"] == 2 and counted[first]["preferred"] == 0.5
-
-
-def cast_lines(folder):
-    return [json.loads(line) for line in (folder / votes.FILE).read_text().splitlines()]
 
 
 @pytest.fixture
