@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -141,7 +142,7 @@ class Comparison:
 
     def _refuse_what_lies_elsewhere(self) -> None:
         """Raises InputError for a picture outside of the folder: the file may be anybody's, and pictures are shown."""
-        folder = self.folder.resolve()
+        folder = os.path.realpath(self.folder)
         for picture in (picture for cell in (self.base, *self.cells) for picture in cell.pictures):
             for name in (picture.file, picture.thumbnail):
                 if not _is_in(folder, name):
@@ -350,15 +351,12 @@ def _record(cls: type[Comparison]) -> TypeAdapter[Comparison]:
     return TypeAdapter(cls)
 
 
-def _is_in(folder: Path, name: str) -> bool:
+def _is_in(folder: str, name: str) -> bool:
     """Whether a name leads to something in the (resolved) folder: on disk, links followed, and in a browser, for which
     it is an address beside the report's own."""
     if name[:1] in ("", "/") or any(mark in name for mark in ":\\\0") or ".." in name.split("/"):
         return False
-    try:
-        return (folder / name).resolve().is_relative_to(folder)
-    except (OSError, RuntimeError):  # links in a circle
-        return False
+    return os.path.realpath(f"{folder}/{name}").startswith(f"{folder}/")  # pathlib's takes thrice as long
 
 
 def _failure(cell: Cell) -> str:
