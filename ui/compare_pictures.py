@@ -40,7 +40,7 @@ def shots(site: Site, comparison: Comparison, id: str, cell: Cell, step: int | N
         return _drawn(site, folder) if folder else []
     return [
         Shot(
-            *(f"{picture.prompt}-{'' if picture.seed is None else picture.seed}", picture.prompt),
+            *(picture.key, picture.prompt),
             *(f"{id}/{picture.file}", f"{id}/{picture.thumbnail}"),
             *("" if picture.seed is None else str(picture.seed), picture.note, picture.right),
         )

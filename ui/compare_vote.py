@@ -1,10 +1,13 @@
 """The part of the tab Compare where people vote blindly: which of two pictures is better, A or B?"""
 
 import base64
+import hashlib
 import random
+import secrets
+import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -19,8 +22,9 @@ from equipoise.ui.compare_cell import zoom_buttons, zooms
 from equipoise.ui.compare_pictures import shots
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import SUFFIXES, Site
-from equipoise.ui.widgets import HIDDEN, Updates, bound
+from equipoise.ui.widgets import HIDDEN, Updates, bound, shown_in
 
+GLANCE = 0.5  # seconds; a click so soon after a pair was shown is a second one on the pair before
 _draw = random.SystemRandom()  # which nobody can foresee
 
 
@@ -33,6 +37,16 @@ class Duel:
     key: str  # of the picture or answer that is compared
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A pair as it stands in a page."""
+
+    duel: Duel
+    seen: str  # digest of what the two show
+    token: str = field(default_factory=secrets.token_urlsafe)  # in the page beside them: whoever clicks has seen them
+    since: float = field(default_factory=time.monotonic)
+
+
 @dataclass(frozen=True, eq=False)
 class Voting:
     """The parts, and what is remembered of one browser."""
@@ -41,7 +55,7 @@ class Voting:
     shown: gr.HTML
     said: gr.HTML
     row: gr.Row
-    duel: gr.State
+    asked: gr.State
 
 
 def build(site: Site, which: gr.Dropdown) -> list[Any]:
@@ -57,11 +71,12 @@ def build(site: Site, which: gr.Dropdown) -> list[Any]:
             second = gr.Button("B is better", size="md", elem_id="vote-b")
         said = gr.HTML(elem_id="vote-said")
     voting = Voting(site, shown, said, row, gr.State())
-    mine = [shown, said, row, voting.duel]
+    mine = [shown, said, row, voting.asked]
     begin.click(bound(show_pair, voting), which, mine, **HIDDEN)
     which.change(bound(forget_pair, voting), None, mine, **HIDDEN)
     handlers = ((first, prefer_a), (second, prefer_b), (tie, prefer_neither))
-    return [button.click(bound(handler, voting), voting.duel, mine, **HIDDEN) for button, handler in handlers]
+    sent = {"inputs": [shown, voting.asked], "js": shown_in("vote-pair")}
+    return [button.click(bound(handler, voting), outputs=mine, **sent, **HIDDEN) for button, handler in handlers]
 
 
 def drawn(site: Site, comparison: Comparison, id: str, cell: Cell) -> Mapping[str, str]:
@@ -95,23 +110,36 @@ def draw_duel(site: Site, id: str) -> Duel:
 
 
 def duel_shown(site: Site, duel: Duel) -> str:
-    """The two beside each other. Pictures lie in the page itself, for their addresses would say whose they are."""
-    comparison = read(site, duel.id)
+    """The two beside each other. Pictures lie in the page itself, for their addresses would say whose they are.
+
+    Raises:
+        InputError: the comparison has not got both any more.
+    """
+    return _duel_shown(site, read(site, duel.id), duel)
+
+
+def _duel_shown(site: Site, comparison: Comparison, duel: Duel) -> str:
     cells = _cells(comparison)
-    prompt, sides = "", []
+    prompt, buttons, sides = "", "", []
     for letter, run in zip("AB", duel.cells, strict=True):
+        if run not in cells or duel.key not in drawn(site, comparison, duel.id, cells[run]):
+            raise InputError("The comparison was made anew, without one of these two: ask for another pair.")
         cell = cells[run]
         shot = next((shot for shot in shots(site, comparison, duel.id, cell) if shot.key == duel.key), None)
         if shot:
             file = site.file(shot.file)
             data = base64.b64encode(file.read_bytes()).decode()
             prompt = comparison.prompts[shot.prompt] if shot.prompt < len(comparison.prompts) else ""
+            buttons = zoom_buttons()
             inside = zooms(f"<img src='data:{SUFFIXES[file.suffix]};base64,{data}' alt='{letter}'>")
         else:
             inside = drawn(site, comparison, duel.id, cell)[duel.key]
         sides.append(f"<section><h3>{letter}</h3>{inside}</section>")
-    buttons = zoom_buttons() if prompt else ""
     return f"<p class='hint'>{esc(prompt)}</p><div class='talk'>{''.join(sides)}</div>{buttons}"
+
+
+def _digest(shown: str) -> str:
+    return hashlib.sha256(shown.encode()).hexdigest()
 
 
 def _cells(comparison: Comparison) -> dict[str, Cell]:
@@ -127,19 +155,19 @@ def show_pair(voting: Voting, id: str | None) -> Updates:
 
 def forget_pair(voting: Voting) -> Updates:
     """Another comparison is looked at."""
-    return {voting.shown: "", voting.said: "", voting.row: gr.update(visible=False), voting.duel: None}
+    return {voting.shown: "", voting.said: "", voting.row: gr.update(visible=False), voting.asked: None}
 
 
-def prefer_a(voting: Voting, duel: Duel | None) -> Updates:
-    return _voted(voting, duel, 0)
+def prefer_a(voting: Voting, token: str, asked: Asked | None) -> Updates:
+    return _voted(voting, token, asked, 0)
 
 
-def prefer_b(voting: Voting, duel: Duel | None) -> Updates:
-    return _voted(voting, duel, 1)
+def prefer_b(voting: Voting, token: str, asked: Asked | None) -> Updates:
+    return _voted(voting, token, asked, 1)
 
 
-def prefer_neither(voting: Voting, duel: Duel | None) -> Updates:
-    return _voted(voting, duel, None)
+def prefer_neither(voting: Voting, token: str, asked: Asked | None) -> Updates:
+    return _voted(voting, token, asked, None)
 
 
 def _next(voting: Voting, id: str, said: str) -> Updates:
@@ -150,21 +178,27 @@ def _next(voting: Voting, id: str, said: str) -> Updates:
         shown = duel_shown(voting.site, duel)
     except (EquipoiseError, OSError) as error:
         return forget_pair(voting) | {voting.said: said + draw.notice(voting.site.without_paths(error), "bad")}
-    return {voting.shown: shown, voting.said: said, voting.row: gr.update(visible=True), voting.duel: duel}
+    asked = Asked(duel, _digest(shown))
+    marked = f"<div data-shown='{asked.token}'>{shown}</div>"
+    return {voting.shown: marked, voting.said: said, voting.row: gr.update(visible=True), voting.asked: asked}
 
 
-def _voted(voting: Voting, duel: Duel | None, preferred: int | None) -> Updates:
+def _voted(voting: Voting, token: str, asked: Asked | None, preferred: int | None) -> Updates:
     """Keeps a vote, says whose the two were, and shows the next pair."""
-    if duel is None:
+    if asked is None:
         return {voting.said: draw.notice("Ask for a pair first.", "bad")}
+    if token != asked.token or time.monotonic() - asked.since < GLANCE:  # whoever clicked has not looked at this pair
+        return {voting.said: gr.skip()}
+    duel = asked.duel
     try:
         comparison = read(voting.site, duel.id)
-        run = None if preferred is None else duel.cells[preferred]
-        votes.cast(comparison.folder, duel.cells, duel.key, run)
+        if _digest(_duel_shown(voting.site, comparison, duel)) != asked.seen:
+            raise InputError("The comparison was made anew, with other pictures or answers: ask for another pair.")
+        names = [_name(comparison, _cells(comparison)[run]) for run in duel.cells]
+        votes.cast(comparison.folder, duel.cells, duel.key, None if preferred is None else duel.cells[preferred])
         report.write_anew(comparison.folder)
     except (EquipoiseError, OSError) as error:
         return forget_pair(voting) | {voting.said: draw.notice(voting.site.without_paths(error), "bad")}
-    names = [_name(comparison, _cells(comparison)[run]) for run in duel.cells]
     count = len(votes.pairs(comparison.folder))
     counted = f"{count} vote{'s' * (count != 1)} so far"
     chosen = "neither was better" if preferred is None else f"{'AB'[preferred]} was better"

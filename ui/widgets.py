@@ -55,7 +55,12 @@ def confirm(name: str) -> Confirm:
 
 def asked_of(name: str) -> str:
     """What fills an event's first input with the id that such a question is about."""
-    found = f"document.querySelector('#{name}-question [data-shown]')?.dataset.shown ?? ''"
+    return shown_in(f"{name}-question")
+
+
+def shown_in(part: str) -> str:
+    """What fills an event's first input with what the part of that id shows."""
+    found = f"document.querySelector('#{part} [data-shown]')?.dataset.shown ?? ''"
     return f"(id, ...rest) => [{found}, ...rest]"
 
 

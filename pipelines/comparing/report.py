@@ -11,12 +11,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from equipoise.pipelines.comparing import votes
 from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import WORKS, Cell, Comparison, Picture, means, short
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve, line_colour
 from equipoise.pipelines.comparing.robustness import KEPT, USABLE
 from equipoise.pipelines.files import write_atomic
 
+REWRITTEN = (votes.FILE, "table.csv", "prompts.csv", "table.json", "report.html")  # by every vote
 CELL = 168  # pixels, the side of a cell of the grid picture
 _GAP, _LEFT, _HEAD, _FOOT = 10, 150, 64, 22
 _MOST = 8  # pictures in a cell: the demo's prompts, those for what was known before among them
@@ -43,12 +45,15 @@ def write_report(comparison: Comparison) -> dict[str, Path]:
 def write_anew(folder: Path) -> None:
     """Writes the tables and report.html of a comparison again, with the votes that there are now.
 
+    One at a time, from reading votes to writing what they come to: else the slower of two would write the older tally.
+
     Raises:
         InputError: there is none in the folder, or it cannot be written.
     """
-    comparison = Comparison.read(folder)
-    comparison.write_tables()
-    write_atomic(folder / "report.html", render_html(comparison))
+    with votes.locked(folder):
+        comparison = Comparison.read(folder)
+        comparison.write_tables()
+        write_atomic(folder / "report.html", render_html(comparison))
 
 
 def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:

@@ -9,8 +9,8 @@ import secrets
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.comparison import Comparison
-from equipoise.pipelines.comparing.report import write_report
+from equipoise.pipelines.comparing.remade import carried_votes
+from equipoise.pipelines.comparing.report import REWRITTEN, write_report
 from equipoise.pipelines.files import explained, version
 from equipoise.pipelines.jobs import hub_files
 from equipoise.pipelines.jobs import sweep as sweeps
@@ -55,11 +56,18 @@ def make(
     first = configs.set_keys(loaded[0], changes, source="comparison") if changes else loaded[0]
     pipeline = registry.load("pipelines", loaded[0].pipeline)
     folder, name = _place(found, out, own=bool(changes))
-    with swapped_in(folder) as staging, environment.there(runs[0].folder / "environment.json"):
+    rewritten = REWRITTEN if (folder / "table.json").exists() else ()  # by votes on the comparison before
+    with (
+        ExitStack() as until_swapped,
+        swapped_in(folder, rewritten) as staging,
+        environment.there(runs[0].folder / "environment.json"),
+    ):
         comparison = pipeline.compare(name, staging, runs, loaded, first)
         comparison.own = not _other_pictures(loaded[0], first)
         if not comparison.own:
             comparison.forget_scores()
+        if outdated := until_swapped.enter_context(carried_votes(folder, comparison)):
+            print(f"{outdated} of the votes are on what looked different, and no longer count.", file=sys.stderr)
         paths = write_report(comparison)
     comparison.folder = folder
     return comparison, {what: folder / path.name for what, path in paths.items()}
@@ -209,14 +217,18 @@ def _place(found: Sequence[Run], out: Path | None, own: bool, root: Path | None 
 
 
 @contextmanager
-def swapped_in(folder: Path) -> Iterator[Path]:
+def swapped_in(folder: Path, rewritten: Collection[str] = ()) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` when it is complete, and vanishes when something fails.
+
+    Args:
+        folder: where it is to be.
+        rewritten: names of files in it that may be written meanwhile, and are replaced nevertheless.
 
     Raises:
         InputError: it cannot be written; or something else was written to `folder` meanwhile, which is kept: what was
             made is then beside it.
     """
-    before = _held(folder)
+    before = _held(folder, rewritten)
     mark = secrets.token_hex(4)
     staging, old = (folder.with_name(f".{folder.name}.{what}-{mark}") for what in ("new", "old"))
     try:
@@ -226,7 +238,7 @@ def swapped_in(folder: Path) -> Iterator[Path]:
         yield staging
         with explained(folder):
             (staging / _MAKER).unlink()
-            if _held(folder) != before:
+            if _held(folder, rewritten) != before:
                 other = folder.with_name(f"{folder.name}-{mark}")
                 staging.rename(other)
                 raise InputError(
@@ -244,9 +256,16 @@ def swapped_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _held(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """What is in a folder, and what tells that it was written anew."""
-    return {path: version(path) for path in (folder, *folder.rglob("*")) if path == folder or path.is_file()}
+def _held(folder: Path, rewritten: Collection[str]) -> dict[Path, tuple[int, ...]]:
+    """What is in a folder but the files that may be rewritten, and what tells that it was written anew."""
+    hidden = tuple(f".{name}." for name in rewritten)  # while it is written
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    held = {
+        path: version(path)
+        for path in files
+        if path.parent != folder or not (path.name in rewritten or path.name.startswith(hidden))
+    }
+    return held | {folder: version(folder)[: 1 if rewritten else None]}  # its own time is that of what is in it
 
 
 def being_made(folder: Path) -> int | None:

@@ -450,9 +450,7 @@ def test_a_file_with_values_of_other_types_is_refused_in_a_sentence(key, value, 
 
 
 @pytest.mark.parametrize("part", ["file", "thumbnail"])
-@pytest.mark.parametrize(
-    "name", ["{out}", "../secret.txt", "cells/../../secret.txt", "link.png", "linked/secret.txt", "circle.png"]
-)
+@pytest.mark.parametrize("name", ["{out}", "../secret.txt", "cells/../../secret.txt", "link.png", "linked/secret.txt"])
 def test_a_table_that_names_files_elsewhere_is_refused_and_none_is_shown(part, name, comparison):
     """It may be anybody's, and whoever counts votes writes thumbnails into the report that is served."""
     folder = comparison.folder / "shared"
@@ -461,7 +459,6 @@ def test_a_table_that_names_files_elsewhere_is_refused_and_none_is_shown(part, n
     secret.write_text("the secret")
     (folder / "link.png").symlink_to(secret)
     (folder / "linked").symlink_to(comparison.folder)
-    (folder / "circle.png").symlink_to("circle.png")
     comparison.folder, name = folder, name.format(out=secret)
     for cell in (comparison.base, *comparison.cells):
         cell.pictures = []

@@ -35,6 +35,24 @@ def test_what_somebody_else_wrote_meanwhile_is_kept(there, tmp_path):
     assert str(other) in str(refused.value) and [path.name for path in other.iterdir()] == ["made"]
 
 
+def test_what_may_be_rewritten_meanwhile_is_replaced_and_nothing_else_is(tmp_path):
+    folder = tmp_path / "out"
+    (folder / "cells").mkdir(parents=True)
+    for name in ("old", "votes.jsonl", ".table.csv.0123abcd"):
+        (folder / name).write_text("0")
+    with swapped_in(folder, ("votes.jsonl", "table.csv")) as staging:
+        (staging / "made").write_text("1")
+        (folder / "votes.jsonl").write_text("0 1")
+        (folder / ".table.csv.0123abcd").rename(folder / "table.csv")
+    assert [path.name for path in folder.iterdir()] == ["made"]
+    for name in ("notes", "made", "cells/votes.jsonl"):
+        with pytest.raises(InputError, match="something else was written"):
+            with swapped_in(folder, ("votes.jsonl",)):
+                (folder / "cells").mkdir(exist_ok=True)
+                (folder / name).write_text("mine")
+        assert (folder / name).read_text() == "mine"
+
+
 def test_files_are_called_by_as_little_of_their_path_as_tells_them_apart(tmp_path):
     """Where they lie on this machine is in nothing that is handed on."""
     files = [tmp_path / name for name in ("a/lora.safetensors", "b/lora.safetensors", "c/one.bin", "c/one.safetensors")]
