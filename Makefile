@@ -1,9 +1,11 @@
-# Everything runs in .venv, which is made on first use. May be given: PYTHON, PIP_ARGS, TESTS for `make test`, and ONLY
-# for `make evidence`.
+# Everything runs in .venv, which is made on first use. May be given: PYTHON, PIP_ARGS, TESTS for `make test`, and, for
+# `make evidence`, ONLY=NAMES, AGAIN=1 and GIVEN=WORD=VALUE.
 PYTHON ?= python3
 PIP_ARGS ?=
 TESTS ?=
 ONLY ?=
+AGAIN ?=
+GIVEN ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 VENV := .venv
@@ -52,7 +54,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizer_step.py
 
 evidence: $(VENV)/.installed-dev  # what every published table says beside what its command gives now: many hours, goes on
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(if $(ONLY),--only $(ONLY))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again) $(if $(GIVEN),--given $(GIVEN))
 
 demo-base: $(VENV)/.installed  # trains the embedded model again: tens of minutes
 	$(BIN)/python -m equipoise.pipelines.demo.train_base

@@ -6,13 +6,15 @@
 
 A table in README.md, docs/ or benchmarks/ has a comment in the line before it: `<!-- measured by: NAME -->`, of an
 entry of evidence.toml, or `<!-- not measured -->`. With `, from here on` it is about every table up to the end of the
-file. What a finished command printed stays in the output folder until --again. A figure has moved if it differs by more
-than the spread that is published with it ("1.0 (0.8 to 1.3)", "1.0 ± 0.2", or a row named "spread" below it); one
-without a spread, by more than the entry's `tolerance` of its size. The exit code is 1 if a figure moved, a line reads
-otherwise or a command failed.
+file. What a finished command printed stays in the output folder, and is what later calls compare, until --again; if it
+is of other code, they say so. A figure has moved if it differs by more than the spread that is published with it ("1.0
+(0.8 to 1.3)", "1.0 ± 0.2", or a row named "spread" below it); one without a spread, by more than the entry's
+`tolerance` of its size. The exit code is 1 if a figure moved, a line reads otherwise or a command failed. Printed
+tables that are published nowhere are listed, and so is, at the end, what was not run.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -25,7 +27,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,9 @@ TOLERANCE = 0.05
 _NUMBER = r"(?<![A-Za-z\d.])[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _FIGURE = re.compile(rf"({_NUMBER})%? \(({_NUMBER})%? to ({_NUMBER})%?\)|({_NUMBER}) ± ({_NUMBER})|({_NUMBER})")
 _MARK = re.compile(r"<!-- (?:measured by: (?P<entry>[\w-]+)|not measured)(?P<rest>, from here on)? -->")
+# what figures may depend on; words, and which tables there are, are not among it
+_FILES = ["plugin", "pipelines", "ui", "configs", "benchmarks", "tests/soak.py", "constraints.txt"]
+_FILES += [":!*.md", ":!benchmarks/evidence.*"]
 _PROGRAMS = {"equipoise": ["-m", "equipoise.pipelines.cli"], "python": []}
 
 
@@ -109,7 +114,7 @@ def read(file: str, text: str) -> list[Table]:
 def numbers(line: str) -> list[tuple[str, float, float | None]]:
     """(as printed, value, spread or None) of each figure of a line; its bounds are not figures themselves."""
     found: list[tuple[str, float, float | None]] = []
-    for whole in _FIGURE.finditer(line):
+    for whole in _FIGURE.finditer(_bare(line)):
         ranged, low, high, mean, width, alone = whole.groups()
         spread = float(high) - float(low) if ranged else float(width) if mean else None
         found.append((whole[0], float(ranged or mean or alone), spread))
@@ -118,8 +123,13 @@ def numbers(line: str) -> list[tuple[str, float, float | None]]:
 
 def skeleton(line: str) -> str:
     """The line without its numbers, and without what only lays it out."""
-    bare = re.sub(r"[\s*]+", " ", re.sub(_NUMBER, "#", line)).strip(" |")
+    bare = re.sub(_NUMBER, "#", _bare(line)).strip(" |")
     return bare if re.search(r"[^\W_]|#", bare) else ""
+
+
+def _bare(line: str) -> str:
+    """The line without emphasis, and with single spaces."""
+    return re.sub(r"[\s*]+", " ", line)
 
 
 def compare(tables: Sequence[Table], printed: Sequence[str], tolerance: float) -> tuple[int, list[str]]:
@@ -127,29 +137,64 @@ def compare(tables: Sequence[Table], printed: Sequence[str], tolerance: float) -
 
     Lines are matched by their skeletons, in order.
     """
-    was = [(table.line + i, line) for table in tables for i, line in enumerate(table.lines) if skeleton(line)]
-    now = [line for line in printed if skeleton(line)]
-    old, new = [skeleton(line) for _, line in was], [skeleton(line) for line in now]
+    was, now, matched = _match(tables, printed)
     count, found = 0, []
-    for kind, i, i_end, j, j_end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    for kind, i, i_end, j, j_end in matched:
         if kind != "equal":
             found += [f"{number}: reads otherwise now, or is gone: {line.strip()}" for number, line in was[i:i_end]]
-            found += [f"    instead: {line.strip()}" for line in now[j : min(j_end, j + i_end - i)]]
+            found += [f"    instead: {line.strip()}" for _, line in now[j : min(j_end, j + i_end - i)]]
             continue
         for at in range(i, i_end):
-            if old[at].startswith("spread #"):
-                continue
             (number, line), below = was[at], was[at + 1][1] if at + 1 < i_end else ""
+            if skeleton(line).startswith("spread #"):
+                continue
             spreads = [value for _, value, _ in numbers(below)] if skeleton(below).startswith("spread #") else []
-            pairs = list(zip(numbers(line), numbers(now[j + at - i]), strict=True))
-            spreads = [None] * (len(pairs) - len(spreads)) + spreads
-            count += len(pairs)
-            for ((before, x, own), (after, y, _)), other in zip(pairs, spreads, strict=True):
-                spread = own if other is None else other
-                if abs(x - y) > allowed(before, x, spread, tolerance):
-                    by = "" if spread is None else f", by more than {spread:g}"
-                    found.append(f"{number}: {before} moved to {after}{by}: {line.strip()}")
+            before, after = numbers(line), numbers(now[j + at - i][1])
+            if len(before) != len(after) or len(spreads) > len(before):
+                found.append(f"{number}: reads otherwise now, or its row of spreads has more figures: {line.strip()}")
+                continue
+            count += len(before)
+            found += [f"{number}: {moved}: {line.strip()}" for moved in _moved(before, after, spreads, tolerance)]
     return count, found
+
+
+def _match(
+    tables: Sequence[Table], printed: Sequence[str]
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]], list[tuple[str, int, int, int, int]]]:
+    """(number, line) of what is published and of what is printed, and difflib's opcodes between them."""
+    was = [(table.line + i, line) for table in tables for i, line in enumerate(table.lines) if skeleton(line)]
+    now = [(number, line) for number, line in enumerate(printed, 1) if skeleton(line)]
+    old, new = [skeleton(line) for _, line in was], [skeleton(line) for _, line in now]
+    return was, now, SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+
+
+def _moved(before: Sequence[tuple], after: Sequence[tuple], below: Sequence[float], tolerance: float) -> list[str]:
+    """Which of a line's figures moved, in words; `below`: the spreads of its last ones, from the row below."""
+    found = []
+    spreads = [None] * (len(before) - len(below)) + list(below)
+    for (was, x, own), (now, y, _), other in zip(before, after, spreads, strict=True):
+        spread = own if other is None else other
+        if abs(x - y) > allowed(was, x, spread, tolerance):
+            found.append(f"{was} moved to {now}{'' if spread is None else f', by more than {spread:g}'}")
+    return found
+
+
+def surplus(tables: Sequence[Table], printed: Sequence[str]) -> list[str]:
+    """The tables among what is printed of which no line is published in any file, in a sentence each."""
+    known: set[int] = set()
+    for file in {table.file for table in tables}:
+        _, now, matched = _match([table for table in tables if table.file == file], printed)
+        for kind, i, i_end, j, j_end in matched:
+            known |= {number for number, _ in now[j : j_end if kind == "equal" else min(j_end, j + i_end - i)]}
+    found, at = [], 0
+    for filled, group in groupby(printed, key=lambda line: bool(line.strip())):
+        lines = list(group)
+        numbered = range(at + 1, at + 1 + len(lines))
+        at += len(lines)
+        columns = [line for line in lines if line.startswith("|") or re.search(r"\S {2,}\S", line)]
+        if filled and len(columns) > 1 and known.isdisjoint(numbered):
+            found.append(f"published nowhere, {len(lines)} lines from line {numbered[0]}: {lines[0].strip()}")
+    return found
 
 
 def allowed(printed: str, value: float, spread: float | None, tolerance: float) -> float:
@@ -178,18 +223,35 @@ def kept(folder: Path, entry: Entry) -> dict | None:
     return found if found.get("commands") == list(entry.commands) else None
 
 
-def make(folder: Path, entry: Entry, given: Mapping[str, str]) -> bool:
-    """Runs an entry's commands and keeps what they print; whether all of them ended well."""
-    own = folder / entry.name
-    if (own / "kept.json").exists():  # to be made again, from nothing
+def code() -> dict[str, str]:
+    """What the working tree is called, and a digest of all in it that a figure may depend on."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    files = git("ls-files", "--stage", "--", *_FILES) + git("diff", "HEAD", "--", *_FILES)
+    return {"code": git("describe", "--always", "--dirty"), "files": hashlib.sha256(files.encode()).hexdigest()[:16]}
+
+
+def make(folder: Path, entry: Entry, given: Mapping[str, str], again: bool = False) -> bool:
+    """Runs an entry's commands and keeps what they print; whether all of them ended well.
+
+    Goes on with the cells that an interrupted call of the same commands and code left, unless it is made `again`.
+    """
+    own, here = folder / entry.name, code()
+    lines = [[word.format(folder=own, **given) for word in shlex.split(command)] for command in entry.commands]
+    begun = own / "begun.json"
+    this = json.dumps({"lines": lines, "files": here["files"]}) + "\n"
+    cells = begun.exists() and begun.read_text("utf-8") == this and any(own.rglob("cells.jsonl"))
+    goes_on = bool(cells and entry.resume and not again)
+    if own.exists() and not goes_on:
         shutil.rmtree(own)
     own.mkdir(parents=True, exist_ok=True)
-    begun = any(own.rglob("cells.jsonl"))
+    begun.write_text(this, encoding="utf-8")
     started, outputs = time.monotonic(), []
-    for command in entry.commands:
-        line = command.format(folder=own, **given) + (f" {entry.resume}" if begun and entry.resume else "")
-        program, *words = shlex.split(line)
-        print(f"{entry.name}: {line}", file=sys.stderr, flush=True)
+    for program, *words in lines:
+        words += shlex.split(entry.resume) if goes_on else []
+        print(f"{entry.name}: {shlex.join([program, *words])}", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, *_PROGRAMS[program], *words], cwd=ROOT, stdout=subprocess.PIPE, text=True,
             env=os.environ | dict(entry.environment),
@@ -199,15 +261,17 @@ def make(folder: Path, entry: Entry, given: Mapping[str, str]) -> bool:
             return False
         outputs.append(done.stdout)
     (own / "output.txt").write_text(beside(outputs), encoding="utf-8")
-    head = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    took = round(time.monotonic() - started)
-    about = {"commands": list(entry.commands), "seconds": took, "code": head.stdout.strip()}
+    about = {"commands": list(entry.commands), "seconds": round(time.monotonic() - started), **here}
     (own / "kept.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    begun.unlink()  # so that the next call begins anew
     return True
 
 
 def judge(folder: Path, entry: Entry, tables: Sequence[Table]) -> bool:
     """Prints how an entry's tables compare with what is kept; whether all is as published."""
+    about, here = kept(folder, entry) or {}, code()
+    if about.get("files") != here["files"]:
+        print(f"{entry.name}: kept, of other code ({about.get('code')}; this is {here['code']}); --again makes it anew")
     now = (folder / entry.name / "output.txt").read_text("utf-8").splitlines()
     same = True
     for file in dict.fromkeys(table.file for table in tables):
@@ -218,6 +282,8 @@ def judge(folder: Path, entry: Entry, tables: Sequence[Table]) -> bool:
         for sentence in found:
             print(f"    {sentence}")
         same = same and not found
+    for sentence in surplus(tables, now):
+        print(f"{entry.name}: {sentence}")
     return same
 
 
@@ -254,7 +320,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return run(folder, found, tables, given, asked.again, asked.kept)
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        print("Interrupted. What was finished is kept; without --again it goes on from there.", file=sys.stderr)
         return 130
 
 
@@ -266,20 +332,26 @@ def run(
     again: bool,
     only_kept: bool,
 ) -> int:
-    """Makes what is not kept, or all of it `again`, and compares; 1 if there is something to look at."""
-    code = 0
+    """Makes what is not kept, or all of it `again`, and compares; 1 if there is something to look at.
+
+    What was not run is named at the end.
+    """
+    ended, left = 0, []
     for name, entry in found.items():
-        if again or (kept(folder, entry) is None and not only_kept):
+        if not only_kept and (again or kept(folder, entry) is None):
             if missing := entry.missing(given):
                 words = " ".join(f"{word}=…" for word in missing)
-                print(f"{name}: not run, for want of --given {words}: {entry.needs}")
+                left.append(f"{name}: not run, for want of --given {words}: {entry.needs}")
                 continue
-            if not make(folder, entry, given):
-                code = 1
+            if not make(folder, entry, given, again):
+                ended = 1
                 continue
-        if kept(folder, entry) and not judge(folder, entry, [table for table in tables if table.mark == name]):
-            code = 1
-    return code
+        if kept(folder, entry) is None:
+            left.append(f"{name}: not run, and nothing is kept")
+        elif not judge(folder, entry, [table for table in tables if table.mark == name]):
+            ended = 1
+    print(*left, sep="\n", end="\n" if left else "")
+    return ended
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ _NOT_AXES = {"name", "runs", "seed", "sweep", RATE}  # seeds are averaged, not l
 _SHOWN_WITH_IT = ("optimizer.name", "optimizer.options")  # first in every label
 WORKS = "usable"  # the verdict on a rate that learnt and kept enough; any other says what it lacks
 _OUTSIDE = "optimizer.outside_learning_rate"  # each optimizer may have one of its own
+_RATES = "optimizer.rates"  # part → its own rate
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
 _LATER = ("scored", "alike", "kept", "own", "column")  # parts of the file that earlier versions did not write
 _LONG = 40  # characters of a value in a label
@@ -391,8 +392,10 @@ def is_rate(column: str) -> bool:
 
 def column_of(configs: Sequence[RunConfig]) -> str:
     """What the columns of these runs are called: the learning rate, or the one of a part that alone differs."""
-    flat = [flat_config(config) for config in configs]
-    return _rate_key(flat, _differing(flat)).removeprefix("optimizer.").replace(".", " ").replace("_", " ")
+    key = _rate_key([_by_part(flat_config(config)) for config in configs])
+    if key.startswith(f"{_RATES}."):
+        return f"{key.removeprefix(f'{_RATES}.')} learning rate"
+    return key.removeprefix("optimizer.").replace(".", " ").replace("_", " ")
 
 
 def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, Any]]]:
@@ -401,16 +404,19 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
     Raises:
         InputError: a run has no optimizer and learning rate to lay it out by.
     """
-    flat = [flat_config(config) for config in configs]
+    whole = [flat_config(config) for config in configs]
+    flat = [_by_part(one) for one in whole]
     differing = _differing(flat)
-    rate = _rate_key(flat, differing)
+    rate = _rate_key(flat)
     hidden = {*_NOT_AXES, *_SHOWN_WITH_IT, rate, *([_OUTSIDE] if _follows_the_optimizer(_OUTSIDE, flat) else [])}
     axes = [key for key in differing if key not in hidden]
     short = {key: key.removesuffix(".name").split(".")[-1] for key in axes}  # a plugin's section says which it is
+    short |= {key: key.removeprefix("optimizer.") for key in axes if key.startswith(f"{_RATES}.")}
     last = Counter(short.values())
     names = {key: key if last[short[key]] > 1 else short[key] for key in axes}
+    shown = [key for key in _differing(whole) if key not in ("name", "runs")]
     placed = []
-    for one in flat:
+    for one, given in zip(flat, whole, strict=True):
         for key, what in ((rate, "column"), ("optimizer.name", "row")):
             if key not in one:
                 raise InputError(f"comparison: a run has no {key}, so it has no {what}.")
@@ -421,9 +427,7 @@ def lay_out(configs: Sequence[RunConfig]) -> list[tuple[str, float, dict[str, An
         }
         named = [*options.items(), *((name, one.get(key)) for key, name in names.items())]
         label = " ".join([_who(one), *(f"{name}={_brief(value)}" for name, value in named)])
-        placed.append(
-            (label, float(one[rate]), {key: one.get(key) for key in differing if key not in ("name", "runs")})
-        )
+        placed.append((label, float(one[rate]), {key: given.get(key) for key in shown}))
     return placed
 
 
@@ -432,10 +436,22 @@ def _differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
 
 
-def _rate_key(flat: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> str:
+def _by_part(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """With a key for each part's own rate, in place of all in one mapping."""
+    return {key: value for key, value in flat.items() if key != _RATES} | {
+        f"{_RATES}.{part}": rate for part, rate in (flat.get(_RATES) or {}).items()
+    }
+
+
+def _rate_key(flat: Sequence[Mapping[str, Any]]) -> str:
     """The key of the rates in columns: where all have one learning rate, that of a part, if it is the only such one."""
-    parts = [key for key in differing if key.endswith("learning_rate") and all(one.get(key) for one in flat)]
-    return parts[0] if len(parts) == 1 and parts[0] != _OUTSIDE else RATE
+    parts = [
+        key
+        for key in _differing(flat)
+        if key.endswith("learning_rate") or key.startswith(f"{_RATES}.")
+        if all(one.get(key) for one in flat) and not (key == _OUTSIDE and _follows_the_optimizer(key, flat))
+    ]
+    return parts[0] if len(parts) == 1 else RATE
 
 
 def _who(flat: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from equipoise.pipelines.files import write_atomic
 Trial = dict[str, Any]  # a training run: its settings, among them its count of gradient "evaluations", and its results
 Train = Callable[[Trial], Trial]
 Measure = Callable[[Train, Sequence[Trial]], list[Trial]]
+Sign = Literal["above 0", "below 0"]  # of a difference whose size a paper does not report
 
 _STUDENT = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # by degrees of freedom, two-sided 95 %
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#6a737d", "#e4e8ec", "#ffffff"
@@ -150,15 +151,16 @@ def interval(values: Sequence[float], form: str = ".1f") -> str:
     return f"{middle} ± {width:{form.lstrip('+')}}"
 
 
-def finding(claim: str, paper: float | None, here: Sequence[float], form: str = "+.3f") -> str:
-    """Whether a difference, one that the paper reports or not, has one sign in every seed here, in a sentence."""
+def finding(claim: str, paper: float | Sign | None, here: Sequence[float], form: str = "+.3f") -> str:
+    """Whether a difference has one sign in every seed here, in a sentence; `paper` is what it reports, if anything."""
     if min(here) <= 0 <= max(here):
         verdict = "Undecided: the seeds disagree" if min(here) < max(here) else "No difference"
     elif paper is None:
         verdict = "The same in every seed" if len(here) > 1 else "Of one seed"
     else:
-        verdict = "Same direction" if (paper > 0) == (here[0] > 0) else "OPPOSITE direction"
-    reported = "" if paper is None else f"paper {paper:{form}}, "
+        above = paper == "above 0" if isinstance(paper, str) else paper > 0
+        verdict = "Same direction" if above == (here[0] > 0) else "OPPOSITE direction"
+    reported = "" if paper is None else f"paper {paper if isinstance(paper, str) else f'{paper:{form}}'}, "
     return f"- {claim}: {reported}here {spread(here, form)}. {verdict}."
 
 

@@ -14,6 +14,7 @@ from statistics import linear_regression, median
 import torch
 from torch import Tensor, nn
 
+from equipoise.errors import InputError
 from equipoise.optimizers.schedules import linear_speedup
 from equipoise.optimizers.sharpness import AdaSAM
 from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, spread, workers
@@ -27,8 +28,15 @@ NEAR = 0.1  # how far from −1/2 an exponent may be to count as the corollary's
 
 
 def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
-    """Trains with seeds from 0, in `count` processes; `steps` None: the published lengths, else the longest of them."""
-    lengths = [max(1, length * steps // LENGTHS[-1]) for length in LENGTHS] if steps else list(LENGTHS)
+    """Trains with seeds from 0, in `count` processes; `steps` None: the published lengths, else the longest of them.
+
+    Raises:
+        InputError: So few steps leave one length, and a line needs two.
+    """
+    longest = steps or LENGTHS[-1]
+    lengths = sorted({max(1, length * longest // LENGTHS[-1]) for length in LENGTHS})
+    if len(lengths) < 2:
+        raise InputError("ada-sam-speedup: compares runs of several lengths, so --steps must be 2 or more; got 1.")
     cells: list[Trial] = [
         {"way": way, "batch": batch, "steps": length, "seed": seed, "evaluations": 2 * length}
         for seed, way, batch, length in product(range(seeds), WAYS, BATCHES, lengths)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from equipoise.optimizers.scaled import ScaledAdamW, ScaledGD
-from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, spread, workers
+from equipoise.pipelines.reproduce import Panel, Reproduction, Trial, finding, spread, workers
 from equipoise.pipelines.reproduce.alpha_adam import BATCH, GPT, make_optimizer, scheduled, texts
 from equipoise.pipelines.tables import table
 
@@ -63,17 +63,17 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         for rank in RANKS
         for rate in [chosen[name, rank]]
     ]
-    ahead = [
-        _ahead(f"{one} over {other}, rank {rank}", *(losses(m, rank, chosen[m, rank]) for m in (one, other)))
-        for one, other in (("scaled GD", "SGD"), ("scaled AdamW", "AdamW"))
-        for rank in RANKS
-    ]
+
+    def ahead(one: str, other: str, rank: int) -> str:
+        pairs = zip(*(losses(method, rank, chosen[method, rank]) for method in (one, other)), strict=True)
+        return finding(f"{one} less {other}, rank {rank}", "below 0", [a - b for a, b in pairs])
+
     before = cells[0]["before"]
     text = [
         f"Held-out loss after {steps} steps, from {before:.3f}, each at the best of its rates; {seeds} seed(s).\n",
         table(["", "rank", "rate", "loss"], rows),
-        "\nDifferences, seed by seed (below 0: the scaled one is ahead, as the paper has it):",
-        *ahead,
+        "\nDifferences, seed by seed (below 0: the scaled one is ahead):",
+        *(ahead(*pair, rank) for pair in (("scaled GD", "SGD"), ("scaled AdamW", "AdamW")) for rank in RANKS),
     ]
     panels = [
         Panel(
@@ -85,12 +85,6 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
         for rank in RANKS
     ]
     return Reproduction("\n".join(text), panels, cells)
-
-
-def _ahead(claim: str, one: list[float], other: list[float]) -> str:
-    here = [a - b for a, b in zip(one, other, strict=True)]
-    word = "Ahead in every seed" if max(here) < 0 else "BEHIND in every seed" if min(here) > 0 else "Undecided"
-    return f"- {claim}: {spread(here, '+.3f')}. {word}."
 
 
 def train(cell: Trial) -> Trial:

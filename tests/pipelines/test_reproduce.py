@@ -139,6 +139,7 @@ def test_ada_sam_in_small(capsys):
         (["commit", "--add"], "results.json cannot be added to: No such file or directory. Leave out --add to begin"),
         (["ada-sam", "--seeds", "0"], "--seeds: must be at least 1, got 0."),
         (["ada-sam", "--steps", "-1"], "--steps: must be at least 1, got -1."),
+        (["ada-sam-speedup", "--steps", "1"], "ada-sam-speedup: compares runs of several lengths, so --steps"),
         (["ada-sam", "--workers", "0"], "--workers: must be at least 1, got 0."),
         (["ada-sam", "--output", "a-file"], "a-file is a file; give a folder, new or not."),
         (["ada-sam", "--output", "a-file/inside"], "a-file/inside: cannot be written: Not a directory."),
@@ -192,6 +193,8 @@ def test_a_finding_says_what_the_numbers_say():
     assert finding("a", -0.3, [0.1]) == "- a: paper -0.300, here +0.100. OPPOSITE direction."
     assert finding("a", 0.3, [0.1, -0.2, 0.3], "+.1f").endswith("+0.1 (-0.2 to +0.3). Undecided: the seeds disagree.")
     assert finding("a", 0.3, [0.0, 0.0]).endswith("No difference.")
+    assert finding("a", "below 0", [-0.1]) == "- a: paper below 0, here -0.100. Same direction."
+    assert finding("a", "above 0", [-0.1]) == "- a: paper above 0, here -0.100. OPPOSITE direction."
     assert spread([3.0, 1.0, 2.0]) == "2.000 (1.000 to 3.000)" and spread([1.0]) == "1.000"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.answer import answer
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, is_rate, lay_out
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve
 from equipoise.pipelines.comparing.report import (
     CELL,
@@ -345,6 +345,25 @@ def test_a_sweep_along_the_rate_of_a_part_has_its_rates_in_columns(tmp_path):
     }
     both = [*cells, configs.set_keys(cells[0], {"learning_rate": 1e-3})]
     assert column_of(both) == "learning rate" and "learning_rate=1e-06" in lay_out(both)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "key", "part", "column"),
+    [
+        ("instruction_tuning/demo", "adamw", "rates", "encoder", "encoder learning rate"),
+        ("text_to_image/demo", "adamw", "rates", "mid_block.attentions", "mid_block.attentions learning rate"),
+        ("text_to_image/demo", "bounded_adamw", "outside_learning_rate", "", "outside learning rate"),
+    ],
+)
+def test_so_has_one_along_a_rate_of_a_mapping_or_that_of_other_tensors(source, name, key, part, column):
+    config = configs.load(source, ["sweep={}", f"optimizer={name}"])
+    given = [{f"optimizer.{key}": {part: rate} if part else rate} for rate in (1e-6, 1e-4)]
+    cells = [configs.set_keys(config, one) for one in given]
+    assert lay_out(cells) == [(name, rate, one) for rate, one in zip((1e-6, 1e-4), given, strict=True)]
+    assert column_of(cells) == column and is_rate(column)
+    both = [*cells, configs.set_keys(cells[0], {"learning_rate": 0.3})]
+    assert column_of(both) == "learning rate" and lay_out(both)[0][0].endswith("=1e-06")
+    assert column_of([*cells, config]) == "learning rate", "a cell has none of its own"
 
 
 def test_keys_that_end_alike_are_named_in_full():

@@ -1,6 +1,7 @@
 """What the small parts of `equipoise reproduce` measure: steps by eq. 2 and 3, Corollary 1, ranks and alpha on text."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,24 @@ def test_a_step_that_is_tried_leaves_net_and_moments_and_masks_shorten_it():
     assert found["AdamW"][2] == pytest.approx(found["AdamW"][0] - found["AdamW"][1] / 2)
     assert found["AdamW"][0] < found["+SM"][0] != found["+AM"][0], "what is left out went up by its own batch"
     assert len(found["AdamW"]) == len(alpha_adam_steps.COLUMNS)
+
+
+def test_which_mask_is_ahead_does_not_depend_on_the_sign_of_adamws_figures(monkeypatch):
+    """On held-out text a step of AdamW may go against the gradient, and along a direction of negative curvature."""
+    figures = dict.fromkeys(alpha_adam_steps.METHODS, [0.0] * 6)
+    figures |= {"+AM": [3.0, 1.0, 2.5] * 2, "+SM": [1.0, 2.0, 0.0] * 2}
+
+    @contextmanager
+    def trained(*_):
+        yield lambda train, cells: [cell | {"points": [figures] * alpha_adam_steps.POINTS} for cell in cells]
+
+    monkeypatch.setattr(alpha_adam_steps, "workers", trained)
+    for size in (4.0, -4.0):
+        figures["AdamW"] = [size] * 6
+        text = alpha_adam_steps.reproduce(2, 1).text
+        assert text.count("paper above 0, here +0.500 (+0.500 to +0.500). Same direction.") == 2, "GC"
+        assert text.count("paper below 0, here -0.250 (-0.250 to -0.250). Same direction.") == 2, "DS"
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("+AM ")] == ["+1.75"], "3 is more than -4"
 
 
 def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
