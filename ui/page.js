@@ -63,6 +63,7 @@ document.addEventListener('pointerdown', event => {
 document.addEventListener('pointermove', event => {
   const held = equipoise.held, mine = held.get(event.pointerId);
   if (!mine) return;
+  if (!mine.zooms.isConnected) return void held.delete(event.pointerId);  // drawn anew under the pointer
   const {zooms, at} = mine, now = equipoise.spot(zooms, event);
   const other = [...held].find(([id, one]) => id !== event.pointerId && one.zooms === zooms)?.[1];
   if (other) {  // two fingers: the middle between them stays there
