@@ -87,14 +87,19 @@ const SVG = (name, attributes, text = '') => {
 };
 class Chart {
   static kept = new Map();  // run and title → {hidden: names, range: [first, last] or null}
+  static shown = null;  // what is read: {name, at}, a chart's run and title and the step
+  static focused = null;  // what has the keyboard's focus: {name, part}, a chart's run and title and which of `parts`
   constructor(figure) {
     this.figure = figure;
     this.svg = figure.querySelector('svg');
     this.plot = JSON.parse(this.svg.dataset.plot);
   }
-  get state() {
+  get name() {
     const run = document.querySelector('#run-head [data-shown]')?.dataset.shown ?? '';
-    const name = `${run}|${this.figure.dataset.chart}`;
+    return `${run}|${this.figure.dataset.chart}`;
+  }
+  get state() {
+    const {name} = this;
     if (!Chart.kept.has(name)) Chart.kept.set(name, {hidden: new Set(), range: null});
     return Chart.kept.get(name);
   }
@@ -211,8 +216,10 @@ class Chart {
     tip.style[share < .5 ? 'left' : 'right'] = `${(share < .5 ? share : 1 - share) * 100 + 3}%`;
     this.figure.append(tip);
     this.at = at;
+    Chart.shown = {name: this.name, at};
   }
   leave() {
+    if (Chart.shown?.name === this.name) Chart.shown = null;
     this.figure.querySelectorAll('.tip, .reading').forEach(one => one.remove());
   }
   static of(target) {
@@ -221,39 +228,58 @@ class Chart {
     if (figure.chart_?.svg.isConnected) return figure.chart_;
     return figure.chart_ = new Chart(figure);
   }
+  static named(name) {  // what is drawn of it now
+    return [...document.querySelectorAll('figure.chart[data-chart]')].map(Chart.of).find(one => one.name === name);
+  }
+  get parts() { return [...this.figure.querySelectorAll('svg, button')] }
+  static focus(target) {
+    const chart = Chart.of(target), part = chart?.parts.indexOf(target.closest('svg, button')) ?? -1;
+    Chart.focused = part < 0 ? null : {name: chart.name, part};
+  }
+  static restore(grown) {  // what was read, and the focus, in a chart that the server has drawn anew
+    const {shown, focused} = Chart, chart = shown && Chart.named(shown.name);
+    if (chart && (grown || !chart.figure.querySelector('.tip'))) chart.read(shown.at);
+    if (focused && document.activeElement === document.body)
+      Chart.named(focused.name)?.parts[focused.part]?.focus({preventScroll: true});
+  }
 }
 equipoise.charts = element => {  // what holds charts: gradio changes its parts in place, and so what was done to them
   const watched = {childList: true, subtree: true, attributes: true, attributeFilter: ['data-values', 'points', 'aria-pressed']};
-  const watcher = new MutationObserver(() => {
+  const watcher = new MutationObserver(changes => {
     watcher.disconnect();  // what is done here is no news
     element.querySelectorAll('figure.chart[data-chart]').forEach(one => Chart.of(one).apply(false));
+    Chart.restore(changes.some(one => one.attributeName === 'data-values'));
     watcher.observe(element, watched);
   });
   watcher.observe(element, watched);
 };
 {
-  let drawn = null;  // the range that is being drawn over a chart
+  let drawn = null;  // the range that is being drawn over a chart: {name, from, x}; the chart may be another by its end
   const chartAt = event => event.target.closest?.('figure.chart svg') && Chart.of(event.target);
   document.addEventListener('pointermove', event => {
     const chart = chartAt(event);
     document.querySelectorAll('figure.chart:has(.tip)').forEach(one => one === chart?.figure || Chart.of(one)?.leave());
     if (!chart) return;
     chart.read(chart.step(event));
-    if (drawn?.chart !== chart) return;
+    if (drawn?.name !== chart.name) return;
     chart.svg.querySelector('.drawn')?.remove();
     const [a, b] = [drawn.from, chart.step(event)].map(step => chart.across(step)), {top, bottom} = chart.plot;
     chart.svg.append(SVG('rect', {class: 'drawn', x: Math.min(a, b), width: Math.abs(b - a), y: top, height: bottom - top}));
   });
   document.addEventListener('pointerdown', event => {
     const chart = chartAt(event);
-    if (chart && !event.button && event.pointerType === 'mouse') drawn = {chart, from: chart.step(event), x: event.clientX};
+    Chart.focus(event.target);
+    if (chart && !event.button && event.pointerType === 'mouse')
+      drawn = {name: chart.name, from: chart.step(event), x: event.clientX};
   });
   document.addEventListener('pointerup', event => {
-    const {chart, from, x} = drawn ?? {};
+    const {name, from, x} = drawn ?? {}, chart = drawn && Chart.named(name);
     drawn = null;
     chart?.svg.querySelector('.drawn')?.remove();
     if (chart && Math.abs(event.clientX - x) > 8) chart.choose([from, chart.step(event)]);
   });
+  document.addEventListener('pointercancel', () => drawn = null);
+  document.addEventListener('focusin', event => Chart.focus(event.target));
   document.addEventListener('dblclick', event => chartAt(event)?.choose(null));
   document.addEventListener('click', event => {
     const button = event.target.closest?.('figure.chart button[data-line]');
