@@ -18,6 +18,9 @@ _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
 _LETTER = 8.0  # units of a chart that a digit takes across
 _WIDTH, _HEIGHT, _MARGIN, _FOOT = 520, 220, 12, 26  # of a chart; the margin is that above and on the right
 _POINTS = 400  # of a line; more cannot be told apart on a screen
+_STEPS = {"+": (2, "fewer steps"), "−": (0.5, "more steps"), "All": (0, "all steps")}  # label → (factor, words)
+_BUTTON = '<button data-steps="{0}" aria-label="{1}" title="{1}">{2}</button>'
+_ZOOM = f'<div class="steps">{"".join(_BUTTON.format(*about, label) for label, about in _STEPS.items())}</div>'
 
 
 def esc(text: object) -> str:
@@ -99,7 +102,8 @@ def chart(
         for x, y in shown[-1:]:  # all there is to see of what was measured once
             at = f'cx="{plane.across(x):.1f}" cy="{plane.down(y):.1f}"'
             drawn.append(f'<circle {at} r="3" style="fill:{colours[name]}" {line}/>')
-    inside = f"<figcaption>{esc(title)}</figcaption>{''.join(drawn)}</svg><p>{_legend(finite, colours)}</p>"
+    caption = f"<figcaption>{esc(title)}</figcaption>{_ZOOM}"
+    inside = f"{caption}{''.join(drawn)}</svg><p>{_legend(finite, colours)}</p>"
     return f'<figure class="chart" data-chart="{esc(title)}">{inside}</figure>'
 
 

@@ -77,7 +77,8 @@ document.addEventListener('pointermove', event => {
 for (const kind of ['pointerup', 'pointercancel'])
   document.addEventListener(kind, event => equipoise.held.delete(event.pointerId));
 
-// Charts: what was measured under the pointer; lines hidden by their names; a range of steps, drawn over by the mouse.
+// Charts: what was measured under the pointer; lines hidden by their names; a range of steps, drawn over by the mouse or
+// zoomed by keys and buttons.
 // The server draws them anew as they grow: what was hidden or chosen is kept by run and title, and applied again.
 const SVG = (name, attributes, text = '') => {
   const made = document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -183,6 +184,14 @@ class Chart {
     this.leave();
     this.apply(true);
   }
+  zoom(factor) {  // around what is read, or the middle; 0: all steps
+    const {first, last} = this.plot, [from, to] = this.range, width = (to - from) / factor;
+    const read = Chart.shown?.name === this.name, at = read ? this.at : (from + to) / 2;
+    const start = Math.min(last - width, Math.max(first, at - (at - from) / factor));
+    if (!(width < last - first)) this.choose(null);
+    else if (width >= 1) this.choose([start, start + width]);
+    if (read) this.read(at);
+  }
   toggle(name) {
     const {hidden} = this.state;
     if (!hidden.delete(name)) hidden.add(name);
@@ -255,10 +264,12 @@ equipoise.charts = element => {  // what holds charts: gradio changes its parts 
 };
 {
   let drawn = null;  // the range that is being drawn over a chart: {name, from, x}; the chart may be another by its end
+  const leaveOthers = event => document.querySelectorAll('figure.chart:has(.tip)')
+    .forEach(one => one.contains(event.target) || Chart.of(one).leave());
   const chartAt = event => event.target.closest?.('figure.chart svg') && Chart.of(event.target);
   document.addEventListener('pointermove', event => {
     const chart = chartAt(event);
-    document.querySelectorAll('figure.chart:has(.tip)').forEach(one => one === chart?.figure || Chart.of(one)?.leave());
+    leaveOthers(event);
     if (!chart) return;
     chart.read(chart.step(event));
     if (drawn?.name !== chart.name) return;
@@ -269,6 +280,8 @@ equipoise.charts = element => {  // what holds charts: gradio changes its parts 
   document.addEventListener('pointerdown', event => {
     const chart = chartAt(event);
     Chart.focus(event.target);
+    if (chart) chart.read(chart.step(event));  // a finger that taps does not move
+    leaveOthers(event);
     if (chart && !event.button && event.pointerType === 'mouse')
       drawn = {name: chart.name, from: chart.step(event), x: event.clientX};
   });
@@ -282,13 +295,16 @@ equipoise.charts = element => {  // what holds charts: gradio changes its parts 
   document.addEventListener('focusin', event => Chart.focus(event.target));
   document.addEventListener('dblclick', event => chartAt(event)?.choose(null));
   document.addEventListener('click', event => {
-    const button = event.target.closest?.('figure.chart button[data-line]');
-    if (button) Chart.of(button).toggle(button.dataset.line);
+    const button = event.target.closest?.('figure.chart button');
+    if (button?.dataset.line) Chart.of(button).toggle(button.dataset.line);
+    if (button?.dataset.steps) Chart.of(button).zoom(Number(button.dataset.steps));
   });
   document.addEventListener('keydown', event => {
     const chart = chartAt(event), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (!chart || !step) return;
+    const factor = {'+': 2, '=': 2, '-': .5, '0': 0}[event.key];
+    if (!chart || (!step && factor === undefined) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
+    if (!step) return chart.zoom(factor);
     const steps = chart.steps(), before = steps.indexOf(chart.at);
     chart.read(steps[Math.min(steps.length - 1, Math.max(0, before < 0 ? 0 : before + step))]);
   });

@@ -108,6 +108,38 @@ def test_what_is_read_and_where_the_focus_is_outlive_a_chart_that_grows(static):
     expect(chart.locator("polyline[data-line=train]")).to_be_visible()
 
 
+def test_a_range_is_zoomed_by_keys_and_by_buttons_around_what_is_read(static):
+    page = curves(static, charts({"train": [(step, 1 / step) for step in range(1, 18)]}))
+    chart = page.locator("figure.chart").first
+    chart.locator("svg").focus()
+    page.keyboard.press("ArrowRight")
+    for wanted in (["1", "9"], ["1", "5"], ["1", "3"]):
+        page.keyboard.press("+")
+        assert range_of(chart) == wanted
+    expect(chart.locator(".tip")).to_contain_text("step 1")
+    page.keyboard.press("-")
+    assert range_of(chart) == ["1", "5"]
+    page.keyboard.press("0")
+    assert range_of(chart) == ["1", "17"]
+    page.mouse.move(*at(chart, 0.5))
+    chart.get_by_role("button", name="fewer steps").click()
+    assert range_of(chart) == ["5", "13"]
+    chart.get_by_role("button", name="all steps").click()
+    assert range_of(chart) == ["1", "17"]
+
+
+def test_a_finger_reads_a_chart_by_a_tap(static):
+    page = curves(static, charts(), touch=True)
+    chart, other = page.locator("figure.chart").all()
+    page.touchscreen.tap(*at(chart, 4 / 9))
+    expect(chart.locator(".tip")).to_contain_text("step 5")
+    page.touchscreen.tap(*at(other, 1))
+    expect(other.locator(".tip")).to_contain_text("step 2")
+    expect(chart.locator(".tip")).to_have_count(0)
+    page.touchscreen.tap(5, 895)
+    expect(other.locator(".tip")).to_have_count(0)
+
+
 def picture(ink: str) -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), ink).save(buffer, "PNG")
