@@ -129,16 +129,27 @@ class Chart {
     const {top, bottom} = this.plot, [low, high] = this.heights;
     return bottom - (this.scale(y) - low) / (high - low) * (bottom - top);
   }
-  ticks() {
-    const [low, high] = this.heights, rough = (high - low) / 4;
-    if (this.plot.log && high - low > 1.5) {
-      const every = Math.max(1, Math.round(rough)), first = Math.ceil(low / every) * every;
-      return Array.from({length: Math.floor((high - first) / every) + 1}, (_, n) => 10 ** (first + n * every));
+  // The marks beside the axis are those of draw.marks and draw.short on the server, in place of which they stand.
+  static ticks(low, high) {
+    const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
+    const step = unit * [1, 2, 5, 10].find(some => some * unit >= rough * .99), first = Math.ceil(low / step);
+    return Array.from({length: Math.floor(high / step) - first + 1}, (_, n) => Number(((first + n) * step).toPrecision(12)));
+  }
+  marks() {
+    const [low, high] = this.heights;
+    if (!this.plot.log) return Chart.ticks(low, high);
+    const first = Math.floor(low), decades = Array.from({length: Math.ceil(high) - first + 1}, (_, n) => first + n);
+    const every = Math.max(1, Math.floor((high - low) / 4 + .5));
+    for (const digits of [[1], [1, 3], [1, 2, 5]]) {
+      const found = decades.filter(n => n % every === 0).flatMap(n => digits.map(digit => Number(`${digit}e${n}`)))
+        .filter(value => Math.log10(value) >= low - 1e-9 && Math.log10(value) <= high + 1e-9);
+      if (found.length > 2) return found;
     }
-    const [from, to] = this.plot.log ? [10 ** low, 10 ** high] : [low, high], part = (to - from) / 4;
-    const ten = 10 ** Math.floor(Math.log10(part)), step = ten * [1, 2, 5, 10].find(n => n * ten >= part * .999);
-    const first = Math.ceil(from / step) * step;
-    return Array.from({length: Math.floor((to - first) / step + 1e-9) + 1}, (_, n) => first + n * step);
+    return Chart.ticks(10 ** low, 10 ** high).map(value => Number(value.toPrecision(3)));
+  }
+  static short(value, digits = 4) {
+    const [number, ten] = value.toExponential(digits - 1).split('e').map(Number);
+    return ten < -4 || ten >= digits ? `${number}e${ten}` : String(Number(value.toPrecision(digits)));
   }
   apply(changed) {  // lays out anew what is not as the server drew it
     const {hidden, range} = this.state;
@@ -153,9 +164,11 @@ class Chart {
     const shown = this.lines(true), values = shown.flatMap(one => one.points.map(([, y]) => this.scale(y)));
     let low = Math.min(...values), high = Math.max(...values);
     if (!values.length) [low, high] = [this.plot.low, this.plot.high];
-    if (high - low <= 1e-4 * Math.max(Math.abs(low), Math.abs(high)))
+    if (high - low <= 1e-4 * (this.plot.log ? 1 : Math.max(Math.abs(low), Math.abs(high))))
       [low, high] = [low - (Math.abs(low) || 1) * .05, high + (Math.abs(high) || 1) * .05];
     this.heights = [low, high];
+    const marks = this.marks().map(value => [value, Chart.short(value)]), {letter, least} = this.plot;
+    this.plot.left = Math.max(least, letter * Math.max(0, ...marks.map(([, words]) => words.length)) + 14);
     for (const {line, points} of shown) {
       line.setAttribute('points', points.map(([x, y]) => `${this.across(x).toFixed(1)},${this.down(y).toFixed(1)}`).join(' '));
       const dot = line.matches('.raw') ? null : this.svg.querySelector(`circle[data-line="${CSS.escape(line.dataset.line)}"]`);
@@ -167,10 +180,9 @@ class Chart {
     }
     for (const old of this.svg.querySelectorAll('.rule, .beside, .below')) old.remove();
     const {left, right, height} = this.plot, drawn = [];
-    for (const value of this.ticks()) {
+    for (const [value, words] of marks) {
       const y = this.down(value);
       drawn.push(SVG('line', {class: 'rule', x1: left, x2: right, y1: y, y2: y}));
-      const words = Number(value.toPrecision(4)).toString().replace('e+', 'e');
       drawn.push(SVG('text', {class: 'beside', x: left - 6, y: y + 4, 'text-anchor': 'end'}, words));
     }
     this.range.forEach((x, end) => drawn.push(
@@ -217,7 +229,7 @@ class Chart {
     for (const [line, [step, value]] of found) {
       const row = document.createElement('span'), ink = document.createElement('i');
       ink.style.background = line.style.stroke;
-      const words = `${line.dataset.line} ${Number(value.toPrecision(5))}${step === at ? '' : ` (step ${step})`}`;
+      const words = `${line.dataset.line} ${Chart.short(value, 5)}${step === at ? '' : ` (step ${step})`}`;
       row.append(ink, words);
       tip.append(row);
     }

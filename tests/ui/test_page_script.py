@@ -128,6 +128,47 @@ def test_a_range_is_zoomed_by_keys_and_by_buttons_around_what_is_read(static):
     assert range_of(chart) == ["1", "17"]
 
 
+AXES = {
+    "plain": ((0.009, 0.377), False),
+    "negative": ((-3.1, 2.2), False),
+    "thousands": ((9_000.0, 12_340.0), False),
+    "millions": ((1_234_567.0, 9_876_543.0), False),
+    "rates": ((1e-6, 3e-5), False),
+    "one decade": ((0.0089, 0.37), True),
+    "twelve decades": ((1e-9, 1000.0), True),
+    "ten decades": ((1e-10, 1.0), True),
+    "within a decade": ((6.3e-5, 1.58e-4), True),
+    "nearly constant": ((1.0, 1.0002), True),
+    "constant": ((0.5, 0.5), False),
+}
+
+
+def test_the_browser_writes_the_same_marks_as_the_server(static):
+    drawn = [
+        draw.chart(title, {"a": list(zip((1, 1_234_567), ends, strict=True))}, log)
+        for title, (ends, log) in AXES.items()
+    ]
+    page = curves(static, "".join(drawn))
+    for chart in page.locator("figure.chart").all():
+        words = "it => [...it.querySelectorAll('.beside, .below')].map(one => one.textContent)"
+        lines = (
+            "it => [...it.querySelectorAll('polyline, .beside')]"
+            ".map(one => one.getAttribute('points') ?? one.getAttribute('x'))"
+        )
+        marks, spots = chart.evaluate(words), chart.evaluate(lines)
+        chart.evaluate("it => Chart.of(it).apply(true)")
+        assert chart.evaluate(words) == marks and len(marks) > 2
+        assert sorted(chart.evaluate(lines)) == sorted(f"{float(x):g}" if "," not in x else x for x in spots)
+
+
+def test_the_numbers_beside_a_chart_have_room_when_a_line_is_hidden(static):
+    few = {"large": [(1, 0.0), (2, 9.0)], "small": [(1, 1.23e-7), (2, 1.2301e-7)]}
+    page = curves(static, draw.chart("loss", few))
+    page.locator("button[data-line=large]").click()
+    page.wait_for_function("document.querySelector('.beside').textContent.includes('e-7')")
+    assert all(x >= 0 for x in page.locator(".beside").evaluate_all("all => all.map(one => one.getBBox().x)"))
+
+
 def test_a_finger_reads_a_chart_by_a_tap(static):
     page = curves(static, charts(), touch=True)
     chart, other = page.locator("figure.chart").all()
