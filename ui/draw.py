@@ -16,8 +16,12 @@ INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
 _LETTER = 8.0  # units of a chart that a digit takes across
+_BESIDE = 58.0  # units of a chart that the numbers beside it have at least
 _WIDTH, _HEIGHT, _MARGIN, _FOOT = 520, 220, 12, 26  # of a chart; the margin is that above and on the right
 _POINTS = 400  # of a line; more cannot be told apart on a screen
+_STEPS = {"+": (2, "fewer steps"), "−": (0.5, "more steps"), "All": (0, "all steps")}  # label → (factor, words)
+_BUTTON = '<button data-steps="{0}" aria-label="{1}" title="{1}">{2}</button>'
+_ZOOM = f'<div class="steps">{"".join(_BUTTON.format(*about, label) for label, about in _STEPS.items())}</div>'
 
 
 def esc(text: object) -> str:
@@ -99,7 +103,8 @@ def chart(
         for x, y in shown[-1:]:  # all there is to see of what was measured once
             at = f'cx="{plane.across(x):.1f}" cy="{plane.down(y):.1f}"'
             drawn.append(f'<circle {at} r="3" style="fill:{colours[name]}" {line}/>')
-    inside = f"<figcaption>{esc(title)}</figcaption>{''.join(drawn)}</svg><p>{_legend(finite, colours)}</p>"
+    caption = f"<figcaption>{esc(title)}</figcaption>{_ZOOM}"
+    inside = f"{caption}{''.join(drawn)}</svg><p>{_legend(finite, colours)}</p>"
     return f'<figure class="chart" data-chart="{esc(title)}">{inside}</figure>'
 
 
@@ -118,7 +123,8 @@ class _Plane:
     def plot(self) -> dict[str, float]:
         """What the browser needs to know of it, to read and to zoom it."""
         sides = {"right": _WIDTH - _MARGIN, "top": _MARGIN, "bottom": _HEIGHT - _FOOT}
-        return {**asdict(self), **sides, "width": _WIDTH, "height": _HEIGHT}
+        beside = {"letter": _LETTER, "least": _BESIDE}
+        return {**asdict(self), **sides, **beside, "width": _WIDTH, "height": _HEIGHT}
 
     def across(self, x: float) -> float:
         return self.left + (x - self.first) / ((self.last - self.first) or 1) * (_WIDTH - self.left - _MARGIN)
@@ -135,7 +141,7 @@ class _Plane:
             yield f'<text x="{self.left - 6}" class="beside" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
         for x, anchor in {self.first: "start", self.last: "end"}.items():
             about = f'x="{self.across(x):.1f}" class="below" y="{_HEIGHT - 8}" text-anchor="{anchor}"'
-            yield f"<text {about}>{x:g}</text>"
+            yield f"<text {about}>{x:.12g}</text>"
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         """A line's points, and the steps and values that they stand for."""
@@ -154,7 +160,7 @@ def _plane(lines: Mapping[str, Sequence[tuple[float, float]]], log: bool) -> _Pl
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     longest = max((len(short(value)) for value in marks(low, high, log)), default=0)
     steps = [x for x, _ in points]
-    return _Plane(min(steps), max(steps), low, high, log, max(58.0, _LETTER * longest + 14))
+    return _Plane(min(steps), max(steps), low, high, log, max(_BESIDE, _LETTER * longest + 14))
 
 
 def _legend(lines: Mapping[str, Sequence[tuple[float, float]]], inks: Mapping[str, str]) -> str:
@@ -194,11 +200,14 @@ def _height(point: tuple[float, float]) -> float:
 
 
 def marks(low: float, high: float, log: bool) -> list[float]:
-    """The values beside an axis from `low` to `high`, which are exponents where it is logarithmic."""
+    """The values beside an axis from `low` to `high`, which are exponents where it is logarithmic.
+
+    page.js has the same rule, and that of `short`, for what it lays out anew.
+    """
     if not log:
         return ticks(low, high)
     decades = range(math.floor(low), math.ceil(high) + 1)
-    every = max(1, round((high - low) / 4))
+    every = max(1, math.floor((high - low) / 4 + 0.5))
     for digits in ((1,), (1, 3), (1, 2, 5)):  # few decades want marks between them
         found = [float(f"{d}e{n}") for n in decades if n % every == 0 for d in digits]
         if len(inside := [value for value in found if low - 1e-9 <= math.log10(value) <= high + 1e-9]) > 2:

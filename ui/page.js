@@ -63,6 +63,7 @@ document.addEventListener('pointerdown', event => {
 document.addEventListener('pointermove', event => {
   const held = equipoise.held, mine = held.get(event.pointerId);
   if (!mine) return;
+  if (!mine.zooms.isConnected) return void held.delete(event.pointerId);  // drawn anew under the pointer
   const {zooms, at} = mine, now = equipoise.spot(zooms, event);
   const other = [...held].find(([id, one]) => id !== event.pointerId && one.zooms === zooms)?.[1];
   if (other) {  // two fingers: the middle between them stays there
@@ -76,7 +77,8 @@ document.addEventListener('pointermove', event => {
 for (const kind of ['pointerup', 'pointercancel'])
   document.addEventListener(kind, event => equipoise.held.delete(event.pointerId));
 
-// Charts: what was measured under the pointer; lines hidden by their names; a range of steps, drawn over by the mouse.
+// Charts: what was measured under the pointer; lines hidden by their names; a range of steps, drawn over by the mouse or
+// zoomed by keys and buttons.
 // The server draws them anew as they grow: what was hidden or chosen is kept by run and title, and applied again.
 const SVG = (name, attributes, text = '') => {
   const made = document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -86,14 +88,19 @@ const SVG = (name, attributes, text = '') => {
 };
 class Chart {
   static kept = new Map();  // run and title → {hidden: names, range: [first, last] or null}
+  static shown = null;  // what is read: {name, at}, a chart's run and title and the step
+  static focused = null;  // what has the keyboard's focus: {name, part}, a chart's run and title and which of `parts`
   constructor(figure) {
     this.figure = figure;
     this.svg = figure.querySelector('svg');
     this.plot = JSON.parse(this.svg.dataset.plot);
   }
-  get state() {
+  get name() {
     const run = document.querySelector('#run-head [data-shown]')?.dataset.shown ?? '';
-    const name = `${run}|${this.figure.dataset.chart}`;
+    return `${run}|${this.figure.dataset.chart}`;
+  }
+  get state() {
+    const {name} = this;
     if (!Chart.kept.has(name)) Chart.kept.set(name, {hidden: new Set(), range: null});
     return Chart.kept.get(name);
   }
@@ -122,16 +129,27 @@ class Chart {
     const {top, bottom} = this.plot, [low, high] = this.heights;
     return bottom - (this.scale(y) - low) / (high - low) * (bottom - top);
   }
-  ticks() {
-    const [low, high] = this.heights, rough = (high - low) / 4;
-    if (this.plot.log && high - low > 1.5) {
-      const every = Math.max(1, Math.round(rough)), first = Math.ceil(low / every) * every;
-      return Array.from({length: Math.floor((high - first) / every) + 1}, (_, n) => 10 ** (first + n * every));
+  // The marks beside the axis are those of draw.marks and draw.short on the server, in place of which they stand.
+  static ticks(low, high) {
+    const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
+    const step = unit * [1, 2, 5, 10].find(some => some * unit >= rough * .99), first = Math.ceil(low / step);
+    return Array.from({length: Math.floor(high / step) - first + 1}, (_, n) => Number(((first + n) * step).toPrecision(12)));
+  }
+  marks() {
+    const [low, high] = this.heights;
+    if (!this.plot.log) return Chart.ticks(low, high);
+    const first = Math.floor(low), decades = Array.from({length: Math.ceil(high) - first + 1}, (_, n) => first + n);
+    const every = Math.max(1, Math.floor((high - low) / 4 + .5));
+    for (const digits of [[1], [1, 3], [1, 2, 5]]) {
+      const found = decades.filter(n => n % every === 0).flatMap(n => digits.map(digit => Number(`${digit}e${n}`)))
+        .filter(value => Math.log10(value) >= low - 1e-9 && Math.log10(value) <= high + 1e-9);
+      if (found.length > 2) return found;
     }
-    const [from, to] = this.plot.log ? [10 ** low, 10 ** high] : [low, high], part = (to - from) / 4;
-    const ten = 10 ** Math.floor(Math.log10(part)), step = ten * [1, 2, 5, 10].find(n => n * ten >= part * .999);
-    const first = Math.ceil(from / step) * step;
-    return Array.from({length: Math.floor((to - first) / step + 1e-9) + 1}, (_, n) => first + n * step);
+    return Chart.ticks(10 ** low, 10 ** high).map(value => Number(value.toPrecision(3)));
+  }
+  static short(value, digits = 4) {
+    const [number, ten] = value.toExponential(digits - 1).split('e').map(Number);
+    return ten < -4 || ten >= digits ? `${number}e${ten}` : String(Number(value.toPrecision(digits)));
   }
   apply(changed) {  // lays out anew what is not as the server drew it
     const {hidden, range} = this.state;
@@ -146,9 +164,11 @@ class Chart {
     const shown = this.lines(true), values = shown.flatMap(one => one.points.map(([, y]) => this.scale(y)));
     let low = Math.min(...values), high = Math.max(...values);
     if (!values.length) [low, high] = [this.plot.low, this.plot.high];
-    if (high - low <= 1e-4 * Math.max(Math.abs(low), Math.abs(high)))
+    if (high - low <= 1e-4 * (this.plot.log ? 1 : Math.max(Math.abs(low), Math.abs(high))))
       [low, high] = [low - (Math.abs(low) || 1) * .05, high + (Math.abs(high) || 1) * .05];
     this.heights = [low, high];
+    const marks = this.marks().map(value => [value, Chart.short(value)]), {letter, least} = this.plot;
+    this.plot.left = Math.max(least, letter * Math.max(0, ...marks.map(([, words]) => words.length)) + 14);
     for (const {line, points} of shown) {
       line.setAttribute('points', points.map(([x, y]) => `${this.across(x).toFixed(1)},${this.down(y).toFixed(1)}`).join(' '));
       const dot = line.matches('.raw') ? null : this.svg.querySelector(`circle[data-line="${CSS.escape(line.dataset.line)}"]`);
@@ -160,10 +180,9 @@ class Chart {
     }
     for (const old of this.svg.querySelectorAll('.rule, .beside, .below')) old.remove();
     const {left, right, height} = this.plot, drawn = [];
-    for (const value of this.ticks()) {
+    for (const [value, words] of marks) {
       const y = this.down(value);
       drawn.push(SVG('line', {class: 'rule', x1: left, x2: right, y1: y, y2: y}));
-      const words = Number(value.toPrecision(4)).toString().replace('e+', 'e');
       drawn.push(SVG('text', {class: 'beside', x: left - 6, y: y + 4, 'text-anchor': 'end'}, words));
     }
     this.range.forEach((x, end) => drawn.push(
@@ -176,6 +195,14 @@ class Chart {
     if (this.state.range && this.state.range[0] === this.state.range[1]) this.state.range = null;
     this.leave();
     this.apply(true);
+  }
+  zoom(factor) {  // around what is read, or the middle; 0: all steps
+    const {first, last} = this.plot, [from, to] = this.range, width = (to - from) / factor;
+    const read = Chart.shown?.name === this.name, at = read ? this.at : (from + to) / 2;
+    const start = Math.min(last - width, Math.max(first, at - (at - from) / factor));
+    if (!(width < last - first)) this.choose(null);
+    else if (width >= 1) this.choose([start, start + width]);
+    if (read) this.read(at);
   }
   toggle(name) {
     const {hidden} = this.state;
@@ -202,7 +229,7 @@ class Chart {
     for (const [line, [step, value]] of found) {
       const row = document.createElement('span'), ink = document.createElement('i');
       ink.style.background = line.style.stroke;
-      const words = `${line.dataset.line} ${Number(value.toPrecision(5))}${step === at ? '' : ` (step ${step})`}`;
+      const words = `${line.dataset.line} ${Chart.short(value, 5)}${step === at ? '' : ` (step ${step})`}`;
       row.append(ink, words);
       tip.append(row);
     }
@@ -210,8 +237,10 @@ class Chart {
     tip.style[share < .5 ? 'left' : 'right'] = `${(share < .5 ? share : 1 - share) * 100 + 3}%`;
     this.figure.append(tip);
     this.at = at;
+    Chart.shown = {name: this.name, at};
   }
   leave() {
+    if (Chart.shown?.name === this.name) Chart.shown = null;
     this.figure.querySelectorAll('.tip, .reading').forEach(one => one.remove());
   }
   static of(target) {
@@ -220,48 +249,74 @@ class Chart {
     if (figure.chart_?.svg.isConnected) return figure.chart_;
     return figure.chart_ = new Chart(figure);
   }
+  static named(name) {  // what is drawn of it now
+    return [...document.querySelectorAll('figure.chart[data-chart]')].map(Chart.of).find(one => one.name === name);
+  }
+  get parts() { return [...this.figure.querySelectorAll('svg, button')] }
+  static focus(target) {
+    const chart = Chart.of(target), part = chart?.parts.indexOf(target.closest('svg, button')) ?? -1;
+    Chart.focused = part < 0 ? null : {name: chart.name, part};
+  }
+  static restore(grown) {  // what was read, and the focus, in a chart that the server has drawn anew
+    const {shown, focused} = Chart, chart = shown && Chart.named(shown.name);
+    if (chart && (grown || !chart.figure.querySelector('.tip'))) chart.read(shown.at);
+    if (focused && document.activeElement === document.body)
+      Chart.named(focused.name)?.parts[focused.part]?.focus({preventScroll: true});
+  }
 }
 equipoise.charts = element => {  // what holds charts: gradio changes its parts in place, and so what was done to them
   const watched = {childList: true, subtree: true, attributes: true, attributeFilter: ['data-values', 'points', 'aria-pressed']};
-  const watcher = new MutationObserver(() => {
+  const watcher = new MutationObserver(changes => {
     watcher.disconnect();  // what is done here is no news
     element.querySelectorAll('figure.chart[data-chart]').forEach(one => Chart.of(one).apply(false));
+    Chart.restore(changes.some(one => one.attributeName === 'data-values'));
     watcher.observe(element, watched);
   });
   watcher.observe(element, watched);
 };
 {
-  let drawn = null;  // the range that is being drawn over a chart
+  let drawn = null;  // the range that is being drawn over a chart: {name, from, x}; the chart may be another by its end
+  const leaveOthers = event => document.querySelectorAll('figure.chart:has(.tip)')
+    .forEach(one => one.contains(event.target) || Chart.of(one).leave());
   const chartAt = event => event.target.closest?.('figure.chart svg') && Chart.of(event.target);
   document.addEventListener('pointermove', event => {
     const chart = chartAt(event);
-    document.querySelectorAll('figure.chart:has(.tip)').forEach(one => one === chart?.figure || Chart.of(one)?.leave());
+    leaveOthers(event);
     if (!chart) return;
     chart.read(chart.step(event));
-    if (drawn?.chart !== chart) return;
+    if (drawn?.name !== chart.name) return;
     chart.svg.querySelector('.drawn')?.remove();
     const [a, b] = [drawn.from, chart.step(event)].map(step => chart.across(step)), {top, bottom} = chart.plot;
     chart.svg.append(SVG('rect', {class: 'drawn', x: Math.min(a, b), width: Math.abs(b - a), y: top, height: bottom - top}));
   });
   document.addEventListener('pointerdown', event => {
     const chart = chartAt(event);
-    if (chart && !event.button && event.pointerType === 'mouse') drawn = {chart, from: chart.step(event), x: event.clientX};
+    Chart.focus(event.target);
+    if (chart) chart.read(chart.step(event));  // a finger that taps does not move
+    leaveOthers(event);
+    if (chart && !event.button && event.pointerType === 'mouse')
+      drawn = {name: chart.name, from: chart.step(event), x: event.clientX};
   });
   document.addEventListener('pointerup', event => {
-    const {chart, from, x} = drawn ?? {};
+    const {name, from, x} = drawn ?? {}, chart = drawn && Chart.named(name);
     drawn = null;
     chart?.svg.querySelector('.drawn')?.remove();
     if (chart && Math.abs(event.clientX - x) > 8) chart.choose([from, chart.step(event)]);
   });
+  document.addEventListener('pointercancel', () => drawn = null);
+  document.addEventListener('focusin', event => Chart.focus(event.target));
   document.addEventListener('dblclick', event => chartAt(event)?.choose(null));
   document.addEventListener('click', event => {
-    const button = event.target.closest?.('figure.chart button[data-line]');
-    if (button) Chart.of(button).toggle(button.dataset.line);
+    const button = event.target.closest?.('figure.chart button');
+    if (button?.dataset.line) Chart.of(button).toggle(button.dataset.line);
+    if (button?.dataset.steps) Chart.of(button).zoom(Number(button.dataset.steps));
   });
   document.addEventListener('keydown', event => {
     const chart = chartAt(event), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (!chart || !step) return;
+    const factor = {'+': 2, '=': 2, '-': .5, '0': 0}[event.key];
+    if (!chart || (!step && factor === undefined) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
+    if (!step) return chart.zoom(factor);
     const steps = chart.steps(), before = steps.indexOf(chart.at);
     chart.read(steps[Math.min(steps.length - 1, Math.max(0, before < 0 ? 0 : before + step))]);
   });

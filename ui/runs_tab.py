@@ -37,7 +37,10 @@ REFRESH = 2.0  # seconds
 MOST_COLUMNS = 40
 # What is chosen in a part that is folded up does not reach the browser's own requests: it is taken from its memory.
 FILTERED = "(a, b, c, columns, ...rest) => [a, b, c, equipoise.remembered('columns', columns), ...rest]"
-CHART_HINT = "Point at a chart to read it, drag over a range of steps, double click for all; a name hides its line."
+CHART_HINT = (
+    "Point at a chart, tap it, or go along it with the arrow keys to read it. Fewer steps: + or a drag of the mouse "
+    "over them; all: a double click or 0. A name hides its line."
+)
 ON_RUN = ON_CLICK.replace("trigger(", "equipoise.at({run: chosen.dataset.id}), trigger(")
 
 
