@@ -23,7 +23,7 @@ from torch import Tensor
 
 from equipoise.pipelines.files import explained
 from equipoise.pipelines.media.pictures import size_of
-from equipoise.pipelines.media.reading import VERSION, content, forget
+from equipoise.pipelines.media.reading import VERSION, MediaError, content, forget
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.buckets import Size, nearest, sizes
@@ -62,17 +62,32 @@ class Latents:
     def of(self, picture: int) -> Made:
         """
         Raises:
-            MediaError: The picture cannot be read.
+            MediaError: The picture cannot be read, or is another one by now.
         """
         key, path = self._keys[picture], self._paths[picture]
         if key not in self._made:
             file = _file(self._folder, key)
             if (made := _kept(file)) is None:
+                self._check(picture)
                 made = _encode(self._base, path, self._data, self._among, key)
+                self._check(picture)  # it may have been written meanwhile
                 _keep(file, made)
             self._made[key] = made
             forget(path)  # the picture itself
         return self._made[key]
+
+    def move(self, paths: Sequence[Path]) -> None:
+        """Reads what is not made yet from other files of the same content."""
+        self._paths = list(paths)
+
+    def _check(self, picture: int) -> None:
+        """
+        Raises:
+            MediaError: A file is not the one that its key was made of, under which others would find its latents.
+        """
+        path = self._paths[picture]
+        if cache_key(path, self._data, self._base.identity) != self._keys[picture]:
+            raise MediaError(path, "changed since the run began. Put it back.")
 
     def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""
@@ -107,6 +122,7 @@ def latents_of(base: Base, examples: Sequence[Example], data: TextToImageData, c
     whole = hashlib.sha256("".join(keys).encode()).hexdigest()
     if whole in base.latents:
         base.latents[whole] = base.latents.pop(whole)  # the last used
+        base.latents[whole].move([example.path for example in examples])
     else:
         for old in list(base.latents)[:-2]:  # the last ones stay: a run may have held-out and class pictures beside
             del base.latents[old]
