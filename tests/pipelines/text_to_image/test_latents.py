@@ -112,6 +112,15 @@ def test_latents_of_a_folder_that_was_renamed_are_made_from_where_it_lies_now(ow
     assert made[0].isfinite().all()
 
 
+def test_a_cache_that_cannot_be_written_ends_no_run(own, capfd):
+    settings, run = started(own, "batch=1", "steps=3")
+    cache = Path(settings.runs) / ".cache" / "latents"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text("no folder")  # stands for a full or read-only disk, which stops nobody who may do everything
+    assert execute(TextToImage, settings, run).state == "done"
+    assert capfd.readouterr().err.count("latents cannot be written (Not a directory)") == 1
+
+
 def test_what_a_crash_left_of_a_file_is_made_anew(own, encoded, tmp_path):
     first = prepared(own, tmp_path / "cache")
     before = len(encoded)
