@@ -42,6 +42,15 @@ def keep_away(denoiser: nn.Module, share: float, device: torch.device) -> None:
         layer.held, layer.works_on = Held(held), device
 
 
+def frozen_weights(denoiser: nn.Module) -> list[Tensor]:
+    """All that is not tuned, in the order in which a module without weights elsewhere has its parameters."""
+    found: dict[int, Tensor] = {}  # one that two layers share counts once
+    for layer in denoiser.modules():
+        away = [layer.held.weight] if isinstance(layer, VisitingLinear) else []
+        found |= {id(weight): weight for weight in (*away, *layer.parameters(recurse=False)) if id(weight) not in found}
+    return [weight for weight in found.values() if not weight.requires_grad]
+
+
 class Held:
     """Around a weight, so that `Module.to` moves it nowhere."""
 

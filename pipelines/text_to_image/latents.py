@@ -12,6 +12,7 @@ costs none, and what was made before a stop or a damaged picture is there the ne
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from equipoise.pipelines.files import explained
 from equipoise.pipelines.media.pictures import size_of
-from equipoise.pipelines.media.reading import VERSION, content, forget
+from equipoise.pipelines.media.reading import VERSION, MediaError, content, forget
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.buckets import Size, nearest, sizes
@@ -54,6 +54,7 @@ class Latents:
         self._paths, self._keys = [example.path for example in examples], keys
         self._among = sizes(data, base.stride)
         self._made: dict[str, Made] = {}
+        self._warned = False  # that they cannot be kept on disk
         # to square pictures, all are alike; whether these are pictures is to be known in any case
         cuts = [nearest(size_of(path, upright=data.buckets), self._among) for path in self._paths]
         self.shapes = [shape(base.vae, height, width) for width, height in cuts]  # of each picture's latents
@@ -62,17 +63,45 @@ class Latents:
     def of(self, picture: int) -> Made:
         """
         Raises:
-            MediaError: The picture cannot be read.
+            MediaError: The picture cannot be read, or is another one by now.
         """
         key, path = self._keys[picture], self._paths[picture]
         if key not in self._made:
             file = _file(self._folder, key)
             if (made := _kept(file)) is None:
+                self._check(picture)
                 made = _encode(self._base, path, self._data, self._among, key)
-                _keep(file, made)
+                self._check(picture)  # it may have been written meanwhile
+                self._keep(file, made)
             self._made[key] = made
             forget(path)  # the picture itself
         return self._made[key]
+
+    def _keep(self, file: Path, made: Made) -> None:
+        """For other runs, as far as that goes: this one has it in memory."""
+        try:
+            _keep(file, made)
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"{file.parent}: latents cannot be written ({error.strerror or error}): the run goes on with those "
+                    "in memory, and a later one makes them again.",
+                    file=sys.stderr,
+                )
+            self._warned = True
+
+    def move(self, paths: Sequence[Path]) -> None:
+        """Reads what is not made yet from other files of the same content."""
+        self._paths = list(paths)
+
+    def _check(self, picture: int) -> None:
+        """
+        Raises:
+            MediaError: A file is not the one that its key was made of, under which others would find its latents.
+        """
+        path = self._paths[picture]
+        if cache_key(path, self._data, self._base.identity) != self._keys[picture]:
+            raise MediaError(path, "changed since the run began. Put it back.")
 
     def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""
@@ -107,6 +136,7 @@ def latents_of(base: Base, examples: Sequence[Example], data: TextToImageData, c
     whole = hashlib.sha256("".join(keys).encode()).hexdigest()
     if whole in base.latents:
         base.latents[whole] = base.latents.pop(whole)  # the last used
+        base.latents[whole].move([example.path for example in examples])
     else:
         for old in list(base.latents)[:-2]:  # the last ones stay: a run may have held-out and class pictures beside
             del base.latents[old]
@@ -126,7 +156,7 @@ def prepare_latents(
 
     Raises:
         StoppedError: `stopped`, which is asked before each picture, said so; what was made is kept on disk.
-        InputError: A picture cannot be read, or nothing can be written.
+        InputError: A picture cannot be read.
     """
     found = latents_of(base, examples, data, cache)
     found.make_all(stopped)
@@ -160,25 +190,27 @@ def _kept(file: Path) -> Made | None:
     """What an earlier run has made; a file that was damaged since is no more."""
     try:
         found = load_file(file)
-        os.utime(file)  # when it was last used
-        return found["moments"], found["crops"]
+        made = found["moments"], found["crops"]
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError):
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
         return None
+    with suppress(OSError):  # of a folder that can only be read
+        os.utime(file)  # when it was last used
+    return made
 
 
 def _keep(file: Path, made: Made) -> None:
     """Not flushed to disk, which would take longer than the encoding: what a crash damages is made anew."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(save({"moments": made[0].contiguous(), "crops": made[1]}))
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(save({"moments": made[0].contiguous(), "crops": made[1]}))
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _clean(cache: Path, used: set[Path]) -> None:
@@ -194,5 +226,6 @@ def _clean(cache: Path, used: set[Path]) -> None:
         if total <= KEPT:
             return
         if file not in used:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
             total -= size

@@ -35,6 +35,7 @@ from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToIm
 from equipoise.pipelines.text_to_image.data import Example, drawn_if_demo, read_folder, read_held
 from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
+from equipoise.pipelines.text_to_image.held import frozen_weights
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import Latents, latents_of
 from equipoise.pipelines.text_to_image.pairs import read_sources
@@ -243,7 +244,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             named,
             groups,
             buffers=self.average,
-            frozen=[parameter for parameter in base.denoiser.parameters() if not parameter.requires_grad],
+            frozen=frozen_weights(base.denoiser),
         )
 
     def step(self, step: int) -> dict[str, float]:

@@ -334,13 +334,13 @@ def _doubt(optimizer: PairOptimizer) -> str:
 def _fingerprint(tensors: Iterable[Tensor]) -> str:
     """Tells weights from others by the beginning of each tensor: all of them would take long."""
     begins = [
-        full(tensor.detach()).reshape(-1)[:64].float()
+        full(tensor.detach()).reshape(-1)[:64].float().cpu()  # some may wait in the computer's memory
         for tensor in tensors
         if type(tensor) in (Tensor, Parameter) or is_dtensor(tensor)  # not those of quantised weights
     ]
     if not begins:
         return ""
-    return hashlib.blake2b(torch.cat(begins).cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(torch.cat(begins).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _of_all(losses: Losses) -> Losses:

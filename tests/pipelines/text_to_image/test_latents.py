@@ -11,12 +11,13 @@ from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config
+from equipoise.pipelines.media.pictures import size_of
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage, latents
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.data import read_examples
-from equipoise.pipelines.text_to_image.latents import prepare_latents
+from equipoise.pipelines.text_to_image.latents import latents_of, prepare_latents
 
 NAME = "text_to_image/dreambooth"
 
@@ -77,6 +78,47 @@ def test_a_damaged_picture_that_comes_last_loses_none_of_the_others(own, encoded
     examples[-1].path.write_bytes(whole)
     prepared(own, tmp_path / "cache")
     assert encoded[before:] == [examples[-1].path.name]
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+def test_what_a_picture_was_when_the_run_began_is_never_kept_as_another(own, tmp_path, monkeypatch, when):
+    settings = config.load(NAME, own)
+    examples = read_examples(settings.data)[0]
+    path, base = examples[0].path, load_base(settings.model, "no")
+    whole = path.read_bytes()
+    base.latents.clear()
+    found = latents_of(base, examples, settings.data, tmp_path / "cache")
+    other = lambda: Image.new("RGB", size_of(path), "blue").save(path)  # noqa: E731
+    if when == "before it is read":
+        other()
+    encode = latents._encode
+    monkeypatch.setattr(latents, "_encode", lambda *words: (encode(*words), other())[0])
+    with pytest.raises(InputError, match=f"{path.name}: changed since the run began"):
+        found.of(0)
+    monkeypatch.undo()
+    path.write_bytes(whole)
+    again, anew = (made_of(prepared(own, tmp_path / name))[0] for name in ("cache", "another"))
+    assert torch.equal(again[0], anew[0])
+
+
+def test_latents_of_a_folder_that_was_renamed_are_made_from_where_it_lies_now(own, tmp_path):
+    settings = config.load(NAME, own)
+    base = load_base(settings.model, "no")
+    base.latents.clear()
+    latents_of(base, read_examples(settings.data)[0], settings.data, tmp_path / "cache")
+    (tmp_path / "own").rename(tmp_path / "renamed")
+    data = settings.data.model_copy(update={"folder": str(tmp_path / "renamed")})
+    made = latents_of(base, read_examples(data)[0], data, tmp_path / "cache").of(0)
+    assert made[0].isfinite().all()
+
+
+def test_a_cache_that_cannot_be_written_ends_no_run(own, capfd):
+    settings, run = started(own, "batch=1", "steps=3")
+    cache = Path(settings.runs) / ".cache" / "latents"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text("no folder")  # stands for a full or read-only disk, which stops nobody who may do everything
+    assert execute(TextToImage, settings, run).state == "done"
+    assert capfd.readouterr().err.count("latents cannot be written (Not a directory)") == 1
 
 
 def test_what_a_crash_left_of_a_file_is_made_anew(own, encoded, tmp_path):

@@ -65,6 +65,18 @@ def test_weights_that_wait_elsewhere_change_no_number_but_by_rounding(short, bui
     assert len(away) == int(share * (len(away) + len(here))) > 0 and bool(here) == (share < 1)
 
 
+def test_weights_that_wait_elsewhere_are_among_those_a_run_resumes_on(work):
+    here, away = work(), work("model.offload=1")
+    assert away.frozen == here.frozen
+    layers = [layer for layer in away.base.denoiser.modules() if isinstance(layer, VisitingLinear)]
+    with torch.no_grad():
+        layers[-1].held.weight.add_(1)
+        try:
+            assert work("model.offload=1").frozen != here.frozen
+        finally:
+            layers[-1].held.weight.sub_(1)
+
+
 def test_a_weight_that_waits_elsewhere_works_on_the_device_and_is_never_moved_there():
     """The device without memory stands for one of its own."""
     layers = nn.ModuleList([nn.Linear(6, 4).requires_grad_(False) for _ in range(4)])
