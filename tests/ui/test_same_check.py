@@ -203,7 +203,7 @@ def bad(shown: Any) -> list[str]:
         parts = shown.values() if isinstance(shown, dict) else shown if isinstance(shown, list) else []
         return [line for part in parts for line in bad(part)]
     lists = re.findall(r'<ul class="notice bad".*?</ul>', shown)
-    return [html.unescape(line) for some in lists for line in re.findall(r"<li>(.*?)</li>", some)]
+    return [html.unescape(line) for some in lists for line in re.findall(r"<li[^>]*>(.*?)</li>", some)]
 
 
 CHECKS = [
