@@ -211,7 +211,7 @@ class Server:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.communicate(timeout=20)
+            self.process.communicate(timeout=60)  # what its threads are at is finished first
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()

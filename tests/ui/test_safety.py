@@ -116,7 +116,7 @@ def test_what_is_served_and_to_whom(site_of_all, server):
 
 def test_nothing_is_fetched_for_a_form(server):
     """A file of a form is what was uploaded: of an address gradio would take what it finds there."""
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         event = next(one for one in client.get("/config").json()["dependencies"] if one["api_name"] == "on_upload")
         for path in ("http://127.0.0.1:1/a.png", " HTTPS://example.org/a.png", "file:///etc/passwd", "ftp://a/b"):
             file = {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -130,7 +130,7 @@ def test_nothing_is_fetched_for_a_form(server):
         fetched = [f"{it}{server.url}/config" for it in ("/gradio_api/file=", "/file=", "/gradio_api/proxy=")]
         closed = ["/openapi.json", "/gradio_api/openapi.json", "/gradio_api/dev/reload", "/dev/reload/"]
         for path in (*closed, *fetched, "/gradio_api/file=https%3A//example.org/"):
-            answer = client.get(path, timeout=5)
+            answer = client.get(path)
             assert (answer.status_code, answer.text) == (404, "There is nothing here."), path
 
 
