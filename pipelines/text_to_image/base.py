@@ -55,7 +55,7 @@ from equipoise.pipelines.text_to_image.formats.lora_files import (
     read_lora,
     sizes_for_comfyui,
 )
-from equipoise.pipelines.text_to_image.held import hold_in_nf4, keep_away
+from equipoise.pipelines.text_to_image.offloading import hold_in_nf4, offload
 from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
@@ -341,7 +341,7 @@ def place(pipeline: Any, kind: Family, encoders: Sequence[str], device: torch.de
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         there = part == kind.denoiser and model.quantize == "nf4"  # bitsandbytes has put it there
         if part == kind.denoiser and model.offload:
-            keep_away(frozen, model.offload, device)
+            offload(frozen, model.offload, device)
         if part not in encoders and not there:
             frozen.to(device, **_memory_format(frozen))
         _write_signatures(frozen)

@@ -26,7 +26,7 @@ from equipoise.pipelines.text_to_image.families import Family, family
 from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
-from equipoise.pipelines.text_to_image.held import in_blocks
+from equipoise.pipelines.text_to_image.offloading import in_blocks
 from equipoise.pipelines.training.memory import CHECKPOINTED, DTYPES, PROGRAM, activations, size, training
 
 _BYTES = {"int8": 1.0, "nf4": 0.5}  # of a quantised weight

@@ -35,9 +35,9 @@ from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToIm
 from equipoise.pipelines.text_to_image.data import Example, drawn_if_demo, read_folder, read_held
 from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
-from equipoise.pipelines.text_to_image.held import frozen_weights
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import Latents, latents_of
+from equipoise.pipelines.text_to_image.offloading import frozen_weights
 from equipoise.pipelines.text_to_image.pairs import read_sources
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result

@@ -9,8 +9,8 @@ from diffusers import FluxPipeline
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.text_to_image import memory
-from equipoise.pipelines.text_to_image.held import in_blocks
 from equipoise.pipelines.text_to_image.memory import Counted
+from equipoise.pipelines.text_to_image.offloading import in_blocks
 
 GB = 10**9
 LARGE = Counted(  # about FLUX.1-dev at 512 pixels in float32

@@ -13,7 +13,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.held import VisitingLinear, in_blocks, keep_away
+from equipoise.pipelines.text_to_image.offloading import VisitingLinear, in_blocks, offload
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 
 NAME = "text_to_image/dreambooth"
@@ -70,24 +70,24 @@ def test_weights_that_wait_elsewhere_are_among_those_a_run_resumes_on(work):
     assert away.frozen == here.frozen
     layers = [layer for layer in away.base.denoiser.modules() if isinstance(layer, VisitingLinear)]
     with torch.no_grad():
-        layers[-1].held.weight.add_(1)
+        layers[-1].offloaded.weight.add_(1)
         try:
             assert work("model.offload=1").frozen != here.frozen
         finally:
-            layers[-1].held.weight.sub_(1)
+            layers[-1].offloaded.weight.sub_(1)
 
 
 def test_a_weight_that_waits_elsewhere_works_on_the_device_and_is_never_moved_there():
     """The device without memory stands for one of its own."""
     layers = nn.ModuleList([nn.Linear(6, 4).requires_grad_(False) for _ in range(4)])
-    keep_away(layers, 0.5, torch.device("meta"))
+    offload(layers, 0.5, torch.device("meta"))
     layers.to("meta")
     kinds = [type(layer) for layer in layers]
     assert kinds == [nn.Linear, VisitingLinear] * 2
     given = torch.ones(2, 6, device="meta", requires_grad=True)
     made = layers[1](given)
     made.sum().backward()
-    assert made.is_meta and given.grad.is_meta and layers[1].held.weight.device.type == "cpu"
+    assert made.is_meta and given.grad.is_meta and layers[1].offloaded.weight.device.type == "cpu"
     assert layers[1].weight.is_meta and layers[1].bias.is_meta and "1.weight" not in layers.state_dict()
 
 
@@ -122,7 +122,7 @@ def test_the_estimate_of_fewer_bits(short, build_checkpoint):
 
 def test_second_derivatives_pass_a_weight_that_waits_elsewhere():
     layers = nn.Sequential(*(nn.Linear(3, 3).requires_grad_(False) for _ in range(2))).double()
-    keep_away(layers, 1.0, torch.device("cpu"))
+    offload(layers, 1.0, torch.device("cpu"))
     assert [type(layer) for layer in layers] == [VisitingLinear] * 2
     given = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layers(x.tanh()).tanh(), (given,))

@@ -32,26 +32,26 @@ def some(layers: list[nn.Linear], share: float) -> list[nn.Linear]:
     return [layer for index, layer in enumerate(layers) if int((index + 1) * share) > int(index * share)]
 
 
-def keep_away(denoiser: nn.Module, share: float, device: torch.device) -> None:
+def offload(denoiser: nn.Module, share: float, device: torch.device) -> None:
     """Leaves the weights of a share of the layers where they are; they work on a device all the same."""
     for layer in some(in_blocks(denoiser), share):
-        held = layer._parameters.pop("weight")
-        if device.type == "cuda" and held is not None:
-            held.data = held.data.pin_memory()  # which is copied from while the device works
+        offloaded = layer._parameters.pop("weight")
+        if device.type == "cuda" and offloaded is not None:
+            offloaded.data = offloaded.data.pin_memory()  # which is copied from while the device works
         layer.__class__ = VisitingLinear
-        layer.held, layer.works_on = Held(held), device
+        layer.offloaded, layer.works_on = Offloaded(offloaded), device
 
 
 def frozen_weights(denoiser: nn.Module) -> list[Tensor]:
     """All that is not tuned, in the order in which a module without weights elsewhere has its parameters."""
     found: dict[int, Tensor] = {}  # one that two layers share counts once
     for layer in denoiser.modules():
-        away = [layer.held.weight] if isinstance(layer, VisitingLinear) else []
+        away = [layer.offloaded.weight] if isinstance(layer, VisitingLinear) else []
         found |= {id(weight): weight for weight in (*away, *layer.parameters(recurse=False)) if id(weight) not in found}
     return [weight for weight in found.values() if not weight.requires_grad]
 
 
-class Held:
+class Offloaded:
     """Around a weight, so that `Module.to` moves it nowhere."""
 
     def __init__(self, weight: Any):
@@ -61,28 +61,28 @@ class Held:
 class VisitingLinear(nn.Linear):
     """A frozen linear layer whose weight waits in the computer's memory."""
 
-    held: Held
+    offloaded: Offloaded
     works_on: torch.device
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(m, n), on the device: for whoever asks for more than the layer's product."""
-        return self.held.weight.to(self.works_on)
+        return self.offloaded.weight.to(self.works_on)
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Visit.apply(input, self.held, self.bias)
+        return _Visit.apply(input, self.offloaded, self.bias)
 
 
 class _Visit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
-        ctx.held = held
-        return F.linear(x, held.weight.to(x.device, non_blocking=True), bias)
+    def forward(ctx: Any, x: Tensor, offloaded: Offloaded, bias: Tensor | None) -> Tensor:
+        ctx.offloaded = offloaded
+        return F.linear(x, offloaded.weight.to(x.device, non_blocking=True), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        return grad @ ctx.held.weight.to(grad.device, grad.dtype, non_blocking=True), None, None
+        return grad @ ctx.offloaded.weight.to(grad.device, grad.dtype, non_blocking=True), None, None
 
 
 def hold_in_nf4(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:
