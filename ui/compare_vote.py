@@ -75,7 +75,7 @@ def build(site: Site, which: gr.Dropdown) -> list[Any]:
     begin.click(bound(show_pair, voting), which, mine, **HIDDEN)
     which.change(bound(forget_pair, voting), None, mine, **HIDDEN)
     handlers = ((first, prefer_a), (second, prefer_b), (tie, prefer_neither))
-    sent = {"inputs": [shown, voting.asked], "js": shown_in("vote-pair")}
+    sent: Any = {"inputs": [shown, voting.asked], "js": shown_in("vote-pair")}
     return [button.click(bound(handler, voting), outputs=mine, **sent, **HIDDEN) for button, handler in handlers]
 
 

@@ -88,7 +88,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 def pairs(folder: Path) -> list[tuple[str, str, str | None]]:
     """The votes that count: the two cells that were seen, and the one that was preferred."""
     records = [record for line in lines(folder) if (record := parsed(line)) and not record.get(OUTDATED)]
-    return [(*record["cells"], record.get("preferred")) for record in records]
+    return [(record["cells"][0], record["cells"][1], record.get("preferred")) for record in records]
 
 
 def left_out(folder: Path) -> list[str]:
