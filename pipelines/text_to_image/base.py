@@ -61,7 +61,6 @@ from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
 
 if TYPE_CHECKING:
-    from equipoise.pipelines.text_to_image.latents import Latents
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Base:
     encoders: tuple[str, ...]  # the text encoders that it has
     pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `set_scheduler`
     schedule: dict[str, Any]  # the checkpoint's own
-    latents: "dict[str, Latents]" = field(default_factory=dict)  # by cache key, shared by the runs of this process
+    latents: dict[str, Any] = field(default_factory=dict)  # `latents.Latents` by their keys, shared by this process's runs
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by caption, as the untouched encoders read
 
     @property

@@ -39,7 +39,7 @@ def offload(denoiser: nn.Module, share: float, device: torch.device) -> None:
         if device.type == "cuda" and offloaded is not None:
             offloaded.data = offloaded.data.pin_memory()  # which is copied from while the device works
         layer.__class__ = VisitingLinear
-        layer.offloaded, layer.works_on = Offloaded(offloaded), device
+        layer.offloaded, layer.works_on = Offloaded(offloaded), device  # pyright: ignore[reportArgumentType]
 
 
 def frozen_weights(denoiser: nn.Module) -> list[Tensor]:
