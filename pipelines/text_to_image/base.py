@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -60,8 +60,6 @@ from equipoise.pipelines.training.fused_lora import fuse
 from equipoise.pipelines.training.layers import named_by, unmatched
 from equipoise.pipelines.training.memory import DTYPES
 
-if TYPE_CHECKING:
-
 
 @dataclass
 class Base:
@@ -72,7 +70,7 @@ class Base:
     encoders: tuple[str, ...]  # the text encoders that it has
     pipeline: DiffusionPipeline  # its scheduler is the noise schedule of the run at hand: see `set_scheduler`
     schedule: dict[str, Any]  # the checkpoint's own
-    latents: dict[str, Any] = field(default_factory=dict)  # `latents.Latents` by their keys, shared by this process's runs
+    latents: dict[str, Any] = field(default_factory=dict)  # latents.Latents by key, for all runs of this process
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by caption, as the untouched encoders read
 
     @property
