@@ -19,9 +19,9 @@ from equipoise.optimizers.schedules import inverse_sqrt, linear_speedup
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "directions.json").read_text())
 
 
-@pytest.mark.parametrize("module", [directions, schedules])
-def test_the_examples(module):
-    assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted > 2
+def test_the_examples():
+    for module in (directions, schedules):
+        assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted > 2
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["mask"])
