@@ -21,6 +21,7 @@ NAMED = ".png, .jpg, .webp, .tiff and all else that Pillow reads"  # for message
 _LEFT_OUT = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}  # Pillow has other programs draw them, or knows but names
 _SYSTEMS = {"__MACOSX", "@eaDir", "Thumbs.db"}
 _COLOURS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # of a profile → Pillow's mode
+REPLACE = " Remove or replace it."  # at the end of a sentence on a damaged one
 
 
 def open_picture(path: Path) -> Image.Image:  # RGB; shared, not to be changed
@@ -55,7 +56,7 @@ def decode(path: Path, largest: int = LARGEST, formats: tuple[str, ...] | None =
     except MediaError:
         raise
     except Exception as error:  # whatever a damaged one makes of its decoder
-        raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
+        raise MediaError(path, f"cannot be read as a picture ({brief(error)}).{REPLACE}") from None
 
 
 def of_systems(name: str) -> bool:
@@ -79,7 +80,7 @@ def size_of(path: Path, upright: bool = True) -> tuple[int, int]:
             width, height = image.size
             return (height, width) if turned else (width, height)
     except Exception as error:  # whatever a damaged one makes of its decoder
-        raise MediaError(path, f"cannot be read as a picture ({brief(error)}). Remove or replace it.") from None
+        raise MediaError(path, f"cannot be read as a picture ({brief(error)}).{REPLACE}") from None
 
 
 @lru_cache

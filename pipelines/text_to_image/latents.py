@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from equipoise.pipelines.media.pictures import size_of
+from equipoise.pipelines.media.pictures import decode, size_of
 from equipoise.pipelines.media.reading import VERSION, MediaError, content, forget
 from equipoise.pipelines.progress import progress
 from equipoise.pipelines.text_to_image.base import Base
@@ -102,6 +102,15 @@ class Latents:
         path = self._paths[picture]
         if cache_key(path, self._data, self._base.identity) != self._keys[picture]:
             raise MediaError(path, "changed since the run began. Put it back.")
+
+    def fault(self, picture: int) -> str:
+        """Why a picture whose latents are not made yet cannot be read; empty where it can."""
+        if self._keys[picture] not in self._made and not _file(self._folder, self._keys[picture]).exists():
+            try:
+                decode(self._paths[picture])
+            except MediaError as error:
+                return str(error)
+        return ""
 
     def take(self, chosen: Sequence[int], variant: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Means, deviations (n, channels, height, width) and crops (n, 6) of pictures of one shape."""

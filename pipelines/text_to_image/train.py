@@ -23,6 +23,7 @@ from equipoise.balancing.objective import Losses
 from equipoise.coordination.components import matches
 from equipoise.errors import ConfigError, InputError
 from equipoise.optimizers.parts.pair_optimizer import PairOptimizer
+from equipoise.pipelines.media.pictures import REPLACE
 from equipoise.pipelines.media.reading import MediaError, content
 from equipoise.pipelines.pipeline import Outcome
 from equipoise.pipelines.runs.run import Run
@@ -47,6 +48,7 @@ from equipoise.pipelines.training.state import OptimizedWork, finite, make_accel
 
 _PLAIN = TextToImageData()  # class pictures' captions are read as they are
 _RECENT = 20  # steps over which a loss has to be high for a run to be given up
+_NAMED = 10  # damaged pictures in a message
 
 
 def train(config: TextToImageConfig, run: Run) -> Outcome:
@@ -172,14 +174,23 @@ class Pictures:
         """Makes the latents of pictures, unless they are there.
 
         Raises:
-            UnreadableError: One is damaged.
+            UnreadableError: One is damaged; with all others that are, so that they are replaced at once.
         """
         for picture in chosen:
             try:
                 self.latents.of(picture)
                 _ = self.sources and self.sources.of(picture)
             except MediaError as error:
-                raise UnreadableError(str(error), picture) from error
+                raise self._unreadable(picture, str(error)) from error
+
+    def _unreadable(self, picture: int, reason: str) -> UnreadableError:
+        """Of a picture and all others that cannot be read."""
+        kinds = [self.latents, *([self.sources] if self.sources else [])]
+        found = {other: fault for other in range(len(self.facts)) for kind in kinds if (fault := kind.fault(other))}
+        found[picture] = reason
+        named = [found[other] for other in sorted(found)]
+        more = f" And {len(named) - _NAMED} others." if len(named) > _NAMED else ""
+        return UnreadableError(" ".join(named[:_NAMED]) + more, sorted(found))
 
 
 @dataclass(frozen=True)
@@ -284,8 +295,11 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             try:
                 pictures.make(wanted)
             except UnreadableError as error:
-                self.damaged = {name: [error.picture]}
-                raise
+                self.damaged = {name: error.pictures}
+                if not step:
+                    raise
+                text = str(error).replace(REPLACE, " Replace it by one of its size.")
+                raise UnreadableError(text, error.pictures) from error
 
     def _mine(self) -> slice:
         """This process's share of a batch."""

@@ -45,9 +45,9 @@ class StoppedError(Exception):
 class UnreadableError(InputError):
     """A file that a step needs is damaged; raised by a step before it does anything."""
 
-    def __init__(self, message: str, picture: int):
+    def __init__(self, message: str, pictures: list[int]):
         super().__init__(message)
-        self.picture = picture  # its number among those of its kind
+        self.pictures = pictures  # all that are, by their numbers among those of their kind
 
 
 class Work(Protocol):
@@ -183,7 +183,7 @@ class _Loop:
             if not step:
                 raise
             self._save(step)
-            kept = f"The state after step {step} is saved: the run can be resumed once that file is replaced."
+            kept = f"The state after step {step} is saved: the run can be resumed after that."
             raise InputError(f"{error} {kept}") from error
         held = status.held() if step % MEMORY_EVERY == 0 else {}
         self.run.metric(step + 1, **values, **held, seconds=time.perf_counter() - started)

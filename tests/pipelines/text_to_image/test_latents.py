@@ -211,6 +211,24 @@ def test_a_picture_found_damaged_on_the_way_saves_the_run_which_goes_on_once_it_
     assert curve(run) == curve(whole)
 
 
+def test_all_damaged_pictures_are_named_at_once_and_all_may_be_replaced(own, encoded):
+    settings, run = started(own, "batch=1", "steps=6")
+    execute(TextToImage, settings, run)
+    folder, cache = Path(settings.data.folder), Path(settings.runs) / ".cache"
+    sound = {name: (folder / name).read_bytes() for name in encoded[1:3]}
+    shutil.rmtree(cache)
+    for name, whole in sound.items():
+        (folder / name).write_bytes(whole[:-60])
+    settings, run = started(own, "batch=1", "steps=6")
+    with pytest.raises(InputError, match="The state after step 1 is saved") as caught:
+        execute(TextToImage, settings, run)
+    assert all(f"{name}: cannot be read as a picture" in str(caught.value) for name in sound)
+    assert "Remove" not in str(caught.value), "the run goes on with as many pictures"
+    for name, whole in sound.items():
+        (folder / name).write_bytes(whole)
+    assert execute(TextToImage, settings, run).state == "done"
+
+
 def test_a_run_stops_while_class_pictures_are_drawn(own, monkeypatch):
     settings = config.load(NAME, [*own, "prior.prompt=a vase", "prior.count=4", "samples.batch=2"])
     run = Store(settings.runs).create(settings)
