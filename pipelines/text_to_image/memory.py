@@ -28,8 +28,8 @@ from equipoise.pipelines.text_to_image.families.autoencoders import shape as lat
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
 from equipoise.pipelines.text_to_image.offloading import in_blocks
 from equipoise.pipelines.training.memory import CHECKPOINTED, DTYPES, PROGRAM, activations, size, training
+from equipoise.pipelines.training.quantized import BYTES
 
-_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a quantised weight
 _CONTEXT = 600_000_000  # bytes of a device that CUDA itself and torch's kernels take, about; not measured here
 _CARDS = (8, 12, 16, 24)  # GB of devices that people have
 # What makes a tuning smaller, one after the other, from what costs the least time; int8 and nf4 exclude what follows.
@@ -57,7 +57,7 @@ class Counted:
     activations: int
 
     def saved(self, quantize: str | None) -> int:
-        return round(self.linear - self.numbers * _BYTES[quantize]) if quantize else 0
+        return round(self.linear - self.numbers * BYTES[quantize]) if quantize else 0
 
     def kept(self, config: TextToImageConfig) -> int:
         return self.activations // (CHECKPOINTED if config.train.gradient_checkpointing else 1)

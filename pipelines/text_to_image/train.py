@@ -327,7 +327,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         super().restore(weights, state)
         self.recent = state.get("recent", [])  # an earlier version's checkpoints have none
         if known := state.get("before"):
-            self.before = FirstLosses(*known)
+            self.before, self.began = FirstLosses(*known), []
 
     def _others(self, kind: str) -> str:
         """What is wrong where pictures are not those of a checkpoint."""
@@ -429,8 +429,9 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         if self.before is None:
             with self._being(self.began):
                 evaluated = self.evaluation_loss()
-                self.before = FirstLosses(evaluated, self.fixed_loss(self.own) if self.held else evaluated)
-        self.began = []
+                apart = self.held and self.config.train.give_up  # else nobody asks for the second
+                self.before = FirstLosses(evaluated, self.fixed_loss(self.own) if apart else evaluated)
+            self.began = []
         return self.before
 
     def final_loss(self) -> float:
