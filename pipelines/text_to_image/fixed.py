@@ -69,7 +69,7 @@ class Measure:
         denoiser: Any = None,  # what is called for the base's own
         source: Tensor | None = None,  # latents of the pictures to start from
     ) -> Tensor:  # (batch,)
-        denoiser = denoiser or self.base.denoiser
+        denoiser = self.base.denoiser if denoiser is None else denoiser  # a compiled one has no truth value
         clean, noise, times, crops = (t.to(self.accelerator.device) for t in (clean, noise, times, crops))
         noisy = self.noise.add(clean, noise, times).to(self.dtype)
         with self.accelerator.autocast():

@@ -252,6 +252,7 @@ def vote(page) -> None:
     pair = page.locator("#vote-pair")
     expect(pair.locator("img")).to_have_count(2)
     assert "adamw" not in re.sub("base64,[^']*", "", pair.inner_html())
+    page.wait_for_timeout(1000)  # a click at once would be a second one on the pair before
     page.locator("#vote-a").click()
     expect(page.locator("#vote-said")).to_contain_text("A was better: A was")
     expect(page.locator("#grid small", has_text="preferred").first).to_be_visible()

@@ -331,7 +331,9 @@ def test_the_evaluation_is_before_and_after(short, monkeypatch, words, times):
 def test_the_evaluation_needs_no_more_memory_than_a_step(work, monkeypatch):
     sizes, losses, measured = [], [], Measure.losses
     monkeypatch.setattr(
-        Measure, "losses", lambda self, clean, *rest: sizes.append(len(clean)) or measured(self, clean, *rest)
+        Measure,
+        "losses",
+        lambda self, clean, *rest, **more: sizes.append(len(clean)) or measured(self, clean, *rest, **more),
     )
     for batch in (1, 3, 40):
         losses.append(work(f"batch={batch}").evaluation_loss())
