@@ -35,7 +35,7 @@ def test_a_container_is_reached_by_any_name_and_by_nobody_without_the_password(t
     (inside,) = re.findall(r"exec (equipoise ui [^\"]*)\"", text)
     (door,) = re.findall(r"-e (EQUIPOISE_UI_AUTH)=", text)
     assert re.search(r"-p 127\.0\.0\.1:7860:7860", text), "it is published on this machine alone"
-    words = [word.replace("/work/runs", str(tmp_path / "runs")) for word in shlex.split(inside)[1:]]
+    words = [word.replace("/app/runs", str(tmp_path / "runs")) for word in shlex.split(inside)[1:]]
     command = [sys.executable, "-m", "equipoise.pipelines.cli", *words, "--port=0"]
     environment = {key: value for key, value in os.environ.items() if key != door}
     shut = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
