@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.balancing.objective import Backward, Losses, Objective, differentiate, wide
+from equipoise.balancing.counted import Counted
+from equipoise.balancing.objective import Backward, Losses, differentiate, wide
 
 _KEPT = 10  # epochs whose traces are averaged
 
 
-class InfoReg(Objective):
+class InfoReg(Counted):
     """Trains on joint and unimodal losses, and slows the modality that is ahead (InfoReg); for two modalities.
 
     The unimodal losses are those of each modality's part of the joint head. With s_k the sum over the batch of what
@@ -46,7 +47,7 @@ class InfoReg(Objective):
 
     def __init__(self, alpha: float = 0.95, growth: float = 0.05) -> None:
         self.alpha, self.growth = alpha, growth
-        self._steps, self._epoch = 0, -1
+        self._epoch = -1
         self._scores: Mapping[str, Tensor] = {}  # summed over the forward passes of a step
         self._traces: dict[str, list[float]] = {}  # modality → that of each epoch so far
         self._trace: dict[str, Tensor] = {}  # of this epoch so far
@@ -69,7 +70,7 @@ class InfoReg(Objective):
     def before_step(self) -> dict[str, float | Tensor]:
         if (epoch := int(self.epochs(self._steps))) != self._epoch:
             self._begin(epoch)
-        self._steps += 1
+        super().before_step()
         (one, first), (other, second) = self._scores.items()
         self._scores, logged = {}, {}
         for name, lead in ((one, first - second), (other, second - first)):
@@ -100,8 +101,7 @@ class InfoReg(Objective):
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self._steps,
+        return super().state_dict() | {
             "epoch": self._epoch,
             "traces": dict(self._traces),
             "trace": {name: float(value) for name, value in self._trace.items()},
@@ -109,7 +109,8 @@ class InfoReg(Objective):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps, self._epoch, self._traces = state["steps"], state["epoch"], dict(state["traces"])
+        super().load_state_dict(state)
+        self._epoch, self._traces = state["epoch"], dict(state["traces"])
         where = {name: parameters[0].device for name, parameters in self.encoders.items() if parameters}
         self._trace = {name: torch.tensor(value, device=where.get(name)) for name, value in state["trace"].items()}
         self._start = {name: [t.to(where.get(name)) for t in tensors] for name, tensors in state["start"].items()}

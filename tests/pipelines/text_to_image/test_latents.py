@@ -88,7 +88,10 @@ def test_what_a_picture_was_when_the_run_began_is_never_kept_as_another(own, tmp
     whole = path.read_bytes()
     base.latents.clear()
     found = latents_of(base, examples, settings.data, tmp_path / "cache")
-    other = lambda: Image.new("RGB", size_of(path), "blue").save(path)  # noqa: E731
+
+    def other() -> None:
+        Image.new("RGB", size_of(path), "blue").save(path)
+
     if when == "before it is read":
         other()
     encode = latents._encode

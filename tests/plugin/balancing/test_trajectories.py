@@ -3,6 +3,7 @@ formulas as its paper and its authors' code have them; torch and the objective m
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -294,7 +295,7 @@ def test_recon_boost_takes_its_twins_steps(names):
 
         return slope(loss, w)
 
-    objective = lambda: ReconBoost(fit=4, differ=2, epochs_each=1, epochs_all=0.5)  # noqa: E731
+    objective = partial(ReconBoost, fit=4, differ=2, epochs_each=1, epochs_all=0.5)
     assert_same(trained(objective, names, 11), descend(names, 11, gradient))
 
 
