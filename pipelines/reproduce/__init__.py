@@ -87,12 +87,14 @@ def workers(count: int, name: str, evaluations: int, keep: Callable[[Trial], Non
         executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
 
     def measure(train: Train, cells: Sequence[Trial]) -> list[Trial]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit that: Ctrl-C is for this process
+        # Ended in the middle of starting a worker, this process would leave it without what it is to do. Workers inherit
+        # that: Ctrl-C is for this process, and `_begin` listens to the other.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             with _safe_path():
                 futures = {executor.submit(train, cell): cell for cell in cells}
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         for future in as_completed(futures):
             trained = futures[future] | future.result()
             if keep:
@@ -131,6 +133,7 @@ def _safe_path() -> Iterator[None]:
 
 
 def _begin() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     import torch
 
     torch.set_num_threads(1)
