@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import atexit
 import gc
 import json
 import multiprocessing
@@ -33,6 +34,7 @@ def pytest_collection_finish() -> None:
     """What was imported so far stays: it need not be searched again for garbage, nor for modules that own a factor."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.freeze)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ It reads lines of JSON: what to start, upon which it prints the number of the pr
 which it prints the exit code. A child does what Python does after its start, and ends as Python does.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -36,6 +37,7 @@ for line in sys.stdin:
         break
 else:
     raise SystemExit
+atexit.register(gc.freeze)  # a search for garbage at its end would take longer than a small program
 os.environ.update(asked["environment"])
 os.chdir(asked["folder"])
 for number, file in enumerate((os.devnull, asked["out"], asked["err"])):
