@@ -50,9 +50,9 @@ def seed() -> None:
 class Forked:
     """`python WORDS` in a process of its own, but for the start: see `tests/forking.py`."""
 
-    def __init__(self, folder: Path, *modules: str, **environment: str):
+    def __init__(self, folder: Path, *modules: str, python: Path | str = sys.executable, **environment: str):
         self.folder, self.count = folder, 0
-        command = [sys.executable, Path(__file__).with_name("forking.py"), *modules]
+        command = [python, Path(__file__).with_name("forking.py"), *modules]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **pipes)
 
@@ -101,7 +101,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
 
 @pytest.fixture(scope="session")
 def forked_type() -> type[Forked]:
-    """For those that start from more modules."""
+    """For those that start from more modules, or with another Python."""
     return Forked
 
 
