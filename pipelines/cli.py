@@ -10,6 +10,8 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path[0] = sys.executable
 
 import argparse
+import atexit
+import gc
 import io
 import os
 import re
@@ -26,6 +28,9 @@ from equipoise import __version__, registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.files import disk_full
 from equipoise.registry import Entry
+
+# Else Python searches all that was imported for garbage when it ends, for more than a second after a training.
+atexit.register(gc.freeze)
 
 # At the start of a module. Parsing all of the modules would take longer than everything else that --help does.
 _DOCSTRING = re.compile(r"""(?:\s+|#[^\n]*+)*+[rR]?(?P<quotes>"{3}|'{3}|"|')(?P<text>.*?)(?P=quotes)""", re.S)

@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import atexit
 import gc
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -32,6 +34,7 @@ def pytest_collection_finish() -> None:
     """What was imported so far stays: it need not be searched again for garbage, nor for modules that own a factor."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.freeze)
 
 
 @pytest.fixture(autouse=True)
@@ -47,27 +50,45 @@ def seed() -> None:
 class Forked:
     """`python WORDS` in a process of its own, but for the start: see `tests/forking.py`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *modules: str, python: Path | str = sys.executable, **environment: str):
         self.folder, self.count = folder, 0
-        command = [sys.executable, Path(__file__).with_name("forking.py")]
-        self.server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
+        command = [python, Path(__file__).with_name("forking.py"), *modules]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **pipes)
 
     def ask(self, **what: object) -> int:
         assert self.server.stdin is not None and self.server.stdout is not None
         print(json.dumps(what), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
-    def start(self, folder: Path, *words: str, **environment: str) -> Callable[[], CompletedProcess[str]]:
-        """Starts it in a folder; gives what waits for its end and returns its exit code and what it printed."""
+    def start(self, folder: Path, *words: str, **environment: str) -> "Started":
+        """Starts it in a folder."""
         self.count += 1
         out, err = (self.folder / f"{self.count}.{kind}" for kind in ("out", "err"))
-        process = self.ask(folder=str(folder), words=words, environment=environment, out=str(out), err=str(err))
-        return lambda: CompletedProcess(words, self.ask(wait=process), out.read_text(), err.read_text())
+        pid = self.ask(folder=str(folder), words=words, environment=environment, out=str(out), err=str(err))
+        return Started(self, pid, words, out, err)
 
-    def __call__(self, folder: Path, *words: str) -> CompletedProcess[str]:
-        return self.start(folder, *words)()
+    def __call__(self, folder: Path, *words: str, **environment: str) -> CompletedProcess[str]:
+        return self.start(folder, *words, **environment)()
+
+    def end(self) -> None:
+        os.killpg(self.server.pid, signal.SIGKILL)  # with programs that a failed test did not wait for
+        self.server.communicate()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A program that `Forked` has started."""
+
+    by: Forked
+    pid: int
+    words: tuple[str, ...]
+    out: Path
+    err: Path
+
+    def __call__(self) -> CompletedProcess[str]:
+        """Waits for its end; gives its exit code and what it printed."""
+        return CompletedProcess(self.words, self.by.ask(wait=self.pid), self.out.read_text(), self.err.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +96,13 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     """For programs of which it does not matter how they start, which takes longer than all the rest of a small one."""
     forked = Forked(tmp_path_factory.mktemp("forked"))
     yield forked
-    os.killpg(forked.server.pid, signal.SIGKILL)  # with programs that a failed test did not wait for
-    forked.server.communicate()
+    forked.end()
+
+
+@pytest.fixture(scope="session")
+def forked_type() -> type[Forked]:
+    """For those that start from more modules, or with another Python."""
+    return Forked
 
 
 @pytest.fixture

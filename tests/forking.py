@@ -1,10 +1,14 @@
 """Starts programs in processes of their own that need not import torch: forks of one Python that has.
 
+    python forking.py [MODULE …]      which it imports, too
+
 It reads lines of JSON: what to start, upon which it prints the number of the process; or for which one to wait, upon
 which it prints the exit code. A child does what Python does after its start, and ends as Python does.
 """
 
+import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -15,6 +19,8 @@ import time
 import accelerate  # noqa: F401  with what follows, two thirds of the time of a small program
 import torch._dynamo  # noqa: F401  the first optimizer imports it
 
+for module in sys.argv[1:]:
+    importlib.import_module(module)
 gc.freeze()  # else a child's first look for garbage copies all of that
 for line in sys.stdin:
     asked = json.loads(line)
@@ -31,6 +37,7 @@ for line in sys.stdin:
         break
 else:
     raise SystemExit
+atexit.register(gc.freeze)  # a search for garbage at its end would take longer than a small program
 os.environ.update(asked["environment"])
 os.chdir(asked["folder"])
 for number, file in enumerate((os.devnull, asked["out"], asked["err"])):

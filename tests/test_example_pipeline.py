@@ -1,6 +1,7 @@
 """The pipeline in docs/plugins.md, built from what the page shows and nothing else, and used as its reader would."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,8 +25,8 @@ def documented() -> dict[str, str]:
 
 
 @pytest.fixture
-def command(tmp_path, environment, monkeypatch):
-    """The command line of an environment in which the documented package is installed, in a folder of its own."""
+def python(tmp_path, environment, monkeypatch):
+    """That of an environment in which the documented package is installed, in a folder of its own."""
     files = documented()
     assert set(files) == {"pyproject.toml", "equipoise_curve.py", "curve.yaml"}
     (tmp_path / "equipoise-curve").mkdir()
@@ -39,26 +40,40 @@ def command(tmp_path, environment, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("EQUIPOISE_RUNS", raising=False)
     monkeypatch.chdir(tmp_path)
-    return [environment(wheel, editable=True), "-m", "equipoise.pipelines.cli"]
+    return environment(wheel, editable=True)
+
+
+@pytest.fixture
+def forked(tmp_path, python, forked_type):
+    """Starts programs of that environment which need not import torch."""
+    (tmp_path / "printed").mkdir()
+    forked = forked_type(tmp_path / "printed", python=python)
+    yield forked
+    forked.end()
 
 
 @pytest.mark.slow
-def test_the_documented_pipeline_trains_sweeps_resumes_and_compares(command, tmp_path):
-    def run(*words: str, code: int = 0) -> str:
-        done = subprocess.run([*command, *words], capture_output=True, text=True)
-        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+def test_the_documented_pipeline_trains_sweeps_resumes_and_compares(python, forked, tmp_path):
+    command = ["-m", "equipoise.pipelines.cli"]
+
+    def run(*words: str) -> str:
+        done = forked(tmp_path, *command, *words)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         return done.stdout + done.stderr
 
-    keys = run("train", "curve.yaml", "--keys")
+    shown = [python, *command, "train", "curve.yaml", "--keys"]
+    keys = subprocess.run(shown, check=True, capture_output=True, text=True).stdout
     assert "model.width (width for short): a whole number >= 1" in keys and "train.steps (steps for short)" in keys
 
     assert "straight: done" in run("train", "curve.yaml", "steps=1500", "--id", "straight")
-    process = subprocess.Popen([*command, "train", "curve.yaml", "steps=1500", "--id", "halted"])
+    process = forked.start(tmp_path, *command, "train", "curve.yaml", "steps=1500", "--id", "halted")
     metrics = Path("runs/halted/metrics.jsonl")
-    while process.poll() is None and not (metrics.is_file() and metrics.read_bytes()):
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_bytes()):
+        assert time.monotonic() < deadline, process.err.read_text()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    os.kill(process.pid, signal.SIGINT)
+    assert process().returncode == 130
     assert 0 < json.loads(Path("runs/halted/status.json").read_text())["step"] < 1500
     assert "halted: done. 1500 steps." in run("resume", "halted")
     straight, halted = (load_file(f"runs/{id}/result/curve.safetensors") for id in ("straight", "halted"))

@@ -4,6 +4,8 @@ The short form of `python -m equipoise.run`.
 """
 
 import argparse
+import atexit
+import gc
 
 from equipoise.hosts.script import main
 
@@ -13,4 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    atexit.unregister(gc.freeze)  # of the command line: a script ends as under Python itself
     return main(args.words)

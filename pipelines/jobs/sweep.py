@@ -5,6 +5,8 @@ processes of this machine or of a cluster. A cell that diverges or fails is reco
 process is lost is tried again, from its last checkpoint.
 """
 
+import atexit
+import gc
 import platform
 import sys
 import time
@@ -259,4 +261,5 @@ def work(folder: str) -> None:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # as the command line does
     work(sys.argv[1])

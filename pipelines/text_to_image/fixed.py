@@ -112,7 +112,7 @@ class FixedLosses:
         pictures = pictures or [index % len(self.captions) for index in range(self.draws)]
         fixed = FixedDraws.of(pictures, self.latents.shapes, self.seed, DRAWS)
         times, made = self.measure.noise.at(fixed.spread), torch.zeros(len(pictures), dtype=torch.float64)
-        for some, chosen, noise in fixed.batches(min(16, self.measure.config.train.batch)):  # as memory holds in a step
+        for some, chosen, noise in fixed.batches(self._together()):
             clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
             read = partial(embed, [self.captions[index] for index in chosen])
             source = self.sources.take(chosen, [0] * len(chosen))[0] if self.sources else None
@@ -121,6 +121,11 @@ class FixedLosses:
             made[some] = found.double().cpu()
             drawn(len(some))
         return made
+
+    def _together(self) -> int:
+        """How many draws a step's memory surely holds: without gradients, a layer's results need not wait for them."""
+        train = self.measure.config.train
+        return min(16, train.batch * (1 if train.gradient_checkpointing else 4))
 
     def mean(self, embed: Callable[[list[str]], dict[str, Tensor]]) -> float:
         """Over the draws by which a run evaluates."""

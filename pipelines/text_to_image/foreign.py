@@ -255,7 +255,7 @@ def _end(run: Run, process: subprocess.Popen | None = None) -> None:
             with suppress(psutil.Error):
                 one.send_signal(sign)
         until = time.monotonic() + _PATIENCE
-        while time.monotonic() < until and _of(run):
+        while time.monotonic() < until and any(_heeds(one, sign) for one in _of(run)):
             if process:
                 process.poll()  # else it stays as a zombie
             time.sleep(0.1)
@@ -271,6 +271,14 @@ def _of(run: Run) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == str(run.folder):
                 found.append(process)
     return found
+
+
+def _heeds(process: psutil.Process, sign: signal.Signals) -> bool:
+    """Whether waiting for a process may help: a shell has what it starts with `&` ignore SIGINT. True where unknown."""
+    with suppress(OSError):
+        ignored = re.search(r"^SigIgn:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+        return not (ignored and int(ignored[1], 16) >> (sign - 1) & 1)
+    return True
 
 
 def _with_its_parent() -> None:

@@ -411,24 +411,34 @@ def stopped_run():
     return stopped
 
 
+@pytest.fixture(scope="session")
+def trainers(tmp_path_factory, forked_type):
+    """Starts the command line in processes that need not import what a training imports, which takes most of a short
+    one's time; as many threads as here compute in each."""
+    modules = [f"equipoise.pipelines.{name}.train" for name in ("text_to_image", "instruction_tuning", "audio_visual")]
+    threads = str(torch.get_num_threads())
+    forked = forked_type(tmp_path_factory.mktemp("trainers"), *modules, OMP_NUM_THREADS=threads)
+    yield forked
+    forked.end()
+
+
 @pytest.fixture
-def killed_run(tmp_path):
+def killed_run(tmp_path, trainers):
     """Trains by the command line, kills that (SIGKILL) once a checkpoint is there, resumes it, and gives the run."""
 
     def killed(name: str, words: list[str], checkpoint: str, last: str) -> Run:
-        command = [sys.executable, "-m", "equipoise.pipelines.cli"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        process = subprocess.Popen([*command, "train", name, *words, "--id", "killed"], env=environment)
+        command = ["-m", "equipoise.pipelines.cli"]
+        process = trainers.start(Path.cwd(), *command, "train", name, *words, "--id", "killed", **os.environ)
         run = tmp_path / "runs" / "killed"
         deadline = time.monotonic() + 120
         while not (run / "checkpoints" / checkpoint).exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process().returncode == -signal.SIGKILL
         store = Store(tmp_path / "runs")
         assert store.get("killed").status().state == "dead"
         assert checkpoints.complete(run / "checkpoints")[-1].name < last
-        resumed = subprocess.run([*command, "resume", str(run)], env=environment, capture_output=True, text=True)
+        resumed = trainers(Path.cwd(), *command, "resume", str(run), **os.environ)
         assert resumed.returncode == 0, resumed.stderr
         assert "resumed from step-0000" in (run / "log.txt").read_text()
         return store.get("killed")
@@ -438,7 +448,7 @@ def killed_run(tmp_path):
 
 @pytest.fixture
 def launch():
-    """Starts the command line in two processes that train together, which do not outlive the test."""
+    """Starts the command line by torchrun, in two processes that train together, which do not outlive the test."""
     begun: list[subprocess.Popen] = []
 
     def started(*words: str, **options) -> subprocess.Popen:
@@ -459,13 +469,23 @@ def launch():
 
 
 @pytest.fixture
-def launched(launch):
-    """Runs the command line in two processes to its end; gives what it prints."""
+def launched(trainers):
+    """Runs the command line in two processes, as torchrun starts them, to its end; gives what they print."""
 
     def done(*words: str) -> str:
-        out, err = (process := launch(*words)).communicate(timeout=240)
-        assert process.returncode == 0, err[-3000:]
-        return out
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        shared |= {"GLOO_SOCKET_IFNAME": "lo"}
+        command = ["-m", "equipoise.pipelines.cli", *words]
+        both = [
+            trainers.start(Path.cwd(), *command, **{**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+        ]
+        ended = [started() for started in both]
+        assert [one.returncode for one in ended] == [0, 0], "".join(one.stderr[-3000:] for one in ended)
+        return "".join(one.stdout for one in ended)
 
     return done
 

@@ -83,6 +83,22 @@ def test_importing_the_package_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
+def test_the_command_line_ends_without_a_search_for_garbage():
+    """Which takes more than a second where torch and diffusers are imported."""
+    cycle = """
+class Cycle:
+    def __del__(self):
+        print("searched")
+import gc
+gc.disable()
+one = Cycle()
+one.itself = one
+del one
+"""
+    for code, printed in ((cycle, "searched\n"), (f"import equipoise.pipelines.cli\n{cycle}", "")):
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == printed
+
+
 @pytest.mark.parametrize("module", [["equipoise.pipelines.cli", "list", "--json"], ["equipoise.hosts.swift"]])
 def test_modules_of_the_current_folder_are_not_ours(module, tmp_path, monkeypatch):
     for name in ("argparse", "tempfile", "torch"):

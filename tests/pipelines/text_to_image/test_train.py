@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config
@@ -328,17 +331,52 @@ def test_the_evaluation_is_before_and_after(short, monkeypatch, words, times):
     assert len(found) == times and [result["loss_before"], result["loss_after"]] == [before, after]
 
 
-def test_the_evaluation_needs_no_more_memory_than_a_step(work, monkeypatch):
+def test_the_evaluation_is_the_same_in_batches_of_any_size(work, monkeypatch):
     sizes, losses, measured = [], [], Measure.losses
     monkeypatch.setattr(
         Measure,
         "losses",
         lambda self, clean, *rest, **more: sizes.append(len(clean)) or measured(self, clean, *rest, **more),
     )
-    for batch in (1, 3, 40):
-        losses.append(work(f"batch={batch}").evaluation_loss())
-    assert sizes == [1] * 64 + [3] * 21 + [1] + [16] * 4
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5), "comparable between runs, whatever their batch"
+    for words in (["batch=1"], ["batch=3"], ["batch=40"], ["batch=3", "train.gradient_checkpointing=true"]):
+        losses.append(work(*words).evaluation_loss())
+    assert sizes == [4] * 16 + [12] * 5 + [4] + [16] * 4 + [3] * 21 + [1]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5), "comparable between runs, whatever their batch"
+
+
+class Peak(TorchDispatchMode):
+    """Within it, the most bytes at once in tensors that were made there."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, sum(self.live.values()))
+        return made
+
+
+@pytest.mark.parametrize("words", [["batch=1"], ["batch=2"], ["batch=2", "train.gradient_checkpointing=true"]])
+def test_the_evaluation_needs_no_more_memory_than_a_step(short, monkeypatch, words):
+    def measured(_, work, *rest):
+        work.evaluation_loss()  # what is made once is made by now
+        work.step(0)
+        with Peak() as step:
+            work.step(1)
+        with Peak() as evaluation:
+            work.evaluation_loss()
+        peaks.extend((evaluation.most, step.most))
+        return Outcome("stopped")
+
+    peaks = []
+    monkeypatch.setattr("equipoise.pipelines.text_to_image.train.train_loop", measured)
+    train(*short, *words)
+    assert 0 < peaks[0] <= peaks[1]
 
 
 def test_the_target_is_what_the_u_net_predicts(work, build_checkpoint, tmp_path):
