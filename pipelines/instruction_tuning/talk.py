@@ -15,7 +15,7 @@ from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Turn
 from equipoise.pipelines.instruction_tuning.media import Frames, Video, open_picture, open_sound, open_video
 from equipoise.pipelines.instruction_tuning.novideos import NoVideos
-from equipoise.pipelines.instruction_tuning.writing import Frame, any_of, writer
+from equipoise.pipelines.instruction_tuning.writing import REASONED, Frame, Written, any_of, writer
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
@@ -122,7 +122,11 @@ class Talk:
 
     def text(self, example: Conversation, asked: bool = False) -> str:
         """All of a conversation, or what is `asked`: all up to the last answer."""
-        return self.writer.write(example, asked).text
+        return self.written(example, asked).text
+
+    def written(self, example: Conversation, asked: bool = False) -> Written:
+        """The text, and where in it the answers are that are learnt."""
+        return self.writer.write(example, asked)
 
     def frame(self, example: Conversation) -> Frame:
         """What answers stand between."""
@@ -133,6 +137,14 @@ class Talk:
         mark = self.frame(example).mark
         return self.tokenizer.convert_tokens_to_ids(mark) if mark else None
 
+    def answered(self, example: Conversation, text: str) -> str:
+        """Of what a model wrote the answer alone: templates have some begin with more, such as an empty reasoning."""
+        opening = self.frame(example).opening
+        if REASONED in opening:
+            return text.rpartition(REASONED)[2].strip()
+        shown = self.tokenizer.decode(self.tokens(opening), skip_special_tokens=True).strip()
+        return text.strip().removeprefix(shown).strip()
+
     def spans(self, example: Conversation) -> list[tuple[int, int]]:
         """Where the answers are: (first token, one past the last), both counted from the end of the conversation.
 
@@ -140,7 +152,7 @@ class Talk:
         """
         if (known := self._spans.get(example)) is not None:
             return known
-        written, found = self.writer.write(example), []
+        written, found = self.written(example), []
         full, tokens = written.text, self.tokens(written.text)
         for turn, (start, stop) in enumerate(written.answers):
             opened, closed = full[:start], full[:stop]
