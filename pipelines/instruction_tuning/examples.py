@@ -21,6 +21,7 @@ from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
 _NAMED = 20  # problems that are listed one by one, and kinds of the others
+_NEAR = 16  # tokens from a limit within which a length has to be exact
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\d[\d.,]*")  # what differs between two problems of a kind
 
 
@@ -127,7 +128,8 @@ def unusable(
     examples: list[Conversation], talk: Talk, tell: Callable[[str], object], limit: int | None = None
 ) -> dict[Conversation, str]:
     """Which conversations the processor refuses, lose all their answers to data.max_tokens, or are longer than the
-    model's positions, each with a sentence; `tell` is called with other losses. Processes each of them."""
+    model's positions, each with a sentence; `tell` is called with other losses. Processes each of them, but
+    not pictures of sizes that were met before."""
     problems, cut = {}, 0
     for example in progress("measuring", "conversation", examples):
         problem, is_cut = too_long(example, talk, limit)
@@ -146,7 +148,9 @@ def too_long(example: Conversation, talk: Talk, limit: int | None) -> tuple[str,
     """(why the processor or the lengths let a conversation not be trained on, or nothing; whether it is cut)."""
     most = talk.max_tokens
     try:
-        length = talk.full_length(example)
+        length = talk.measured_length(example)
+        if any(abs(length - some) <= _NEAR for some in (most, limit) if some is not None):
+            length = talk.full_length(example)
         if limit is not None and min(length, most or length) > limit:
             return (
                 f"{example.where}: has {length} tokens, and {talk.model_type} has positions for {limit}. Set "

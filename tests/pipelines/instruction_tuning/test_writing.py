@@ -187,7 +187,8 @@ def test_a_template_of_texts_that_would_write_a_list_as_json(talk, examples):
     made = talk("llava")
     made.processor.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content if m.content is string else m.content | tojson }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ m.content if m.content is string else m.content | tojson }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     assert made.text(examples[0]) == (
         "<|im_start|>user\n<image>\nWhat colour?<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n"
