@@ -306,11 +306,11 @@ def _media_problems(
         for path in dict.fromkeys(example.media):
             kinds.setdefault(path, example.kind)
             rows.setdefault(path, []).append((number, row))
-    kinds = {path: kind for path, kind in kinds.items() if not (seen and seen.has(path, kind))}
+    new = {path: kind for path, kind in kinds.items() if not (seen and seen.has(path, kind))}
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(media_problem, kinds, kinds.values())
-        each = progress("reading", "file", found, len(kinds)) if shown else found
-        wrong = {path: problem for path, problem in zip(kinds, each, strict=True) if problem}
+        found = pool.map(media_problem, new, new.values())
+        each = progress("reading", "file", found, len(new)) if shown else found
+        wrong = {path: problem for path, problem in zip(new, each, strict=True) if problem}
     if seen:
         seen.add((path, kind) for path, kind in kinds.items() if path not in wrong)
     firsts = {path: rows[path][0] for path in wrong}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
 _NAMED = 20  # problems that are listed one by one, and kinds of the others
+_measured: dict[Path, list[str]] = {}  # of what is to be kept, where → what was said of it
 _NEAR = 16  # tokens from a limit within which a length has to be exact
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\d[\d.,]*")  # what differs between two problems of a kind
 
@@ -87,11 +87,19 @@ def _known_or_measured(
             tell(text)
         return {}
     bad = unusable(examples, talk, lambda text: (told.append(text), tell(text)), limit)
-    if not bad and os.path.isdir(config.runs):  # a check makes no folder of runs
+    if not bad:
+        _measured[kept] = told
+        keep_measured()
+    return bad
+
+
+def keep_measured() -> None:
+    """Writes down which conversations were found to be good, where there is a folder of runs: a check makes none."""
+    for kept in [kept for kept in _measured if kept.parents[2].is_dir()]:
+        told = _measured.pop(kept)
         with suppress(InputError, OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, json.dumps(told))
-    return bad
 
 
 def _digest(config: InstructionTuningConfig, examples: list[Conversation], talk: Talk, limit: int | None) -> str:
