@@ -28,6 +28,7 @@ from equipoise.pipelines.instruction_tuning.formats.dialects import (
 )
 from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
+from equipoise.pipelines.instruction_tuning.good_media import GoodMedia
 from equipoise.pipelines.instruction_tuning.media import media_problem
 from equipoise.pipelines.progress import progress
 
@@ -183,7 +184,8 @@ def read_data_set(
     except InputError as error:
         return DataSet([], [f"{key}: {file} {error}"], [], 0)
     root = Path(folder) if folder else beside(Path(name)) if files else Path()
-    reading = Reading(root, MediaFolder(unpacked), asked, source, judge, tolerant and len(files or ()) > 1)
+    seen = GoodMedia(unpacked.with_name("good-media") if unpacked and decode else None)
+    reading = Reading(root, MediaFolder(unpacked), asked, source, judge, tolerant and len(files or ()) > 1, seen)
     if not os.path.isdir(root):
         reading.general.append(f"data.folder: {root} does not exist. Give the folder that the media's paths start in.")
         decode = False
@@ -227,6 +229,7 @@ class Reading:
     source: int
     judge: Judge | None
     tolerant: bool  # whether one file of several may be left out
+    seen: GoodMedia | None = None  # media that need not be looked at; None: all are
     general: list[str] = field(default_factory=list)
     read: list[tuple[int, Row, Conversation]] = field(default_factory=list)
     good: list[Conversation] = field(default_factory=list)
@@ -262,7 +265,7 @@ class Reading:
 
     def usable(self, shown: bool = True) -> list[Conversation]:
         """The conversations with nothing wrong, after a look at their media, with a progress bar if that is shown."""
-        broken = _media_problems(self.read, shown)
+        broken = _media_problems(self.read, shown, self.seen)
         self.wrong += broken.values()
         return [example for example in self.good if not broken.keys() & set(example.media)]
 
@@ -293,20 +296,23 @@ def mixed_kinds(name: str, first: dict[Kind, Row]) -> list[str]:
 
 
 def _media_problems(
-    examples: Sequence[tuple[int, Row, Conversation]], shown: bool = True
+    examples: Sequence[tuple[int, Row, Conversation]], shown: bool = True, seen: GoodMedia | None = None
 ) -> dict[Path, tuple[int, str, str]]:
-    """What is wrong with the media, and the row that each is first named in. Every file is looked at once; by threads,
-    for decoding leaves Python's lock."""
+    """What is wrong with the media, and the row that each is first named in. Every file is looked at once, those
+    `seen` not again; by threads, for decoding leaves Python's lock."""
     kinds: dict[Path, Kind] = {}
     rows: dict[Path, list[tuple[int, Row]]] = {}
     for number, row, example in examples:
         for path in dict.fromkeys(example.media):
             kinds.setdefault(path, example.kind)
             rows.setdefault(path, []).append((number, row))
+    new = {path: kind for path, kind in kinds.items() if not (seen and seen.has(path, kind))}
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(media_problem, kinds, kinds.values())
-        each = progress("reading", "file", found, len(kinds)) if shown else found
-        wrong = {path: problem for path, problem in zip(kinds, each, strict=True) if problem}
+        found = pool.map(media_problem, new, new.values())
+        each = progress("reading", "file", found, len(new)) if shown else found
+        wrong = {path: problem for path, problem in zip(new, each, strict=True) if problem}
+    if seen:
+        seen.add((path, kind) for path, kind in kinds.items() if path not in wrong)
     firsts = {path: rows[path][0] for path in wrong}
     also = {path: _also(first, [row for _, row in rows[path][1:]]) for path, (_, first) in firsts.items()}
     return {path: (firsts[path][0], firsts[path][1].where, problem + also[path]) for path, problem in wrong.items()}

@@ -70,7 +70,7 @@ def answer(
         with precision():
             ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False, **stops)
         texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
-        found += [judged(example, text, samples.metric) for example, text in zip(chosen, texts, strict=True)]
+        found += [judged(e, talk.answered(e, text), samples.metric) for e, text in zip(chosen, texts, strict=True)]
         tell(len(chosen))
     return found
 

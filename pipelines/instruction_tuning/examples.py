@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +20,8 @@ from equipoise.pipelines.instruction_tuning.talk import Talk
 from equipoise.pipelines.progress import progress
 
 _NAMED = 20  # problems that are listed one by one, and kinds of the others
+_measured: dict[Path, list[str]] = {}  # of what is to be kept, where → what was said of it
+_NEAR = 16  # tokens from a limit within which a length has to be exact
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\d[\d.,]*")  # what differs between two problems of a kind
 
 
@@ -86,11 +87,19 @@ def _known_or_measured(
             tell(text)
         return {}
     bad = unusable(examples, talk, lambda text: (told.append(text), tell(text)), limit)
-    if not bad and os.path.isdir(config.runs):  # a check makes no folder of runs
+    if not bad:
+        _measured[kept] = told
+        keep_measured()
+    return bad
+
+
+def keep_measured() -> None:
+    """Writes down which conversations were found to be good, where there is a folder of runs: a check makes none."""
+    for kept in [kept for kept in _measured if kept.parents[2].is_dir()]:
+        told = _measured.pop(kept)
         with suppress(InputError, OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, json.dumps(told))
-    return bad
 
 
 def _digest(config: InstructionTuningConfig, examples: list[Conversation], talk: Talk, limit: int | None) -> str:
@@ -127,7 +136,8 @@ def unusable(
     examples: list[Conversation], talk: Talk, tell: Callable[[str], object], limit: int | None = None
 ) -> dict[Conversation, str]:
     """Which conversations the processor refuses, lose all their answers to data.max_tokens, or are longer than the
-    model's positions, each with a sentence; `tell` is called with other losses. Processes each of them."""
+    model's positions, each with a sentence; `tell` is called with other losses. Processes each of them, but
+    not pictures of sizes that were met before."""
     problems, cut = {}, 0
     for example in progress("measuring", "conversation", examples):
         problem, is_cut = too_long(example, talk, limit)
@@ -146,7 +156,9 @@ def too_long(example: Conversation, talk: Talk, limit: int | None) -> tuple[str,
     """(why the processor or the lengths let a conversation not be trained on, or nothing; whether it is cut)."""
     most = talk.max_tokens
     try:
-        length = talk.full_length(example)
+        length = talk.measured_length(example)
+        if any(abs(length - some) <= _NEAR for some in (most, limit) if some is not None):
+            length = talk.full_length(example)
         if limit is not None and min(length, most or length) > limit:
             return (
                 f"{example.where}: has {length} tokens, and {talk.model_type} has positions for {limit}. Set "

@@ -15,7 +15,9 @@ from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.data import MARKS, Conversation, Turn
 from equipoise.pipelines.instruction_tuning.media import Frames, Video, open_picture, open_sound, open_video
 from equipoise.pipelines.instruction_tuning.novideos import NoVideos
-from equipoise.pipelines.instruction_tuning.writing import Frame, any_of, writer
+from equipoise.pipelines.instruction_tuning.writing import REASONED, Frame, Written, any_of, writer
+from equipoise.pipelines.media.pictures import size_of
+from equipoise.pipelines.media.reading import MediaError
 from equipoise.pipelines.media.sounds import seconds as sound_seconds
 
 IGNORED = -100  # the label of a token that is no answer's, as everywhere in transformers
@@ -68,6 +70,8 @@ class Talk:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         self._marks = any_of(token.content for token in added if token.special)
         self._spans: dict[Conversation, list[tuple[int, int]]] = {}
+        # of pictures of these sizes, and so many in each turn: tokens beside the text's own
+        self._of_sizes: dict[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], int] = {}
 
     def problems(self, example: Conversation) -> list[str]:
         """Why this model cannot take a conversation, all of it."""
@@ -122,7 +126,11 @@ class Talk:
 
     def text(self, example: Conversation, asked: bool = False) -> str:
         """All of a conversation, or what is `asked`: all up to the last answer."""
-        return self.writer.write(example, asked).text
+        return self.written(example, asked).text
+
+    def written(self, example: Conversation, asked: bool = False) -> Written:
+        """The text, and where in it the answers are that are learnt."""
+        return self.writer.write(example, asked)
 
     def frame(self, example: Conversation) -> Frame:
         """What answers stand between."""
@@ -133,6 +141,14 @@ class Talk:
         mark = self.frame(example).mark
         return self.tokenizer.convert_tokens_to_ids(mark) if mark else None
 
+    def answered(self, example: Conversation, text: str) -> str:
+        """Of what a model wrote the answer alone: templates have some begin with more, such as an empty reasoning."""
+        opening = self.frame(example).opening
+        if REASONED in opening:
+            return text.rpartition(REASONED)[2].strip()
+        shown = self.tokenizer.decode(self.tokens(opening), skip_special_tokens=True).strip()
+        return text.strip().removeprefix(shown).strip()
+
     def spans(self, example: Conversation) -> list[tuple[int, int]]:
         """Where the answers are: (first token, one past the last), both counted from the end of the conversation.
 
@@ -140,7 +156,7 @@ class Talk:
         """
         if (known := self._spans.get(example)) is not None:
             return known
-        written, found = self.writer.write(example), []
+        written, found = self.written(example), []
         full, tokens = written.text, self.tokens(written.text)
         for turn, (start, stop) in enumerate(written.answers):
             opened, closed = full[:start], full[:stop]
@@ -167,6 +183,27 @@ class Talk:
     def full_length(self, example: Conversation) -> int:
         """Tokens with the media's: opens and processes them."""
         return self._length(example, self.text(example))
+
+    def measured_length(self, example: Conversation) -> int:
+        """`full_length`, where pictures of sizes that were met before are not processed again: how many tokens they
+        are is known, and that the processor takes them. To a few tokens, for it may join text where it has put them.
+
+        Raises:
+            InputError: the processor refuses the conversation.
+        """
+        try:
+            sizes = [size_of(path) for path in example.media] if example.kind == "image" else []
+        except MediaError:  # which is reported where it is opened
+            sizes = []
+        if not sizes:
+            return self.full_length(example)
+        text = self.text(example)
+        key, own = (tuple(sizes), tuple(_marked([turn]) for turn in example.turns)), len(self.tokens(text))
+        if key not in self._of_sizes:
+            if len(self._of_sizes) >= _KNOWN:
+                self._of_sizes.clear()
+            self._of_sizes[key] = self._length(example, text) - own
+        return own + self._of_sizes[key]
 
     def asked_length(self, example: Conversation) -> int:
         """Tokens up to the last answer, with the media's."""

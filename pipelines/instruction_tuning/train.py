@@ -41,7 +41,7 @@ from equipoise.pipelines.instruction_tuning.card import public_base
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
 from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
-from equipoise.pipelines.instruction_tuning.examples import asked_of, load_examples
+from equipoise.pipelines.instruction_tuning.examples import asked_of, keep_measured, load_examples
 from equipoise.pipelines.instruction_tuning.media import Frames
 from equipoise.pipelines.instruction_tuning.mixing import mixed
 from equipoise.pipelines.instruction_tuning.model import (
@@ -81,6 +81,7 @@ def train(config: InstructionTuningConfig, run: Run) -> Outcome:
 
     tell = partial(_tell, run)
     parts = architecture(talk.model_type, [name for name, _ in model.named_parameters()], config.components, model)
+    keep_measured()
     with accelerator.main_process_first():  # it may have to draw them
         kept, held, problems = load_examples(config, talk, tell, positions(model, parts))
     if problems:  # since the check

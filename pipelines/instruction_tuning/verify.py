@@ -180,9 +180,14 @@ def verify(
 
 
 def _wanted(talk: Talk, example: Conversation) -> list[int]:
-    """The answers and what is written after each, as tokens."""
-    closing = talk.frame(example).closing
-    return [token for turn in example.turns for token in talk.tokens(turn.answer + closing)]
+    """The answers and what is written after each, as tokens: the whole end after the last, and after others at least
+    the beginning of it, for some templates close a conversation otherwise than its turns."""
+    closing, written, found = talk.frame(example).closing, talk.written(example), []
+    for number, (turn, (start, stop)) in enumerate(zip(example.turns, written.answers, strict=True), 1):
+        after = written.text[start:stop].rpartition(turn.answer)[2]
+        earlier = number < len(example.turns) and closing.startswith(after)
+        found += talk.tokens(turn.answer + (after if earlier else closing))
+    return found
 
 
 def _alike(learnt: str, wanted: str, cut: bool) -> bool:

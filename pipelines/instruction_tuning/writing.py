@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +17,8 @@ _PROMPTS = {  # model types without chat templates, as their authors prompt them
 }
 _PROMPT = "USER: {question} ASSISTANT:"  # LLaVA's
 _QUESTION, _ANSWER = "\ue000", "\ue001"  # what no text has and no template cuts off
-_REASONED = "</think>"
+REASONED = "</think>"  # the end of reasoning
+_LISTED = re.compile("['\"]type['\"]")  # of a list that a template wrote as Python or as JSON has it
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Template:
         self._system_texts: bool | None = None  # whether it takes the system's words as a text, whatever of the rest
 
     def problems(self, example: Conversation) -> list[str]:
-        if _REASONED in str(template_of(self.processor)) and any(_REASONED in turn.answer for turn in example.turns):
-            return [f"has reasoning ({_REASONED}) in an answer, which the chat template would write otherwise. Cut it."]
+        if REASONED in str(template_of(self.processor)) and any(REASONED in turn.answer for turn in example.turns):
+            return [f"has reasoning ({REASONED}) in an answer, which the chat template would write otherwise. Cut it."]
         return []
 
     def write(self, example: Conversation, asked: bool = False) -> Written:
@@ -111,7 +113,7 @@ class Template:
                 break
             start = len(text) - (len(frame.opening) if text.endswith(frame.opening) else 0)
             text += turn.answer + frame.written
-            after = 0 if frame.written else _shared(frame.closing, pieces[number + 1])
+            after = 0 if frame.written else _shared(frame.closing, pieces[number + 1], self.marks)
             found.append((start, len(text) + after))
         return Written(text, tuple(found))
 
@@ -145,12 +147,16 @@ class Template:
             before, _, after = whole.partition(_ANSWER)
             asked = self._render([{"role": "user", "content": self._content(_QUESTION)}], True, where)
             opening = before.removeprefix(asked) if before.startswith(asked) else ""
-            words = self.processor.tokenizer
-            own = words.eos_token or ""
-            added = getattr(words, "added_tokens_decoder", {}).values()
-            found = any_of([*(token.content for token in added), own]).search(after)
+            own = self.processor.tokenizer.eos_token or ""
+            found = self.marks.search(after)
             self._frame = Frame(found.group(), "", after, opening) if found else Frame(own, own, own, opening)
         return self._frame
+
+    @cached_property
+    def marks(self) -> re.Pattern[str]:  # the tokenizer's
+        words = self.processor.tokenizer
+        added = getattr(words, "added_tokens_decoder", {}).values()
+        return any_of([*(token.content for token in added), words.eos_token or ""])
 
     def _tried(self, where: str) -> str:
         """A question and an answer, written with messages in the form that the template takes."""
@@ -165,7 +171,7 @@ class Template:
             except InputError as failed:
                 error = failed
                 continue
-            if whole.count(_QUESTION) == whole.count(_ANSWER) == 1 and "'type'" not in whole:  # a list as Python has it
+            if whole.count(_QUESTION) == whole.count(_ANSWER) == 1 and not _LISTED.search(whole):
                 return whole
         raise error
 
@@ -182,7 +188,7 @@ class Template:
             whole = self._render(messages, True, where)
         except InputError:  # told where it is written
             return False
-        return whole.count(_ANSWER) == 1 and "'type'" not in whole
+        return whole.count(_ANSWER) == 1 and not _LISTED.search(whole)
 
     def _lost(self, where: str) -> InputError:
         return InputError(
@@ -215,9 +221,11 @@ class Template:
         return text.strip()
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _shared(one: str, other: str, marks: re.Pattern[str]) -> int:
+    """How many characters two texts begin with alike, of marks all or none."""
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    found = [mark.span() for text in (one, other) for mark in marks.finditer(text)]
+    return min([alike, *(start for start, stop in found if start < alike < stop)])
 
 
 def writer(processor: Any, model_type: str, prompt: str | None) -> Prompt | Template:

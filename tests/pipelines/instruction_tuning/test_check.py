@@ -142,3 +142,10 @@ def test_that_all_conversations_are_good_is_kept_until_something_changes(short, 
     lines = pictures.read_text().splitlines()
     pictures.write_text("\n".join([*lines[:-1], lines[-1].replace("What colour?", "What colour? " * 200)]))
     assert check("data.max_tokens=100") != [] and check("data.max_tokens=100") != [] and measured == [12]
+
+
+def test_what_the_check_found_before_there_was_a_folder_of_runs_is_kept_by_the_run(short, tmp_path):
+    assert main(["train", NAME, *short(), "--id", "first"]) == 0
+    cache = tmp_path / "runs" / ".cache"
+    assert len(list((cache / "measured").iterdir())) == 1
+    assert len((cache / "good-media").read_text().splitlines()) == 12

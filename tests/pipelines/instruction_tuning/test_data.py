@@ -1,6 +1,7 @@
 """Conversations in every format, and all that is wrong with one, each problem with its file and line."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import Turn, read_all, read_examples
+from equipoise.pipelines.instruction_tuning.good_media import _known
 from equipoise.pipelines.instruction_tuning.media import media_problem, open_picture, open_sound
 
 ASK, SAY = {"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "yes"}
@@ -286,3 +288,29 @@ def test_answers_that_are_cut_away(folder, checkpoints, capfd):
     assert main([*words, "data.max_tokens=200", f"runs={folder / 'runs'}"]) == 2
     error = capfd.readouterr().err
     assert error.count("data.max_tokens=200 cuts its answers away entirely.") == 2 and f"{file}:1: has 5" in error
+
+
+def test_media_that_stay_as_they_are_are_decoded_once(folder):
+    """From run to run; what changes is looked at again, and what was bad always."""
+    unpacked = folder / "runs" / ".cache" / "media"
+    unpacked.parents[1].mkdir()
+    (folder / "bad.png").write_bytes(b"no picture")
+    records = [{"image": name, "conversations": [ASK, SAY]} for name in ("red.png", "bad.png")]
+    data = InstructionTuningData(file=str(written(folder, *records)))
+
+    def wrong() -> list[str]:
+        _known.clear()  # as in another process
+        return read_all(data, unpacked=unpacked)[2]
+
+    (problem,) = wrong()
+    assert "bad.png cannot be read" in problem and wrong() == [problem]
+    (kept,) = (unpacked.with_name("good-media")).read_text().splitlines()
+    path = folder / "red.png"
+    about, whole = path.stat(), path.read_bytes()
+    path.write_bytes(b"x" * len(whole))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert wrong() == [problem], "it is not opened"
+    os.utime(path)
+    assert len(wrong()) == 2 and "red.png cannot be read" in wrong()[0]
+    path.write_bytes(whole)
+    assert wrong() == [problem] and len(set(unpacked.with_name("good-media").read_text().splitlines()) - {kept}) == 1

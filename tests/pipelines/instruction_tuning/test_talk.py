@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
@@ -134,6 +135,26 @@ def test_what_is_too_long_is_cut_at_its_end(talk, examples):
     cut = made.training_batch([example])
     assert cut["input_ids"].shape[1] == 60 < whole["input_ids"].shape[1] == made.full_length(example)
     assert torch.equal(cut["labels"], whole["labels"][:, :60])
+
+
+def test_pictures_of_sizes_that_were_met_take_as_many_tokens_as_those(kinds, talk, examples, tmp_path):
+    """For all kinds of models, in one turn and two, and without processing them again."""
+    for kind in kinds:
+        made, first = talk(kind), examples(kind)
+        same, path = [], tmp_path / f"{kind}.png"
+        if first[0].kind == "image":
+            for example in first[2:4]:  # of one turn, and of two
+                Image.fromarray(255 - np.asarray(Image.open(example.media[0]))).save(path)
+                longer = tuple(replace(turn, answer=f"{turn.answer} and so on.") for turn in example.turns)
+                same.append(replace(example, media=(path,), turns=longer))
+                assert made.measured_length(example) == made.full_length(example)
+                processed = made._process
+                made._process = None
+                length = made.measured_length(same[-1])
+                made._process = processed
+                assert length == made.full_length(same[-1]) > made.full_length(example)
+        else:
+            assert made.measured_length(first[0]) == made.full_length(first[0])
 
 
 def test_half_a_picture_is_none(talk, examples):

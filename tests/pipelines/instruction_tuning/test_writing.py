@@ -161,3 +161,52 @@ def test_a_template_that_takes_the_systems_words_as_a_text_and_questions_as_list
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>What colour?<|im_end|>\n"
         "<|im_start|>assistant\nblue<|im_end|>\n"
     )
+
+
+def test_a_template_that_closes_a_conversation_otherwise_than_its_turns(talk, examples):
+    """As Phi's, with an end of all behind the last one's own; and as gpt-oss's, with another mark in its place."""
+    made, two = talk("llava"), examples[1]
+    turns = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ '<image>' if c.type == 'image' "
+        "else c.text }}{% endfor %}CLOSE{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    )
+    made.processor.chat_template = turns.replace("CLOSE", "<|im_end|>\n") + "{% else %}</s>{% endif %}"
+    assert token_problems(made, examples) == []
+    assert learnt(made, made.training_batch([two])["labels"]) == "red<|im_end|>\nYes, quite sure.<|im_end|>\n</s>"
+    other = "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
+    made = talk("llava")
+    made.processor.chat_template = turns.replace("CLOSE", other) + "{% endif %}"
+    assert token_problems(made, examples) == []
+    assert learnt(made, made.training_batch([two])["labels"]) == "redYes, quite sure.</s>", (
+        "the one that ends an answer"
+    )
+
+
+def test_a_template_of_texts_that_would_write_a_list_as_json(talk, examples):
+    """As LFM2's: what is no text is no text's."""
+    made = talk("llava")
+    made.processor.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if m.content is string else m.content | tojson }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert made.text(examples[0]) == (
+        "<|im_start|>user\n<image>\nWhat colour?<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n"
+    )
+
+
+def test_what_a_template_has_answers_begin_with_is_no_part_of_what_is_answered(talk, examples):
+    made = talk("llava")
+    made.processor.chat_template = REASONING
+    assert made.answered(examples[0], "\n</think>\n\nred") == "red"
+    assert made.answered(examples[0], "It is bright.\n</think>\n\nred") == "red", "as an untuned model has it"
+    assert made.answered(examples[0], "It is bright, and") == "It is bright, and"
+    made = talk("llava")
+    made.processor.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' to=user' if m.role == 'assistant' }}<image>"
+        "{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    text = replace(examples[0], kind="text", media=(), turns=(Turn("What colour?", "blue"),))
+    assert made.frame(text).opening == " to=user<image>"
+    assert made.answered(text, " to=userblue") == made.answered(text, "blue") == "blue"
