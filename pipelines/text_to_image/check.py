@@ -98,11 +98,11 @@ def problems(config: TextToImageConfig) -> list[str]:
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
     if model.quantize == "int8" and not find_spec("torchao"):
         found.append("model.quantize: int8 needs the package torchao. pip install torchao.")
-    if model.quantize == "nf4":
+    if model.quantize in ("fp8", "nf4"):
         from equipoise.pipelines.training.quantized import problems as quantized_problems
 
         found += quantized_problems(model.quantize)
-    if model.quantize and model.offload:
+    if model.quantize not in (None, "fp8") and model.offload:
         found.append(f"model.offload: works with whole weights, not in {model.quantize}. Leave one of the two out.")
     if "8bit" in config.optimizer.name and not find_spec("bitsandbytes"):
         found.append(

@@ -33,8 +33,9 @@ class TextToImageModel(Section):
         None,
         description="For HiDream-I1, which is published without: the folder or hub id of Llama 3.1 8B Instruct.",
     )
-    quantize: Literal["int8", "nf4"] | None = Field(
-        None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes)."
+    quantize: Literal["fp8", "int8", "nf4"] | None = Field(
+        None,
+        description="Holds the frozen denoiser in 8 bits (int8 needs torchao) or 4 bits (nf4 needs bitsandbytes).",
     )
     offload: float = Field(
         0.0,

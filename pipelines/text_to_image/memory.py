@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate.state import PartialState
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from transformers import BatchEncoding
@@ -20,7 +21,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.tables import size_words
-from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageModel
 from equipoise.pipelines.text_to_image.data import read_class, read_examples, read_held
 from equipoise.pipelines.text_to_image.families import Family, family
 from equipoise.pipelines.text_to_image.families.autoencoders import factor
@@ -28,16 +29,16 @@ from equipoise.pipelines.text_to_image.families.autoencoders import shape as lat
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
 from equipoise.pipelines.text_to_image.offloading import in_blocks
 from equipoise.pipelines.training.memory import CHECKPOINTED, DTYPES, PROGRAM, activations, size, training
-from equipoise.pipelines.training.quantized import BYTES
+from equipoise.pipelines.training.quantized import BLOCK, BYTES
 
 _CONTEXT = 600_000_000  # bytes of a device that CUDA itself and torch's kernels take, about; not measured here
 _CARDS = (8, 12, 16, 24)  # GB of devices that people have
-# What makes a tuning smaller, one after the other, from what costs the least time; int8 and nf4 exclude what follows.
+# What makes a tuning smaller, one after the other, from what costs the least time; fp8 and nf4 exclude what follows.
 _SMALLER: tuple[dict[str, Any], ...] = (
     {"train.precision": "bf16"},
     {"train.gradient_checkpointing": True},
-    {"model.quantize": "int8"},
-    {"model.quantize": "nf4"},
+    {"model.quantize": "fp8"},
+    {"model.quantize": "nf4", "model.offload": 0.0},
     {"model.quantize": None, "model.offload": 1.0},
 )
 
@@ -55,16 +56,29 @@ class Counted:
     words: int  # of captions that were read
     training: int
     activations: int
+    ragged: int = 0  # of the weights of linear layers, those whose rows are no whole blocks of nf4
 
-    def saved(self, quantize: str | None) -> int:
-        return round(self.linear - self.numbers * BYTES[quantize]) if quantize else 0
+    def saved(self, quantize: str | None, cpu: bool = False) -> int:
+        """By fewer bits; on a CPU some layers stay whole in nf4."""
+        if quantize is None:
+            return 0
+        each = self.linear / self.numbers  # bytes of a weight
+        numbers = (
+            self.in_blocks / each if quantize == "fp8" else self.numbers - self.ragged * (cpu and quantize == "nf4")
+        )
+        return round(numbers * (each - BYTES[quantize]))
+
+    def waiting(self, model: TextToImageModel) -> int:
+        """In the computer's memory, of weights that are in fewer bits there too."""
+        fewer = self.saved("fp8") if model.quantize == "fp8" else 0
+        return round(model.offload * (self.in_blocks - fewer))
 
     def kept(self, config: TextToImageConfig) -> int:
         return self.activations // (CHECKPOINTED if config.train.gradient_checkpointing else 1)
 
     def on_device(self, config: TextToImageConfig) -> int:
         """At its peak: text encoders that nothing tunes are gone when the steps begin."""
-        denoiser = self.denoiser - self.saved(config.model.quantize) - round(config.model.offload * self.in_blocks)
+        denoiser = self.denoiser - self.saved(config.model.quantize) - self.waiting(config.model)
         steps = self.training + self.kept(config)
         beside = self.encoders + steps if _live(config) else max(self.encoders, steps)
         return denoiser + self.vae + beside + _CONTEXT
@@ -74,7 +88,8 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     """None where the checkpoint is not on this machine, or of another family."""
     if (found := _counted(config)) is None:
         return None
-    held = found.denoiser - found.saved(config.model.quantize) + found.vae + found.encoders + found.words
+    cpu = PartialState().device.type == "cpu"
+    held = found.denoiser - found.saved(config.model.quantize, cpu) + found.vae + found.encoders + found.words
     return MemoryEstimate(held, found.training, found.kept(config), PROGRAM, advice=lambda: _advice(config, found))
 
 
@@ -155,6 +170,7 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         for parameter in module.parameters() if part != "vae" else ():
             parameter.data = parameter.data.to(dtype)
     linear = [layer.weight for layer in parts[kind.denoiser].modules() if isinstance(layer, torch.nn.Linear)]
+    ragged = sum(weight.numel() for weight in linear if weight.shape[1] % BLOCK)
     waiting = size(layer.weight for layer in in_blocks(parts[kind.denoiser]))
     targets = {kind.denoiser: lora.targets or kind.targets}
     if lora.text_encoder:
@@ -178,6 +194,7 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         words=read_once,
         training=training(trained, config.optimizer),
         activations=activations(step, weights),
+        ragged=ragged,
     )
 
 

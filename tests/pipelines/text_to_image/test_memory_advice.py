@@ -44,7 +44,7 @@ def test_advice_takes_what_costs_the_least_time_for_each_size(monkeypatch):
         f"A device of 8 GB: too small, even with {least}.",
         f"A device of 12 GB: {least}.",
         f"A device of 16 GB: {small} model.offload=1 (about 14.9 GB).",
-        f"A device of 24 GB: {small} model.quantize=int8 train.batch=1 train.accumulate=4 (about 23.2 GB).",
+        f"A device of 24 GB: {small} model.quantize=fp8 train.batch=1 train.accumulate=4 (about 23.4 GB).",
     ]
     assert len(asked) == 2, "once for each precision and batch, and the first was known"
     given = config.load("text_to_image/flux", ["model.quantize=nf4"])
@@ -62,12 +62,14 @@ def test_on_a_device_are_what_is_quantised_and_what_does_not_wait(short, build_c
     words = [*short, f"model={folder}"]
     found = memory._counted(config.load("text_to_image/dreambooth", words))
     assert found is not None
-    whole, fewer, away, live = (
+    both = ["model.quantize=fp8", "model.offload=0.5"]
+    whole, fewer, away, live, fp8, fp8_away = (
         found.on_device(config.load("text_to_image/dreambooth", [*words, *more]))
-        for more in ([], ["model.quantize=int8"], ["model.offload=0.5"], ["lora.text_encoder=true"])
+        for more in ([], ["model.quantize=int8"], both[1:], ["lora.text_encoder=true"], both[:1], both)
     )
     denoiser = FluxPipeline.from_pretrained(folder).transformer
     linear = [layer.weight.numel() for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
     waiting = sum(layer.weight.numel() for layer in in_blocks(denoiser))
     assert whole - fewer == 3 * sum(linear) and whole - away == pytest.approx(2 * waiting, abs=1)
+    assert whole - fp8 == 3 * waiting and fp8 - fp8_away == pytest.approx(waiting / 2, abs=1)
     assert live - whole == min(found.encoders, found.training + found.activations)
