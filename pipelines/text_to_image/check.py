@@ -13,6 +13,7 @@ from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image import overview, pairs
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import (
+    DECODED,
     Example,
     Folder,
     drawn_if_demo,
@@ -41,7 +42,6 @@ from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 
 FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are tuned at 768, and those of 768 at 512
-_DECODED = 2_000  # pictures decoded beforehand; in larger folders the rest is found out while latents are computed
 
 
 def examples(config: TextToImageConfig) -> int:
@@ -77,7 +77,7 @@ def problems(config: TextToImageConfig) -> list[str]:
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
         sources, unpaired = read_sources(config.data, examples)
-        found += wrong or unpaired or _unreadable([*examples, *sources])
+        found += wrong or unpaired or [*_unreadable(examples), *_unreadable(sources)]
         if (word := config.token.name) and not wrong and not any(word in example.caption for example in examples):
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
     found += pairs.problems(config) + _sample_source_problems(config)
@@ -113,7 +113,7 @@ def problems(config: TextToImageConfig) -> list[str]:
 
 def _unreadable(examples: list[Example]) -> list[str]:
     found = []
-    for example in examples[:_DECODED]:
+    for example in examples[:DECODED]:
         try:
             open_picture(example.path)
         except InputError as error:
