@@ -149,6 +149,12 @@ def _no_compiler() -> str:
     return "" if any(name and shutil.which(name) for name in names) else "a C++ compiler, such as g++"
 
 
+def _accelerated() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
 def doubts(config: TextToImageConfig) -> list[str]:
     """What of the folder, the options and the resolution may not be meant."""
     found = overview.doubts(config, _folder(config), read_held(config.data))
@@ -171,6 +177,8 @@ def doubts(config: TextToImageConfig) -> list[str]:
         for key in keys
         if not on and is_set(getattr(config, section), key)
     ]
+    if config.train.offload_activations and not _accelerated():
+        found.append("train.offload_activations: has no effect on a CPU.")
     made_for, given = native_resolution(config.model.path, config.model.revision), config.data.resolution
     if made_for is None or made_for / FAR < given < made_for * FAR:
         return found

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from PIL.Image import Image
+
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.comparing.comparison import (
@@ -41,7 +43,7 @@ from equipoise.pipelines.text_to_image.config import (
     TextToImageSamples,
 )
 from equipoise.pipelines.text_to_image.data import drawn_if_demo, read_examples
-from equipoise.pipelines.text_to_image.generate import Sample, generate
+from equipoise.pipelines.text_to_image.generate import Sample, generate, sources_of
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, with_token
 from equipoise.pipelines.text_to_image.judges import MEANINGS, Judges
 from equipoise.pipelines.text_to_image.metrics import (
@@ -169,7 +171,11 @@ def draw_all(
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
     shown = [one.cell for one in cells]
     prompts = list(samples.prompts)
-    return Comparison(name, folder, prompts, meaning, untouched, shown, beside, scored, ALIKE, kept=kept, column=column)
+    found = Comparison(
+        name, folder, prompts, meaning, untouched, shown, beside, scored, ALIKE, kept=kept, column=column
+    )
+    found.source = _write_sources(folder, samples, first.data.resolution)
+    return found
 
 
 def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:
@@ -258,11 +264,25 @@ def _write(
     pictures = []
     for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):
         prompt = index // samples.count
-        file = f"cells/{name}/{prompt:02d}-{sample.seed}.png"
-        thumbnail = f"cells/{name}/{prompt:02d}-{sample.seed}.thumb.png"
+        file, thumbnail = (f"cells/{name}/{prompt:02d}-{sample.seed}{end}" for end in (".png", ".thumb.png"))
         sample.save(folder / file, run=cell.run or "base", row=cell.row, learning_rate=cell.rate, scale=scale)
-        small = sample.image.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(folder / thumbnail)
+        _shrink(sample.image, folder / thumbnail)
         pictures.append(Picture(prompt, sample.seed, file, thumbnail, right, note))
     return pictures
+
+
+def _write_sources(folder: Path, samples: TextToImageSamples, size: int) -> list[Picture]:
+    """What each prompt's pictures are made of, beside the base's, which come first."""
+    found = []
+    for prompt, picture in enumerate(sources_of(samples, size)):
+        file, thumbnail = (f"cells/base/source-{prompt:02d}{end}" for end in (".png", ".thumb.png"))
+        picture.save(folder / file)
+        _shrink(picture, folder / thumbnail)
+        found.append(Picture(prompt, None, file, thumbnail))
+    return found
+
+
+def _shrink(image: Image, file: Path) -> None:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file)

@@ -180,6 +180,10 @@ class TextToImageTrain(ValidatedTrainSection):
         description="A run has diverged at a mean loss over 20 steps of so many times the untouched base's; 0: never.",
     )
     gradient_checkpointing: GradientCheckpointing = False
+    offload_activations: bool = Field(
+        False,
+        description="What the backward pass needs waits in the computer's memory; best with gradient_checkpointing.",
+    )
     compile: bool = Field(
         False,
         description="Makes steps faster by torch.compile; the first of each shape takes minutes, once in a process.",

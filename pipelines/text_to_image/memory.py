@@ -27,11 +27,21 @@ from equipoise.pipelines.text_to_image.families import Family, family
 from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
-from equipoise.pipelines.text_to_image.offloading import in_blocks
-from equipoise.pipelines.training.memory import CHECKPOINTED, DTYPES, PROGRAM, activations, size, training
+from equipoise.pipelines.text_to_image.offloading import blocks, in_blocks
+from equipoise.pipelines.training.memory import (
+    CHECKPOINTED,
+    DTYPES,
+    PEAK,
+    PROGRAM,
+    activations,
+    kept_for_backward,
+    size,
+    training,
+)
 from equipoise.pipelines.training.quantized import BLOCK, BYTES
 
 _CONTEXT = 600_000_000  # bytes of a device that CUDA itself and torch's kernels take, about; not measured here
+_WORTH = 200_000_000  # bytes of a device from which on a slower setting is named that saves them
 _CARDS = (8, 12, 16, 24)  # GB of devices that people have
 # What makes a tuning smaller, one after the other, from what costs the least time; fp8 and nf4 exclude what follows.
 _SMALLER: tuple[dict[str, Any], ...] = (
@@ -40,6 +50,7 @@ _SMALLER: tuple[dict[str, Any], ...] = (
     {"model.quantize": "fp8"},
     {"model.quantize": "nf4", "model.offload": 0.0},
     {"model.quantize": None, "model.offload": 1.0},
+    {"train.offload_activations": True},
 )
 
 
@@ -57,6 +68,8 @@ class Counted:
     training: int
     activations: int
     ragged: int = 0  # of the weights of linear layers, those whose rows are no whole blocks of nf4
+    inputs: int = 0  # bytes of activations that gradient checkpointing keeps
+    blocks: int = 1
 
     def saved(self, quantize: str | None, cpu: bool = False) -> int:
         """By fewer bits; on a CPU some layers stay whole in nf4."""
@@ -74,7 +87,17 @@ class Counted:
         return round(model.offload * (self.in_blocks - fewer))
 
     def kept(self, config: TextToImageConfig) -> int:
-        return self.activations // (CHECKPOINTED if config.train.gradient_checkpointing else 1)
+        checkpointing = config.train.gradient_checkpointing
+        whole = self.activations // (CHECKPOINTED if checkpointing else 1)
+        if not config.train.offload_activations:
+            return whole
+        away = self.inputs if checkpointing else round(self.activations / PEAK)
+        return min(whole, max(whole - away, self.activations // self.blocks))  # one block is at work in any case
+
+    def away(self, config: TextToImageConfig) -> int:
+        """Of activations, in the computer's memory if `train.offload_activations` is on."""
+        off, on = (configs.set_keys(config, {"train.offload_activations": is_on}) for is_on in (False, True))
+        return self.kept(off) - self.kept(on)
 
     def on_device(self, config: TextToImageConfig) -> int:
         """At its peak: text encoders that nothing tunes are gone when the steps begin."""
@@ -117,7 +140,17 @@ def _advice(config: TextToImageConfig, counted: Counted) -> list[str]:
         said = keys if fits else f"too small, even with {keys}"
         cards.setdefault(f"{said} (about {size_words(most)})", []).append(str(card))
     named = {said: " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1]))) for said, sizes in cards.items()}
-    return [f"A device of {sizes} GB: {said}." for said, sizes in named.items()]
+    return [f"A device of {sizes} GB: {said}." for said, sizes in named.items()] + _activations_words(config, counted)
+
+
+def _activations_words(config: TextToImageConfig, counted: Counted) -> list[str]:
+    """What offloading activations saves, where that is known to be worth a word."""
+    train, away = config.train, counted.away(config)
+    if train.offload_activations:
+        return [f"train.offload_activations keeps about {size_words(away)} of activations off the device."]
+    if train.gradient_checkpointing and away >= _WORTH:
+        return [f"train.offload_activations=true would keep about {size_words(away)} of activations off the device."]
+    return []
 
 
 def _ways(config: TextToImageConfig) -> Iterator[dict[str, Any]]:
@@ -183,6 +216,9 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         trained += [parameter for parameter in parts[part].parameters() if parameter.requires_grad]
     step, read, weights = _one_step(config, kind, encoders, parts)
     read_once = size(read.values()) // config.train.batch * _captions(config)  # kept in the computer's memory
+    kept = activations(step, weights)
+    parts[kind.denoiser].enable_gradient_checkpointing()
+    inputs = kept_for_backward(step, weights)
     each = {part: size((*module.parameters(), *module.buffers())) for part, module in parts.items()}
     return Counted(
         denoiser=each[kind.denoiser],
@@ -193,8 +229,10 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         encoders=sum(each[name] for name in encoders),
         words=read_once,
         training=training(trained, config.optimizer),
-        activations=activations(step, weights),
+        activations=kept,
         ragged=ragged,
+        inputs=inputs,
+        blocks=blocks(parts[kind.denoiser]),
     )
 
 

@@ -9,10 +9,13 @@ weight in the dtype of the work.
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIncompatibleVariableOverride=false
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 
 from equipoise.errors import InputError
@@ -113,6 +116,24 @@ class _Visit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         return grad @ ctx.offloaded.on(grad.device).to(grad.dtype), None, None
+
+
+class ActivationsAway(save_on_cpu):
+    """In the block, what autograd keeps for the backward pass waits in the computer's memory, but for weights, which
+    are on the device in any case. With gradient checkpointing these are the inputs of blocks."""
+
+    def __init__(self, weights: Iterable[Tensor], device: torch.device):
+        super().__init__(pin_memory=device.type == "cuda")
+        own = {weight.untyped_storage()._cdata for weight in weights}
+        away, back = self.pack_hook, self.unpack_hook
+        self.pack_hook = lambda tensor: tensor if tensor.untyped_storage()._cdata in own else away(tensor)
+        self.unpack_hook = lambda kept: kept if isinstance(kept, Tensor) else back(kept)
+
+
+def blocks(denoiser: nn.Module) -> int:
+    """How many numbered blocks with linear layers it has, those within others not counted."""
+    names = {name for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear)}
+    return len({found[0] for name in names if (found := re.match(r"(?:.*?\.)?\d+\.", name))})
 
 
 def hold_in_nf4(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -39,7 +39,7 @@ from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import Latents, latents_of
-from equipoise.pipelines.text_to_image.offloading import frozen_weights
+from equipoise.pipelines.text_to_image.offloading import ActivationsAway, frozen_weights
 from equipoise.pipelines.text_to_image.pairs import read_sources
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
@@ -377,13 +377,20 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro, 0))
         seed_all(mix(self.config.seed, step, micro, processes.rank()))  # for dropout
         number = step * self.config.train.accumulate + micro
-        loss = self._drawn(self.own, number, generator, self.config.data)
-        if self.prior:
-            other = torch.Generator().manual_seed(mix(self.config.seed, step, micro, "prior"))
-            beside = self._drawn(self.prior, number, other, _PLAIN)
-            self.prior_loss[micro] = beside.detach()
-            loss = loss + self.config.prior.weight * beside
+        with self._activations():
+            loss = self._drawn(self.own, number, generator, self.config.data)
+            if self.prior:
+                other = torch.Generator().manual_seed(mix(self.config.seed, step, micro, "prior"))
+                beside = self._drawn(self.prior, number, other, _PLAIN)
+                self.prior_loss[micro] = beside.detach()
+                loss = loss + self.config.prior.weight * beside
         return Losses(loss, {})
+
+    def _activations(self) -> AbstractContextManager:
+        """Where what the backward pass needs is kept."""
+        if not self.config.train.offload_activations:
+            return nullcontext()
+        return ActivationsAway(chain(*(part.parameters() for part in self.parts.values())), self.accelerator.device)
 
     def _drawn(self, pictures: Pictures, number: int, generator: torch.Generator, data: TextToImageData) -> Tensor:
         """The loss of a batch, by its number, with all that is drawn for it; each of several processes draws for all

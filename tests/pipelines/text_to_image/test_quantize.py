@@ -7,13 +7,14 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
-from equipoise.pipelines.text_to_image.offloading import Offloaded, VisitingLinear, in_blocks, offload
+from equipoise.pipelines.text_to_image.offloading import ActivationsAway, Offloaded, VisitingLinear, in_blocks, offload
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 from equipoise.pipelines.training.quantized import BLOCK, BYTES
 
@@ -161,6 +162,44 @@ def test_of_weights_in_fp8_those_that_do_not_wait_are_on_the_device():
     layers = nn.ModuleList([nn.Linear(6, 4).requires_grad_(False) for _ in range(4)])
     offload(layers, 0.5, torch.device("meta"), fp8=True)
     assert [layer.offloaded.weight.device.type for layer in layers] == ["meta", "cpu"] * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_but_weights_waits_elsewhere_for_the_backward_pass(checkpointing):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.GELU(), nn.Linear(8, 8), nn.GELU())
+    given = torch.randn(3, 8, requires_grad=True)
+
+    def made() -> torch.Tensor:
+        return checkpoint(layers, given, use_reentrant=False) if checkpointing else layers(given)
+
+    plain = torch.autograd.grad(made().square().sum(), [given, layers[2].weight])
+    hooks, away, here = ActivationsAway(layers.parameters(), torch.device("cpu")), [], []
+    pack = hooks.pack_hook
+
+    def seen(tensor: torch.Tensor) -> object:
+        kept = pack(tensor)
+        (here if isinstance(kept, torch.Tensor) else away).append(tensor.untyped_storage().data_ptr())
+        return kept
+
+    hooks.pack_hook = seen
+    with hooks:
+        loss = made().square().sum()
+    own = {weight.untyped_storage().data_ptr() for weight in layers.parameters()}
+    assert away and not own & set(away) and set(here) <= own and bool(here) == (not checkpointing)
+    assert all(map(torch.equal, plain, torch.autograd.grad(loss, [given, layers[2].weight])))
+
+
+def test_steps_with_activations_elsewhere_are_the_same(short, monkeypatch):
+    entered, losses, enter = [], [], ActivationsAway.__enter__
+    monkeypatch.setattr(ActivationsAway, "__enter__", lambda hooks: entered.append(hooks) or enter(hooks))
+    words = [*short, "steps=2", "samples.prompts=[]", "train.gradient_checkpointing=true", "learning_rate=0.02"]
+    for away in ("false", "true"):
+        settings = config.load(NAME, [*words, f"train.offload_activations={away}"])
+        run = Store(settings.runs).create(settings)
+        assert execute(TextToImage, settings, run).state == "done"
+        losses.append([record["loss"] for record in run.metrics()])
+    assert len(entered) == 2 and losses[0] == losses[1]
 
 
 def test_second_derivatives_pass_a_weight_that_waits_elsewhere():
