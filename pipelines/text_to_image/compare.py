@@ -97,12 +97,12 @@ def compare(
         raise InputError(NOTHING)
     bases = [_located(run, config) for run, config in zip(runs, configs, strict=True)]
     for config, base in zip(configs, bases, strict=True):
-        resolutions = (first.data.resolution, config.data.resolution)
-        for key, mine, theirs in (("model", bases[0], base), ("data.resolution", *resolutions)):
+        resolutions = ("data.resolution", first.data.resolution, config.data.resolution)
+        models = [(f"model.{key}", mine, getattr(base, key)) for key, mine in bases[0] if key != "offload"]
+        for key, mine, theirs in (*models, resolutions):
             if mine != theirs:
-                raise InputError(
-                    f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base."
-                )
+                both = " and ".join("null" if value is None else str(value) for value in (mine, theirs))
+                raise InputError(f"comparison: {key} differs between the runs ({both}); compare runs of one base.")
     results = [_result(run) for run in runs]
     scorer = Judges(**(judges or first.judges).model_dump())
     pictures = [_training_pictures(run, config) if scorer else [] for run, config in zip(runs, configs, strict=True)]

@@ -87,22 +87,19 @@ class Counted:
         return round(model.offload * (self.in_blocks - fewer))
 
     def kept(self, config: TextToImageConfig) -> int:
-        checkpointing = config.train.gradient_checkpointing
-        whole = self.activations // (CHECKPOINTED if checkpointing else 1)
-        if not config.train.offload_activations:
-            return whole
-        away = self.inputs if checkpointing else round(self.activations / PEAK)
-        return min(whole, max(whole - away, self.activations // self.blocks))  # one block is at work in any case
+        return self.activations // (CHECKPOINTED if config.train.gradient_checkpointing else 1)
 
     def away(self, config: TextToImageConfig) -> int:
-        """Of activations, in the computer's memory if `train.offload_activations` is on."""
-        off, on = (configs.set_keys(config, {"train.offload_activations": is_on}) for is_on in (False, True))
-        return self.kept(off) - self.kept(on)
+        """Of activations, in the computer's memory where `train.offload_activations` is on."""
+        whole = self.kept(config)
+        waiting = self.inputs if config.train.gradient_checkpointing else round(self.activations / PEAK)
+        return whole - min(whole, max(whole - waiting, self.activations // self.blocks))  # one block is at work
 
     def on_device(self, config: TextToImageConfig) -> int:
         """At its peak: text encoders that nothing tunes are gone when the steps begin."""
         denoiser = self.denoiser - self.saved(config.model.quantize) - self.waiting(config.model)
-        steps = self.training + self.kept(config)
+        away = self.away(config) if config.train.offload_activations else 0
+        steps = self.training + self.kept(config) - away
         beside = self.encoders + steps if _live(config) else max(self.encoders, steps)
         return denoiser + self.vae + beside + _CONTEXT
 

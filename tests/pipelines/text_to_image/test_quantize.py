@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
+from equipoise.pipelines.text_to_image.compare import compare
 from equipoise.pipelines.text_to_image.offloading import ActivationsAway, Offloaded, VisitingLinear, in_blocks, offload
 from equipoise.pipelines.text_to_image.result import LORA_FILE
 from equipoise.pipelines.training.quantized import BLOCK, BYTES
@@ -96,6 +98,14 @@ def test_a_weight_that_waits_elsewhere_works_on_the_device_and_is_never_moved_th
     made.sum().backward()
     assert made.is_meta and given.grad.is_meta and layers[1].offloaded.weight.device.type == "cpu"
     assert layers[1].weight.is_meta and layers[1].bias.is_meta and "1.weight" not in layers.state_dict()
+
+
+def test_runs_of_a_base_in_fewer_bits_are_not_compared_with_others(short, tmp_path):
+    ways = (["model.offload=0.5"], ["model.quantize=fp8"])
+    settings = [config.load(NAME, [*short, *more, "samples.prompts=[a vase]"]) for more in ways]
+    runs = [Store(one.runs).create(one) for one in settings]
+    with pytest.raises(InputError, match=r"^comparison: model\.quantize differs between the runs \(null and fp8\)"):
+        compare("both", tmp_path / "both", runs, settings)
 
 
 def test_what_is_not_there_is_asked_for(short, monkeypatch):
