@@ -46,6 +46,7 @@ RUNS: dict[str, list[str]] = {
     "fp16, by a GradScaler": ["train.precision=fp16"],
     "bf16, gradient checkpointing": ["train.precision=bf16", "train.gradient_checkpointing=true"],
     "bf16, `model.offload=1`": ["train.precision=bf16", "model.offload=1"],
+    "bf16, `model.quantize=fp8`": ["train.precision=bf16", "model.quantize=fp8"],
     "bf16, `model.quantize=int8`": ["train.precision=bf16", "model.quantize=int8"],
     "bf16, `model.quantize=nf4`": ["train.precision=bf16", "model.quantize=nf4"],
     "bf16, `train.compile=true`": ["train.precision=bf16", "train.compile=true"],

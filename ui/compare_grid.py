@@ -78,17 +78,26 @@ def grid(
     places: dict[tuple[str, str], list[Cell]] = {}
     for cell in comparison.cells:
         places.setdefault((value(comparison, cell, rows), value(comparison, cell, columns)), []).append(cell)
-    head = "".join(f"<th scope='col'>{esc(label)}</th>" for label in ["", comparison.base.row, *across])
+    labels = [*(cell.row for cell in comparison.untouched), *across]
+    head = "".join(f"<th scope='col'>{esc(label)}</th>" for label in ["", *labels])
     body = []
     for label in down:
-        line = [f"<th scope='row'>{draw.breakable(label)}</th>", f"<td>{_cell(look, [comparison.base])}</td>"]
+        line = [f"<th scope='row'>{draw.breakable(label)}</th>"]
+        line += [f"<td>{_source(look, cell)}</td>" for cell in comparison.untouched[:-1]]
+        line.append(f"<td>{_cell(look, [comparison.base])}</td>")
         for other in across:
             cells = places.get((label, other))
             line.append(f"<td>{_cell(look, cells) if cells else ''}</td>")
         body.append(f"<tr>{''.join(line)}</tr>")
     hints = "".join(f"<p class='hint'>{esc(line)}</p>" for line in report.explanations(comparison))
     inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f"<div class='grid' style='--columns: {len(across) + 2}'><table>{inside}</table></div>{hints}"
+    return f"<div class='grid' style='--columns: {len(labels) + 1}'><table>{inside}</table></div>{hints}"
+
+
+def _source(look: _Look, cell: Cell) -> str:
+    """What pictures are made of: nothing that could be chosen."""
+    found = chosen_shots(shots(look.site, look.comparison, look.id, cell), look.prompt)
+    return f"<div class='cell' title='{esc(cell.who)}'>{_inside(look, cell, found, None)}</div>"
 
 
 def _cell(look: _Look, cells: list[Cell]) -> str:

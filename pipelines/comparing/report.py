@@ -64,7 +64,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     one's pictures are shown, with the mean of all scores, by which the frame goes, and their span.
     """
     rows, rates = comparison.rows, comparison.rates
-    width = _LEFT + (CELL + _GAP) * (len(rates) + 1) + _GAP
+    width = _LEFT + (CELL + _GAP) * (len(rates) + len(comparison.untouched)) + _GAP
     columns, tall = _tiles(comparison, prompt)
     foot = _FOOT + 16 * comparison.judged + 16 * len(_in_pairs([*comparison.beside, *comparison.scored]))
     pitch = tall + foot + _GAP
@@ -77,16 +77,15 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
     title = "the first of each" if prompt is None else comparison.prompts[prompt]
     pen.text((_GAP, 8), f"{comparison.name} · {title}"[: width // 8], _INK, font=_font(16))
     pen.text((_GAP, _HEAD - 18), comparison.column, _MUTED, font=_font(15), anchor="lm")
-    for column, label in enumerate([comparison.base.row, *(comparison.shown(rate) for rate in rates)]):
+    for column, label in enumerate(_labels(comparison)):
         x = _LEFT + (CELL + _GAP) * column
         pen.text((x + CELL / 2, _HEAD - 18), label, _INK, font=_font(16), anchor="mm")
     for index, row in enumerate(rows):
         y = _HEAD + pitch * index
         for number, words in enumerate(_wrapped(row, 17)):
             pen.text((_GAP, y + tall / 2 - 12 + 18 * number), words, _INK, font=_font(15))
-        for column, rate in enumerate([math.nan, *rates]):
+        for column, cells in enumerate(_places(comparison, row)):
             x = _LEFT + (CELL + _GAP) * column
-            cells = _cells(comparison, row, rate)
             if not cells:
                 continue
             chosen = _chosen(next((cell for cell in cells if cell.pictures), cells[0]), prompt)
@@ -97,7 +96,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
                 sheet.paste(small, (x + number % columns * side, y + number // columns * side))
             if not chosen:
                 pen.text((x + CELL / 2, y + tall / 2), cells[0].state, _MUTED, font=_font(15), anchor="mm")
-            verdict = comparison.verdict(row, rate)
+            verdict = comparison.verdict(row, cells[0].rate)
             frame = _GOOD if verdict == WORKS else _BAD if verdict else _MUTED
             pen.rectangle((x - 2, y - 2, x + CELL + 1, y + tall + 1), outline=frame, width=2)
             below = [(place_words(comparison, cells, verdict), frame, (14, 11))]
@@ -115,7 +114,8 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
 def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
     beside = [f"{short(name)}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
-    base = ["base: before training."] if comparison.base.row == "base" else []
+    base = ["source: the pictures to start from."] if comparison.source else []
+    base += ["base: before training."] if comparison.base.row == "base" else []
     same = [*([comparison.alike] if comparison.alike else []), *comparison.doubts]
     if not comparison.judged:
         return [not_judged(comparison), *beside, *base, *same]
@@ -137,9 +137,14 @@ def usable_words(comparison: Comparison) -> str:
     return f"Usable: {learnt} and keeps at least {KEPT:.0%} of what the base knew ({kept})."
 
 
-def _cells(comparison: Comparison, row: str, rate: float) -> list[Cell]:
-    """The cells of one place, one per training seed; the column of no rate is the base's."""
-    return [comparison.base] if math.isnan(rate) else comparison.at(row, rate)
+def _labels(comparison: Comparison) -> list[str]:
+    """The columns' heads."""
+    return [*(cell.row for cell in comparison.untouched), *map(comparison.shown, comparison.rates)]
+
+
+def _places(comparison: Comparison, row: str) -> list[list[Cell]]:
+    """Of each column, a row's cells, one per training seed."""
+    return [*([cell] for cell in comparison.untouched), *(comparison.at(row, rate) for rate in comparison.rates)]
 
 
 def place_words(comparison: Comparison, cells: list[Cell], verdict: str) -> str:
@@ -192,11 +197,9 @@ def render_html(comparison: Comparison) -> str:
     document = {
         "prompts": comparison.prompts,
         "rows": comparison.rows,
-        "columns": [comparison.base.row, *map(comparison.shown, comparison.rates)],
+        "columns": _labels(comparison),
         "seeds": sorted({cell.seed for cell in comparison.cells}),
-        "places": [
-            [_as_json(comparison, row, rate) for rate in (math.nan, *comparison.rates)] for row in comparison.rows
-        ],
+        "places": [[_as_json(comparison, row, cells) for cells in _places(comparison, row)] for row in comparison.rows],
     }
     names = list(dict.fromkeys(name for cell in [comparison.base, *comparison.cells] for name in cell.metrics))
     titles = ["row", comparison.column, "seed", "state", "verdict", *names]
@@ -244,14 +247,14 @@ def _prompt_table(comparison: Comparison) -> str:
     return f'<details><summary>Prompt by prompt</summary><div style="overflow-x:auto">{table}</div></details>'
 
 
-def _as_json(comparison: Comparison, row: str, rate: float) -> dict:
+def _as_json(comparison: Comparison, row: str, cells: list[Cell]) -> dict:
     """A place of the grid: what is said of it, and its cells, one per training seed."""
-    cells, verdict = _cells(comparison, row, rate), comparison.verdict(row, rate)
+    verdict = comparison.verdict(row, cells[0].rate) if cells else ""
     return {
         "said": place_words(comparison, cells, verdict),
         "verdict": verdict,
         "beside": beside_words(comparison, cells),
-        "base": math.isnan(rate),
+        "base": cells in [[cell] for cell in comparison.untouched],
         "usable": verdict == WORKS,
         "cells": [
             {

@@ -337,8 +337,8 @@ def place(pipeline: Any, kind: Family, encoders: Sequence[str], device: torch.de
     for part in (kind.denoiser, "vae", *encoders):
         frozen = getattr(pipeline, part).requires_grad_(False).eval()
         there = part == kind.denoiser and model.quantize == "nf4"  # bitsandbytes has put it there
-        if part == kind.denoiser and model.offload:
-            offload(frozen, model.offload, device)
+        if part == kind.denoiser and (model.offload or model.quantize == "fp8"):
+            offload(frozen, model.offload, device, fp8=model.quantize == "fp8")
         if part not in encoders and not there:
             frozen.to(device, **_memory_format(frozen))
         _write_signatures(frozen)
@@ -370,8 +370,8 @@ def _write_signatures(part: torch.nn.Module) -> None:
 
 def _quantized(kind: Family, model: TextToImageModel, dtype: torch.dtype) -> dict[str, Any]:
     """What from_pretrained is to be given. `check` has made sure that the package is there."""
-    if model.quantize is None or (model.quantize == "nf4" and str(PartialState().device) == "cpu"):
-        return {}  # on a CPU it is held so once it is loaded: diffusers refuses
+    if model.quantize in (None, "fp8") or (model.quantize == "nf4" and str(PartialState().device) == "cpu"):
+        return {}  # it is held so once it is loaded; nf4 on a CPU, for diffusers refuses
     if model.quantize == "int8":
         how = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
     else:

@@ -13,6 +13,7 @@ from equipoise.pipelines.config.sections import objective_problems, one_sided
 from equipoise.pipelines.text_to_image import overview, pairs
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import (
+    DECODED,
     Example,
     Folder,
     drawn_if_demo,
@@ -41,7 +42,6 @@ from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 
 FAR = 2  # times the resolution a base was made for, or a half: bases of 512 are tuned at 768, and those of 768 at 512
-_DECODED = 2_000  # pictures decoded beforehand; in larger folders the rest is found out while latents are computed
 
 
 def examples(config: TextToImageConfig) -> int:
@@ -77,7 +77,7 @@ def problems(config: TextToImageConfig) -> list[str]:
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
         sources, unpaired = read_sources(config.data, examples)
-        found += wrong or unpaired or _unreadable([*examples, *sources])
+        found += wrong or unpaired or [*_unreadable(examples), *_unreadable(sources)]
         if (word := config.token.name) and not wrong and not any(word in example.caption for example in examples):
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
     found += pairs.problems(config) + _sample_source_problems(config)
@@ -98,11 +98,11 @@ def problems(config: TextToImageConfig) -> list[str]:
             found.append("train.precision: fp16 needs a CUDA device, and none is here. Use no or bf16.")
     if model.quantize == "int8" and not find_spec("torchao"):
         found.append("model.quantize: int8 needs the package torchao. pip install torchao.")
-    if model.quantize == "nf4":
+    if model.quantize in ("fp8", "nf4"):
         from equipoise.pipelines.training.quantized import problems as quantized_problems
 
         found += quantized_problems(model.quantize)
-    if model.quantize and model.offload:
+    if model.quantize not in (None, "fp8") and model.offload:
         found.append(f"model.offload: works with whole weights, not in {model.quantize}. Leave one of the two out.")
     if "8bit" in config.optimizer.name and not find_spec("bitsandbytes"):
         found.append(
@@ -113,7 +113,7 @@ def problems(config: TextToImageConfig) -> list[str]:
 
 def _unreadable(examples: list[Example]) -> list[str]:
     found = []
-    for example in examples[:_DECODED]:
+    for example in examples[:DECODED]:
         try:
             open_picture(example.path)
         except InputError as error:
@@ -149,6 +149,12 @@ def _no_compiler() -> str:
     return "" if any(name and shutil.which(name) for name in names) else "a C++ compiler, such as g++"
 
 
+def _accelerated() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
 def doubts(config: TextToImageConfig) -> list[str]:
     """What of the folder, the options and the resolution may not be meant."""
     found = overview.doubts(config, _folder(config), read_held(config.data))
@@ -171,6 +177,8 @@ def doubts(config: TextToImageConfig) -> list[str]:
         for key in keys
         if not on and is_set(getattr(config, section), key)
     ]
+    if config.train.offload_activations and not _accelerated():
+        found.append("train.offload_activations: has no effect on a CPU.")
     made_for, given = native_resolution(config.model.path, config.model.revision), config.data.resolution
     if made_for is None or made_for / FAR < given < made_for * FAR:
         return found

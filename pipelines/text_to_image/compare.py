@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from PIL.Image import Image
+
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
 from equipoise.pipelines.comparing.comparison import (
@@ -41,7 +43,7 @@ from equipoise.pipelines.text_to_image.config import (
     TextToImageSamples,
 )
 from equipoise.pipelines.text_to_image.data import drawn_if_demo, read_examples
-from equipoise.pipelines.text_to_image.generate import Sample, generate
+from equipoise.pipelines.text_to_image.generate import Sample, generate, sources_of
 from equipoise.pipelines.text_to_image.inversion import WORD_FILE, read_word, with_token
 from equipoise.pipelines.text_to_image.judges import MEANINGS, Judges
 from equipoise.pipelines.text_to_image.metrics import (
@@ -95,12 +97,12 @@ def compare(
         raise InputError(NOTHING)
     bases = [_located(run, config) for run, config in zip(runs, configs, strict=True)]
     for config, base in zip(configs, bases, strict=True):
-        resolutions = (first.data.resolution, config.data.resolution)
-        for key, mine, theirs in (("model", bases[0], base), ("data.resolution", *resolutions)):
+        resolutions = ("data.resolution", first.data.resolution, config.data.resolution)
+        models = [(f"model.{key}", mine, getattr(base, key)) for key, mine in bases[0] if key != "offload"]
+        for key, mine, theirs in (*models, resolutions):
             if mine != theirs:
-                raise InputError(
-                    f"comparison: {key} differs between the runs ({mine} and {theirs}); compare runs of one base."
-                )
+                both = " and ".join("null" if value is None else str(value) for value in (mine, theirs))
+                raise InputError(f"comparison: {key} differs between the runs ({both}); compare runs of one base.")
     results = [_result(run) for run in runs]
     scorer = Judges(**(judges or first.judges).model_dump())
     pictures = [_training_pictures(run, config) if scorer else [] for run, config in zip(runs, configs, strict=True)]
@@ -169,7 +171,11 @@ def draw_all(
     scored = {judge: words for judge, words in MEANINGS.items() if judge in untouched.metrics}
     shown = [one.cell for one in cells]
     prompts = list(samples.prompts)
-    return Comparison(name, folder, prompts, meaning, untouched, shown, beside, scored, ALIKE, kept=kept, column=column)
+    found = Comparison(
+        name, folder, prompts, meaning, untouched, shown, beside, scored, ALIKE, kept=kept, column=column
+    )
+    found.source = _write_sources(folder, samples, first.data.resolution)
+    return found
 
 
 def _located(run: Run, config: TextToImageConfig) -> TextToImageModel:
@@ -258,11 +264,25 @@ def _write(
     pictures = []
     for index, (sample, (right, note)) in enumerate(zip(made, verdicts, strict=True)):
         prompt = index // samples.count
-        file = f"cells/{name}/{prompt:02d}-{sample.seed}.png"
-        thumbnail = f"cells/{name}/{prompt:02d}-{sample.seed}.thumb.png"
+        file, thumbnail = (f"cells/{name}/{prompt:02d}-{sample.seed}{end}" for end in (".png", ".thumb.png"))
         sample.save(folder / file, run=cell.run or "base", row=cell.row, learning_rate=cell.rate, scale=scale)
-        small = sample.image.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(folder / thumbnail)
+        _shrink(sample.image, folder / thumbnail)
         pictures.append(Picture(prompt, sample.seed, file, thumbnail, right, note))
     return pictures
+
+
+def _write_sources(folder: Path, samples: TextToImageSamples, size: int) -> list[Picture]:
+    """What each prompt's pictures are made of, beside the base's, which come first."""
+    found = []
+    for prompt, picture in enumerate(sources_of(samples, size)):
+        file, thumbnail = (f"cells/base/source-{prompt:02d}{end}" for end in (".png", ".thumb.png"))
+        picture.save(folder / file)
+        _shrink(picture, folder / thumbnail)
+        found.append(Picture(prompt, None, file, thumbnail))
+    return found
+
+
+def _shrink(image: Image, file: Path) -> None:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file)

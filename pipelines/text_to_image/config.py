@@ -33,8 +33,9 @@ class TextToImageModel(Section):
         None,
         description="For HiDream-I1, which is published without: the folder or hub id of Llama 3.1 8B Instruct.",
     )
-    quantize: Literal["int8", "nf4"] | None = Field(
-        None, description="Holds the frozen denoiser in 8 bits (needs torchao) or 4 bits (needs bitsandbytes)."
+    quantize: Literal["fp8", "int8", "nf4"] | None = Field(
+        None,
+        description="Holds the frozen denoiser in 8 bits (int8 needs torchao) or 4 bits (nf4 needs bitsandbytes).",
     )
     offload: float = Field(
         0.0,
@@ -179,6 +180,10 @@ class TextToImageTrain(ValidatedTrainSection):
         description="A run has diverged at a mean loss over 20 steps of so many times the untouched base's; 0: never.",
     )
     gradient_checkpointing: GradientCheckpointing = False
+    offload_activations: bool = Field(
+        False,
+        description="What the backward pass needs waits in the computer's memory; best with gradient_checkpointing.",
+    )
     compile: bool = Field(
         False,
         description="Makes steps faster by torch.compile; the first of each shape takes minutes, once in a process.",

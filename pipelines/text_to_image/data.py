@@ -20,6 +20,7 @@ from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToIm
 from equipoise.pipelines.text_to_image.tables import ENCODING, listed, read_tables, tables_among
 
 CAPTIONS = (".txt", ".caption")  # of the files beside pictures, the first counts
+DECODED = 200  # pictures of a folder that a check decodes; the others are looked at beside the first steps
 _RUN = {"config.yaml", "status.json", "environment.json"}  # a folder that holds all of these is a run's
 _SPLITS = {"train", "validation", "valid", "val", "test", "eval"}
 _PACKED = (".parquet", ".arrow", ".tar")  # what data sets keep pictures in

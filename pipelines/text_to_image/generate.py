@@ -82,15 +82,26 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
 
 def _sources(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int) -> list[torch.Tensor]:
     """Of each picture that is wanted: the latents (channels, height, width) of the one to start from."""
-    vae, made = pipeline.vae, []
-    for source in samples.sources:
-        picture = to_tensor(cut(open_picture(Path(source)), (size, size), (0.5, 0.5)))
-        made.append(autoencoders.encode(vae, picture[None].to(vae.device))[0][0])
+    vae, pictures = pipeline.vae, sources_of(samples, size)
+    one = len(samples.sources) == 1
+    made = [
+        autoencoders.encode(vae, to_tensor(picture)[None].to(vae.device))[0][0]
+        for picture in (pictures[:1] if one else pictures)
+    ]
+    return [latents for latents in (made * len(pictures) if one else made) for _ in range(samples.count)]
+
+
+def sources_of(samples: TextToImageSamples, size: int) -> list[Image.Image]:
+    """Of each prompt the picture to start from, as it is cut; none where the base does not edit.
+
+    Raises:
+        InputError: There are neither as many as prompts nor one for all.
+    """
+    made = [cut(open_picture(Path(source)), (size, size), (0.5, 0.5)) for source in samples.sources]
     if made and len(made) not in (1, len(samples.prompts)):
         counts = f"{len(made)} pictures for {len(samples.prompts)} prompts"
         raise InputError(f"samples.sources: {counts}. Give one for each, or one for all.")
-    each = made * len(samples.prompts) if len(made) == 1 else made
-    return [latents for latents in each for _ in range(samples.count)]
+    return made * len(samples.prompts) if len(made) == 1 else made
 
 
 @contextmanager

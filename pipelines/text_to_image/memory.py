@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate.state import PartialState
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from transformers import BatchEncoding
@@ -20,25 +21,36 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
 from equipoise.pipelines.pipeline import MemoryEstimate
 from equipoise.pipelines.tables import size_words
-from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageModel
 from equipoise.pipelines.text_to_image.data import read_class, read_examples, read_held
 from equipoise.pipelines.text_to_image.families import Family, family
 from equipoise.pipelines.text_to_image.families.autoencoders import factor
 from equipoise.pipelines.text_to_image.families.autoencoders import shape as latent_shape
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, read_config, read_index
-from equipoise.pipelines.text_to_image.offloading import in_blocks
-from equipoise.pipelines.training.memory import CHECKPOINTED, DTYPES, PROGRAM, activations, size, training
-from equipoise.pipelines.training.quantized import BYTES
+from equipoise.pipelines.text_to_image.offloading import blocks, in_blocks
+from equipoise.pipelines.training.memory import (
+    CHECKPOINTED,
+    DTYPES,
+    PEAK,
+    PROGRAM,
+    activations,
+    kept_for_backward,
+    size,
+    training,
+)
+from equipoise.pipelines.training.quantized import BLOCK, BYTES
 
 _CONTEXT = 600_000_000  # bytes of a device that CUDA itself and torch's kernels take, about; not measured here
+_WORTH = 200_000_000  # bytes of a device from which on a slower setting is named that saves them
 _CARDS = (8, 12, 16, 24)  # GB of devices that people have
-# What makes a tuning smaller, one after the other, from what costs the least time; int8 and nf4 exclude what follows.
+# What makes a tuning smaller, one after the other, from what costs the least time; fp8 and nf4 exclude what follows.
 _SMALLER: tuple[dict[str, Any], ...] = (
     {"train.precision": "bf16"},
     {"train.gradient_checkpointing": True},
-    {"model.quantize": "int8"},
-    {"model.quantize": "nf4"},
+    {"model.quantize": "fp8"},
+    {"model.quantize": "nf4", "model.offload": 0.0},
     {"model.quantize": None, "model.offload": 1.0},
+    {"train.offload_activations": True},
 )
 
 
@@ -55,17 +67,39 @@ class Counted:
     words: int  # of captions that were read
     training: int
     activations: int
+    ragged: int = 0  # of the weights of linear layers, those whose rows are no whole blocks of nf4
+    inputs: int = 0  # bytes of activations that gradient checkpointing keeps
+    blocks: int = 1
 
-    def saved(self, quantize: str | None) -> int:
-        return round(self.linear - self.numbers * BYTES[quantize]) if quantize else 0
+    def saved(self, quantize: str | None, cpu: bool = False) -> int:
+        """By fewer bits; on a CPU some layers stay whole in nf4."""
+        if quantize is None:
+            return 0
+        each = self.linear / self.numbers  # bytes of a weight
+        numbers = (
+            self.in_blocks / each if quantize == "fp8" else self.numbers - self.ragged * (cpu and quantize == "nf4")
+        )
+        return round(numbers * (each - BYTES[quantize]))
+
+    def waiting(self, model: TextToImageModel) -> int:
+        """In the computer's memory, of weights that are in fewer bits there too."""
+        fewer = self.saved("fp8") if model.quantize == "fp8" else 0
+        return round(model.offload * (self.in_blocks - fewer))
 
     def kept(self, config: TextToImageConfig) -> int:
         return self.activations // (CHECKPOINTED if config.train.gradient_checkpointing else 1)
 
+    def away(self, config: TextToImageConfig) -> int:
+        """Of activations, in the computer's memory where `train.offload_activations` is on."""
+        whole = self.kept(config)
+        waiting = self.inputs if config.train.gradient_checkpointing else round(self.activations / PEAK)
+        return whole - min(whole, max(whole - waiting, self.activations // self.blocks))  # one block is at work
+
     def on_device(self, config: TextToImageConfig) -> int:
         """At its peak: text encoders that nothing tunes are gone when the steps begin."""
-        denoiser = self.denoiser - self.saved(config.model.quantize) - round(config.model.offload * self.in_blocks)
-        steps = self.training + self.kept(config)
+        denoiser = self.denoiser - self.saved(config.model.quantize) - self.waiting(config.model)
+        away = self.away(config) if config.train.offload_activations else 0
+        steps = self.training + self.kept(config) - away
         beside = self.encoders + steps if _live(config) else max(self.encoders, steps)
         return denoiser + self.vae + beside + _CONTEXT
 
@@ -74,7 +108,8 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     """None where the checkpoint is not on this machine, or of another family."""
     if (found := _counted(config)) is None:
         return None
-    held = found.denoiser - found.saved(config.model.quantize) + found.vae + found.encoders + found.words
+    cpu = PartialState().device.type == "cpu"
+    held = found.denoiser - found.saved(config.model.quantize, cpu) + found.vae + found.encoders + found.words
     return MemoryEstimate(held, found.training, found.kept(config), PROGRAM, advice=lambda: _advice(config, found))
 
 
@@ -102,7 +137,17 @@ def _advice(config: TextToImageConfig, counted: Counted) -> list[str]:
         said = keys if fits else f"too small, even with {keys}"
         cards.setdefault(f"{said} (about {size_words(most)})", []).append(str(card))
     named = {said: " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1]))) for said, sizes in cards.items()}
-    return [f"A device of {sizes} GB: {said}." for said, sizes in named.items()]
+    return [f"A device of {sizes} GB: {said}." for said, sizes in named.items()] + _activations_words(config, counted)
+
+
+def _activations_words(config: TextToImageConfig, counted: Counted) -> list[str]:
+    """What offloading activations saves, where that is known to be worth a word."""
+    train, away = config.train, counted.away(config)
+    if train.offload_activations:
+        return [f"train.offload_activations keeps about {size_words(away)} of activations off the device."]
+    if train.gradient_checkpointing and away >= _WORTH:
+        return [f"train.offload_activations=true would keep about {size_words(away)} of activations off the device."]
+    return []
 
 
 def _ways(config: TextToImageConfig) -> Iterator[dict[str, Any]]:
@@ -155,6 +200,7 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         for parameter in module.parameters() if part != "vae" else ():
             parameter.data = parameter.data.to(dtype)
     linear = [layer.weight for layer in parts[kind.denoiser].modules() if isinstance(layer, torch.nn.Linear)]
+    ragged = sum(weight.numel() for weight in linear if weight.shape[1] % BLOCK)
     waiting = size(layer.weight for layer in in_blocks(parts[kind.denoiser]))
     targets = {kind.denoiser: lora.targets or kind.targets}
     if lora.text_encoder:
@@ -167,6 +213,9 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         trained += [parameter for parameter in parts[part].parameters() if parameter.requires_grad]
     step, read, weights = _one_step(config, kind, encoders, parts)
     read_once = size(read.values()) // config.train.batch * _captions(config)  # kept in the computer's memory
+    kept = activations(step, weights)
+    parts[kind.denoiser].enable_gradient_checkpointing()
+    inputs = kept_for_backward(step, weights)
     each = {part: size((*module.parameters(), *module.buffers())) for part, module in parts.items()}
     return Counted(
         denoiser=each[kind.denoiser],
@@ -177,7 +226,10 @@ def _counted(config: TextToImageConfig) -> Counted | None:
         encoders=sum(each[name] for name in encoders),
         words=read_once,
         training=training(trained, config.optimizer),
-        activations=activations(step, weights),
+        activations=kept,
+        ragged=ragged,
+        inputs=inputs,
+        blocks=blocks(parts[kind.denoiser]),
     )
 
 

@@ -4,10 +4,11 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 import hashlib
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -33,15 +34,16 @@ from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.captions import spoken
 from equipoise.pipelines.text_to_image.card import write_card
 from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
-from equipoise.pipelines.text_to_image.data import Example, drawn_if_demo, read_folder, read_held
+from equipoise.pipelines.text_to_image.data import DECODED, Example, drawn_if_demo, read_folder, read_held
 from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
 from equipoise.pipelines.text_to_image.latents import Latents, latents_of
-from equipoise.pipelines.text_to_image.offloading import frozen_weights
+from equipoise.pipelines.text_to_image.offloading import ActivationsAway, frozen_weights
 from equipoise.pipelines.text_to_image.pairs import read_sources
 from equipoise.pipelines.text_to_image.prior import class_examples
 from equipoise.pipelines.text_to_image.result import facts_of, write_result
+from equipoise.pipelines.text_to_image.verification import Verification
 from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import DivergedError, StoppedError, UnreadableError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, finite, make_accelerator, mix, number, seed_all
@@ -84,7 +86,8 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
     ):
         work = TextToImageWork(config, run, accelerator, base, parts, own, prior, word, validation)
         started = time.perf_counter()
-        outcome = train_loop(run, work, config)
+        with work.verification if processes.leads() else nullcontext():
+            outcome = train_loop(run, work, config)
         if outcome.state != "stopped" and processes.leads():
             work.settle()
             with work.averaged():
@@ -170,27 +173,14 @@ class Pictures:
             facts[picture] = (self.latents.shapes[picture], *facts[picture][1:])
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
-    def make(self, chosen: Iterable[int]) -> None:
-        """Makes the latents of pictures, unless they are there.
+    def make(self, picture: int) -> None:
+        """Makes the latents of a picture, unless they are there.
 
         Raises:
-            UnreadableError: One is damaged; with all others that are, so that they are replaced at once.
+            MediaError: It is damaged.
         """
-        for picture in chosen:
-            try:
-                self.latents.of(picture)
-                _ = self.sources and self.sources.of(picture)
-            except MediaError as error:
-                raise self._unreadable(picture, str(error)) from error
-
-    def _unreadable(self, picture: int, reason: str) -> UnreadableError:
-        """Of a picture and all others that cannot be read."""
-        kinds = [self.latents, *([self.sources] if self.sources else [])]
-        found = {other: fault for other in range(len(self.facts)) for kind in kinds if (fault := kind.fault(other))}
-        found[picture] = reason
-        named = [found[other] for other in sorted(found)]
-        more = f" And {len(named) - _NAMED} others." if len(named) > _NAMED else ""
-        return UnreadableError(" ".join(named[:_NAMED]) + more, sorted(found))
+        self.latents.of(picture)
+        _ = self.sources and self.sources.of(picture)
 
 
 @dataclass(frozen=True)
@@ -224,7 +214,10 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.prior_loss: dict[int, Tensor] = {}  # of the step's micro-batches
         kinds = {"pictures": own, "class_pictures": prior, "held": held}  # by their names in a checkpoint
         self.kinds = {name: pictures for name, pictures in kinds.items() if pictures}
-        self.damaged: dict[str, list[int]] = {}  # kind of pictures → one that could not be read
+        self.damaged: dict[str, list[int]] = {}  # kind of pictures → those that could not be read
+        self.asked: set[tuple[int, str, int]] = set()  # rank, kind and number of pictures whose latents are made
+        both = {name: [kind.latents, *([kind.sources] if kind.sources else [])] for name, kind in self.kinds.items()}
+        self.verification, self.verified = Verification(both, DECODED), False
         self.recent: list[float] = []  # the last steps' losses
         self.measure = Measure(config, accelerator, base, base.set_scheduler(config.noise))
         self.noise = self.measure.noise
@@ -283,27 +276,56 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         return bool(self.config.train.give_up) and len(self.recent) == _RECENT
 
     def _make_ready(self, step: int) -> None:
-        """Makes the latents that a step and the evaluations in it need, before it changes anything."""
+        """Makes the latents that a step and the evaluations in it need, before it changes anything.
+
+        Raises:
+            UnreadableError: Pictures are damaged, whichever process has found that; all that are known to be.
+        """
+        new = [one for one in self._wanted(step) if one not in self.asked]  # in all processes alike
+        if not new and self.verified:
+            return
+        finished, found = self.verification.finished, dict(self.verification.damage)  # in this order
+        for rank, name, picture in new:
+            if rank == processes.rank() and not found:
+                try:
+                    self.kinds[name].make(picture)
+                except MediaError as error:
+                    found[name, picture] = str(error)
+        written = processes.each(json.dumps([finished, list(found.items())]))
+        known = [damage for text in written for damage in json.loads(text)[1]]
+        if known:
+            rest = list(self.verification.all_damage().items()) if processes.leads() else []
+            raise self._unreadable([*json.loads(processes.shared(json.dumps(rest))), *known], step)
+        self.verified = json.loads(written[0])[0]
+        self.asked.update(new)
+
+    def _unreadable(self, damage: list[tuple[tuple[str, int], str]], step: int) -> UnreadableError:
+        sentences = {(name, picture): sentence for (name, picture), sentence in damage}
+        for name, picture in sorted(sentences):
+            self.damaged.setdefault(name, []).append(picture)
+        named = [sentences[one] for one in sorted(sentences)]
+        more = f" And {len(named) - _NAMED} others." if len(named) > _NAMED else ""
+        text = " ".join(named[:_NAMED]) + more
+        return UnreadableError(text.replace(REPLACE, " Replace it by one of its size.") if step else text)
+
+    def _wanted(self, step: int) -> list[tuple[int, str, int]]:
+        """Ranks, kinds and numbers of the pictures that the processes need for a step."""
+        found: list[tuple[int, str, int]] = []
         each, last = self.config.train.accumulate, step + 1 == self.config.train.steps
         validates = bool(self.validation and self.validation.due(step + 1))
         evaluates = last or validates or (self._judged() and self.before is None)
         for name, pictures in self.kinds.items():
             numbers = range(step * each, (step + 1) * each) if name != "held" else ()
-            wanted = [index for number in numbers for index in pictures.batches[number][self._mine()]]
-            if evaluates and name != "class_pictures":
-                wanted += spread(len(pictures.captions))
-            try:
-                pictures.make(wanted)
-            except UnreadableError as error:
-                self.damaged = {name: error.pictures}
-                if not step:
-                    raise
-                text = str(error).replace(REPLACE, " Replace it by one of its size.")
-                raise UnreadableError(text, error.pictures) from error
+            for rank in range(processes.count()):
+                wanted = [index for number in numbers for index in pictures.batches[number][self._share(rank)]]
+                if evaluates and name != "class_pictures":
+                    wanted += spread(len(pictures.captions))
+                found += [(rank, name, index) for index in wanted]
+        return list(dict.fromkeys(found))
 
-    def _mine(self) -> slice:
-        """This process's share of a batch."""
-        return slice(*(rank * self.config.train.batch for rank in (processes.rank(), processes.rank() + 1)))
+    def _share(self, rank: int) -> slice:
+        """Of a batch, that of one process."""
+        return slice(rank * self.config.train.batch, (rank + 1) * self.config.train.batch)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -355,18 +377,25 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro, 0))
         seed_all(mix(self.config.seed, step, micro, processes.rank()))  # for dropout
         number = step * self.config.train.accumulate + micro
-        loss = self._drawn(self.own, number, generator, self.config.data)
-        if self.prior:
-            other = torch.Generator().manual_seed(mix(self.config.seed, step, micro, "prior"))
-            beside = self._drawn(self.prior, number, other, _PLAIN)
-            self.prior_loss[micro] = beside.detach()
-            loss = loss + self.config.prior.weight * beside
+        with self._activations():
+            loss = self._drawn(self.own, number, generator, self.config.data)
+            if self.prior:
+                other = torch.Generator().manual_seed(mix(self.config.seed, step, micro, "prior"))
+                beside = self._drawn(self.prior, number, other, _PLAIN)
+                self.prior_loss[micro] = beside.detach()
+                loss = loss + self.config.prior.weight * beside
         return Losses(loss, {})
+
+    def _activations(self) -> AbstractContextManager:
+        """Where what the backward pass needs is kept."""
+        if not self.config.train.offload_activations:
+            return nullcontext()
+        return ActivationsAway(chain(*(part.parameters() for part in self.parts.values())), self.accelerator.device)
 
     def _drawn(self, pictures: Pictures, number: int, generator: torch.Generator, data: TextToImageData) -> Tensor:
         """The loss of a batch, by its number, with all that is drawn for it; each of several processes draws for all
         of them and evaluates its share."""
-        chosen, mine = pictures.batches[number], self._mine()
+        chosen, mine = pictures.batches[number], self._share(processes.rank())
         variant = torch.randint(pictures.latents.variants, (len(chosen),), generator=generator).tolist()
         clean, deviation, crops = pictures.latents.take(chosen[mine], variant[mine])
         shape = torch.Size((len(chosen), *clean.shape[1:]))

@@ -43,11 +43,7 @@ class StoppedError(Exception):
 
 
 class UnreadableError(InputError):
-    """A file that a step needs is damaged; raised by a step before it does anything."""
-
-    def __init__(self, message: str, pictures: list[int]):
-        super().__init__(message)
-        self.pictures = pictures  # all that are, by their numbers among those of their kind
+    """Files that steps need are damaged; raised by a step, in all processes, before it does anything."""
 
 
 class Work(Protocol):

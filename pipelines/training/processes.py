@@ -100,6 +100,11 @@ def shared(text: str) -> str:
     return _broadcast(text) if count() > 1 else text
 
 
+def each(text: str) -> list[str]:
+    """Every process's text, in their order, in all of them."""
+    return [_broadcast(text, source) for source in range(count())] if count() > 1 else [text]
+
+
 def requests(run: "Run") -> set[str]:
     """What the run is asked to do, by the first process's look at it."""
     return set(shared(" ".join(run.requested())).split())
@@ -161,16 +166,16 @@ def lost(error: BaseException) -> EquipoiseError | None:
     return EquipoiseError("another process of this run has ended. Resume it; the last checkpoint stays.")
 
 
-def _broadcast(text: str) -> str:
+def _broadcast(text: str, source: int = 0) -> str:
     import torch
     from accelerate.state import PartialState
 
     device = PartialState().device
     written = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([len(written)], device=device)
-    torch.distributed.broadcast(size, 0)
-    content = written if leads() else torch.empty(int(size), dtype=torch.uint8, device=device)
-    torch.distributed.broadcast(content, 0)
+    torch.distributed.broadcast(size, source)
+    content = written if rank() == source else torch.empty(int(size), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(content, source)
     return bytes(content.tolist()).decode()
 
 

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits by bitsandbytes: what pipelines share."""
+"""Frozen weights in 4 or 8 bits: what pipelines share."""
 
 # pyright: reportMissingImports=false
 
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 BLOCK = 64  # weights that share a scale in nf4
-BYTES = {"nf4": 0.5 + 4 / BLOCK, "int8": 1.0}  # of a weight, with its share of the scales where that counts
+BYTES = {"nf4": 0.5 + 4 / BLOCK, "int8": 1.0, "fp8": 1.0}  # of a weight, with its share of the scales where that counts
 
 
 def problems(how: str | None) -> list[str]:
     """Why this machine cannot hold weights so."""
     if how is None:
         return []
+    if how == "fp8":
+        return _fp8_problems()
     if not find_spec("bitsandbytes"):
         return [f"model.quantize: {how} needs the package bitsandbytes. pip install 'equipoise[quantized]'."]
     import bitsandbytes
@@ -23,6 +25,18 @@ def problems(how: str | None) -> list[str]:
     device = str(PartialState().device).partition(":")[0]
     if device not in getattr(bitsandbytes, "supported_torch_devices", ("cuda", device)):
         return [f"model.quantize: bitsandbytes does not work on {device}. Leave it out."]
+    return []
+
+
+def _fp8_problems() -> list[str]:
+    """Why this machine's device cannot hold numbers in fp8."""
+    from accelerate.state import PartialState
+
+    device = PartialState().device
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, TypeError):
+        return [f"model.quantize: fp8 does not work on {device.type}. Leave it out."]
     return []
 
 

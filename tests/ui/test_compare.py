@@ -86,6 +86,16 @@ def test_score_and_what_was_kept_stand_in_every_cell_and_the_best_is_marked(site
     assert "Best: adamw at 1e-3: 70% learnt, 90% kept" in compare_numbers.answer(site, OWN)
 
 
+def test_what_pictures_are_made_of_stands_beside_the_base_and_cannot_be_chosen(site, swept, keeping):
+    plain = compare_grid.grid(site, OWN)
+    keeping.source = [Picture(0, None, "cells/base/00-0.png", "cells/base/00-0.png")]
+    keeping.write_tables()
+    shown = compare_grid.grid(site, OWN)
+    assert "<th scope='col'>source</th><th scope='col'>base</th>" in shown
+    assert shown.count("<button") == plain.count("<button") and shown.count("<div class='cell'") == len(keeping.rows)
+    assert "00-0.png" in shown.partition("<div class='cell'")[2].partition("</td>")[0]
+
+
 def test_all_prompts_are_in_the_overview(site, keeping):
     shown = compare_grid.grid(site, OWN)
     assert shown.count("<img") == 6 * 6 and shown.count("title='6: prompt 5'") == 6

@@ -16,6 +16,11 @@ from equipoise.pipelines.training.layers import named_by, unmatched
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learnt to predict
 INDEXES = ("model_index.json", "modular_model_index.json")  # a checkpoint has either
+_SINGLE = {  # layers that one family's files have, with the text encoders → its pipeline
+    "conditioner.embedders.1.model.": "StableDiffusionXLPipeline",
+    "cond_stage_model.": "StableDiffusionPipeline",
+    "text_encoders.clip_g.": "StableDiffusion3Pipeline",
+}
 HUB_TIMEOUT = 10.0  # seconds for the hub to answer the first time
 
 
@@ -37,11 +42,7 @@ def model_problems(path: str, variant: str | None = None, apart: Collection[str]
     folder = Path(model_source(path))
     if os.path.isfile(folder):  # unlike pathlib's, False also where no path can be so long
         if folder.suffix == ".safetensors":
-            return [
-                f"model.path: {folder} is a single-file checkpoint. Convert it once, by the pipeline that it is for "
-                f'({", ".join(trained())}): StableDiffusionPipeline.from_single_file("{folder}")'
-                ".save_pretrained(FOLDER), then give FOLDER."
-            ]
+            return [_single_file(folder)]
         return [
             f"model.path: {folder} is not a checkpoint folder; pickles (.ckpt, .bin, .pt) are never opened. "
             "Give a folder in diffusers' layout with safetensors weights."
@@ -64,6 +65,27 @@ def model_problems(path: str, variant: str | None = None, apart: Collection[str]
     for part in parts:
         found += _weight_problems(folder / part, variant)
     return found
+
+
+def _single_file(file: Path) -> str:
+    """What to do with a checkpoint in one file: with a command, where its layers' names say whose it is."""
+    try:
+        with safe_open(file, "pt") as weights:
+            names = "\n".join(weights.keys())
+    except (OSError, SafetensorError):
+        names = ""
+    said = f"model.path: {file} is a single-file checkpoint"
+    if "lora_" in names:
+        return f"{said} of LoRA factors. Give the base that they are for, and the file as lora.start to go on from it."
+    kind = next((kind for layer, kind in _SINGLE.items() if layer in names), "")
+    if not kind:
+        kinds = ", ".join(trained())
+        return (
+            f"{said}. Convert it once, by the pipeline of diffusers that it is for ({kinds}): "
+            f'PIPELINE.from_single_file("{file}").save_pretrained("FOLDER"), then give FOLDER.'
+        )
+    code = f"from diffusers import {kind}; {kind}.from_single_file('{file}').save_pretrained('FOLDER')"
+    return f'{said} of {kind[: -len("Pipeline")]}. Convert it once: python -c "{code}", then give FOLDER.'
 
 
 def read_index(path: str, revision: str | None = None, fetch: bool = True) -> dict[str, Any]:

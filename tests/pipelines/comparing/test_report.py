@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -50,6 +51,33 @@ def comparison(tmp_path):
             cells.append(cell)
     cells[2].state, cells[2].message, cells[2].metrics, cells[2].pictures = "failed", 'it "broke"', {}, []
     return Comparison("a <sweep>", tmp_path, ["one", "two & three"], "how right it is", base, cells)
+
+
+def test_what_pictures_are_made_of_stands_before_the_base(comparison):
+    plain, old = draw_grid(comparison), render_html(comparison)
+    (comparison.folder / "cells" / "made").mkdir()
+    for end in (".png", ".thumb.png"):
+        Image.new("RGB", (16, 16), "blue").save(comparison.folder / f"cells/made/00{end}")
+    comparison.source = [Picture(0, None, "cells/made/00.png", "cells/made/00.thumb.png")]
+    grid, new = draw_grid(comparison), render_html(comparison)
+    assert grid.width - plain.width > CELL
+    pixels = np.asarray(grid)
+    blue, gray = (np.argwhere((pixels == colour).all(axis=2))[:, 1].min() for colour in ((0, 0, 255), (128, 128, 128)))
+    assert blue < gray
+    shown, before = (json.loads(re.search(r'id="?data"?[^>]*>(.*?)</script>', text)[1]) for text in (new, old))
+    assert shown["columns"] == ["source", *before["columns"]]
+    source, base = shown["places"][0][:2]
+    assert source["base"] and not source["said"] and not source["verdict"]
+    assert [cell["run"] for cell in source["cells"]] == ["the picture to start from"]
+    assert shown["places"][0][1:] == before["places"][0] and base == before["places"][0][0]
+    assert "source: the pictures to start from." in explanations(comparison)
+    comparison.write_tables()
+    again = Comparison.read(comparison.folder)
+    assert again.source == comparison.source and draw_grid(again).tobytes() == grid.tobytes()
+    comparison.source[0].file = "../other.png"
+    comparison.write_tables()
+    with pytest.raises(InputError, match=r"names the picture '\.\./other\.png'"):
+        Comparison.read(comparison.folder)
 
 
 SCALED = "scaled_adamw damping=<b>"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
@@ -87,6 +88,11 @@ def test_it_learns_and_diffusers_makes_the_same_picture_of_the_same_picture(word
         ).images[0]
     with Image.open(sample) as ours:
         assert ours.convert("RGB").tobytes() == drawn["0.webp"].tobytes() != drawn["1.webp"].tobytes()
+
+    assert main(["compare", str(run.folder), "--out", str(tmp_path / "compared")]) == 0
+    (start,) = Comparison.read(tmp_path / "compared").source
+    with Image.open(tmp_path / "compared" / start.file) as shown:
+        assert shown.tobytes() == cut(open_picture(sources / "0.webp"), (32, 32), (0.5, 0.5)).tobytes()
 
 
 def test_the_loss_is_of_a_call_that_is_given_the_pair(words, kontext):

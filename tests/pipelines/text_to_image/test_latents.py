@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,18 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.media.pictures import size_of
-from equipoise.pipelines.pipeline import execute
+from equipoise.pipelines.pipeline import execute, follow
+from equipoise.pipelines.runs import checkpoints
+from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage, latents
 from equipoise.pipelines.text_to_image.base import load_base
+from equipoise.pipelines.text_to_image.buckets import BucketBatches
 from equipoise.pipelines.text_to_image.data import read_examples
 from equipoise.pipelines.text_to_image.latents import latents_of, prepare_latents
+from equipoise.pipelines.text_to_image.verification import Verification
+from equipoise.pipelines.training import processes
+from equipoise.pipelines.training.loop import UnreadableError
 
 NAME = "text_to_image/dreambooth"
 
@@ -230,6 +238,62 @@ def test_all_damaged_pictures_are_named_at_once_and_all_may_be_replaced(own, enc
     for name, whole in sound.items():
         (folder / name).write_bytes(whole)
     assert execute(TextToImage, settings, run).state == "done"
+
+
+def take_part(rank: int, where: str, words: list[str], folder: Path) -> str:
+    """What a process ends with that trains a run beside another one, and what a checkpoint is there then."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": where, "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    processes.join()
+    settings = config.load(NAME, words)
+    try:
+        if rank:
+            follow(TextToImage, settings, folder)
+        else:
+            execute(TextToImage, settings, Run(folder))
+    except InputError as error:
+        return str(error)
+    finally:
+        torch.distributed.destroy_process_group()
+    return "done"
+
+
+def test_a_picture_that_a_following_process_finds_damaged_ends_all_in_its_name(own, two_processes):
+    words = [*own, "batch=1", "steps=4", "seed=1"]
+    settings, run = started(words)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    order = BucketBatches([1] * 4, [(4, 8, 8)] * 4, 2, settings.seed)
+    bad = read_examples(settings.data)[0][order[1][1]].path  # of the second step, the second process's share
+    sound = bad.read_bytes()
+    bad.write_bytes(sound[:-60])
+    leading, following = two_processes(take_part, port, words, run.folder)
+    named = rf"{bad.name}: cannot be read as a picture .* Replace it by one of its size\."
+    assert re.search(named, leading) and re.search(named, following)
+    assert "The state after step 1 is saved" in leading
+    assert [path.name for path in checkpoints.complete(run.checkpoints)] == ["step-00000001"]
+    bad.write_bytes(sound)
+    assert two_processes(take_part, port, words, run.folder) == ["done", "done"]
+    assert [record["step"] for record in run.metrics()] == [1, 2, 3, 4]
+
+
+def test_what_only_a_later_step_needs_is_found_beside_the_first(own, work, tmp_path):
+    made = work(*own, "batch=1")
+    last = tmp_path / "own" / "3.png"
+    last.write_bytes(last.read_bytes()[:-60])
+    settings, base = config.load(NAME, own), made.base
+    base.latents.clear()
+    found = latents_of(base, read_examples(settings.data)[0], settings.data, tmp_path / "cache")
+    with Verification({"pictures": [found]}, 1) as verification:
+        verification._thread.join()
+    assert verification.finished and list(verification.damage) == [("pictures", 3)]
+    made.verification, made.verified = verification, False
+    with pytest.raises(UnreadableError, match=r"3\.png: cannot be read as a picture"):
+        made._make_ready(0)
+    assert made.damaged == {"pictures": [3]}
+    assert Verification({"pictures": [found]}, 4).finished, "what the check has decoded is not decoded again"
 
 
 def test_a_run_stops_while_class_pictures_are_drawn(own, monkeypatch):

@@ -11,6 +11,7 @@ from equipoise.pipelines.cli import main
 from equipoise.pipelines.text_to_image import memory
 from equipoise.pipelines.text_to_image.memory import Counted
 from equipoise.pipelines.text_to_image.offloading import in_blocks
+from equipoise.pipelines.training.memory import PEAK
 
 GB = 10**9
 LARGE = Counted(  # about FLUX.1-dev at 512 pixels in float32
@@ -44,11 +45,27 @@ def test_advice_takes_what_costs_the_least_time_for_each_size(monkeypatch):
         f"A device of 8 GB: too small, even with {least}.",
         f"A device of 12 GB: {least}.",
         f"A device of 16 GB: {small} model.offload=1 (about 14.9 GB).",
-        f"A device of 24 GB: {small} model.quantize=int8 train.batch=1 train.accumulate=4 (about 23.2 GB).",
+        f"A device of 24 GB: {small} model.quantize=fp8 train.batch=1 train.accumulate=4 (about 23.4 GB).",
     ]
     assert len(asked) == 2, "once for each precision and batch, and the first was known"
     given = config.load("text_to_image/flux", ["model.quantize=nf4"])
     assert "A device of 24 GB: as it is" in memory._advice(given, halved(given))[-1]
+
+
+def test_what_activations_take_elsewhere_is_named_where_it_counts(monkeypatch):
+    counted = replace(LARGE, inputs=6 * GB, blocks=57)
+    monkeypatch.setattr(memory, "_counted", lambda given: counted)
+    words = "train.offload_activations{} about 6 GB of activations off the device."
+    for more, last in (
+        (["train.offload_activations=true"], words.format(" keeps")),
+        ([], words.format("=true would keep")),
+    ):
+        given = config.load("text_to_image/flux", more)
+        assert memory._advice(given, counted)[-1] == last and given.train.gradient_checkpointing
+    assert replace(counted, inputs=30 * GB).away(given) == 100 * GB // 4 - 100 * GB // 57, "a block is at work"
+    given = config.load("text_to_image/flux", ["train.gradient_checkpointing=false"])
+    assert "activations off" not in memory._advice(given, counted)[-1]
+    assert counted.away(given) == pytest.approx(100 * GB / PEAK, abs=1)
 
 
 def test_a_dry_run_shows_it_in_a_line_where_all_sizes_do(short, capsys):
@@ -62,12 +79,17 @@ def test_on_a_device_are_what_is_quantised_and_what_does_not_wait(short, build_c
     words = [*short, f"model={folder}"]
     found = memory._counted(config.load("text_to_image/dreambooth", words))
     assert found is not None
-    whole, fewer, away, live = (
+    both = ["model.quantize=fp8", "model.offload=0.5"]
+    whole, fewer, away, live, fp8, fp8_away = (
         found.on_device(config.load("text_to_image/dreambooth", [*words, *more]))
-        for more in ([], ["model.quantize=int8"], ["model.offload=0.5"], ["lora.text_encoder=true"])
+        for more in ([], ["model.quantize=int8"], both[1:], ["lora.text_encoder=true"], both[:1], both)
     )
     denoiser = FluxPipeline.from_pretrained(folder).transformer
     linear = [layer.weight.numel() for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
     waiting = sum(layer.weight.numel() for layer in in_blocks(denoiser))
     assert whole - fewer == 3 * sum(linear) and whole - away == pytest.approx(2 * waiting, abs=1)
+    transformer = denoiser.config
+    assert found.blocks == transformer.num_layers + transformer.num_single_layers
+    assert 0 < found.inputs < found.activations / PEAK
+    assert whole - fp8 == 3 * waiting and fp8 - fp8_away == pytest.approx(waiting / 2, abs=1)
     assert live - whole == min(found.encoders, found.training + found.activations)

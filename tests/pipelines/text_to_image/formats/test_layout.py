@@ -8,6 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.text_to_image.check import doubts
@@ -77,6 +79,22 @@ def test_a_pickle_as_the_model(tmp_path, name):
 def test_a_single_file_checkpoint(tmp_path):
     (tmp_path / "sd.safetensors").write_bytes(b"")
     assert "single-file checkpoint. Convert it once" in model_problems(str(tmp_path / "sd.safetensors"))[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("conditioner.embedders.1.model.ln_final.weight", "StableDiffusionXLPipeline.from_single_file("),
+        ("cond_stage_model.transformer.weight", "StableDiffusionPipeline.from_single_file("),
+        ("text_encoders.clip_g.weight", "StableDiffusion3Pipeline.from_single_file("),
+        ("double_blocks.0.img_attn.qkv.weight", "StableDiffusionXLPipeline, ZImagePipeline"),
+        ("lora_unet_down_blocks_0.lora_up.weight", "of LoRA factors. Give the base that they are for"),
+    ],
+)
+def test_a_single_file_says_whose_it_is(tmp_path, layer, words):
+    save_file({layer: torch.zeros(1)}, tmp_path / "one.safetensors")
+    (problem,) = model_problems(str(tmp_path / "one.safetensors"))
+    assert words in problem and (problem.count("Pipeline") < 4) == ("ZImage" not in words)
 
 
 def test_a_variant_of_the_weights_is_found_by_its_name(copied):
