@@ -83,7 +83,7 @@ def _side(site: Site, made: Comparison, id: str, cell: Cell) -> str:
         f"<a href='{url(shot.file)}' target='_blank'><img src='{url(shot.file)}' alt='{esc(cell.who)}'></a>"
         for shot in found
     ]
-    said = answers(site, made.folder / "cells" / (cell.run.rpartition("/")[2] or "base"), 0)
+    said = answers(site, made.folder / cell.folder, 0)
     name = f"{cell.row} {made.shown(cell.rate)}" if cell.run else "the untouched base"
     return f"<section><h3>{esc(name)}</h3>{''.join(images)}{said}</section>"
 

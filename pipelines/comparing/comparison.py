@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,8 @@ _RATES = "optimizer.rates"  # part → its own rate
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
 _LATER = ("scored", "alike", "kept", "own", "column")  # parts of the file that earlier versions did not write
 _LONG = 40  # characters of a value in a label
+_SERVED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # names of folders
+_LONG_NAME = 100  # characters of a name, beside which others have to fit into a file system's
 
 
 @dataclass
@@ -88,12 +91,34 @@ class Cell:
         return self.run or ("the untouched base" if self.row == "base" else self.row)
 
     @property
+    def folder(self) -> str:
+        """What it drew or answered lies there, below the comparison's folder."""
+        if self.pictures:
+            return Path(self.pictures[0].file).parent.as_posix()
+        return f"cells/{self.run.rpartition('/')[2] or 'base'}"
+
+    @property
     def score(self) -> float:
         return self.metrics.get("score", math.nan)
 
     def of_prompt(self, prompt: int) -> dict[str, float]:
         """The means of a prompt's pictures' scores; the cell's own metrics are those of all prompts."""
         return means([picture.scores for picture in self.pictures if picture.prompt == prompt])
+
+
+def folder_names(runs: Sequence[str]) -> dict[str, str]:
+    """What the folder of each run's or file's cell is called, the base's under "".
+
+    The last part of its name, where that is its own, no base's, one that the page serves, and not an index; else its
+    index.
+    """
+    short = [run.rpartition("/")[2] for run in runs]
+    count = Counter([*short, "base"])
+    own = {name for name in short if count[name] == 1 and len(name) < _LONG_NAME and not name.isdecimal()}
+    return {"": "base"} | {
+        run: name if name in own and _SERVED.fullmatch(name) else f"{index:03d}"
+        for index, (run, name) in enumerate(zip(runs, short, strict=True))
+    }
 
 
 @dataclass
