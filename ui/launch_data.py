@@ -1,20 +1,16 @@
 """The part of the tab Launch that shows the pictures of a folder with their captions, and writes captions back."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
 from equipoise.pipelines.files import write_atomic
-from equipoise.pipelines.media.pictures import decode
 from equipoise.pipelines.media.reading import MediaError
 from equipoise.pipelines.tables import listed
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
@@ -22,11 +18,11 @@ from equipoise.pipelines.text_to_image.data import Folder, read_folder
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.launch import error_notice
-from equipoise.ui.safety import PIXELS, Site
-from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound, table_rows
+from equipoise.ui.safety import Site
+from equipoise.ui.thumbnails import thumbnail
+from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound, caption_table, table_rows
 
 PAGE = 48  # pictures that are shown at a time
-SIDE = 128  # pixels of a thumbnail
 MOST = 5_000  # characters of a caption
 _TABLE = "metadata.jsonl"  # in which this page keeps the captions of uploads
 
@@ -51,18 +47,7 @@ def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox) -> None:
     with gr.Accordion("Look at the data: pictures and captions", open=False) as around:
         page = Slider(1, 2, value=1, step=1, label="Page", interactive=True, visible=False, elem_id="data-page")
         shown = gr.HTML(elem_id="data-view")
-        captions = Table(
-            headers=["picture", "caption"],
-            datatype="str",
-            interactive=True,
-            static_columns=[0],
-            label="Captions: edit them here",
-            buttons=[],
-            visible=False,
-            wrap=True,
-            max_height=420,
-            elem_id="data-captions",
-        )
+        captions = caption_table("data-captions")
         save = gr.Button("Write the captions beside the pictures", visible=False, elem_id="save-captions")
         message = gr.HTML(elem_id="data-message")
     panel = DataPanel(site, data, prompt, page, shown, captions, gr.State([]), save, message)
@@ -103,7 +88,7 @@ def view(site: Site, found: Folder, page: int) -> str:
     for example in some:
         name = example.path.relative_to(found.path).as_posix()
         try:
-            source = _thumbnail(example.path)
+            source = thumbnail(example.path)
         except MediaError as error:
             unread.append(f"{name}: {error.problem}")
             continue
@@ -124,15 +109,6 @@ def _without(site: Site, line: str) -> str:
     for name, root in {"runs": site.store.root, **site.data}.items():
         line = line.replace(str(root), name)
     return line
-
-
-def _thumbnail(path: Path) -> str:
-    """A small picture as an address that holds it. Raises MediaError where it cannot be read."""
-    image = decode(path, PIXELS).convert("RGB")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_captions(

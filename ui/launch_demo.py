@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,9 +12,9 @@ from equipoise.errors import EquipoiseError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.demo import shapes
 from equipoise.ui import draw
-from equipoise.ui.launch import error_notice, launch, load_shipped, planned
+from equipoise.ui.launch import error_notice, launch, load_shipped, planned, ways_on
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import PRIVATE, Updates, bound
+from equipoise.ui.widgets import HIDDEN, PRIVATE, Updates, bound
 
 NAME = "text_to_image/demo"
 _LEAD = (
@@ -36,7 +37,9 @@ def build(site: Site, workers: int) -> None:
         gr.HTML(f"<div class='demo-pictures'>{''.join(_pictures())}</div><p class='hint'>{_LEAD}</p>", elem_id="demo")
         start = gr.Button("Start the demo", variant="primary", size="md", elem_id="start-demo")
     message = gr.HTML(elem_id="demo-message")
-    start.click(bound(on_start_demo, DemoPanel(site, workers, message)), None, message, **PRIVATE)
+    at_once = draw.notice("Being started …")  # the server takes its time
+    start.click(None, None, message, js=f"() => {json.dumps(at_once)}", **PRIVATE)
+    start.click(bound(on_start_demo, DemoPanel(site, workers, message)), None, message, **HIDDEN)
 
 
 @cache
@@ -59,6 +62,7 @@ def on_start_demo(panel: DemoPanel) -> Updates:
     try:
         config = configs.set_keys(load_shipped(NAME), {"runs": str(panel.site.store.root)})
         made = planned(panel.site, config, NAME, panel.workers)
-        return {panel.message: draw.notice(launch(panel.site, made, panel.workers)[1], "good")}
+        id, words = launch(panel.site, made, panel.workers)
+        return {panel.message: draw.notice(words, "good") + ways_on(id, sweep=True)}
     except EquipoiseError as error:
         return {panel.message: error_notice(error)}

@@ -8,7 +8,7 @@ from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.pipelines.jobs import background
 from equipoise.ui import compare, draw
-from equipoise.ui.answers import answers
+from equipoise.ui.answers import all_answers
 from equipoise.ui.compare_pictures import MOST, shots
 from equipoise.ui.draw import esc, url
 from equipoise.ui.safety import Site
@@ -72,9 +72,11 @@ def offered(site: Site) -> list[str]:
 def shown_beside(site: Site, id: str) -> str:
     """What the base and the trained model drew or answered, beside each other."""
     made = compare.read(site, id)
-    parts = [_side(site, made, id, cell) for cell in (made.base, *made.cells[:1])]
+    both = (made.base, *made.cells[:1])
+    answered = all_answers(site, {_name(made, cell): made.folder / cell.folder for cell in both})
+    drawn = "" if answered else "".join(_side(site, made, id, cell) for cell in both)
     words = "; ".join(made.prompts[:4])
-    return f"<p class='hint'>{esc(words)}</p><div class='talk'>{''.join(parts)}</div>"
+    return answered or f"<p class='hint'>{esc(words)}</p><div class='talk'>{drawn}</div>"
 
 
 def _side(site: Site, made: Comparison, id: str, cell: Cell) -> str:
@@ -83,9 +85,11 @@ def _side(site: Site, made: Comparison, id: str, cell: Cell) -> str:
         f"<a href='{url(shot.file)}' target='_blank'><img src='{url(shot.file)}' alt='{esc(cell.who)}'></a>"
         for shot in found
     ]
-    said = answers(site, made.folder / cell.folder, 0)
-    name = f"{cell.row} {made.shown(cell.rate)}" if cell.run else "the untouched base"
-    return f"<section><h3>{esc(name)}</h3>{''.join(images)}{said}</section>"
+    return f"<section><h3>{esc(_name(made, cell))}</h3>{''.join(images)}</section>"
+
+
+def _name(made: Comparison, cell: Cell) -> str:
+    return f"{cell.row} {made.shown(cell.rate)}" if cell.run else "the untouched base"
 
 
 # Handlers: what they are given stands in the order of the inputs above

@@ -117,7 +117,13 @@ def _fill(folder: Path, name: str, cell: Cell, answers: Sequence[Answer]) -> Non
     target = folder / "cells" / name
     target.mkdir(parents=True, exist_ok=True)
     table = [
-        {"question": without_marks(a.question), "answer": a.text, "wanted": list(a.wanted), "score": a.score}
+        {
+            "media": [str(path) for path in a.example.media],
+            "question": without_marks(a.question),
+            "answer": a.text,
+            "wanted": list(a.wanted),
+            "score": a.score,
+        }
         for a in answers
     ]
     (target / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))

@@ -42,6 +42,7 @@ def test_one_button_starts_the_demo_once(site, ask):
         said = str(ask("on_start_demo"))
         assert "Queued " in said and "It is not started twice" in str(ask("on_start_demo"))
         (made,) = [item for item in site.store.list() if item.id != "first"]
+        assert f"?tab=Compare&amp;compare={made.id}" in said and f"?tab=Runs&amp;run={made.id}" in said
         assert made.kind == "sweep" and made.pipeline == "text_to_image"
         site.store.get(made.id).request("stop")
     assert configs.load(site.store.root / made.id / "config.yaml").sweep == configs.load(launch_demo.NAME).sweep
