@@ -14,7 +14,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 # Of what lies around gradio's own frame, which its scoping keeps the stylesheet from.
 HEAD = """<style>
 .gradio-container, .gradio-container .main, .gradio-container .main > .wrap, main.contain { width: 100% !important }
-.gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100vw !important }
+.gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100% !important }
 .dark .gradio-container button[role=tab].selected, .dark button[role=tab].selected { color: #2dd4bf !important }
 [data-stale], [data-unfound] { display: none !important }
 .gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }

@@ -169,9 +169,10 @@ class Comparison:
     def _refuse_what_lies_elsewhere(self) -> None:
         """Raises InputError for a picture outside of the folder: the file may be anybody's, and pictures are shown."""
         folder = os.path.realpath(self.folder)
+        resolved: dict[str, str] = {}
         for picture in (picture for cell in (self.base, *self.cells) for picture in cell.pictures):
             for name in (picture.file, picture.thumbnail):
-                if not _is_in(folder, name):
+                if not _is_in(folder, name, resolved):
                     raise InputError(
                         f"{self.folder}: table.json names the picture {name[:200]!r}, which is not a file's name in "
                         "that folder, so nothing of it is shown; compare anew."
@@ -377,12 +378,16 @@ def _record(cls: type[Comparison]) -> TypeAdapter[Comparison]:
     return TypeAdapter(cls)
 
 
-def _is_in(folder: str, name: str) -> bool:
+def _is_in(folder: str, name: str, resolved: dict[str, str]) -> bool:
     """Whether a name leads to something in the (resolved) folder: on disk, links followed, and in a browser, for which
-    it is an address beside the report's own."""
+    it is an address beside the report's own. `resolved`: folders that were followed already, which many files share."""
     if name[:1] in ("", "/") or any(mark in name for mark in ":\\\0") or ".." in name.split("/"):
         return False
-    return os.path.realpath(f"{folder}/{name}").startswith(f"{folder}/")  # pathlib's takes thrice as long
+    place, _, last = f"{folder}/{name}".rpartition("/")
+    if place not in resolved:
+        resolved[place] = os.path.realpath(place)  # pathlib's takes thrice as long
+    file = f"{resolved[place]}/{last}"
+    return (os.path.realpath(file) if os.path.islink(file) else file).startswith(f"{folder}/")
 
 
 def _failure(cell: Cell) -> str:
