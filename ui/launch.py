@@ -123,7 +123,7 @@ def plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunCon
     given = {key: value for key, value in values.items() if key != "sweep"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "form.yaml"
-        file.write_text(json.dumps({"pipeline": pipeline, "name": str(given.get("name") or "run")}))
+        file.write_text(json.dumps({"pipeline": pipeline, "name": "run"}))  # the form's own is checked with the rest
         words = [
             f"{key.key}={_word(given[key.key])}" for key in configs.describe(cls) if key.required and key.key in given
         ]
