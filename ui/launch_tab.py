@@ -198,7 +198,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     if cls.SHORT.get("data", "").endswith(".folder"):
         launch_pictures.build(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
         if PROMPT in widgets:
-            launch_data.build(site, widgets[cls.SHORT["data"]], widgets[PROMPT])
+            launch_data.build(site, widgets)
     message = gr.HTML(elem_classes=["message"], js_on_load="equipoise.faults(element)")
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
