@@ -62,7 +62,8 @@ def build(site: Site, widgets: Mapping[str, Any]) -> None:
     outputs = [shown, captions, panel.read, save, page, message]
     inputs = [data, prompt, *shapes.values()]
     gr.on([around.expand, data.change], bound(on_look, panel), inputs, outputs, **HIDDEN)
-    page.input(bound(on_page, panel), [page, *inputs], outputs, trigger_mode="always_last", **HIDDEN)
+    inputs = [data, prompt, page, *shapes.values()]
+    page.input(bound(on_page, panel), inputs, outputs, trigger_mode="always_last", **HIDDEN)
     save.click(bound(on_save, panel), [data, prompt, captions, panel.read], [message, panel.read], **PRIVATE)
 
 
@@ -223,7 +224,7 @@ def on_look(panel: DataPanel, choice: str | None, prompt: str | None, *shapes: A
     return _looked(panel, choice, prompt, 1, shapes)
 
 
-def on_page(panel: DataPanel, page: float, choice: str | None, prompt: str | None, *shapes: Any) -> Updates:
+def on_page(panel: DataPanel, choice: str | None, prompt: str | None, page: float, *shapes: Any) -> Updates:
     return _looked(panel, choice, prompt, int(page), shapes)
 
 
