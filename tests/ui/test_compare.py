@@ -299,7 +299,7 @@ def test_what_a_cells_figures_are_stands_with_them(site, keeping):
     shown = compare_cell.cell_detail(site, OWN, [keeping.cells[0].run], 0)
     explained = re.findall(r"<li><b>([^<]+)</b>: [\w:]", shown)
     assert explained == [{"noise": "pictures of noise"}.get(name, name) for name in known] and "kept" in known
-    assert "<th title='share of pictures of one tone'>flat" in compare_numbers.table(site, OWN)
+    assert "<th title='share of pictures that are black'>black" in compare_numbers.table(site, OWN)
 
 
 def test_a_thumbnail_that_was_drawn_anew_is_in_the_next_report(keeping):

@@ -326,11 +326,11 @@ def test_all_answers_stand_beside_each_other_with_their_pictures_page_by_page(si
         (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     id, first = "grid/comparison", sweeps.cells(swept)[0].id
     shown = compare_cell.cell_detail(site, id, ["base", first], 0)
-    assert "<th>base</th><th>adamw 1e-4</th>" in shown and shown.count("&lt;q") == 45
+    assert "<th>base</th><th>adamw 1e-4</th>" in shown and shown.count("<p>&lt;q") == 45
     assert re.findall("Questions [0-9]+ to [0-9]+", shown) == ["Questions 21 to 40", "Questions 41 to 45"]
     assert shown.count("data:image/jpeg;base64,") == 45 and shown.count("<small>secret.png</small>") == 45
     assert shown.count("<small>such.wav</small>") == 45 and "and 41 more" in compare_grid.grid(site, id)
-    assert (said := talk.shown_beside(site, id)).count("&lt;q") == 45 and "<th>the untouched base</th>" in said
+    assert (said := talk.shown_beside(site, id)).count("<p>&lt;q") == 45 and "<th>the untouched base</th>" in said
 
 
 def test_odd_records_stop_nothing(site, run, swept, answered):
