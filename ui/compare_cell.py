@@ -7,6 +7,7 @@ from typing import Any
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
 from equipoise.pipelines.comparing.meanings import meaning
+from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.config import flat
 from equipoise.ui import draw
 from equipoise.ui.answers import all_answers
@@ -58,7 +59,10 @@ def cell_detail(
         parts.append(_strip(comparison, last, all_shots[-1], shown))
     before = pair[0] if len(pair) > 1 else None
     differs = _differences(site, last, before, comparison.cells)
-    rows = "".join(f"<tr><td>{esc(key)}</td><td>{esc(a)}</td><td>{esc(b)}</td></tr>" for key, a, b in differs)
+    rows = "".join(
+        f"<tr><td>{esc(key)}</td><td>{esc(_value(key, a))}</td><td>{esc(_value(key, b))}</td></tr>"
+        for key, a, b in differs
+    )
     names = f"<tr><th>configuration</th><th>this</th><th>{'the one before' if before else 'others have'}</th></tr>"
     lists = f"<div class='scroll'><table>{names}{rows}</table></div>" if rows else ""
     facts = draw.facts(_facts(comparison, last, shown, step))
@@ -160,6 +164,11 @@ def zoom_buttons(links: Sequence[tuple[str, str]] = ()) -> str:
     ]
     parts += [f"<a href='{address}' target='_blank'>{esc(words)}</a>" for words, address in links]
     return f"<p class='zoom-buttons'>{' '.join(parts)}</p>"
+
+
+def _value(key: str, value: Any) -> Any:
+    """A value of a configuration; of a rate, as the grid has it."""
+    return shown_rate(value) if key.endswith("learning_rate") and isinstance(value, float) else value
 
 
 def _differences(site: Site, cell: Cell, other: Cell | None, cells: Sequence[Cell]) -> list[tuple[str, Any, Any]]:

@@ -64,7 +64,7 @@ def _pictures() -> list[str]:
 def _outcome() -> str:
     """What it comes to, which docs/draw_ui_demo.py has drawn from a demo that was run."""
     picture = base64.b64encode(files("equipoise.ui").joinpath("demo.png").read_bytes()).decode()
-    words = "One prompt, one noise, after training at 0.003, 0.1 and 1: AdamW above, bounded AdamW below."
+    words = "One prompt, one noise, after training at 3e-3, 1e-1 and 1e0: AdamW above, bounded AdamW below."
     return (
         f"<figure class='outcome'><img src='data:image/png;base64,{picture}' alt='{words}'>"
         f"<figcaption>{words}</figcaption></figure>"

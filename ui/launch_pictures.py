@@ -139,8 +139,8 @@ def on_use(panel: PicturePanel, name: str, paths: list[str] | None, rows: Any, s
     except EquipoiseError as error:
         return {panel.message: error_notice(error)}
     forget(paths or [])
-    words, emptied = f"{len(paths or [])} pictures are ready; `data` names them.", {}
+    words, emptied = f"{len(paths or [])} pictures are ready; “Data” names them.", {}
     if panel.prompt is not None:
-        words += " `instance prompt` is empty now, so that their captions are read."
+        words += " “Instance prompt” is empty now, so that their captions are read."
         emptied = {panel.prompt: gr.update(value="")}
     return {panel.message: draw.notice(words, "good"), panel.data: folder, panel.files: None, **emptied}

@@ -431,7 +431,11 @@ def _rank(item: forms.Field) -> tuple[int, int]:
 
 
 def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any], visible: bool = True) -> Any:
-    given: dict[str, Any] = {"label": item.label, "info": item.info, "value": shown.get(item.key.key)}
+    given: dict[str, Any] = {
+        "label": item.label[:1].upper() + item.label[1:],
+        "info": item.info,
+        "value": shown.get(item.key.key),
+    }
     given |= {"interactive": True, "visible": visible}
     given["elem_id"] = field_id(cls.model_fields["pipeline"].default, item.key.key)
     if item.kind == "plugin":

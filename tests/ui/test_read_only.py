@@ -37,7 +37,7 @@ READS = {  # all other handlers: each new one must be put into one of the two
         "on_count",
     ),
     *("page", "_offered", "asked_runs", "asked_comparison", "forget_pair", "show_tally"),
-    *("offer_columns", "draw_scatter", "offer_presets", "load_preset", "keep_preset"),
+    *("search_log", "forget_search", "offer_columns", "draw_scatter", "offer_presets", "load_preset", "keep_preset"),
 }
 
 
