@@ -21,7 +21,7 @@ def axes(comparison: Comparison) -> list[tuple[str, str]]:
     """What rows and columns can be: (words, key)."""
     keys = list(dict.fromkeys(key for cell in comparison.cells for key in cell.config))
     rest = [(key, key) for key in keys if key != RATE]
-    return [("optimizer and what else differs", ROW), (comparison.column, RATE), *rest]
+    return [("all else that differs", ROW), (comparison.column, RATE), *rest]
 
 
 def value(comparison: Comparison, cell: Cell, axis: str) -> str:

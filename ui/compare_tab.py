@@ -163,7 +163,7 @@ def _view() -> tuple[gr.Dropdown, gr.Dropdown, Slider, Slider, Slider, Slider]:
         step = _slider("Step", samples, "compare-step", value=1, visible=False)
         made = "Opens what was made at this strength."
         scale = _slider("LoRA scale", made, "compare-scale", maximum=compare.MOST_SCALE, value=1, step=0.05)
-        rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", **wide)
+        rows = gr.Dropdown([("all else that differs", ROW)], value=ROW, label="Rows", **wide)
         columns = gr.Dropdown([("learning rate", COLUMN)], value=COLUMN, label="Columns", **wide)
     return rows, columns, prompt, noise, step, scale
 
