@@ -54,7 +54,7 @@ def build(site: Site, tab: gr.Tab) -> None:
     shown = gr.HTML(draw.empty("Nothing asked yet", "Choose a run that is done, and write what to draw or to answer."))
     made = TalkTab(site, run, of, prompt, scale, count, message, shown, gr.State(""))
     tab.select(bound(offer_models, made), None, run, **HIDDEN)
-    run.change(bound(choose_model, made), run, [of, scale, count], **HIDDEN)
+    gr.on([run.change, tab.select], bound(choose_model, made), run, [of, scale, count], **HIDDEN)
     asked, outputs = [run, prompt, count, scale, of], [message, made.job, shown]
     gr.on([go.click, prompt.submit], bound(say, made), asked, outputs, **HIDDEN)
     gr.Timer(POLL).tick(bound(follow, made), [made.job, of], outputs, trigger_mode="once", **HIDDEN)

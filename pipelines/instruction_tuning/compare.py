@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ def _fill(folder: Path, name: str, cell: Cell, answers: Sequence[Answer]) -> Non
     target.mkdir(parents=True, exist_ok=True)
     table = [
         {
-            "media": [str(path) for path in a.example.media],
+            "media": [os.path.abspath(path) if os.path.exists(path) else str(path) for path in a.example.media],
             "question": without_marks(a.question),
             "answer": a.text,
             "wanted": list(a.wanted),
