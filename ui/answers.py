@@ -1,13 +1,18 @@
 """Answers to questions as HTML: ticked, or crossed with what was wanted."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.media.reading import MediaError
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
 from equipoise.ui.safety import Site
+from equipoise.ui.thumbnails import thumbnail
 
+PAGE = 20  # answers that are shown at once
+PICTURES = 3  # of a question
 ANSWERS = "answers.jsonl"  # where a pipeline that answers questions writes its answers
 
 
@@ -24,7 +29,55 @@ def answers(site: Site, folder: Path, prompt: int) -> str:
     """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
     found = answer_records(site, folder)
     marked = list(map(_answer, found[prompt - 1 : prompt] if prompt else found[:4]))
-    return f"<div class='answers'>{''.join(marked)}</div>" if marked else ""
+    more = f"<small>and {len(found) - 4} more</small>" if len(found) > 4 and not prompt else ""
+    return f"<div class='answers'>{''.join(marked)}{more}</div>" if marked else ""
+
+
+def all_answers(site: Site, folders: Mapping[str, Path]) -> str:
+    """Every question with its pictures and its answers beside each other, a page of them at once, the others folded up.
+
+    Args:
+        site: whose.
+        folders: whose answers they are, in words → the folder of the runs folder that they lie in.
+    """
+    columns = {who: records for who, folder in folders.items() if (records := answer_records(site, folder))}
+    rows = [_row(site, [records[at : at + 1] for records in columns.values()]) for at in range(_most(columns))]
+    head = "".join(f"<th>{esc(words)}</th>" for words in ("question", *columns))
+    pages = [
+        f"<div class='scroll answered'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows[at : at + PAGE])}</tbody></table></div>"
+        for at in range(0, len(rows), PAGE)
+    ]
+    folded = [
+        f"<details class='card'><summary>Questions {at * PAGE + 1} to {min(at * PAGE + PAGE, len(rows))}</summary>"
+        f"{page}</details>"
+        for at, page in enumerate(pages)
+    ]
+    return "".join([*pages[:1], *folded[1:]])
+
+
+def _most(columns: Mapping[str, list[dict[str, Any]]]) -> int:
+    return max(map(len, columns.values()), default=0)
+
+
+def _row(site: Site, found: Sequence[list[dict[str, Any]]]) -> str:
+    """A question, and what each has answered to it; nothing where one has not."""
+    first = next(records[0] for records in found if records)
+    media = first.get("media")
+    shown = "".join(_picture(site, str(name)) for name in (media if isinstance(media, list) else ())[:PICTURES])
+    cells = "".join(f"<td>{_answer(records[0]) if records else ''}</td>" for records in found)
+    return f"<tr><td>{shown}<p>{esc(first.get('question', ''))}</p></td>{cells}</tr>"
+
+
+def _picture(site: Site, name: str) -> str:
+    """What was asked about, small; its file's name alone where it is none that this page may read, or no picture."""
+    path = Path(name)
+    try:
+        if site.may_read(path):
+            return f"<img loading='lazy' src='{thumbnail(path)}' alt='{esc(path.name)}' title='{esc(path.name)}'>"
+    except (MediaError, OSError, ValueError):
+        pass
+    return f"<small>{esc(path.name)}</small>"
 
 
 def _answer(record: dict[str, Any]) -> str:

@@ -302,7 +302,7 @@ def working(site: Site, refs: Sequence[str]) -> str:
     """The comparison of these runs that is being made, or that failed last."""
     count = being_made(site.store.root / refs[0] / "comparison") if len(refs) == 1 else None
     if count is not None:
-        return draw.notice(f"They are being compared: {count} files so far. Choose them again when that is done.")
+        return draw.notice(f"They are being compared: {count} files so far. They appear here by themselves.")
     for job in background.jobs(site.store.root):
         if set(job.runs) == set(refs):
             if job.state == "running":

@@ -1,17 +1,23 @@
 """One cell of a comparison as HTML, in full size, or two under a slider, and in what their configurations differ."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.comparing.comparison import Cell, Comparison
+from equipoise.pipelines.comparing.meanings import meaning
+from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.config import flat
 from equipoise.ui import draw
+from equipoise.ui.answers import all_answers
 from equipoise.ui.compare import read
-from equipoise.ui.compare_pictures import Shot, chosen, shots
+from equipoise.ui.compare_pictures import Shot, chosen, nearest, shots
 from equipoise.ui.draw import esc, url
 from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site
+
+_NAMES = {"noise": "pictures of noise"}  # the other figure of that name is the seed
 
 
 def cell_detail(
@@ -45,18 +51,45 @@ def cell_detail(
     last = pair[-1]
     shown = _first(all_shots[-1], prompt, picture, noise)
     parts = [_large(comparison, pair, [_first(some, prompt, shown.key, noise) for some in all_shots])] if shown else []
+    words = all_answers(site, _answered(site, comparison, pair, step))
     without = [cell.who for cell, some in zip(pair, all_shots, strict=True) if not _first(some, prompt, "", noise)]
-    if without:
+    if without and not words:
         parts.append(f"<p class='hint'>There is no picture of {esc(' and '.join(without))}.</p>")
     if shown:
         parts.append(_strip(comparison, last, all_shots[-1], shown))
     before = pair[0] if len(pair) > 1 else None
     differs = _differences(site, last, before, comparison.cells)
-    rows = "".join(f"<tr><td>{esc(key)}</td><td>{esc(a)}</td><td>{esc(b)}</td></tr>" for key, a, b in differs)
+    rows = "".join(
+        f"<tr><td>{esc(key)}</td><td>{esc(_value(key, a))}</td><td>{esc(_value(key, b))}</td></tr>"
+        for key, a, b in differs
+    )
     names = f"<tr><th>configuration</th><th>this</th><th>{'the one before' if before else 'others have'}</th></tr>"
     lists = f"<div class='scroll'><table>{names}{rows}</table></div>" if rows else ""
     facts = draw.facts(_facts(comparison, last, shown, step))
-    return f"<div class='pair'><div>{''.join(parts)}</div><div>{facts}{lists}</div></div>"
+    meant = "" if step is not None and last.run else _meanings(comparison, last)
+    return f"<div class='pair'><div>{''.join(parts)}</div><div>{facts}{meant}{lists}</div></div>{words}"
+
+
+def _answered(site: Site, comparison: Comparison, pair: Sequence[Cell], step: int | None) -> dict[str, Path]:
+    """Cells in words → where their answers lie: those of the comparison, or those of a step while training."""
+    labels = [_label(comparison, cell) for cell in pair]
+    folders = {}
+    for cell, label in zip(pair, labels, strict=True):
+        training = step is not None and cell.run
+        if folder := nearest(site, cell.run, step) if training else comparison.folder / cell.folder:
+            folders[label if labels.count(label) == 1 else cell.who] = folder  # seeds are labelled alike
+    return folders
+
+
+def _label(comparison: Comparison, cell: Cell) -> str:
+    return f"{cell.row} {comparison.shown(cell.rate)}".strip()
+
+
+def _meanings(comparison: Comparison, cell: Cell) -> str:
+    """What the cell's figures are, to be opened."""
+    known = {name: words for name in cell.metrics if (words := meaning(comparison, name))}
+    items = "".join(f"<li><b>{esc(_NAMES.get(name, name))}</b>: {esc(words)}.</li>" for name, words in known.items())
+    return f"<details class='card'><summary>What these figures are</summary><ul>{items}</ul></details>" if items else ""
 
 
 def _first(found: Sequence[Shot], prompt: int, key: str, noise: int) -> Shot | None:
@@ -78,8 +111,7 @@ def _facts(comparison: Comparison, cell: Cell, shown: Shot | None, step: int | N
         facts |= {"judge's note": shown.note} if shown.note else {}
     if step is not None and cell.run:
         return facts | {"figures": "of the end only: what is drawn while training is not judged"}
-    names = {"noise": "pictures of noise"}  # the other figure of that name is the seed
-    return facts | {names.get(name, name): draw.number(number) for name, number in cell.metrics.items()}
+    return facts | {_NAMES.get(name, name): draw.number(number) for name, number in cell.metrics.items()}
 
 
 def _strip(comparison: Comparison, cell: Cell, found: Sequence[Shot], shown: Shot) -> str:
@@ -98,7 +130,7 @@ def _strip(comparison: Comparison, cell: Cell, found: Sequence[Shot], shown: Sho
 
 def _large(comparison: Comparison, pair: Sequence[Cell], found: Sequence[Shot | None]) -> str:
     """The picture, or with that of the cell before it under a slider; both are zoomed and moved together."""
-    labels = [f"{cell.row} {comparison.shown(cell.rate)}".strip() for cell in pair]
+    labels = [_label(comparison, cell) for cell in pair]
     images = [(label, url(shot.file)) for label, shot in zip(labels, found, strict=True) if shot]
     if len(images) < 2:
         shot = next(shot for shot in found[::-1] if shot)
@@ -132,6 +164,11 @@ def zoom_buttons(links: Sequence[tuple[str, str]] = ()) -> str:
     ]
     parts += [f"<a href='{address}' target='_blank'>{esc(words)}</a>" for words, address in links]
     return f"<p class='zoom-buttons'>{' '.join(parts)}</p>"
+
+
+def _value(key: str, value: Any) -> Any:
+    """A value of a configuration; of a rate, as the grid has it."""
+    return shown_rate(value) if key.endswith("learning_rate") and isinstance(value, float) else value
 
 
 def _differences(site: Site, cell: Cell, other: Cell | None, cells: Sequence[Cell]) -> list[tuple[str, Any, Any]]:

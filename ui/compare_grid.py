@@ -21,7 +21,7 @@ def axes(comparison: Comparison) -> list[tuple[str, str]]:
     """What rows and columns can be: (words, key)."""
     keys = list(dict.fromkeys(key for cell in comparison.cells for key in cell.config))
     rest = [(key, key) for key in keys if key != RATE]
-    return [("optimizer and what else differs", ROW), (comparison.column, RATE), *rest]
+    return [("all else that differs", ROW), (comparison.column, RATE), *rest]
 
 
 def value(comparison: Comparison, cell: Cell, axis: str) -> str:
@@ -104,7 +104,7 @@ def _cell(look: _Look, cells: list[Cell]) -> str:
     comparison, cell = look.comparison, cells[0]
     step = look.step if cell.run else None  # the base is the same at every step
     found = chosen_shots(shots(look.site, comparison, look.id, cell, step), look.prompt, look.noise)
-    folder, drawn = comparison.folder / "cells" / (cell.run.rpartition("/")[2] or "base"), ""
+    folder, drawn = comparison.folder / cell.folder, ""
     if step is not None:
         folder = nearest(look.site, cell.run, step)
         drawn = f"step {step_of(folder)}" if folder else ""  # perhaps not the one asked for

@@ -3,6 +3,7 @@
 from equipoise.pipelines.comparing import answer as answers
 from equipoise.pipelines.comparing import curve as curves
 from equipoise.pipelines.comparing import report, votes
+from equipoise.pipelines.comparing.meanings import meaning
 from equipoise.ui import draw
 from equipoise.ui.compare import read
 from equipoise.ui.draw import esc, url
@@ -33,7 +34,8 @@ def table(site: Site, id: str) -> str:
     cells = [comparison.base, *comparison.cells]
     known = dict.fromkeys(name for cell in cells for name in cell.metrics)
     names = [name for name in known if any(cell.metrics.get(name) for cell in cells)]  # not what is 0 everywhere
-    head = "".join(f"<th>{esc(name)}</th>" for name in ["", comparison.noun, "seed", "state", "verdict", *names])
+    head = "".join(f"<th>{esc(name)}</th>" for name in ["", comparison.noun, "seed", "state", "verdict"])
+    head += "".join(f"<th title='{esc(meaning(comparison, name))}'>{esc(name)}</th>" for name in names)
     rows = "".join(
         f"<tr><td>{esc(cell.row)}</td><td>{comparison.shown(cell.rate)}</td><td>{esc(cell.seed)}</td>"
         f"<td>{esc(cell.state)}</td><td class='verdict'>{esc(comparison.verdict(cell.row, cell.rate))}</td>"

@@ -1,5 +1,6 @@
 """The tab Compare: what runs draw or answer, side by side, from the same prompts and the same noise."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import gradio as gr
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.comparing.comparison import RATE, Comparison
 from equipoise.pipelines.jobs import background
-from equipoise.ui import compare, compare_numbers, compare_vote, draw
+from equipoise.ui import compare, compare_numbers, compare_vote, draw, runs_live
 from equipoise.ui.compare_cell import cell_detail
 from equipoise.ui.compare_grid import COLUMN, ROW, axes, grid
 from equipoise.ui.compare_pictures import noises
@@ -162,7 +163,7 @@ def _view() -> tuple[gr.Dropdown, gr.Dropdown, Slider, Slider, Slider, Slider]:
         step = _slider("Step", samples, "compare-step", value=1, visible=False)
         made = "Opens what was made at this strength."
         scale = _slider("LoRA scale", made, "compare-scale", maximum=compare.MOST_SCALE, value=1, step=0.05)
-        rows = gr.Dropdown([("optimizer and what else differs", ROW)], value=ROW, label="Rows", **wide)
+        rows = gr.Dropdown([("all else that differs", ROW)], value=ROW, label="Rows", **wide)
         columns = gr.Dropdown([("learning rate", COLUMN)], value=COLUMN, label="Columns", **wide)
     return rows, columns, prompt, noise, step, scale
 
@@ -276,7 +277,8 @@ def _connect_job(tab: CompareTab) -> None:
     asks.from_files.click(bound(start_from_files, tab), given, said, **HIDDEN)
     tab.end.click(bound(end_job, tab), view.refs, said, **HIDDEN)
     timer = gr.Timer(POLL)
-    timer.tick(bound(follow_job, tab), [view.refs, tab.job], [*said, tab.job], trigger_mode="once", **HIDDEN)
+    outputs = [*said, tab.job, tab.shown.grid]
+    timer.tick(bound(follow_job, tab), [view.refs, tab.job], outputs, trigger_mode="once", **HIDDEN)
     tab.job.change(bound(offer_new, tab), [view.refs, tab.known], [view.which, tab.known], **HIDDEN)
 
 
@@ -327,8 +329,8 @@ def open_comparison(tab: CompareTab, id: str, refs: list[str]) -> Updates:
     if not id:
         hint = "Generate compares them all in one job, by their own settings or a new prompt."
         said = _job_words(tab, refs)
-        empty = draw.empty("Not compared yet", "" if said[tab.message] else hint)
-        return _cleared(tab, empty) | said
+        live = runs_live.of_refs(tab.site, refs)
+        return _cleared(tab, live or draw.empty("Not compared yet", "" if said[tab.message] else hint)) | said
     try:
         return _filled(tab, id) | _job_words(tab, refs)
     except (EquipoiseError, OSError) as error:
@@ -566,11 +568,14 @@ def follow_job(tab: CompareTab, refs: list[str], before: str) -> Updates:
     if not refs:
         return gr.skip()
     words = compare.working(tab.site, refs)
-    state = f"{words}|{','.join(item.id for item in compare.made(tab.site, refs))}"
+    found = ",".join(item.id for item in compare.made(tab.site, refs))
+    live = "" if found else runs_live.of_refs(tab.site, refs)
+    state = "|".join([words, found, hashlib.sha256(live.encode()).hexdigest() if live else ""])
     if state == before:
         return gr.skip()
     # Other messages stand in the same part: they stay until there is something else to say of the job.
-    return {tab.job: state} | (_job_words(tab, refs) if words != before.rpartition("|")[0] else {})
+    said = _job_words(tab, refs) if words != before.rsplit("|", 2)[0] else {}
+    return {tab.job: state} | said | ({tab.shown.grid: live} if live else {})
 
 
 def offer_new(tab: CompareTab, refs: list[str], known: list[str]) -> Updates:

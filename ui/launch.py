@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from equipoise import registry
 from equipoise.errors import ConfigError, EquipoiseError, InputError
@@ -122,7 +123,7 @@ def plain(pipeline: str, cls: type[RunConfig], values: dict[str, Any]) -> RunCon
     given = {key: value for key, value in values.items() if key != "sweep"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "form.yaml"
-        file.write_text(json.dumps({"pipeline": pipeline, "name": str(given.get("name") or "run")}))
+        file.write_text(json.dumps({"pipeline": pipeline, "name": "run"}))  # the form's own is checked with the rest
         words = [
             f"{key.key}={_word(given[key.key])}" for key in configs.describe(cls) if key.required and key.key in given
         ]
@@ -148,6 +149,14 @@ def launch(site: Site, made: Plan, workers: int | None = None) -> tuple[str, str
     if first:
         return run.id, f"Queued {run.id}. It begins when {first.id} has ended; the tab Runs shows both."
     return run.id, f"Started {run.id}. The tab Runs shows how it goes."
+
+
+def ways_on(id: str, sweep: bool) -> str:
+    """Links to where what was started is watched."""
+    ways = {"Watch its cells side by side in Compare": {"tab": "Compare", "compare": id}} if sweep else {}
+    ways |= {"See its curves and its log in Runs": {"tab": "Runs", "run": id}}
+    links = [f"<a href='?{draw.esc(urlencode(where))}'>{words}</a>" for words, where in ways.items()]
+    return f"<p class='ways'>{' · '.join(links)}</p>"
 
 
 def at_work(site: Site, made: Plan) -> Status | None:

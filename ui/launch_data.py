@@ -1,33 +1,34 @@
 """The part of the tab Launch that shows the pictures of a folder with their captions, and writes captions back."""
 
-import base64
-import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
 from equipoise.pipelines.files import write_atomic
-from equipoise.pipelines.media.pictures import decode
+from equipoise.pipelines.media.pictures import size_of
 from equipoise.pipelines.media.reading import MediaError
 from equipoise.pipelines.tables import listed
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Folder, read_folder
 from equipoise.ui import draw
 from equipoise.ui.draw import esc
-from equipoise.ui.launch import error_notice
-from equipoise.ui.safety import PIXELS, Site
-from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound, table_rows
+from equipoise.ui.launch import PROMPT, error_notice
+from equipoise.ui.safety import Site
+from equipoise.ui.thumbnails import thumbnail
+from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound, caption_table, table_rows
 
 PAGE = 48  # pictures that are shown at a time
-SIDE = 128  # pixels of a thumbnail
 MOST = 5_000  # characters of a caption
+SHAPES = ("data.buckets", "data.resolution", "data.bucket_step", "data.bucket_limit")
+MOST_SIZED = 2_000  # pictures whose sizes are looked up
 _TABLE = "metadata.jsonl"  # in which this page keeps the captions of uploads
 
 
@@ -38,6 +39,7 @@ class DataPanel:
     site: Site
     data: gr.Dropdown  # the form's field that names the folder
     prompt: gr.Textbox  # the form's field that goes before the captions
+    shapes: Mapping[str, Any]  # the form's fields that say how pictures are cut, by key
     page: Slider
     shown: gr.HTML
     captions: Table
@@ -46,29 +48,22 @@ class DataPanel:
     message: gr.HTML
 
 
-def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox) -> None:
-    """Draws the panel."""
+def build(site: Site, widgets: Mapping[str, Any]) -> None:
+    """Draws the panel. `widgets`: of the form, by key."""
+    data, prompt = widgets["data.folder"], widgets[PROMPT]
+    shapes = {key: widgets[key] for key in SHAPES if key in widgets}
     with gr.Accordion("Look at the data: pictures and captions", open=False) as around:
         page = Slider(1, 2, value=1, step=1, label="Page", interactive=True, visible=False, elem_id="data-page")
         shown = gr.HTML(elem_id="data-view")
-        captions = Table(
-            headers=["picture", "caption"],
-            datatype="str",
-            interactive=True,
-            static_columns=[0],
-            label="Captions: edit them here",
-            buttons=[],
-            visible=False,
-            wrap=True,
-            max_height=420,
-            elem_id="data-captions",
-        )
+        captions = caption_table("data-captions")
         save = gr.Button("Write the captions beside the pictures", visible=False, elem_id="save-captions")
         message = gr.HTML(elem_id="data-message")
-    panel = DataPanel(site, data, prompt, page, shown, captions, gr.State([]), save, message)
+    panel = DataPanel(site, data, prompt, shapes, page, shown, captions, gr.State([]), save, message)
     outputs = [shown, captions, panel.read, save, page, message]
-    gr.on([around.expand, data.change], bound(on_look, panel), [data, prompt], outputs, **HIDDEN)
-    page.input(bound(on_page, panel), [data, prompt, page], outputs, trigger_mode="always_last", **HIDDEN)
+    inputs = [data, prompt, *shapes.values()]
+    gr.on([around.expand, data.change], bound(on_look, panel), inputs, outputs, **HIDDEN)
+    inputs = [data, prompt, page, *shapes.values()]
+    page.input(bound(on_page, panel), inputs, outputs, trigger_mode="always_last", **HIDDEN)
     save.click(bound(on_save, panel), [data, prompt, captions, panel.read], [message, panel.read], **PRIVATE)
 
 
@@ -96,14 +91,40 @@ def folder_of(site: Site, choice: str, prompt: str) -> tuple[Folder, bool]:
     return found, not embedded
 
 
-def view(site: Site, found: Folder, page: int) -> str:
-    """A page of pictures, each with its caption, and what is left out and why."""
+def buckets(found: Folder, given: Mapping[str, Any]) -> str:
+    """To which sizes a form's pictures are cut, and how many to each; "" where all are cut to the same square, or the
+    form cannot be read. Models whose latents want other multiples than of 8 pixels cut a little differently.
+
+    Args:
+        found: the folder.
+        given: what the form's fields of SHAPES hold, by key.
+    """
+    from equipoise.pipelines.text_to_image.buckets import nearest, sizes  # which needs torch
+
+    if not given.get("data.buckets"):
+        return ""
+    try:
+        shape = {key: configs.parse_value(str(value)) for key, value in given.items() if str(value or "").strip()}
+        config = configs.set_keys(TextToImageConfig(name="data"), shape)  # pyright: ignore[reportCallIssue]
+    except ConfigError:
+        return ""
+    among, counts = sizes(config.data), Counter[tuple[int, int]]()
+    for example in found.examples[:MOST_SIZED]:
+        with suppress(MediaError):
+            counts[nearest(size_of(example.path), among)] += 1
+    words = ", ".join(f"{width} × {height}: {count}" for (width, height), count in counts.most_common())
+    of = f" of the first {MOST_SIZED:,}" if len(found.examples) > MOST_SIZED else ""
+    return f"Buckets, in pixels, and how many pictures{of} each has: {words}."
+
+
+def view(site: Site, found: Folder, page: int, sizes: str = "") -> str:
+    """A page of pictures, each with its caption, and what is left out and why. `sizes`: what `buckets` says."""
     some = found.examples[(page - 1) * PAGE : page * PAGE]
     figures, unread = [], []
     for example in some:
         name = example.path.relative_to(found.path).as_posix()
         try:
-            source = _thumbnail(example.path)
+            source = thumbnail(example.path)
         except MediaError as error:
             unread.append(f"{name}: {error.problem}")
             continue
@@ -115,7 +136,7 @@ def view(site: Site, found: Folder, page: int) -> str:
     wrong = [*(f"cannot be read: {line}" for line in unread), *found.problems]
     summary = found.summary.replace(f"{found.path}: ", "", 1)
     said = draw.notice("\n".join(_without(site, line) for line in wrong), "bad")
-    said += draw.notice("\n".join(_without(site, line) for line in [summary, *found.doubts]))
+    said += draw.notice("\n".join(_without(site, line) for line in [summary, sizes, *found.doubts]))
     return f"{said}<div class='data'>{''.join(figures)}</div>"
 
 
@@ -124,15 +145,6 @@ def _without(site: Site, line: str) -> str:
     for name, root in {"runs": site.store.root, **site.data}.items():
         line = line.replace(str(root), name)
     return line
-
-
-def _thumbnail(path: Path) -> str:
-    """A small picture as an address that holds it. Raises MediaError where it cannot be read."""
-    image = decode(path, PIXELS).convert("RGB")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_captions(
@@ -208,17 +220,18 @@ def _in_one_line(caption: Any) -> str:
 # Handlers: what they are given stands in the order of the inputs above
 
 
-def on_look(panel: DataPanel, choice: str | None, prompt: str | None) -> Updates:
-    return _looked(panel, choice, prompt, 1)
+def on_look(panel: DataPanel, choice: str | None, prompt: str | None, *shapes: Any) -> Updates:
+    return _looked(panel, choice, prompt, 1, shapes)
 
 
-def on_page(panel: DataPanel, choice: str | None, prompt: str | None, page: float) -> Updates:
-    return _looked(panel, choice, prompt, int(page))
+def on_page(panel: DataPanel, choice: str | None, prompt: str | None, page: float, *shapes: Any) -> Updates:
+    return _looked(panel, choice, prompt, int(page), shapes)
 
 
-def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int) -> Updates:
+def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int, shapes: Sequence[Any]) -> Updates:
     try:
         found, writable = folder_of(panel.site, choice or "", prompt or "")
+        cut = buckets(found, dict(zip(panel.shapes, shapes, strict=True)))
     except (EquipoiseError, OSError) as error:
         hidden = gr.update(visible=False)
         words = error_notice(error) if isinstance(error, EquipoiseError) else draw.notice(str(error.strerror), "bad")
@@ -229,7 +242,7 @@ def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int)
     rows = [[example.path.relative_to(found.path).as_posix(), example.caption] for example in some]
     editable = writable and bool(rows) and not (prompt or "").strip()
     return {
-        panel.shown: view(panel.site, found, page),
+        panel.shown: view(panel.site, found, page, cut),
         panel.captions: gr.update(value=rows, visible=editable),
         panel.read: rows,
         panel.save: gr.update(visible=editable),

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import json
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 
 import gradio as gr
 
@@ -11,15 +13,16 @@ from equipoise.errors import EquipoiseError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.demo import shapes
 from equipoise.ui import draw
-from equipoise.ui.launch import error_notice, launch, load_shipped, planned
+from equipoise.ui.launch import error_notice, launch, load_shipped, planned, ways_on
 from equipoise.ui.safety import Site
-from equipoise.ui.widgets import PRIVATE, Updates, bound
+from equipoise.ui.widgets import HIDDEN, PRIVATE, Updates, bound
 
 NAME = "text_to_image/demo"
+EVERY = 160  # steps between pictures on the way, to be seen side by side: half of the training, and its end
 _LEAD = (
     "<b>Begin here: the demo.</b> A small model learns an object that it has never seen from six pictures, by two "
     "optimizers at four learning rates: eight runs, some minutes without a graphics card, no download. “sks” in their "
-    "captions is a word that the model does not know yet, which becomes the object's name. See it in Compare."
+    "captions is a word that the model does not know yet, which becomes the object's name."
 )
 
 
@@ -32,11 +35,14 @@ class DemoPanel:
 
 def build(site: Site, workers: int) -> None:
     """Draws the panel."""
+    six = f"<div class='demo-pictures'>{''.join(_pictures())}</div>"
     with gr.Row(elem_classes=["demo", "actions"]):
-        gr.HTML(f"<div class='demo-pictures'>{''.join(_pictures())}</div><p class='hint'>{_LEAD}</p>", elem_id="demo")
+        gr.HTML(f"{six}<p class='hint'>{_LEAD}</p>{_outcome()}", elem_id="demo")
         start = gr.Button("Start the demo", variant="primary", size="md", elem_id="start-demo")
     message = gr.HTML(elem_id="demo-message")
-    start.click(bound(on_start_demo, DemoPanel(site, workers, message)), None, message, **PRIVATE)
+    at_once = draw.notice("Being started …")  # the server takes its time
+    start.click(None, None, message, js=f"() => {json.dumps(at_once)}", **PRIVATE)
+    start.click(bound(on_start_demo, DemoPanel(site, workers, message)), None, message, **HIDDEN)
 
 
 @cache
@@ -54,11 +60,23 @@ def _pictures() -> list[str]:
     return images
 
 
+@cache
+def _outcome() -> str:
+    """What it comes to, which docs/draw_ui_demo.py has drawn from a demo that was run."""
+    picture = base64.b64encode(files("equipoise.ui").joinpath("demo.png").read_bytes()).decode()
+    words = "One prompt, one noise, after training at 3e-3, 1e-1 and 1e0: AdamW above, bounded AdamW below."
+    return (
+        f"<figure class='outcome'><img src='data:image/png;base64,{picture}' alt='{words}'>"
+        f"<figcaption>{words}</figcaption></figure>"
+    )
+
+
 def on_start_demo(panel: DemoPanel) -> Updates:
-    """Starts it as it is shipped, or says that it is at work already."""
+    """Starts it as it is shipped, with pictures on the way, or says that it is at work already."""
     try:
-        config = configs.set_keys(load_shipped(NAME), {"runs": str(panel.site.store.root)})
+        config = configs.set_keys(load_shipped(NAME), {"runs": str(panel.site.store.root), "samples.every": EVERY})
         made = planned(panel.site, config, NAME, panel.workers)
-        return {panel.message: draw.notice(launch(panel.site, made, panel.workers)[1], "good")}
+        id, words = launch(panel.site, made, panel.workers)
+        return {panel.message: draw.notice(words, "good") + ways_on(id, sweep=True)}
     except EquipoiseError as error:
         return {panel.message: error_notice(error)}

@@ -20,7 +20,7 @@ from equipoise.ui import draw
 from equipoise.ui.launch import UPLOADED, error_notice
 from equipoise.ui.safety import PICTURES, Site, check_picture
 from equipoise.ui.unpack import unpack
-from equipoise.ui.widgets import PRIVATE, Table, Updates, bound, table_rows
+from equipoise.ui.widgets import PRIVATE, Table, Updates, bound, caption_table, table_rows
 
 MOST_SAID = 12  # lines on what was left out
 
@@ -94,16 +94,7 @@ def build(site: Site, data: gr.Dropdown, prompt: gr.Textbox | None = None) -> No
         label = "Pictures (PNG, JPEG, WebP), a folder or a zip file of them, with captions in .txt files or without"
         kinds: Any = {"file_count": "multiple", "file_types": ["image", ".zip", ".txt"]}
         files = gr.File(label=label, height=260, elem_id="pictures", **kinds)
-        captions = Table(
-            headers=["picture", "caption"],
-            datatype="str",
-            interactive=True,
-            static_columns=[0],
-            label="Captions, to be edited here",
-            buttons=[],
-            visible=False,
-            elem_id="captions",
-        )
+        captions = caption_table("captions")
         with gr.Row():
             name = gr.Textbox("pictures", label="Name of the folder", max_lines=1)
             use = gr.Button("Use these pictures", elem_id="use-pictures")
@@ -148,8 +139,8 @@ def on_use(panel: PicturePanel, name: str, paths: list[str] | None, rows: Any, s
     except EquipoiseError as error:
         return {panel.message: error_notice(error)}
     forget(paths or [])
-    words, emptied = f"{len(paths or [])} pictures are ready; `data` names them.", {}
+    words, emptied = f"{len(paths or [])} pictures are ready; “Data” names them.", {}
     if panel.prompt is not None:
-        words += " `instance prompt` is empty now, so that their captions are read."
+        words += " “Instance prompt” is empty now, so that their captions are read."
         emptied = {panel.prompt: gr.update(value="")}
     return {panel.message: draw.notice(words, "good"), panel.data: folder, panel.files: None, **emptied}

@@ -31,6 +31,7 @@ from equipoise.ui.launch import (
     plan,
     presets,
     read_yaml,
+    ways_on,
 )
 from equipoise.ui.launch_estimates import estimate, memory
 from equipoise.ui.launch_presets import PresetPanel
@@ -38,6 +39,10 @@ from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site, refuse_commands
 from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
 
+SEEK = (
+    "<p class='seek'><input type='search' aria-label='Search these fields' placeholder='Search these fields: words of "
+    "a name, a key or its explanation'> <span class='hint' role='status'></span></p>"
+)
 LATEST: Any = {**HIDDEN, "trigger_mode": "always_last"}  # of an event that may come again while it is at work
 
 
@@ -193,7 +198,7 @@ def _form(site: Site, pipeline: str, workers: int) -> Form:
     if cls.SHORT.get("data", "").endswith(".folder"):
         launch_pictures.build(site, widgets[cls.SHORT["data"]], widgets.get(PROMPT))
         if PROMPT in widgets:
-            launch_data.build(site, widgets[cls.SHORT["data"]], widgets[PROMPT])
+            launch_data.build(site, widgets)
     message = gr.HTML(elem_classes=["message"], js_on_load="equipoise.faults(element)")
     with gr.Row(elem_classes=["actions"]):
         check = gr.Button("Check and show", size="md", elem_id=f"check-{pipeline}")
@@ -240,12 +245,14 @@ def _fields(
     for item in items:
         if not item.basic:
             rest.setdefault(item.section, []).append(item)
-    with gr.Accordion("Everything else", open=False):
+    with gr.Accordion("Everything else", open=False, elem_classes=["rest"]):
+        gr.HTML(SEEK)
         for section, some in rest.items():
-            gr.HTML(f"<h4>{draw.esc(section)}</h4>")
-            with gr.Group(elem_classes=["fields"]):
-                for item in some:
-                    widgets[item.key.key] = _widget(site, cls, item, shown)
+            with gr.Column(elem_classes=["section"]):
+                gr.HTML(f"<h4>{draw.esc(section)}</h4>")
+                with gr.Group(elem_classes=["fields"]):
+                    for item in some:
+                        widgets[item.key.key] = _widget(site, cls, item, shown)
     return widgets
 
 
@@ -286,11 +293,11 @@ def _connect(form: Form) -> None:
     outputs = [form.message, checked.column, checked.facts, checked.command, checked.yaml, checked.save]
     # What is shown of a form that has changed since is not what would be started. The browser hides it by itself: the
     # server would come too late, and after the next click.
-    plan_data = f"document.getElementById('plan-{form.pipeline}').dataset"
-    fresh: Any = {"js": f"(...values) => {{ delete {plan_data}.stale; return values }}", "show_progress": "minimal"}
+    checks = f"(...values) => {{ equipoise.checked('{form.pipeline}', values); return values }}"
+    fresh: Any = {"js": checks, "show_progress": "minimal"}
     form.check.click(bound(on_check, form), inputs, outputs, **fresh, trigger_mode="always_last", **PRIVATE)
     changes = [form.preset.change, form.options.input, *(widget.change for widget in form.widgets)]
-    keep = f"(...values) => {{ {plan_data}.stale = ''; equipoise.keep('{form.pipeline}', values) }}"
+    keep = f"(...values) => equipoise.keep('{form.pipeline}', values)"
     gr.on(changes, None, inputs, None, js=keep, **PRIVATE)
     root().load(None, inputs, inputs, js=f"(...values) => equipoise.filled('{form.pipeline}', values)", **PRIVATE)
     form.start.click(bound(on_start, form), inputs, form.message, **PRIVATE)
@@ -366,7 +373,8 @@ def on_start(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterato
     yield {form.message: draw.notice("Being checked and started …")}
     try:
         made = form.plan(preset, rows, values)
-        started = draw.notice(launch(form.site, made, form.workers)[1], "good")
+        id, words = launch(form.site, made, form.workers)
+        started = draw.notice(words, "good") + ways_on(id, bool(made.config.sweep))
         yield {form.message: started + draw.notice("\n".join(doubts(made)))}
     except EquipoiseError as error:
         yield {form.message: form.faults(error)}
@@ -423,7 +431,11 @@ def _rank(item: forms.Field) -> tuple[int, int]:
 
 
 def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str, Any], visible: bool = True) -> Any:
-    given: dict[str, Any] = {"label": item.label, "info": item.info, "value": shown.get(item.key.key)}
+    given: dict[str, Any] = {
+        "label": item.label[:1].upper() + item.label[1:],
+        "info": item.info,
+        "value": shown.get(item.key.key),
+    }
     given |= {"interactive": True, "visible": visible}
     given["elem_id"] = field_id(cls.model_fields["pipeline"].default, item.key.key)
     if item.kind == "plugin":

@@ -332,6 +332,7 @@ equipoise.faults = element => {
   const place = () => {
     for (const line of found()) {
       const field = document.getElementById(line.dataset.field);
+      field?.closest('.rest')?.querySelectorAll('[data-unfound]').forEach(one => one.removeAttribute('data-unfound'));
       if (!field || [...field.querySelectorAll('.fault')].some(one => one.textContent === line.textContent)) continue;
       const fault = document.createElement('p');
       fault.className = 'fault';
@@ -365,6 +366,27 @@ equipoise.faults = element => {
     if (field) lift(field);
   });
 };
+
+// Of the fields of a form that stand under "Everything else", those are shown whose words hold all that are searched for.
+equipoise.seek = (rest, text) => {
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  let count = 0;
+  for (const section of rest.querySelectorAll('.section')) {
+    const head = section.querySelector('h4')?.textContent ?? '', fields = [...section.querySelectorAll('[id^="field-"]')];
+    const found = fields.filter(field => {
+      const about = `${head} ${field.textContent}`.toLowerCase(), isFound = words.every(word => about.includes(word));
+      field.toggleAttribute('data-unfound', !isFound);
+      return isFound;
+    });
+    section.toggleAttribute('data-unfound', !found.length);
+    count += found.length;
+  }
+  return words.length ? `${count} found` : '';
+};
+document.addEventListener('input', event => {
+  const box = event.target.closest?.('.seek input');
+  if (box) box.parentElement.querySelector('[role=status]').textContent = equipoise.seek(box.closest('.rest'), box.value);
+});
 
 // A folder that is dropped on an upload is walked through: browsers hand over its files one by one.
 equipoise.files = async entry => {

@@ -14,11 +14,26 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.ui import draw
 from equipoise.ui.answers import answers
 from equipoise.ui.draw import esc, url
-from equipoise.ui.runs import badge, sample_steps
+from equipoise.ui.runs import badge, open_run, sample_steps, together
 from equipoise.ui.safety import Site
 
 MOST = 4  # pictures of a cell, the first of each prompt
 _NAME = re.compile(r"(\d+)-\w+")  # PROMPT-NOISE, as samples are called
+
+
+def of_refs(site: Site, refs: Sequence[str]) -> str:
+    """What to see of a sweep that trains still, in place of its comparison; nothing of other runs."""
+    try:
+        sweep = open_run(site, refs[0]) if len(refs) == 1 else None
+    except EquipoiseError:
+        return ""
+    if sweep is None or sweep.status().kind != "sweep" or sweep.status().over:
+        return ""
+    ended, now = [cell.status().over for cell in sweeps.cells(sweep)], together(sweep, sweep.status())
+    steps = f"step {now.step}{f' of {now.total}' if now.total else ''} in all"
+    words = f"{sum(ended)} of {len(ended)} cells are trained, {steps}."
+    waits = draw.empty("It trains still", "samples.every sets how often its cells draw meanwhile.")
+    return draw.notice(f"{words} Their comparison appears here by itself.") + (grid(site, sweep) or waits)
 
 
 def grid(site: Site, sweep: Run) -> str:

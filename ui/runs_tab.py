@@ -10,11 +10,12 @@ import gradio as gr
 
 from equipoise.errors import EquipoiseError
 from equipoise.pipelines.runs.status import STATES
-from equipoise.ui import draw, runs_more, runs_scatter, runs_several
+from equipoise.ui import draw, runs_log, runs_more, runs_scatter, runs_several
 from equipoise.ui.launch_tab import Launch, filled
 from equipoise.ui.runs import ARCHIVED, COLUMNS, SORTS, offered_columns, open_run, table
 from equipoise.ui.runs_curves import MEASURED, Wanted, metrics
 from equipoise.ui.runs_detail import act, detail, heading, possible, sample_steps
+from equipoise.ui.runs_log import LogPart
 from equipoise.ui.runs_more import More
 from equipoise.ui.runs_scatter import ScatterPart
 from equipoise.ui.safety import Site
@@ -101,6 +102,7 @@ class Parts:
     more: More  # notes and exports, which another file connects
     scatter: ScatterPart
     scatter_tab: gr.Tab
+    searched: LogPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +145,7 @@ def build(site: Site, workers: int, launch: Launch, page_tab: gr.Tab) -> None:
     _connect_refresh(tab, page_tab)
     _connect_choice(tab)
     _connect_actions(tab)
+    runs_log.connect(tab.parts.searched, tab.chosen)
     runs_scatter.connect(tab.parts.scatter, tab.parts.scatter_tab, tab.chosen, tab.parts.curving.beside)
     runs_more.connect(several, tab.parts.more, site, tab.message, page_tab, _refreshed(tab))
 
@@ -183,6 +186,7 @@ def _parts(site: Site) -> Parts:
             step = Slider(0, 1, value=1, step=1, label="Step", interactive=True, visible=False)
             samples = gr.HTML(js_on_load=ON_RUN, elem_id="samples")
         with gr.Tab("Log"):
+            searched = runs_log.draw_parts(site)
             log = gr.HTML()
         with gr.Tab("Configuration"):
             config = gr.Code(language="yaml", interactive=False, max_lines=30, show_label=False)
@@ -194,7 +198,7 @@ def _parts(site: Site) -> Parts:
         with gr.Tab("Scatter") as scatter_tab:
             scatter = runs_scatter.draw_parts(site)
     shown = tabs, curving, curves, step, samples, log, config, files
-    return Parts(*shown, More(export, notes), scatter, scatter_tab)
+    return Parts(*shown, More(export, notes), scatter, scatter_tab, searched)
 
 
 def _curving() -> Curving:

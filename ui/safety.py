@@ -69,6 +69,10 @@ class Site:
         """An error's message, without where on this machine the runs lie."""
         return str(error).replace(f"{self.store.root}: ", "").replace(f"{self.store.root}{os.sep}", "")
 
+    def may_read(self, path: Path) -> bool:
+        """Whether it leads into the runs folder or a data root."""
+        return _inside(path, [self.store.root.resolve(), *self.data.values()])
+
     def choices(self, at: str = "") -> list[tuple[str, str]]:
         """What was uploaded, and folders and files of the data roots as `NAME/…`: (words, choice).
 

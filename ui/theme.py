@@ -14,9 +14,9 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 # Of what lies around gradio's own frame, which its scoping keeps the stylesheet from.
 HEAD = """<style>
 .gradio-container, .gradio-container .main, .gradio-container .main > .wrap, main.contain { width: 100% !important }
-.gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100vw !important }
+.gradio-container .main, .gradio-container .main > .wrap, main.contain { min-width: 0; max-width: 100% !important }
 .dark .gradio-container button[role=tab].selected, .dark button[role=tab].selected { color: #2dd4bf !important }
-[data-stale] { display: none !important }
+[data-stale], [data-unfound] { display: none !important }
 .gradio-container input[type=range]::-webkit-slider-thumb { background: #0f766e !important }
 .gradio-container input[type=range]::-moz-range-thumb { background: #0f766e !important }
 .gradio-container .prose code { font-size: .95em !important; color: inherit !important }
@@ -50,9 +50,16 @@ window.equipoise = {
   // What a form holds outlives a reload, in this browser's tab.
   kept: new Set(),
   keep(form, values) {
+    const now = JSON.stringify(values), plan = document.getElementById('plan-' + form);
+    if (plan.values_ !== now) plan.dataset.stale = '';  // a list of choices that comes late changes no value
     try {
-      if (this.kept.has(form)) sessionStorage.setItem('equipoise ' + form, JSON.stringify(values));
+      if (this.kept.has(form)) sessionStorage.setItem('equipoise ' + form, now);
     } catch {}  // full, or not allowed
+  },
+  checked(form, values) {
+    const plan = document.getElementById('plan-' + form);
+    plan.values_ = JSON.stringify(values);
+    delete plan.dataset.stale;
   },
   // What is chosen once and for all outlives the tab, too.
   remember(name, value) {

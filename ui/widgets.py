@@ -106,3 +106,19 @@ with no_stubs():
 
         def preprocess(self, payload: Any) -> Any:
             return None if payload is None else super().preprocess(payload)
+
+
+def caption_table(id: str) -> Table:
+    """Pictures' names with captions that can be edited, out of sight until there are some. `id`: in the page."""
+    return Table(
+        headers=["picture", "caption"],
+        datatype="str",
+        interactive=True,
+        static_columns=[0],
+        label="Captions: edit them here",
+        buttons=[],
+        visible=False,
+        wrap=True,
+        max_height=420,
+        elem_id=id,
+    )

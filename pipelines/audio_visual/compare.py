@@ -8,7 +8,7 @@ from pathlib import Path
 from equipoise.errors import InputError
 from equipoise.pipelines.audio_visual import confusion
 from equipoise.pipelines.audio_visual.config import AudioVisualConfig
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out
+from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, folder_names, lay_out
 from equipoise.pipelines.runs.run import Run
 
 SCORE = "accuracy of the joint prediction on the test split; of the best modality where the joint head is not trained"
@@ -29,7 +29,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
                 raise InputError(f"comparison: data.{key} differs between the runs ({mine} and {theirs}).")
     kinds = ["joint", *first.modalities]
     alone = len({config.objective.model_dump_json() for config in configs}) == 1  # no row's label names the objective
-    cells, chance = [], math.nan
+    names, cells, chance = folder_names([run.id for run in runs]), [], math.nan
     for run, config, position in zip(runs, configs, lay_out(configs), strict=True):
         cell = Cell.of(run, config, position)
         cells.append(cell)
@@ -42,14 +42,15 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
             continue
         result = json.loads(file.read_text())
         chance = result["chance"]
-        _fill(cell, result, file.parent, folder, kinds)
+        _fill(cell, result, file.parent, folder / "cells" / names[run.id], kinds)
         for objective, figures in result.get("baselines", {}).items() if alone else ():
             other = Cell(f"{run.id}+{objective}", f"{objective}, {row}", cell.rate, config.seed, figures["state"])
             other.message = f"trained by {run.id} for comparison"
             other.config = cell.config | {"objective.name": objective}
             other.doubt = cell.doubt  # the optimizer is the same
             cells.append(other)
-            _fill(other, figures, file.parent / "baselines" / objective, folder, kinds)
+            to = folder / "cells" / f"{names[run.id]}+{objective}"
+            _fill(other, figures, file.parent / "baselines" / objective, to, kinds)
     base = Cell("", "chance", math.nan, configs[0].seed, "untouched", metrics={"score": chance})
     beside = {f"probe_{m}": f"accuracy of a probe on the frozen features of {m}" for m in first.modalities}
     beside |= {f"accuracy_{m}": f"accuracy of {m} alone, by its own head" for m in first.modalities}
@@ -58,7 +59,7 @@ def compare(name: str, folder: Path, runs: Sequence[Run], configs: Sequence[Audi
 
 
 def _fill(cell: Cell, figures: dict, results: Path, folder: Path, kinds: Sequence[str]) -> None:
-    """A cell's metrics and its confusion matrices as pictures."""
+    """A cell's metrics and its confusion matrices as pictures, into a folder of the comparison's `cells`."""
     cell.metrics = {
         key: value for key, value in figures.items() if isinstance(value, int | float) and key.split("_")[0] in _SHOWN
     }
@@ -67,14 +68,14 @@ def _fill(cell: Cell, figures: dict, results: Path, folder: Path, kinds: Sequenc
     for index, kind in enumerate(kinds):
         if (table := results / f"confusion-{kind}.csv").is_file():
             note = f"{kind}: accuracy {figures[f'accuracy_{kind}']:.1%}"
-            cell.pictures.append(_draw(table, folder, cell.run.rsplit("/", 1)[-1], index, kind, note))
+            cell.pictures.append(_draw(table, folder, index, kind, note))
 
 
-def _draw(table: Path, folder: Path, cell: str, index: int, kind: str, note: str) -> Picture:
+def _draw(table: Path, folder: Path, index: int, kind: str, note: str) -> Picture:
     """A confusion matrix, small for the grid, and large with its classes' names and numbers."""
     classes, counts = confusion.read(table)
-    files = f"cells/{cell}/{kind}.png", f"cells/{cell}/small-{kind}.png"
-    (folder / files[0]).parent.mkdir(parents=True, exist_ok=True)
-    confusion.large(classes, counts).save(folder / files[0])
-    confusion.small(counts).save(folder / files[1])
-    return Picture(index, None, *files, note=note)
+    names = f"{kind}.png", f"small-{kind}.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion.large(classes, counts).save(folder / names[0])
+    confusion.small(counts).save(folder / names[1])
+    return Picture(index, None, *(f"cells/{folder.name}/{name}" for name in names), note=note)

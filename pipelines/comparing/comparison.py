@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,8 @@ MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is n
 _LATER = ("scored", "alike", "kept", "own", "column", "source")  # parts of the file that earlier versions did not write
 SOURCE = "source"
 _LONG = 40  # characters of a value in a label
+_SERVED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # names of folders
+_LONG_NAME = 100  # characters of a name, beside which others have to fit into a file system's
 
 
 @dataclass
@@ -90,12 +93,34 @@ class Cell:
         return self.run or named.get(self.row, self.row)
 
     @property
+    def folder(self) -> str:
+        """What it drew or answered lies there, below the comparison's folder."""
+        if self.pictures:
+            return Path(self.pictures[0].file).parent.as_posix()
+        return f"cells/{self.run.rpartition('/')[2] or 'base'}"
+
+    @property
     def score(self) -> float:
         return self.metrics.get("score", math.nan)
 
     def of_prompt(self, prompt: int) -> dict[str, float]:
         """The means of a prompt's pictures' scores; the cell's own metrics are those of all prompts."""
         return means([picture.scores for picture in self.pictures if picture.prompt == prompt])
+
+
+def folder_names(runs: Sequence[str]) -> dict[str, str]:
+    """What the folder of each run's or file's cell is called, the base's under "".
+
+    The last part of its name, where that is its own, no base's, one that the page serves, and not an index; else its
+    index.
+    """
+    short = [run.rpartition("/")[2] for run in runs]
+    count = Counter([*short, "base"])
+    own = {name for name in short if count[name] == 1 and len(name) < _LONG_NAME and not name.isdecimal()}
+    return {"": "base"} | {
+        run: name if name in own and _SERVED.fullmatch(name) else f"{index:03d}"
+        for index, (run, name) in enumerate(zip(runs, short, strict=True))
+    }
 
 
 @dataclass
@@ -147,9 +172,10 @@ class Comparison:
     def _refuse_what_lies_elsewhere(self) -> None:
         """Raises InputError for a picture outside of the folder: the file may be anybody's, and pictures are shown."""
         folder = os.path.realpath(self.folder)
+        resolved: dict[str, str] = {}
         for picture in (picture for cell in (*self.untouched, *self.cells) for picture in cell.pictures):
             for name in (picture.file, picture.thumbnail):
-                if not _is_in(folder, name):
+                if not _is_in(folder, name, resolved):
                     raise InputError(
                         f"{self.folder}: table.json names the picture {name[:200]!r}, which is not a file's name in "
                         "that folder, so nothing of it is shown; compare anew."
@@ -362,12 +388,16 @@ def _record(cls: type[Comparison]) -> TypeAdapter[Comparison]:
     return TypeAdapter(cls)
 
 
-def _is_in(folder: str, name: str) -> bool:
+def _is_in(folder: str, name: str, resolved: dict[str, str]) -> bool:
     """Whether a name leads to something in the (resolved) folder: on disk, links followed, and in a browser, for which
-    it is an address beside the report's own."""
+    it is an address beside the report's own. `resolved`: folders that were followed already, which many files share."""
     if name[:1] in ("", "/") or any(mark in name for mark in ":\\\0") or ".." in name.split("/"):
         return False
-    return os.path.realpath(f"{folder}/{name}").startswith(f"{folder}/")  # pathlib's takes thrice as long
+    place, _, last = f"{folder}/{name}".rpartition("/")
+    if place not in resolved:
+        resolved[place] = os.path.realpath(place)  # pathlib's takes thrice as long
+    file = f"{resolved[place]}/{last}"
+    return (os.path.realpath(file) if os.path.islink(file) else file).startswith(f"{folder}/")
 
 
 def _failure(cell: Cell) -> str:

@@ -66,7 +66,7 @@ def _seen(comparison: Comparison, run: str, vote: dict) -> bytes | None:
     try:
         if picture:
             return (comparison.folder / picture.file).read_bytes()
-        folder = comparison.folder / "cells" / (run.rpartition("/")[2] or "base")
-        return (folder / "answers.jsonl").read_bytes().split(b"\n")[int(key.removeprefix("answer ")) - 1] or None
+        lines = (comparison.folder / cell.folder / "answers.jsonl").read_bytes().split(b"\n")
+        return lines[int(key.removeprefix("answer ")) - 1] or None
     except (OSError, ValueError, IndexError):
         return None

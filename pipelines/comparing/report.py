@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 from collections import Counter
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from equipoise.pipelines.comparing.answer import answer
 from equipoise.pipelines.comparing.comparison import WORKS, Cell, Comparison, Picture, means, short
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve, line_colour
 from equipoise.pipelines.comparing.robustness import KEPT, USABLE
-from equipoise.pipelines.files import write_atomic
+from equipoise.pipelines.files import version, write_atomic
 
 REWRITTEN = (votes.FILE, "table.csv", "prompts.csv", "table.json", "report.html")  # by every vote
 CELL = 168  # pixels, the side of a cell of the grid picture
@@ -283,6 +284,11 @@ def _as_json(comparison: Comparison, row: str, cells: list[Cell]) -> dict:
 
 
 def _data_uri(path: Path) -> str:
+    return _encoded(path, version(path))
+
+
+@lru_cache(2_000)  # thumbnails, some ten kilobytes each: every vote writes the report anew
+def _encoded(path: Path, version: tuple[int, ...]) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from equipoise.coordination.components import architecture
 from equipoise.errors import ConfigError, InputError
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, lay_out, measured
+from equipoise.pipelines.comparing.comparison import (
+    Cell,
+    Comparison,
+    Picture,
+    column_of,
+    folder_names,
+    lay_out,
+    measured,
+)
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig, InstructionTuningSamples
 from equipoise.pipelines.instruction_tuning.data import without_marks
 from equipoise.pipelines.instruction_tuning.evaluate import METRICS, Answer, answer, mean
@@ -61,10 +70,11 @@ def compare(
     asked = asked_of(held, samples, SHOWN)
     results = [_result(run, config) for run, config in zip(runs, configs, strict=True)]
     layout = lay_out(configs)
+    names = folder_names([run.id for run in runs])
     total = len(asked) * (1 + sum(result is not None for result in results))
     with progress("answers", "answer", total=total) as bar:
         untouched = Cell("", "base", math.nan, first.seed, "untouched")
-        _fill(folder, untouched, answer(base, talk, asked, samples, bar.update))
+        _fill(folder, "base", untouched, answer(base, talk, asked, samples, bar.update))
         cells = []
         for run, config, result, position in zip(runs, configs, results, layout, strict=True):
             cell = Cell.of(run, config, position)
@@ -75,7 +85,8 @@ def compare(
             # anew: a result changes encoder weights in place
             base = load_model(config.model, config.train.precision, config.components)
             tuned = load_result(base, run.folder / "result")
-            _fill(folder, cell, answer(tuned, _talk(config, talk.model_type), asked, samples, bar.update))
+            talks = _talk(config, talk.model_type)
+            _fill(folder, names[run.id], cell, answer(tuned, talks, asked, samples, bar.update))
     shown = [(without_marks(it.turns[-1].question), [path.name for path in it.media]) for it in asked[:SHOWN]]
     # of one's own, each is asked of several media
     prompts = [f"{text} ({', '.join(names)})" if samples.prompts and names else text for text, names in shown]
@@ -100,14 +111,20 @@ def _result(run: Run, config: InstructionTuningConfig) -> dict | None:
     return json.loads((folder / "result.json").read_text())
 
 
-def _fill(folder: Path, cell: Cell, answers: Sequence[Answer]) -> None:
+def _fill(folder: Path, name: str, cell: Cell, answers: Sequence[Answer]) -> None:
     score = mean(answers)
     if math.isfinite(score):
         cell.metrics["score"] = score
-    target = folder / "cells" / ("base" if not cell.run else cell.run.rsplit("/", 1)[-1])
+    target = folder / "cells" / name
     target.mkdir(parents=True, exist_ok=True)
     table = [
-        {"question": without_marks(a.question), "answer": a.text, "wanted": list(a.wanted), "score": a.score}
+        {
+            "media": [os.path.abspath(path) if os.path.exists(path) else str(path) for path in a.example.media],
+            "question": without_marks(a.question),
+            "answer": a.text,
+            "wanted": list(a.wanted),
+            "score": a.score,
+        }
         for a in answers
     ]
     (target / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))

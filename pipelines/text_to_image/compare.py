@@ -7,10 +7,8 @@ starting noise are the same everywhere, so what differs between two pictures of 
 import json
 import logging
 import math
-import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from equipoise.pipelines.comparing.comparison import (
     Comparison,
     Picture,
     column_of,
+    folder_names,
     is_rate,
     lay_out,
     means,
@@ -64,8 +63,6 @@ logging.getLogger("diffusers.loaders.lora_base").addFilter(
 
 NOTHING = "comparison: there is nothing to generate. Set samples.prompts in the configuration, or give --prompt."
 ALIKE = "The pictures of a prompt begin from the same noise in every cell."
-_SERVED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # names of folders
-_LONG = 100  # characters of a name, beside which others have to fit into a file system's
 THUMBNAIL = 160  # pixels, the longer side
 
 
@@ -143,7 +140,7 @@ def draw_all(
     """Draws the same prompts from the same noise with the untouched base and with each cell, and measures them."""
     drawn = first.model.path == demo.NAME and any(drawn_subject(prompt) for prompt in samples.prompts)
     total = len(samples.prompts) * samples.count * (1 + sum(one.tuned is not None for one in cells))
-    places = {"": "base"} | _places([one.cell.run for one in cells])
+    places = folder_names([one.cell.run for one in cells])
     with base.encoders_on_device(), progress("pictures", "picture", total=total) as bar:
         plain: list[Sample] = []  # the untouched base's pictures, which come first
 
@@ -245,17 +242,6 @@ def with_lora(base: Base, file: Path, scale: float) -> Iterator[None]:
     finally:
         for part in base.tunable.values():
             base.restore(part)
-
-
-def _places(runs: Sequence[str]) -> dict[str, str]:
-    """Where the pictures of each run or file go: by the last part of its name, where that is its own and no base's,
-    and one that the page serves."""
-    short = [run.rsplit("/", 1)[-1] for run in runs]
-    count = Counter([*short, "base"])
-    return {
-        run: name if count[name] == 1 and len(name) < _LONG and _SERVED.fullmatch(name) else f"{index:03d}"
-        for index, (run, name) in enumerate(zip(runs, short, strict=True))
-    }
 
 
 def _write(

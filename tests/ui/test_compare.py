@@ -10,9 +10,13 @@ from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines.comparing.comparison import Comparison, Picture
+from equipoise.pipelines.comparing.report import render_html
+from equipoise.pipelines.demo import shapes
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs import status
+from equipoise.pipelines.text_to_image.generate import Sample
+from equipoise.pipelines.text_to_image.metrics import measure
 from equipoise.ui import compare, compare_cell, compare_grid, compare_numbers
 
 OWN = "grid/comparison"
@@ -293,3 +297,22 @@ def test_where_files_lie_is_not_served(site, swept):
     assert site.file(f"{id}/table.json").is_file()
     with pytest.raises(InputError, match="no such file"):
         site.file(f"{id}.json")
+
+
+def test_what_a_cells_figures_are_stands_with_them(site, keeping):
+    plain = Image.new("RGB", (64, 64))
+    asked = (shapes.caption(shapes.OBJECT.name, "white"), "a red circle on a white background")
+    measured, _, _ = measure([Sample(prompt, 0, plain, True) for prompt in asked], True, 8)
+    known = {"score": 1.0, "loss_before": 1.0, "loss_after": 1.0, "seconds": 1.0, "step": 5.0, **measured}
+    keeping.cells[0].metrics = known | {"somebody's own": 1.0}
+    keeping.write_tables()
+    shown = compare_cell.cell_detail(site, OWN, [keeping.cells[0].run], 0)
+    explained = re.findall(r"<li><b>([^<]+)</b>: [\w:]", shown)
+    assert explained == [{"noise": "pictures of noise"}.get(name, name) for name in known] and "kept" in known
+    assert "<th title='share of pictures that are black'>black" in compare_numbers.table(site, OWN)
+
+
+def test_a_thumbnail_that_was_drawn_anew_is_in_the_next_report(keeping):
+    before = render_html(keeping)
+    Image.new("RGB", (8, 8), "red").save(keeping.folder / keeping.base.pictures[0].thumbnail)
+    assert render_html(keeping) != before

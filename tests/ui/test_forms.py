@@ -125,6 +125,9 @@ def test_all_problems_at_once(site):
     text = str(error.value)
     assert "train.steps: must be >= 1" in text and "lora.dropout: must be < 1" in text and "learning_rate" in text
     assert "form:" not in launch.error_notice(error.value)
+    with pytest.raises(ConfigError) as error:  # of a form that began with no configuration of Equipoise's own
+        launch.plan(site, "text_to_image", "", {**shown, "name": "two words", "seed": "-1"}, rows)
+    assert [line.partition(": must")[0] for line in error.value.problems] == ["form: name", "form: seed"]
 
 
 @pytest.mark.parametrize(

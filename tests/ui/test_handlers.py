@@ -14,6 +14,7 @@ import gradio as gr
 import httpx
 import pytest
 from gradio_client import Client
+from PIL import Image
 
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
@@ -37,6 +38,7 @@ from equipoise.ui import (
     runs_curves,
     runs_detail,
     runs_tab,
+    talk,
 )
 
 
@@ -312,6 +314,25 @@ def test_answers_are_read_in_the_grid(site, swept, answered):
     assert ">question<" in drawn and "/data/" not in drawn and "✗" in drawn
 
 
+def test_all_answers_stand_beside_each_other_with_their_pictures_page_by_page(site, swept, answered, tmp_path):
+    mine, secret = site.data["photos"] / "a.png", tmp_path / "secret.png"
+    for file in (mine, secret):
+        Image.new("RGB", (300, 300)).save(file)
+    for place in (swept.folder / "comparison" / "cells").iterdir():
+        lines = [
+            {"media": [str(mine), str(secret), "/no/such.wav"], "question": f"<q{index}>", "answer": place.name}
+            for index in range(45)
+        ]
+        (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    id, first = "grid/comparison", sweeps.cells(swept)[0].id
+    shown = compare_cell.cell_detail(site, id, ["base", first], 0)
+    assert "<th>base</th><th>adamw 1e-4</th>" in shown and shown.count("<p>&lt;q") == 45
+    assert re.findall("Questions [0-9]+ to [0-9]+", shown) == ["Questions 21 to 40", "Questions 41 to 45"]
+    assert shown.count("data:image/jpeg;base64,") == 45 and shown.count("<small>secret.png</small>") == 45
+    assert shown.count("<small>such.wav</small>") == 45 and "and 41 more" in compare_grid.grid(site, id)
+    assert (said := talk.shown_beside(site, id)).count("<p>&lt;q") == 45 and "<th>the untouched base</th>" in said
+
+
 def test_odd_records_stop_nothing(site, run, swept, answered):
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "": 1.0, "_": 2.0, "val_": 3.0, "loss": "x"}\n')
@@ -319,6 +340,7 @@ def test_odd_records_stop_nothing(site, run, swept, answered):
     for place in (swept.folder / "comparison" / "cells").iterdir():
         odd = [{"answer": 5, "score": "x"}, {"answer": "no", "score": 0, "wanted": 7}, {"score": [], "wanted": "y"}]
         (place / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
+    assert ">5</span>" in compare_cell.cell_detail(site, "grid/comparison", ["base"], 0)
     assert "✗ no <s>7</s>" in (shown := compare_grid.grid(site, "grid/comparison")) and ">5</span>" in shown
 
 

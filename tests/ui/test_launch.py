@@ -42,6 +42,7 @@ def test_one_button_starts_the_demo_once(site, ask):
         said = str(ask("on_start_demo"))
         assert "Queued " in said and "It is not started twice" in str(ask("on_start_demo"))
         (made,) = [item for item in site.store.list() if item.id != "first"]
+        assert f"?tab=Compare&amp;compare={made.id}" in said and f"?tab=Runs&amp;run={made.id}" in said
         assert made.kind == "sweep" and made.pipeline == "text_to_image"
         site.store.get(made.id).request("stop")
     assert configs.load(site.store.root / made.id / "config.yaml").sweep == configs.load(launch_demo.NAME).sweep
@@ -146,3 +147,16 @@ def test_a_run_by_epochs_is_not_started_twice(site, folder):
     made = launch.planned(site, config)
     item = site.store.create(in_steps(config)[0], id="one")
     assert launch.at_work(site, made).id == item.id
+
+
+def test_the_data_view_says_how_many_pictures_each_bucket_has(site, ask):
+    folder = site.data["photos"] / "mixed"
+    folder.mkdir()
+    for index, size in enumerate([(64, 64), (128, 64), (130, 64), (64, 100)]):
+        Image.new("RGB", size).save(folder / f"{index}.png")
+    shape = {"data.buckets": True, "data.resolution": "64", "data.bucket_step": "", "data.bucket_limit": "2"}
+    said = launch_data.buckets(launch_data.folder_of(site, "photos/mixed", "x")[0], shape)
+    assert "80 × 48: 2" in said and "64 × 64: 1" in said, said
+    assert said in str(ask("on_look", "photos/mixed", "x", *shape.values()))
+    for other in ({"data.buckets": False}, {"data.resolution": "x"}):
+        assert "Buckets" not in str(ask("on_look", "photos/mixed", "x", *(shape | other).values()))

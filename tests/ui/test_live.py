@@ -4,7 +4,7 @@ import re
 import shutil
 
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.ui import runs_detail, runs_live
+from equipoise.ui import runs_curves, runs_detail, runs_live
 
 
 def test_the_newest_samples_of_each_cell_stand_side_by_side_as_they_come(site, swept, ask):
@@ -40,3 +40,30 @@ def test_a_sweep_whose_configurations_are_gone_is_shown_all_the_same(site, swept
         shutil.rmtree(cell.samples)
         cell.samples.mkdir()
     assert runs_live.grid(site, swept) == "" and "one of its cells" in runs_detail.samples(site, "grid")
+
+
+def test_compare_shows_a_sweep_that_trains_still_and_then_its_comparison(site, swept, ask):
+    (swept.folder / "comparison").rename(swept.folder / "hidden")
+    first, *_ = sweeps.cells(swept)
+    with swept.session(signals=False):
+        opened = str(ask("pick", ["grid"]))
+        assert "4 of 4 cells are trained, step 20 in all" in opened and opened.count("<button") == 4
+        seen = str(ask("follow_job", ["grid"], ""))
+        assert seen.count("<button") == 4 and "step 5 of 5" in seen
+        shutil.copytree(first.samples / "step-00000005", first.samples / "step-00000009")
+        assert "step 9" in str(ask("follow_job", ["grid"], "another state"))
+        for cell in sweeps.cells(swept):
+            shutil.rmtree(cell.samples)
+        assert "It trains still" in runs_live.of_refs(site, ["grid"])
+    swept.finish("done", "", 20)
+    assert runs_live.of_refs(site, ["grid"]) == runs_live.of_refs(site, [first.id]) == ""
+    assert runs_live.of_refs(site, ["gone"]) == runs_live.of_refs(site, ["grid", first.id]) == ""
+
+
+def test_before_the_first_step_of_a_sweep_no_metric_is_to_blame(site, swept):
+    cells = sweeps.cells(swept)
+    for cell in cells:
+        (cell.folder / "metrics.jsonl").write_text("")
+    assert "choose another metric" in runs_curves.charts(site, "grid")
+    cells[0].update(state="queued")
+    assert "Nothing measured yet" in runs_curves.charts(site, "grid")

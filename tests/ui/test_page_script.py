@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from equipoise.ui import compare_cell, draw, theme
+from equipoise.ui import compare_cell, draw, launch_tab, theme
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra dev brings it")
 expect = playwright.expect
@@ -220,3 +220,30 @@ def test_two_pictures_are_zoomed_and_moved_together_and_a_drag_outlives_their_be
     assert boxes() == [moved] * 2
     page.locator("button[data-zoom='0']").click()
     assert boxes() == [(1, 0, 0)] * 2
+
+
+def test_fields_are_found_by_words_of_their_section_their_name_and_their_explanation(static):
+    fields = {"data-crop": "crop: how pictures are cut", "data-flip": "flip: mirrors them", "ema": "decay: of the mean"}
+    section = "<div class='section'><h4>{}</h4>{}</div>".format
+    drawn = {name: f"<div id='field-x-{name}'><input>{words}</div>" for name, words in fields.items()}
+    data = section("data", drawn["data-crop"] + drawn["data-flip"])
+    page = static(f"<div class='rest'>{launch_tab.SEEK}{data}{section('ema', drawn['ema'])}</div>")
+    box, seen = page.locator(".seek input"), page.locator("[id^=field-]:visible")
+    for words, found in (("DATA mirrors", ["data-flip"]), ("data", ["data-crop", "data-flip"]), ("nothing so", [])):
+        box.fill(words)
+        assert [one.get_attribute("id") for one in seen.all()] == [f"field-x-{name}" for name in found]
+        expect(page.locator(".seek [role=status]")).to_have_text(f"{len(found)} found")
+        assert page.locator(".section:visible").count() == bool(found)
+    box.fill("")
+    assert seen.count() == 3
+
+
+def test_a_plan_is_hidden_by_another_value_and_not_by_a_list_that_comes_late(static):
+    page = static("<div id='plan-x'>the plan</div>")
+    page.evaluate("equipoise.checked('x', ['a', [1]])")
+    page.evaluate("equipoise.keep('x', ['a', [1]])")
+    expect(page.locator("#plan-x")).to_be_visible()
+    page.evaluate("equipoise.keep('x', ['b', [1]])")
+    expect(page.locator("#plan-x")).to_be_hidden()
+    page.evaluate("equipoise.checked('x', ['b', [1]])")
+    expect(page.locator("#plan-x")).to_be_visible()

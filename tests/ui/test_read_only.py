@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -9,12 +10,14 @@ from dataclasses import replace
 import gradio as gr
 import httpx
 import pytest
+import torch
 from gradio.events import EventData
 from gradio.state_holder import SessionState
 
+from equipoise.pipelines.comparing.comparison import Comparison
 from equipoise.pipelines.jobs import background
 from equipoise.pipelines.jobs import sweep as sweeps
-from equipoise.pipelines.runs import status
+from equipoise.pipelines.runs import checkpoints, status
 from equipoise.ui import read_only, talk
 from equipoise.ui.app import page
 
@@ -34,7 +37,7 @@ READS = {  # all other handlers: each new one must be put into one of the two
         "on_count",
     ),
     *("page", "_offered", "asked_runs", "asked_comparison", "forget_pair", "show_tally"),
-    *("offer_columns", "draw_scatter", "offer_presets", "load_preset", "keep_preset"),
+    *("search_log", "forget_search", "offer_columns", "draw_scatter", "offer_presets", "load_preset", "keep_preset"),
 }
 
 
@@ -131,9 +134,9 @@ def test_what_was_asked_before_is_shown_at_once(site, swept, ask):
     record = {"runs": [cell], "asked": {"prompts": ["a cat"], "count": 1, "scale": 1.0}, "created": time.time()}
     (place / f"{name}.json").write_text(json.dumps(record | status.process()))
     ask("offer_models")
-    assert "the untouched base" in str(ask("say", cell, "a cat", 1, 1.0))
+    assert "the untouched base" in str(ask("say", cell, "a cat", 1, 1.0, ""))
     for id, prompt in ((None, "a cat"), (cell, " ")):
-        assert "Choose a model" in str(ask("say", id, prompt, 1, 1.0))
+        assert "Choose a model" in str(ask("say", id, prompt, 1, 1.0, ""))
     assert len(background.jobs(site.store.root)) == 1
 
 
@@ -141,3 +144,23 @@ def test_without_a_run_there_is_nobody_to_ask(site):
     assert talk.offered(site) == []
     with pytest.raises(gr.Error, match="--read-only"):
         read_only._refuse()
+
+
+def test_a_checkpoint_is_asked_beside_the_base(site, swept, ask):
+    """All of a run's are drawn in one job, so that the next one that is asked for is there already."""
+    cell = sweeps.cells(swept)[0]
+    for step in (2, 4):
+        checkpoints.save(cell.checkpoints, step, {"a": torch.zeros(1)}, {})
+    offered = str(ask("choose_model", cell.id))
+    assert offered.index("step 4") < offered.index("step 2")
+    made = Comparison.read(swept.folder / "comparison")
+    made.cells[0].row, made.cells[1].row = (f"one {folder.name}" for folder in checkpoints.complete(cell.checkpoints))
+    made.folder = site.store.root / background.COMPARISONS / "20260101-000000-aaaa"
+    shutil.copytree(swept.folder / "comparison", made.folder)
+    made.write_tables()
+    asked = {"prompts": ["a cat"], "count": 1, "scales": [1.0], "checkpoints": True}
+    record = {"runs": [cell.id], "asked": asked, "created": time.time(), **status.process()}
+    made.folder.with_suffix(".json").write_text(json.dumps(record))
+    said = [str(ask("say", cell.id, "a cat", 1, 1.0, folder.name)) for folder in checkpoints.complete(cell.checkpoints)]
+    assert "step-00000002" in said[0] and "step-00000004" in said[1] and "step-00000004" not in said[0]
+    assert len(background.jobs(site.store.root)) == 1

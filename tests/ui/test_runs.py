@@ -13,7 +13,7 @@ from equipoise.pipelines import config as configs
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs import status
 from equipoise.pipelines.text_to_image import TextToImage
-from equipoise.ui import draw, runs, runs_curves, runs_detail, runs_more, runs_notes, runs_several
+from equipoise.ui import draw, runs, runs_curves, runs_detail, runs_log, runs_more, runs_notes, runs_several
 from equipoise.ui.guard import make_room
 from equipoise.ui.runs_curves import Wanted
 
@@ -196,3 +196,17 @@ def test_an_export_takes_the_place_of_the_one_before_and_none_of_the_uploads_roo
     monkeypatch.setattr(runs_more, "ROOM_FOR_EXPORTS", 1500)
     ask("make_export", "one", format)
     assert made.is_file() and not older.exists()
+
+
+def test_the_whole_log_is_searched(site, run, ask, monkeypatch):
+    run.log_file.write_text(
+        "Begin\n" + "".join(f"\rbar {step}" for step in range(9)) + "\n<b>Loss</b> of step 1\nend\n"
+    )
+    seen = str(ask("search_log", "one", "STEP loss"))
+    assert "1 line<" in seen and "&lt;b&gt;Loss&lt;/b&gt; of step 1" in seen and "Begin" not in seen
+    assert "bar 8" in str(ask("search_log", "one", "bar")) and "bar 7" not in str(ask("search_log", "one", "bar"))
+    assert "0 lines" in str(ask("search_log", "one", "nothing so"))
+    monkeypatch.setattr(runs_log, "MOST_FOUND", 1)
+    assert "3 lines, the last 1 of them" in (last := runs_log.found_lines(site, "one", "e")) and "end" in last
+    assert ask("search_log", "one", " ") == ask("search_log", "", "bar") == [""]
+    assert "no log" in str(ask("search_log", "../one", "bar"))

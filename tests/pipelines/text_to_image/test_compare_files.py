@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from equipoise.errors import InputError
 from equipoise.pipelines.cli import main
+from equipoise.pipelines.comparing.comparison import folder_names
 from equipoise.pipelines.jobs.making import columns
-from equipoise.pipelines.text_to_image.compare import _places
 from equipoise.pipelines.text_to_image.result import LORA_FILE, export
 
 NAME = "text_to_image/dreambooth"
@@ -90,8 +90,13 @@ def test_equal_strengths_are_one_column_and_there_are_at_most_twelve():
 
 def test_pictures_go_where_the_page_serves_them():
     names = ["runs/one", "lr=1e-3,seed=2", "my-lora at 0.5", "my-lora at 1", "Bäume", ".hidden"]
-    places = _places(names)
-    assert list(places.values()) == ["one", "lr=1e-3,seed=2", "002", "003", "004", "005"]
+    places = folder_names(names)
+    assert list(places.values()) == ["base", "one", "lr=1e-3,seed=2", "002", "003", "004", "005"]
+
+
+def test_no_two_cells_share_a_folder_whatever_they_are_called():
+    for names in (["001", "a/x", "b/x"], ["a/lr=1", "b/lr=1", "base"], ["000", "2", "c", "a/c"]):
+        assert len(set(folder_names(names).values())) == 1 + len(names)
 
 
 @pytest.mark.parametrize(
