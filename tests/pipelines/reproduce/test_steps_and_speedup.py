@@ -62,8 +62,8 @@ def test_which_mask_is_ahead_does_not_depend_on_the_sign_of_adamws_figures(monke
 
 def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
     monkeypatch.setattr(scaled_gd, "ROWS", 400)
-    constant = scaled_gd.isometry(0)
-    inputs = scaled_gd._inputs(torch.Generator().manual_seed(0))
+    inputs = scaled_gd._inputs(torch.Generator().manual_seed(0), scaled_gd.GAUSSIAN)
+    constant = scaled_gd.isometry(inputs)
     stretched = []
     for x in inputs:
         _, vectors = torch.linalg.eigh(x.T @ x)
@@ -74,6 +74,50 @@ def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
     for _ in range(20):
         product = torch.randn(scaled_gd.WIDTH, 3, dtype=torch.float64)
         assert all(abs((x @ product).norm() ** 2 / product.norm() ** 2 - 1) <= constant for x in inputs)
+
+
+def test_data_near_an_isometry_is_the_same_data_with_the_constant_of_the_theorem(monkeypatch):
+    monkeypatch.setattr(scaled_gd, "ROWS", 400)
+    both = [scaled_gd._inputs(torch.Generator().manual_seed(0), data) for data in (scaled_gd.GAUSSIAN, scaled_gd.NEAR)]
+    assert scaled_gd.isometry(both[1]) == pytest.approx(scaled_gd.ISOMETRY, rel=1e-6)
+    for x, near in zip(*both, strict=True):
+        left, _, right = torch.linalg.svd(x, full_matrices=False)
+        across = left.T @ near @ right.T
+        assert torch.allclose(across, across.diagonal().diag(), atol=1e-10), "the same singular vectors"
+
+
+def test_the_distance_of_eq_6_is_the_least_over_all_changes_of_basis():
+    """None at any basis of the same product; else below many random ones near it, and as by hand at rank 1."""
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=rng)
+
+    (left, _), (right, _) = (torch.linalg.qr(drawn(rows, 3)) for rows in (8, 6))
+    sizes = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
+    part = (left, sizes, right)
+    a, b, basis = left * sizes.sqrt(), right * sizes.sqrt(), torch.eye(3, dtype=torch.float64) + 0.3 * drawn(3, 3)
+    moved = a @ basis, torch.linalg.solve(basis, b.T).T
+    assert scaled_gd.distance(*moved, *part) < 1e-12
+
+    away = a + 0.05 * drawn(8, 3) * sizes.sqrt(), b + 0.05 * drawn(6, 3) * sizes.sqrt()
+    found = scaled_gd.distance(*away, *part)
+    other = (away[0] @ basis, torch.linalg.solve(basis, away[1].T).T)
+    assert scaled_gd.distance(*other, *part) == pytest.approx(found, rel=1e-6), "of the products alone"
+
+    def at(q: torch.Tensor) -> float:
+        first = (away[0] @ q - a) * sizes.sqrt()
+        second = (torch.linalg.solve(q, away[1].T).T - b) * sizes.sqrt()
+        return (first.square().sum() + second.square().sum()).sqrt().item()
+
+    one = torch.eye(3, dtype=torch.float64)
+    tried = [at(one + size * drawn(3, 3)) for size in (1e-3, 1e-2, 1e-1) for _ in range(50)]
+    assert 0 < found <= min(tried)
+
+    line = (torch.ones(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), torch.ones(1, 1).double())
+    twice = scaled_gd.distance(torch.full((1, 1), 4.0).double(), torch.full((1, 1), 4.0).double(), *line)
+    by_hand = min((4 * q - 1) ** 2 + (4 / q - 1) ** 2 for q in (i / 1000 for i in range(200, 5000)))
+    assert twice == pytest.approx(by_hand**0.5, rel=1e-5)
 
 
 def test_the_norm_that_is_averaged_is_that_of_the_whole_loss():
