@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.reproduce import ada_sam_speedup, alpha_adam_steps, scaled_gd, scaled_text
+from equipoise.pipelines.reproduce import ada_sam_speedup, ada_sam_text, alpha_adam_steps, scaled_gd, scaled_text
 from equipoise.pipelines.reproduce.alpha_adam import GPT, make_optimizer, texts
 
 
@@ -141,8 +141,8 @@ def test_alpha_of_twice_the_rank_is_a_quarter_of_the_rate(monkeypatch):
     monkeypatch.setattr(scaled_text, "BASE_STEPS", 1)
     monkeypatch.setattr(scaled_text, "ROWS", 8)
     cell = {"rank": 1, "steps": 3, "seed": 0}
-    scaled_text._language.cache_clear()
-    scaled_text._trained.cache_clear()
+    scaled_text.exchanged.cache_clear()
+    scaled_text.base_weights.cache_clear()
     try:
         losses = {
             (method, rate): scaled_text.train({**cell, "method": method, "rate": rate})["loss"]
@@ -151,8 +151,8 @@ def test_alpha_of_twice_the_rank_is_a_quarter_of_the_rate(monkeypatch):
             )
         }  # fmt: skip
     finally:
-        scaled_text._language.cache_clear()
-        scaled_text._trained.cache_clear()
+        scaled_text.exchanged.cache_clear()
+        scaled_text.base_weights.cache_clear()
     assert losses["scaled GD", 1.0] == pytest.approx(losses[scaled_text.TWICE, 0.25], abs=1e-3)
     assert len({round(loss, 4) for loss in losses.values()}) >= 4
 
@@ -165,3 +165,35 @@ def test_the_corollary_as_the_command_prints_it(tmp_path, capsys):
     assert "ρ ∝ 1/√(bT), 2 at b = T = 1:" in out and out.count("the corollary's: -0.5") == 2
     cells = json.loads(Path(tmp_path, "out", "results.json").read_text())["runs"]
     assert len(cells) == 2 * 4 * 3 and {cell["steps"] for cell in cells} == {2, 8, 32}
+
+
+def test_adasam_is_fine_tuned_as_the_others_are_and_goes_on_from_earlier_runs(monkeypatch):
+    """In one process: all settings on two seeds, one of them known already."""
+    monkeypatch.setattr(scaled_text, "BASE_STEPS", 1)
+    monkeypatch.setattr(ada_sam_text, "RATES", dict.fromkeys(ada_sam_text.RATES, (0.1,)))
+    monkeypatch.setattr(ada_sam_text, "RHOS", (0.05, 0.2))
+    caches = (scaled_text.exchanged, scaled_text.base_weights, ada_sam_text._windows)
+    for cache in caches:
+        cache.cache_clear()
+    kept: list[dict] = []
+
+    @contextmanager
+    def here(_count, _name, evaluations, keep=None):
+        yield lambda train, cells: [cell | train(cell) for cell in cells]
+
+    monkeypatch.setattr(ada_sam_text, "workers", here)
+    try:
+        first = ada_sam_text.reproduce(1, 1, steps=1)
+        trained = ada_sam_text.train
+        monkeypatch.setattr(ada_sam_text, "train", lambda cell: kept.append(cell) or trained(cell))
+        again = ada_sam_text.reproduce(1, 1, steps=1, earlier=first.cells)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert kept == [] and again.text == first.text, "nothing is trained a second time"
+    assert len(first.cells) == 2 + 2 * 2 + 2, "each once, SAM and AdaSAM at each ρ, and two with twice the steps"
+    assert {cell["steps"] for cell in first.cells} == {1, 2}
+    losses = {(c["optimizer"], c["rho"], c["steps"]): c["loss"] for c in first.cells}
+    assert len(set(losses.values())) == len(losses), "every option does something"
+    assert all(cell["loss"] < 20 and cell["before"] != cell["loss"] for cell in first.cells)
+    assert "- AdaSAM less AMSGrad: paper below 0, here " in first.text and "at equal gradients: here " in first.text
