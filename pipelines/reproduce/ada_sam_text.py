@@ -25,7 +25,7 @@ from equipoise.pipelines.reproduce.scaled_text import base_weights, exchanged
 from equipoise.pipelines.tables import table
 
 STEPS, RANK, BETA, LEARNED, HELD = 120, 8, 0.9, 64, 64  # LEARNED, HELD: windows to learn from; of each held-out set
-RATES = {"SGD": (0.03, 0.1, 0.3, 1.0), "AMSGrad": (3e-3, 1e-2, 3e-2, 1e-1)}
+RATES = {"SGD": (0.1, 0.3, 1.0, 3.0), "AMSGrad": (3e-3, 1e-2, 3e-2, 1e-1)}
 RATES |= {"SAM": RATES["SGD"], "AdaSAM": RATES["AMSGrad"]}
 
 Setting = tuple[str, float, float]  # optimizer, rate and ρ

@@ -205,7 +205,7 @@ def _judged(pipe: Any, task: str, seed: int) -> tuple[dict[str, float], dict[str
 def _base() -> Any:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(base_folder(), torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32, safety_checker=None)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.requires_grad_(False).eval()
     return pipe
