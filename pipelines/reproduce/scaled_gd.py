@@ -142,6 +142,9 @@ class Patterns(nn.Module):
             pair.lora_B.weight.data = (left[:, :RANK] * root).contiguous()
             self.pairs.append(pair)
 
+    def factors(self) -> list[tuple[Tensor, Tensor]]:  # each (d, r) and (c, r)
+        return [(pair.lora_B.weight, pair.lora_A.weight.T) for pair in self.pairs]  # type: ignore
+
     def products(self) -> list[Tensor]:  # each (d, c)
         return [pair.lora_B.weight @ pair.lora_A.weight for pair in self.pairs]  # type: ignore[union-attr]
 
@@ -227,8 +230,7 @@ def train(cell: Trial) -> Trial:
             apart = [p - w for p, w in zip(net.products(), wanted, strict=True)]
             errors.append((torch.stack([d.norm() for d in apart]).norm() / size).item())
             if scaled and errors[-1] > CLOSE:
-                pairs = [(pair.lora_B.weight, pair.lora_A.weight.T) for pair in net.pairs]  # type: ignore[union-attr]
-                far = [distance(*pair, *part) for pair, part in zip(pairs, parts, strict=True)]
+                far = [distance(*pair, *part) for pair, part in zip(net.factors(), parts, strict=True)]
                 distances.append(max(far))
                 norms.append(max(d.norm().item() / one for d, one in zip(apart, far, strict=True)))
         if step < cell["steps"]:
