@@ -176,7 +176,7 @@ def train(cell: Trial) -> Trial:
         for layer in whole.modules():
             if hasattr(layer, "set_scale"):
                 layer.set_scale("default", strength)
-        right, first = _judged(type(pipe)(**{**pipe.components, **nets}), cell["seed"])
+        right, first = _judged(type(pipe)(**pipe.components | nets, requires_safety_checker=False), cell["seed"])
         found["right"][f"{strength:g}"], found["pictures"][f"{strength:g}"] = right, first
     return found | {"processor_seconds": time.process_time() - started}
 
@@ -199,9 +199,13 @@ def _judged(pipe: Any, seed: int) -> tuple[dict[str, float], dict[str, str]]:
 
 @cache
 def _base() -> Any:
+    import diffusers.utils.logging
+    import transformers.utils.logging
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32, safety_checker=None)
+    for library in (diffusers, transformers):  # bars of their own, gone in an instant, would break up ours
+        library.utils.logging.disable_progress_bar()
+    pipe = StableDiffusionPipeline.from_pretrained(base_folder(), dtype=torch.float32)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.requires_grad_(False).eval()
     return pipe
