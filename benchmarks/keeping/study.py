@@ -34,7 +34,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from equipoise import AlphaAdam, BoundedAdamW, ScaledAdamW, ScaledGD
+from equipoise import AdaSAM, AlphaAdam, BoundedAdamW, ScaledAdamW, ScaledGD
+from equipoise.optimizers.amsgrad import AMSGrad
 
 CELLS = Path(__file__).with_name("cells.jsonl")
 LAYERS = {"orders": 120, "bookings": 120, "docstringsfew": 6, "docstrings": 18, "code": 18, "docstringsall": 36,
@@ -116,6 +117,9 @@ METHODS: dict[str, Method] = {
     "scaled adamw": _ours(ScaledAdamW, damping=1e-6),
     "alphaadam": _plain(AlphaAdam, weight_decay=0.0),
     "cautious adamw": _plain(AlphaAdam, weight_decay=0.0, mask="cautious", compensation="cautious"),
+    "amsgrad": _plain(AMSGrad),
+    "adasam, rho .005": _plain(AdaSAM, rho=0.005),  # two gradients a step, as the next
+    "adasam, rho .05": _plain(AdaSAM, rho=0.05),
     "max norm 1 (kohya)": Method(_plain(AdamW, weight_decay=0.0).make, after=scale_weight_norms),
     "delora (peft)": Method(
         _plain(AdamW, weight_decay=0.0).make, lambda rank, layers: DeloraConfig(r=rank, target_modules=layers)
@@ -157,6 +161,9 @@ def measure(task: Task, method: Method, rate: float, steps: int) -> dict[str, fl
         if not (finite := math.isfinite(loss.item())):
             break
         loss.backward()
+        if isinstance(optimizer, AdaSAM) and optimizer.perturb():
+            task.loss(step).backward()
+            optimizer.restore()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

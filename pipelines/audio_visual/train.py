@@ -38,6 +38,7 @@ from equipoise.pipelines.runs.run import Run
 from equipoise.pipelines.training import processes
 from equipoise.pipelines.training.loop import DivergedError, EarlyStopError, StoppedError, train_loop
 from equipoise.pipelines.training.state import OptimizedWork, make_accelerator, mix, number, place, seed_all
+from equipoise.pipelines.training.validation import Validation
 
 JOINT = "joint"
 _EVALUATED = 256  # clips of a batch when evaluating, at most
@@ -202,6 +203,7 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         self.objective.joint_head = [p for p in self.model.fusion.parameters() if p.requires_grad]
         self.loading = 0.0  # seconds that the last step waited for its batch
         self.had: dict[int, dict[str, Tensor]] = {}  # forward pass of a step → modality → whether some clip had it
+        self.each = self._each_validation(config)  # of modalities that share nothing, each by itself
         self.alone: dict[str, float] = {}  # modality → what it reached by itself, where the objective asked
         size = config.train.batch * config.train.accumulate * processes.count()
         self.objective.steps_per_epoch = len(splits["train"]) / size
@@ -211,6 +213,20 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         if config.data.class_weights == "none":
             return torch.ones(len(self.classes))
         return torch.tensor([len(clips) / (len(self.classes) * counts[label]) for label in self.classes])
+
+    def _each_validation(self, config: AudioVisualConfig) -> dict[str, Validation]:
+        if self.objective.trains_joint or self.validation is None:
+            return {}
+        own = {name: (f"encoders.{name}.", f"heads.{name}.") for name in self.model.modalities}
+        return {
+            name: Validation(config.train, {n: tensor for n, tensor in self.kept.items() if n.startswith(begins)})
+            for name, begins in own.items()
+        }
+
+    def settle(self) -> None:
+        super().settle()
+        for validation in self.each.values():
+            validation.settle()
 
     @property
     def chance(self) -> float:
@@ -418,6 +434,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         watched = shown[JOINT] if self.objective.trains_joint else sum(shown[name] for name in self.model.modalities)
         assert self.validation is not None
         self.validation.take(watched, taken)
+        for name, validation in self.each.items():
+            validation.take(shown[name], taken)
         if note := self.objective.after_validation({name: shown[name] for name in self.model.modalities}):
             self.run.log(note)
             if processes.leads() and isinstance(self.run, Run):
@@ -460,7 +478,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
         return {name: torch.cat(parts) for name, parts in made.items()}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "clips": self.digest, "alone": self.alone}
+        each = {name: validation.state() for name, validation in self.each.items()}
+        return {**super().state(), "clips": self.digest, "alone": self.alone, "each": each}
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state.get("clips", self.digest) != self.digest:
@@ -470,6 +489,8 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             )
         super().restore(weights, state)
         self.alone = dict(state.get("alone", {}))  # earlier versions kept none
+        for name, validation in self.each.items():
+            validation.restore(state.get("each", {}).get(name, {}))  # nor these
 
     def save_result(self, found: dict[str, Scores], facts: dict[str, Any]) -> None:
         """Writes the model with all it takes to load it, the figures, and a confusion matrix per prediction."""

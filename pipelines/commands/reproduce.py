@@ -21,16 +21,18 @@ PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",
     "scaled-adamw": "scaled AdamW's Theorem 4.1",
     "scaled-text": "scaled GD and scaled AdamW by rank on text",
+    "scaled-pictures": "scaled AdamW's Figures 1 and 7 to 11 on drawn pictures",
     "alpha-adam": "AlphaAdam's Table 3",
     "alpha-adam-steps": "AlphaAdam's Theorem 3.5",
     "ada-sam": "AdaSAM's Tables I and II and Figures 1 to 3",
+    "ada-sam-text": "AdaSAM in fine-tuning, by LoRA on text",
     "ada-sam-speedup": "AdaSAM's Corollary 1",
     "commit": "CoMMIT's Table 1 and Figures 2, 3, 5 and 6",
     "mimo": "MIMO's Table 1 and Figures 2 and 3",
     "mimo-toy": "MIMO's Appendix B and Figure 1",
 }
 WITH_DATA = ("mimo",)  # those that take a manifest in place of their embedded data
-WITH_ADD = ("commit", "mimo")  # those that go on from an earlier call's results, for they take longest
+WITH_ADD = ("commit", "mimo", "scaled-pictures", "ada-sam-text")  # those that go on from an earlier call's results
 WITH_TASK = ("commit",)  # those that have several tasks
 CELLS = "cells.jsonl"  # one trained run a line, until results.json has them all
 

@@ -89,9 +89,10 @@ def reproduce(seeds: int, count: int, steps: int | None = None) -> Reproduction:
 
 def train(cell: Trial) -> Trial:
     """Trains one adapter: its held-out loss, and that of the base."""
-    learned, held_out = _language()
+    learned, held_out = exchanged()
+    held_out = held_out[:ROWS]
     scale, net = 2 if cell["method"] == TWICE else 1, GPT()
-    net.load_state_dict(_trained())
+    net.load_state_dict(base_weights())
     with torch.no_grad():
         before = net.loss(held_out).item()
     torch.manual_seed(cell["seed"])
@@ -113,15 +114,15 @@ def train(cell: Trial) -> Trial:
 
 
 @cache
-def _language() -> tuple[Tensor, Tensor]:
+def exchanged() -> tuple[Tensor, Tensor]:
     """Windows of the language with exchanged letters, to learn from and to be judged by."""
-    exchanged = torch.tensor(list(EXCHANGED), dtype=torch.long)
-    learned, held_out = (exchanged[rows.long()] for rows in texts())
-    return learned, held_out[:ROWS]
+    letters = torch.tensor(list(EXCHANGED), dtype=torch.long)
+    learned, held_out = (letters[rows.long()] for rows in texts())
+    return learned, held_out
 
 
 @cache
-def _trained() -> dict[str, Tensor]:
+def base_weights() -> dict[str, Tensor]:
     """The base's weights, the same in every process."""
     torch.manual_seed(0)
     net, (learned, _) = GPT(), texts()

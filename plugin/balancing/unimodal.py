@@ -18,8 +18,8 @@ class Unimodal(Objective):
     """Trains each modality by itself: the sum of the unimodal losses, without the joint one.
 
     Encoders share no parameter, so one run trains all of them as separate runs would, except that clipping goes by the
-    norm of all gradients together, and that `train.keep: best` keeps the weights of one validation, the one with the
-    least sum of unimodal losses, and not each modality's own best. The joint head is not trained.
+    norm of all gradients together. In audio-visual classification `train.keep: best` takes each modality's own best
+    weights, while `train.patience` waits for the sum of their losses. The joint head is not trained.
 
     Args:
         modality: Train this one alone; none: all of them.

@@ -135,7 +135,10 @@ def test_ada_sam_in_small(capsys):
         (["alpha-adm"], "no paper 'alpha-adm'. Did you mean 'alpha-adam'? There are scaled-gd and scaled-adamw and "),
         (["ada-sam", "--data", "m.csv"], "--data: is for mimo; ada-sam has its own."),
         (["mimo", "--data", "m.csv"], "m.csv does not exist. Give a CSV file"),
-        (["ada-sam", "--add"], "--add: is for commit and mimo; ada-sam is trained anew."),
+        (
+            ["ada-sam", "--add"],
+            "--add: is for commit and mimo and scaled-pictures and ada-sam-text; ada-sam is trained anew.",
+        ),
         (["commit", "--add"], "results.json cannot be added to: No such file or directory. Leave out --add to begin"),
         (["ada-sam", "--seeds", "0"], "--seeds: must be at least 1, got 0."),
         (["ada-sam", "--steps", "-1"], "--steps: must be at least 1, got -1."),

@@ -384,13 +384,21 @@ def test_opm_changes_what_the_joint_head_is_given(tiny):
     assert equal(plain, never) and not equal(plain, dropped)
 
 
-def test_unimodal_keeps_the_weights_of_one_validation(tiny):
-    """Those with the least sum, also where each modality was best at another."""
-    run, _ = train(*tiny, "objective=unimodal", "train.keep=best", "steps=20", "train.validate_every=4")
-    sums = {r["step"]: r["val_loss_audio"] + r["val_loss_visual"] for r in run.metrics() if "val_loss_audio" in r}
-    best = min(sums, key=sums.get)
-    short, _ = train(*tiny, "objective=unimodal", "train.keep=last", f"steps={best}", "train.validate_every=4")
-    assert equal(weights(run), weights(short))
+def test_unimodal_takes_the_best_of_each_modality_by_itself(tiny, stopped_run):
+    """Also where each was best at another validation, and after a stop between the two."""
+    words = ["objective=unimodal", "steps=20", "train.validate_every=4", "learning_rate=0.3"]
+    run, _ = train(*tiny, *words, "train.keep=best")
+    found = {r["step"]: r for r in run.metrics() if "val_loss_audio" in r}
+    best = {name: min(found, key=lambda step: found[step][f"val_loss_{name}"]) for name in ("audio", "visual")}
+    assert best["audio"] != best["visual"], "or this shows nothing"
+    kept = weights(run)
+    for name, step in best.items():
+        short = weights(train(*tiny, *words, "train.keep=last", f"steps={step}")[0])
+        own = [key for key in kept if key.startswith((f"encoders.{name}.", f"heads.{name}."))]
+        assert own and all(torch.equal(kept[key], short[key]) for key in own), name
+    settings = config.load(NAME, [*tiny, *words, "train.keep=best"])
+    stopped = stopped_run(AudioVisual, settings, at=min(best.values()) + 1)
+    assert execute(AudioVisual, settings, stopped).state == "done" and equal(weights(stopped), kept)
 
 
 def test_objectives_differ(tiny):

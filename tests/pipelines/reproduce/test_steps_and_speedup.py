@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.reproduce import ada_sam_speedup, alpha_adam_steps, scaled_gd, scaled_text
+from equipoise.pipelines.reproduce import ada_sam_speedup, ada_sam_text, alpha_adam_steps, scaled_gd, scaled_text
 from equipoise.pipelines.reproduce.alpha_adam import GPT, make_optimizer, texts
 
 
@@ -62,8 +62,8 @@ def test_which_mask_is_ahead_does_not_depend_on_the_sign_of_adamws_figures(monke
 
 def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
     monkeypatch.setattr(scaled_gd, "ROWS", 400)
-    constant = scaled_gd.isometry(0)
-    inputs = scaled_gd._inputs(torch.Generator().manual_seed(0))
+    inputs = scaled_gd._inputs(torch.Generator().manual_seed(0), scaled_gd.GAUSSIAN)
+    constant = scaled_gd.isometry(inputs)
     stretched = []
     for x in inputs:
         _, vectors = torch.linalg.eigh(x.T @ x)
@@ -74,6 +74,50 @@ def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
     for _ in range(20):
         product = torch.randn(scaled_gd.WIDTH, 3, dtype=torch.float64)
         assert all(abs((x @ product).norm() ** 2 / product.norm() ** 2 - 1) <= constant for x in inputs)
+
+
+def test_data_near_an_isometry_is_the_same_data_with_the_constant_of_the_theorem(monkeypatch):
+    monkeypatch.setattr(scaled_gd, "ROWS", 400)
+    both = [scaled_gd._inputs(torch.Generator().manual_seed(0), data) for data in (scaled_gd.GAUSSIAN, scaled_gd.NEAR)]
+    assert scaled_gd.isometry(both[1]) == pytest.approx(scaled_gd.ISOMETRY, rel=1e-6)
+    for x, near in zip(*both, strict=True):
+        left, _, right = torch.linalg.svd(x, full_matrices=False)
+        across = left.T @ near @ right.T
+        assert torch.allclose(across, across.diagonal().diag(), atol=1e-10), "the same singular vectors"
+
+
+def test_the_distance_of_eq_6_is_the_least_over_all_changes_of_basis():
+    """None at any basis of the same product; else below many random ones near it, and as by hand at rank 1."""
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=rng)
+
+    (left, _), (right, _) = (torch.linalg.qr(drawn(rows, 3)) for rows in (8, 6))
+    sizes = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
+    part = (left, sizes, right)
+    a, b, basis = left * sizes.sqrt(), right * sizes.sqrt(), torch.eye(3, dtype=torch.float64) + 0.3 * drawn(3, 3)
+    moved = a @ basis, torch.linalg.solve(basis, b.T).T
+    assert scaled_gd.distance(*moved, *part) < 1e-12
+
+    away = a + 0.05 * drawn(8, 3) * sizes.sqrt(), b + 0.05 * drawn(6, 3) * sizes.sqrt()
+    found = scaled_gd.distance(*away, *part)
+    other = (away[0] @ basis, torch.linalg.solve(basis, away[1].T).T)
+    assert scaled_gd.distance(*other, *part) == pytest.approx(found, rel=1e-6), "of the products alone"
+
+    def at(q: torch.Tensor) -> float:
+        first = (away[0] @ q - a) * sizes.sqrt()
+        second = (torch.linalg.solve(q, away[1].T).T - b) * sizes.sqrt()
+        return (first.square().sum() + second.square().sum()).sqrt().item()
+
+    one = torch.eye(3, dtype=torch.float64)
+    tried = [at(one + size * drawn(3, 3)) for size in (1e-3, 1e-2, 1e-1) for _ in range(50)]
+    assert 0 < found <= min(tried)
+
+    line = (torch.ones(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), torch.ones(1, 1).double())
+    twice = scaled_gd.distance(torch.full((1, 1), 4.0).double(), torch.full((1, 1), 4.0).double(), *line)
+    by_hand = min((4 * q - 1) ** 2 + (4 / q - 1) ** 2 for q in (i / 1000 for i in range(200, 5000)))
+    assert twice == pytest.approx(by_hand**0.5, rel=1e-5)
 
 
 def test_the_norm_that_is_averaged_is_that_of_the_whole_loss():
@@ -97,8 +141,8 @@ def test_alpha_of_twice_the_rank_is_a_quarter_of_the_rate(monkeypatch):
     monkeypatch.setattr(scaled_text, "BASE_STEPS", 1)
     monkeypatch.setattr(scaled_text, "ROWS", 8)
     cell = {"rank": 1, "steps": 3, "seed": 0}
-    scaled_text._language.cache_clear()
-    scaled_text._trained.cache_clear()
+    scaled_text.exchanged.cache_clear()
+    scaled_text.base_weights.cache_clear()
     try:
         losses = {
             (method, rate): scaled_text.train({**cell, "method": method, "rate": rate})["loss"]
@@ -107,8 +151,8 @@ def test_alpha_of_twice_the_rank_is_a_quarter_of_the_rate(monkeypatch):
             )
         }  # fmt: skip
     finally:
-        scaled_text._language.cache_clear()
-        scaled_text._trained.cache_clear()
+        scaled_text.exchanged.cache_clear()
+        scaled_text.base_weights.cache_clear()
     assert losses["scaled GD", 1.0] == pytest.approx(losses[scaled_text.TWICE, 0.25], abs=1e-3)
     assert len({round(loss, 4) for loss in losses.values()}) >= 4
 
@@ -121,3 +165,35 @@ def test_the_corollary_as_the_command_prints_it(tmp_path, capsys):
     assert "ρ ∝ 1/√(bT), 2 at b = T = 1:" in out and out.count("the corollary's: -0.5") == 2
     cells = json.loads(Path(tmp_path, "out", "results.json").read_text())["runs"]
     assert len(cells) == 2 * 4 * 3 and {cell["steps"] for cell in cells} == {2, 8, 32}
+
+
+def test_adasam_is_fine_tuned_as_the_others_are_and_goes_on_from_earlier_runs(monkeypatch):
+    """In one process: all settings on two seeds, one of them known already."""
+    monkeypatch.setattr(scaled_text, "BASE_STEPS", 1)
+    monkeypatch.setattr(ada_sam_text, "RATES", dict.fromkeys(ada_sam_text.RATES, (0.1,)))
+    monkeypatch.setattr(ada_sam_text, "RHOS", (0.05, 0.2))
+    caches = (scaled_text.exchanged, scaled_text.base_weights, ada_sam_text._windows)
+    for cache in caches:
+        cache.cache_clear()
+    kept: list[dict] = []
+
+    @contextmanager
+    def here(_count, _name, evaluations, keep=None):
+        yield lambda train, cells: [cell | train(cell) for cell in cells]
+
+    monkeypatch.setattr(ada_sam_text, "workers", here)
+    try:
+        first = ada_sam_text.reproduce(1, 1, steps=1)
+        trained = ada_sam_text.train
+        monkeypatch.setattr(ada_sam_text, "train", lambda cell: kept.append(cell) or trained(cell))
+        again = ada_sam_text.reproduce(1, 1, steps=1, earlier=first.cells)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert kept == [] and again.text == first.text, "nothing is trained a second time"
+    assert len(first.cells) == 2 + 2 * 2 + 2, "each once, SAM and AdaSAM at each ρ, and two with twice the steps"
+    assert {cell["steps"] for cell in first.cells} == {1, 2}
+    losses = {(c["optimizer"], c["rho"], c["steps"]): c["loss"] for c in first.cells}
+    assert len(set(losses.values())) == len(losses), "every option does something"
+    assert all(cell["loss"] < 20 and cell["before"] != cell["loss"] for cell in first.cells)
+    assert "- AdaSAM less AMSGrad: paper below 0, here " in first.text and "at equal gradients: here " in first.text

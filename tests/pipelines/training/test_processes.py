@@ -70,6 +70,7 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
             self.heads = nn.ModuleDict({n: one if objective == "mla" else nn.Linear(5, 3) for n in self.nets}).double()
             self.data = torch.randn(STEPS * 2 * BATCH, 2, 6, dtype=torch.float64)
             self.labels = torch.randint(0, 3, (len(self.data),))
+            self.weights = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)  # of the classes, where `of` is asked
             nets = [(f"{n}.{k}", p) for n, net in self.nets.items() for k, p in net.named_parameters()]
             heads = list(self.heads.named_parameters())
             groups = [{"params": some, "lr": 0.05, "component": c} for some, c in ((nets, "nets"), (heads, "heads"))]
@@ -97,7 +98,8 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
             parted = self.objective.needs_head != "any"
             responses = {n: self.heads[n](made) if parted else said[n].detach() for n, made in features.items()}
             own = {n: F.cross_entropy(s, labels) for n, s in said.items()}
-            return Losses(joint, own, labels, responses, features if self.objective.uses_features else None)
+            made = features if self.objective.uses_features else None
+            return Losses(joint, own, labels, responses, made, self.weights[labels])
 
     def section(name, **options):
         return SimpleNamespace(name=name, learning_rate=0.05, outside_learning_rate=None, options=options)

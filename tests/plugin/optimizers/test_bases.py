@@ -35,6 +35,7 @@ BASES = {
     "schedule-free AdamW, pytorch_optimizer": (pytorch_optimizer.ScheduleFreeAdamW, {"lr": 1e-2}, 1.0),
     "Lion": (lion_pytorch.Lion, {"lr": 1e-3}, 1.0),
     "Lion, pytorch_optimizer": (pytorch_optimizer.Lion, {"lr": 1e-3}, 1.0),
+    "cautious Lion": (pytorch_optimizer.Lion, {"lr": 1e-3, "cautious": True}, 1.0),
 }
 # Those that count steps for a whole parameter group, and so cannot take two passes in one step.
 COUNTERS = {
@@ -42,9 +43,10 @@ COUNTERS = {
     "schedule-free AdamW": "k",
     "schedule-free AdamW, pytorch_optimizer": "weight_sum",
     "Lion, pytorch_optimizer": "step",
+    "cautious Lion": "step",
 }
 # Those whose own copies cannot step: torch's optimizers copy groups and state alone, and these keep settings elsewhere.
-LOSE_ATTRIBUTES = {"schedule-free AdamW, pytorch_optimizer", "Lion", "Lion, pytorch_optimizer"}
+LOSE_ATTRIBUTES = {"schedule-free AdamW, pytorch_optimizer", "Lion", "Lion, pytorch_optimizer", "cautious Lion"}
 DAMPING, TRUST = 1e-2, 1e-2
 
 
