@@ -87,8 +87,8 @@ def workers(count: int, name: str, evaluations: int, keep: Callable[[Trial], Non
         executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
 
     def measure(train: Train, cells: Sequence[Trial]) -> list[Trial]:
-        # Ended in the middle of starting a worker, this process would leave it without what it is to do. Workers inherit
-        # that: Ctrl-C is for this process, and `_begin` listens to the other.
+        # Ended in the middle of starting a worker, this process would leave it without what it is to do. Workers
+        # inherit that: Ctrl-C is for this process, and `_begin` listens to the other.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             with _safe_path():
