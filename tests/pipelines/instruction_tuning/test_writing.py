@@ -212,9 +212,12 @@ def test_a_template_of_texts_that_would_write_a_list_as_json(talk, examples):
 def test_what_a_template_has_answers_begin_with_is_no_part_of_what_is_answered(talk, examples):
     made = talk("llava")
     made.processor.chat_template = REASONING
-    assert made.answered(examples[0], "\n</think>\n\nred") == "red"
-    assert made.answered(examples[0], "It is bright.\n</think>\n\nred") == "red", "as an untuned model has it"
-    assert made.answered(examples[0], "It is bright, and") == "It is bright, and"
+    for text, answer in (
+        ("\n</think>\n\nred", "red"),
+        ("It is bright.\n</think>\n\nred", "red"),  # as an untuned model has it
+        ("It is bright, and", "It is bright, and"),
+    ):
+        assert made.answered(examples[0], made.tokens(text)) == made.unreasoned(examples[0], text) == answer
     made = talk("llava")
     made.processor.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' to=user' if m.role == 'assistant' }}<image>"
@@ -223,4 +226,7 @@ def test_what_a_template_has_answers_begin_with_is_no_part_of_what_is_answered(t
     )
     text = replace(examples[0], kind="text", media=(), turns=(Turn("What colour?", "blue"),))
     assert made.frame(text).opening == " to=user<image>"
-    assert made.answered(text, " to=userblue") == made.answered(text, "blue") == "blue"
+    for written in (" to=user<image>blue<|im_end|>", "blue<|im_end|>"):
+        assert made.answered(text, made.tokens(written)) == "blue"
+    own = "to=user is right"
+    assert made.answered(text, made.tokens(own)) == made.unreasoned(text, f" {own}") == own
