@@ -110,11 +110,11 @@ def notes(config: InstructionTuningConfig) -> list[str]:
         return []
     from equipoise.pipelines.instruction_tuning.examples import load_examples
     from equipoise.pipelines.instruction_tuning.model import outline, positions
-    from equipoise.pipelines.instruction_tuning.verify import summary, typical
+    from equipoise.pipelines.instruction_tuning.verify import endless, summary, typical
 
     talk, said, tuned = _talk(config), [], outline(config)
     kept, _, _ = load_examples(config, talk, said.append, positions(tuned.plain, tuned.parts))
-    return [*said, summary(talk, typical(kept), seen=False)]
+    return [*said, summary(talk, typical(kept), seen=False), *filter(None, [endless(talk, kept)])]
 
 
 def examples(config: InstructionTuningConfig) -> int | None:

@@ -28,7 +28,7 @@ from equipoise.pipelines.instruction_tuning.formats.dialects import (
 )
 from equipoise.pipelines.instruction_tuning.formats.embedded import MediaFolder
 from equipoise.pipelines.instruction_tuning.formats.rows import FileError, Row
-from equipoise.pipelines.instruction_tuning.good_media import GoodMedia
+from equipoise.pipelines.instruction_tuning.good_media import GoodMedia, line_of
 from equipoise.pipelines.instruction_tuning.media import media_problem
 from equipoise.pipelines.progress import progress
 
@@ -306,13 +306,14 @@ def _media_problems(
         for path in dict.fromkeys(example.media):
             kinds.setdefault(path, example.kind)
             rows.setdefault(path, []).append((number, row))
-    new = {path: kind for path, kind in kinds.items() if not (seen and seen.has(path, kind))}
+    lines = {path: line_of(path, kind) for path, kind in kinds.items()} if seen else {}
+    new = {path: kind for path, kind in kinds.items() if not (seen and seen.has(lines[path]))}
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(media_problem, new, new.values())
         each = progress("reading", "file", found, len(new)) if shown else found
         wrong = {path: problem for path, problem in zip(new, each, strict=True) if problem}
     if seen:
-        seen.add((path, kind) for path, kind in kinds.items() if path not in wrong)
+        seen.add(line for path, line in lines.items() if line and path not in wrong)
     firsts = {path: rows[path][0] for path in wrong}
     also = {path: _also(first, [row for _, row in rows[path][1:]]) for path, (_, first) in firsts.items()}
     return {path: (firsts[path][0], firsts[path][1].where, problem + also[path]) for path, problem in wrong.items()}

@@ -69,8 +69,8 @@ def answer(
         batch = {name: value.to(device) for name, value in talk.question_batch(chosen).items()}
         with precision():
             ids = model.generate(**batch, max_new_tokens=samples.max_new_tokens, do_sample=False, **stops)
-        texts = talk.tokenizer.batch_decode(_new(ids, batch["input_ids"]), skip_special_tokens=True)
-        found += [judged(e, talk.answered(e, text), samples.metric) for e, text in zip(chosen, texts, strict=True)]
+        written = _new(ids, batch["input_ids"]).tolist()
+        found += [judged(e, talk.answered(e, row), samples.metric) for e, row in zip(chosen, written, strict=True)]
         tell(len(chosen))
     return found
 

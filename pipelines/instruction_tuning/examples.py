@@ -21,7 +21,7 @@ from equipoise.pipelines.progress import progress
 
 _NAMED = 20  # problems that are listed one by one, and kinds of the others
 _measured: dict[Path, list[str]] = {}  # of what is to be kept, where → what was said of it
-_NEAR = 16  # tokens from a limit within which a length has to be exact
+_NEAR = 16  # tokens from a limit, for each medium, within which a length has to be exact
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\d[\d.,]*")  # what differs between two problems of a kind
 
 
@@ -156,8 +156,9 @@ def too_long(example: Conversation, talk: Talk, limit: int | None) -> tuple[str,
     """(why the processor or the lengths let a conversation not be trained on, or nothing; whether it is cut)."""
     most = talk.max_tokens
     try:
-        length = talk.measured_length(example)
-        if any(abs(length - some) <= _NEAR for some in (most, limit) if some is not None):
+        length, near = talk.measured_length(example), _NEAR * max(1, len(example.media))
+        # whatever is said of a length is exact
+        if any(length + near >= some for some in (most, limit) if some is not None):
             length = talk.full_length(example)
         if limit is not None and min(length, most or length) > limit:
             return (

@@ -27,12 +27,13 @@ class GoodMedia:
             self._kept = set(file.read_text("ascii").splitlines()) if file else set()
             _known.update(self._kept)
 
-    def has(self, path: Path, kind: str) -> bool:
-        return _line(path, kind) in _known
+    def has(self, line: str | None) -> bool:
+        return line in _known
 
-    def add(self, media: Iterable[tuple[Path, str]]) -> None:
-        """Media of a kind each. The file is written where there is a folder of runs: a check makes none."""
-        lines = [_line(path, kind) for path, kind in media]
+    def add(self, lines: Iterable[str]) -> None:
+        """Lines of before the media were looked at, for they may be written anew meanwhile. The file is written where
+        there is a folder of runs: a check makes none."""
+        lines = list(lines)
         _known.update(lines)
         new = [line for line in lines if line not in self._kept]
         if not new or self.file is None or not self.file.parent.parent.is_dir():
@@ -44,6 +45,9 @@ class GoodMedia:
             self._kept.update(new)
 
 
-def _line(path: Path, kind: str) -> str:
-    known = repr((VERSION, kind, os.path.abspath(path), version(path)))
+def line_of(path: Path, kind: str) -> str | None:
+    """What stands for a file as it is now, and for nothing else; None where there is none."""
+    if not (now := version(path)):
+        return None
+    known = repr((VERSION, kind, os.path.abspath(path), now))
     return hashlib.blake2b(known.encode("utf-8", "surrogateescape"), digest_size=_DIGITS // 2).hexdigest()

@@ -70,7 +70,7 @@ class Server:
         with ThreadPoolExecutor(samples.batch) as pool:
             texts = pool.map(partial(self._ask, talk, samples.max_new_tokens), examples)
             for example, text in zip(examples, texts, strict=True):
-                found.append(judged(example, talk.answered(example, text), samples.metric))
+                found.append(judged(example, talk.unreasoned(example, text), samples.metric))
                 tell(1)
         return found
 

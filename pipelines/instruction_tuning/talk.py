@@ -141,13 +141,15 @@ class Talk:
         mark = self.frame(example).mark
         return self.tokenizer.convert_tokens_to_ids(mark) if mark else None
 
-    def answered(self, example: Conversation, text: str) -> str:
-        """Of what a model wrote the answer alone: templates have some begin with more, such as an empty reasoning."""
-        opening = self.frame(example).opening
-        if REASONED in opening:
-            return text.rpartition(REASONED)[2].strip()
-        shown = self.tokenizer.decode(self.tokens(opening), skip_special_tokens=True).strip()
-        return text.strip().removeprefix(shown).strip()
+    def answered(self, example: Conversation, ids: Sequence[int]) -> str:
+        """Of the tokens that a model generated the answer: templates have some begin with more, such as a channel."""
+        ids, opening = list(ids), self.tokens(self.frame(example).opening)
+        rest = ids[len(opening) :] if ids[: len(opening)] == opening else ids
+        return self.unreasoned(example, self.tokenizer.decode(rest, skip_special_tokens=True))
+
+    def unreasoned(self, example: Conversation, text: str) -> str:
+        """Of what was answered what stands behind the reasoning, where the template has answers begin with one."""
+        return (text.rpartition(REASONED)[2] if REASONED in self.frame(example).opening else text).strip()
 
     def spans(self, example: Conversation) -> list[tuple[int, int]]:
         """Where the answers are: (first token, one past the last), both counted from the end of the conversation.

@@ -1,8 +1,10 @@
 """The self-check before every run, on real rows: what is learnt is the answers and their ends, each picture is seen,
 and a row in a batch is the row alone. What fails is refused, for each of these would train wrongly in silence."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -176,18 +178,39 @@ def verify(
         problems = packing_problems(talk, model, rows, precision)
     if problems:
         raise InputError("\n".join(problems))
-    return summary(talk, rows, seen=True) + (" Conversations in one row do not see each other." if packing else "")
+    apart = "Conversations in one row do not see each other." if packing else ""
+    return " ".join(filter(None, [summary(talk, rows, seen=True), apart, endless(talk, examples)]))
+
+
+def endless(talk: Talk, examples: Sequence[Conversation]) -> str:
+    """A sentence where answers before a last one are learnt without an end, for the template writes another there than
+    after the last; empty where they have one."""
+    for example in (example for example in examples if len(example.turns) > 1):
+        if all(talk.writer.marks.search(end) for end in _ends(talk, example)):
+            return ""
+        return (
+            f"Of {example.where} the answers before the last are learnt without an end: the chat template of "
+            f"{talk.model_type} writes {_short(talk.frame(example).mark)} after the last answer alone."
+        )
+    return ""
 
 
 def _wanted(talk: Talk, example: Conversation) -> list[int]:
-    """The answers and what is written after each, as tokens: the whole end after the last, and after others at least
-    the beginning of it, for some templates close a conversation otherwise than its turns."""
-    closing, written, found = talk.frame(example).closing, talk.written(example), []
-    for number, (turn, (start, stop)) in enumerate(zip(example.turns, written.answers, strict=True), 1):
-        after = written.text[start:stop].rpartition(turn.answer)[2]
-        earlier = number < len(example.turns) and closing.startswith(after)
-        found += talk.tokens(turn.answer + (after if earlier else closing))
-    return found
+    """The answers and what is written after each, as tokens."""
+    ends = _ends(talk, example)
+    return [token for turn, end in zip(example.turns, ends, strict=True) for token in talk.tokens(turn.answer + end)]
+
+
+def _ends(talk: Talk, example: Conversation) -> list[str]:
+    """What ends each answer: after the last the whole end, and after others as much of it as the text goes on with, for
+    some templates close a conversation otherwise than its turns. Where labels end is not asked: it is what is tried."""
+    frame, written, found = talk.frame(example), talk.written(example), []
+    units = re.compile(f"{talk.writer.marks.pattern}|.", re.DOTALL).finditer  # of marks all or none
+    for turn, (start, _) in zip(example.turns, written.answers, strict=True):
+        rest = written.text[start:].removeprefix(frame.opening).partition(turn.answer)[2]
+        pairs = ((one.group(), other.group()) for one, other in zip(units(frame.closing), units(rest), strict=False))
+        found.append("".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return [*found[:-1], frame.closing]
 
 
 def _alike(learnt: str, wanted: str, cut: bool) -> bool:

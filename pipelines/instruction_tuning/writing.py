@@ -56,7 +56,7 @@ class Prompt:
         if self.lined:
             self.prompt = self.prompt.rstrip("\n") + "\n"
         own = processor.tokenizer.eos_token or ""
-        self.known = Frame(own, "", own)
+        self.known, self.marks = Frame(own, "", own), any_of([own])
 
     def frame(self, where: str) -> Frame:
         return self.known

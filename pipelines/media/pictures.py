@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from equipoise.pipelines.media.reading import EnormousError, MediaError, brief, once
+from equipoise.pipelines.media.reading import EnormousError, MediaError, brief, kept, once
 
 LARGEST = Image.MAX_IMAGE_PIXELS or 1 << 26  # pixels: from here on Pillow warns, and from twice that refuses
 NAMED = ".png, .jpg, .webp, .tiff and all else that Pillow reads"  # for messages
 _LEFT_OUT = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}  # Pillow has other programs draw them, or knows but names
+_WORDS = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # parts of PNGs that EXIF can be in
 _SYSTEMS = {"__MACOSX", "@eaDir", "Thumbs.db"}
 _COLOURS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # of a profile → Pillow's mode
 REPLACE = " Remove or replace it."  # at the end of a sentence on a damaged one
@@ -65,8 +66,8 @@ def of_systems(name: str) -> bool:
 
 
 def size_of(path: Path, upright: bool = True) -> tuple[int, int]:
-    """Width and height of a picture as `open_picture` gives it, without decoding it, unless it is a PNG, whose
-    orientation may come last.
+    """Width and height of a picture as `open_picture` gives it, without decoding it, unless it is a PNG with
+    words or EXIF behind its pixels, for they may turn it.
 
     Args:
         upright: False: as it lies in the file, whose beginning says so in any format.
@@ -74,13 +75,35 @@ def size_of(path: Path, upright: bool = True) -> tuple[int, int]:
     Raises:
         MediaError: it cannot be read.
     """
+    if upright and (known := kept(decode, path)) is not None:
+        return known.size
     try:
         with Image.open(path, formats=_formats()) as image:
-            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             width, height = image.size
-            return (height, width) if turned else (width, height)
+            if not upright:
+                return width, height
+            # Pillow decodes any PNG for what may stand behind its pixels
+            early = image.format == "PNG" and not _tells_more_behind(path)
+            exif = Image.Image.getexif(image) if early else image.getexif()
+            return (height, width) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (width, height)
     except Exception as error:  # whatever a damaged one makes of its decoder
         raise MediaError(path, f"cannot be read as a picture ({brief(error)}).{REPLACE}") from None
+
+
+def _tells_more_behind(path: Path) -> bool:
+    """Whether a PNG has words or EXIF behind its pixels, or no end."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, name = int.from_bytes(head[:4], "big"), head[4:]
+            if name == b"IEND":
+                return False
+            if pixels and name in _WORDS:
+                return True
+            pixels = pixels or name == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)  # and its sum
+    return True
 
 
 @lru_cache

@@ -11,9 +11,10 @@ from PIL import Image
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
+from equipoise.pipelines.instruction_tuning import data as reading
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningData
 from equipoise.pipelines.instruction_tuning.data import Turn, read_all, read_examples
-from equipoise.pipelines.instruction_tuning.good_media import _known
+from equipoise.pipelines.instruction_tuning.good_media import _known, line_of
 from equipoise.pipelines.instruction_tuning.media import media_problem, open_picture, open_sound
 
 ASK, SAY = {"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "yes"}
@@ -314,3 +315,25 @@ def test_media_that_stay_as_they_are_are_decoded_once(folder):
     assert len(wrong()) == 2 and "red.png cannot be read" in wrong()[0]
     path.write_bytes(whole)
     assert wrong() == [problem] and len(set(unpacked.with_name("good-media").read_text().splitlines()) - {kept}) == 1
+
+
+def test_a_file_that_is_written_anew_while_it_is_looked_at_is_looked_at_again(folder, monkeypatch):
+    path = folder / "red.png"
+    record = {"image": path.name, "conversations": [ASK, SAY]}
+    settings = InstructionTuningData(file=str(written(folder, record)))
+    whole = path.read_bytes()
+
+    def overwritten(*words) -> str:
+        found = media_problem(*words)
+        path.write_bytes(b"no picture")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "media_problem", overwritten)
+        assert read_all(settings, unpacked=folder / "media")[2] == []
+    (problem,) = read_all(settings, unpacked=folder / "media")[2]
+    assert "red.png cannot be read" in problem
+    path.unlink()
+    assert line_of(path, "image") is None and "does not exist" in read_all(settings, unpacked=folder / "media")[2][0]
+    path.write_bytes(whole)
+    assert read_all(settings, unpacked=folder / "media")[2] == []

@@ -10,6 +10,7 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Turn, read_examples
+from equipoise.pipelines.instruction_tuning.examples import too_long
 from equipoise.pipelines.instruction_tuning.model import load_processor
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
 from equipoise.pipelines.instruction_tuning.writing import content
@@ -155,6 +156,19 @@ def test_pictures_of_sizes_that_were_met_take_as_many_tokens_as_those(kinds, tal
                 assert length == made.full_length(same[-1]) > made.full_length(example)
         else:
             assert made.measured_length(first[0]) == made.full_length(first[0])
+
+
+def test_what_is_said_of_a_length_is_exact_where_lengths_are_measured_roughly(talk, examples, monkeypatch):
+    made, two = talk("llava", max_tokens=10), examples("llava")[3]
+    exact = made.full_length(two)
+    monkeypatch.setattr(made, "measured_length", lambda example: exact + 1)
+    problem, cut = too_long(two, made, None)
+    assert f"has {exact} tokens, and data.max_tokens=10 cuts" in problem and cut
+    both = replace(two, media=two.media * 2, turns=(Turn(f"<image>{two.turns[0].question}", "red"), *two.turns[1:]))
+    exact = made.full_length(both)
+    monkeypatch.setattr(made, "measured_length", lambda example: exact - 30)
+    made.max_tokens = exact - 1
+    assert too_long(both, made, None) == ("", True), "a picture may make 16 tokens' difference, each"
 
 
 def test_half_a_picture_is_none(talk, examples):

@@ -2,7 +2,7 @@
 their ends. None of them is kept here."""
 
 import re
-from copy import deepcopy
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,9 +16,11 @@ from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Conversation, Turn, read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
-from equipoise.pipelines.instruction_tuning.verify import token_problems
+from equipoise.pipelines.instruction_tuning.verify import endless, token_problems
 
-TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
+TEMPLATES = {
+    path.stem: path.read_text() for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+}
 MARK = re.compile(r"<[|｜]?[\w/▁]+[|｜]?>")
 READ = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<image>"}  # as text, or known already
 OF_MEDIA = {  # small checkpoints, and the templates of their families
@@ -37,19 +39,20 @@ THREE = Conversation(
 
 @cache
 def processor_of(folder: Path) -> tuple[Any, str]:
+    """Of a checkpoint, with the marks of all templates as single tokens."""
     section = InstructionTuningModel(path=str(folder))
-    return load_processor(section), model_type(section)
+    processor = load_processor(section)
+    known = READ | processor.tokenizer.get_added_vocab().keys()
+    marks = dict.fromkeys(mark for text in TEMPLATES.values() for mark in MARK.findall(text) if mark not in known)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": [*marks], "bos_token": "<bos>"})
+    return processor, model_type(section)
 
 
 def talk_by(folder: Path, template: str) -> Talk:
-    """Of a checkpoint with another template, whose marks are single tokens."""
-    processor, kind = deepcopy(processor_of(folder))
-    text = TEMPLATES[template].read_text()
-    marks = dict.fromkeys(mark for mark in MARK.findall(text) if mark not in READ)
-    known = processor.tokenizer.get_added_vocab()
-    extra = [mark for mark in marks if mark not in known]
-    processor.tokenizer.add_special_tokens({"additional_special_tokens": extra, "bos_token": "<bos>"})
-    processor.chat_template = text
+    """Of a checkpoint with another template."""
+    found, kind = processor_of(folder)
+    processor = copy(found)
+    processor.chat_template = TEMPLATES[template]
     return Talk(processor, kind)
 
 
@@ -62,17 +65,23 @@ def check(made: Talk, example: Conversation) -> None:
     """Answers are learnt with their ends, the last one's whole, and nothing between them but what opens them."""
     assert token_problems(made, [example]) == []
     frame, rest = made.frame(example), learnt(made, example)
-    for turn in example.turns:
+    for number, turn in enumerate(example.turns):
         before, found, rest = rest.partition(turn.answer)
-        assert found and before.removesuffix(frame.opening).strip() in frame.closing
+        end = before.removesuffix(frame.opening).strip()
+        assert found and frame.closing.startswith(end) and bool(end) == (number > 0 and not endless(made, [example]))
     assert rest == frame.closing and made.end(example) is not None and made.end(example) != made.tokenizer.unk_token_id
     assert made.text(example).startswith(made.text(example, asked=True))
+
+
+def test_trl_has_templates():
+    assert len(TEMPLATES) > 50, "where did it put them?"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_learnt_by_a_published_template_is_answers_and_their_ends(name, checkpoints):
     made = talk_by(checkpoints("llava"), name)
     check(made, THREE)
+    assert bool(endless(made, [THREE])) == name.startswith("gptoss"), "which ends earlier answers otherwise"
     options = {"enable_thinking": False} if "enable_thinking" in made.processor.chat_template else {}
     turn = made.writer._content("Why?")
     prompt = made.processor.apply_chat_template(
@@ -89,7 +98,7 @@ def test_what_is_learnt_by_a_published_template_is_answers_and_their_ends(name, 
 
 
 def check_marked(made: Talk) -> None:
-    """`{% generation %}`: a template that marks what is to be learnt marks all that is learnt here."""
+    """`{% generation %}`: of what is to be learnt a template marks the answers, and the end of the last as here."""
     words = [text for turn in THREE.turns for text in (turn.question, turn.answer)]
     messages = [
         {"role": role, "content": made.writer._content(text)}
@@ -101,7 +110,8 @@ def check_marked(made: Talk) -> None:
     marked = made.tokenizer.decode([t for t, on in zip(own["input_ids"], own["assistant_masks"], strict=True) if on])
     for turn in THREE.turns:
         _, found, marked = marked.partition(turn.answer)
-        assert found and (made.frame(THREE).mark in marked)
+        assert found
+    assert marked.strip() == made.frame(THREE).closing.strip(), "the last one's end"
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in OF_MEDIA.items() for name in names])

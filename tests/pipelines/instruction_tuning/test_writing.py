@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from equipoise.errors import InputError
+from equipoise.pipelines.instruction_tuning import writing
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningModel
 from equipoise.pipelines.instruction_tuning.data import Turn, read_examples
 from equipoise.pipelines.instruction_tuning.model import load_processor, model_type
 from equipoise.pipelines.instruction_tuning.talk import IGNORED, Talk
-from equipoise.pipelines.instruction_tuning.verify import token_problems
+from equipoise.pipelines.instruction_tuning.verify import endless, token_problems
 
 FAMILIES = {  # and what each learns behind an answer
     "qwen2_5_vl": "<|im_end|>\n",
@@ -180,6 +181,19 @@ def test_a_template_that_closes_a_conversation_otherwise_than_its_turns(talk, ex
     assert learnt(made, made.training_batch([two])["labels"]) == "redYes, quite sure.</s>", (
         "the one that ends an answer"
     )
+    assert endless(made, examples) == (
+        "Of talk.jsonl:4 the answers before the last are learnt without an end: the chat template of llava writes "
+        "'</s>' after the last answer alone."
+    ).replace("talk.jsonl:4", two.where)
+    assert endless(talk("llava"), examples) == endless(made, examples[:1]) == ""
+
+
+def test_earlier_answers_that_lose_their_ends_are_found(talk, examples, monkeypatch):
+    made = talk("qwen2_5_vl")
+    monkeypatch.setattr(writing, "_shared", lambda *_: 0)
+    assert token_problems(made, examples[:1]) == []
+    (problem,) = token_problems(made, examples)
+    assert "the loss would be on 'redYes, quite sure.<|im_end|>" in problem and "not on 'red<|im_end|>" in problem
 
 
 def test_a_template_of_texts_that_would_write_a_list_as_json(talk, examples):
@@ -198,9 +212,12 @@ def test_a_template_of_texts_that_would_write_a_list_as_json(talk, examples):
 def test_what_a_template_has_answers_begin_with_is_no_part_of_what_is_answered(talk, examples):
     made = talk("llava")
     made.processor.chat_template = REASONING
-    assert made.answered(examples[0], "\n</think>\n\nred") == "red"
-    assert made.answered(examples[0], "It is bright.\n</think>\n\nred") == "red", "as an untuned model has it"
-    assert made.answered(examples[0], "It is bright, and") == "It is bright, and"
+    for text, answer in (
+        ("\n</think>\n\nred", "red"),
+        ("It is bright.\n</think>\n\nred", "red"),  # as an untuned model has it
+        ("It is bright, and", "It is bright, and"),
+    ):
+        assert made.answered(examples[0], made.tokens(text)) == made.unreasoned(examples[0], text) == answer
     made = talk("llava")
     made.processor.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' to=user' if m.role == 'assistant' }}<image>"
@@ -209,4 +226,7 @@ def test_what_a_template_has_answers_begin_with_is_no_part_of_what_is_answered(t
     )
     text = replace(examples[0], kind="text", media=(), turns=(Turn("What colour?", "blue"),))
     assert made.frame(text).opening == " to=user<image>"
-    assert made.answered(text, " to=userblue") == made.answered(text, "blue") == "blue"
+    for written in (" to=user<image>blue<|im_end|>", "blue<|im_end|>"):
+        assert made.answered(text, made.tokens(written)) == "blue"
+    own = "to=user is right"
+    assert made.answered(text, made.tokens(own)) == made.unreasoned(text, f" {own}") == own

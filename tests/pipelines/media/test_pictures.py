@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
 from equipoise.pipelines.media import pictures, reading
 from equipoise.pipelines.media.reading import EnormousError, MediaError
@@ -162,3 +163,24 @@ def test_a_picture_is_decoded_once_within_a_run_and_anew_when_it_changes(tmp_pat
         Image.new("RGB", (8, 8)).save(a)
         assert pictures.open_picture(a).size == (8, 8)
     assert reading._kept == {}
+
+
+@pytest.mark.parametrize("place", ["none", "before the pixels", "behind the pixels"])
+def test_the_size_of_a_png_is_read_without_decoding_it_unless_words_stand_behind_its_pixels(
+    place, tmp_path, monkeypatch
+):
+    path, exif, loaded = tmp_path / "made.png", Image.Exif(), []
+    if place != "none":
+        exif[0x0112] = 6
+    Image.new("RGB", (40, 24)).save(path, exif=exif)
+    if place == "behind the pixels":
+        data = path.read_bytes()
+        start = data.index(b"eXIf") - 4
+        stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        path.write_bytes(data[:start] + data[stop:-12] + data[start:stop] + data[-12:])
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: (loaded.append(path), load(image))[1])
+    assert pictures.size_of(path) == ((40, 24) if place == "none" else (24, 40))
+    assert bool(loaded) == (place == "behind the pixels")
+    assert pictures.size_of(path, upright=False) == (40, 24)
+    assert pictures.decode(path).size == pictures.size_of(path)
