@@ -41,7 +41,7 @@ WORKS = "usable"  # the verdict on a rate that learnt and kept enough; any other
 _OUTSIDE = "optimizer.outside_learning_rate"  # each optimizer may have one of its own
 _RATES = "optimizer.rates"  # part → its own rate
 MOSTLY = 0.5  # share of a cell's pictures; where more are broken, its rate is not usable whatever its loss
-_LATER = ("scored", "alike", "kept", "own", "column", "source")  # parts of the file that earlier versions did not write
+_LATER = ("scored", "alike", "kept", "own", "column", "sources")  # parts that earlier versions did not write
 SOURCE = "source"
 _LONG = 40  # characters of a value in a label
 _SERVED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*")  # names of folders
@@ -137,7 +137,7 @@ class Comparison:
     kept: str = ""  # which of `beside` says what is left of what the base knew; "": none, and the score judges alone
     own: bool | None = None  # whether the pictures are of the runs' own prompts and strength; None: not recorded
     column: str = "learning rate"  # what cells differ in from left to right, their `rate`; of files it is the strength
-    source: list[Picture] = field(default_factory=list)  # of each prompt, what a base that edits starts from
+    sources: list[Picture] = field(default_factory=list)  # of each prompt, what a base that edits starts from
 
     @classmethod
     def read(cls, folder: Path) -> "Comparison":
@@ -184,8 +184,8 @@ class Comparison:
     @property
     def untouched(self) -> list[Cell]:
         """What stands before the cells: the base, and before it what its pictures are made of, where it edits."""
-        made_of = Cell("", SOURCE, math.nan, self.base.seed, self.base.state, pictures=self.source)
-        return [*([made_of] if self.source else []), self.base]
+        made_of = Cell("", SOURCE, math.nan, self.base.seed, self.base.state, pictures=self.sources)
+        return [*([made_of] if self.sources else []), self.base]
 
     def count_votes(self) -> None:
         """What blind votes say of the cells now, as metrics of them."""
@@ -346,7 +346,7 @@ class Comparison:
             "kept": self.kept,
             "own": self.own,
             "column": self.column,
-            "source": [asdict(picture) for picture in self.source],
+            "sources": [asdict(picture) for picture in self.sources],
             "usable_from": self.line,
             "kept_from": self.kept_line,
             "usable_ranges": {

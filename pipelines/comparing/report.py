@@ -115,7 +115,7 @@ def draw_grid(comparison: Comparison, prompt: int | None = None) -> Image.Image:
 def explanations(comparison: Comparison) -> list[str]:
     """What the numbers and the frames of a grid mean, for somebody who sees it for the first time."""
     beside = [f"{short(name)}: {words}." for name, words in (comparison.beside | comparison.scored).items()]
-    base = ["source: the pictures to start from."] if comparison.source else []
+    base = ["source: the pictures to start from."] if comparison.sources else []
     base += ["base: before training."] if comparison.base.row == "base" else []
     same = [*([comparison.alike] if comparison.alike else []), *comparison.doubts]
     if not comparison.judged:
@@ -255,7 +255,7 @@ def _as_json(comparison: Comparison, row: str, cells: list[Cell]) -> dict:
         "said": place_words(comparison, cells, verdict),
         "verdict": verdict,
         "beside": beside_words(comparison, cells),
-        "base": cells in [[cell] for cell in comparison.untouched],
+        "base": bool(cells) and not cells[0].run,
         "usable": verdict == WORKS,
         "cells": [
             {

@@ -82,7 +82,7 @@ def problems(config: TextToImageConfig) -> list[str]:
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
     found += pairs.problems(config) + _sample_source_problems(config)
     found += _validation_problems(config)
-    found += read_class(config)[1]
+    found += _class_problems(config)
     if (start := config.lora.start) and not Path(start).is_file():
         what = "is a folder" if Path(start).is_dir() else "does not exist"
         found.append(f"lora.start: {start} {what}. Give a .safetensors file, or leave it out.")
@@ -137,6 +137,11 @@ def _validation_problems(config: TextToImageConfig) -> list[str]:
     if config.train.validate_every:
         return ["train.validate_every: there is nothing to validate on. Give data.validation, a folder of pictures."]
     return []
+
+
+def _class_problems(config: TextToImageConfig) -> list[str]:
+    classed, wrong = read_class(config)
+    return wrong or _unreadable(classed)
 
 
 def _no_compiler() -> str:

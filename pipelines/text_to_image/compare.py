@@ -171,7 +171,7 @@ def draw_all(
     found = Comparison(
         name, folder, prompts, meaning, untouched, shown, beside, scored, ALIKE, kept=kept, column=column
     )
-    found.source = _write_sources(folder, samples, first.data.resolution)
+    found.sources = _write_sources(folder, samples, first.data.resolution)
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from accelerate.state import PartialState
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from transformers import BatchEncoding
@@ -43,13 +42,13 @@ from equipoise.pipelines.training.quantized import BLOCK, BYTES
 _CONTEXT = 600_000_000  # bytes of a device that CUDA itself and torch's kernels take, about; not measured here
 _WORTH = 200_000_000  # bytes of a device from which on a slower setting is named that saves them
 _CARDS = (8, 12, 16, 24)  # GB of devices that people have
-# What makes a tuning smaller, one after the other, from what costs the least time; fp8 and nf4 exclude what follows.
+# What makes a tuning smaller, one after the other, from what costs the least time; nf4 excludes what follows.
 _SMALLER: tuple[dict[str, Any], ...] = (
     {"train.precision": "bf16"},
     {"train.gradient_checkpointing": True},
     {"model.quantize": "fp8"},
     {"model.quantize": "nf4", "model.offload": 0.0},
-    {"model.quantize": None, "model.offload": 1.0},
+    {"model.quantize": "fp8", "model.offload": 1.0},
     {"train.offload_activations": True},
 )
 
@@ -108,7 +107,7 @@ def estimate_memory(config: TextToImageConfig) -> MemoryEstimate | None:
     """None where the checkpoint is not on this machine, or of another family."""
     if (found := _counted(config)) is None:
         return None
-    cpu = PartialState().device.type == "cpu"
+    cpu = not torch.accelerator.is_available()  # accelerate would wait for processes that make no dry run
     held = found.denoiser - found.saved(config.model.quantize, cpu) + found.vae + found.encoders + found.words
     return MemoryEstimate(held, found.training, found.kept(config), PROGRAM, advice=lambda: _advice(config, found))
 

@@ -23,6 +23,7 @@ from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.config import NoiseSection, TextToImageConfig
 from equipoise.pipelines.text_to_image.data import Example, read_class
 from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.text_to_image.offloading import VisitingLinear
 from equipoise.pipelines.training.loop import StoppedError
 
 
@@ -74,6 +75,7 @@ def _drawn(
     if guidance is None and usual != base.family.guidance:  # a distilled checkpoint's, which weights may not show
         guidance = usual
     facts = [_fingerprint(base), prompt, config.data.resolution, samples.steps, guidance]
+    facts += [config.model.quantize] if config.model.quantize else []
     folder = cache / f"prior-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,9 +100,16 @@ def _drawn(
 def _fingerprint(base: Base) -> str:
     """Changes when the denoiser does, wherever the checkpoint lies."""
     digest = hashlib.sha256(base.identity.encode())
-    for name, tensor in base.denoiser.state_dict().items():
-        if type(tensor) is not torch.Tensor:  # quantised weights do not show theirs
+    away = {
+        f"{name}.{part}": tensor
+        for name, layer in base.denoiser.named_modules()
+        if isinstance(layer, VisitingLinear)
+        for part, tensor in (("weight", layer.offloaded.weight), ("scale", layer.offloaded.scale))
+        if tensor is not None
+    }
+    for name, tensor in (base.denoiser.state_dict() | away).items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # quantised weights do not show theirs
             continue
         digest.update(name.encode())
-        digest.update(tensor.flatten()[:8].float().cpu().numpy().tobytes())
+        digest.update(tensor.detach().flatten()[:8].float().cpu().numpy().tobytes())
     return digest.hexdigest()

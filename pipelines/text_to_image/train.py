@@ -170,7 +170,8 @@ class Pictures:
         """Of all pictures in their order; of the damaged ones, which another file may come in place of, by shape."""
         facts: list[Any] = list(self.facts)
         for picture in damaged:
-            facts[picture] = (self.latents.shapes[picture], *facts[picture][1:])
+            shapes = [kind.shapes[picture] for kind in (self.latents, self.sources) if kind]
+            facts[picture] = (*shapes, *facts[picture][1:3])  # of a pair, either may be the damaged one
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     def make(self, picture: int) -> None:
@@ -291,7 +292,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
                     self.kinds[name].make(picture)
                 except MediaError as error:
                     found[name, picture] = str(error)
-        written = processes.each(json.dumps([finished, list(found.items())]))
+        written = processes.gathered_texts(json.dumps([finished, list(found.items())]))
         known = [damage for text in written for damage in json.loads(text)[1]]
         if known:
             rest = list(self.verification.all_damage().items()) if processes.leads() else []

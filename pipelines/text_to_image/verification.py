@@ -1,10 +1,12 @@
 """Which pictures are damaged, found beside the first steps: the step that needs one may come hours later."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from threading import Event, Thread
 from types import TracebackType
 
+from equipoise.pipelines.media.reading import brief
 from equipoise.pipelines.text_to_image.latents import Latents
 
 _PATIENCE = 60.0  # seconds that an end for a damaged picture waits for the others to be looked at
@@ -49,11 +51,19 @@ class Verification:
         return dict(self.damage)
 
     def _look(self) -> None:
-        for one in self._others:
-            if self._left.is_set():
-                return
-            self._judge(*one)
-        self.finished = True
+        try:
+            for one in self._others:
+                if self._left.is_set():
+                    return
+                self._judge(*one)
+        except Exception as error:  # of a folder that is gone, say: the run is not ended by what it may never need
+            print(
+                f"Not all pictures could be looked at beside the steps ({brief(error)}); a damaged one is found by the "
+                "step that needs it.",
+                file=sys.stderr,
+            )
+        finally:
+            self.finished = True
 
     def _judge(self, kind: str, latents: Latents, picture: int) -> None:
         if fault := latents.fault(picture):

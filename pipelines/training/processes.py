@@ -100,7 +100,7 @@ def shared(text: str) -> str:
     return _broadcast(text) if count() > 1 else text
 
 
-def each(text: str) -> list[str]:
+def gathered_texts(text: str) -> list[str]:
     """Every process's text, in their order, in all of them."""
     return [_broadcast(text, source) for source in range(count())] if count() > 1 else [text]
 

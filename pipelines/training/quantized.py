@@ -20,9 +20,8 @@ def problems(how: str | None) -> list[str]:
     if not find_spec("bitsandbytes"):
         return [f"model.quantize: {how} needs the package bitsandbytes. pip install 'equipoise[quantized]'."]
     import bitsandbytes
-    from accelerate.state import PartialState
 
-    device = str(PartialState().device).partition(":")[0]
+    device = _device()
     if device not in getattr(bitsandbytes, "supported_torch_devices", ("cuda", device)):
         return [f"model.quantize: bitsandbytes does not work on {device}. Leave it out."]
     return []
@@ -30,14 +29,20 @@ def problems(how: str | None) -> list[str]:
 
 def _fp8_problems() -> list[str]:
     """Why this machine's device cannot hold numbers in fp8."""
-    from accelerate.state import PartialState
-
-    device = PartialState().device
+    device = _device()
+    if device in ("cpu", "cuda"):  # both can; trying would take memory of a GPU for as long as the page is served
+        return []
     try:
         torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
     except (RuntimeError, TypeError):
-        return [f"model.quantize: fp8 does not work on {device.type}. Leave it out."]
+        return [f"model.quantize: fp8 does not work on {device}. Leave it out."]
     return []
+
+
+def _device() -> str:
+    """The kind that a run will use, asked without joining its other processes: the first makes a dry run alone."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else "cpu"
 
 
 def keep_differentiable(model: torch.nn.Module) -> None:

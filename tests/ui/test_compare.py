@@ -92,7 +92,7 @@ def test_score_and_what_was_kept_stand_in_every_cell_and_the_best_is_marked(site
 
 def test_what_pictures_are_made_of_stands_beside_the_base_and_cannot_be_chosen(site, swept, keeping):
     plain = compare_grid.grid(site, OWN)
-    keeping.source = [Picture(0, None, "cells/base/00-0.png", "cells/base/00-0.png")]
+    keeping.sources = [Picture(0, None, "cells/base/00-0.png", "cells/base/00-0.png")]
     keeping.write_tables()
     shown = compare_grid.grid(site, OWN)
     assert "<th scope='col'>source</th><th scope='col'>base</th>" in shown

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _single_file(file: Path) -> str:
             names = "\n".join(weights.keys())
     except (OSError, SafetensorError):
         names = ""
-    said = f"model.path: {file} is a single-file checkpoint"
+    said, path = f"model.path: {file} is a single-file checkpoint", json.dumps(str(file), ensure_ascii=False)
     if "lora_" in names:
         return f"{said} of LoRA factors. Give the base that they are for, and the file as lora.start to go on from it."
     kind = next((kind for layer, kind in _SINGLE.items() if layer in names), "")
@@ -82,10 +83,10 @@ def _single_file(file: Path) -> str:
         kinds = ", ".join(trained())
         return (
             f"{said}. Convert it once, by the pipeline of diffusers that it is for ({kinds}): "
-            f'PIPELINE.from_single_file("{file}").save_pretrained("FOLDER"), then give FOLDER.'
+            f'PIPELINE.from_single_file({path}).save_pretrained("FOLDER"), then give FOLDER.'
         )
-    code = f"from diffusers import {kind}; {kind}.from_single_file('{file}').save_pretrained('FOLDER')"
-    return f'{said} of {kind[: -len("Pipeline")]}. Convert it once: python -c "{code}", then give FOLDER.'
+    code = f'from diffusers import {kind}; {kind}.from_single_file({path}).save_pretrained("FOLDER")'
+    return f"{said} of {kind[: -len('Pipeline')]}. Convert it once: python -c {shlex.quote(code)}, then give FOLDER."
 
 
 def read_index(path: str, revision: str | None = None, fetch: bool = True) -> dict[str, Any]:

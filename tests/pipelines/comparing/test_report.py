@@ -58,7 +58,7 @@ def test_what_pictures_are_made_of_stands_before_the_base(comparison):
     (comparison.folder / "cells" / "made").mkdir()
     for end in (".png", ".thumb.png"):
         Image.new("RGB", (16, 16), "blue").save(comparison.folder / f"cells/made/00{end}")
-    comparison.source = [Picture(0, None, "cells/made/00.png", "cells/made/00.thumb.png")]
+    comparison.sources = [Picture(0, None, "cells/made/00.png", "cells/made/00.thumb.png")]
     grid, new = draw_grid(comparison), render_html(comparison)
     assert grid.width - plain.width > CELL
     pixels = np.asarray(grid)
@@ -73,8 +73,8 @@ def test_what_pictures_are_made_of_stands_before_the_base(comparison):
     assert "source: the pictures to start from." in explanations(comparison)
     comparison.write_tables()
     again = Comparison.read(comparison.folder)
-    assert again.source == comparison.source and draw_grid(again).tobytes() == grid.tobytes()
-    comparison.source[0].file = "../other.png"
+    assert again.sources == comparison.sources and draw_grid(again).tobytes() == grid.tobytes()
+    comparison.sources[0].file = "../other.png"
     comparison.write_tables()
     with pytest.raises(InputError, match=r"names the picture '\.\./other\.png'"):
         Comparison.read(comparison.folder)

@@ -54,6 +54,21 @@ def words(short, kontext, sources):
     return [*own, f"model={kontext}", f"data.sources={sources}", "train.clip=0", "learning_rate=0.02"]
 
 
+@pytest.mark.parametrize("which", ["sources", "pictures"])
+def test_a_damaged_picture_of_a_pair_may_be_replaced(words, sources, pictures, tmp_path, which):
+    folder = shutil.copytree(pictures, tmp_path / "own")
+    settings = config.load(NAME, [*words, f"data={folder}", "samples.prompts=[]", "steps=2", "train.give_up=0"])
+    path = sources / "0.webp" if which == "sources" else folder / "0.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    run = Store(settings.runs).create(settings)
+    with pytest.raises(InputError, match=f"{path.name}: cannot be read as a picture"):
+        execute(TextToImage, settings, run)
+    with Image.open(pictures / "1.png") as other:
+        other.save(path)
+    assert execute(TextToImage, settings, run).state == "done"
+
+
 def test_it_learns_and_diffusers_makes_the_same_picture_of_the_same_picture(words, kontext, sources, tmp_path):
     more = [
         f"samples.prompts=[{PROMPT}]",
@@ -90,7 +105,7 @@ def test_it_learns_and_diffusers_makes_the_same_picture_of_the_same_picture(word
         assert ours.convert("RGB").tobytes() == drawn["0.webp"].tobytes() != drawn["1.webp"].tobytes()
 
     assert main(["compare", str(run.folder), "--out", str(tmp_path / "compared")]) == 0
-    (start,) = Comparison.read(tmp_path / "compared").source
+    (start,) = Comparison.read(tmp_path / "compared").sources
     with Image.open(tmp_path / "compared" / start.file) as shown:
         assert shown.tobytes() == cut(open_picture(sources / "0.webp"), (32, 32), (0.5, 0.5)).tobytes()
 

@@ -296,6 +296,35 @@ def test_what_only_a_later_step_needs_is_found_beside_the_first(own, work, tmp_p
     assert Verification({"pictures": [found]}, 4).finished, "what the check has decoded is not decoded again"
 
 
+def test_training_looks_at_the_pictures_that_no_step_has_needed(own, encoded, monkeypatch):
+    settings, run = started(own, "batch=1", "steps=4")
+    execute(TextToImage, settings, run)
+    last = next(name for name in reversed(encoded) if name != "0.png")  # the first one is for the check
+    shutil.rmtree(Path(settings.runs) / ".cache")
+    path, enter = Path(settings.data.folder) / last, Verification.__enter__
+    path.write_bytes(path.read_bytes()[:-60])
+
+    def waited(verification):
+        enter(verification)._thread.join()  # so that steps are not faster
+        return verification
+
+    monkeypatch.setattr(Verification, "__enter__", waited)
+    monkeypatch.setattr("equipoise.pipelines.text_to_image.train.DECODED", 1)
+    settings, run = started(own, "batch=1", "steps=4")
+    with pytest.raises(InputError, match=f"{last}: cannot be read as a picture"):
+        execute(TextToImage, settings, run)
+    assert run.metrics() == [] and encoded.index(last) > 0, "without, the first step would have gone well"
+
+
+def test_a_look_that_fails_is_over_and_says_so(work, capsys, monkeypatch):
+    found = work().latents
+    monkeypatch.setattr(found, "fault", lambda picture: Path("/dev/null/x").read_text())
+    with Verification({"pictures": [found]}, 1) as verification:
+        verification._thread.join()
+    assert verification.finished and verification.damage == {}
+    assert "could be looked at beside the steps ([Errno 20] Not a directory" in capsys.readouterr().err
+
+
 def test_a_run_stops_while_class_pictures_are_drawn(own, monkeypatch):
     settings = config.load(NAME, [*own, "prior.prompt=a vase", "prior.count=4", "samples.batch=2"])
     run = Store(settings.runs).create(settings)

@@ -1,6 +1,8 @@
 """What makes a tuning fit a device: counted without a device, and in the order of what costs the least time."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from diffusers import FluxPipeline
 
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.text_to_image import memory
+from equipoise.pipelines.text_to_image import TextToImage, memory
 from equipoise.pipelines.text_to_image.memory import Counted
 from equipoise.pipelines.text_to_image.offloading import in_blocks
 from equipoise.pipelines.training.memory import PEAK
@@ -40,11 +42,11 @@ def test_advice_takes_what_costs_the_least_time_for_each_size(monkeypatch):
     monkeypatch.setattr(memory, "_counted", lambda given: asked.append(given.train) or halved(given))
     given = config.load("text_to_image/flux", ["train.precision=no", "train.gradient_checkpointing=false", "batch=4"])
     small = "train.precision=bf16 train.gradient_checkpointing=true"
-    least = f"{small} model.offload=1 train.batch=1 train.accumulate=4 (about 11.9 GB)"
+    least = f"{small} model.quantize=fp8 model.offload=1 train.batch=1 train.accumulate=4 (about 11.9 GB)"
     assert memory._advice(given, halved(given)) == [
         f"A device of 8 GB: too small, even with {least}.",
         f"A device of 12 GB: {least}.",
-        f"A device of 16 GB: {small} model.offload=1 (about 14.9 GB).",
+        f"A device of 16 GB: {small} model.quantize=fp8 model.offload=1 (about 14.9 GB).",
         f"A device of 24 GB: {small} model.quantize=fp8 train.batch=1 train.accumulate=4 (about 23.4 GB).",
     ]
     assert len(asked) == 2, "once for each precision and batch, and the first was known"
@@ -72,6 +74,17 @@ def test_a_dry_run_shows_it_in_a_line_where_all_sizes_do(short, capsys):
     assert main(["train", "text_to_image/dreambooth", *short, "--dry-run"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# A device of ")]
     assert len(lines) == 1 and lines[0].startswith("# A device of 8, 12, 16 or 24 GB: as it is (about ")
+
+
+@pytest.mark.parametrize("how", ["fp8", "nf4"])
+def test_the_check_and_the_estimate_wait_for_no_other_process(short, monkeypatch, how):
+    """Of several processes the first makes a dry run alone."""
+    alone = [*short, f"model.quantize={how}"]
+    monkeypatch.setattr("accelerate.state.PartialState.__init__", lambda *_, **__: pytest.fail("joined the others"))
+    monkeypatch.setattr("equipoise.pipelines.training.quantized.find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    settings = config.load("text_to_image/dreambooth", alone)
+    assert TextToImage.check(settings) == [] and TextToImage.estimate_memory(settings) is not None
 
 
 def test_on_a_device_are_what_is_quantised_and_what_does_not_wait(short, build_checkpoint):

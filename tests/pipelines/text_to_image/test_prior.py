@@ -1,5 +1,7 @@
 """Prior preservation: class pictures given or drawn by the untouched base, and what they do to the loss."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
@@ -10,6 +12,7 @@ from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage, prior
 from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.generate import generate
+from equipoise.pipelines.text_to_image.offloading import VisitingLinear
 
 NAME = "text_to_image/dreambooth"
 
@@ -51,6 +54,41 @@ def test_the_untouched_base_draws_them_once(short, tmp_path, monkeypatch):
     other = config.load(NAME, [*short, *words, "samples.steps=1"])
     prior.class_examples(base, other, tmp_path)
     assert len(list(tmp_path.glob("prior-*"))) == 2
+
+
+@pytest.mark.parametrize("more", [["model.quantize=fp8"], ["model.offload=1"]])
+def test_weights_elsewhere_count_for_which_pictures_are_drawn_anew(short, more):
+    base = load_base(config.load(NAME, [*short, *more]).model, "no")
+    first = prior._fingerprint(base)
+    held = [layer.offloaded for layer in base.denoiser.modules() if isinstance(layer, VisitingLinear)][-1]
+    found = []
+    for part in ("weight", "scale") if held.scale is not None else ("weight",):
+        own = getattr(held, part)
+        try:
+            setattr(held, part, (own.float() / 2).to(own.dtype))
+            found.append(prior._fingerprint(base))
+        finally:
+            setattr(held, part, own)
+    assert first not in found and prior._fingerprint(base) == first
+
+
+def test_a_base_in_fewer_bits_draws_pictures_of_its_own(short, tmp_path):
+    words = [*short, "prior.prompt=a vase", "prior.count=1"]
+    base, drawn = load_base(config.load(NAME, words).model, "no"), []
+    for how in ("null", "fp8", "int8"):  # by the key alone: some kinds of weights do not show their values
+        settings = config.load(NAME, [*words, f"model.quantize={how}"])
+        drawn += [example.path for example in prior.class_examples(base, settings, tmp_path)]
+    assert len(set(drawn)) == 3
+
+
+def test_a_damaged_class_picture_of_the_folder_is_found_by_the_check(short, pictures, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "class")
+    words = [*short, "prior.prompt=a vase", f"prior.folder={folder}"]
+    assert TextToImage.check(config.load(NAME, words)) == []
+    path = sorted(folder.glob("*.png"))[0]
+    path.write_bytes(path.read_bytes()[:-60])
+    (problem,) = TextToImage.check(config.load(NAME, words))
+    assert problem.startswith(f"{path}: cannot be read as a picture")
 
 
 def test_each_of_several_prompts_has_its_part_of_the_count(short, tmp_path):

@@ -18,6 +18,7 @@ from equipoise.pipelines.text_to_image.base import load_base
 from equipoise.pipelines.text_to_image.compare import compare
 from equipoise.pipelines.text_to_image.offloading import ActivationsAway, Offloaded, VisitingLinear, in_blocks, offload
 from equipoise.pipelines.text_to_image.result import LORA_FILE
+from equipoise.pipelines.training import quantized
 from equipoise.pipelines.training.quantized import BLOCK, BYTES
 
 NAME = "text_to_image/dreambooth"
@@ -178,6 +179,16 @@ def test_fp8_keeps_nothing_whole_for_the_backward_pass_and_may_wait_elsewhere():
     assert [layer.offloaded.weight.dtype for layer in layers] == [torch.float8_e4m3fn] * 4
 
 
+def test_whether_fp8_works_is_not_tried_where_it_does_and_said_where_not(monkeypatch):
+    """A try takes memory of a GPU for as long as the process lives."""
+    monkeypatch.setattr(quantized, "_device", lambda: "cuda")
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: pytest.fail("tried"))
+    assert quantized.problems("fp8") == []
+    monkeypatch.undo()
+    monkeypatch.setattr(quantized, "_device", lambda: "mps")
+    assert quantized.problems("fp8") == ["model.quantize: fp8 does not work on mps. Leave it out."]
+
+
 def test_of_weights_in_fp8_those_that_do_not_wait_are_on_the_device():
     layers = nn.ModuleList([nn.Linear(6, 4).requires_grad_(False) for _ in range(4)])
     offload(layers, 0.5, torch.device("meta"), fp8=True)
@@ -210,7 +221,7 @@ def test_all_but_weights_waits_elsewhere_for_the_backward_pass(checkpointing):
     assert all(map(torch.equal, plain, torch.autograd.grad(loss, [given, layers[2].weight])))
 
 
-def test_steps_with_activations_elsewhere_are_the_same(short, monkeypatch):
+def test_keeping_activations_elsewhere_is_entered_at_every_step(short, monkeypatch):
     entered, losses, enter = [], [], ActivationsAway.__enter__
     monkeypatch.setattr(ActivationsAway, "__enter__", lambda hooks: entered.append(hooks) or enter(hooks))
     words = [*short, "steps=2", "samples.prompts=[]", "train.gradient_checkpointing=true", "learning_rate=0.02"]

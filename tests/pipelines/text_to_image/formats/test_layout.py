@@ -1,8 +1,10 @@
 """Checkpoints that cannot or must not be loaded are told apart, without opening a single weight."""
 
+import ast
 import json
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +97,16 @@ def test_a_single_file_says_whose_it_is(tmp_path, layer, words):
     save_file({layer: torch.zeros(1)}, tmp_path / "one.safetensors")
     (problem,) = model_problems(str(tmp_path / "one.safetensors"))
     assert words in problem and (problem.count("Pipeline") < 4) == ("ZImage" not in words)
+
+
+def test_the_command_that_converts_a_single_file_may_be_copied_whatever_its_name(tmp_path):
+    file = tmp_path / """it's "so" $(echo) `x` \\ ü.safetensors"""
+    save_file({"text_encoders.clip_g.weight": torch.zeros(1)}, file)
+    (problem,) = model_problems(str(file))
+    command = problem.partition("Convert it once: ")[2].removesuffix(", then give FOLDER.")
+    shown = subprocess.run(["sh", "-c", command.replace("python -c", "printf %s", 1)], capture_output=True, check=True)
+    texts = {node.value for node in ast.walk(ast.parse(shown.stdout.decode())) if isinstance(node, ast.Constant)}
+    assert texts == {str(file), "FOLDER"}
 
 
 def test_a_variant_of_the_weights_is_found_by_its_name(copied):
