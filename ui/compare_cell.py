@@ -76,7 +76,7 @@ def _answered(site: Site, comparison: Comparison, pair: Sequence[Cell], step: in
     folders = {}
     for cell, label in zip(pair, labels, strict=True):
         training = step is not None and cell.run
-        if folder := nearest(site, cell.run, step) if training else comparison.folder / cell.folder:
+        if folder := nearest(site, cell.run, step) if training else comparison.place_of(cell):
             folders[label if labels.count(label) == 1 else cell.who] = folder  # seeds are labelled alike
     return folders
 

@@ -67,3 +67,5 @@ def test_before_the_first_step_of_a_sweep_no_metric_is_to_blame(site, swept):
     assert "choose another metric" in runs_curves.charts(site, "grid")
     cells[0].update(state="queued")
     assert "Nothing measured yet" in runs_curves.charts(site, "grid")
+    (cells[1].folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert "choose another metric" in runs_curves.charts(site, "grid", runs_curves.Wanted(metric="no such metric"))
