@@ -31,6 +31,7 @@ READS = {  # all other handlers: each new one must be put into one of the two
         "duplicate",
         "on_look",
         "on_page",
+        "on_shape",
         "on_pipeline",
         "on_preset",
         "on_plugins",
