@@ -1,5 +1,6 @@
 """Answers to questions as HTML: ticked, or crossed with what was wanted."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ def answer_records(site: Site, folder: Path) -> list[dict[str, Any]]:
         return []
 
 
+def without_places(text: str) -> str:
+    """A file of answers as it is served: what was asked about by its name alone."""
+    found = draw.records(text, text.count("\n") + 1)
+    for record in found:
+        media = record.get("media")
+        record["media"] = [Path(str(name)).name for name in (media if isinstance(media, list) else ())]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+
+
 def answers(site: Site, folder: Path, prompt: int) -> str:
     """The first four answers, or one prompt's, ticked or crossed; nothing of a pipeline that draws."""
     found = answer_records(site, folder)
@@ -34,14 +44,19 @@ def answers(site: Site, folder: Path, prompt: int) -> str:
 
 
 def all_answers(site: Site, folders: Mapping[str, Path]) -> str:
-    """Every question with its pictures and its answers beside each other, a page of them at once, the others folded up.
+    """Every question with its answers beside each other, a page of them at once, the others folded up.
+
+    Pictures are those of the first page: to decode all of them takes seconds. Others are named.
 
     Args:
         site: whose.
         folders: whose answers they are, in words → the folder of the runs folder that they lie in.
     """
     columns = {who: records for who, folder in folders.items() if (records := answer_records(site, folder))}
-    rows = [_row(site, [records[at : at + 1] for records in columns.values()]) for at in range(_most(columns))]
+    rows = [
+        _row(site, [records[at : at + 1] for records in columns.values()], with_pictures=at < PAGE)
+        for at in range(_most(columns))
+    ]
     head = "".join(f"<th>{esc(words)}</th>" for words in ("question", *columns))
     pages = [
         f"<div class='scroll answered'><table><thead><tr>{head}</tr></thead>"
@@ -60,23 +75,27 @@ def _most(columns: Mapping[str, list[dict[str, Any]]]) -> int:
     return max(map(len, columns.values()), default=0)
 
 
-def _row(site: Site, found: Sequence[list[dict[str, Any]]]) -> str:
+def _row(site: Site, found: Sequence[list[dict[str, Any]]], with_pictures: bool) -> str:
     """A question, and what each has answered to it; nothing where one has not."""
     first = next(records[0] for records in found if records)
     media = first.get("media")
-    shown = "".join(_picture(site, str(name)) for name in (media if isinstance(media, list) else ())[:PICTURES])
+    paths = [Path(str(name)) for name in (media if isinstance(media, list) else ())[:PICTURES]]
+    shown = "".join(_picture(site, path) if with_pictures else _named(path) for path in paths)
     cells = "".join(f"<td>{_answer(records[0]) if records else ''}</td>" for records in found)
     return f"<tr><td>{shown}<p>{esc(first.get('question', ''))}</p></td>{cells}</tr>"
 
 
-def _picture(site: Site, name: str) -> str:
+def _picture(site: Site, path: Path) -> str:
     """What was asked about, small; its file's name alone where it is none that this page may read, or no picture."""
-    path = Path(name)
     try:
         if site.may_read(path):
             return f"<img loading='lazy' src='{thumbnail(path)}' alt='{esc(path.name)}' title='{esc(path.name)}'>"
     except (MediaError, OSError, ValueError):
         pass
+    return _named(path)
+
+
+def _named(path: Path) -> str:
     return f"<small>{esc(path.name)}</small>"
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 
 from equipoise import registry
 from equipoise.errors import InputError
 from equipoise.pipelines.runs.store import Store
 from equipoise.quick import no_garbage_collection
 from equipoise.ui import api, compare_tab, launch, launch_tab, plugins, read_only, runs_tab, talk, theme
+from equipoise.ui.answers import ANSWERS, without_places
 from equipoise.ui.guard import Guard
 from equipoise.ui.safety import SUFFIXES, ZIPPED, Site
 
@@ -78,7 +79,7 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
     @app.get("/runs-file/{name:path}")
-    def runs_file(name: str, download: bool = False) -> FileResponse:
+    def runs_file(name: str, download: bool = False) -> Response:
         try:
             file = site.file(name)
         except InputError as error:
@@ -86,6 +87,10 @@ def application(site: Site, workers: int, auth: tuple[str, str] | None = None, h
         kind = SUFFIXES[file.suffix]
         show = kind.startswith("image/") and not download  # nothing else is ever shown by the browser from here
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+        if file.name == ANSWERS:
+            headers["Content-Disposition"] = f'attachment; filename="{ANSWERS}"'
+            text = without_places(file.read_text(encoding="utf-8", errors="replace"))
+            return Response(text, media_type=kind, headers=headers)
         return FileResponse(
             file,
             media_type=kind,

@@ -75,8 +75,7 @@ def _answered(site: Site, comparison: Comparison, pair: Sequence[Cell], step: in
     labels = [_label(comparison, cell) for cell in pair]
     folders = {}
     for cell, label in zip(pair, labels, strict=True):
-        training = step is not None and cell.run
-        if folder := nearest(site, cell.run, step) if training else comparison.folder / cell.folder:
+        if folder := comparison.place_of(cell) if step is None or not cell.run else nearest(site, cell.run, step):
             folders[label if labels.count(label) == 1 else cell.who] = folder  # seeds are labelled alike
     return folders
 

@@ -104,7 +104,7 @@ def _cell(look: _Look, cells: list[Cell]) -> str:
     comparison, cell = look.comparison, cells[0]
     step = look.step if cell.run else None  # the base is the same at every step
     found = chosen_shots(shots(look.site, comparison, look.id, cell, step), look.prompt, look.noise)
-    folder, drawn = comparison.folder / cell.folder, ""
+    folder, drawn = comparison.place_of(cell), ""
     if step is not None:
         folder = nearest(look.site, cell.run, step)
         drawn = f"step {step_of(folder)}" if folder else ""  # perhaps not the one asked for

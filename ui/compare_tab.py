@@ -99,6 +99,7 @@ class CompareTab:
     opened: gr.State  # the comparison that is shown, by id
     known: gr.State  # the comparisons that were offered, by id
     job: gr.State  # how the job stood when the timer last asked
+    live: gr.State  # what the timer last found of runs without a comparison, and of which: (refs, HTML)
 
 
 def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
@@ -116,7 +117,7 @@ def build(site: Site, launch: Launch, tab: gr.Tab) -> None:
     vote = gr.Column()
     asks = _asks(site)
     shown = Shown(answer, use, curve, title, cells, detail, gr.HTML(), gr.HTML(elem_id="export"))
-    states = gr.State([]), gr.State(""), gr.State(""), gr.State([]), gr.State("")
+    states = gr.State([]), gr.State(""), gr.State(""), gr.State([]), gr.State(""), gr.State(([], ""))
     made = CompareTab(site, launch, view, shown, asks, message, asked, end, *states)
     _connect_choice(made, tab)
     _connect_view(made)
@@ -277,8 +278,9 @@ def _connect_job(tab: CompareTab) -> None:
     asks.from_files.click(bound(start_from_files, tab), given, said, **HIDDEN)
     tab.end.click(bound(end_job, tab), view.refs, said, **HIDDEN)
     timer = gr.Timer(POLL)
-    outputs = [*said, tab.job, tab.shown.grid]
+    outputs = [*said, tab.job, tab.live]
     timer.tick(bound(follow_job, tab), [view.refs, tab.job], outputs, trigger_mode="once", **HIDDEN)
+    tab.live.change(bound(show_live, tab), [view.refs, tab.live], tab.shown.grid, **HIDDEN)
     tab.job.change(bound(offer_new, tab), [view.refs, tab.known], [view.which, tab.known], **HIDDEN)
 
 
@@ -327,14 +329,18 @@ def open_comparison(tab: CompareTab, id: str, refs: list[str]) -> Updates:
     if not refs:
         return _cleared(tab, draw.empty("Nothing chosen", "Choose a sweep above."))
     if not id:
-        hint = "Generate compares them all in one job, by their own settings or a new prompt."
         said = _job_words(tab, refs)
-        live = runs_live.of_refs(tab.site, refs)
-        return _cleared(tab, live or draw.empty("Not compared yet", "" if said[tab.message] else hint)) | said
+        return _cleared(tab, runs_live.of_refs(tab.site, refs) or _not_compared(said[tab.message])) | said
     try:
         return _filled(tab, id) | _job_words(tab, refs)
     except (EquipoiseError, OSError) as error:
         return _cleared(tab, draw.notice(str(error), "bad"))
+
+
+def _not_compared(job: str) -> str:
+    """What stands in place of a comparison. `job`: what there is to say of one that is made."""
+    hint = "Generate compares them all in one job, by their own settings or a new prompt."
+    return draw.empty("Not compared yet", "" if job else hint)
 
 
 def _job_words(tab: CompareTab, refs: list[str]) -> Updates:
@@ -575,7 +581,15 @@ def follow_job(tab: CompareTab, refs: list[str], before: str) -> Updates:
         return gr.skip()
     # Other messages stand in the same part: they stay until there is something else to say of the job.
     said = _job_words(tab, refs) if words != before.rsplit("|", 2)[0] else {}
-    return {tab.job: state} | said | ({tab.shown.grid: live} if live else {})
+    if not live and not found and before.rpartition("|")[2]:  # it has ended, and nothing came of it
+        live = _not_compared(words)
+    return {tab.job: state} | said | ({tab.live: (refs, live)} if live else {})
+
+
+def show_live(tab: CompareTab, refs: list[str], live: tuple[list[str], str]) -> Updates:
+    """Shows what the timer found, unless other runs have been chosen since it asked."""
+    of, words = live
+    return {tab.shown.grid: words} if words and of == refs else gr.skip()
 
 
 def offer_new(tab: CompareTab, refs: list[str], known: list[str]) -> Updates:

@@ -84,7 +84,7 @@ def drawn(site: Site, comparison: Comparison, id: str, cell: Cell) -> Mapping[st
     found = {shot.key: shot.file for shot in shots(site, comparison, id, cell)}
     if found:
         return found
-    records = answer_records(site, comparison.folder / cell.folder)
+    records = answer_records(site, comparison.place_of(cell))
     words = [(esc(record.get("question", "")), esc(record.get("answer", ""))) for record in records]
     return {f"answer {index}": f"<p class='hint'>{one}</p><p>{two}</p>" for index, (one, two) in enumerate(words, 1)}
 

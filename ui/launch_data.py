@@ -1,8 +1,6 @@
 """The part of the tab Launch that shows the pictures of a folder with their captions, and writes captions back."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from equipoise.errors import ConfigError, EquipoiseError, InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines import demo
 from equipoise.pipelines.files import write_atomic
-from equipoise.pipelines.media.pictures import size_of
 from equipoise.pipelines.media.reading import MediaError
 from equipoise.pipelines.tables import listed
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
@@ -27,7 +24,9 @@ from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound,
 
 PAGE = 48  # pictures that are shown at a time
 MOST = 5_000  # characters of a caption
-SHAPES = ("data.buckets", "data.resolution", "data.bucket_step", "data.bucket_limit")
+MODEL = "model.path"
+SHAPES = ("data.buckets", "data.resolution", "data.bucket_step", "data.bucket_limit", MODEL)
+STRIDE = 8  # pixels, of most models: of which sides of pictures are multiples where a model's is not known
 MOST_SIZED = 2_000  # pictures whose sizes are looked up
 _TABLE = "metadata.jsonl"  # in which this page keeps the captions of uploads
 
@@ -63,6 +62,8 @@ def build(site: Site, widgets: Mapping[str, Any]) -> None:
     inputs = [data, prompt, *shapes.values()]
     gr.on([around.expand, data.change], bound(on_look, panel), inputs, outputs, **HIDDEN)
     inputs = [data, prompt, page, *shapes.values()]
+    changes = [field.change for field in shapes.values()]
+    gr.on(changes, bound(on_shape, panel), inputs, shown, trigger_mode="always_last", **HIDDEN)
     page.input(bound(on_page, panel), inputs, outputs, trigger_mode="always_last", **HIDDEN)
     save.click(bound(on_save, panel), [data, prompt, captions, panel.read], [message, panel.read], **PRIVATE)
 
@@ -91,30 +92,30 @@ def folder_of(site: Site, choice: str, prompt: str) -> tuple[Folder, bool]:
     return found, not embedded
 
 
-def buckets(found: Folder, given: Mapping[str, Any]) -> str:
+def buckets(site: Site, found: Folder, given: Mapping[str, Any]) -> str:
     """To which sizes a form's pictures are cut, and how many to each; "" where all are cut to the same square, or the
-    form cannot be read. Models whose latents want other multiples than of 8 pixels cut a little differently.
+    form cannot be read.
 
     Args:
+        site: whose.
         found: the folder.
         given: what the form's fields of SHAPES hold, by key.
     """
-    from equipoise.pipelines.text_to_image.buckets import nearest, sizes  # which needs torch
+    from equipoise.pipelines.text_to_image import overview  # which needs torch
 
     if not given.get("data.buckets"):
         return ""
     try:
         shape = {key: configs.parse_value(str(value)) for key, value in given.items() if str(value or "").strip()}
+        shape |= {MODEL: site.path(str(given[MODEL]).strip())} if given.get(MODEL) else {}
         config = configs.set_keys(TextToImageConfig(name="data"), shape)  # pyright: ignore[reportCallIssue]
-    except ConfigError:
+    except EquipoiseError:
         return ""
-    among, counts = sizes(config.data), Counter[tuple[int, int]]()
-    for example in found.examples[:MOST_SIZED]:
-        with suppress(MediaError):
-            counts[nearest(size_of(example.path), among)] += 1
+    cells = None if site.problems(config) else overview.known_stride(config)
+    counts = overview.shapes(config.data, found.examples[:MOST_SIZED], cells or STRIDE)
     words = ", ".join(f"{width} × {height}: {count}" for (width, height), count in counts.most_common())
     of = f" of the first {MOST_SIZED:,}" if len(found.examples) > MOST_SIZED else ""
-    return f"Buckets, in pixels, and how many pictures{of} each has: {words}."
+    return f"Buckets, in pixels, and how many pictures{of} each has in an epoch: {words}."
 
 
 def view(site: Site, found: Folder, page: int, sizes: str = "") -> str:
@@ -228,10 +229,15 @@ def on_page(panel: DataPanel, choice: str | None, prompt: str | None, page: floa
     return _looked(panel, choice, prompt, int(page), shapes)
 
 
+def on_shape(panel: DataPanel, choice: str | None, prompt: str | None, page: float, *shapes: Any) -> Updates:
+    """Shows how pictures are cut now; captions that are edited meanwhile stay."""
+    return {panel.shown: _looked(panel, choice, prompt, int(page), shapes)[panel.shown]}
+
+
 def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int, shapes: Sequence[Any]) -> Updates:
     try:
         found, writable = folder_of(panel.site, choice or "", prompt or "")
-        cut = buckets(found, dict(zip(panel.shapes, shapes, strict=True)))
+        cut = buckets(panel.site, found, dict(zip(panel.shapes, shapes, strict=True)))
     except (EquipoiseError, OSError) as error:
         hidden = gr.update(visible=False)
         words = error_notice(error) if isinstance(error, EquipoiseError) else draw.notice(str(error.strerror), "bad")

@@ -332,7 +332,11 @@ equipoise.faults = element => {
   const place = () => {
     for (const line of found()) {
       const field = document.getElementById(line.dataset.field);
-      field?.closest('.rest')?.querySelectorAll('[data-unfound]').forEach(one => one.removeAttribute('data-unfound'));
+      const box = field?.closest('.rest')?.querySelector('.seek input');
+      if (box?.value) {  // the field may be one that was not searched for
+        box.value = '';
+        box.dispatchEvent(new Event('input', {bubbles: true}));
+      }
       if (!field || [...field.querySelectorAll('.fault')].some(one => one.textContent === line.textContent)) continue;
       const fault = document.createElement('p');
       fault.className = 'fault';
@@ -372,7 +376,7 @@ equipoise.seek = (rest, text) => {
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
   let count = 0;
   for (const section of rest.querySelectorAll('.section')) {
-    const head = section.querySelector('h4')?.textContent ?? '', fields = [...section.querySelectorAll('[id^="field-"]')];
+    const head = section.querySelector('h4')?.textContent ?? '', fields = [...section.querySelectorAll('[id^="field-"]:not(.fault)')];
     const found = fields.filter(field => {
       const about = `${head} ${field.textContent}`.toLowerCase(), isFound = words.every(word => about.includes(word));
       field.toggleAttribute('data-unfound', !isFound);

@@ -73,8 +73,9 @@ def charts(site: Site, id: str, wanted: Wanted = MEASURED) -> str:
 
 def _of_several(site: Site, run: Run, wanted: Wanted) -> str:
     shown = together_with(site, run, wanted.beside)
-    lines = {name: read_curves(one).get(wanted.metric, []) for name, one in shown.items()}
-    if not any(lines.values()) and not all(one.status().over for one in shown.values()):
+    measured = {name: read_curves(one) for name, one in shown.items()}
+    lines = {name: some.get(wanted.metric, []) for name, some in measured.items()}
+    if not any(measured.values()) and not all(one.status().over for one in shown.values()):
         return draw.empty("Nothing measured yet", f"Curves of {wanted.metric[:60]} appear after the first steps.")
     if not any(lines.values()):
         words = f"None of them has measured {wanted.metric[:60]}; choose another metric."

@@ -56,7 +56,7 @@ def found_lines(site: Site, id: str, words: str) -> str:
 
 def search_log(part: LogPart, id: str, words: str | None) -> Updates:
     try:
-        return {part.found: found_lines(part.site, id, words) if id and (words or "").strip() else ""}
+        return {part.found: found_lines(part.site, id, words) if id and words and words.strip() else ""}
     except (EquipoiseError, OSError):
         return {part.found: draw.notice("There is no log that can be read.", "bad")}
 

@@ -89,7 +89,7 @@ def shown_beside(site: Site, id: str, checkpoint: str = "") -> str:
     made = compare.read(site, id)
     trained = [cell for cell in made.cells if not checkpoint or cell.row.endswith(f" {checkpoint}")]
     both = (made.base, *trained[:1])
-    answered = all_answers(site, {_name(made, cell): made.folder / cell.folder for cell in both})
+    answered = all_answers(site, {_name(made, cell): made.place_of(cell) for cell in both})
     drawn = "" if answered else "".join(_side(site, made, id, cell) for cell in both)
     words = "; ".join(made.prompts[:4])
     return answered or f"<p class='hint'>{esc(words)}</p><div class='talk'>{drawn}</div>"

@@ -22,7 +22,7 @@ def thumbnail(path: Path) -> str:
 
 @lru_cache(KEPT)
 def _made(path: Path, version: tuple[int, ...]) -> str:
-    image = decode(path, PIXELS).convert("RGB")
+    image = decode(path, PIXELS, side=2 * SIDE).convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)

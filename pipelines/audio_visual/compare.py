@@ -78,4 +78,5 @@ def _draw(table: Path, folder: Path, index: int, kind: str, note: str) -> Pictur
     folder.mkdir(parents=True, exist_ok=True)
     confusion.large(classes, counts).save(folder / names[0])
     confusion.small(counts).save(folder / names[1])
-    return Picture(index, None, *(f"cells/{folder.name}/{name}" for name in names), note=note)
+    place = f"cells/{folder.name}"
+    return Picture(index, None, f"{place}/{names[0]}", f"{place}/{names[1]}", note=note)

@@ -93,13 +93,6 @@ class Cell:
         return self.run or named.get(self.row, self.row)
 
     @property
-    def folder(self) -> str:
-        """What it drew or answered lies there, below the comparison's folder."""
-        if self.pictures:
-            return Path(self.pictures[0].file).parent.as_posix()
-        return f"cells/{self.run.rpartition('/')[2] or 'base'}"
-
-    @property
     def score(self) -> float:
         return self.metrics.get("score", math.nan)
 
@@ -197,6 +190,12 @@ class Comparison:
             cell.metrics |= counted.get(cell.run, {})
         if counted or votes.left_out(self.folder):
             self.beside[votes.PREFERRED] = votes.meaning(self.folder)
+
+    def place_of(self, cell: Cell) -> Path:
+        """The folder in which what a cell drew or answered lies, if it did either."""
+        if cell.pictures:
+            return self.folder / Path(cell.pictures[0].file).parent
+        return self.folder / "cells" / folder_names([one.run for one in self.cells])[cell.run]
 
     @property
     def noun(self) -> str:
@@ -391,7 +390,7 @@ def _record(cls: type[Comparison]) -> TypeAdapter[Comparison]:
 def _is_in(folder: str, name: str, resolved: dict[str, str]) -> bool:
     """Whether a name leads to something in the (resolved) folder: on disk, links followed, and in a browser, for which
     it is an address beside the report's own. `resolved`: folders that were followed already, which many files share."""
-    if name[:1] in ("", "/") or any(mark in name for mark in ":\\\0") or ".." in name.split("/"):
+    if any(mark in name for mark in ":\\\0") or {"", ".", ".."} & set(name.split("/")):
         return False
     place, _, last = f"{folder}/{name}".rpartition("/")
     if place not in resolved:

@@ -4,8 +4,8 @@ from equipoise.pipelines.comparing import votes
 from equipoise.pipelines.comparing.comparison import Comparison
 
 _WORDS = {
-    "loss_before": "the loss on the training examples before the first step",
-    "loss_after": "the loss on the same examples after the last step",
+    "loss_before": "the loss on fixed examples, held-out ones where there are any, before the first step",
+    "loss_after": "the loss on the same examples at the end",
     "seconds": "how long the training took",
     "step": "the steps that were trained",
     "broken": "share of pictures that are black, flat, not finite or noise",

@@ -66,7 +66,7 @@ def _seen(comparison: Comparison, run: str, vote: dict) -> bytes | None:
     try:
         if picture:
             return (comparison.folder / picture.file).read_bytes()
-        lines = (comparison.folder / cell.folder / "answers.jsonl").read_bytes().split(b"\n")
+        lines = (comparison.place_of(cell) / "answers.jsonl").read_bytes().split(b"\n")
         return lines[int(key.removeprefix("answer ")) - 1] or None
     except (OSError, ValueError, IndexError):
         return None

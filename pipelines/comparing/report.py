@@ -287,7 +287,7 @@ def _data_uri(path: Path) -> str:
     return _encoded(path, version(path))
 
 
-@lru_cache(2_000)  # thumbnails, some ten kilobytes each: every vote writes the report anew
+@lru_cache(300)  # thumbnails, a photograph's 80 kilobytes: every vote writes the report anew
 def _encoded(path: Path, version: tuple[int, ...]) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -117,17 +116,8 @@ def _fill(folder: Path, name: str, cell: Cell, answers: Sequence[Answer]) -> Non
         cell.metrics["score"] = score
     target = folder / "cells" / name
     target.mkdir(parents=True, exist_ok=True)
-    table = [
-        {
-            "media": [os.path.abspath(path) if os.path.exists(path) else str(path) for path in a.example.media],
-            "question": without_marks(a.question),
-            "answer": a.text,
-            "wanted": list(a.wanted),
-            "score": a.score,
-        }
-        for a in answers
-    ]
-    (target / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in table))
+    table = "".join(json.dumps(answered.record(), ensure_ascii=False) + "\n" for answered in answers)
+    (target / "answers.jsonl").write_text(table)
     for index, answered in enumerate(answers[:SHOWN]):
         file = target / f"{index:02d}.png"
         draw_card(answered).save(file)

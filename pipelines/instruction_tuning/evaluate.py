@@ -3,6 +3,7 @@
 # transformers annotates too narrowly.
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningSamples
-from equipoise.pipelines.instruction_tuning.data import Conversation
+from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
 from equipoise.pipelines.instruction_tuning.talk import Talk
 
 METRICS = {
@@ -45,6 +46,16 @@ class Answer:
     @property
     def right(self) -> bool | None:
         return None if self.score is None else self.score >= RIGHT
+
+    def record(self) -> dict[str, Any]:
+        """What answers.jsonl has of it; media that are files by where they lie, wherever the reader stands."""
+        return {
+            "media": [os.path.abspath(path) if os.path.exists(path) else str(path) for path in self.example.media],
+            "question": without_marks(self.question),
+            "answer": self.text,
+            "wanted": list(self.wanted),
+            "score": self.score,
+        }
 
 
 @torch.no_grad()

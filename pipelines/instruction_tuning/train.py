@@ -39,7 +39,7 @@ from equipoise.pipelines.files import write_atomic
 from equipoise.pipelines.instruction_tuning.ahead import BatchesAhead
 from equipoise.pipelines.instruction_tuning.card import public_base
 from equipoise.pipelines.instruction_tuning.config import InstructionTuningConfig
-from equipoise.pipelines.instruction_tuning.data import Conversation, without_marks
+from equipoise.pipelines.instruction_tuning.data import Conversation
 from equipoise.pipelines.instruction_tuning.evaluate import Answer, answer, answer_loss, mean
 from equipoise.pipelines.instruction_tuning.examples import asked_of, keep_measured, load_examples
 from equipoise.pipelines.instruction_tuning.media import Frames
@@ -435,17 +435,8 @@ class InstructionTuningWork(OptimizedWork[InstructionTuningConfig]):
             return
         folder = self.run.folder / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "media": [str(path) for path in a.example.media],
-                "question": without_marks(a.question),
-                "answer": a.text,
-                "wanted": list(a.wanted),
-                "score": a.score,
-            }
-            for a in answers
-        ]
-        write_atomic(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        lines = "".join(json.dumps(a.record(), ensure_ascii=False) + "\n" for a in answers)
+        write_atomic(folder / "answers.jsonl", lines)
         judged = [a for a in answers if a.score is not None]
         scored = f", mean score {mean(judged):.3f}" if judged else ""
         self.run.log(f"answered {len(answers)} questions at step {step}{scored}")

@@ -34,12 +34,15 @@ def open_picture(path: Path) -> Image.Image:  # RGB; shared, not to be changed
     return once(decode, path, lambda image: 3 * image.width * image.height)
 
 
-def decode(path: Path, largest: int = LARGEST, formats: tuple[str, ...] | None = None) -> Image.Image:
+def decode(
+    path: Path, largest: int = LARGEST, formats: tuple[str, ...] | None = None, side: int | None = None
+) -> Image.Image:
     """A picture as RGB, with its file's `format`.
 
     Args:
         largest: pixels that it may have.
         formats: Pillow's names of those that are read; all unless given.
+        side: pixels of its longer side that are enough; a JPEG is then decoded smaller, in a fraction of the time.
 
     Raises:
         MediaError: it cannot be read, or has too many pixels.
@@ -49,6 +52,8 @@ def decode(path: Path, largest: int = LARGEST, formats: tuple[str, ...] | None =
             if image.width * image.height > largest:
                 size = f"{image.width} × {image.height} pixels"
                 raise EnormousError(path, f"is enormous ({size}). Make it smaller.")
+            if side:
+                image.draft(None, (side, side))
             made = _flat(image)
             made.format = image.format
             return made

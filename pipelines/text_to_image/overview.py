@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import InputError
+from equipoise.pipelines.files import version
 from equipoise.pipelines.media.pictures import size_of
 from equipoise.pipelines.text_to_image import pairs
-from equipoise.pipelines.text_to_image.config import TextToImageConfig
+from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
 from equipoise.pipelines.text_to_image.data import Example, Folder, in_both
 from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.formats.layout import encoders_of, is_local, model_source, read_index, stride
@@ -57,20 +58,39 @@ def _trained_too(folder: Folder, held: Folder) -> list[str]:
 
 
 def _shapes(config: TextToImageConfig, examples: Iterable[Example]) -> Counter[tuple[int, int]]:
-    """How often the pictures of each shape come in an epoch; nothing where there is one shape, or none is known.
-    Pictures that cannot be read are left to the check."""
-    data, model = config.data, config.model
-    if not data.buckets or not is_local(model.path) or not (cells := stride(model.path, model.revision)):
-        return Counter()
+    """The same; nothing where there is one shape, or none is known."""
+    cells = known_stride(config) if config.data.buckets else None
+    return shapes(config.data, examples, cells) if cells else Counter()
+
+
+def known_stride(config: TextToImageConfig) -> int | None:
+    """Pixels: sides of pictures are multiples of it; None of a base on the hub, and where its files do not say."""
+    return stride(config.model.path, config.model.revision) if is_local(config.model.path) else None
+
+
+def shapes(data: TextToImageData, examples: Iterable[Example], cells: int) -> Counter[tuple[int, int]]:
+    """How often the pictures of each shape, in pixels, come in an epoch. Those that cannot be read are left to the
+    check.
+
+    Args:
+        data: how they are cut.
+        examples: the pictures.
+        cells: pixels, of which sides are multiples.
+    """
     from equipoise.pipelines.text_to_image.buckets import nearest, sizes  # which needs torch
 
     among, found = sizes(data, cells), Counter()
     for example in examples:
         try:
-            found[nearest(size_of(example.path), among)] += example.repeats
+            found[nearest(_size(example.path, version(example.path)), among)] += example.repeats
         except InputError:
             continue
     return found
+
+
+@lru_cache(20_000)
+def _size(path: Path, version: tuple[int, ...]) -> tuple[int, int]:
+    return size_of(path)  # which reads a PNG to its end
 
 
 def _lone_shapes(config: TextToImageConfig, examples: Iterable[Example]) -> list[str]:

@@ -256,6 +256,15 @@ def test_no_route_serves_a_file_of_others(planted, site):
     planted.nothing_came_out()
 
 
+def test_answers_are_served_without_where_what_was_asked_about_lies(site, swept, answered):
+    file = next(site.store.root.rglob("step-00000002/answers.jsonl"))
+    with TestClient(built(site).app) as client:
+        found = client.get(f"/runs-file/{file.relative_to(site.store.root)}")
+    (record,) = map(json.loads, found.text.splitlines())
+    assert record["media"] == ["a.png"] and record["answer"] == "blue"
+    assert found.headers["content-disposition"].startswith("attachment")
+
+
 def test_gradio_itself_checks_the_paths_of_files(site, tmp_path, monkeypatch):
     """Behind the guard, so that neither is the only one to stand there."""
     (tmp_path / "kept").mkdir()

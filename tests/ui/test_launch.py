@@ -155,7 +155,9 @@ def test_the_data_view_says_how_many_pictures_each_bucket_has(site, ask):
     for index, size in enumerate([(64, 64), (128, 64), (130, 64), (64, 100)]):
         Image.new("RGB", size).save(folder / f"{index}.png")
     shape = {"data.buckets": True, "data.resolution": "64", "data.bucket_step": "", "data.bucket_limit": "2"}
-    said = launch_data.buckets(launch_data.folder_of(site, "photos/mixed", "x")[0], shape)
+    shape |= {"model.path": "demo"}
+    said = launch_data.buckets(site, launch_data.folder_of(site, "photos/mixed", "x")[0], shape)
+    assert said in str(ask("on_shape", "photos/mixed", "x", 1, *shape.values())), "and says so when a field changes"
     assert "80 × 48: 2" in said and "64 × 64: 1" in said, said
     assert said in str(ask("on_look", "photos/mixed", "x", *shape.values()))
     for other in ({"data.buckets": False}, {"data.resolution": "x"}):

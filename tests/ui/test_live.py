@@ -48,14 +48,19 @@ def test_compare_shows_a_sweep_that_trains_still_and_then_its_comparison(site, s
     with swept.session(signals=False):
         opened = str(ask("pick", ["grid"]))
         assert "4 of 4 cells are trained, step 20 in all" in opened and opened.count("<button") == 4
-        seen = str(ask("follow_job", ["grid"], ""))
+        ask("follow_job", ["grid"], "")
+        seen = str(ask("show_live", ["grid"], None))
+        assert "button" not in str(ask("show_live", [], None)), "other runs were chosen meanwhile"
         assert seen.count("<button") == 4 and "step 5 of 5" in seen
         shutil.copytree(first.samples / "step-00000005", first.samples / "step-00000009")
-        assert "step 9" in str(ask("follow_job", ["grid"], "another state"))
+        ask("follow_job", ["grid"], "another state")
+        assert "step 9" in str(ask("show_live", ["grid"], None))
         for cell in sweeps.cells(swept):
             shutil.rmtree(cell.samples)
         assert "It trains still" in runs_live.of_refs(site, ["grid"])
     swept.finish("done", "", 20)
+    ask("follow_job", ["grid"], None)
+    assert "Not compared yet" in str(ask("show_live", ["grid"], None)), "no comparison came of it"
     assert runs_live.of_refs(site, ["grid"]) == runs_live.of_refs(site, [first.id]) == ""
     assert runs_live.of_refs(site, ["gone"]) == runs_live.of_refs(site, ["grid", first.id]) == ""
 
@@ -67,3 +72,5 @@ def test_before_the_first_step_of_a_sweep_no_metric_is_to_blame(site, swept):
     assert "choose another metric" in runs_curves.charts(site, "grid")
     cells[0].update(state="queued")
     assert "Nothing measured yet" in runs_curves.charts(site, "grid")
+    (cells[1].folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert "choose another metric" in runs_curves.charts(site, "grid", runs_curves.Wanted(metric="no such metric"))

@@ -236,9 +236,13 @@ def test_fields_are_found_by_words_of_their_section_their_name_and_their_explana
         assert page.locator(".section:visible").count() == bool(found)
     box.fill("")
     assert seen.count() == 3
+    fault = "<p class=fault id=field-x-ema-fault>ema: bad</p>"
+    page.locator("#field-x-ema").evaluate("(field, fault) => field.innerHTML += fault", fault)
+    box.fill("ema")
+    expect(page.locator(".seek [role=status]")).to_have_text("1 found")
 
 
-def test_a_plan_is_hidden_by_another_value_and_not_by_a_list_that_comes_late(static):
+def test_a_plan_is_hidden_by_another_value_and_not_by_the_same_ones_again(static):
     page = static("<div id='plan-x'>the plan</div>")
     page.evaluate("equipoise.checked('x', ['a', [1]])")
     page.evaluate("equipoise.keep('x', ['a', [1]])")

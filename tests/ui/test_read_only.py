@@ -31,13 +31,23 @@ READS = {  # all other handlers: each new one must be put into one of the two
         "duplicate",
         "on_look",
         "on_page",
+        "on_shape",
         "on_pipeline",
         "on_preset",
         "on_plugins",
         "on_count",
     ),
-    *("page", "_offered", "asked_runs", "asked_comparison", "forget_pair", "show_tally"),
-    *("search_log", "forget_search", "offer_columns", "draw_scatter", "offer_presets", "load_preset", "keep_preset"),
+    *("page", "_offered", "show_live", "asked_runs", "asked_comparison", "forget_pair", "show_tally"),
+    *(
+        "show_live",
+        "search_log",
+        "forget_search",
+        "offer_columns",
+        "draw_scatter",
+        "offer_presets",
+        "load_preset",
+        "keep_preset",
+    ),
 }
 
 

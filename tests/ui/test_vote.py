@@ -77,7 +77,7 @@ def test_votes_are_counted_in_the_grid_the_table_and_the_report(site, swept, ask
         votes.cast(folder, ("", first), "0-0", preferred)
     assert votes.tally(folder)[first] == {"preferred": 0.625, "votes": 4.0}
     shown = compare_grid.grid(site, ID)
-    assert "preferred 62%" in shown and votes.MEANING in shown and "<th>votes</th>" in compare_numbers.table(site, ID)
+    assert "preferred 62%" in shown and votes.MEANING in shown and ">votes</th>" in compare_numbers.table(site, ID)
     assert "votes.jsonl?download=1" in compare_numbers.export(site, ID)
     vote("prefer_b", ask("show_pair", ID))
     assert "preferred" in (folder / "report.html").read_text() and "votes" in (folder / "table.csv").read_text()

@@ -13,7 +13,15 @@ from PIL import Image
 from equipoise.errors import InputError
 from equipoise.pipelines import config as configs
 from equipoise.pipelines.comparing.answer import answer
-from equipoise.pipelines.comparing.comparison import Cell, Comparison, Picture, column_of, is_rate, lay_out
+from equipoise.pipelines.comparing.comparison import (
+    Cell,
+    Comparison,
+    Picture,
+    column_of,
+    folder_names,
+    is_rate,
+    lay_out,
+)
 from equipoise.pipelines.comparing.curve import curve_words, draw_curve
 from equipoise.pipelines.comparing.report import (
     CELL,
@@ -496,8 +504,20 @@ def test_a_file_with_values_of_other_types_is_refused_in_a_sentence(key, value, 
         Comparison.read(comparison.folder)
 
 
+def test_a_cell_that_drew_nothing_has_no_folder_of_another_ones(tmp_path):
+    names = folder_names(runs := ["a/x", "b/x", "c/001"])
+    cells = [Cell(run, run, 1e-4, 0, "done") for run in runs]
+    for cell in cells[:2]:
+        cell.pictures = [Picture(0, None, f"cells/{names[cell.run]}/00.png", "")]
+    made = Comparison("x", tmp_path, [], "", Cell("", "base", math.nan, 0, "untouched"), cells)
+    places = [made.place_of(cell) for cell in (made.base, *cells)]
+    assert places == [tmp_path / "cells" / name for name in ("base", "000", "001", "002")]
+
+
 @pytest.mark.parametrize("part", ["file", "thumbnail"])
-@pytest.mark.parametrize("name", ["{out}", "../secret.txt", "cells/../../secret.txt", "link.png", "linked/secret.txt"])
+@pytest.mark.parametrize(
+    "name", ["{out}", "../secret.txt", "cells/../../secret.txt", "link.png", "linked/secret.txt", ".", "cells/."]
+)
 def test_a_table_that_names_files_elsewhere_is_refused_and_none_is_shown(part, name, comparison):
     """It may be anybody's, and whoever counts votes writes thumbnails into the report that is served."""
     folder = comparison.folder / "shared"
