@@ -2,8 +2,8 @@
 
 Paper: Zhang & Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, arXiv 2402.02347, 2024,
 Section 6.4 and Appendix F. Figure 1: six pictures of a red vase, the text encoder's rate swept, the U-Net's 1e-4, and
-pictures of "a blue V". Figures 3 and 12 to 14: one rate for text encoder and U-Net, three tried, as 1 : 10 : 50, also
-for SGD and scaled GD. Figures 7 to 11: one rate, drawn at LoRA strengths of 0.7 and 1. Here the embedded Stable
+pictures of "a blue V". Figures 3 and 12 to 14: one rate for text encoder and U-Net, three tried, as 1 : 10 : 50; SGD
+and scaled GD have others. Figures 7 to 11: one rate, drawn at LoRA strengths of 0.7 and 1. Here the embedded Stable
 Diffusion learns from six pictures that "sks object" is a red triangle, which it draws already by that name, and a judge
 says whether a picture shows what it should. For Figure 1 the U-Net is frozen, so that the text encoder alone must learn
 it; the others are one sweep, each rate drawn at both strengths, of the AdamW pair alone.
