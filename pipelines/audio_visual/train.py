@@ -489,8 +489,10 @@ class AudioVisualWork(OptimizedWork[AudioVisualConfig]):
             )
         super().restore(weights, state)
         self.alone = dict(state.get("alone", {}))  # earlier versions kept none
+        if not state.get("each"):  # nor the best of each modality: such a run ends as it began, with one validation's
+            self.each = {}
         for name, validation in self.each.items():
-            validation.restore(state.get("each", {}).get(name, {}))  # nor these
+            validation.restore(state["each"][name])
 
     def save_result(self, found: dict[str, Scores], facts: dict[str, Any]) -> None:
         """Writes the model with all it takes to load it, the figures, and a confusion matrix per prediction."""

@@ -21,7 +21,7 @@ PAPERS = {
     "scaled-gd": "scaled GD's Theorem 7.4",
     "scaled-adamw": "scaled AdamW's Theorem 4.1",
     "scaled-text": "scaled GD and scaled AdamW by rank on text",
-    "scaled-pictures": "scaled AdamW's Figures 1 and 7 to 11 on drawn pictures",
+    "scaled-pictures": "scaled AdamW's Figures 1, 3 and 7 to 14 on drawn pictures",
     "alpha-adam": "AlphaAdam's Table 3",
     "alpha-adam-steps": "AlphaAdam's Theorem 3.5",
     "ada-sam": "AdaSAM's Tables I and II and Figures 1 to 3",

@@ -163,6 +163,7 @@ def finding(claim: str, paper: float | Sign | None, here: Sequence[float], form:
     else:
         above = paper == "above 0" if isinstance(paper, str) else paper > 0
         verdict = "Same direction" if above == (here[0] > 0) else "OPPOSITE direction"
+        verdict += ", of one seed" if len(here) < 2 else ""
     reported = "" if paper is None else f"paper {paper if isinstance(paper, str) else f'{paper:{form}}'}, "
     return f"- {claim}: {reported}here {spread(here, form)}. {verdict}."
 

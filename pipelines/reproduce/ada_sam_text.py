@@ -71,7 +71,13 @@ def reproduce(
     text = [
         f"Held-out loss after {steps} steps on {LEARNED} windows, from {before:.3f}, β₁ = {BETA:g}; {seeds} seed(s).\n"
     ]
-    text += [*_tables(got, best), "\nDifferences, seed by seed (below 0: the first is ahead):"]
+    text.append(
+        f"SAM and AdaSAM choose among {len(RATES['SAM']) * len(RHOS)} settings, SGD and AMSGrad among "
+        f"{len(RATES['SGD'])}, by other windows than they are judged on, but with the same training seeds. Twice the "
+        "steps have the rate that was best for half of them.\n"
+    )
+    text += [*_tables(got, best), "\nThe paper has scores, higher is better; its signs here are those of a loss."]
+    text += ["Differences, seed by seed (below 0: the first is ahead):"]
     for (one, other), times in [*((pair, 1) for pair in COMPARED), (("SAM", "SGD"), 2), (("AdaSAM", "AMSGrad"), 2)]:
         pair = zip(got("loss", *best(one)), got("loss", *best(other), times), strict=True)
         equal = " at equal gradients" if times > 1 else ""

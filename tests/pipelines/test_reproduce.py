@@ -193,11 +193,11 @@ def test_ending_it_leaves_nothing_behind(tmp_path, way):
 
 def test_a_finding_says_what_the_numbers_say():
     assert finding("a", 0.3, [0.1, 0.2]) == "- a: paper +0.300, here +0.150 (+0.100 to +0.200). Same direction."
-    assert finding("a", -0.3, [0.1]) == "- a: paper -0.300, here +0.100. OPPOSITE direction."
+    assert finding("a", -0.3, [0.1]) == "- a: paper -0.300, here +0.100. OPPOSITE direction, of one seed."
     assert finding("a", 0.3, [0.1, -0.2, 0.3], "+.1f").endswith("+0.1 (-0.2 to +0.3). Undecided: the seeds disagree.")
     assert finding("a", 0.3, [0.0, 0.0]).endswith("No difference.")
-    assert finding("a", "below 0", [-0.1]) == "- a: paper below 0, here -0.100. Same direction."
-    assert finding("a", "above 0", [-0.1]) == "- a: paper above 0, here -0.100. OPPOSITE direction."
+    assert finding("a", "below 0", [-0.1]) == "- a: paper below 0, here -0.100. Same direction, of one seed."
+    assert finding("a", "above 0", [-0.1]) == "- a: paper above 0, here -0.100. OPPOSITE direction, of one seed."
     assert spread([3.0, 1.0, 2.0]) == "2.000 (1.000 to 3.000)" and spread([1.0]) == "1.000"
 
 

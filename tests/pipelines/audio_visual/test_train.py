@@ -384,7 +384,7 @@ def test_opm_changes_what_the_joint_head_is_given(tiny):
     assert equal(plain, never) and not equal(plain, dropped)
 
 
-def test_unimodal_takes_the_best_of_each_modality_by_itself(tiny, stopped_run):
+def test_unimodal_takes_the_best_of_each_modality_by_itself(tiny, stopped_run, monkeypatch):
     """Also where each was best at another validation, and after a stop between the two."""
     words = ["objective=unimodal", "steps=20", "train.validate_every=4", "learning_rate=0.3"]
     run, _ = train(*tiny, *words, "train.keep=best")
@@ -399,6 +399,15 @@ def test_unimodal_takes_the_best_of_each_modality_by_itself(tiny, stopped_run):
     settings = config.load(NAME, [*tiny, *words, "train.keep=best"])
     stopped = stopped_run(AudioVisual, settings, at=min(best.values()) + 1)
     assert execute(AudioVisual, settings, stopped).state == "done" and equal(weights(stopped), kept)
+
+    now = AudioVisualWork.state
+    with monkeypatch.context() as earlier:
+        earlier.setattr(AudioVisualWork, "state", lambda work: {k: v for k, v in now(work).items() if k != "each"})
+        stopped = stopped_run(AudioVisual, settings, at=min(best.values()) + 1)
+    sums = {step: row["val_loss_audio"] + row["val_loss_visual"] for step, row in found.items()}
+    short = train(*tiny, *words, "train.keep=last", f"steps={min(sums, key=sums.get)}")[0]
+    assert execute(AudioVisual, settings, stopped).state == "done"
+    assert equal(weights(stopped), weights(short)), "an earlier version's goes on with the best of the sum"
 
 
 def test_objectives_differ(tiny):

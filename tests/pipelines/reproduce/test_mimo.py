@@ -77,7 +77,7 @@ def test_the_test_losss_contours_are_drawn_too():
 def test_the_papers_starved_modality_is_compared_with_the_one_here():
     figures = {"MIMO": 90.0, "MML": 40.0}
     lines = mimo._findings(lambda name, key: [figures[name]] if name in figures else [], mimo.KINDS[:2], "audio")
-    assert "- MIMO over MML, audio: paper +37.1, here +50.0. Same direction." in lines, "visual, there"
+    assert "- MIMO over MML, audio: paper +37.1, here +50.0. Same direction, of one seed." in lines, "visual, there"
     assert [mimo._starved(paper, len(kinds)) for kinds, (_, paper) in mimo.PAPER.items()] == [1, 0]
 
 

@@ -79,7 +79,8 @@ def test_the_rip_constant_is_what_a_product_of_rank_one_shows(monkeypatch):
 def test_data_near_an_isometry_is_the_same_data_with_the_constant_of_the_theorem(monkeypatch):
     monkeypatch.setattr(scaled_gd, "ROWS", 400)
     both = [scaled_gd._inputs(torch.Generator().manual_seed(0), data) for data in (scaled_gd.GAUSSIAN, scaled_gd.NEAR)]
-    assert scaled_gd.isometry(both[1]) == pytest.approx(scaled_gd.ISOMETRY, rel=1e-6)
+    constant = scaled_gd.isometry(both[1])
+    assert constant <= scaled_gd.ISOMETRY and constant == pytest.approx(scaled_gd.ISOMETRY, rel=1e-6)
     for x, near in zip(*both, strict=True):
         left, _, right = torch.linalg.svd(x, full_matrices=False)
         across = left.T @ near @ right.T
@@ -87,7 +88,8 @@ def test_data_near_an_isometry_is_the_same_data_with_the_constant_of_the_theorem
 
 
 def test_the_distance_of_eq_6_is_the_least_over_all_changes_of_basis():
-    """None at any basis of the same product; else below many random ones near it, and as by hand at rank 1."""
+    """It is 0 for the same product in any basis; for another product no random basis nearby has a smaller one; and at
+    rank 1 it is what a search over a grid finds."""
     rng = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:

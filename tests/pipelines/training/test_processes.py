@@ -70,7 +70,7 @@ def trained(optimizer: str, objective: str) -> dict[str, torch.Tensor]:
             self.heads = nn.ModuleDict({n: one if objective == "mla" else nn.Linear(5, 3) for n in self.nets}).double()
             self.data = torch.randn(STEPS * 2 * BATCH, 2, 6, dtype=torch.float64)
             self.labels = torch.randint(0, 3, (len(self.data),))
-            self.weights = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)  # of the classes, where `of` is asked
+            self.weights = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)  # of the classes, for Losses.of
             nets = [(f"{n}.{k}", p) for n, net in self.nets.items() for k, p in net.named_parameters()]
             heads = list(self.heads.named_parameters())
             groups = [{"params": some, "lr": 0.05, "component": c} for some, c in ((nets, "nets"), (heads, "heads"))]
