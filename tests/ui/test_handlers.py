@@ -481,7 +481,7 @@ def test_two_cells_under_a_slider(site, swept):
     large, strip = both.split("class='strip'")
     assert (
         large.count("<img") == strip.count("<img") == 2
-        and "<td>optimizer.learning_rate</td><td>0.001</td><td>0.0001</td>" in both
+        and "<td>optimizer.learning_rate</td><td>1e-3</td><td>1e-4</td>" in both
     )
     assert "optimizer.name" not in both, "they have the same one"
     assert "learning rates that worked" in compare_numbers.curve(site, id) and "Table (CSV)" in compare_numbers.export(
