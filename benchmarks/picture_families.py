@@ -37,8 +37,8 @@ TESTS = Path(__file__).parents[1] / "tests" / "pipelines"
 PROMPT = "a sks object"
 FORMATS = ("kohya", "comfyui")
 HEAD = (
-    "| family | class in diffusers | trained | text encoders | diffusers draws the same | kohya | ComfyUI |\n"
-    "| --- | --- | --- | --- | --- | --- | --- |"
+    "| family | class in diffusers | trained | text encoders | starts from pictures | diffusers draws the same "
+    "| kohya | ComfyUI |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -64,8 +64,27 @@ def write(name: str, folder: Path) -> Path:
     if name in flows["BUILDERS"]:
         return flows["write"](name, folder)
     own = runpy.run_path(str(TESTS / "conftest.py"))
-    own["BUILDERS"][name](own["_Parts"](folder)).save_pretrained(folder, safe_serialization=True)
+    made = own["BUILDERS"][_LIKE.get(name, name)](own["_Parts"](folder))
+    if name in _LIKE:
+        made = getattr(diffusers, name)(**made.components)
+    made.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+_LIKE = {"FluxKontextPipeline": "FluxPipeline"}  # published with other weights in the same layout
+
+
+def pairs(root: Path) -> list[str]:
+    """Pictures, and of each one to start from, as a run is told of them."""
+    for folder, colours in {"after": ("navy", "olive"), "before": ("teal", "maroon")}.items():
+        (root / folder).mkdir(exist_ok=True)
+        for index, colour in enumerate(colours):
+            Image.new("RGB", (32, 32), colour).save(root / folder / f"{index}.png")
+    return [
+        f"data={root / 'after'}",
+        f"data.sources={root / 'before'}",
+        f"samples.sources=[{root / 'before' / '0.png'}]",
+    ]
 
 
 def row(name: str, write: Callable[[str, Path], Path], root: Path) -> list[str]:
@@ -73,23 +92,29 @@ def row(name: str, write: Callable[[str, Path], Path], root: Path) -> list[str]:
     folder = write(name, root / "checkpoints" / name)
     words = [f"model={folder}", "data=demo", "data.resolution=32", "steps=4", "batch=2", f"runs={root / 'runs'}"]
     words += ["learning_rate=0.02", "lora.alpha=2", f"samples.prompts=[{PROMPT}]", "samples.steps=2", "train.clip=0"]
+    words += pairs(root) if kind.must_edit else []
     code = equipoise(["train", "text_to_image/dreambooth", *words, "samples.guidance=null", "--id", name])
     run = Store(root / "runs").get(name)
     result = json.loads((run.result / "result.json").read_text())
     done = "yes" if not code and result["loss_before"] != result["loss_after"] else f"no: {code}"
     encoders = ", ".join(type(getattr(_base(folder).pipeline, part)).__name__ for part in kind.text_encoders)
-    return [kind.title, name, done, encoders, _same(kind, folder, run), *(_named(run, f, root) for f in FORMATS)]
+    starts = "several, or none" if kind.several else "one" if kind.edits else "–"
+    drawn = _same(kind, folder, run, root / "before" / "0.png")
+    return [kind.title, name, done, encoders, starts, drawn, *(_named(run, f, root) for f in FORMATS)]
 
 
 def _base(folder: Path) -> Any:
     return load_base(TextToImageModel(path=str(folder)), "no")
 
 
-def _same(kind: Family, folder: Path, run: Any) -> str:
+def _same(kind: Family, folder: Path, run: Any, start: Path) -> str:
     """Whether diffusers alone draws the run's sample."""
     words: dict[str, Any] = {"guidance_scale": kind.guidance}
     if isinstance(kind, GenericFlow):
         words = {kind.strength: kind.guidance, **kind.options, **({"negative_prompt": ""} if kind.negative else {})}
+    if kind.must_edit:
+        with Image.open(start) as picture:
+            words |= {"image": picture.copy(), "max_area": 32 * 32, "_auto_resize": False}
     shape = list(autoencoders.shape(_base(folder).vae, 32, 32))
     drawn = runpy.run_path(str(TESTS / "text_to_image" / "flows.py"))["draw"](
         str(folder), str(run.result), shape, words

@@ -37,7 +37,7 @@ from equipoise.pipelines.text_to_image.formats.layout import (
     read_index,
     stride,
 )
-from equipoise.pipelines.text_to_image.pairs import read_sources
+from equipoise.pipelines.text_to_image.pairs import each_prompts, read_sources
 from equipoise.pipelines.text_to_image.unread import unread
 from equipoise.pipelines.training.layers import unmatched
 
@@ -77,7 +77,7 @@ def problems(config: TextToImageConfig) -> list[str]:
     if config.data.folder != demo.NAME:
         examples, wrong = read_examples(config.data)
         sources, unpaired = read_sources(config.data, examples)
-        found += wrong or unpaired or [*_unreadable(examples), *_unreadable(sources)]
+        found += wrong or unpaired or [problem for some in (examples, *sources) for problem in _unreadable(some)]
         if (word := config.token.name) and not wrong and not any(word in example.caption for example in examples):
             found.append(f"token.name: no caption has the word {word}. Write it where the subject is meant.")
     found += pairs.problems(config) + _sample_source_problems(config)
@@ -128,7 +128,7 @@ def _sample_source_problems(config: TextToImageConfig) -> list[str]:
             f"samples.sources: {len(samples.sources)} pictures for {len(samples.prompts)} prompts. Give one for each, "
             "or one for all."
         )
-    return found + _unreadable([Example(Path(source), "") for source in samples.sources])
+    return found + _unreadable([Example(Path(path), "") for several in each_prompts(samples) for path in several])
 
 
 def _validation_problems(config: TextToImageConfig) -> list[str]:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from PIL.Image import Image
+from PIL.Image import new as new_image
 
 from equipoise.errors import InputError
 from equipoise.pipelines import demo
@@ -260,12 +261,21 @@ def _write(
 def _write_sources(folder: Path, samples: TextToImageSamples, size: int) -> list[Picture]:
     """What each prompt's pictures are made of, beside the base's, which come first."""
     found = []
-    for prompt, picture in enumerate(sources_of(samples, size)):
+    for prompt, several in enumerate(sources_of(samples, size)):
+        picture = several[0] if len(several) == 1 else _side_by_side(several)
         file, thumbnail = (f"cells/base/source-{prompt:02d}{end}" for end in (".png", ".thumb.png"))
         picture.save(folder / file)
         _shrink(picture, folder / thumbnail)
         found.append(Picture(prompt, None, file, thumbnail))
     return found
+
+
+def _side_by_side(pictures: list[Image]) -> Image:
+    width = pictures[0].width
+    made = new_image("RGB", (width * len(pictures), pictures[0].height))
+    for index, picture in enumerate(pictures):
+        made.paste(picture, (width * index, 0))
+    return made
 
 
 def _shrink(image: Image, file: Path) -> None:

@@ -4,7 +4,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -59,9 +59,10 @@ class TextToImageData(Section):
         None,
         description="A folder of pictures that are not trained on, captioned as those of data.folder, for validations.",
     )
-    sources: LocalPath | None = Field(
-        None,
-        description="For bases that edit: a folder of the pictures to start from, named as those in data.folder.",
+    sources: list[LocalPath] = Field(
+        [],
+        description="For bases that edit: a folder of the pictures to start from, named as those in data.folder; "
+        "several folders for several of each.",
     )
     instance_prompt: str | None = Field(
         None, description="One caption for all pictures; the folder's captions are then not read."
@@ -95,6 +96,11 @@ class TextToImageData(Section):
     keep_tags: int = Field(
         0, ge=0, le=1000, description="The number of first tags that shuffle_tags leaves where they are."
     )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_or_several(cls, sources: Any) -> Any:
+        return [sources] if isinstance(sources, str) else sources or []
 
 
 class PriorSection(Section):
@@ -191,8 +197,10 @@ class TextToImageTrain(ValidatedTrainSection):
 
 
 class TextToImageSamples(SamplesSection):
-    sources: list[DataPath] = Field(
-        [], description="For bases that edit: the pictures to start from, one for each prompt, or one for all."
+    sources: list[DataPath | list[DataPath]] = Field(
+        [],
+        description="For bases that edit: the pictures to start from, one for each prompt, or one for all; a list in "
+        "place of one, for several at once.",
     )
     negative: str = Field("", description="The negative prompt.")
     count: int = Field(1, ge=1, le=64, description="The pictures of each prompt, each from its own fixed noise.")

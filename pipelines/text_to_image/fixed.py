@@ -12,7 +12,7 @@ from torch import Tensor
 from equipoise.pipelines.text_to_image.base import Base
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families.noise import Noise
-from equipoise.pipelines.text_to_image.latents import Latents
+from equipoise.pipelines.text_to_image.latents import Latents, taken
 from equipoise.pipelines.training.state import mix
 
 DRAWS = 64  # by which a run evaluates, and at least where more pictures are judged one by one
@@ -67,7 +67,7 @@ class Measure:
         crops: Tensor,  # (batch, 6)
         embed: Callable[[], dict[str, Tensor]],  # makes the denoiser's inputs of the captions
         denoiser: Any = None,  # what is called for the base's own
-        source: Tensor | None = None,  # latents of the pictures to start from
+        source: Tensor | None = None,  # (batch, sources, channels, height, width): latents of those to start from
     ) -> Tensor:  # (batch,)
         denoiser = self.base.denoiser if denoiser is None else denoiser  # a compiled one has no truth value
         clean, noise, times, crops = (t.to(self.accelerator.device) for t in (clean, noise, times, crops))
@@ -90,7 +90,7 @@ class FixedLosses:
     latents: Latents
     captions: Sequence[str]
     seed: int
-    sources: Latents | None = None  # of the pictures to start from
+    sources: Sequence[Latents] = ()  # of the pictures to start from
 
     @property
     def draws(self) -> int:
@@ -115,7 +115,7 @@ class FixedLosses:
         for some, chosen, noise in fixed.batches(self._together()):
             clean, _, crops = self.latents.take(chosen, [0] * len(chosen))
             read = partial(embed, [self.captions[index] for index in chosen])
-            source = self.sources.take(chosen, [0] * len(chosen))[0] if self.sources else None
+            source = taken(self.sources, chosen, [0] * len(chosen))
             own = self.measure.noise.scheduled(times[some], noise.shape)
             found = self.measure.losses(clean, noise, own, crops, read, source=source)
             made[some] = found.double().cpu()

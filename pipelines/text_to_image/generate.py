@@ -19,6 +19,7 @@ from equipoise.pipelines.media.pictures import open_picture
 from equipoise.pipelines.text_to_image.config import TextToImageSamples
 from equipoise.pipelines.text_to_image.cuts import cut, to_tensor
 from equipoise.pipelines.text_to_image.families import autoencoders, family
+from equipoise.pipelines.text_to_image.pairs import each_prompts
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,25 @@ def generate(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int
 
 
 def _sources(pipeline: DiffusionPipeline, samples: TextToImageSamples, size: int) -> list[torch.Tensor]:
-    """Of each picture that is wanted: the latents (channels, height, width) of the one to start from."""
+    """Of each picture that is wanted: the latents (sources, channels, height, width) of those to start from."""
     vae, pictures = pipeline.vae, sources_of(samples, size)
     one = len(samples.sources) == 1
     made = [
-        autoencoders.encode(vae, to_tensor(picture)[None].to(vae.device))[0][0]
-        for picture in (pictures[:1] if one else pictures)
+        torch.cat([autoencoders.encode(vae, to_tensor(picture)[None].to(vae.device))[0] for picture in several])
+        for several in (pictures[:1] if one else pictures)
     ]
     return [latents for latents in (made * len(pictures) if one else made) for _ in range(samples.count)]
 
 
-def sources_of(samples: TextToImageSamples, size: int) -> list[Image.Image]:
-    """Of each prompt the picture to start from, as it is cut; none where the base does not edit.
+def sources_of(samples: TextToImageSamples, size: int) -> list[list[Image.Image]]:
+    """Of each prompt the pictures to start from, as they are cut; nothing where the base does not edit.
 
     Raises:
         InputError: There are neither as many as prompts nor one for all.
     """
-    made = [cut(open_picture(Path(source)), (size, size), (0.5, 0.5)) for source in samples.sources]
+    made = [
+        [cut(open_picture(Path(path)), (size, size), (0.5, 0.5)) for path in paths] for paths in each_prompts(samples)
+    ]
     if made and len(made) not in (1, len(samples.prompts)):
         counts = f"{len(made)} pictures for {len(samples.prompts)} prompts"
         raise InputError(f"samples.sources: {counts}. Give one for each, or one for all.")

@@ -132,6 +132,11 @@ class Latents:
             self.of(picture)
 
 
+def taken(sources: Sequence[Latents], chosen: Sequence[int], variant: Sequence[int]) -> Tensor | None:
+    """The means (batch, sources, channels, height, width) of the pictures that some start from; None without any."""
+    return torch.stack([one.take(chosen, variant)[0] for one in sources], 1) if sources else None
+
+
 def latents_of(base: Base, examples: Sequence[Example], data: TextToImageData, cache: Path) -> Latents:
     """Of pictures as they will be needed; those that this process has had already, if it has.
 

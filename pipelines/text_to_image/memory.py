@@ -246,7 +246,7 @@ def _one_step(
     )
     pipeline.set_progress_bar_config(disable=True)
     kind.bind(pipeline)
-    batch, side = config.train.batch, config.data.resolution
+    batch, side, count = config.train.batch, config.data.resolution, len(config.data.sources)
     if config.data.buckets and (most := kind.most_tokens(parts[kind.denoiser].config)):
         side = math.isqrt(most) * factor(parts["vae"].config) * kind.patch  # what is no square is filled up
     weights = [tensor for module in parts.values() for tensor in (*module.parameters(), *module.buffers())]
@@ -257,7 +257,7 @@ def _one_step(
     def step() -> None:
         embedded = read or kind.embed_empty(pipeline, captions)
         noisy = torch.zeros(batch, *latent_shape(parts["vae"], side, side), dtype=DTYPES[config.train.precision])
-        embedded = embedded | ({"source": torch.zeros_like(noisy)} if config.data.sources else {})
+        embedded = embedded | ({"source": torch.stack([torch.zeros_like(noisy)] * count, 1)} if count else {})
         kind.predict(parts[kind.denoiser], noisy, torch.zeros(batch), embedded, torch.zeros(batch, 6))
 
     return step, read, weights

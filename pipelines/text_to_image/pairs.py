@@ -5,17 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from equipoise.pipelines.media.pictures import of_systems, suffixes
-from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData
+from equipoise.pipelines.text_to_image.config import TextToImageConfig, TextToImageData, TextToImageSamples
 from equipoise.pipelines.text_to_image.data import Example
 from equipoise.pipelines.text_to_image.tables import listed
 
 
-def read_sources(data: TextToImageData, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
-    """The examples with their sources in place of their pictures, in the same order, and what is wrong with the folder.
-    Nothing where `data.sources` is not given. Decodes no picture."""
-    if data.sources is None:
-        return [], []
-    folder = Path(data.sources)
+def read_sources(data: TextToImageData, examples: Sequence[Example]) -> tuple[list[list[Example]], list[str]]:
+    """Of each folder of `data.sources`, the examples with their sources in place of their pictures, in the same order,
+    and what is wrong with the folders. Decodes no picture."""
+    read = [_from_folder(Path(folder), data, examples) for folder in data.sources]
+    return [found for found, _ in read], [problem for _, wrong in read for problem in wrong]
+
+
+def _from_folder(folder: Path, data: TextToImageData, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
         return [], [f"data.sources: {folder} {what}. Give a folder of pictures."]
@@ -35,7 +37,7 @@ def read_sources(data: TextToImageData, examples: Sequence[Example]) -> tuple[li
 
 def problems(config: TextToImageConfig) -> list[str]:
     """What is not read in pairs."""
-    if config.data.sources is None:
+    if not config.data.sources:
         return []
     asked = {
         "data.crop: random": config.data.crop == "random",
@@ -49,6 +51,10 @@ def problems(config: TextToImageConfig) -> list[str]:
 
 def notes(config: TextToImageConfig, examples: Sequence[Example]) -> list[str]:
     """How many pairs will be trained on, in a sentence."""
-    found, _ = read_sources(config.data, examples)
-    count = len({example.path for example in examples})
-    return [f"pairs: {count}, each with its picture in {config.data.sources} to start from."] if found else []
+    count, folders = len({example.path for example in examples}), " and in ".join(config.data.sources)
+    return [f"pairs: {count}, each with its picture in {folders} to start from."] if folders else []
+
+
+def each_prompts(samples: TextToImageSamples) -> list[list[str]]:
+    """`samples.sources`, with one picture as a list of one."""
+    return [[source] if isinstance(source, str) else source for source in samples.sources]

@@ -38,7 +38,7 @@ from equipoise.pipelines.text_to_image.data import DECODED, Example, drawn_if_de
 from equipoise.pipelines.text_to_image.fixed import FixedLosses, Measure, spread
 from equipoise.pipelines.text_to_image.generate import generate, lora_scale
 from equipoise.pipelines.text_to_image.inversion import fresh_rows, with_token, write_word
-from equipoise.pipelines.text_to_image.latents import Latents, latents_of
+from equipoise.pipelines.text_to_image.latents import Latents, latents_of, taken
 from equipoise.pipelines.text_to_image.offloading import ActivationsAway, frozen_weights
 from equipoise.pipelines.text_to_image.pairs import read_sources
 from equipoise.pipelines.text_to_image.prior import class_examples
@@ -110,7 +110,7 @@ def train(config: TextToImageConfig, run: Run) -> Outcome:
 def _prepare(
     base: Base,
     examples: list[Example],
-    sources: list[Example],
+    sources: list[list[Example]],
     held: list[Example],
     data: TextToImageData,
     config: TextToImageConfig,
@@ -129,8 +129,8 @@ def _prepare(
     if classed is None:  # the others find what the first one has drawn on disk
         classed = class_examples(base, config, cache)
 
-    def pictures(some: list[Example], beside: list[Example] | None = None) -> Pictures:
-        from_these = latents_of(base, beside, data, cache) if beside else None
+    def pictures(some: list[Example], beside: Sequence[list[Example]] = ()) -> Pictures:
+        from_these = [latents_of(base, one, data, cache) for one in beside]
         return Pictures.of(some, latents_of(base, some, data, cache), config, beside, from_these)
 
     return pictures(examples, sources), pictures(held) if held else None, pictures(classed) if classed else None
@@ -144,7 +144,7 @@ class Pictures:
     latents: Latents
     batches: BucketBatches
     facts: list[tuple[Any, ...]]  # of each: a digest of its file, wherever it lies, its caption, its repeats
-    sources: Latents | None = None  # of the pictures to start from, where the base edits
+    sources: Sequence[Latents] = ()  # of the pictures to start from, where the base edits
 
     @classmethod
     def of(
@@ -152,25 +152,26 @@ class Pictures:
         examples: list[Example],
         latents: Latents,
         config: TextToImageConfig,
-        beside: list[Example] | None = None,  # the pictures to start from
-        sources: Latents | None = None,
+        beside: Sequence[list[Example]] = (),  # the pictures to start from
+        sources: Sequence[Latents] = (),
     ) -> "Pictures":
-        if sources and beside:
-            unlike = [i for i, own in enumerate(latents.shapes) if own != sources.shapes[i]]
+        for others, made in zip(beside, sources, strict=True):
+            unlike = [i for i, own in enumerate(latents.shapes) if own != made.shapes[i]]
             for index in unlike[:1]:
-                one, other = beside[index].path, examples[index].path
+                one, other = others[index].path, examples[index].path
                 raise InputError(f"data.sources: {one} is of another shape than {other}. Cut it to that.")
         repeats = [example.repeats for example in examples]
         batches = BucketBatches(repeats, latents.shapes, config.train.batch * processes.count(), config.seed)
         facts = [(content(example.path), example.caption, example.repeats) for example in examples]
-        facts = [(*fact, content(other.path)) for fact, other in zip(facts, beside, strict=True)] if beside else facts
+        for others in beside:
+            facts = [(*fact, content(other.path)) for fact, other in zip(facts, others, strict=True)]
         return cls([example.caption for example in examples], latents, batches, facts, sources)
 
     def digest(self, damaged: Sequence[int] = ()) -> str:
         """Of all pictures in their order; of the damaged ones, which another file may come in place of, by shape."""
         facts: list[Any] = list(self.facts)
         for picture in damaged:
-            shapes = [kind.shapes[picture] for kind in (self.latents, self.sources) if kind]
+            shapes = [kind.shapes[picture] for kind in (self.latents, *self.sources)]
             facts[picture] = (*shapes, *facts[picture][1:3])  # of a pair, either may be the damaged one
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
@@ -180,8 +181,8 @@ class Pictures:
         Raises:
             MediaError: It is damaged.
         """
-        self.latents.of(picture)
-        _ = self.sources and self.sources.of(picture)
+        for kind in (self.latents, *self.sources):
+            kind.of(picture)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         self.kinds = {name: pictures for name, pictures in kinds.items() if pictures}
         self.damaged: dict[str, list[int]] = {}  # kind of pictures → those that could not be read
         self.asked: set[tuple[int, str, int]] = set()  # rank, kind and number of pictures whose latents are made
-        both = {name: [kind.latents, *([kind.sources] if kind.sources else [])] for name, kind in self.kinds.items()}
+        both = {name: [kind.latents, *kind.sources] for name, kind in self.kinds.items()}
         self.verification, self.verified = Verification(both, DECODED), False
         self.recent: list[float] = []  # the last steps' losses
         self.measure = Measure(config, accelerator, base, base.set_scheduler(config.noise))
@@ -404,7 +405,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
             clean = clean + deviation * torch.randn(shape, generator=generator)[mine]
         noise, times = self.noise.draw(shape, generator)
         captions = [spoken(pictures.captions[index], data, generator) for index in chosen]
-        source = pictures.sources.take(chosen[mine], variant[mine])[0] if pictures.sources else None
+        source = taken(pictures.sources, chosen[mine], variant[mine])
         return self._loss(clean, noise[mine], times[mine], captions[mine], crops, source)
 
     def _loss(
@@ -414,7 +415,7 @@ class TextToImageWork(OptimizedWork[TextToImageConfig]):
         times: Tensor,
         captions: list[str],
         crops: Tensor,
-        source: Tensor | None = None,  # (batch, channels, height, width): of the pictures to start from
+        source: Tensor | None = None,  # (batch, sources, channels, height, width): of the pictures to start from
     ) -> Tensor:
         read = partial(self._embed, captions)
         return self.measure.losses(clean, noise, times, crops, read, self.denoiser, source).mean()

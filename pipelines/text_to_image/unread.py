@@ -3,6 +3,7 @@
 from equipoise.pipelines.config.keys import is_set
 from equipoise.pipelines.text_to_image.config import TextToImageConfig
 from equipoise.pipelines.text_to_image.families import Family
+from equipoise.pipelines.text_to_image.pairs import each_prompts
 
 READ = {  # by the way of adding noise, which of the section `noise` it reads
     "diffusion": ("offset", "prediction", "zero_terminal_snr", "snr_gamma"),
@@ -34,7 +35,10 @@ def unread(config: TextToImageConfig, kind: Family) -> list[str]:
     for key, given in {"data.sources": config.data.sources, "samples.sources": config.samples.sources}.items():
         if given and not kind.edits:
             found.append(f"{key}: {kind.title} does not start from pictures. Leave it out.")
-    if kind.edits and not config.data.sources:
+    most = max([len(config.data.sources), *map(len, each_prompts(config.samples))])
+    if kind.edits and not kind.several and most > 1:
+        found.append(f"data.sources, samples.sources: {kind.title} starts from one picture, not from {most}. Give one.")
+    if kind.must_edit and not config.data.sources:
         found.append(f"data.sources: {kind.title} edits pictures. Give the folder of those that it is to start from.")
     if config.samples.negative and not kind.negative:
         found.append(f"samples.negative: {kind.title} reads no negative prompts. Leave it out.")

@@ -28,7 +28,7 @@ from equipoise.ui import api, forms
 from equipoise.ui.app import page
 from equipoise.ui.safety import Site
 
-BY_FAMILY = "data\\.buckets:"  # of HiDream-I1, whose checkpoints test_generic builds
+BY_FAMILY = "data\\.buckets:"  # of HiDream-I1, whose checkpoints are built elsewhere
 ABSENT = ("torchao", "bitsandbytes", "rouge_score")  # packages that these tests do without
 EIGHT_BITS = "from torch.optim import AdamW\nclass AdamW8bit(AdamW): pass"
 # Words that make each refusal come; ROOT stands for a folder that the page may read.

@@ -48,7 +48,9 @@ class Family(ABC):
     mean_latents: ClassVar[bool] = False  # trained on the autoencoder's means, not on draws from what it gives
     distilled: ClassVar[bool] = False  # takes the guidance as an input, in place of being guided
     negative: ClassVar[bool] = True  # reads negative prompts
-    edits: ClassVar[bool] = False  # starts from a picture, whose latents `predict` finds as `source` in `embedded`
+    edits: ClassVar[bool] = False  # may start from pictures, whose latents `predict` finds as `source` in `embedded`
+    must_edit: ClassVar[bool] = False  # does nothing else
+    several: ClassVar[bool] = False  # from more than one
     loads_textual_inversion: ClassVar[bool] = False  # diffusers does for it, into the tuned encoders
 
     network: ClassVar[str] = "networks.lora"  # the module of kohya's scripts that reads such a file

@@ -18,7 +18,7 @@ class FluxKontext(GenericFlow):
 
     pipeline = "FluxKontextPipeline"
     title = "FLUX.1 Kontext"
-    edits = True
+    edits = must_edit = True
     text_encoders: ClassVar = Flux.text_encoders
     tokens: ClassVar = Flux.tokens
     left_out = Flux.left_out

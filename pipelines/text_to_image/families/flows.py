@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from equipoise.pipelines.text_to_image.families.anima import Anima
@@ -59,8 +60,25 @@ class Flux2(GenericFlow):
     refused = ()
     network = "networks.lora_flux_2"
     shape = ("num_attention_heads", "attention_head_dim")
+    edits = several = True
 
     fused = Flux.fused
+
+    def starting(self, pipeline: Any, sources: "Tensor | None") -> tuple[Any, dict[str, Any]]:
+        """Its call takes pictures and encodes them, the same for all prompts; here each prompt has its own latents."""
+        from torch import cat
+
+        if sources is None:
+            return pipeline, {}
+
+        def given(**_: Any) -> "tuple[Tensor, Tensor]":
+            places = pipeline._prepare_image_ids(list(sources[:1].unbind(1))).to(sources.device)
+            tokens = cat([pipeline._pack_latents(one) for one in sources.unbind(1)], dim=1)
+            return tokens, places.expand(len(tokens), -1, -1)
+
+        own = copy(pipeline)
+        vars(own).update(prepare_image_latents=given, image_processor=_Encoded())
+        return own, {"image": [_Encoded()] * sources.shape[1]}
 
     def before(self, tokenizer: Any, special: int) -> int:
         written = tokenizer.apply_chat_template(self.messages(_MARK), tokenize=False)
@@ -74,6 +92,16 @@ class Flux2(GenericFlow):
     def original(self, module: str) -> str:
         inside = re.sub(r"^(single_)?transformer_blocks\.", lambda found: f"{found[1] or 'double_'}blocks.", module)
         return renamed(inside, _FLUX2 if inside.startswith("double_") else _FLUX2_SINGLE)
+
+
+class _Encoded:
+    """In place of a picture whose latents are there, and of what would check and cut it."""
+
+    size = (0, 0)
+
+    def check_image_input(self, image: Any) -> None: ...
+
+    def preprocess(self, image: Any, **_: Any) -> None: ...
 
 
 class Flux2Klein(Flux2):

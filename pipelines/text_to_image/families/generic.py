@@ -130,6 +130,7 @@ class GenericFlow(TransformerFamily):
         from equipoise.pipelines.text_to_image.families import one_step
 
         height, width = self._pixels(noisy)
+        pipeline, image = self.starting(self._pipeline, embedded.get("source"))
         words = {
             **self.options,
             **self.arguments({name: embedded[name] for name in self.captions}),
@@ -138,9 +139,9 @@ class GenericFlow(TransformerFamily):
             "height": height,
             "width": width,
             **self.of_size(height, width),
-            **({"image": embedded["source"]} if "source" in embedded else {}),
+            **image,
         }
-        made = one_step.answer(self.sized(self._pipeline, height, width), self.denoiser, denoiser, times, words)
+        made = one_step.answer(self.sized(pipeline, height, width), self.denoiser, denoiser, times, words)
         return one_step.unpack(made, noisy.shape, self.patch)
 
     def _pixels(self, latents: "Tensor") -> tuple[int, int]:
@@ -157,6 +158,11 @@ class GenericFlow(TransformerFamily):
         """The arguments of the pipeline's call, which may have captions in another dimension than the first."""
         return embedded
 
+    def starting(self, pipeline: Any, sources: "Tensor | None") -> tuple[Any, dict[str, Any]]:
+        """The pipeline, and more arguments of its call, for latents (batch, sources, channels, height, width) of the
+        pictures to start from."""
+        return pipeline, {} if sources is None else {"image": sources.squeeze(1)}
+
     def sized(self, pipeline: Any, height: int, width: int) -> Any:
         """The pipeline, for pictures of that size where it would take others."""
         return pipeline
@@ -170,12 +176,13 @@ class GenericFlow(TransformerFamily):
         size: tuple[int, int],
         steps: int,
         guidance: float,
-        source: "Tensor | None" = None,  # (prompts, channels, height, width): latents of the pictures to start from
+        source: "Tensor | None" = None,  # (prompts, sources, channels, height, width): of the pictures to start from
     ) -> "Tensor":
         import torch
 
         from equipoise.pipelines.text_to_image.families import one_step
 
+        pipeline, image = self.starting(pipeline, source)
         latents = noise if self.casts else noise.to(getattr(pipeline, self.denoiser).dtype)
         seen: dict[str, Any] = {}
 
@@ -195,7 +202,7 @@ class GenericFlow(TransformerFamily):
                 callback_on_step_end=keep,  # some pipelines decode a part of what they return
                 **{self.strength: guidance},
                 **({"negative_prompt": [negative] * len(prompts)} if self.negative else {}),
-                **({"image": source} if source is not None else {}),
+                **image,
                 **self.of_size(*size),
                 **self.options,
             )

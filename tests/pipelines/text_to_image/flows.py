@@ -485,7 +485,13 @@ def write(name: str, folder: Path) -> Path:
     return folder
 
 
-PACKED = ("ChromaPipeline", "FluxPipeline", "Krea2Pipeline", "QwenImagePipeline")  # take latents as tokens
+PACKED = (
+    "ChromaPipeline",
+    "FluxKontextPipeline",
+    "FluxPipeline",
+    "Krea2Pipeline",
+    "QwenImagePipeline",
+)  # take latents as tokens
 
 
 def draw(checkpoint: str, result: str, shape: list[int], words: dict) -> torch.Tensor:

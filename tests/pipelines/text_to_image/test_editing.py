@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from equipoise.pipelines.pipeline import execute
 from equipoise.pipelines.runs.store import Store
 from equipoise.pipelines.text_to_image import TextToImage
 from equipoise.pipelines.text_to_image.base import load_base
+from equipoise.pipelines.text_to_image.config import TextToImageModel
 from equipoise.pipelines.text_to_image.cuts import cut, to_tensor
 from equipoise.pipelines.text_to_image.data import open_picture
 from equipoise.pipelines.text_to_image.families import autoencoders
@@ -116,7 +119,9 @@ def test_the_loss_is_of_a_call_that_is_given_the_pair(words, kontext):
     noisy = way.add(clean, noise, times)
     with torch.no_grad():
         embedded = base.family.embed(base.pipeline, [PROMPT, "a dog"])
-        ours = base.family.predict(base.denoiser, noisy, times, embedded | {"source": other}, torch.zeros(2, 6), 3.5)
+        ours = base.family.predict(
+            base.denoiser, noisy, times, embedded | {"source": other[:, None]}, torch.zeros(2, 6), 3.5
+        )
         plain = base.family.predict(base.denoiser, noisy, times, embedded, torch.zeros(2, 6), 3.5)
         pack, ids = FluxPipeline._pack_latents, FluxPipeline._prepare_latent_image_ids
         own = ids(2, 2, 3, noisy.device, noisy.dtype)
@@ -186,3 +191,115 @@ def test_what_is_wrong_with_pairs_is_found_before_anything_is_written(words, sho
     assert said(f"data.sources={sources}", own=short) == [
         "data.sources: Stable Diffusion does not start from pictures. Leave it out."
     ]
+
+
+# FLUX.2, which may be given several pictures, or none
+
+DRAW = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+checkpoint, result, several, shape, guidance = json.loads(sys.argv[1])
+pipeline = DiffusionPipeline.from_pretrained(checkpoint)
+pipeline.set_progress_bar_config(disable=True)
+pipeline.load_lora_weights(result)
+noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+size = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": guidance}
+for target, pictures in several.items():
+    given = [Image.open(picture).convert("RGB") for picture in pictures]
+    pipeline(image=given, prompt="a sks object", latents=noise, **size).images[0].save(target)
+"""
+
+
+@pytest.fixture
+def references(pictures, tmp_path):
+    """Of each picture two to start from, in a folder each, of 64 × 64 pixels."""
+    folders = [tmp_path / "before", tmp_path / "style"]
+    for folder in folders:
+        folder.mkdir()
+        for path in pictures.glob("*.png"):
+            with Image.open(path) as picture:
+                turned = picture.resize((64, 64)) if folder.name == "before" else picture.resize((64, 64)).rotate(90)
+                turned.convert("RGB").save(folder / path.name)
+    return folders
+
+
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "Flux2KleinPipeline"])
+def test_it_learns_of_several_pictures_and_diffusers_makes_the_same_of_them(name, built, short, references, tmp_path):
+    before, style = references
+    given = [str(before / "0.png"), str(style / "1.png")]
+    own = [word for word in short if not word.startswith(("model=", "data.resolution="))]
+    own += [f"model={built(name)}", "data.resolution=64", f"data.sources=[{before}, {style}]", "train.clip=0"]
+    own += [f"samples.prompts=[{PROMPT}]", f"samples.sources=[[{', '.join(given)}]]", "samples.guidance=null"]
+    own += ["learning_rate=0.02", "train.gradient_checkpointing=true"]
+    assert main(["train", NAME, *own, "--id", "edits"]) == 0
+    run = Store(tmp_path / "runs").get("edits")
+    result = json.loads((run.result / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"]
+    assert f"pairs: 4, each with its picture in {before} and in {style} to start from." in run.log_file.read_text()
+    (sample,) = (run.folder / "samples").rglob("*.png")
+    drawn = {}
+    base = load_base(config.load(NAME, own).model, "no")
+    shape, guidance = autoencoders.shape(base.vae, 64, 64), base.family.guidance
+    wanted = {"same": given, "other way round": given[::-1], "one": given[:1]}
+    several = {str(tmp_path / f"{key}.png"): paths for key, paths in wanted.items()}
+    told = json.dumps([str(built(name)), str(run.result), several, shape, guidance])
+    done = subprocess.run([sys.executable, "-c", DRAW, told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for key in ("ours", *wanted):
+        with Image.open(sample if key == "ours" else tmp_path / f"{key}.png") as picture:
+            drawn[key] = torch.tensor(list(picture.convert("RGB").tobytes())).int()
+    ours = drawn.pop("ours")
+    assert (ours - drawn["same"]).abs().max() <= 1  # two ways of rounding to 8 bits
+    unlike = {key: int((ours != theirs).sum()) for key, theirs in drawn.items()}
+    assert 5 * unlike["same"] < min(unlike["other way round"], unlike["one"]), unlike  # random weights heed them little
+
+    assert main(["compare", str(run.folder), "--out", str(tmp_path / "compared")]) == 0
+    (start,) = Comparison.read(tmp_path / "compared").sources
+    with Image.open(tmp_path / "compared" / start.file) as shown:
+        assert shown.size == (128, 64)
+        for index, path in enumerate(given):
+            with Image.open(path) as one:
+                assert shown.crop((64 * index, 0, 64 * index + 64, 64)).tobytes() == one.tobytes()
+
+
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "Flux2KleinPipeline"])
+@torch.no_grad()
+def test_references_are_what_a_direct_call_is_given(name, built):
+    """Their tokens follow the picture's, numbered 10, 20, … in their first coordinate."""
+    base = load_base(TextToImageModel(path=str(built(name))), "no")
+    source = torch.Generator().manual_seed(0)
+    channels = autoencoders.shape(base.vae, 64, 64)[0]
+    noisy, first, second = (torch.randn((2, channels, 4, 6), generator=source) for _ in range(3))
+    times, embedded = torch.tensor([300.0, 800.0]), base.family.embed(base.pipeline, [PROMPT, "a blue vase"])
+    both = embedded | {"source": torch.stack([first, second], 1)}
+    ours, plain = (
+        base.family.predict(base.denoiser, noisy, times, some, torch.zeros(2, 6), 3.5) for some in (both, embedded)
+    )
+    places = [torch.cartesian_prod(torch.tensor([t]), *map(torch.arange, (4, 6, 1))) for t in (0, 10, 20)]
+    words = torch.cartesian_prod(*map(torch.arange, (1, 1, 1, embedded["prompt_embeds"].shape[1])))
+    answer = base.denoiser(
+        torch.cat([some.flatten(2).mT for some in (noisy, first, second)], 1),
+        timestep=times / 1000,
+        guidance=torch.full((2,), 3.5) if base.family.distilled else None,
+        encoder_hidden_states=embedded["prompt_embeds"],
+        txt_ids=words.expand(2, -1, -1),
+        img_ids=torch.cat(places).expand(2, -1, -1),
+    ).sample[:, :24]
+    assert torch.allclose(ours, answer.mT.unflatten(2, (4, 6)), atol=1e-5) and not torch.allclose(
+        ours, plain, atol=1e-3
+    )
+
+
+def test_how_many_pictures_a_base_starts_from_is_checked(words, short, sources, built):
+    def said(*more, own=words):
+        return TextToImage.check(config.load(NAME, [*own, *more]))
+
+    two = (f"data.sources=[{sources}, {sources}]", f"samples.sources=[[{sources / '0.webp'}, {sources / '1.webp'}]]")
+    assert said(*two) == [
+        "data.sources, samples.sources: FLUX.1 Kontext starts from one picture, not from 2. Give one."
+    ]
+    flux2 = [*short, f"model={built('Flux2KleinPipeline')}"]
+    assert said(own=flux2) == said(*two, own=flux2) == []
+    estimates = [TextToImage.estimate_memory(config.load(NAME, [*flux2, *more])) for more in ([], two[:1])]
+    assert estimates[1].activations > estimates[0].activations  # tokens of two more pictures

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel, QwenImageTransformer2DModel
 
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.text_to_image import TextToImage, memory
+from equipoise.pipelines.text_to_image.families import family
 from equipoise.pipelines.text_to_image.memory import Counted
 from equipoise.pipelines.text_to_image.offloading import in_blocks
+from equipoise.pipelines.training.layers import named_by
 from equipoise.pipelines.training.memory import PEAK
 
 GB = 10**9
@@ -106,3 +108,26 @@ def test_on_a_device_are_what_is_quantised_and_what_does_not_wait(short, build_c
     assert 0 < found.inputs < found.activations / PEAK
     assert whole - fp8 == 3 * waiting and fp8 - fp8_away == pytest.approx(waiting / 2, abs=1)
     assert live - whole == min(found.encoders, found.training + found.activations)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "saved", "of_16_bits", "of_4_bits"),
+    [
+        ("FluxPipeline", FluxTransformer2DModel, 0.18, 0.8, 3.0),
+        ("QwenImagePipeline", QwenImageTransformer2DModel, 0.09, 0.2, 0.9),
+        ("Flux2Pipeline", Flux2Transformer2DModel, 0.24, 0.4, 1.5),
+    ],
+)
+def test_factors_of_half_the_bits_would_save_as_little_as_the_docs_say(name, kind, saved, of_16_bits, of_4_bits):
+    """In weights and gradients of rank 16, 2 bytes a number each: GB, and per cent of the denoiser's weights."""
+    with torch.device("meta"):
+        model = kind()  # of the sizes that are published
+    layers = [
+        module
+        for layer, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and named_by(family(name).targets, layer)
+    ]
+    spared = 4 * 16 * sum(layer.in_features + layer.out_features for layer in layers)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert round(spared / GB, 2) == saved
+    assert [round(100 * spared / size, 1) for size in (2 * numbers, numbers / 2)] == [of_16_bits, of_4_bits]

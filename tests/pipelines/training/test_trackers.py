@@ -7,7 +7,7 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from equipoise.errors import InputError
+from equipoise.errors import ConfigError, InputError
 from equipoise.pipelines import config
 from equipoise.pipelines.cli import main
 from equipoise.pipelines.instruction_tuning import InstructionTuning
@@ -166,3 +166,9 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(s
     assert not (tmp_path / "runs").exists()
     assert main(["train", NAME, *short, "trackers=[tensorboart]"]) == 2
     assert "trackers" in (error := capfd.readouterr().err) and "tensorboard" in error
+
+
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_those_that_keep_their_logs_elsewhere_are_refused_before_the_run(name, short):
+    with pytest.raises(ConfigError, match=f"trackers.0: must be 'tensorboard' or 'wandb', got '{name}'"):
+        made(short, f"trackers=[{name}]")
