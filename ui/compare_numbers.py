@@ -77,8 +77,8 @@ def prompts(site: Site, id: str, chosen: int = 0) -> str:
 def export(site: Site, id: str) -> str:
     """Links to the comparison's files."""
     comparison = read(site, id)
-    folder, names = comparison.folder, {"grid.png": "Grid (PNG)"}
-    names |= {f"grid-{index:02d}.png": f"Grid {index + 1} (PNG)" for index in range(len(comparison.prompts))}
+    folder, names = comparison.folder, {"grid.png": "Grid of all prompts (PNG)"}
+    names |= {f"grid-{index:02d}.png": f"Grid of prompt {index + 1} (PNG)" for index in range(len(comparison.prompts))}
     names |= {"report.html": "Report (HTML)", "table.csv": "Table (CSV)", "prompts.csv": "Prompts (CSV)"}
     names |= {"table.json": "JSON", votes.FILE: "Votes (JSONL)"}
     links = [
