@@ -25,7 +25,10 @@ def curve(site: Site, id: str) -> str:
     words = curves.curve_words(comparison)
     hints = f"<p class='hint'>{esc(words)}</p>" if words else ""
     lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
-    return f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
+    shown = f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
+    for index, ink in enumerate(draw.INKS):  # the page's own, which can be told apart in the dark too
+        shown = shown.replace(curves.line_colour(index), ink)
+    return shown
 
 
 def table(site: Site, id: str) -> str:

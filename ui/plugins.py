@@ -32,7 +32,7 @@ def _card(entry: Entry, error: str) -> str:
         if error:
             raise EquipoiseError(error)
         cls = registry.load(entry.kind, entry.name)
-        head += f"<span class='purpose'>{esc(summary(cls) or 'It has no description.')}</span>"
+        head += f"<span class='purpose'>{_marked(summary(cls) or 'It has no description.')}</span>"
         body = ""
         rows = "".join(
             f"<tr><td>{esc(row['name'])}</td><td>{esc(row['type'])} {esc(row['bounds'])}</td>"
@@ -56,7 +56,11 @@ def purposes(kind: str) -> dict[str, str]:
     found = registry.entries(kind)
     usable = [entry for entry, error in zip(found, load_errors(found), strict=True) if not error]
     words = {entry.name: summary(registry.load(kind, entry.name)) for entry in usable}
-    return {name: text for name, text in words.items() if text}
+    return {name: text.replace("`", "") for name, text in words.items() if text}
+
+
+def _marked(words: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(words))
 
 
 def _linked(paper: str) -> str:

@@ -28,6 +28,7 @@ _GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
 _SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight", "alpha": "α"}  # as papers write
 _SECONDS = ("balancing", "loading")
 _RATE = re.compile(r",?(?:optimizer\.)?learning_rate=([^,]*)")  # in the name of a sweep's cell
+HUES = (174, 25, 213, 285, 42)  # those of draw.INKS, in degrees
 _LOG_SCALE = ("loss", "rate")  # what spans decades
 
 
@@ -136,8 +137,13 @@ def inks(runs: Mapping[str, Run]) -> dict[str, str]:
     for index, some in enumerate(rows.values()):
         for place, (_, name) in enumerate(sorted(some)):
             light = 72 - 34 * place / max(1, len(some) - 1) if len(some) > 1 else 50
-            found[name] = f"hsl({(174 + 360 * index / len(rows)) % 360:.0f} 65% {light:.0f}%)"
+            found[name] = f"hsl({_hue(index, len(rows)):.0f} 65% {light:.0f}%)"
     return found
+
+
+def _hue(index: int, count: int) -> float:
+    """A row's hue, in degrees: as far as they go that of the line which the tab Compare draws of it."""
+    return HUES[index] if count <= len(HUES) else (HUES[0] + 360 * index / count) % 360
 
 
 class _Curve:
