@@ -16,6 +16,7 @@ from equipoise.pipelines.comparing.robustness import shown_rate
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
+_SMALL = 1e-3  # below which numbers are rather read with exponents, as rates are
 _LETTER = 8.0  # units of a chart that a digit takes across
 _BESIDE = 58.0  # units of a chart that the numbers beside it have at least
 _WIDTH, _HEIGHT, _MARGIN, _FOOT = 520, 220, 12, 26  # of a chart; the margin is that above and on the right
@@ -219,9 +220,10 @@ def marks(low: float, high: float, log: bool) -> list[float]:
 
 
 def labels(values: Sequence[float], log: bool) -> list[str]:
-    """What marks are called: on a logarithmic axis all have exponents where one has."""
+    """What marks are called: on a logarithmic axis all have exponents where one has, or is below a thousandth."""
     plain = [number(value) for value in values]
-    return [shown_rate(value, 3) for value in values] if log and any("e" in words for words in plain) else plain
+    several = log and any("e" in words or value < _SMALL for words, value in zip(plain, values, strict=True))
+    return [shown_rate(value, 3) for value in values] if several else plain
 
 
 def records(text: str, most: int = 200) -> list[dict[str, Any]]:

@@ -151,8 +151,8 @@ class Chart {
     const [number, ten] = value.toExponential(digits - 1).split('e').map(Number);
     return ten < -4 || ten >= digits ? `${number}e${ten}` : String(Number(value.toPrecision(digits)));
   }
-  static labels(values, log) {  // [value, words]: on a logarithmic axis all have exponents where one has
-    const plain = values.map(value => Chart.short(value)), all = log && plain.some(words => words.includes('e'));
+  static labels(values, log) {  // [value, words]: as draw.labels
+    const plain = values.map(value => Chart.short(value)), all = log && plain.some((words, n) => words.includes('e') || values[n] < 1e-3);
     return values.map((value, n) => [value, all ? Number(value.toPrecision(4)).toExponential().replace('+', '') : plain[n]]);
   }
   apply(changed) {  // lays out anew what is not as the server drew it

@@ -229,5 +229,6 @@ def test_cells_are_called_as_in_comparisons():
 def test_marks_of_a_logarithmic_axis_have_one_notation():
     assert draw.labels([0.1, 0.01, 1e-5], True) == ["1e-1", "1e-2", "1e-5"]
     assert draw.labels([0.1, 0.03, 0.01], True) == ["0.1", "0.03", "0.01"]
+    assert draw.labels([0.001, 0.0003], True) == ["1e-3", "3e-4"]
     assert draw.labels([0.0, 2e-5], False) == ["0", "2e-5"]
     assert [draw.number(value) for value in (2.41e-06, 3e10, 0.5)] == ["2.41e-6", "3e10", "0.5"]
