@@ -396,8 +396,13 @@ document.addEventListener('input', event => {
   if (box) box.parentElement.querySelector('[role=status]').textContent = equipoise.seek(box.closest('.rest'), box.value);
 });
 
-// What an entry of a list is for stands below its name.
+// What an entry of a list is for stands below its name; and what a chip's cross takes away is said by its name, not its place.
 new MutationObserver(() => {
+  for (const cross of document.querySelectorAll('.token-remove')) {
+    const label = `Remove ${cross.parentElement.textContent.trim()}`;
+    if (!/^Remove \d+$/.test(cross.title || cross.ariaLabel || '') || cross.ariaLabel === label) continue;
+    cross.title = cross.ariaLabel = label;
+  }
   const entries = document.querySelectorAll('ul[role=listbox] li[role=option]'), part = document.querySelector('#purposes');
   if (!entries.length || !part) return;
   const words = part.words_ ??= JSON.parse(part.dataset.words);
@@ -406,7 +411,7 @@ new MutationObserver(() => {
     if ((entry.dataset.purpose ?? '') === about) continue;  // what is written here is no news
     entry.dataset.purpose = entry.ariaDescription = about;
   }
-}).observe(document, {childList: true, subtree: true, attributes: true, attributeFilter: ['aria-label']});
+}).observe(document, {childList: true, subtree: true, attributes: true, attributeFilter: ['aria-label', 'title']});
 
 // A folder that is dropped on an upload is walked through: browsers hand over its files one by one.
 equipoise.files = async entry => {

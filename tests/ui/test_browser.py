@@ -354,6 +354,7 @@ def test_a_configuration_and_pictures_of_ones_own(tmp_path, serve, look):
         expect(data).to_have_value(place)
     optimizer = page.locator("#field-text_to_image-optimizer-name input")
     optimizer.click()
+    expect(page.get_by_role("button", name="Remove bounded_adamw")).to_be_visible()
     entry = page.get_by_role("option", name="sam", exact=True)
     expect(entry).to_have_accessible_description(re.compile("worst nearby point"))
     assert "worst nearby point" in entry.evaluate("it => getComputedStyle(it, '::after').content")
