@@ -25,7 +25,10 @@ def curve(site: Site, id: str) -> str:
     words = curves.curve_words(comparison)
     hints = f"<p class='hint'>{esc(words)}</p>" if words else ""
     lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
-    return f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
+    shown = f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
+    for index, ink in enumerate(draw.INKS):  # the page's own, which can be told apart in the dark too
+        shown = shown.replace(curves.line_colour(index), ink)
+    return shown
 
 
 def table(site: Site, id: str) -> str:
@@ -77,8 +80,8 @@ def prompts(site: Site, id: str, chosen: int = 0) -> str:
 def export(site: Site, id: str) -> str:
     """Links to the comparison's files."""
     comparison = read(site, id)
-    folder, names = comparison.folder, {"grid.png": "Grid (PNG)"}
-    names |= {f"grid-{index:02d}.png": f"Grid {index + 1} (PNG)" for index in range(len(comparison.prompts))}
+    folder, names = comparison.folder, {"grid.png": "Grid of all prompts (PNG)"}
+    names |= {f"grid-{index:02d}.png": f"Grid of prompt {index + 1} (PNG)" for index in range(len(comparison.prompts))}
     names |= {"report.html": "Report (HTML)", "table.csv": "Table (CSV)", "prompts.csv": "Prompts (CSV)"}
     names |= {"table.json": "JSON", votes.FILE: "Votes (JSONL)"}
     links = [

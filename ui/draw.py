@@ -11,10 +11,12 @@ from datetime import timedelta
 from typing import Any
 
 from equipoise.pipelines.comparing.curve import ticks
+from equipoise.pipelines.comparing.robustness import shown_rate
 
 INKS = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)", "var(--line-6)")
 _DECADES = 100  # beyond such a ratio a chart is logarithmic in any case
 _SAME = 1e-4  # a smaller share cannot be told apart beside the axis
+_SMALL = 1e-3  # below which numbers are rather read with exponents, as rates are
 _LETTER = 8.0  # units of a chart that a digit takes across
 _BESIDE = 58.0  # units of a chart that the numbers beside it have at least
 _WIDTH, _HEIGHT, _MARGIN, _FOOT = 520, 220, 12, 26  # of a chart; the margin is that above and on the right
@@ -61,7 +63,8 @@ def span(seconds: float) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
+    """One for people, with exponents as rates have them: 1e-5."""
+    return "" if value is None else re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.{digits}g}")
 
 
 def facts(pairs: Mapping[str, object]) -> str:
@@ -135,10 +138,11 @@ class _Plane:
 
     def marked(self) -> Iterator[str]:
         """The numbers beside and below it."""
-        for value in marks(self.low, self.high, self.log):
+        values = marks(self.low, self.high, self.log)
+        for value, words in zip(values, labels(values, self.log), strict=True):
             y = self.down(value)
             yield f'<line class="rule" x1="{self.left}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            yield f'<text x="{self.left - 6}" class="beside" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
+            yield f'<text x="{self.left - 6}" class="beside" y="{y + 4:.1f}" text-anchor="end">{words}</text>'
         for x, anchor in {self.first: "start", self.last: "end"}.items():
             about = f'x="{self.across(x):.1f}" class="below" y="{_HEIGHT - 8}" text-anchor="{anchor}"'
             yield f"<text {about}>{x:.12g}</text>"
@@ -158,7 +162,7 @@ def _plane(lines: Mapping[str, Sequence[tuple[float, float]]], log: bool) -> _Pl
     low, high = min(scaled), max(scaled)
     if high - low <= _SAME * (1.0 if log else max(abs(low), abs(high))):
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
-    longest = max((len(short(value)) for value in marks(low, high, log)), default=0)
+    longest = max(map(len, labels(marks(low, high, log), log)), default=0)
     steps = [x for x, _ in points]
     return _Plane(min(steps), max(steps), low, high, log, max(_BESIDE, _LETTER * longest + 14))
 
@@ -202,7 +206,7 @@ def _height(point: tuple[float, float]) -> float:
 def marks(low: float, high: float, log: bool) -> list[float]:
     """The values beside an axis from `low` to `high`, which are exponents where it is logarithmic.
 
-    page.js has the same rule, and that of `short`, for what it lays out anew.
+    page.js has the same rule, and that of `labels`, for what it lays out anew.
     """
     if not log:
         return ticks(low, high)
@@ -215,9 +219,11 @@ def marks(low: float, high: float, log: bool) -> list[float]:
     return [float(f"{value:.3g}") for value in ticks(10**low, 10**high)]
 
 
-def short(value: float) -> str:
-    """A mark's number, with exponents as rates have them: 1e-5."""
-    return re.sub(r"e([+-])0*", lambda it: "e-" if it[1] == "-" else "e", f"{value:.4g}")
+def labels(values: Sequence[float], log: bool) -> list[str]:
+    """What marks are called: on a logarithmic axis all have exponents where one has, or is below a thousandth."""
+    plain = [number(value) for value in values]
+    several = log and any("e" in words or value < _SMALL for words, value in zip(plain, values, strict=True))
+    return [shown_rate(value, 3) for value in values] if several else plain
 
 
 def records(text: str, most: int = 200) -> list[dict[str, Any]]:

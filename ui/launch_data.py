@@ -20,7 +20,7 @@ from equipoise.ui.draw import esc
 from equipoise.ui.launch import PROMPT, error_notice
 from equipoise.ui.safety import Site
 from equipoise.ui.thumbnails import thumbnail
-from equipoise.ui.widgets import HIDDEN, PRIVATE, Slider, Table, Updates, bound, caption_table, table_rows
+from equipoise.ui.widgets import HIDDEN, LATEST, PRIVATE, Slider, Table, Updates, bound, caption_table, table_rows
 
 PAGE = 48  # pictures that are shown at a time
 MOST = 5_000  # characters of a caption
@@ -43,6 +43,7 @@ class DataPanel:
     shown: gr.HTML
     captions: Table
     read: gr.State  # the rows of that table as they were on the disk
+    seen: gr.State  # the folder that is shown, as it was chosen, and the page of it
     save: gr.Button
     message: gr.HTML
 
@@ -57,14 +58,13 @@ def build(site: Site, widgets: Mapping[str, Any]) -> None:
         captions = caption_table("data-captions")
         save = gr.Button("Write the captions beside the pictures", visible=False, elem_id="save-captions")
         message = gr.HTML(elem_id="data-message")
-    panel = DataPanel(site, data, prompt, shapes, page, shown, captions, gr.State([]), save, message)
-    outputs = [shown, captions, panel.read, save, page, message]
+    panel = DataPanel(site, data, prompt, shapes, page, shown, captions, gr.State([]), gr.State(("", 1)), save, message)
+    outputs = [shown, captions, panel.read, panel.seen, save, page, message]
     inputs = [data, prompt, *shapes.values()]
     gr.on([around.expand, data.change], bound(on_look, panel), inputs, outputs, **HIDDEN)
-    inputs = [data, prompt, page, *shapes.values()]
-    changes = [field.change for field in shapes.values()]
-    gr.on(changes, bound(on_shape, panel), inputs, shown, trigger_mode="always_last", **HIDDEN)
-    page.input(bound(on_page, panel), inputs, outputs, trigger_mode="always_last", **HIDDEN)
+    page.input(bound(on_page, panel), [data, prompt, page, *shapes.values()], outputs, **LATEST)
+    inputs = [data, prompt, panel.seen, *shapes.values()]
+    gr.on([field.change for field in shapes.values()], bound(on_shape, panel), inputs, shown, **LATEST)
     save.click(bound(on_save, panel), [data, prompt, captions, panel.read], [message, panel.read], **PRIVATE)
 
 
@@ -229,9 +229,14 @@ def on_page(panel: DataPanel, choice: str | None, prompt: str | None, page: floa
     return _looked(panel, choice, prompt, int(page), shapes)
 
 
-def on_shape(panel: DataPanel, choice: str | None, prompt: str | None, page: float, *shapes: Any) -> Updates:
-    """Shows how pictures are cut now; captions that are edited meanwhile stay."""
-    return {panel.shown: _looked(panel, choice, prompt, int(page), shapes)[panel.shown]}
+def on_shape(panel: DataPanel, choice: str | None, prompt: str | None, seen: tuple[str, int], *shapes: Any) -> Updates:
+    """Shows how pictures are cut now; captions that are edited meanwhile stay.
+
+    A preset may change the folder at the same time, and the slider still has the page of the one before.
+    """
+    folder, page = seen
+    page = page if folder == (choice or "") else 1
+    return {panel.shown: _looked(panel, choice, prompt, page, shapes)[panel.shown]}
 
 
 def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int, shapes: Sequence[Any]) -> Updates:
@@ -251,6 +256,7 @@ def _looked(panel: DataPanel, choice: str | None, prompt: str | None, page: int,
         panel.shown: view(panel.site, found, page, cut),
         panel.captions: gr.update(value=rows, visible=editable),
         panel.read: rows,
+        panel.seen: (choice or "", page),
         panel.save: gr.update(visible=editable),
         panel.page: gr.update(visible=pages > 1, maximum=max(pages, 2), value=page),
         panel.message: "",

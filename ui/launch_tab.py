@@ -1,5 +1,6 @@
 """The tab Launch: a form made from a pipeline's own record, checked, shown as YAML and command, and started."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,8 @@ from equipoise import registry
 from equipoise.errors import EquipoiseError, InputError
 from equipoise.pipelines.comparing import comparison
 from equipoise.pipelines.config import RunConfig
-from equipoise.pipelines.config.builtin import shipped
-from equipoise.ui import draw, forms, launch_data, launch_demo, launch_pictures, launch_presets
+from equipoise.pipelines.config.builtin import purpose, shipped
+from equipoise.ui import draw, forms, launch_data, launch_demo, launch_pictures, launch_presets, plugins
 from equipoise.ui.launch import (
     PROMPT,
     UPLOADED,
@@ -37,13 +38,12 @@ from equipoise.ui.launch_estimates import estimate, memory
 from equipoise.ui.launch_presets import PresetPanel
 from equipoise.ui.runs import open_run
 from equipoise.ui.safety import Site, refuse_commands
-from equipoise.ui.widgets import HIDDEN, PRIVATE, Table, Updates, bound, root, table_rows
+from equipoise.ui.widgets import HIDDEN, LATEST, PRIVATE, Table, Updates, bound, root, table_rows
 
 SEEK = (
     "<p class='seek'><input type='search' aria-label='Search these fields' placeholder='Search these fields: words of "
     "a name, a key or its explanation'> <span class='hint' role='status'></span></p>"
 )
-LATEST: Any = {**HIDDEN, "trigger_mode": "always_last"}  # of an event that may come again while it is at work
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,7 @@ def build(site: Site, workers: int) -> tuple[dict[str, Form], gr.Radio]:
     chosen.change(bound(on_pipeline, choice), chosen, list(columns.values()), **HIDDEN)
     chosen.input(None, chosen, None, js="name => equipoise.at({pipeline: name})", **PRIVATE)
     root().load(bound(restore, choice), None, chosen, **LATEST)
+    root().load(bound(say_purposes, found), None, gr.HTML(elem_id="about"), **HIDDEN)
     return found, chosen
 
 
@@ -220,7 +221,8 @@ def _beginning(pipeline: str, cls: type[RunConfig]) -> tuple[gr.Dropdown, gr.Upl
             label="Begin with",
             info="A configuration that comes with Equipoise. It is empty after another one was loaded.",
             interactive=True,
-            elem_id=f"preset-{pipeline}",
+            elem_id=preset_id(pipeline),
+            min_width=260,
         )
         bring = gr.UploadButton(
             "Load YAML …", file_types=[".yaml", ".yml"], size="sm", scale=0, min_width=140, elem_id=f"load-{pipeline}"
@@ -333,6 +335,15 @@ def restore(choice: PipelineChoice, request: gr.Request) -> Updates:
     """The pipeline that the page's address names."""
     name = request.query_params.get("pipeline", "")
     return {choice.pipeline: name if name in choice.columns else gr.skip()}
+
+
+def say_purposes(forms_: Mapping[str, Form]) -> str:
+    """What each entry of the lists is for, which the browser writes below it."""
+    words = {preset_id(name): {one: purpose(file) for one, file in shipped().items()} for name in forms_}
+    for name, form in forms_.items():
+        for key in form.plugins:
+            words[field_id(name, key)] = plugins.purposes(forms.plugin_kind(form.record, key) or "")
+    return f"<div id='purposes' data-words='{draw.esc(json.dumps(words))}'></div>"
 
 
 def on_check(form: Form, preset: str | None, rows: Any, *values: Any) -> Iterator[Updates]:
@@ -456,6 +467,11 @@ def _widget(site: Site, cls: type[RunConfig], item: forms.Field, shown: dict[str
         gr.on([root().load, choice.blur, choice.change], bound(_offered, site), both, both, **LATEST)
         return choice
     return gr.Textbox(max_lines=1, placeholder=item.placeholder, **given)
+
+
+def preset_id(pipeline: str) -> str:
+    """What the list of a pipeline's configurations is called in the page."""
+    return f"preset-{pipeline}"
 
 
 def field_id(pipeline: str, key: str) -> str:

@@ -129,7 +129,7 @@ class Chart {
     const {top, bottom} = this.plot, [low, high] = this.heights;
     return bottom - (this.scale(y) - low) / (high - low) * (bottom - top);
   }
-  // The marks beside the axis are those of draw.marks and draw.short on the server, in place of which they stand.
+  // The marks beside the axis are those of draw.marks and draw.labels on the server, in place of which they stand.
   static ticks(low, high) {
     const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
     const step = unit * [1, 2, 5, 10].find(some => some * unit >= rough * .99), first = Math.ceil(low / step);
@@ -151,6 +151,10 @@ class Chart {
     const [number, ten] = value.toExponential(digits - 1).split('e').map(Number);
     return ten < -4 || ten >= digits ? `${number}e${ten}` : String(Number(value.toPrecision(digits)));
   }
+  static labels(values, log) {  // [value, words]: as draw.labels
+    const plain = values.map(value => Chart.short(value)), all = log && plain.some((words, n) => words.includes('e') || values[n] < 1e-3);
+    return values.map((value, n) => [value, all ? Number(value.toPrecision(4)).toExponential().replace('+', '') : plain[n]]);
+  }
   apply(changed) {  // lays out anew what is not as the server drew it
     const {hidden, range} = this.state;
     this.plot = JSON.parse(this.svg.dataset.plot);
@@ -167,7 +171,7 @@ class Chart {
     if (high - low <= 1e-4 * (this.plot.log ? 1 : Math.max(Math.abs(low), Math.abs(high))))
       [low, high] = [low - (Math.abs(low) || 1) * .05, high + (Math.abs(high) || 1) * .05];
     this.heights = [low, high];
-    const marks = this.marks().map(value => [value, Chart.short(value)]), {letter, least} = this.plot;
+    const marks = Chart.labels(this.marks(), this.plot.log), {letter, least} = this.plot;
     this.plot.left = Math.max(least, letter * Math.max(0, ...marks.map(([, words]) => words.length)) + 14);
     for (const {line, points} of shown) {
       line.setAttribute('points', points.map(([x, y]) => `${this.across(x).toFixed(1)},${this.down(y).toFixed(1)}`).join(' '));
@@ -391,6 +395,23 @@ document.addEventListener('input', event => {
   const box = event.target.closest?.('.seek input');
   if (box) box.parentElement.querySelector('[role=status]').textContent = equipoise.seek(box.closest('.rest'), box.value);
 });
+
+// What an entry of a list is for stands below its name; and what a chip's cross takes away is said by its name, not its place.
+new MutationObserver(() => {
+  for (const cross of document.querySelectorAll('.token-remove')) {
+    const label = `Remove ${cross.parentElement.textContent.trim()}`;
+    if (!/^Remove \d+$/.test(cross.title || cross.ariaLabel || '') || cross.ariaLabel === label) continue;
+    cross.title = cross.ariaLabel = label;
+  }
+  const entries = document.querySelectorAll('ul[role=listbox] li[role=option]'), part = document.querySelector('#purposes');
+  if (!entries.length || !part) return;
+  const words = part.words_ ??= JSON.parse(part.dataset.words);
+  for (const entry of entries) {
+    const about = words[entry.closest('[id^="field-"], [id^="preset-"]')?.id]?.[entry.ariaLabel] ?? '';
+    if ((entry.dataset.purpose ?? '') === about) continue;  // what is written here is no news
+    entry.dataset.purpose = entry.ariaDescription = about;
+  }
+}).observe(document, {childList: true, subtree: true, attributes: true, attributeFilter: ['aria-label', 'title']});
 
 // A folder that is dropped on an upload is walked through: browsers hand over its files one by one.
 equipoise.files = async entry => {

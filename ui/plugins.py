@@ -27,12 +27,13 @@ def page() -> str:
 
 def _card(entry: Entry, error: str) -> str:
     origin = f"{entry.distribution} {entry.version}"
-    head = f"<b>{esc(entry.name)}</b><small>{esc(origin)}</small>"
+    head = f"<b>{esc(entry.name)}</b>"
     try:
         if error:
             raise EquipoiseError(error)
         cls = registry.load(entry.kind, entry.name)
-        body = f"<p>{esc(summary(cls) or 'It has no description.')}</p>"
+        head += f"<span class='purpose'>{_marked(summary(cls) or 'It has no description.')}</span>"
+        body = ""
         rows = "".join(
             f"<tr><td>{esc(row['name'])}</td><td>{esc(row['type'])} {esc(row['bounds'])}</td>"
             f"<td>{esc(row['default'])}</td><td>{esc(row['help'])}</td></tr>"
@@ -46,7 +47,20 @@ def _card(entry: Entry, error: str) -> str:
     except EquipoiseError as problem:
         head += "<span class='badge failed'>cannot be used</span>"
         body = draw.notice(str(problem), "bad")
-    return f"<details class='card'><summary>{head}</summary>{body}</details>"
+    return f"<details class='card'><summary>{head}<small>{esc(origin)}</small></summary>{body}</details>"
+
+
+@registry.looked_up_once()
+def purposes(kind: str) -> dict[str, str]:
+    """What the plugins of a kind are for, by name; of those alone that can be loaded and say it."""
+    found = registry.entries(kind)
+    usable = [entry for entry, error in zip(found, load_errors(found), strict=True) if not error]
+    words = {entry.name: summary(registry.load(kind, entry.name)) for entry in usable}
+    return {name: text.replace("`", "") for name, text in words.items() if text}
+
+
+def _marked(words: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(words))
 
 
 def _linked(paper: str) -> str:

@@ -4,7 +4,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -12,6 +12,7 @@ from pathlib import Path
 from posixpath import commonpath
 
 from equipoise.errors import InputError
+from equipoise.pipelines.comparing.robustness import shown_rate
 from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs.run import Run, metric_lines
 from equipoise.ui import draw
@@ -26,7 +27,8 @@ _NOT_CURVES = ("step", "time", "seconds")
 _GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
 _SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight", "alpha": "α"}  # as papers write
 _SECONDS = ("balancing", "loading")
-_RATE = re.compile(r",?(optimizer\.)?learning_rate=[^,]*")  # in the name of a sweep's cell
+_RATE = re.compile(r",?(?:optimizer\.)?learning_rate=([^,]*)")  # in the name of a sweep's cell
+HUES = (174, 25, 213, 285, 42)  # those of draw.INKS, in degrees
 _LOG_SCALE = ("loss", "rate")  # what spans decades
 
 
@@ -80,10 +82,30 @@ def _of_several(site: Site, run: Run, wanted: Wanted) -> str:
     if not any(lines.values()):
         words = f"None of them has measured {wanted.metric[:60]}; choose another metric."
         return draw.empty("Nothing to show", words)
+    called = cell_names(shown)
     title = f"{_title(wanted.metric, [wanted.metric])} of each {'run' if wanted.beside else 'cell'}"
     log = wanted.log or wanted.metric in _LOG_SCALE
-    drawn = draw.chart(title, lines, log=log, smooth=wanted.smooth, inks=inks(shown))
+    colours = {called[name]: ink for name, ink in inks(shown).items()}
+    lines = {called[name]: points for name, points in lines.items()}
+    drawn = draw.chart(title, lines, log=log, smooth=wanted.smooth, inks=colours)
     return f"<div class='charts wide'>{drawn}</div>"
+
+
+def cell_names(names: Iterable[str]) -> dict[str, str]:
+    """Sweeps' cells as comparisons call them, `adamw at 3e-3`, by their folders' names; others by their own."""
+    found = {name: _cell_name(name) for name in names}
+    return found if len(set(found.values())) == len(found) else {name: name for name in found}
+
+
+def _cell_name(name: str) -> str:
+    if not (rate := _RATE.search(name)):
+        return name
+    try:
+        at = shown_rate(float(rate[1]))
+    except ValueError:
+        return name
+    rest = re.sub(r"(^|[,/])optimizer=", r"\1", _RATE.sub("", name)).replace("+", " ").strip(",")
+    return f"{rest} at {at}" if rest else f"learning rate {at}"
 
 
 def together_with(site: Site, run: Run, beside: Sequence[str] = ()) -> dict[str, Run]:
@@ -115,8 +137,13 @@ def inks(runs: Mapping[str, Run]) -> dict[str, str]:
     for index, some in enumerate(rows.values()):
         for place, (_, name) in enumerate(sorted(some)):
             light = 72 - 34 * place / max(1, len(some) - 1) if len(some) > 1 else 50
-            found[name] = f"hsl({(174 + 360 * index / len(rows)) % 360:.0f} 65% {light:.0f}%)"
+            found[name] = f"hsl({_hue(index, len(rows)):.0f} 65% {light:.0f}%)"
     return found
+
+
+def _hue(index: int, count: int) -> float:
+    """A row's hue, in degrees: as far as they go that of the line which the tab Compare draws of it."""
+    return HUES[index] if count <= len(HUES) else (HUES[0] + 360 * index / count) % 360
 
 
 class _Curve:

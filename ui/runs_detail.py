@@ -21,7 +21,7 @@ from equipoise.pipelines.runs.status import Status
 from equipoise.ui import draw, runs_live, runs_notes
 from equipoise.ui.draw import esc, url
 from equipoise.ui.runs import LOSS, badge, bar, left, open_run, rate, recent_loss, sample_steps, together
-from equipoise.ui.runs_curves import MEASURED, Wanted, charts
+from equipoise.ui.runs_curves import MEASURED, Wanted, cell_names, charts
 from equipoise.ui.safety import SUFFIXES, Site, refuse_commands
 
 LOG_LINES = 60
@@ -92,12 +92,14 @@ def _ended(sweep: Status) -> bool:
 
 
 def _cells(sweep: Run, ended: bool) -> str:
-    rows = []
-    for cell in sweeps.cells(sweep):
+    rows, cells = [], sweeps.cells(sweep)
+    called = cell_names(cell.folder.name for cell in cells)
+    for cell in cells:
         now = cell.status()
-        short = draw.breakable(cell.folder.name)
+        about = f"class='link' data-id='{esc(cell.id)}' title='{esc(cell.id)}'"
+        name = draw.breakable(called[cell.folder.name])
         rows.append(
-            f"<tr><td><button class='link' data-id='{esc(cell.id)}'>{short}</button></td><td>{badge(now, ended)}</td>"
+            f"<tr><td><button {about}>{name}</button></td><td>{badge(now, ended)}</td>"
             f"<td>{bar(now)}</td><td data-name='{LOSS}'>{draw.number(recent_loss(cell.folder, now))}</td></tr>"
         )
     head = f"<thead><tr><th>cell</th><th>state</th><th>progress</th><th>{LOSS}</th></tr></thead>"

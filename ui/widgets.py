@@ -13,6 +13,7 @@ from equipoise.ui.quick import no_stubs
 Updates = dict[Any, Any]  # what a handler returns: component → its value or update; all others stay as they are
 PRIVATE: Any = {"api_visibility": "private"}  # of an event: programs cannot ask for it by a name
 HIDDEN: Any = {**PRIVATE, "show_progress": "hidden"}
+LATEST: Any = {**HIDDEN, "trigger_mode": "always_last"}  # of an event that may come again while it is at work
 
 # A click on anything that carries an id becomes an event with that id; the listener stays when the content changes.
 ON_CLICK = """

@@ -17,7 +17,7 @@ from equipoise.pipelines.jobs import sweep as sweeps
 from equipoise.pipelines.runs import status
 from equipoise.pipelines.text_to_image.generate import Sample
 from equipoise.pipelines.text_to_image.metrics import measure
-from equipoise.ui import compare, compare_cell, compare_grid, compare_numbers
+from equipoise.ui import compare, compare_cell, compare_grid, compare_numbers, draw, runs_curves
 
 OWN = "grid/comparison"
 PROMPTS = [f"prompt {index}" for index in range(6)]
@@ -316,3 +316,11 @@ def test_a_thumbnail_that_was_drawn_anew_is_in_the_next_report(keeping):
     before = render_html(keeping)
     Image.new("RGB", (8, 8), "red").save(keeping.folder / keeping.base.pictures[0].thumbnail)
     assert render_html(keeping) != before
+
+
+def test_a_row_has_the_same_colour_in_curves_and_in_runs(site, swept):
+    shown = compare_numbers.curve(site, OWN)
+    assert "#" not in re.sub(r"&#\w+;", "", shown) and draw.INKS[0] in shown and draw.INKS[1] in shown
+    inks = runs_curves.inks({one.folder.name: one for one in sweeps.cells(swept)})
+    hues = {re.findall(r"hsl\((\d+)", ink)[0] for name, ink in inks.items() if "=adamw," in name}
+    assert hues == {str(runs_curves.HUES[0])}

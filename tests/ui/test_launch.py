@@ -1,6 +1,8 @@
 """The head of Launch, which starts the demo, and its view of pictures and captions."""
 
 import asyncio
+import html
+import json
 import re
 from pathlib import Path
 
@@ -162,3 +164,31 @@ def test_the_data_view_says_how_many_pictures_each_bucket_has(site, ask):
     assert said in str(ask("on_look", "photos/mixed", "x", *shape.values()))
     for other in ({"data.buckets": False}, {"data.resolution": "x"}):
         assert "Buckets" not in str(ask("on_look", "photos/mixed", "x", *(shape | other).values()))
+
+
+def test_a_preset_that_changes_folder_and_cut_shows_the_pictures_whose_captions_stand_below(site, ask, monkeypatch):
+    monkeypatch.setattr(launch_data, "PAGE", 2)
+    for name in ("before", "after"):
+        folder = site.data["photos"] / name
+        folder.mkdir()
+        for index in range(4):
+            Image.new("RGB", (64, 64)).save(folder / f"{name}-{index}.png")
+            (folder / f"{name}-{index}.txt").write_text(f"{name} {index}")
+    shape = (False, "64", "", "2", "demo")
+    assert "before-0.png" in str(ask("on_look", "photos/before", "", *shape))
+    assert "before-2.png" in str(ask("on_page", "photos/before", "", 2, *shape))
+    assert "before-2.png" in str(ask("on_shape", "photos/before", "", None, *shape)), "the page stays"
+    first = str(ask("on_shape", "photos/after", "", None, *shape))
+    assert "after-0.png" in first and "after-2.png" not in first, "of another folder the first page"
+    assert "after-0.png" in str(ask("on_look", "photos/after", "", *shape))
+    later = str(ask("on_shape", "photos/after", "", None, *shape))
+    assert "after-0.png" in later and "after-2.png" not in later, "whatever the slider has"
+
+
+def test_what_each_entry_of_a_list_is_for(site, ask):
+    (said,) = ask("say_purposes")
+    words = json.loads(html.unescape(re.findall(r"data-words='([^']*)'", said)[0]))
+    assert words["field-text_to_image-optimizer-name"]["bounded_adamw"].startswith("AdamW with bounds")
+    assert words["field-audio_visual-objective-name"]["joint"] == "Trains on the joint loss alone (MML)."
+    assert "constant" in words["field-instruction_tuning-coordinator-name"]
+    assert words["preset-text_to_image"]["text_to_image/dreambooth"].startswith("Teach Stable Diffusion one subject")

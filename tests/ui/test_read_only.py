@@ -36,6 +36,7 @@ READS = {  # all other handlers: each new one must be put into one of the two
         "on_preset",
         "on_plugins",
         "on_count",
+        "say_purposes",
     ),
     *("page", "_offered", "show_live", "asked_runs", "asked_comparison", "forget_pair", "show_tally"),
     *(

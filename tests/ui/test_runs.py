@@ -210,3 +210,25 @@ def test_the_whole_log_is_searched(site, run, ask, monkeypatch):
     assert "3 lines, the last 1 of them" in (last := runs_log.found_lines(site, "one", "e")) and "end" in last
     assert ask("search_log", "one", " ") == ask("search_log", "", "bar") == [""]
     assert "no log" in str(ask("search_log", "../one", "bar"))
+
+
+def test_cells_are_called_as_in_comparisons():
+    names = {
+        "optimizer=adamw,learning_rate=0.003": "adamw at 3e-3",
+        "optimizer=bounded_adamw+reach=0.2+trust=0.01,learning_rate=1": "bounded_adamw reach=0.2 trust=0.01 at 1e0",
+        "learning_rate=1e-05": "learning rate 1e-5",
+        "one/optimizer=sam,optimizer.learning_rate=0.1,seed=1": "one/sam,seed=1 at 1e-1",
+        "20261201-a=b": "20261201-a=b",
+        "seed=1": "seed=1",
+    }
+    assert runs_curves.cell_names(names) == names
+    alike = ["learning_rate=0.1", "learning_rate=0.10"]
+    assert runs_curves.cell_names(alike) == dict(zip(alike, alike, strict=True)), "each has a name of its own"
+
+
+def test_marks_of_a_logarithmic_axis_have_one_notation():
+    assert draw.labels([0.1, 0.01, 1e-5], True) == ["1e-1", "1e-2", "1e-5"]
+    assert draw.labels([0.1, 0.03, 0.01], True) == ["0.1", "0.03", "0.01"]
+    assert draw.labels([0.001, 0.0003], True) == ["1e-3", "3e-4"]
+    assert draw.labels([0.0, 2e-5], False) == ["0", "2e-5"]
+    assert [draw.number(value) for value in (2.41e-06, 3e10, 0.5)] == ["2.41e-6", "3e10", "0.5"]
