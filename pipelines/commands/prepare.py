@@ -306,7 +306,7 @@ def spoken_digits(folder: Path, output: Path) -> Iterator[Row | str]:
 
 
 def spoken_written_digits(folder: Path, output: Path) -> Iterator[Row | str]:
-    """As spoken-digits, with each digit's name in some language beside; needs the package num2words.
+    """As spoken-digits, with each digit's name in some language beside.
 
     The test is of what training has not met: the speaker that is last by name, LANGUAGES of its own, and of their names
     for digits those that are spelled otherwise than any in training; so is val, with the speaker before.
@@ -339,17 +339,8 @@ LANGUAGES = {  # in Latin letters, as num2words calls them; those of val and tes
 
 
 def _digit_names() -> dict[str, list[list[str]]]:
-    """Split → digit → its names.
-
-    Raises:
-        InputError: The package that knows them is not installed.
-    """
-    try:
-        from num2words import num2words
-    except ImportError:
-        raise InputError(
-            "prepare: spoken-written-digits needs the package num2words, which is not installed. pip install num2words."
-        ) from None
+    """Split → digit → its names."""
+    from num2words import num2words
 
     every = {s: [[num2words(d, lang=name) for name in names] for d in range(10)] for s, names in LANGUAGES.items()}
     known = {name for names in every["train"] for name in names}
