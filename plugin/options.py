@@ -146,6 +146,17 @@ def summary(cls: Any) -> str:
     return " ".join((words or (title if isinstance(title, str) else "")).split())
 
 
+def description(cls: Any) -> list[str]:
+    """What a class's or module's docstring says after its first paragraph, a paragraph a line, up to its first section
+    or directive."""
+    found = []
+    for words in inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")[1:]:
+        if re.match(r"\.\. |[A-Z]\w*:(\n|$| )", words):
+            break
+        found.append(" ".join(words.split()))
+    return found
+
+
 def references(cls: Any) -> list[str]:
     """The papers behind a class or module: its docstring's `References:` or `Paper:`, or the links of a torch one."""
     doc = inspect.cleandoc(vars(cls).get("__doc__") or "")

@@ -78,6 +78,17 @@ RECIPES = {
         "the small ResNets",
     ),
     "spoken-digits": Recipe("audio_visual/demo", 10, {"name": "spoken-digits"}, "all of it", epochs=False),
+    "spoken-written-digits": Recipe(
+        "audio_visual/demo",
+        10,
+        {
+            "data.modalities": ["audio", "visual", "text"],
+            "data.text.length": 16,
+            "model.text": {"width": 32, "layers": 2},
+        },
+        "all of it",
+        epochs=False,
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from equipoise import registry
 from equipoise.errors import InputError
-from equipoise.options import references, summary
+from equipoise.options import description, references, summary
 from equipoise.pipelines.config.builtin import purpose, shipped
 from equipoise.pipelines.config.option_rows import option_rows
 from equipoise.pipelines.tables import table
@@ -79,11 +79,15 @@ def _show(args: argparse.Namespace) -> int:
     entry = registry.find(*args.name) if len(args.name) == 2 else registry.find(None, args.name[0])
     cls = registry.load(entry.kind, entry.name)
     rows, papers, rates = option_rows(entry.kind, cls), references(cls), _own_rates(entry, cls)
+    more = description(cls) if entry.kind != "commands" else []  # of those it is a module's, for who reads code
     if args.json:
-        record = asdict(entry) | {"summary": summary(cls), "options": rows, "references": papers, "rates": rates}
+        record = asdict(entry) | {"summary": summary(cls), "description": more, "options": rows}
+        record |= {"references": papers, "rates": rates}
         print(json.dumps(record, indent=2, ensure_ascii=False))
         return 0
     print(f"{entry} ({entry.target})\n{summary(cls) or 'It says nothing about itself.'}\n")
+    for words in more:
+        print(f"{textwrap.fill(words, 100)}\n")
     none = f"`equipoise {entry.name} --help` shows its arguments." if entry.kind == "commands" else "No options."
     print(_options(rows) if rows else none)
     if rates:

@@ -305,6 +305,49 @@ def spoken_digits(folder: Path, output: Path) -> Iterator[Row | str]:
         yield _row(audio.stem, digit, "test" if int(index) < 5 else "train", audio=audio, frames=picture)
 
 
+def spoken_written_digits(folder: Path, output: Path) -> Iterator[Row | str]:
+    """As spoken-digits, with each digit's name in some language beside.
+
+    The test is of what training has not met: the speaker that is last by name, LANGUAGES of its own, and of their names
+    for digits those that are spelled otherwise than any in training; so is val, with the speaker before.
+    """
+    names = _digit_names()
+    found = list(spoken_digits(folder, output))
+    speakers = sorted({row["clip"].split("_")[1] for row in found if isinstance(row, dict)})
+    if found and len(speakers) < 3:
+        raise InputError(
+            f"prepare: {folder / 'fsdd'} has {len(speakers)} speaker(s). Train, val and test need one each."
+        )
+    splits = dict.fromkeys(speakers, "train") | dict(zip(speakers[-2:], ("val", "test"), strict=True))
+    used: Counter[tuple[str, str]] = Counter()  # clips of a split and a digit so far
+    for row in found:
+        if isinstance(row, str):
+            yield row
+            continue
+        digit, speaker, *_ = row["clip"].split("_")
+        split = splits[speaker]
+        choice = names[split][int(digit)]
+        yield {**row, "split": split, "text": choice[used[split, digit] % len(choice)]}
+        used[split, digit] += 1
+
+
+LANGUAGES = {  # in Latin letters, as num2words calls them; those of val and test have relatives in train
+    "train": "az ca cs cy de en fi fr hu id is it lt pl ro sr sv tet vi".split(),
+    "val": "da eo pt sl".split(),
+    "test": "es lv nl no sk tr".split(),
+}
+
+
+def _digit_names() -> dict[str, list[list[str]]]:
+    """Split → digit → its names."""
+    from num2words import num2words
+
+    every = {s: [[num2words(d, lang=name) for name in names] for d in range(10)] for s, names in LANGUAGES.items()}
+    known = {name for names in every["train"] for name in names}
+    unseen = {s: [[n for n in names if n not in known] for names in every[s]] for s in ("val", "test")}
+    return every | unseen
+
+
 SETS: dict[str, Callable[[Path, Path], Iterator[Row | str]]] = {
     "crema-d": crema_d,
     "ave": ave,
@@ -314,6 +357,7 @@ SETS: dict[str, Callable[[Path, Path], Iterator[Row | str]]] = {
     "cmu-mosei": cmu_mosei,
     "av-mnist": av_mnist,
     "spoken-digits": spoken_digits,
+    "spoken-written-digits": spoken_written_digits,
 }
 
 LISTS: dict[str, Callable[[Path], list[Path]]] = {  # the files that splits come from, as far as they are there

@@ -210,6 +210,9 @@ def _first_table(got: Got, rows: Mapping[str, Any], kinds: Sequence[str], what: 
             "MLA trains one modality in a step, its authors' code each of them on every batch: here each has had "
             f"1/{len(kinds)} of the steps." + (f" {TURNS}: {len(kinds)} times the steps." if TURNS in rows else "")
         )
+    rest = [row for row, name in OBJECTIVES.items() if len(kinds) > registry.load("objectives", name).modalities[1]]
+    if rest:
+        lines.append(f"Left out, for they take two modalities: {', '.join(rest)}.")
     lines[-1] += "\n"
     made = []
     for name in rows:
@@ -354,11 +357,22 @@ def _config(cell: Trial) -> Any:
     words["data.modalities"] = list(cell.get("kinds", KINDS[:2]))
     words |= {"train.baselines": [], "train.validate_every": _validate_every(cell["steps"]), "sweep": {}}
     if "text" in words["data.modalities"]:  # as small as the demo's other encoders
-        words |= {"model.text.width": 32, "model.text.layers": 2}
+        words |= {"model.text.width": 32, "model.text.layers": 2, "data.text.length": _longest(cell["data"])}
     if "objective" in cell:
         words |= {"objective.name": cell["objective"], "objective.options": cell["options"]}
         words |= {"model.fusion": HEADS[cell["objective"]]} if cell["objective"] in HEADS else {}
     return config.set_keys(config.load("audio_visual/demo"), words, "reproduce")
+
+
+@cache
+def _longest(data: str) -> int:
+    """The bytes of a manifest's longest text, as far as an encoder is given them: to pad to more only costs time."""
+    from equipoise.pipelines.audio_visual.config import AudioVisualData
+    from equipoise.pipelines.audio_visual.data import read_manifest
+
+    section = AudioVisualData(modalities=["text"])
+    texts = [clip.text.encode() for clip in read_manifest(section, Path(data)).clips if clip.text]
+    return max(4, min(section.text.length, max(map(len, texts), default=section.text.length)))
 
 
 def _validate_every(steps: int) -> int:

@@ -210,6 +210,18 @@ def test_show_has_options_and_paper(capsys):
     assert "weight_decay" in shown  # an option of its base
 
 
+def test_show_says_all_that_a_class_says_of_itself(capsys):
+    """docs/objectives.md sends readers there for where authors' code and paper differ."""
+    assert cli.main(["show", "agm"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n\nThe authors' code differs from the paper, and so from this, in three ways: it scales the" in shown
+    assert shown.index("in three ways") < shown.index("OPTION") and max(map(len, shown.splitlines())) <= 120
+    assert cli.main(["show", "mla", "--json"]) == 0
+    formula, authors = json.loads(capsys.readouterr().out)["description"]
+    assert formula.startswith("A step's loss is that of one") and authors.startswith("The authors' code trains every")
+    assert cli.main(["show", "command", "train"]) == 0 and "One run, in" not in capsys.readouterr().out
+
+
 def test_keys_of_a_pipeline_are_shown_as_an_optimizers_options_are(capsys):
     """Their types in the same words, choices among them, and their short names."""
     assert cli.main(["show", "text_to_image"]) == 0

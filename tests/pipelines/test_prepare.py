@@ -17,7 +17,7 @@ from equipoise.balancing.mimo import PRESETS
 from equipoise.pipelines import config
 from equipoise.pipelines.audio_visual.papers import RECIPES, configuration
 from equipoise.pipelines.cli import main
-from equipoise.pipelines.commands.prepare import SETS
+from equipoise.pipelines.commands.prepare import LANGUAGES, SETS
 
 gzipped = partial(gzip.compress, mtime=0)  # else it holds the time, and each process collects another test
 
@@ -115,7 +115,7 @@ def test_three_modalities(tmp_path, capfd):
     assert (row["video"], row["label"], row["split"]) == ("Raw/v1/0.mp4", "positive", "val")
 
 
-@pytest.mark.parametrize("name", [name for name in SETS if name != "spoken-digits"])
+@pytest.mark.parametrize("name", [name for name in SETS if not name.endswith("digits")])
 def test_every_set_has_a_configuration_as_the_paper_trains_it(name, tmp_path):
     file = tmp_path / "manifest.yaml"
     file.write_text(configuration(name, tmp_path / "manifest.csv", 6027, "train.csv"))
@@ -218,6 +218,37 @@ def test_spoken_digits_pairs_recordings_with_pictures(tmp_path):
         ("1_ann_0", "mnist-pictures/00001.png", "test"), ("1_ann_7", "mnist-pictures/00002.png", "train")
     ], "no picture twice"  # fmt: skip
     assert (tmp_path / found[0]["frames"]).stat().st_size > 0
+
+
+def test_written_digits_are_tested_on_another_speaker_and_unseen_spellings(tmp_path):
+    from num2words import num2words
+
+    labels, pixels = np.arange(10, dtype=np.uint8).repeat(40), np.zeros((400, 28, 28), np.uint8)
+    names = [f"{digit}_{who}_{index}.wav" for who in ("ann", "bob", "cy") for digit in range(10) for index in range(7)]
+    touch(tmp_path, "mnist/x", *(f"fsdd/recordings/{name}" for name in names))
+    (tmp_path / "mnist" / "images-idx3.gz").write_bytes(gzipped(b"h" * 16 + pixels.tobytes()))
+    (tmp_path / "mnist" / "labels-idx1.gz").write_bytes(gzipped(b"h" * 8 + labels.tobytes()))
+    assert main(["prepare", "spoken-written-digits", str(tmp_path)]) == 0
+    found = rows(tmp_path / "manifest.csv")
+    assert {(row["clip"].split("_")[1], row["split"]) for row in found} == {
+        ("ann", "train"), ("bob", "val"), ("cy", "test")
+    }  # fmt: skip
+    known = {num2words(digit, lang=name) for name in LANGUAGES["train"] for digit in range(10)}
+    assert [row["text"] for row in found if row["clip"].startswith("0_cy")] == ["cero", "nulle", "nul"] * 2 + ["cero"]
+    for row in found:
+        spelled = {num2words(int(row["label"]), lang=name) for name in LANGUAGES[row["split"]]}
+        assert row["text"] in spelled and (row["split"] == "train" or row["text"] not in known), row
+    made = config.load(tmp_path / "manifest.yaml")
+    assert made.data.modalities == ["audio", "visual", "text"] and made.data.text.length == 16
+    assert max(len(row["text"].encode()) for row in found) <= 16
+
+
+def test_written_digits_of_too_few_speakers(tmp_path, capfd):
+    touch(tmp_path, "mnist/x", "fsdd/recordings/1_ann_0.wav")
+    (tmp_path / "mnist" / "images-idx3.gz").write_bytes(gzipped(b"h" * 16 + b"p" * 784))
+    (tmp_path / "mnist" / "labels-idx1.gz").write_bytes(gzipped(b"h" * 8 + b"\1"))
+    assert main(["prepare", "spoken-written-digits", str(tmp_path)]) == 2
+    assert "fsdd has 1 speaker(s). Train, val and test need one each." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

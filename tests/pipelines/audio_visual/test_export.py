@@ -50,6 +50,18 @@ def test_weights_are_exported_with_a_card_and_load_again(run, clips, tmp_path, c
     assert "--format: 'merged' is none of weights, onnx." in capsys.readouterr().err
 
 
+def test_a_result_is_pushed_to_the_hub_and_loads_from_what_lies_there(run, hub, tmp_path):
+    done = hub.push(run.folder)
+    assert done.returncode == 0, done.stderr
+    assert hub.files.keys() == {"README.md", "model.json", "model.safetensors", "result.json"}
+    for name, data in hub.files.items():
+        (tmp_path / name).write_bytes(data)
+    pushed, classes = load(tmp_path)
+    own, _ = load(run.folder / "result")
+    assert classes == ["high", "low"] and hub.secret not in done.stdout + done.stderr
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in pushed.state_dict().items())
+
+
 def test_what_load_gives_takes_files(tiny, clips):
     settings = config.load("audio_visual/demo", [*tiny, "steps=20", "data.modalities=[audio]"])
     started = Store(settings.runs).create(settings)

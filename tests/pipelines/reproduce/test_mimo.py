@@ -55,8 +55,10 @@ def test_three_modalities_are_compared_where_the_manifest_has_text(tmp_path):
     assert "the paper's: UR-Funny" in lines[0] and "64.54 / 52.19 / 50.38 / 62.1 / 0.101" in lines[-1]
     assert lines[2] == (
         "MLA trains one modality in a step, its authors' code each of them on every batch: here each has had 1/3 of "
-        "the steps. MLA, all turns: 3 times the steps.\n"
+        "the steps. MLA, all turns: 3 times the steps."
     )
+    assert lines[3] == "Left out, for they take two modalities: OGM-GE, OPM, PMR, InfoReg.\n"
+    assert mimo._longest(str(manifest)) == len("so they say"), "no more is padded, however long the usual text"
     without = {name: row for name, row in rows.items() if not name.startswith("MLA")}
     assert not any("MLA" in line for line in mimo._first_table(lambda *_: [1.0], without, kinds, "2 steps"))
     (tmp_path / "lone.csv").write_text("audio,label,split\n")
