@@ -110,9 +110,7 @@ def build(words: PreTrainedTokenizerFast) -> Blip2ForConditionalGeneration:
     return model
 
 
-def train_tower(
-    tower: nn.Module, states: Callable[[Tensor], Tensor], pixels: Tensor, made: list, steps: int
-) -> float:
+def train_tower(tower: nn.Module, states: Callable[[Tensor], Tensor], pixels: Tensor, made: list, steps: int) -> float:
     """Teaches a tower which shape and colour each quarter has, and the background; returns the share of right shapes
     with their colours at the end. `states`: normalized pictures → (batch, patches, WIDTH)."""
     head = nn.Linear(WIDTH, len(_SHAPES) + len(_COLOURS) + 2 + len(scenes.BACKGROUNDS))

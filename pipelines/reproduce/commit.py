@@ -231,9 +231,7 @@ def train(cell: Trial) -> Trial:
         words += [f"model={shared / 'base'}", f"data={shared / 'sounds' / file}"]
     if task == "captions":
         words += ["samples.metric=rouge_l", "samples.max_new_tokens=40"]
-    return tune(cell, ["samples.count=200", *words]) | {
-        "processor_seconds": round(time.process_time() - started, 1)
-    }
+    return tune(cell, ["samples.count=200", *words]) | {"processor_seconds": round(time.process_time() - started, 1)}
 
 
 def tune(cell: Trial, words: Sequence[str]) -> Trial:
@@ -270,6 +268,7 @@ def tune(cell: Trial, words: Sequence[str]) -> Trial:
         "state": outcome.state,
         "accuracy": result["score_after"],
         "untuned": result["score_before"],
+        "held_out": result["loss_after"],
         "losses": tenths("loss", metrics),
         "kappas": tenths("kappa", measured),
         "h_encoder": tenths("h_encoder", measured, 1000),
@@ -279,4 +278,4 @@ def tune(cell: Trial, words: Sequence[str]) -> Trial:
         "kappa_mean": fmean(kappas),
         "kappa_deviation": pstdev(kappas),
         "milliseconds": 1000 * seconds,
-    } | {"val_loss": record["val_loss"] for record in metrics if "val_loss" in record}
+    }
