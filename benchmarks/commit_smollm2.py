@@ -175,6 +175,8 @@ def report() -> str:
     """The arms' table, of the seeds that all of them have."""
     found = {(cell["seed"], cell["method"]): cell for cell in cells() if cell["steps"] == STEPS}
     seeds = [seed for seed in range(SEEDS) if all((seed, method) in found for method in METHODS)]
+    if not seeds:
+        return f"No seed has all arms yet: {len(found)} of {SEEDS * len(METHODS)} runs are there."
 
     def got(key: str, method: str, scale: float = 1) -> list[float]:
         return [scale * found[seed, method][key] for seed in seeds]
