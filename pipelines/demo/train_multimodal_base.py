@@ -10,6 +10,7 @@ it. No question is among them: asking and answering is what instruction tuning h
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +110,9 @@ def build(words: PreTrainedTokenizerFast) -> Blip2ForConditionalGeneration:
     return model
 
 
-def train_tower(model: Blip2ForConditionalGeneration, pixels: Tensor, made: list, steps: int) -> float:
-    """Teaches the tower which shape and colour each quarter has, and the background; returns the share of right shapes
-    with their colours at the end."""
+def train_tower(tower: nn.Module, states: Callable[[Tensor], Tensor], pixels: Tensor, made: list, steps: int) -> float:
+    """Teaches a tower which shape and colour each quarter has, and the background; returns the share of right shapes
+    with their colours at the end. `states`: normalized pictures → (batch, patches, WIDTH)."""
     head = nn.Linear(WIDTH, len(_SHAPES) + len(_COLOURS) + 2 + len(scenes.BACKGROUNDS))
     behind = torch.tensor([scenes.BACKGROUNDS.index(scene.background) for scene in made])
     labels = torch.zeros(len(made), 4, 2, dtype=torch.long)  # 0: nothing there
@@ -119,15 +120,15 @@ def train_tower(model: Blip2ForConditionalGeneration, pixels: Tensor, made: list
         for item in scene.items:
             labels[index, item.quarter] = torch.tensor([_SHAPES.index(item.shape) + 1, _COLOURS.index(item.colour) + 1])
     side = scenes.SIZE // PATCH
-    trained = [*model.vision_model.parameters(), *head.parameters()]
+    trained = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     right = 0.0
     bar = tqdm(range(steps), desc="vision tower")
     for _ in bar:
         chosen = torch.randint(len(made), (32,))
-        states = model.vision_model(normalized(pixels[chosen])).last_hidden_state[:, 1:]
-        grid = states.reshape(-1, 2, side // 2, 2, side // 2, WIDTH).mean(dim=(2, 4)).flatten(1, 2)  # (32, 4, WIDTH)
+        seen = states(normalized(pixels[chosen]))
+        grid = seen.reshape(-1, 2, side // 2, 2, side // 2, WIDTH).mean(dim=(2, 4)).flatten(1, 2)  # (32, 4, WIDTH)
         parts = [len(_SHAPES) + 1, len(_COLOURS) + 1, len(scenes.BACKGROUNDS)]
         shape, colour, background = head(grid).split(parts, dim=-1)
         target = labels[chosen]
@@ -229,7 +230,8 @@ def main() -> None:
         model.vision_model.load_state_dict(load_file(kept))
         right = float("nan")
     else:
-        right = train_tower(model, pixels, made, arguments.tower_steps)
+        tower = model.vision_model
+        right = train_tower(tower, lambda p: tower(p).last_hidden_state[:, 1:], pixels, made, arguments.tower_steps)
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(kept, model.vision_model.state_dict())

@@ -216,19 +216,13 @@ def prepare_sounds(shared: Path, steps: int) -> None:
 
 def train(cell: Trial) -> Trial:
     """Trains one run of the pipeline: its accuracy, and losses, κ, H and gradients by tenths of the training."""
-    from equipoise.pipelines import config
-    from equipoise.pipelines.instruction_tuning import InstructionTuning
-    from equipoise.pipelines.pipeline import execute
-    from equipoise.pipelines.runs.store import Store
-
     started = time.process_time()
     if cell["task"] == CONTOURS:
         from equipoise.pipelines.reproduce._contours import train as train_contours
 
         return train_contours(cell) | {"processor_seconds": round(time.process_time() - started, 1)}
-    name, options = METHODS[cell["method"]]
     shared, task = Path(cell["folder"]), cell["task"]
-    words = [f"learning_rate={RATES[task]}", f"steps={cell['steps']}", f"seed={cell['seed']}", f"coordinator={name}"]
+    words = [f"learning_rate={RATES[task]}"]
     if task in DRAWN:
         words += UNEVEN if task == "uneven" else []
         words.append(f"data={shared / '.demo' / 'questions' / 'questions.jsonl'}")
@@ -237,9 +231,21 @@ def train(cell: Trial) -> Trial:
         words += [f"model={shared / 'base'}", f"data={shared / 'sounds' / file}"]
     if task == "captions":
         words += ["samples.metric=rouge_l", "samples.max_new_tokens=40"]
+    return tune(cell, ["samples.count=200", *words]) | {"processor_seconds": round(time.process_time() - started, 1)}
+
+
+def tune(cell: Trial, words: Sequence[str]) -> Trial:
+    """What a run of a cell's method, seed and steps came to; `words` are settings as on the command line."""
+    from equipoise.pipelines import config
+    from equipoise.pipelines.instruction_tuning import InstructionTuning
+    from equipoise.pipelines.pipeline import execute
+    from equipoise.pipelines.runs.store import Store
+
+    name, options = METHODS[cell["method"]]
+    words = [*words, f"steps={cell['steps']}", f"seed={cell['seed']}", f"coordinator={name}"]
     with TemporaryDirectory(prefix="equipoise-") as runs:
         every = {"measure_every": 0 if name.endswith("_cd") else MEASURED, **options}
-        words += [f"coordinator.options={every}", "checkpoint_every=0", "samples.count=200", f"runs={runs}"]
+        words += [f"coordinator.options={every}", "checkpoint_every=0", f"runs={runs}"]
         settings = config.load("instruction_tuning/demo", words)
         run = Store(settings.runs).create(settings)
         outcome = execute(InstructionTuning, settings, run)
@@ -262,6 +268,7 @@ def train(cell: Trial) -> Trial:
         "state": outcome.state,
         "accuracy": result["score_after"],
         "untuned": result["score_before"],
+        "held_out": result["loss_after"],
         "losses": tenths("loss", metrics),
         "kappas": tenths("kappa", measured),
         "h_encoder": tenths("h_encoder", measured, 1000),
@@ -271,5 +278,4 @@ def train(cell: Trial) -> Trial:
         "kappa_mean": fmean(kappas),
         "kappa_deviation": pstdev(kappas),
         "milliseconds": 1000 * seconds,
-        "processor_seconds": round(time.process_time() - started, 1),
     }
