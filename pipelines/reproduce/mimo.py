@@ -370,7 +370,7 @@ def _longest(data: str) -> int:
     from equipoise.pipelines.audio_visual.config import AudioVisualData
     from equipoise.pipelines.audio_visual.data import read_manifest
 
-    section = AudioVisualData(modalities=["text"])
+    section = AudioVisualData.model_validate({"modalities": ["text"]})
     texts = [clip.text.encode() for clip in read_manifest(section, Path(data)).clips if clip.text]
     return max(4, min(section.text.length, max(map(len, texts), default=section.text.length)))
 
