@@ -212,6 +212,15 @@ class TextToImageSamples(SamplesSection):
     scale: float = Field(1.0, ge=0, description="The strength of the LoRA when generating (fusion coefficient).")
     batch: int = Field(8, ge=1, description="The pictures that are generated at a time.")
 
+    @field_validator("sources")
+    @classmethod
+    def _as_many_for_each(cls, sources: list[str | list[str]]) -> list[str | list[str]]:
+        counts = {1 if isinstance(source, str) else len(source) for source in sources}
+        if 0 in counts or len(counts) > 1:
+            got = " and ".join(str(count) for count in sorted(counts))
+            raise ValueError(f"must give each prompt as many pictures, one or more, got {got}.")
+        return sources
+
 
 class JudgesSection(Section):
     clip: ModelPath | None = Field(

@@ -299,6 +299,12 @@ def test_how_many_pictures_a_base_starts_from_is_checked(words, short, sources, 
     assert said(*two) == [
         "data.sources, samples.sources: FLUX.1 Kontext starts from one picture, not from 2. Give one."
     ]
+    for unlike, got in {
+        f"[[{sources / '0.webp'}, {sources / '1.webp'}], {sources / '2.png'}]": "1 and 2",
+        "[[]]": "0",
+    }.items():
+        with pytest.raises(InputError, match=f"samples.sources: must give each prompt as many .* got {got}"):
+            said(f"samples.sources={unlike}")
     flux2 = [*short, f"model={built('Flux2KleinPipeline')}"]
     assert said(own=flux2) == said(*two, own=flux2) == []
     estimates = [TextToImage.estimate_memory(config.load(NAME, [*flux2, *more])) for more in ([], two[:1])]
