@@ -218,5 +218,6 @@ def _title(group: str, names: list[str]) -> str:
     """What the names in a chart have in common, in words."""
     title = commonpath(name.replace("_", "/") for name in names).replace("/", "_") or group
     symbol = next((symbol for name, symbol in _SYMBOLS.items() if title.startswith(name)), "")
-    unit = ", seconds" if title in _SECONDS else ", GB" if title.startswith("memory") else ""
+    units = {"memory": ", GB", "load": ", %"}
+    unit = ", seconds" if title in _SECONDS else units.get(title.partition("_")[0], "")
     return symbol or title.replace("val_", "validation ").replace("_", " ") + unit

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -153,11 +154,14 @@ def memory() -> dict[str, int]:
 
 
 def held() -> dict[str, float]:
-    """What this process holds of memory now, in GB, as metrics of a step."""
+    """What this process holds of memory now, in GB, as metrics of a step, and with nvidia-ml-py how busy its device is,
+    in %."""
     found = {"memory_host": psutil.Process().memory_info().rss / 1e9}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         found["memory_device"] = torch.cuda.memory_allocated() / 1e9
+        with suppress(Exception):  # of the package that is missing, or of a driver that does not tell
+            found["load_device"] = float(torch.cuda.utilization())
     return found
 
 

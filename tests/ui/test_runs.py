@@ -52,12 +52,13 @@ def test_a_chart_has_its_values_for_whoever_points_at_it():
     assert 'data-chart="a &lt;b&gt;"' in shown
 
 
-def test_the_memory_that_a_run_holds_is_a_curve(site, run):
+def test_the_memory_that_a_run_holds_and_its_devices_load_are_curves(site, run):
     with run.session(signals=False):
-        run.metric(6, **status.held())
+        run.metric(6, **status.held(), load_device=87.0)
     memory = run.metrics()[-1]["memory_host"]
     assert memory == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.2)
-    assert "<figcaption>memory host, GB</figcaption>" in runs_curves.charts(site, "one")
+    shown = runs_curves.charts(site, "one")
+    assert "<figcaption>memory host, GB</figcaption>" in shown and "<figcaption>load device, %</figcaption>" in shown
 
 
 def test_any_runs_are_laid_over_each_other_by_any_metric(site, run, two, swept):
