@@ -115,6 +115,7 @@ METHODS: dict[str, Method] = {
     "sgd": _plain(SGD),
     "scaled gd": Method(lambda net, lr: ScaledGD(net, lr=lr)),
     "scaled adamw": _ours(ScaledAdamW, damping=1e-6),
+    "scaled adamw, betas .7 .8": _ours(ScaledAdamW, damping=1e-6, betas=BETAS),
     "alphaadam": _plain(AlphaAdam, weight_decay=0.0),
     "cautious adamw": _plain(AlphaAdam, weight_decay=0.0, mask="cautious", compensation="cautious"),
     "amsgrad": _plain(AMSGrad),
