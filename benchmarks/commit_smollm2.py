@@ -176,9 +176,11 @@ def report() -> str:
     found = {(cell["method"], cell["seed"]): cell for cell in cells() if cell["steps"] == STEPS}
     seeds = {method: [seed for seed in range(SEEDS) if (method, seed) in found] for method in METHODS}
     ran = [method for method in METHODS if seeds[method]]
+    if not ran:
+        return f"No run of {STEPS} steps is in {CELLS.name}: `run` measures them."
 
     def got(key: str, method: str, scale: float = 1, of: Sequence[int] | None = None) -> list[float]:
-        return [scale * found[method, seed][key] for seed in (of or seeds[method])]
+        return [scale * found[method, seed][key] for seed in (seeds[method] if of is None else of)]
 
     rows = [
         [

@@ -318,7 +318,9 @@ def _read_number(found: _Found, item: Field, given: Any) -> None:
 
 def _read_lines(found: _Found, item: Field, given: Any) -> None:
     lines = [line.strip() for line in str(given or "").splitlines() if line.strip()]
-    values = lines if "str" in item.key.type else [configs.parse_value(line) for line in lines]
+    nested = item.key.type.count("list[") > 1  # then a line in brackets is a list itself
+    texts = "str" in item.key.type
+    values = [line if texts and not (nested and line[0] == "[") else configs.parse_value(line) for line in lines]
     found.values[item.key.key] = None if not lines and "none" in item.key.type else values
 
 

@@ -27,7 +27,7 @@ _NOT_CURVES = ("step", "time", "seconds")
 _GROUP = re.compile(r"val_[^_]+|[^_]+")  # names that begin so share a chart
 _SYMBOLS = {"kappa": "κ", "joint_weight": "α, the joint gradient's weight", "alpha": "α"}  # as papers write
 _SECONDS = ("balancing", "loading")
-_RATE = re.compile(r",?(?:optimizer\.)?learning_rate=([^,]*)")  # in the name of a sweep's cell
+_RATE = re.compile(r"(?:^|(?<=/)|,)(?:optimizer\.)?learning_rate=([^,]*)")  # in the name of a sweep's cell
 HUES = (174, 25, 213, 285, 42)  # those of draw.INKS, in degrees
 _LOG_SCALE = ("loss", "rate")  # what spans decades
 

@@ -100,7 +100,7 @@ class TextToImageData(Section):
     @field_validator("sources", mode="before")
     @classmethod
     def _one_or_several(cls, sources: Any) -> Any:
-        return [sources] if isinstance(sources, str) else sources or []
+        return [sources] if isinstance(sources, str) else [] if sources is None else sources
 
 
 class PriorSection(Section):

@@ -35,9 +35,12 @@ def unread(config: TextToImageConfig, kind: Family) -> list[str]:
     for key, given in {"data.sources": config.data.sources, "samples.sources": config.samples.sources}.items():
         if given and not kind.edits:
             found.append(f"{key}: {kind.title} does not start from pictures. Leave it out.")
-    most = max([len(config.data.sources), *map(len, each_prompts(config.samples))])
+    trained, drawn = len(config.data.sources), [len(several) for several in each_prompts(config.samples)]
+    most = max([trained, *drawn])
     if kind.edits and not kind.several and most > 1:
         found.append(f"data.sources, samples.sources: {kind.title} starts from one picture, not from {most}. Give one.")
+    if kind.several and trained and drawn and drawn[0] != trained:
+        found.append(f"samples.sources: {drawn[0]} for a prompt, where {trained} are trained on. Give as many.")
     if kind.must_edit and not config.data.sources:
         found.append(f"data.sources: {kind.title} edits pictures. Give the folder of those that it is to start from.")
     if config.samples.negative and not kind.negative:

@@ -58,6 +58,12 @@ def test_every_pipeline_has_a_form_of_all_its_keys():
     assert found >= 3
 
 
+def test_lists_within_a_list_come_back_and_single_entries_beside_them():
+    for sources in ([["a.png", "b c.png"], ["d.png", "e.png"]], ["a.png", "[b] c.png"], []):
+        config = configs.set_keys(configs.load("text_to_image/demo"), {"samples.sources": sources, "sweep": {}})
+        assert forms.read(type(config), forms.show(config), [])["samples.sources"] == sources
+
+
 def test_options_reach_the_cells():
     config, shown, rows = filled("text_to_image/demo")
     for row in rows:

@@ -220,6 +220,8 @@ def test_cells_are_called_as_in_comparisons():
         "learning_rate=1e-05": "learning rate 1e-5",
         "one/optimizer=sam,optimizer.learning_rate=0.1,seed=1": "one/sam,seed=1 at 1e-1",
         "20261201-a=b": "20261201-a=b",
+        "text_encoder_learning_rate=1e-05": "text_encoder_learning_rate=1e-05",
+        "text_encoder_learning_rate=1e-05,learning_rate=0.001": "text_encoder_learning_rate=1e-05 at 1e-3",
         "seed=1": "seed=1",
     }
     assert runs_curves.cell_names(names) == names

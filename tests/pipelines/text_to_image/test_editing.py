@@ -307,5 +307,8 @@ def test_how_many_pictures_a_base_starts_from_is_checked(words, short, sources, 
             said(f"samples.sources={unlike}")
     flux2 = [*short, f"model={built('Flux2KleinPipeline')}"]
     assert said(own=flux2) == said(*two, own=flux2) == []
+    assert said(two[0], f"samples.sources=[{sources / '0.webp'}]", own=flux2) == [
+        "samples.sources: 1 for a prompt, where 2 are trained on. Give as many."
+    ]
     estimates = [TextToImage.estimate_memory(config.load(NAME, [*flux2, *more])) for more in ([], two[:1])]
     assert estimates[1].activations > estimates[0].activations  # tokens of two more pictures
