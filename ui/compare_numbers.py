@@ -16,19 +16,17 @@ def curve(site: Site, id: str) -> str:
     if not comparison.judged:
         return ""
     ranges = "".join(
-        f"<tr><td><i style='background:{curves.line_colour(index)}'></i>{esc(row)}</td>"
+        f"<tr><td><i style='background:{curves.line_colour(index, draw.INKS)}'></i>{esc(row)}</td>"
         f"<td>{esc(found or f'none of the {comparison.noun}s tried')}</td></tr>"
         for index, (row, found) in enumerate(comparison.ranges().items())
     )
     head = f"<thead><tr><th></th><th>{esc(comparison.column)}s that worked</th></tr></thead>"
-    drawn = curves.draw_curve(comparison) if comparison.rates else ""
+    # in the page's own colours, which can be told apart in the dark too
+    drawn = curves.draw_curve(comparison, draw.INKS) if comparison.rates else ""
     words = curves.curve_words(comparison)
     hints = f"<p class='hint'>{esc(words)}</p>" if words else ""
     lists = f"<div class='scroll'><table>{head}<tbody>{ranges}</tbody></table></div>"
-    shown = f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
-    for index, ink in enumerate(draw.INKS):  # the page's own, which can be told apart in the dark too
-        shown = shown.replace(curves.line_colour(index), ink)
-    return shown
+    return f"<div class='curve'>{drawn}<div>{lists}{hints}</div></div>"
 
 
 def table(site: Site, id: str) -> str:

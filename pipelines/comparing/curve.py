@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,10 +12,10 @@ from equipoise.pipelines.comparing.robustness import shown_rate
 Spot = tuple[float, float, float, float]  # of a line: learning rate, value, and where that is, in units of the picture
 _BESIDE = 3.0  # units between lines that would lie upon each other
 _APART, _ROW = 44, 14  # units of the curve that a rate's number takes across, and a word down
-_LINES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a"]
+LINES = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a")  # colours of the rows, from the first on
 
 
-def draw_curve(comparison: Comparison) -> str:
+def draw_curve(comparison: Comparison, colours: Sequence[str] = LINES) -> str:
     """The robustness curve as SVG: score against learning rate, a line per row, and where that is judged a thin dashed
     one for what it kept; the bars to clear are dashed, and `curve_words` says which is which."""
     width, height, left, right, top, bottom = 720, 300, 60, 58, 16, 44
@@ -53,7 +54,7 @@ def draw_curve(comparison: Comparison) -> str:
     taken: set[tuple] = set()  # stretches of the lines drawn so far
     for line in lines:
         spots = [(rate, value, x(rate), y(value)) for rate, value in line.spots]
-        drawn.append(line.drawn(beside(spots, taken)))
+        drawn.append(line.drawn(beside(spots, taken), line_colour(line.index, colours)))
     return "".join([*drawn, "</svg>"])
 
 
@@ -88,9 +89,9 @@ class _Line:
     name: str  # of what was kept; "" for the score
     spots: list[tuple[float, float]]  # learning rate, value
 
-    def drawn(self, spots: list[Spot]) -> str:
+    def drawn(self, spots: list[Spot], colour: str) -> str:
         """As SVG."""
-        colour, kind = line_colour(self.index), ' class="kept"' if self.name else ""
+        kind = ' class="kept"' if self.name else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for _, _, x, y in spots)
         drawn = [f'<polyline{kind} points="{path}" stroke="{colour}"/>']
         for rate, value, x, y in spots:
@@ -143,6 +144,6 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def line_colour(index: int) -> str:
+def line_colour(index: int, colours: Sequence[str] = LINES) -> str:
     """The colour of a row's line in the curve."""
-    return _LINES[index % len(_LINES)]
+    return colours[index % len(colours)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from equipoise.pipelines import config
 from equipoise.pipelines.pipeline import Outcome, execute
@@ -65,6 +66,21 @@ def words():
         return ["text_to_image/dreambooth", *given, "samples.guidance=null", "train.clip=0", "lora.alpha=2", *more]
 
     return made
+
+
+@pytest.fixture(scope="session")
+def float_bytes():
+    """Counts what the weights of a checkpoint take in float32."""
+
+    def counted(folder: Path) -> int:
+        return sum(
+            tensor.numel() * 4
+            for file in folder.glob("*/*.safetensors")
+            for tensor in load_file(file).values()
+            if tensor.is_floating_point()
+        )
+
+    return counted
 
 
 @pytest.fixture(scope="session")

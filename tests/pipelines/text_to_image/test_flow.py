@@ -278,16 +278,11 @@ def test_checkpointed_gradients_are_the_same(name, short, build_checkpoint):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_estimate_counts_every_weight(name, short, build_checkpoint):
+def test_the_estimate_counts_every_weight(name, short, build_checkpoint, float_bytes):
     folder = build_checkpoint(name)
     estimate = TextToImage.estimate_memory(config.load(NAME, [*short, f"model={folder}", "rank=1"]))
     more = TextToImage.estimate_memory(config.load(NAME, [*short, f"model={folder}", "rank=1", "batch=4"]))
-    weights = sum(
-        tensor.numel() * 4
-        for file in folder.glob("*/*.safetensors")
-        for tensor in load_file(file).values()
-        if tensor.is_floating_point()
-    )
+    weights = float_bytes(folder)
     base = load_base(TextToImageModel(path=str(folder)), "no")
     base.read({example.caption for example in read_examples(config.load(NAME, short).data)[0]})
     captions = sum(tensor.numel() * 4 for read in base.embeddings.values() for tensor in read.values())

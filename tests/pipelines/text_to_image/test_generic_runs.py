@@ -55,18 +55,13 @@ def test_class_pictures_of_a_distilled_base_are_not_those_of_the_other_one(built
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_estimate_counts_every_weight(name, built, tmp_path, words):
+def test_the_estimate_counts_every_weight(name, built, tmp_path, words, float_bytes):
     folder = built(name)
     estimate, more = (
         TextToImage.estimate_memory(config.load(words(folder, tmp_path)[0], [*words(folder, tmp_path)[1:], batch]))
         for batch in ("batch=2", "batch=4")
     )
-    weights = sum(
-        tensor.numel() * 4
-        for file in folder.glob("*/*.safetensors")
-        for tensor in load_file(file).values()
-        if tensor.is_floating_point()
-    )
+    weights = float_bytes(folder)
     made = load_base(TextToImageModel(path=str(folder)), "no")
     with made.adapted(config.load("text_to_image/dreambooth", []).lora, 0) as parts:
         factors = sum(p.numel() * 4 for part in parts.values() for p in part.parameters() if p.requires_grad)
